@@ -1,0 +1,102 @@
+"""A model's architecture inside its checkpoint: the modules without their weights, as bytes.
+
+A checkpoint of Lightning holds weights and plain hyper-parameters; a model that is composed of modules could not be
+built again from it. So the modules are pickled too, their weights left out. They are read back by torch's restricted
+unpickler, which builds nothing but what is on a list: modules, losses, metrics and optimizers of torch, torchmetrics and
+this package. A file of unknown origin cannot run code of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import inspect
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+KEY = "lightning_gradnorm_architecture"
+_KINDS = (nn.Module, Metric, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+
+
+def pack(parts: Mapping[str, Any]) -> Tensor | str:
+    """Return the parts (modules, losses, optimizer factories) as a tensor of bytes, or the reason why they cannot be.
+
+    Example:
+        >>> packed = pack({"encoder": nn.Linear(1000, 1000)})
+        >>> packed.dtype, len(packed) < 10_000
+        (torch.uint8, True)
+        >>> unpack(packed)["encoder"]
+        Linear(in_features=1000, out_features=1000, bias=True)
+    """
+    memo: dict[int, Any] = {}
+    for module in _modules_in(parts):
+        for tensor in module.state_dict(keep_vars=True).values():
+            if isinstance(tensor, Tensor) and id(tensor) not in memo:
+                memo[id(tensor)] = _hollow(tensor)
+    buffer = io.BytesIO()
+    try:
+        torch.save(copy.deepcopy(dict(parts), memo), buffer)
+    except Exception as reason:  # whatever a user's class does when it is copied or pickled
+        return f"{type(reason).__name__}: {reason}"
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def unpack(packed: Tensor | str, *, trusted: bool = False) -> dict[str, Any]:
+    """Return the parts that `pack` was given; their weights are zeros, to be loaded.
+
+    Args:
+        packed: what `pack` returned.
+        trusted: build classes of any package.
+
+    Raises:
+        ValueError: the parts could not be packed, or have classes of other packages in them.
+    """
+    if isinstance(packed, str):
+        raise ValueError(f"its modules could not be pickled ({packed})")
+    content = packed.numpy().tobytes()
+    if trusted:
+        parts = torch.load(io.BytesIO(content), weights_only=False, map_location="cpu")
+    else:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
+        found = {name: _known(name) for name in names}
+        unknown = [name for name, known in found.items() if known is None]
+        if unknown:
+            raise ValueError(f"it has {', '.join(unknown)} in it")
+        with torch.serialization.safe_globals([(known, name) for name, known in found.items() if known is not None]):
+            parts = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    for module in _modules_in(parts):
+        for tensor in module.state_dict(keep_vars=True).values():
+            if isinstance(tensor, Tensor):
+                tensor.data = tensor.data.contiguous()
+    return dict(parts)
+
+
+def _modules_in(parts: Mapping[str, Any]) -> list[nn.Module]:
+    values = [value for part in parts.values() for value in (part.values() if isinstance(part, Mapping) else [part])]
+    return [value for value in values if isinstance(value, nn.Module)]
+
+
+def _hollow(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same shape that takes the room of one number."""
+    data = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+    return nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
+
+
+def _known(name: str) -> Any | None:
+    """Return the class or function of that dotted name if it is one that may be built; else None."""
+    if name == "functools.partial":
+        return functools.partial
+    module_name, _, attribute = name.rpartition(".")
+    if module_name.split(".")[0] not in ("torch", "torchmetrics", "lightning_gradnorm"):
+        return None
+    found = getattr(importlib.import_module(module_name), attribute, None)
+    if inspect.isclass(found) and issubclass(found, _KINDS):
+        return found
+    is_plain = module_name == "torch.nn.functional" or module_name.startswith("torchmetrics.utilities.")
+    return found if is_plain else None

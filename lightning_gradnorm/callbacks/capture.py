@@ -1,0 +1,67 @@
+"""Gets hold of the task losses of a model that knows nothing of us, while they still are part of the graph.
+
+Each function shadows one method of the LightningModule with an instance attribute and returns how to undo it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+
+Undo = Callable[[], None]
+Watch = Callable[[Mapping[str, Any]], None]
+
+
+def _shadow(owner: Any, name: str, replacement: Callable[..., Any]) -> Undo:
+    """Put ``replacement`` before the method ``name`` of ``owner``, and what was there before back when undone."""
+    was_shadowed, before = name in vars(owner), vars(owner).get(name)
+    owner.__dict__[name] = replacement
+
+    def undo() -> None:
+        if vars(owner).get(name) is not replacement:
+            return  # somebody else shadowed it after us, and is to undo that himself
+        if was_shadowed:
+            owner.__dict__[name] = before
+        else:
+            del owner.__dict__[name]
+
+    return undo
+
+
+def returned_losses(module: L.LightningModule, watch: Watch, *, asked_by: str) -> Undo:
+    """Hand the mapping that ``training_step`` returns to ``watch``."""
+    training_step = module.training_step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        output = training_step(*args, **kwargs)
+        if output is not None:
+            if not isinstance(output, Mapping):
+                raise TypeError(
+                    f"{asked_by}: {type(module).__name__}.training_step should return a mapping with 'loss' and the task "
+                    f"losses; got {type(output).__name__}. Return {{'loss': loss, 'seg': seg, …}}, or name the losses as "
+                    f"they are logged: tasks={{'seg': 'train/seg_loss', …}}."
+                )
+            watch({name: value for name, value in output.items() if name != "loss"})
+        return output
+
+    return _shadow(module, "training_step", step)
+
+
+def logged_losses(module: L.LightningModule, names: Mapping[str, str], watch: Watch, all_names: set[str]) -> Undo:
+    """Hand what the module logs under ``names`` (task → logged name) to ``watch``, before Lightning detaches it.
+
+    Every name it logs in training is added to ``all_names``.
+    """
+    log = module.log
+    tasks = {logged: task for task, logged in names.items()}
+
+    def log_and_watch(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if module.trainer.training:
+            all_names.add(name)
+            if name in tasks:
+                watch({tasks[name]: value})
+        log(name, value, *args, **kwargs)
+
+    return _shadow(module, "log", log_and_watch)

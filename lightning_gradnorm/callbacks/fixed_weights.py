@@ -1,0 +1,56 @@
+"""Weights that stay as they are: the baseline to compare with, and "GradNorm static" with a run's mean weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import lightning as L
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_gradnorm.callbacks.balancing import Balancing
+
+
+class FixedWeights(Balancing):
+    """Multiply each task's gradient by a number that does not change.
+
+    Args:
+        weights: task → weight ``w_i > 0``, used as given (they need not sum to T).
+        tasks: where the losses are found, as for `GradNorm`; by default the names in ``weights`` (keys of what
+            ``training_step`` returns, tasks of a `MultiTaskModule`).
+
+    Raises:
+        ValueError: fewer than two tasks, a weight that is not positive and finite, or a task without a weight.
+
+    Logs ``balancing/weight/<task>``.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_gradnorm import FixedWeights
+        >>> trainer = L.Trainer(callbacks=[FixedWeights({"seg": 1.0, "depth": 0.2})], logger=False)
+    """
+
+    def __init__(self, weights: Mapping[str, float], *, tasks: Sequence[str] | Mapping[str, str] | None = None) -> None:
+        super().__init__(list(weights) if tasks is None else tasks)
+        self._check_by_task("weights", weights)
+        for task, weight in weights.items():
+            if not (math.isfinite(weight) and weight > 0):
+                raise ValueError(f"FixedWeights: weights['{task}'] should be positive and finite; got {weight}")
+        self.weights: dict[str, float] = {task: float(weights[task]) for task in self._names}
+        self._tensor = torch.tensor(list(self.weights.values()))
+
+    @override
+    def _weights_in_force(self) -> Tensor:
+        return self._tensor
+
+    @override
+    def _prepare(self, like: Tensor) -> None:
+        dtype = torch.float64 if like.dtype == torch.float64 else self._tensor.dtype
+        if self._tensor.device != like.device or self._tensor.dtype != dtype:
+            self._tensor = torch.tensor(list(self.weights.values()), dtype=dtype, device=like.device)
+
+    @override
+    def _log(self, module: L.LightningModule) -> None:
+        module.log_dict({f"balancing/weight/{task}": weight for task, weight in self.weights.items()}, on_step=True)

@@ -1,0 +1,250 @@
+"""GradNorm as a Lightning callback."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_gradnorm.balancing.gradnorm import Balance, GradNormRule, Skipped, WeightOptimizer
+from lightning_gradnorm.callbacks.balancing import Balancing
+from lightning_gradnorm.callbacks.naming import find_shared_layer
+from lightning_gradnorm.gradients import ActivationGradients, GradientReader, WeightGradients
+
+
+class GradNorm(Balancing):
+    """Give every task's gradient at the last shared layer the size that its training rate deserves.
+
+    Chen et al., *GradNorm*, ICML 2018 (arXiv 1711.02257), Algorithm 1; the maths is in `balancing.gradnorm`. The model is
+    used as it is; its own ``loss`` stays what is logged. With ``heads`` the task gradients are read out of the one
+    ordinary backward pass; without, by one first-order pass through each head.
+
+    Args:
+        tasks: keys of the mapping that ``training_step`` returns; or ``{"seg": "train/seg_loss", …}``, names under which
+            the module logs its losses; or ``None`` for all tasks of a `MultiTaskModule`. A module with manual optimization
+            calls `watch` before ``manual_backward``.
+        shared_layer: dotted name of the last shared layer ``W``: a module (its ``weight``; all its parameters if it has
+            none) or a parameter. ``None``: the last module with a weight of two or more dimensions inside ``encoder``.
+        heads: task → dotted name of its head module.
+        alpha: the asymmetry: how strongly tasks are pulled to a common training rate. 0 asks for equal gradient norms.
+        optimizer: makes the optimizer of the weights from a list of parameters.
+        initial_losses: ``L_i(0)``: the mean over so many of the first weight updates, or numbers by task.
+        initial_weights: by task, positive; scaled to sum T.
+        priorities: by task, positive; an intended ratio of the gradient norms: ``target_i = Ḡ · p_i · r_i^alpha``.
+        update_every: update the weights in every so many optimizer steps; no gradients are read in the others.
+        stop_after: leave the weights as they are after so many optimizer steps.
+        norm_of: ``"weight"``: norms of gradients of ``W``, the paper's. ``"activation"``: of gradients at the
+            representation, which needs no product with the last layer; another algorithm, and cheaper.
+        min_weight: no weight falls below it (before they are scaled to sum T again).
+        representation: for ``norm_of="activation"``, the module whose output the heads read.
+
+    Raises:
+        ValueError: an argument out of range; and at the start of training, a layer or a task that the model lacks.
+
+    Logs, once in each optimizer step, ``gradnorm/weight/<task>`` and, when the weights were updated,
+    ``gradnorm/grad_norm/<task>`` (G_i), ``gradnorm/rate/<task>`` (r_i), ``gradnorm/loss_ratio/<task>`` (L_i / L_i(0)) and
+    ``gradnorm/loss`` (L_grad). ``gradnorm/skipped`` counts the updates not made because of numbers that were not finite.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_gradnorm import GradNorm
+        >>> gradnorm = GradNorm(tasks=["seg", "depth"], shared_layer="encoder.4", alpha=1.5)
+        >>> trainer = L.Trainer(callbacks=[gradnorm], logger=False)
+        >>> gradnorm.weights
+        {'seg': 1.0, 'depth': 1.0}
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str] | Mapping[str, str] | None = None,
+        *,
+        shared_layer: str | None = None,
+        heads: Mapping[str, str] | None = None,
+        alpha: float = 1.5,
+        optimizer: WeightOptimizer = partial(torch.optim.Adam, lr=0.025),
+        initial_losses: int | Mapping[str, float] = 1,
+        initial_weights: Mapping[str, float] | None = None,
+        priorities: Mapping[str, float] | None = None,
+        update_every: int = 1,
+        stop_after: int | None = None,
+        norm_of: Literal["weight", "activation"] = "weight",
+        min_weight: float = 1e-4,
+        representation: str = "encoder",
+    ) -> None:
+        super().__init__(tasks, heads=heads, representation=representation)
+        _check(math.isfinite(alpha) and alpha >= 0, "alpha", "finite and at least 0", alpha)
+        _check(callable(optimizer), "optimizer", "a callable such as partial(torch.optim.Adam, lr=0.025)", optimizer)
+        _check(update_every >= 1, "update_every", "at least 1", update_every)
+        _check(stop_after is None or stop_after >= 0, "stop_after", "None or at least 0", stop_after)
+        _check(norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", repr(norm_of))
+        _check(0 < min_weight < 1, "min_weight", "between 0 and 1", min_weight)
+        if isinstance(initial_losses, int):
+            _check(
+                initial_losses >= 1,
+                "initial_losses",
+                "a number of updates, at least 1, or numbers by task",
+                initial_losses,
+            )
+        self.shared_layer = shared_layer
+        self.alpha = float(alpha)
+        self.optimizer = optimizer
+        self.initial_losses = initial_losses
+        self.initial_weights = initial_weights
+        self.priorities = priorities
+        self.update_every = update_every
+        self.stop_after = stop_after
+        self.norm_of = norm_of
+        self.min_weight = min_weight
+        self._rule: GradNormRule | None = None
+        self._restored: dict[str, Any] | None = None
+        self._shown: dict[str, Tensor] = {}
+        self._warned: set[str] = set()
+        if self._names:
+            self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        for parameter in ("initial_losses", "initial_weights", "priorities"):
+            numbers = getattr(self, parameter)
+            if isinstance(numbers, Mapping):
+                self._check_by_task(parameter, numbers)
+                for task, number in numbers.items():
+                    _check(
+                        math.isfinite(number) and number > 0, f"{parameter}['{task}']", "positive and finite", number
+                    )
+
+    # ---- what the user reads -----------------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights now in force, by task; they sum to T."""
+        return self._by_task("weights")
+
+    @property
+    def mean_weights(self) -> dict[str, float]:
+        """The weights' average over the steps so far: what the paper trains "GradNorm static" with."""
+        return self._by_task("mean_weights")
+
+    def _by_task(self, which: Literal["weights", "mean_weights"]) -> dict[str, float]:
+        if self._rule is not None:
+            return dict(zip(self._rule.tasks, getattr(self._rule, which).tolist(), strict=True))
+        if self._restored is not None:
+            key = "weights" if which == "weights" else "weights_mean"
+            return dict(zip(self._restored["tasks"], self._restored[key].tolist(), strict=True))
+        if not self._names:
+            raise RuntimeError("GradNorm: the tasks of the MultiTaskModule are known once training has started")
+        return dict(zip(self._names, self._new_rule(torch.zeros(())).weights.tolist(), strict=True))
+
+    # ---- the strategy's answers --------------------------------------------------------------------------------------
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step == 0 and self._restored is None:
+            self._rule = None  # a training that starts anew starts with new weights
+        super().on_train_start(trainer, pl_module)
+        self._check_numbers()
+        if self._restored is not None:
+            self._new_rule(torch.zeros(())).load_state_dict(
+                self._restored
+            )  # other tasks are refused before the first batch
+
+    @override
+    def _make_reader(self, module: L.LightningModule) -> GradientReader:
+        if self.norm_of == "activation":
+            return ActivationGradients()
+        return WeightGradients(list(find_shared_layer(module, self.shared_layer, asked_by=self._name).values()))
+
+    @override
+    def _measures(self) -> bool:
+        step = self.state_dict().get("steps", 0) if self._rule is None else self._rule.steps
+        return step % self.update_every == 0 and (self.stop_after is None or step < self.stop_after)
+
+    @override
+    def _weights_in_force(self) -> Tensor:
+        assert self._rule is not None
+        return self._rule.weights.detach()
+
+    def _new_rule(self, like: Tensor) -> GradNormRule:
+        return GradNormRule(
+            self._names,
+            alpha=self.alpha,
+            optimizer=self.optimizer,
+            initial_losses=self.initial_losses,
+            initial_weights=self.initial_weights,
+            priorities=self.priorities,
+            min_weight=self.min_weight,
+            dtype=torch.float64 if like.dtype == torch.float64 else torch.float32,
+            device=like.device,
+        )
+
+    @override
+    def _prepare(self, like: Tensor) -> None:
+        if self._rule is not None and self._restored is None and self._rule.weights.device == like.device:
+            return
+        state = self._restored or (None if self._rule is None else self._rule.state_dict())
+        rule = self._new_rule(like)
+        if state is not None:
+            rule.load_state_dict(state)
+        self._rule, self._restored = rule, None
+
+    @override
+    def _update(self, losses: Tensor, norms: Tensor | None, present: Tensor) -> None:
+        assert self._rule is not None
+        self._shown = {}
+        if norms is not None:
+            seen = self._rule.step(norms / self._weights_in_force(), losses, present)
+            if isinstance(seen, Skipped):
+                self._warn(seen)
+            else:
+                self._shown = self._described(seen, losses)
+        self._rule.note_step()
+
+    def _described(self, seen: Balance, losses: Tensor) -> dict[str, Tensor]:
+        assert self._rule is not None
+        ratios = losses / self._rule.initial_losses
+        shown = {"gradnorm/loss": seen.loss}
+        for i, task in enumerate(self._names):
+            shown[f"gradnorm/grad_norm/{task}"] = seen.grad_norms[i]
+            shown[f"gradnorm/rate/{task}"] = seen.rates[i]
+            shown[f"gradnorm/loss_ratio/{task}"] = ratios[i]
+        return shown
+
+    def _warn(self, skipped: Skipped) -> None:
+        for task in skipped.tasks:
+            if task not in self._warned:
+                self._warned.add(task)
+                rank_zero_warn(
+                    f"GradNorm: the loss or the gradient norm of task '{task}' is not finite (or its loss is negative); "
+                    f"the weights stay as they are. Further such steps are counted in gradnorm/skipped."
+                )
+
+    @override
+    def _log(self, module: L.LightningModule) -> None:
+        assert self._rule is not None
+        weights = self._weights_in_force()
+        shown = {f"gradnorm/weight/{task}": weights[i].clone() for i, task in enumerate(self._names)}
+        module.log_dict({**shown, **self._shown, "gradnorm/skipped": float(self._rule.skipped)}, on_step=True)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._rule is not None and self._restored is None:
+            return self._rule.state_dict()
+        return self._restored or {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Lightning restores callbacks before or after on_fit_start, and for validation too: it is used when training starts.
+        self._restored = dict(state_dict) or None
+
+
+def _check(holds: bool, parameter: str, expected: str, found: Any) -> None:
+    if not holds:
+        raise ValueError(f"GradNorm: {parameter} should be {expected}; got {found}")

@@ -1,0 +1,53 @@
+"""Which way a gradient will take: asked of the autograd graph before backward, so that a wrong reading is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+
+
+def node_of(tensor: Tensor) -> Node:
+    """Return the node of the autograd graph at which the gradient of ``tensor`` arrives."""
+    return get_gradient_edge(tensor).node
+
+
+def nodes_between(start: Iterable[Node], targets: Iterable[Tensor], *, stop: Collection[Node] = ()) -> set[Node]:
+    """Return the nodes on any path from ``start`` to ``targets``, both ends included; empty if there is no path.
+
+    Args:
+        start: where the gradient comes from, for example ``[node_of(loss)]``.
+        targets: tensors, parameters or intermediate results, whose gradient is sought.
+        stop: nodes that no path may pass. A path may end there if the node belongs to a target.
+
+    Example:
+        >>> import torch
+        >>> w, x = torch.ones(2, requires_grad=True), torch.ones(2)
+        >>> loss = (w * x).sum()
+        >>> sorted(node.name() for node in nodes_between([node_of(loss)], [w]))
+        ['MulBackward0', 'SumBackward0', 'torch::autograd::AccumulateGrad']
+        >>> nodes_between([node_of(loss)], [torch.ones(2, requires_grad=True)])
+        set()
+    """
+    sources: dict[Node, list[Node]] = {node: [] for node in start}
+    to_visit = list(sources)
+    while to_visit:
+        node = to_visit.pop()
+        if node in stop:
+            continue
+        for following, _ in node.next_functions:
+            if following is None:
+                continue
+            if following not in sources:
+                sources[following] = []
+                to_visit.append(following)
+            sources[following].append(node)
+    found: set[Node] = set()
+    to_visit = [node for node in map(node_of, targets) if node in sources]
+    while to_visit:
+        node = to_visit.pop()
+        if node not in found:
+            found.add(node)
+            to_visit.extend(sources[node])
+    return found

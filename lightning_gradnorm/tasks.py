@@ -1,0 +1,73 @@
+"""A task: a head, the loss it is trained on, the metrics it is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.regression import MeanSquaredError, R2Score
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Task(nn.Module):
+    """One task of a `MultiTaskModule`.
+
+    Args:
+        head: module from the representation to the prediction.
+        loss: function or module from (prediction, target) to a scalar.
+        metrics: a metric of torchmetrics, or several by name; each is updated with (prediction, target).
+
+    Raises:
+        TypeError: an argument is of another kind.
+
+    Example:
+        >>> from torchmetrics.classification import MulticlassAccuracy
+        >>> seg = Task(nn.Linear(16, 10), nn.CrossEntropyLoss(), metrics={"accuracy": MulticlassAccuracy(num_classes=10)})
+        >>> sorted(seg.metrics)
+        ['accuracy']
+    """
+
+    def __init__(
+        self, head: nn.Module, loss: Loss, metrics: Mapping[str, Metric] | MetricCollection | Metric | None = None
+    ) -> None:
+        super().__init__()
+        if not isinstance(head, nn.Module):
+            raise TypeError(f"Task: head should be a module; got {type(head).__name__}")
+        if not callable(loss):
+            raise TypeError(f"Task: loss should be a function of (prediction, target); got {type(loss).__name__}")
+        self.head = head
+        self.loss = loss
+        self.metrics = _by_name(metrics)
+
+
+def _by_name(metrics: Mapping[str, Metric] | MetricCollection | Metric | None) -> dict[str, Metric]:
+    """Return the metrics by name. They are patterns: a `MultiTaskModule` clones them for validation and test."""
+    if isinstance(metrics, Metric):
+        return {type(metrics).__name__.lower(): metrics}
+    found = dict(metrics.items() if metrics is not None else {})
+    for name, metric in found.items():
+        if not isinstance(metric, Metric):
+            raise TypeError(f"Task: metrics['{name}'] should be a torchmetrics.Metric; got {type(metric).__name__}")
+    return found
+
+
+def regression_tasks(names: int | Sequence[str], in_features: int, out_features: int = 1) -> dict[str, Task]:
+    """Return regression tasks with a linear head, the squared loss, and R² and mean squared error as metrics.
+
+    Args:
+        names: the tasks' names; a number T stands for ``task_0`` … ``task_{T−1}``.
+        in_features: size of the representation.
+        out_features: size of each prediction.
+
+    Example:
+        >>> list(regression_tasks(3, in_features=100, out_features=100))
+        ['task_0', 'task_1', 'task_2']
+    """
+    if isinstance(names, int):
+        names = [f"task_{i}" for i in range(names)]
+    return {
+        name: Task(nn.Linear(in_features, out_features), nn.MSELoss(), {"r2": R2Score(), "mse": MeanSquaredError()})
+        for name in names
+    }
