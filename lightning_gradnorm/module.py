@@ -90,7 +90,7 @@ class MultiTaskModule(L.LightningModule):
         self.encoder = encoder
         self.tasks = nn.ModuleDict(tasks)
         self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
+        self._schedule = _schedule(lr_scheduler)
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
         # Taken now, while the modules carry no hook of anybody's.
@@ -200,29 +200,29 @@ class MultiTaskModule(L.LightningModule):
         self._step_schedulers("epoch")
 
     def _step_schedulers(self, interval: str) -> None:
-        for config in self.trainer.lr_scheduler_configs:
-            count = self.trainer.global_step if interval == "step" else self.trainer.current_epoch + 1
-            if config.interval != interval or count % config.frequency:
-                continue
-            if isinstance(config.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                monitor = config.monitor or "val/loss"
-                if monitor not in self.trainer.callback_metrics:
-                    raise ValueError(
-                        f"MultiTaskModule: lr_scheduler monitors '{monitor}', which is not logged; "
-                        f"{did_you_mean(monitor, sorted(self.trainer.callback_metrics))}"
-                    )
-                config.scheduler.step(self.trainer.callback_metrics[monitor])
-            else:
-                config.scheduler.step()
+        schedule = self._schedule
+        count = self.trainer.global_step if interval == "step" else self.trainer.current_epoch + 1
+        if schedule is None or schedule["interval"] != interval or count % schedule["frequency"]:
+            return
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            monitor, logged = schedule["monitor"], self.trainer.callback_metrics
+            if monitor not in logged:
+                raise ValueError(
+                    f"MultiTaskModule: lr_scheduler monitors '{monitor}', which is not logged; "
+                    f"{did_you_mean(monitor, sorted(logged))}"
+                )
+            scheduler.step(logged[monitor])
+        elif scheduler is not None:
+            cast(torch.optim.lr_scheduler.LRScheduler, scheduler).step()
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer(self.parameters())
-        if self.lr_scheduler is None:
+        if self._schedule is None:
             return optimizer
-        given = self.lr_scheduler if isinstance(self.lr_scheduler, Mapping) else {"scheduler": self.lr_scheduler}
-        config = {"monitor": "val/loss", **given, "scheduler": given["scheduler"](optimizer)}
-        return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": config})
+        # Lightning ignores interval, frequency and monitor in manual optimization: `_step_schedulers` follows them.
+        return {"optimizer": optimizer, "lr_scheduler": self._schedule["scheduler"](optimizer)}
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -298,6 +298,23 @@ class MultiTaskModule(L.LightningModule):
                 ) from None
             kwargs = {**parts, **kwargs}
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+
+def _schedule(given: SchedulerFactory | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the schedule with all its keys, or None if there is none."""
+    if given is None:
+        return None
+    default = {"interval": "epoch", "frequency": 1, "monitor": "val/loss"}
+    schedule = {**default, **(given if isinstance(given, Mapping) else {"scheduler": given})}
+    for key in schedule:
+        known = ["scheduler", *default]
+        _check(key in known, "lr_scheduler", f"a dict with keys among {known}", key)
+    _check(callable(schedule.get("scheduler")), "lr_scheduler", "a callable, or a dict with one as 'scheduler'", given)
+    _check(
+        schedule["interval"] in ("step", "epoch"), "lr_scheduler interval", "'step' or 'epoch'", schedule["interval"]
+    )
+    _check(schedule["frequency"] >= 1, "lr_scheduler frequency", "at least 1", schedule["frequency"])
+    return schedule
 
 
 def _check(holds: bool, parameter: str, expected: str, found: Any) -> None:
