@@ -18,6 +18,7 @@ from typing_extensions import Self, override
 
 from lightning_gradnorm import architecture
 from lightning_gradnorm.callbacks.balancing import Balancing
+from lightning_gradnorm.callbacks.logging import is_logged_step
 from lightning_gradnorm.callbacks.naming import did_you_mean
 from lightning_gradnorm.tasks import Task
 
@@ -176,7 +177,8 @@ class MultiTaskModule(L.LightningModule):
             waits = isinstance(strategy, ParallelStrategy) and not is_last
             with strategy.block_backward_sync() if waits else nullcontext():  # type: ignore[attr-defined]
                 self.manual_backward(loss / micro_batches)
-            self._log_losses("train", loss, losses, batch_size)
+            if is_logged_step(self.trainer):
+                self._log_losses("train", loss, losses, batch_size)
         if is_last:
             optimizer.step()
             optimizer.zero_grad()

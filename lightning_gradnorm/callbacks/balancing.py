@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from lightning_gradnorm.callbacks import capture
+from lightning_gradnorm.callbacks.logging import is_logged_step
 from lightning_gradnorm.callbacks.naming import did_you_mean, find_module
 from lightning_gradnorm.gradients import ActivationGradients, GradientReader, branch, nodes_between
 from lightning_gradnorm.gradients.paths import node_of
@@ -113,7 +114,7 @@ class Balancing(L.Callback):
         """Take in what one optimizer step has shown: mean losses, norms ``G_i`` of weighted gradients, each (T,)."""
 
     def _log(self, module: L.LightningModule) -> None:
-        """Log what the strategy has to show, once in each optimizer step."""
+        """Log what the strategy has to show, in optimizer steps whose values are written."""
 
     # ---- the names ---------------------------------------------------------------------------------------------------
 
@@ -396,7 +397,8 @@ class Balancing(L.Callback):
             return
         losses, norms, present = self._gather(window, trainer, pl_module)
         self._update(losses, norms, present)
-        self._log(pl_module)
+        if is_logged_step(trainer):
+            self._log(pl_module)
         self._forget_pass()
         self._open_window()
 
@@ -433,18 +435,18 @@ class Balancing(L.Callback):
         for row, task in zip(table, self._names, strict=True):
             if task in window.losses:
                 row[0], row[1] = window.losses[task].to(like), float(window.counts[task])
-        rows = self._reader.rows(self._names, like) if self._reader is not None and window.measured else None
-        if trainer.world_size > 1:
-            table = table if rows is None else torch.cat([table, rows], dim=1)
-            table = trainer.strategy.reduce(table, reduce_op="sum")
-            rows = None if rows is None else table[:, 2:]
-        sums, counts = table[:, 0], table[:, 1]
-        losses = sums / counts.clamp(min=1)
+        reader = self._reader if window.measured else None
         norms = None
-        if rows is not None:
-            assert self._reader is not None
-            norms = self._reader.norms_of(rows) / (self._unit(window, trainer, module) * trainer.world_size)
-        return losses, norms, counts > 0
+        if trainer.world_size > 1:
+            table = table if reader is None else torch.cat([table, reader.rows(self._names, like)], dim=1)
+            table = trainer.strategy.reduce(table, reduce_op="sum")
+            norms = None if reader is None else reader.norms_of(table[:, 2:])
+        elif reader is not None:
+            norms = reader.norms(self._names).to(like)
+        if norms is not None:
+            norms = norms / (self._unit(window, trainer, module) * trainer.world_size)
+        sums, counts = table[:, 0], table[:, 1]
+        return sums / counts.clamp(min=1), norms, counts > 0
 
     def _unit(self, window: Window, trainer: L.Trainer, module: L.LightningModule) -> float:
         """Return the factor by which this step's gradients are larger than those of the mean loss over its batches."""

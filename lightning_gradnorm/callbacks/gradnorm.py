@@ -48,9 +48,10 @@ class GradNorm(Balancing):
     Raises:
         ValueError: an argument out of range; and at the start of training, a layer or a task that the model lacks.
 
-    Logs, once in each optimizer step, ``gradnorm/weight/<task>`` and, when the weights were updated,
-    ``gradnorm/grad_norm/<task>`` (G_i), ``gradnorm/rate/<task>`` (r_i), ``gradnorm/loss_ratio/<task>`` (L_i / L_i(0)) and
-    ``gradnorm/loss`` (L_grad). ``gradnorm/skipped`` counts the updates not made because of numbers that were not finite.
+    Logs, in the steps that Lightning writes (``log_every_n_steps``) and at the end of each epoch:
+    ``gradnorm/weight/<task>``; of the last update ``gradnorm/grad_norm/<task>`` (G_i), ``gradnorm/rate/<task>`` (r_i),
+    ``gradnorm/loss_ratio/<task>`` (L_i / L_i(0)) and ``gradnorm/loss`` (L_grad); and ``gradnorm/skipped``, the number of
+    updates not made because a number was not finite.
 
     Example:
         >>> import lightning as L
@@ -104,7 +105,7 @@ class GradNorm(Balancing):
         self.min_weight = min_weight
         self._rule: GradNormRule | None = None
         self._restored: dict[str, Any] | None = None
-        self._shown: dict[str, Tensor] = {}
+        self._seen_last: tuple[Balance, Tensor] | None = None
         self._warned: set[str] = set()
         if self._names:
             self._check_numbers()
@@ -146,7 +147,7 @@ class GradNorm(Balancing):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step == 0 and self._restored is None:
-            self._rule = None  # a training that starts anew starts with new weights
+            self._rule = self._seen_last = None  # a training that starts anew starts with new weights
         super().on_train_start(trainer, pl_module)
         self._check_numbers()
         if self._restored is not None:
@@ -196,24 +197,13 @@ class GradNorm(Balancing):
     @override
     def _update(self, losses: Tensor, norms: Tensor | None, present: Tensor) -> None:
         assert self._rule is not None
-        self._shown = {}
         if norms is not None:
             seen = self._rule.step(norms / self._weights_in_force(), losses, present)
             if isinstance(seen, Skipped):
                 self._warn(seen)
             else:
-                self._shown = self._described(seen, losses)
+                self._seen_last = seen, losses
         self._rule.note_step()
-
-    def _described(self, seen: Balance, losses: Tensor) -> dict[str, Tensor]:
-        assert self._rule is not None
-        ratios = losses / self._rule.initial_losses
-        shown = {"gradnorm/loss": seen.loss}
-        for i, task in enumerate(self._names):
-            shown[f"gradnorm/grad_norm/{task}"] = seen.grad_norms[i]
-            shown[f"gradnorm/rate/{task}"] = seen.rates[i]
-            shown[f"gradnorm/loss_ratio/{task}"] = ratios[i]
-        return shown
 
     def _warn(self, skipped: Skipped) -> None:
         for task in skipped.tasks:
@@ -227,9 +217,16 @@ class GradNorm(Balancing):
     @override
     def _log(self, module: L.LightningModule) -> None:
         assert self._rule is not None
-        weights = self._weights_in_force()
-        shown = {f"gradnorm/weight/{task}": weights[i].clone() for i, task in enumerate(self._names)}
-        module.log_dict({**shown, **self._shown, "gradnorm/skipped": float(self._rule.skipped)}, on_step=True)
+        by_task = {"weight": self._weights_in_force().clone()}
+        shown: dict[str, Tensor | float] = {"gradnorm/skipped": float(self._rule.skipped)}
+        if self._seen_last is not None:
+            seen, losses = self._seen_last
+            shown["gradnorm/loss"] = seen.loss
+            by_task["grad_norm"], by_task["rate"] = seen.grad_norms, seen.rates
+            by_task["loss_ratio"] = losses / self._rule.initial_losses
+        for what, values in by_task.items():
+            shown |= {f"gradnorm/{what}/{task}": value for task, value in zip(self._names, values, strict=True)}
+        module.log_dict(shown, on_step=True)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
