@@ -395,6 +395,10 @@ class Balancing(L.Callback):
         if not window.losses:  # another optimizer's step, or no task was present
             window.backwards = 0
             return
+        if _scaler_skips(trainer, optimizer):
+            self._forget_pass()
+            self._open_window()
+            return
         losses, norms, present = self._gather(window, trainer, pl_module)
         self._update(losses, norms, present)
         if is_logged_step(trainer):
@@ -450,8 +454,20 @@ class Balancing(L.Callback):
 
     def _unit(self, window: Window, trainer: L.Trainer, module: L.LightningModule) -> float:
         """Return the factor by which this step's gradients are larger than those of the mean loss over its batches."""
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scaler = _scaler(trainer)
         scale = 1.0 if scaler is None else float(scaler.get_scale())
         if module.automatic_optimization:
             return scale * window.backwards / trainer.accumulate_grad_batches
         return scale
+
+
+def _scaler(trainer: L.Trainer) -> torch.amp.GradScaler | None:
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if isinstance(scaler, torch.amp.GradScaler) else None
+
+
+def _scaler_skips(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> bool:
+    """Say whether the loss scaler has found an overflow, for which it will skip this optimizer's step."""
+    scaler = _scaler(trainer)
+    # There is no public question for it; the same is asked by ``GradScaler.step`` a moment later.
+    return scaler is not None and any(bool(found) for found in scaler._found_inf_per_device(optimizer).values())

@@ -1,0 +1,97 @@
+"""Mixed precision: norms are those of unscaled gradients, and a step that the scaler skips is no weight step."""
+
+from __future__ import annotations
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from models import Automatic, vector_batches
+from torch.utils.data import DataLoader
+
+from lightning_gradnorm import GradNorm
+
+STEPS = 50
+NAMES = ["seg", "depth", "normal"]
+
+
+class Single(Automatic):
+    """The test network in single precision."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.float()
+
+
+class Weights(L.Callback):
+    def __init__(self) -> None:
+        self.seen: list[list[float]] = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args) -> None:
+        gradnorm = next(c for c in trainer.callbacks if isinstance(c, GradNorm))
+        self.seen.append(list(gradnorm.weights.values()))
+
+
+class Overflows(L.Callback):
+    """Puts an infinity into the gradient of the first layer, which is not W, at some steps."""
+
+    def __init__(self, steps: set[int]) -> None:
+        self.steps = steps
+
+    def on_after_backward(self, trainer, pl_module) -> None:
+        if trainer.fit_loop.epoch_loop.batch_idx in self.steps:
+            pl_module.encoder[0].weight.grad[0, 0] = torch.inf
+
+
+def _batches() -> list:
+    return [{name: value.float() for name, value in batch.items()} for batch in vector_batches(3, STEPS)]
+
+
+def _trajectory(quiet_trainer, heads: bool, callbacks: tuple = (), **options) -> torch.Tensor:
+    model = Single()
+    gradnorm = GradNorm(NAMES, shared_layer="encoder.2", heads=model.heads() if heads else None)
+    weights = Weights()
+    trainer = quiet_trainer(callbacks=[*callbacks, gradnorm, weights], **options)
+    trainer.fit(model, DataLoader(_batches(), batch_size=None))
+    return torch.tensor(weights.seen)
+
+
+def _scaled() -> MixedPrecision:
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**12))
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_half_precision_with_a_scaler_follows_single_precision(quiet_trainer, heads: bool) -> None:
+    single = _trajectory(quiet_trainer, heads)
+    assert (single[-1] - 1).abs().max() > 0.1
+    half = _trajectory(quiet_trainer, heads, plugins=[_scaled()])
+    torch.testing.assert_close(half, single, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_bfloat16_follows_single_precision(quiet_trainer, heads: bool) -> None:
+    single = _trajectory(quiet_trainer, heads)
+    half = _trajectory(quiet_trainer, heads, precision="bf16-mixed")
+    torch.testing.assert_close(half, single, rtol=0.01, atol=0)
+
+
+def test_a_step_that_the_scaler_skips_changes_no_weight(quiet_trainer) -> None:
+    skipped = {3, 17, 18}
+    weights = _trajectory(quiet_trainer, True, callbacks=(Overflows(skipped),), plugins=[_scaled()])
+    moved = (weights[1:] - weights[:-1]).abs().sum(dim=1)
+    for step in range(1, STEPS):
+        assert (moved[step - 1] == 0) == (step in skipped)
+
+
+def test_norms_are_of_unscaled_gradients(quiet_trainer) -> None:
+    class Norms(L.Callback):
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+        def on_train_batch_end(self, trainer, pl_module, *args) -> None:
+            self.seen.append(trainer.callback_metrics["gradnorm/grad_norm/depth"].item())
+
+    single, half = Norms(), Norms()
+    _trajectory(quiet_trainer, True, callbacks=(single,))
+    _trajectory(quiet_trainer, True, callbacks=(half,), plugins=[_scaled()])
+    assert half.seen == pytest.approx(single.seen, rel=0.02)
