@@ -330,30 +330,27 @@ class Balancing(L.Callback):
         self._audited.add(task)
         sought = self._reader.sought if self._reader is not None else []
         where = "the shared layer" if not isinstance(self._reader, ActivationGradients) else f"'{self.representation}'"
-        if not self._at_heads:
-            if not nodes_between([node_of(loss)], sought):
-                raise ValueError(
-                    f"{self._name}: the loss of task '{task}' does not depend on {where}. Name a layer that all tasks share."
-                )
-            return
+        loss_of = f"{self._name}: the loss of task '{task}'"
         own = self._branches.get(task, set())
-        others = {node: other for other, nodes in self._branches.items() if other != task for node in nodes}
-        around = nodes_between([node_of(loss)], sought, stop=own)
-        reached_others = sorted({others[node] for node in around if node in others})
-        leave_out = "Leave heads out: then each loss gets a first-order pass of its own."
-        if reached_others:
-            raise ValueError(
-                f"{self._name}: the loss of task '{task}' also reads the head of '{reached_others[0]}', so that their "
-                f"gradients cannot be told apart at the heads. {leave_out}"
-            )
-        if around:
-            raise ValueError(
-                f"{self._name}: the loss of task '{task}' reaches {where} by a way that does not pass its head. {leave_out}"
-            )
+        start = own if self._at_heads else {node_of(loss)}
         if not nodes_between([node_of(loss)], sought):
+            raise ValueError(f"{loss_of} does not depend on {where}. Name a layer that all tasks share.")
+        if self._at_heads:
+            leave_out = "Leave heads out: then each loss gets a first-order pass of its own."
+            others = {node: other for other, nodes in self._branches.items() if other != task for node in nodes}
+            around = nodes_between([node_of(loss)], sought, stop=own)
+            reached = sorted({others[node] for node in around if node in others})
+            if reached:
+                raise ValueError(
+                    f"{loss_of} also reads the head of '{reached[0]}', so that their gradients cannot be told apart at "
+                    f"the heads. {leave_out}"
+                )
+            if around:
+                raise ValueError(f"{loss_of} reaches {where} by a way that does not pass its head. {leave_out}")
+        if any("Compiled" in node.name() for node in nodes_between(start, sought)):
             raise ValueError(
-                f"{self._name}: the loss of task '{task}' does not depend on {where} through its head. Name a layer that "
-                f"all tasks share, and the head that this loss is computed from."
+                f"{loss_of} reaches {where} through a module compiled with torch.compile, whose graph cannot be walked "
+                f"twice. Leave the last shared layer out of what is compiled, and name the heads with heads=."
             )
 
     # ---- backward ----------------------------------------------------------------------------------------------------

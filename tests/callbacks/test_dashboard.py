@@ -38,7 +38,9 @@ def run(tmp_path: Path, quiet_trainer) -> Path:
 def test_every_scalar_is_written_at_every_step(run: Path) -> None:
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    expected = {f"gradnorm/{what}/{t}" for what in ("weight", "grad_norm", "rate", "loss_ratio") for t in ("near", "far")}
+    expected = {
+        f"gradnorm/{what}/{t}" for what in ("weight", "grad_norm", "rate", "loss_ratio") for t in ("near", "far")
+    }
     assert expected | {"gradnorm/loss", "train/loss/near", "train/loss/far"} <= set(events.Tags()["scalars"])
     for tag in expected:
         assert len(events.Scalars(tag)) == STEPS
