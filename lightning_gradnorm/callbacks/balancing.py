@@ -295,8 +295,8 @@ class Balancing(L.Callback):
         for task in self._names:
             if task not in losses and task not in self._seen and not self._declared:
                 raise ValueError(
-                    f"{self._name}: task '{task}' is not among the losses of the first batch; "
-                    f"{did_you_mean(task, losses)}. (A task that is absent from a batch is given as None.)"
+                    f"{self._name}: task '{task}' is not among the losses of the first batch, which are {sorted(losses)}; "
+                    f"{did_you_mean(task, losses)} (A task that is absent from a batch is given as None.)"
                 )
 
     def _check_loss(self, task: str, loss: Any) -> None:

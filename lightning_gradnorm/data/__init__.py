@@ -1,0 +1,18 @@
+"""Data sets, one file each, as data modules whose batches are ``(inputs, {task: target})``."""
+
+from lightning_gradnorm.data.loader import EpochSampler, ResumableLoader
+from lightning_gradnorm.data.multimnist import MultiMNISTDataModule
+from lightning_gradnorm.data.sinusoids import SinusoidsDataModule
+from lightning_gradnorm.data.tensors import InMemoryDataModule, TaskTensors
+from lightning_gradnorm.data.toy import TEN_SIGMAS, ToyDataModule
+
+__all__ = [
+    "TEN_SIGMAS",
+    "EpochSampler",
+    "InMemoryDataModule",
+    "MultiMNISTDataModule",
+    "ResumableLoader",
+    "SinusoidsDataModule",
+    "TaskTensors",
+    "ToyDataModule",
+]

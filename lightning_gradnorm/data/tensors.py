@@ -1,0 +1,183 @@
+"""Multi-task data held in memory, and the data module that serves it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_gradnorm.data.loader import EpochSampler, ResumableLoader
+
+Batch = tuple[Tensor, dict[str, Tensor]]
+
+
+class TaskTensors(Dataset[Batch]):
+    """Samples of a multi-task data set held in memory: ``(inputs, {task: target})``.
+
+    A batch is one indexing operation per tensor, not one per sample, so that no worker processes are needed.
+
+    Args:
+        inputs: Shape ``(samples, ...)``. ``uint8`` is taken for pixels and handed out as ``float32`` in [0, 1].
+        targets: By task name, each of shape ``(samples, ...)``.
+
+    Raises:
+        ValueError: A target has another number of samples than the inputs.
+
+    Example:
+        >>> data = TaskTensors(torch.zeros(5, 3), {"depth": torch.ones(5, 1)})
+        >>> inputs, targets = data[2]
+        >>> inputs.shape, targets["depth"]
+        (torch.Size([3]), tensor([1.]))
+    """
+
+    def __init__(self, inputs: Tensor, targets: Mapping[str, Tensor]) -> None:
+        for task, target in targets.items():
+            if len(target) != len(inputs):
+                raise ValueError(
+                    f"TaskTensors: targets[{task!r}] should have as many samples as the inputs, {len(inputs)}; "
+                    f"got {len(target)}."
+                )
+        self.inputs = inputs
+        self.targets = dict(targets)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._at(torch.tensor(index))
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Return a whole batch: the loader's fetcher calls this one where it exists."""
+        return self._at(torch.tensor(indices))
+
+    def _at(self, index: Tensor) -> Batch:
+        inputs = self.inputs[index]
+        if inputs.dtype == torch.uint8:
+            inputs = inputs.float().div_(255)
+        return inputs, {task: target[index] for task, target in self.targets.items()}
+
+
+class InMemoryDataModule(L.LightningDataModule):
+    """Three splits of `TaskTensors`, made once and served by a `ResumableLoader` each.
+
+    A subclass says how its splits are made, in `make_splits`. Under several ranks each gets its part of every batch.
+
+    Args:
+        train_size: Number of training samples.
+        val_size: Number of validation samples.
+        test_size: Number of test samples.
+        batch_size: Samples per batch and rank.
+        seed: Seed of everything that is drawn: the data and the order of the training batches.
+        num_workers: Worker processes per loader. The data are in memory, so 0 is the fastest.
+
+    Raises:
+        TypeError: A size or the seed is not an integer.
+        ValueError: A size is less than one, or ``seed`` or ``num_workers`` negative.
+    """
+
+    def __init__(
+        self, train_size: int, val_size: int, test_size: int, batch_size: int, seed: int, num_workers: int
+    ) -> None:
+        super().__init__()
+        sizes = {"train_size": train_size, "val_size": val_size, "test_size": test_size, "batch_size": batch_size}
+        for parameter, size in sizes.items():
+            self._check_integer(parameter, size, at_least=1)
+        self._check_integer("seed", seed, at_least=0)
+        self._check_integer("num_workers", num_workers, at_least=0)
+        self.train_size = train_size
+        self.val_size = val_size
+        self.test_size = test_size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self._splits: dict[str, TaskTensors] = {}
+
+    def make_splits(self) -> dict[str, TaskTensors]:
+        """Make the data of ``"train"``, ``"val"`` and ``"test"``."""
+        raise NotImplementedError(
+            f"{type(self).__name__}: make_splits should be overridden; it is where the data come from."
+        )
+
+    def setup(self, stage: str | None = None) -> None:
+        """Make the splits, all three whatever the ``stage``; once, however often it is called."""
+        if not self._splits:
+            self._splits = self.make_splits()
+
+    @property
+    def train_data(self) -> TaskTensors:
+        """The training split."""
+        return self._split("train")
+
+    @property
+    def val_data(self) -> TaskTensors:
+        """The validation split."""
+        return self._split("val")
+
+    @property
+    def test_data(self) -> TaskTensors:
+        """The test split."""
+        return self._split("test")
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Batches of the training split, in a new order each epoch."""
+        trainer = self.trainer
+        if trainer is None:
+            return self._loader(self.train_data, shuffle=True)
+        loop: Any = trainer.fit_loop.epoch_loop
+        return self._loader(self.train_data, shuffle=True, trained=lambda: loop.batch_progress.current.processed)
+
+    def val_dataloader(self) -> ResumableLoader:
+        """Batches of the validation split, in order."""
+        return self._loader(self.val_data, shuffle=False)
+
+    def test_dataloader(self) -> ResumableLoader:
+        """Batches of the test split, in order."""
+        return self._loader(self.test_data, shuffle=False)
+
+    def _loader(self, data: TaskTensors, *, shuffle: bool, trained: Callable[[], int] | None = None) -> ResumableLoader:
+        # The strategy knows best: with tensor parallelism there are fewer shares of the data than ranks.
+        share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
+        return ResumableLoader(
+            data,
+            sampler=EpochSampler(data, shuffle=shuffle, seed=self.seed, **share),
+            trained=trained,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=_already_a_batch,
+            # An own generator: otherwise every pass over the data would advance the global one, dropout's.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def _split(self, name: str) -> TaskTensors:
+        if not self._splits:
+            raise RuntimeError(f"{type(self).__name__}: the data are made by setup(); call it first.")
+        return self._splits[name]
+
+    def _check_integer(self, parameter: str, value: Any, at_least: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{type(self).__name__}: {parameter} should be an integer; got {value!r}.")
+        if value < at_least:
+            raise ValueError(f"{type(self).__name__}: {parameter} should be at least {at_least}; got {value}.")
+
+    def _check_choice(self, parameter: str, value: str, choices: Iterable[str]) -> None:
+        choices = list(choices)
+        if value not in choices:
+            close = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"{type(self).__name__}: {parameter} should be one of {', '.join(map(repr, choices))}; got {value!r}.{hint}"
+            )
+
+    def _stream(self, name: str, number: int = 0) -> np.random.Generator:
+        """Give each thing that is drawn a generator of its own, so that no draw depends on how much others drew."""
+        return np.random.default_rng([self.seed, int.from_bytes(name.encode(), "little"), number])
+
+
+def _already_a_batch(batch: Batch) -> Batch:
+    return batch

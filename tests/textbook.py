@@ -1,0 +1,127 @@
+"""GradNorm as a textbook would write it: the oracle the callback is held against.
+
+Double backward (`create_graph=True`), one plain loop, one process, float64, no Lightning. Slow and obvious on purpose:
+it takes nothing from the package under test, so an error has to be made twice to go unseen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Losses = Mapping[str, Tensor]
+
+
+@dataclass
+class Forward:
+    """What one micro-batch gives: the raw task losses, what else the user adds to `loss`, and what the heads read."""
+
+    losses: dict[str, Tensor]
+    rest: Tensor | None = None
+    representation: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Trajectory:
+    """One entry per optimizer step; the lists of updates have one entry per weight update."""
+
+    tasks: list[str]
+    weights: list[dict[str, float]] = field(default_factory=list)  # in force after the step
+    grad_norms: list[dict[str, float]] = field(default_factory=list)  # G_i
+    rates: list[dict[str, float]] = field(default_factory=list)  # r_i
+    objective: list[float] = field(default_factory=list)  # L_grad
+
+
+def train(
+    model: nn.Module,
+    forward: Callable[[Any], Forward],
+    micro_batches: Sequence[Any],
+    shared: Sequence[nn.Parameter],
+    network_optimizer: torch.optim.Optimizer,
+    *,
+    alpha: float = 1.5,
+    weight_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] = partial(torch.optim.Adam, lr=0.025),
+    initial_losses: int | Mapping[str, float] = 1,
+    initial_weights: Mapping[str, float] | None = None,
+    priorities: Mapping[str, float] | None = None,
+    update_every: int = 1,
+    stop_after: int | None = None,
+    min_weight: float = 1e-4,
+    coefficients: Mapping[str, float] | None = None,
+    accumulate: int = 1,
+    norm_of: str = "weight",
+    tasks: Sequence[str] | None = None,
+    skip_steps: Sequence[int] = (),
+    before_micro_batch: Callable[[int], object] = lambda index: None,
+) -> Trajectory:
+    """Train `model` with GradNorm, `accumulate` micro-batches to an optimizer step.
+
+    `tasks` names all of them where a batch may lack some (then use an optimizer of the weights that has no state);
+    no weight step is taken in `skip_steps`.
+    """
+    model.train()
+    w: Tensor | None = None
+    run: Trajectory | None = None
+    first_losses: dict[str, list[Tensor]] = {}
+    for step in range(len(micro_batches) // accumulate):
+        passes = []
+        for offset in range(accumulate):
+            before_micro_batch(step * accumulate + offset)
+            passes.append(forward(micro_batches[step * accumulate + offset]))
+        if w is None or run is None:
+            run = Trajectory(list(tasks or passes[0].losses))
+            start = torch.tensor([(initial_weights or {}).get(t, 1.0) for t in run.tasks], dtype=torch.float64)
+            w = (len(run.tasks) * start / start.sum()).requires_grad_()
+            w_optimizer = weight_optimizer([w])
+        here = [i for i, t in enumerate(run.tasks) if t in passes[0].losses]
+        names = [run.tasks[i] for i in here]
+        c = torch.tensor([(coefficients or {}).get(t, 1.0) for t in names], dtype=torch.float64)
+        p = torch.tensor([(priorities or {}).get(t, 1.0) for t in run.tasks], dtype=torch.float64)
+        p = (p / p.mean())[here]
+        L = torch.stack([torch.stack([f.losses[t] for f in passes]).mean() for t in names])
+        total = (w[here] * c * L).sum()
+        for f in passes:
+            if f.rest is not None:
+                total = total + f.rest / accumulate
+        network_gradient = torch.autograd.grad(total, list(model.parameters()), retain_graph=True, allow_unused=True)
+
+        frozen = stop_after is not None and step >= stop_after
+        if step % update_every == 0 and not frozen and step not in skip_steps:
+            where = list(shared) if norm_of == "weight" else [z for f in passes for z in f.representation]
+            norms = []
+            for i in range(len(here)):
+                gradients = torch.autograd.grad(w[here][i] * c[i] * L[i], where, create_graph=True, allow_unused=True)
+                norms.append(torch.cat([g.flatten() for g in gradients if g is not None]).norm())
+            G = torch.stack(norms)
+            for t, loss in zip(names, L.detach(), strict=True):
+                seen = first_losses.setdefault(t, [])
+                if isinstance(initial_losses, int) and len(seen) < initial_losses:
+                    seen.append(loss)
+            if isinstance(initial_losses, int):
+                L0 = torch.stack([torch.stack(first_losses[t]).mean() for t in names])
+            else:
+                L0 = torch.tensor([initial_losses[t] for t in names], dtype=torch.float64)
+            ratio = L.detach() / L0
+            r = ratio / ratio.mean()
+            target = (G.mean() * p * r**alpha).detach()
+            L_grad = (G - target).abs().sum()
+            (w.grad,) = torch.autograd.grad(L_grad, w)
+            run.grad_norms.append(dict(zip(names, G.detach().tolist(), strict=True)))
+            run.rates.append(dict(zip(names, r.tolist(), strict=True)))
+            run.objective.append(float(L_grad.detach()))
+            w_optimizer.step()
+            with torch.no_grad():
+                w.clamp_(min=min_weight)
+                w[here] *= (len(run.tasks) - (w.sum() - w[here].sum())) / w[here].sum()
+
+        for parameter, gradient in zip(model.parameters(), network_gradient, strict=True):
+            parameter.grad = gradient
+        network_optimizer.step()
+        run.weights.append(dict(zip(run.tasks, w.detach().tolist(), strict=True)))
+    assert run is not None, "no micro-batch was given"
+    return run
