@@ -68,7 +68,7 @@ class ToyDataModule(InMemoryDataModule):
         input_dim: int = 250,
         output_dim: int = 100,
         spread: str = "std",
-        inputs: str = "uniform",
+        inputs: str = "normal",
         train_size: int = 10_000,
         val_size: int = 1_000,
         test_size: int = 1_000,
