@@ -22,10 +22,10 @@ from pathlib import Path
 import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 
 from lightning_gradnorm import GradNorm
-from lightning_gradnorm.cli.config import conf_dir
+from lightning_gradnorm.cli.build import build
+from lightning_gradnorm.cli.config import conf_dir, register
 
 TASKS = ("first", "second")
 
@@ -36,9 +36,7 @@ def run(seed: int, epochs: int | None) -> dict[str, dict[str, float]]:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = compose("config", overrides=overrides)
     L.seed_everything(seed, verbose=False)
-    data = instantiate(config.data, _convert_="all")
-    model = instantiate(config.model, _convert_="all")
-    gradnorm = instantiate(config.balancing, _convert_="all")
+    data, model, gradnorm = (build(config, group) for group in ("data", "model", "balancing"))
     assert isinstance(gradnorm, GradNorm)
     trainer = L.Trainer(
         max_epochs=config.trainer.max_epochs,
@@ -70,6 +68,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
     torch.set_num_threads(1)
+    register()
     lines = ["| draw | " + " | ".join(f"r² {t} | ceiling | ratio | w" for t in TASKS) + " | Σ w |", "|---" * 10 + "|"]
     ratios = []
     for seed in options.seeds:

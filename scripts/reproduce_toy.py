@@ -104,10 +104,10 @@ def train(sigmas: list[float], seed: int, gradnorm: GradNorm | None, options: ar
 def draw(path: Path, title: str, sigmas: list[float], equal: list[Trace], balanced: list[Trace]) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     colours = mpl.colormaps["viridis"].resampled(len(sigmas))
-    for i, sigma in enumerate(sigmas):
-        left.plot([w[i] for w in balanced[0].weights], color=colours(i), label=f"σ = {sigma:g}")
+    for rank, (sigma, i) in enumerate(sorted((sigma, i) for i, sigma in enumerate(sigmas))):
+        left.plot([w[i] for w in balanced[0].weights], color=colours(rank), label=f"σ = {sigma:g}")
     left.set(xlabel="step", ylabel="task weight $w_i$", title=f"{title}: weights of GradNorm (first seed)")
-    left.legend(ncols=2 if len(sigmas) > 4 else 1, fontsize=8)
+    left.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for traces, name, colour, style in (
         (equal, "equal weights", "#444444", "--"),
         (balanced, "GradNorm", "#0072b2", "-"),
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--inputs", default="normal", choices=["uniform", "normal", "unit"])
     parser.add_argument("--train-size", type=int, default=10_000)
     parser.add_argument("--look-every", type=int, default=100)
+    parser.add_argument("--name", default="toy", help="of the files written")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
@@ -175,11 +176,12 @@ def main() -> None:
                 f"{title}, seed {seed}: equal {equal[-1].ratios[-1]:.4f}, GradNorm {balanced[-1].ratios[-1]:.4f}",
                 flush=True,
             )
-        picture = f"toy_{len(sigmas)}.png"
+        picture = f"{options.name}_{len(sigmas)}.png"
         draw(options.output / picture, title, sigmas, equal, balanced)
         parts += [f"## {title}", table(sigmas, options.seeds, equal, balanced), f"![{title}]({picture})"]
-    (options.output / "toy.md").write_text("\n\n".join(parts) + "\n")
-    print(f"Wrote {options.output / 'toy.md'}")
+    report = options.output / f"{options.name}.md"
+    report.write_text("\n\n".join(parts) + "\n")
+    print(f"Wrote {report}")
 
 
 if __name__ == "__main__":

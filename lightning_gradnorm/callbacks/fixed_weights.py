@@ -20,6 +20,7 @@ class FixedWeights(Balancing):
         weights: task → weight ``w_i > 0``, used as given (they need not sum to T).
         tasks: where the losses are found, as for `GradNorm`; by default the names in ``weights`` (keys of what
             ``training_step`` returns, tasks of a `MultiTaskModule`).
+        heads: taken as by every strategy, so that one can be exchanged for another; no gradient is read.
 
     Raises:
         ValueError: fewer than two tasks, a weight that is not positive and finite, or a task without a weight.
@@ -32,8 +33,14 @@ class FixedWeights(Balancing):
         >>> trainer = L.Trainer(callbacks=[FixedWeights({"seg": 1.0, "depth": 0.2})], logger=False)
     """
 
-    def __init__(self, weights: Mapping[str, float], *, tasks: Sequence[str] | Mapping[str, str] | None = None) -> None:
-        super().__init__(list(weights) if tasks is None else tasks)
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        *,
+        tasks: Sequence[str] | Mapping[str, str] | None = None,
+        heads: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(list(weights) if tasks is None else tasks, heads=heads)
         self._check_by_task("weights", weights)
         for task, weight in weights.items():
             if not (math.isfinite(weight) and weight > 0):

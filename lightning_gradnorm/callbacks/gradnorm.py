@@ -26,6 +26,10 @@ class GradNorm(Balancing):
     used as it is; its own ``loss`` stays what is logged. With ``heads`` the task gradients are read out of the one
     ordinary backward pass; without, by one first-order pass through each head.
 
+    Weights, ``L_i(0)``, the weight optimizer and the counters are part of the checkpoint: a resumed run goes on as if it had
+    not stopped. A training that begins at step 0 without a checkpoint begins with new weights, also if this object was
+    used before.
+
     Args:
         tasks: keys of the mapping that ``training_step`` returns; or ``{"seg": "train/seg_loss", …}``, names under which
             the module logs its losses; or ``None`` for all tasks of a `MultiTaskModule`. A module with manual optimization
