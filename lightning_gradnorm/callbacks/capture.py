@@ -5,6 +5,7 @@ Each function shadows one method of the LightningModule with an instance attribu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ def returned_losses(module: L.LightningModule, watch: Watch, *, asked_by: str) -
     """Hand the mapping that ``training_step`` returns to ``watch``."""
     training_step = module.training_step
 
+    @functools.wraps(training_step)  # Lightning reads the signature to see whether batch_idx is wanted
     def step(*args: Any, **kwargs: Any) -> Any:
         output = training_step(*args, **kwargs)
         if output is not None:
@@ -57,6 +59,7 @@ def logged_losses(module: L.LightningModule, names: Mapping[str, str], watch: Wa
     log = module.log
     tasks = {logged: task for task, logged in names.items()}
 
+    @functools.wraps(log)
     def log_and_watch(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         if module.trainer.training:
             all_names.add(name)
