@@ -6,6 +6,7 @@ python scripts/demo.py trainer.max_epochs=1   # any option of gradnorm-train
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from datetime import datetime
@@ -16,6 +17,8 @@ from rich.console import Console
 from lightning_gradnorm.report import comparison_table, read_run
 
 STRATEGIES = ("equal", "gradnorm")
+# In so small a network threads wait for each other more than they compute, above all beside other work.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", **os.environ}
 
 
 def main() -> None:
@@ -29,7 +32,9 @@ def main() -> None:
             *sys.argv[1:],
         ]
         console.rule(f"gradnorm-train {' '.join(options)}")
-        trained = subprocess.run([sys.executable, "-m", "lightning_gradnorm.cli.train", *options], check=False)
+        trained = subprocess.run(
+            [sys.executable, "-m", "lightning_gradnorm.cli.train", *options], check=False, env=ENVIRONMENT
+        )
         if trained.returncode:
             sys.exit(trained.returncode)
     console.rule()

@@ -1,0 +1,1 @@
+"""The command line: `gradnorm-train`, `gradnorm-eval`, and the configurations they are made of."""

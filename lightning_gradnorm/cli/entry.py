@@ -1,0 +1,103 @@
+"""What both commands share: Hydra with our configurations, and errors in one sentence."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from lightning_gradnorm.cli import errors
+from lightning_gradnorm.cli.config import register
+
+
+def run(task: Callable[[DictConfig], Any], *, command: str, folder: Path, config_name: str) -> None:
+    """Run ``task`` with the configuration that the command line asks for.
+
+    Args:
+        task: what to do with it.
+        command: the command's name, in errors.
+        folder: of the configurations.
+        config_name: the one that all others are composed into.
+    """
+    register()
+
+    def job(config: DictConfig) -> Any:
+        with errors.hydra_raises(really=errors_are_raw):  # the processes that a strategy starts are not told of it
+            try:
+                return task(config)
+            except errors.WRONG_INPUT as error:
+                if errors_are_raw or is_multirun():  # in a sweep, Hydra says which of the runs it was
+                    raise
+                errors.leave(command, error)
+
+    errors_are_raw = errors.wants_traceback()
+    main = hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(job)
+    if errors_are_raw:
+        main()
+        return
+    try:
+        with errors.hydra_raises():
+            main()
+    except errors.WRONG_INPUT as error:
+        errors.leave(command, error)
+
+
+def is_multirun() -> bool:
+    """Say whether this is one run of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def given_overrides() -> list[str]:
+    """Return the overrides on the command line."""
+    return list(get_args_parser().parse_args().overrides)
+
+
+def value_of(key: str, overrides: list[str]) -> str | None:
+    """Return the value that the overrides give ``key``, or None.
+
+    Example:
+        >>> value_of("ckpt_path", ["seed=1", "ckpt_path=runs/last.ckpt"])
+        'runs/last.ckpt'
+    """
+    values = [o.value() for o in OverridesParser.create().parse_overrides(overrides) if o.key_or_group == key]
+    return None if not values or values[-1] is None else str(values[-1])
+
+
+@contextmanager
+def more_overrides(first: list[str]) -> Iterator[None]:
+    """Put overrides before those on the command line, which prevail."""
+    before = list(sys.argv)
+    given = given_overrides()
+    place = sys.argv.index(given[0]) if given else len(sys.argv)
+    sys.argv[place:place] = first
+    try:
+        yield
+    finally:
+        sys.argv[:] = before
+
+
+@contextmanager
+def without_idle_warnings(*, in_folder_of_before: bool = False) -> Iterator[None]:
+    """Leave out warnings that everybody would see and nobody could mend.
+
+    Args:
+        in_folder_of_before: a run goes on in its own folder, which of course is not empty.
+    """
+    with warnings.catch_warnings():
+        # Our data lie in memory, where worker processes only cost; of other data num_workers is an option.
+        warnings.filterwarnings("ignore", message=".* does not have many workers", category=UserWarning)
+        # Lightning's own use of torch's pytrees.
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
+        if in_folder_of_before:
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists", category=UserWarning)
+        yield

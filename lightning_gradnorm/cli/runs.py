@@ -1,0 +1,76 @@
+"""A run's folder: what it was started with, and the checkpoints in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+CONFIG = "config.yaml"
+"""The resolved configuration, in the run's folder."""
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return the checkpoint's path.
+
+    Raises:
+        FileNotFoundError: there is no such file; says which checkpoints are there.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    # Someone who names the run or a misspelt file is shown what lies there.
+    folder = path if path.is_dir() else path.parent
+    found = sorted(str(file) for file in folder.rglob("*.ckpt"))[:20] if folder.is_dir() else []
+    near = get_close_matches(str(path), found, n=1) or found[:1]
+    there = f"did you mean {near[0]}?\n  There are: {', '.join(found)}" if near else f"there is none in {folder} either"
+    raise FileNotFoundError(f"ckpt_path should be a checkpoint file; {path} is none; {there}")
+
+
+def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Return the model's weights in a checkpoint.
+
+    Raises:
+        ValueError: the file is no checkpoint of Lightning.
+    """
+    try:
+        content: Any = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        weights: dict[str, torch.Tensor] = content["state_dict"]
+    except Exception as reason:  # whatever the unpickler makes of a foreign file
+        raise ValueError(
+            f"ckpt_path should be a checkpoint that gradnorm-train wrote; {checkpoint} cannot be read as one "
+            f"({type(reason).__name__})."
+        ) from reason
+    return weights
+
+
+def run_folder(checkpoint: Path) -> Path | None:
+    """Return the folder of the run that the checkpoint is of: the nearest above it that has a ``config.yaml``."""
+    near = list(checkpoint.resolve().parents)[:2]
+    return next((folder for folder in near if (folder / CONFIG).is_file()), None)
+
+
+def options_of_run(folder: Path, given: Sequence[str]) -> list[str]:
+    r"""Return the overrides that a run was started with, without those that are ``given`` anew.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     (Path(folder) / ".hydra").mkdir()
+        ...     _ = (Path(folder) / ".hydra" / "overrides.yaml").write_text("- seed=3\n- data=toy\n")
+        ...     options_of_run(Path(folder), given=["seed=4"])
+        ['data=toy']
+    """
+    record = folder / ".hydra" / "overrides.yaml"
+    if not record.is_file():
+        return []
+    before = [str(override) for override in OmegaConf.load(record)]
+    parser = OverridesParser.create()
+    new = {override.key_or_group for override in parser.parse_overrides(list(given))}
+    parsed = zip(before, parser.parse_overrides(before), strict=True)
+    return [text for text, override in parsed if override.key_or_group not in new]

@@ -1,0 +1,185 @@
+"""`gradnorm-train`: one run, from a configuration to test metrics."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from hydra._internal.utils import get_args_parser
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from lightning_gradnorm.callbacks.naming import did_you_mean
+from lightning_gradnorm.cli import entry, errors, runs
+from lightning_gradnorm.cli.build import build
+from lightning_gradnorm.cli.config import conf_dir
+from lightning_gradnorm.cli.interrupt import SaveOnInterrupt
+from lightning_gradnorm.report import task_table, write_metrics
+
+COMMAND = "gradnorm-train"
+
+
+def main() -> None:
+    """Train as the command line says; ``gradnorm-train --help`` explains it."""
+    try:
+        more = _options_to_go_on_with()
+    except errors.WRONG_INPUT as error:
+        if errors.wants_traceback():
+            raise
+        errors.leave(COMMAND, error)
+    with entry.more_overrides(more):
+        entry.run(_train_and_compare, command=COMMAND, folder=conf_dir(), config_name="config")
+
+
+def _options_to_go_on_with() -> list[str]:
+    """Return the options and the folder of the run whose checkpoint is given; what is given anew prevails."""
+    given = entry.given_overrides()
+    path = entry.value_of("ckpt_path", given)
+    folder = None if path is None else runs.run_folder(runs.find_checkpoint(path))
+    if folder is None:
+        return []
+    options = runs.options_of_run(folder, given)
+    is_sweep = get_args_parser().parse_args().multirun
+    if is_sweep or entry.value_of("hydra.run.dir", given) is not None:
+        return options
+    return [*options, f"hydra.run.dir={_quoted(str(folder))}"]
+
+
+def _train_and_compare(config: DictConfig) -> float | None:
+    metrics = train(config)
+    wanted = config.optimized_metric
+    if wanted in metrics:
+        return metrics[wanted]
+    if entry.is_multirun():
+        raise ValueError(f"optimized_metric '{wanted}' is not logged; {did_you_mean(wanted, metrics)}")
+    return None
+
+
+def train(config: DictConfig) -> dict[str, float]:
+    """Train, test and write the run's folder, ``config.paths.run_dir``.
+
+    The folder gets ``config.yaml`` (resolved), ``checkpoints/``, what the loggers write, ``test_metrics.json`` and, of a
+    balancing strategy, ``weights.json``.
+
+    Args:
+        config: as ``conf/config.yaml`` composes it.
+
+    Returns:
+        The last metrics of training and validation, and those of the test.
+
+    Raises:
+        ValueError, TypeError: an option is wrong; says which.
+        SystemExit: stopped by Ctrl-C; status 130.
+    """
+    run_dir = Path(config.paths.run_dir)
+    resumed_from = None if config.ckpt_path is None else runs.find_checkpoint(config.ckpt_path)
+    if resumed_from is not None:
+        runs.read_weights(resumed_from)  # before anything is written
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    data = build(config, "data")
+    model = build(config, "model")
+    balancing = build(config, "balancing")
+    callbacks = [one for one in (balancing, *_all_of(config, "callbacks")) if one is not None]
+    loggers = _all_of(config, "logger")
+    trainer: L.Trainer = build(config, "trainer", callbacks=callbacks, logger=loggers)
+    _refuse_processes_that_replay_the_sweep(trainer)
+
+    console = Console(quiet=not trainer.is_global_zero)
+    if trainer.is_global_zero:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, run_dir / runs.CONFIG, resolve=True)
+    with entry.without_idle_warnings(in_folder_of_before=_is_inside(resumed_from, run_dir)):
+        try:
+            trainer.fit(model, datamodule=data, ckpt_path=resumed_from)
+        except SystemExit:
+            if not trainer.interrupted:
+                raise
+            console.print(_how_to_go_on(trainer), soft_wrap=True, highlight=False)
+            sys.exit(130)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        weights = _weights(balancing)
+        if config.test:
+            trainer.test(model, datamodule=data, ckpt_path=_to_test(trainer), verbose=False)
+            tested = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            metrics |= tested
+    if trainer.is_global_zero:
+        if config.test:
+            write_metrics(run_dir, tested)
+            console.print(task_table(tested, weights.get("weights")))
+        if weights:
+            (run_dir / "weights.json").write_text(json.dumps(weights, indent=2) + "\n")
+        console.print(f"run folder   {_short(run_dir)}", soft_wrap=True, highlight=False)
+        if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+            console.print(
+                f"look at it   tensorboard --logdir {shlex.quote(_short(run_dir))}", soft_wrap=True, highlight=False
+            )
+    return metrics
+
+
+def _is_inside(checkpoint: Path | None, folder: Path) -> bool:
+    return checkpoint is not None and checkpoint.resolve().is_relative_to(folder.resolve())
+
+
+def _all_of(config: DictConfig, group: str) -> list[Any]:
+    """Return the objects of a group that has several by name; a name that is null is left out."""
+    built = [build(config, f"{group}.{name}") for name in config[group] or ()]
+    return [one for one in built if one is not None]
+
+
+def _to_test(trainer: L.Trainer) -> str | None:
+    """Return the best checkpoint, or else the last; ``None`` is the model as it is."""
+    checkpoint = trainer.checkpoint_callback
+    if not isinstance(checkpoint, ModelCheckpoint) or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    return checkpoint.best_model_path or checkpoint.last_model_path or None
+
+
+def _weights(balancing: Any) -> dict[str, dict[str, float]]:
+    """Return the task weights at the end and their mean over training, as far as the strategy has them."""
+    found = {name: getattr(balancing, name, None) for name in ("weights", "mean_weights")}
+    return {name: dict(value) for name, value in found.items() if value}
+
+
+def _refuse_processes_that_replay_the_sweep(trainer: L.Trainer) -> None:
+    if entry.is_multirun() and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        raise ValueError(
+            "trainer.strategy should not start processes by the command line in a sweep, each would run the whole sweep; "
+            "got one that does. Give trainer.strategy=ddp_spawn, or trainer.devices=1."
+        )
+
+
+def _how_to_go_on(trainer: L.Trainer) -> str:
+    saved = [c.checkpoint for c in trainer.callbacks if isinstance(c, SaveOnInterrupt) and c.interrupted]  # type: ignore[attr-defined]
+    checkpoint = trainer.checkpoint_callback
+    if isinstance(checkpoint, ModelCheckpoint) and checkpoint.last_model_path:
+        saved.append(Path(checkpoint.last_model_path))
+    existing = [path for path in saved if path.is_file()]
+    if not existing:
+        return "Interrupted; there is no checkpoint yet."
+    config_dir = get_args_parser().parse_args().config_dir
+    options = [] if config_dir is None else ["--config-dir", config_dir]
+    words = [COMMAND, *options, f"ckpt_path={_quoted(_short(existing[0]))}"]
+    return f"Interrupted. To go on:\n  {shlex.join(words)}"
+
+
+def _quoted(value: str) -> str:
+    """Return the value as Hydra's grammar wants it on the command line."""
+    return value if re.fullmatch(r"[\w./-]+", value) else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _short(path: Path) -> str:
+    """Return the path as seen from the folder where the command was given."""
+    path, here = path.resolve(), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The test metrics of a run, as they lie in its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+FILE = "test_metrics.json"
+"""Name of the file in the run's folder: ``{"test/loss": …, "test/<metric>/<task>": …}``."""
+
+ALL_TASKS = "all"
+"""The row of what is not one task's, such as the sum of the losses."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    name: str
+    metrics: dict[str, float]
+
+
+def write_metrics(folder: str | Path, metrics: Mapping[str, float]) -> Path:
+    """Write the metrics into the run's folder; return the file."""
+    path = Path(folder) / FILE
+    path.write_text(json.dumps(dict(metrics), indent=2) + "\n")
+    return path
+
+
+def read_run(folder: str | Path, name: str | None = None) -> Run:
+    """Return the run in that folder.
+
+    Args:
+        folder: where `write_metrics` wrote.
+        name: what the run is called in tables; by default the folder's name.
+
+    Raises:
+        FileNotFoundError: the folder has no test metrics.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = write_metrics(folder, {"test/loss": 0.5})
+        ...     read_run(folder, name="equal")
+        Run(name='equal', metrics={'test/loss': 0.5})
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} should be there once a run is finished; found none. Give the folder of a run that was tested (test=true)."
+        )
+    return Run(
+        name or Path(folder).name, {metric: float(value) for metric, value in json.loads(path.read_text()).items()}
+    )
+
+
+def by_task(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Return task → metric → value; what is named ``stage/metric`` alone is of all tasks and comes last.
+
+    Example:
+        >>> by_task({"test/loss": 3.0, "test/loss/left": 1.0, "test/accuracy/left": 0.9})
+        {'left': {'loss': 1.0, 'accuracy': 0.9}, 'all': {'loss': 3.0}}
+    """
+    rows: dict[str, dict[str, float]] = {}
+    of_all: dict[str, float] = {}
+    for name, value in metrics.items():
+        _, metric, *task = name.split("/", 2)
+        (rows.setdefault(task[0], {}) if task else of_all)[metric] = value
+    return {**rows, ALL_TASKS: of_all} if of_all else rows

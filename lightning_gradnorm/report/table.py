@@ -1,0 +1,93 @@
+"""Tables for the terminal: one run by task, several runs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+
+from lightning_gradnorm.report.results import ALL_TASKS, Run, by_task
+
+_HIGHER_IS_BETTER = {"accuracy", "auroc", "dice", "f1", "iou", "miou", "pixel_accuracy", "precision", "r2", "recall"}
+_LOWER_IS_BETTER = {"error", "loss", "mae", "mse", "rmse"}
+
+
+def task_table(
+    metrics: Mapping[str, float], weights: Mapping[str, float] | None = None, *, title: str = "Test metrics by task"
+) -> Table:
+    """Return a table with a row for each task and a column for each metric.
+
+    Args:
+        metrics: ``test/<metric>/<task>`` → value.
+        weights: loss weight by task, the last column.
+        title: what stands above.
+
+    Example:
+        >>> table = task_table({"test/loss/left": 1.0, "test/loss/right": 2.0}, weights={"left": 0.8, "right": 1.2})
+        >>> [column.header for column in table.columns], table.row_count
+        (['task', 'loss', 'weight'], 2)
+    """
+    rows = by_task(metrics)
+    columns = list(dict.fromkeys(metric for row in rows.values() for metric in row))
+    table = Table(title=title, title_justify="left")
+    table.add_column("task")
+    for column in [*columns, *(["weight"] if weights else [])]:
+        table.add_column(column, justify="right")
+    for task, row in rows.items():
+        if task == ALL_TASKS:
+            table.add_section()
+        cells = [_number(row.get(column)) for column in columns]
+        if weights:
+            cells.append(_number(weights.get(task)))
+        table.add_row(task, *cells)
+    return table
+
+
+def comparison_table(runs: Sequence[Run], *, title: str = "Test metrics") -> Table:
+    """Return a table with a row for each task and metric and a column for each run; ``*`` marks the best.
+
+    Which way is better is known of common metrics; of others none is marked, nor where all runs are equal.
+
+    Raises:
+        ValueError: no run.
+
+    Example:
+        >>> equal, gradnorm = Run("equal", {"test/loss/left": 1.0}), Run("gradnorm", {"test/loss/left": 0.5})
+        >>> table = comparison_table([equal, gradnorm])
+        >>> [[str(cell) for cell in column.cells] for column in table.columns]
+        [['left'], ['loss ↓'], ['1'], ['[bold green]0.5 *[/]']]
+    """
+    if not runs:
+        raise ValueError("comparison_table: runs should be one or more; got none.")
+    table = Table(title=title, title_justify="left")
+    table.add_column("task")
+    table.add_column("metric")
+    for run in runs:
+        table.add_column(run.name, justify="right")
+    by_run = [by_task(run.metrics) for run in runs]
+    rows = dict.fromkeys((task, metric) for run in by_run for task, row in run.items() for metric in row)
+    last = None
+    for task, metric in rows:
+        if last not in (None, task):
+            table.add_section()
+        values = [run.get(task, {}).get(metric) for run in by_run]
+        best = _best(metric, values)
+        cells = [_number(value) if value != best else f"[bold green]{_number(value)} *[/]" for value in values]
+        table.add_row(task if task != last else "", f"{metric}{_arrow(metric)}", *cells)
+        last = task
+    return table
+
+
+def _best(metric: str, values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    if len(set(known)) < 2 or not _arrow(metric):
+        return float("nan")  # equal to none of them
+    return max(known) if metric in _HIGHER_IS_BETTER else min(known)
+
+
+def _arrow(metric: str) -> str:
+    return " ↑" if metric in _HIGHER_IS_BETTER else " ↓" if metric in _LOWER_IS_BETTER else ""
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

