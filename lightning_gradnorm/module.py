@@ -262,7 +262,7 @@ class MultiTaskModule(L.LightningModule):
             {name: value.detach() for name, value in named.items()},
             on_step=in_training,
             on_epoch=not in_training,
-            prog_bar=False,
+            sync_dist=not in_training,
             batch_size=batch_size,
         )
 

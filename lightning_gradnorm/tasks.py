@@ -68,6 +68,10 @@ def regression_tasks(names: int | Sequence[str], in_features: int, out_features:
     if isinstance(names, int):
         names = [f"task_{i}" for i in range(names)]
     return {
-        name: Task(nn.Linear(in_features, out_features), nn.MSELoss(), {"r2": R2Score(), "mse": MeanSquaredError()})
+        name: Task(
+            nn.Linear(in_features, out_features),
+            nn.MSELoss(),
+            {"r2": R2Score(multioutput="variance_weighted"), "mse": MeanSquaredError()},
+        )
         for name in names
     }
