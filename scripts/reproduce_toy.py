@@ -1,6 +1,7 @@
 """The paper's toy problem (GradNorm, section 4): equal weights against GradNorm, several seeds, table and figure.
 
     python scripts/reproduce_toy.py                 # T = 2 and T = 10, five seeds, writes docs/results/toy.md and .png
+    python scripts/reproduce_toy.py --steps 8000 --seeds 0 1 2 --name toy_8000_steps
     python scripts/reproduce_toy.py --quick         # one seed, few steps: shows that it runs
 
 The criterion is the paper's: the test losses divided by their values at the start, summed over the tasks. Both runs of a
