@@ -1,0 +1,167 @@
+"""What GradNorm costs: time of a whole training step relative to equal weights, inside the same Lightning loop.
+
+    python scripts/benchmark.py                  # writes docs/results/step_time.md
+    python scripts/benchmark.py --rounds 1       # shows that it runs
+
+In each round every configuration trains one short run, in shuffled order; the figure is the median over the rounds of a
+run's mean step time, first steps left out. Models: `conv` (6 convolutions, linear heads), `mlp` (4 × 512, linear heads) and
+`dense` (the convolutions with a 3-convolution upsampling head for each task).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import logging
+import platform
+import random
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_gradnorm import GradNorm
+
+CASES = (("conv", 3), ("conv", 10), ("mlp", 3), ("mlp", 10), ("dense", 3), ("dense", 5))
+STEPS, WARM_UP = 24, 8
+
+
+def convolutions() -> nn.Sequential:
+    channels, strides = [3, 16, 32, 32, 64, 64, 64], [1, 2, 1, 2, 1, 1]
+    layers: list[nn.Module] = []
+    for here, there, stride in zip(channels, channels[1:], strides, strict=False):
+        layers += [nn.Conv2d(here, there, 3, padding=1, stride=stride), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def perceptron() -> nn.Sequential:
+    sizes = [128, 512, 512, 512, 512]
+    pairs = itertools.pairwise(sizes)
+    return nn.Sequential(*[layer for here, there in pairs for layer in (nn.Linear(here, there), nn.ReLU())])
+
+
+def head(kind: str) -> nn.Module:
+    if kind == "mlp":
+        return nn.Linear(512, 10)
+    if kind == "conv":
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    up = nn.Upsample(scale_factor=2)
+    first, second, third = (nn.Conv2d(a, b, 3, padding=1) for a, b in ((64, 32), (32, 16), (16, 1)))
+    return nn.Sequential(first, nn.ReLU(), up, second, nn.ReLU(), up, third)
+
+
+class Model(L.LightningModule):
+    """A trunk, T heads, T losses in the returned mapping."""
+
+    def __init__(self, kind: str, tasks: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = perceptron() if kind == "mlp" else convolutions()
+        self.heads = nn.ModuleDict({f"task_{i}": head(kind) for i in range(tasks)})
+        self.shared_layer = "encoder.6" if kind == "mlp" else "encoder.10"
+
+    @override
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        z = self.encoder(batch)
+        losses = {task: one(z).square().mean() for task, one in self.heads.items()}
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-4)
+
+
+class Clock(L.Callback):
+    """Notes when each step begins."""
+
+    def __init__(self) -> None:
+        self.starts: list[float] = []
+
+    @override
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.starts.append(time.perf_counter())
+
+    def step_time(self) -> float:
+        return (self.starts[-1] - self.starts[WARM_UP]) / (len(self.starts) - 1 - WARM_UP)
+
+
+def configurations(model: Model) -> dict[str, Callable[[], list[L.Callback]]]:
+    tasks, layer = list(model.heads), model.shared_layer
+    heads = {task: f"heads.{task}" for task in tasks}
+    return {
+        "equal weights": list,
+        "with heads": lambda: [GradNorm(tasks, shared_layer=layer, heads=heads)],
+        "without heads": lambda: [GradNorm(tasks, shared_layer=layer)],
+        "every 8th step": lambda: [GradNorm(tasks, shared_layer=layer, heads=heads, update_every=8)],
+        "activation": lambda: [GradNorm(tasks, heads=heads, norm_of="activation")],
+    }
+
+
+def step_time(kind: str, tasks: int, callbacks: list[L.Callback]) -> float:
+    batch = torch.randn(256, 128) if kind == "mlp" else torch.randn(16, 3, 48, 48)
+    clock = Clock()
+    trainer = L.Trainer(
+        max_steps=STEPS,
+        accelerator="cpu",
+        callbacks=[*callbacks, clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Model(kind, tasks), DataLoader([batch] * STEPS, batch_size=None))  # type: ignore[arg-type]
+    return clock.step_time()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    options = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(options.threads)
+    names = list(configurations(Model("mlp", 2)))
+    lines = [
+        f"| model | T | {names[0]}, ms | " + " | ".join(names[1:]) + " |",
+        "|---|---:" + "|---:" * len(names) + "|",
+    ]
+    for kind, tasks in CASES:
+        made = configurations(Model(kind, tasks))
+        times: dict[str, list[float]] = {name: [] for name in made}
+        for _ in range(options.rounds):
+            for name in random.sample(list(made), len(made)):
+                times[name].append(step_time(kind, tasks, made[name]()))
+        plain = statistics.median(times[names[0]])
+        cells = [f"{1000 * plain:.1f}"]
+        for name in names[1:]:
+            ratios = sorted(ours / equal for ours, equal in zip(times[name], times[names[0]], strict=True))
+            low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+            cells.append(f"{statistics.median(times[name]) / plain:.2f} ({low:.2f} to {high:.2f})")
+        lines.append(f"| {kind} | {tasks} | " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    parts = [
+        "# Time of a training step",
+        f"`python scripts/benchmark.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
+        f"{datetime.date.today()}, Python {platform.python_version()}, torch {torch.__version__}, lightning {L.__version__}, "
+        f"CPU, {options.threads} threads, {options.rounds} rounds. Ratio to equal weights in the same Lightning loop: ratio of "
+        "the medians, and in brackets the quartiles of the ratios round by round.",
+        "\n".join(lines),
+    ]
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "step_time.md").write_text("\n\n".join(parts) + "\n")
+
+
+if __name__ == "__main__":
+    main()
