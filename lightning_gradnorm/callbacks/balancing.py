@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
@@ -49,11 +50,23 @@ class Window:
     backwards: int = 0
     """How many backward passes there were: the micro-batches."""
     losses: dict[str, Tensor] = field(default_factory=dict)
-    """Sum of each task's losses, detached."""
+    """Sum of each task's losses that were back-propagated, detached."""
     counts: dict[str, int] = field(default_factory=dict)
-    """In how many micro-batches each task was present."""
-    back_propagated: set[str] = field(default_factory=set)
-    """Whose hook has fired."""
+    """How many losses each sum is made of: in how many micro-batches the task was present."""
+
+
+@dataclass
+class Pass:
+    """What belongs to one training batch: its forward pass and the backward that follows."""
+
+    losses: dict[str, list[Tensor]] = field(default_factory=dict)
+    """The losses that were watched, by task; kept alive until they are back-propagated."""
+    fired: set[str] = field(default_factory=set)
+    """Tasks whose loss has been reached by a backward pass."""
+    branches: dict[str, set[Node]] = field(default_factory=dict)
+    """The branches that the tasks' heads read."""
+    backwards: int = 0
+    """How many backward passes there were."""
 
 
 class Balancing(L.Callback):
@@ -85,8 +98,8 @@ class Balancing(L.Callback):
         self._declared = False
         self._at_heads = False
         self._window = Window(measured=False)
-        self._passing: dict[str, Tensor] = {}
-        self._branches: dict[str, set[Node]] = {}
+        self._pass = Pass()
+        self._shown = True
         self._audited: set[str] = set()
         self._seen: set[str] = set()
         self._logged: set[str] = set()
@@ -107,14 +120,14 @@ class Balancing(L.Callback):
         return self._reader is not None
 
     def _prepare(self, like: Tensor) -> None:
-        """Make the state, in the dtype and on the device of ``like``."""
+        """Make the state where ``like`` is, in float64 if ``like`` is; called at the start, and when a loss is float64."""
         raise NotImplementedError
 
     def _update(self, losses: Tensor, norms: Tensor | None, present: Tensor) -> None:
         """Take in what one optimizer step has shown: mean losses, norms ``G_i`` of weighted gradients, each (T,)."""
 
     def _log(self, module: L.LightningModule) -> None:
-        """Log what the strategy has to show, in optimizer steps whose values are written."""
+        """Log what the strategy has to show of the last optimizer step."""
 
     # ---- the names ---------------------------------------------------------------------------------------------------
 
@@ -185,6 +198,9 @@ class Balancing(L.Callback):
         for names in (self._audited, self._seen, self._logged):
             names.clear()
         self._reader = self._make_reader(pl_module)
+        # All ranks take part in the sum over ranks, also one that never sees a loss: they agree on the state beforehand.
+        parameter = next((p for p in pl_module.parameters() if p.is_floating_point()), torch.zeros(()))
+        self._prepare(torch.zeros((), dtype=parameter.dtype, device=pl_module.device))
         self._at_heads = self._reader is not None and heads is not None
         with ExitStack() as hooks:  # if anything fails on the way, what was placed is taken away again
             if self._logged_names is not None:
@@ -250,10 +266,20 @@ class Balancing(L.Callback):
     ) -> None:
         self._forget_pass()
 
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        self._check_seen(pl_module)
+        if self._pass.backwards:  # a step that returned None after it had shown its losses is no step
+            self._check_back_propagated()
+        if not self._shown and is_logged_step(trainer):  # in a batch that Lightning writes, but no optimizer step
+            self._show(pl_module)
+        self._forget_pass()
+
     def _forget_pass(self) -> None:
         """Let go of all that belongs to one forward and backward pass."""
-        self._passing.clear()
-        self._branches.clear()
+        self._pass = Pass()
         if isinstance(self._reader, ActivationGradients):
             self._reader.forget()
 
@@ -281,15 +307,23 @@ class Balancing(L.Callback):
             if loss is None:
                 continue
             self._check_loss(task, loss)
-            self._prepare(loss.detach())
+            if loss.dtype == torch.float64:
+                self._prepare(self._weights_in_force().double())
+            watched = self._pass.losses.setdefault(task, [])
+            if any(one is loss for one in watched):
+                continue  # logged twice, or both returned and watched: a second hook would apply the weight twice
+            self._check_own(task, loss)
             if window.measured:
                 self._audit(task, loss)
             self._seen.add(task)
-            self._passing[task] = loss
-            loss.register_hook(partial(self._on_loss_gradient, task))  # type: ignore[no-untyped-call]
-            value = loss.detach().reshape(())
-            window.losses[task] = window.losses[task] + value if task in window.losses else value
-            window.counts[task] = window.counts.get(task, 0) + 1
+            watched.append(loss)
+            # The hook must not hold the tensor that holds the hook: it finds it by its place.
+            loss.register_hook(partial(self._on_loss_gradient, task, len(watched) - 1))  # type: ignore[no-untyped-call]
+
+    def _check_own(self, task: str, loss: Tensor) -> None:
+        for other, losses in self._pass.losses.items():
+            if other != task and any(one is loss for one in losses):
+                raise ValueError(f"{self._name}: tasks '{other}' and '{task}' have the same tensor as their loss.")
 
     def _check_known(self, losses: Mapping[str, Any]) -> None:
         for task in self._names:
@@ -315,7 +349,7 @@ class Balancing(L.Callback):
             return None
         inputs, node = branch((args, kwargs), partial(self._read, task))
         if node is not None:
-            self._branches.setdefault(task, set()).add(node)
+            self._pass.branches.setdefault(task, set()).add(node)
         return inputs
 
     def _after_encoder(self, encoder: nn.Module, args: Any, output: Any) -> None:
@@ -331,13 +365,16 @@ class Balancing(L.Callback):
         sought = self._reader.sought if self._reader is not None else []
         where = "the shared layer" if not isinstance(self._reader, ActivationGradients) else f"'{self.representation}'"
         loss_of = f"{self._name}: the loss of task '{task}'"
-        own = self._branches.get(task, set())
+        own = self._pass.branches.get(task, set())
         start = own if self._at_heads else {node_of(loss)}
         if not nodes_between([node_of(loss)], sought):
-            raise ValueError(f"{loss_of} does not depend on {where}. Name a layer that all tasks share.")
+            raise ValueError(
+                f"{loss_of} does not depend on {where}. Name a layer that all tasks share. "
+                f"(Activation checkpointing hides it, unless it is called with use_reentrant=False.)"
+            )
         if self._at_heads:
             leave_out = "Leave heads out: then each loss gets a first-order pass of its own."
-            others = {node: other for other, nodes in self._branches.items() if other != task for node in nodes}
+            others = {node: other for other, nodes in self._pass.branches.items() if other != task for node in nodes}
             around = nodes_between([node_of(loss)], sought, stop=own)
             reached = sorted({others[node] for node in around if node in others})
             if reached:
@@ -355,13 +392,17 @@ class Balancing(L.Callback):
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 
-    def _on_loss_gradient(self, task: str, seed: Tensor) -> Tensor | None:
+    def _on_loss_gradient(self, task: str, place: int, seed: Tensor) -> Tensor | None:
         if self._reading:
             return None  # our own pass from this loss, which starts with the weight already in it
-        self._window.back_propagated.add(task)
+        window, loss = self._window, self._pass.losses[task][place]
+        self._pass.fired.add(task)
+        value = loss.detach().reshape(())
+        window.losses[task] = window.losses[task] + value if task in window.losses else value
+        window.counts[task] = window.counts.get(task, 0) + 1
         weighted = seed * self._weights_in_force()[self._names.index(task)].to(seed)
-        if self._window.measured and not self._at_heads:
-            self._read(task, [self._passing[task]], [weighted])
+        if window.measured and not self._at_heads:
+            self._read(task, [loss], [weighted])
         return weighted
 
     def _read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
@@ -380,6 +421,7 @@ class Balancing(L.Callback):
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._window.backwards += 1
+        self._pass.backwards += 1
 
     # ---- the optimizer step ------------------------------------------------------------------------------------------
 
@@ -388,40 +430,47 @@ class Balancing(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         window = self._window
-        self._check_back_propagated(window, pl_module)
-        if not window.losses:  # another optimizer's step, or no task was present
+        if trainer.world_size == 1 and not window.losses:  # another optimizer's step, or no task was present
             window.backwards = 0
             return
+        if self._pass.fired:
+            self._check_back_propagated()
         if _scaler_skips(trainer, optimizer):
             self._forget_pass()
             self._open_window()
             return
         losses, norms, present = self._gather(window, trainer, pl_module)
-        self._update(losses, norms, present)
-        if is_logged_step(trainer):
-            self._log(pl_module)
-        self._forget_pass()
+        if present.any():
+            self._update(losses, norms, present)
+            self._shown = False
+            if is_logged_step(trainer):
+                self._show(pl_module)
         self._open_window()
 
-    def _check_back_propagated(self, window: Window, module: L.LightningModule) -> None:
+    def _show(self, module: L.LightningModule) -> None:
+        self._log(module)
+        self._shown = True
+
+    def _check_seen(self, module: L.LightningModule) -> None:
         if self._logged_names is not None:
             unseen = [logged for task, logged in self._logged_names.items() if task not in self._seen]
-            if unseen:
+            if unseen and self._pass.backwards:
                 raise ValueError(
-                    f"{self._name}: '{unseen[0]}' was not logged before the first optimizer step; "
+                    f"{self._name}: '{unseen[0]}' was not logged in the first batch, which logged {sorted(self._logged)}; "
                     f"{did_you_mean(unseen[0], sorted(self._logged))} (In training_step, log the loss before its backward.)"
                 )
-        elif not self._seen and not self._declared and not module.automatic_optimization:
+        elif not self._seen and not self._declared and not module.automatic_optimization and self._pass.backwards:
             raise ValueError(
-                f"{self._name}: no task loss was seen before the first optimizer step. {type(module).__name__} optimizes "
-                f"manually, so that it should call watch({{'{self._names[0]}': loss, …}}) on this callback before "
-                f"manual_backward."
+                f"{self._name}: no task loss was seen in the first batch. {type(module).__name__} optimizes manually, so that "
+                f"it should call watch({{'{self._names[0]}': loss, …}}) on this callback before manual_backward."
             )
-        missed = [task for task in window.losses if task not in window.back_propagated]
+
+    def _check_back_propagated(self) -> None:
+        missed = [task for task in self._pass.losses if task not in self._pass.fired]
         if missed:
             raise ValueError(
-                f"{self._name}: what was given as the loss of task '{missed[0]}' took no part in the backward pass. Give "
-                f"the very tensor that the loss is made of, not a copy of it, and give it before backward."
+                f"{self._name}: what was given as the loss of task '{missed[0]}' took no part in the backward pass. Add "
+                f"it to what is back-propagated; give the very tensor, not a copy of it, and give it before backward."
             )
 
     def _gather(

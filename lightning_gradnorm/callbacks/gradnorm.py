@@ -109,7 +109,9 @@ class GradNorm(Balancing):
         self.min_weight = min_weight
         self._rule: GradNormRule | None = None
         self._restored: dict[str, Any] | None = None
-        self._seen_last: tuple[Balance, Tensor] | None = None
+        self._restored_by: str | None = None
+        self._stage: str | None = None
+        self._last_balance: tuple[Balance, Tensor] | None = None
         self._warned: set[str] = set()
         if self._names:
             self._check_numbers()
@@ -146,18 +148,25 @@ class GradNorm(Balancing):
             raise RuntimeError("GradNorm: the tasks of the MultiTaskModule are known once training has started")
         return dict(zip(self._names, self._new_rule(torch.zeros(())).weights.tolist(), strict=True))
 
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._stage = stage
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._stage = None
+
     # ---- the strategy's answers --------------------------------------------------------------------------------------
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step == 0 and self._restored is None:
-            self._rule = self._seen_last = None  # a training that starts anew starts with new weights
+        if self._restored_by in ("validate", "test", "predict"):
+            self._restored = None  # a checkpoint that was looked at is not one to go on from
+        if self._restored is None and (trainer.global_step == 0 or trainer.ckpt_path is not None):
+            self._rule = self._last_balance = None  # a training that starts anew starts with new weights
+            self._warned.clear()
         super().on_train_start(trainer, pl_module)
-        self._check_numbers()
-        if self._restored is not None:
-            self._new_rule(torch.zeros(())).load_state_dict(
-                self._restored
-            )  # other tasks are refused before the first batch
 
     @override
     def _make_reader(self, module: L.LightningModule) -> GradientReader:
@@ -190,8 +199,11 @@ class GradNorm(Balancing):
 
     @override
     def _prepare(self, like: Tensor) -> None:
-        if self._rule is not None and self._restored is None and self._rule.weights.device == like.device:
-            return
+        if self._rule is not None and self._restored is None:
+            now = self._rule.weights
+            if now.device == like.device and (now.dtype == torch.float64 or like.dtype != torch.float64):
+                return
+        self._check_numbers()
         state = self._restored or (None if self._rule is None else self._rule.state_dict())
         rule = self._new_rule(like)
         if state is not None:
@@ -206,7 +218,7 @@ class GradNorm(Balancing):
             if isinstance(seen, Skipped):
                 self._warn(seen)
             else:
-                self._seen_last = seen, losses
+                self._last_balance = seen, losses
         self._rule.note_step()
 
     def _warn(self, skipped: Skipped) -> None:
@@ -223,8 +235,8 @@ class GradNorm(Balancing):
         assert self._rule is not None
         by_task = {"weight": self._weights_in_force().clone()}
         shown: dict[str, Tensor | float] = {"gradnorm/skipped": float(self._rule.skipped)}
-        if self._seen_last is not None:
-            seen, losses = self._seen_last
+        if self._last_balance is not None:
+            seen, losses = self._last_balance
             shown["gradnorm/loss"] = seen.loss
             by_task["grad_norm"], by_task["rate"] = seen.grad_norms, seen.rates
             by_task["loss_ratio"] = losses / self._rule.initial_losses
@@ -243,7 +255,7 @@ class GradNorm(Balancing):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning restores callbacks before or after on_fit_start, and for validation too: it is used when training starts.
-        self._restored = dict(state_dict) or None
+        self._restored, self._restored_by = dict(state_dict) or None, self._stage
 
 
 def _check(holds: bool, parameter: str, expected: str, found: Any) -> None:
