@@ -42,7 +42,8 @@ class MultiTaskModule(L.LightningModule):
         lr_scheduler: makes the scheduler from the optimizer, stepped at the end of each epoch; or a dict as Lightning has
             it: ``{"scheduler": partial(…), "interval": "step" | "epoch", "frequency": 1, "monitor": "val/loss"}``. A
             `ReduceLROnPlateau` is stepped at the end of the epoch with the monitored metric (default ``val/loss``).
-        accumulate_grad_batches: batches of which one optimizer step takes the mean gradient; fewer at an epoch's end.
+        accumulate_grad_batches: batches of which one optimizer step takes the mean gradient; the last of an epoch may
+            have fewer (of a loader without a length their sum is still divided by the full number, as Lightning does).
         gradient_clip_val: largest 2-norm of the whole gradient, taken of the unscaled gradient.
 
     Raises:
@@ -189,7 +190,7 @@ class MultiTaskModule(L.LightningModule):
         size, batches = self.accumulate_grad_batches, self.trainer.num_training_batches
         start = batch_idx - batch_idx % size
         end = int(min(start + size, batches))
-        return end - start, batch_idx == end - 1
+        return end - start, batch_idx == end - 1 or self.trainer.is_last_batch
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

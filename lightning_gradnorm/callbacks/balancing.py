@@ -86,6 +86,8 @@ class Balancing(L.Callback):
         heads: Mapping[str, str] | None = None,
         representation: str = "encoder",
     ) -> None:
+        if heads is not None and not (isinstance(heads, Mapping) and all(isinstance(h, str) for h in heads.values())):
+            raise TypeError(f"{self._name}: heads should be a mapping from task to the name of its head; got {heads!r}")
         self.tasks = tasks
         self.heads = None if heads is None else dict(heads)
         self.representation = representation
@@ -136,8 +138,15 @@ class Balancing(L.Callback):
         return type(self).__name__
 
     def _checked_names(self, tasks: Sequence[str] | Mapping[str, str]) -> tuple[str, ...]:
-        if isinstance(tasks, str) or not all(isinstance(task, str) for task in tasks):
-            raise TypeError(f"{self._name}: tasks should be a list of names, such as ['seg', 'depth']; got {tasks!r}")
+        is_list = isinstance(tasks, Sequence | Mapping) and not isinstance(tasks, str)
+        flat = [*tasks, *tasks.values()] if isinstance(tasks, Mapping) else tasks
+        if not is_list or not all(isinstance(one, str) for one in flat):
+            raise TypeError(
+                f"{self._name}: tasks should be a list of names, such as ['seg', 'depth'], or a mapping from task to the "
+                f"name under which its loss is logged; got {tasks!r}"
+            )
+        if isinstance(tasks, Mapping) and len(set(tasks.values())) != len(tasks):
+            raise ValueError(f"{self._name}: tasks should have different losses; got {dict(tasks)}")
         names = tuple(tasks)
         if len(set(names)) != len(names):
             raise ValueError(f"{self._name}: tasks should all be different; got {list(names)}")
@@ -380,7 +389,7 @@ class Balancing(L.Callback):
             if reached:
                 raise ValueError(
                     f"{loss_of} also reads the head of '{reached[0]}', so that their gradients cannot be told apart at "
-                    f"the heads. {leave_out}"
+                    f"the heads. Are the names in heads exchanged? {leave_out}"
                 )
             if around:
                 raise ValueError(f"{loss_of} reaches {where} by a way that does not pass its head. {leave_out}")

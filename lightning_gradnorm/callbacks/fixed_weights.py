@@ -40,11 +40,13 @@ class FixedWeights(Balancing):
         tasks: Sequence[str] | Mapping[str, str] | None = None,
         heads: Mapping[str, str] | None = None,
     ) -> None:
+        if not isinstance(weights, Mapping):
+            raise TypeError(f"FixedWeights: weights should be a mapping from task to number; got {weights!r}")
         super().__init__(list(weights) if tasks is None else tasks, heads=heads)
         self._check_by_task("weights", weights)
         for task, weight in weights.items():
-            if not (math.isfinite(weight) and weight > 0):
-                raise ValueError(f"FixedWeights: weights['{task}'] should be positive and finite; got {weight}")
+            if not (isinstance(weight, int | float) and math.isfinite(weight) and weight > 0):
+                raise ValueError(f"FixedWeights: weights['{task}'] should be positive and finite; got {weight!r}")
         self.weights: dict[str, float] = {task: float(weights[task]) for task in self._names}
         self._tensor = torch.tensor(list(self.weights.values()))
 

@@ -84,19 +84,24 @@ class GradNorm(Balancing):
         representation: str = "encoder",
     ) -> None:
         super().__init__(tasks, heads=heads, representation=representation)
-        _check(math.isfinite(alpha) and alpha >= 0, "alpha", "finite and at least 0", alpha)
+        _check(
+            shared_layer is None or isinstance(shared_layer, str), "shared_layer", "a dotted name or None", shared_layer
+        )
+        _check(_is_number(alpha) and math.isfinite(alpha) and alpha >= 0, "alpha", "finite and at least 0", alpha)
         _check(callable(optimizer), "optimizer", "a callable such as partial(torch.optim.Adam, lr=0.025)", optimizer)
-        _check(update_every >= 1, "update_every", "at least 1", update_every)
-        _check(stop_after is None or stop_after >= 0, "stop_after", "None or at least 0", stop_after)
-        _check(norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", repr(norm_of))
-        _check(0 < min_weight < 1, "min_weight", "between 0 and 1", min_weight)
-        if isinstance(initial_losses, int):
-            _check(
-                initial_losses >= 1,
-                "initial_losses",
-                "a number of updates, at least 1, or numbers by task",
-                initial_losses,
-            )
+        _check(_is_integer(update_every) and update_every >= 1, "update_every", "an integer, at least 1", update_every)
+        stops = stop_after is None or (_is_integer(stop_after) and stop_after >= 0)
+        _check(stops, "stop_after", "None or an integer, at least 0", stop_after)
+        _check(norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", norm_of)
+        _check(_is_number(min_weight) and 0 < min_weight < 1, "min_weight", "between 0 and 1", min_weight)
+        _check(
+            isinstance(initial_losses, Mapping) or (_is_integer(initial_losses) and initial_losses >= 1),
+            "initial_losses",
+            "a number of updates, at least 1, or a mapping from task to number",
+            initial_losses,
+        )
+        for parameter, numbers in (("initial_weights", initial_weights), ("priorities", priorities)):
+            _check(numbers is None or isinstance(numbers, Mapping), parameter, "a mapping from task to number", numbers)
         self.shared_layer = shared_layer
         self.alpha = float(alpha)
         self.optimizer = optimizer
@@ -122,9 +127,8 @@ class GradNorm(Balancing):
             if isinstance(numbers, Mapping):
                 self._check_by_task(parameter, numbers)
                 for task, number in numbers.items():
-                    _check(
-                        math.isfinite(number) and number > 0, f"{parameter}['{task}']", "positive and finite", number
-                    )
+                    positive = _is_number(number) and math.isfinite(number) and number > 0
+                    _check(positive, f"{parameter}['{task}']", "positive and finite", number)
 
     # ---- what the user reads -----------------------------------------------------------------------------------------
 
@@ -258,6 +262,15 @@ class GradNorm(Balancing):
         self._restored, self._restored_by = dict(state_dict) or None, self._stage
 
 
-def _check(holds: bool, parameter: str, expected: str, found: Any) -> None:
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check(holds: bool, parameter: str, expected: str, found: object) -> None:
     if not holds:
-        raise ValueError(f"GradNorm: {parameter} should be {expected}; got {found}")
+        shown = repr(found) if isinstance(found, str | Mapping | Sequence) else found
+        raise ValueError(f"GradNorm: {parameter} should be {expected}; got {shown}")

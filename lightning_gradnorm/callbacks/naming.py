@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def did_you_mean(name: str, existing: Iterable[str]) -> str:
@@ -61,9 +61,11 @@ def find_shared_layer(root: nn.Module, name: str | None, *, asked_by: str) -> di
     if name in parameters:
         found = {name: parameters[name]}
     elif name and name in modules:
-        weight = f"{name}.weight"
+        # A parametrized weight (weight norm, say) is computed from parameters of its own.
         inside = {n: p for n, p in parameters.items() if n.startswith(f"{name}.")}
-        found = {weight: parameters[weight]} if weight in parameters else inside
+        parametrized = {n: p for n, p in inside.items() if n.startswith(f"{name}.parametrizations.weight.")}
+        weight = {n: p for n, p in inside.items() if n == f"{name}.weight"}
+        found = weight or parametrized or inside
         if not found:
             raise ValueError(f"{asked_by}: shared_layer '{name}' of {type(root).__name__} has no parameters.")
     else:
@@ -91,7 +93,7 @@ def _last_layer_of_encoder(root: nn.Module, *, asked_by: str) -> str:
     layers: list[str] = [
         name
         for name, module in encoder.named_modules(prefix="encoder")
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter) and weight.ndim >= 2
+        if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.ndim >= 2
     ]
     if not layers:
         raise ValueError(
