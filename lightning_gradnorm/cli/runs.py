@@ -7,12 +7,36 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from typing_extensions import override
 
 CONFIG = "config.yaml"
 """The resolved configuration, in the run's folder."""
+OVERRIDES = "overrides.yaml"
+"""The command line's overrides, beside it."""
+
+
+class RunRecord(L.Callback):
+    """Writes the run's configuration once training really begins: a resume that fails leaves the folder as it was.
+
+    Args:
+        folder: the run's folder.
+        config: the whole configuration.
+        overrides: what the command line gave.
+    """
+
+    def __init__(self, folder: Path, config: DictConfig, overrides: Sequence[str]) -> None:
+        self.folder, self.config, self.overrides = folder, config, list(overrides)
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(self.config, self.folder / CONFIG, resolve=True)
+            OmegaConf.save(OmegaConf.create(self.overrides), self.folder / OVERRIDES)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -61,12 +85,11 @@ def options_of_run(folder: Path, given: Sequence[str]) -> list[str]:
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
-        ...     (Path(folder) / ".hydra").mkdir()
-        ...     _ = (Path(folder) / ".hydra" / "overrides.yaml").write_text("- seed=3\n- data=toy\n")
+        ...     _ = (Path(folder) / "overrides.yaml").write_text("- seed=3\n- data=toy\n")
         ...     options_of_run(Path(folder), given=["seed=4"])
         ['data=toy']
     """
-    record = folder / ".hydra" / "overrides.yaml"
+    record = folder / OVERRIDES
     if not record.is_file():
         return []
     before = [str(override) for override in OmegaConf.load(record)]

@@ -11,10 +11,11 @@ from typing import Any
 
 import lightning as L
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from lightning_gradnorm.callbacks.naming import did_you_mean
@@ -87,18 +88,23 @@ def train(config: DictConfig) -> dict[str, float]:
     data = build(config, "data")
     model = build(config, "model")
     balancing = build(config, "balancing")
-    callbacks = [one for one in (balancing, *_all_of(config, "callbacks")) if one is not None]
+    record = runs.RunRecord(run_dir, config, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
+    callbacks = [one for one in (balancing, *_all_of(config, "callbacks"), record) if one is not None]
     loggers = _all_of(config, "logger")
     trainer: L.Trainer = build(config, "trainer", callbacks=callbacks, logger=loggers)
     _refuse_processes_that_replay_the_sweep(trainer)
 
     console = Console(quiet=not trainer.is_global_zero)
-    if trainer.is_global_zero:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(config, run_dir / runs.CONFIG, resolve=True)
     with entry.without_idle_warnings(in_folder_of_before=_is_inside(resumed_from, run_dir)):
         try:
             trainer.fit(model, datamodule=data, ckpt_path=resumed_from)
+        except RuntimeError as reason:
+            if "state_dict" not in str(reason):
+                raise
+            raise ValueError(
+                f"ckpt_path: the weights in {resumed_from} are of another network than the options describe. Give the "
+                f"options of its run, or none: they are taken from its folder."
+            ) from reason
         except SystemExit:
             if not trainer.interrupted:
                 raise

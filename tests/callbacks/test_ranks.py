@@ -106,3 +106,23 @@ def test_two_processes_with_accumulation_give_the_weights_of_one(tmp_path: Path)
     (one,) = _fit(tmp_path / "one", make, options, ranks=1)
     for rank in _fit(tmp_path / "two", make, options, ranks=2, accumulate=2):
         _agree(one, rank, 1e-9)
+
+
+class Absent(Automatic):
+    """No task at all on the second rank in some steps, one task in others."""
+
+    def training_step(self, batch, batch_idx):
+        output = super().training_step(batch, batch_idx)
+        if self.global_rank == 1 and batch_idx % 3 == 0:
+            output |= dict.fromkeys(NAMES)
+        if self.global_rank == 1 and batch_idx % 3 == 1:
+            output["depth"] = None
+        return output
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_tasks_absent_on_one_rank_stop_nobody_and_weights_agree(tmp_path: Path, heads: bool) -> None:
+    options = AT_HEADS if heads else {**AT_HEADS, "heads": None}
+    first, second = _fit(tmp_path / "two", lambda: Absent(T), options, ranks=2)
+    _agree(first, second, 0.0)
+    assert sum(first["weights"].values()) == pytest.approx(3)

@@ -111,6 +111,17 @@ def test_a_resumed_run_is_bit_identical_and_keeps_its_options(call: Call, tmp_pa
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a part=1", "whole"]
 
 
+def test_a_resume_that_fails_leaves_the_run_as_it_was(call: Call, tmp_path: Path) -> None:
+    call(train.main, *SMALL, "trainer.max_epochs=1", "hydra.run.dir=run")
+    run = tmp_path / "run"
+    before = {name: (run / name).read_text() for name in ("config.yaml", "overrides.yaml")}
+    said = call(train.main, "ckpt_path=run/checkpoints/last.ckpt", "experiment=toy_ten", "trainer.max_epochs=2", status=1)
+    assert "are of another network than the options describe" in said
+    assert {name: (run / name).read_text() for name in before} == before
+    call(train.main, "ckpt_path=run/checkpoints/last.ckpt", "trainer.max_epochs=2")
+    assert "max_epochs: 2" in (run / "config.yaml").read_text()
+
+
 def test_a_sweep_makes_a_folder_for_each_run(call: Call, tmp_path: Path) -> None:
     call(train.main, "-m", *SMALL, "trainer.max_epochs=1", "callbacks=none", "seed=0,1")
     (sweep,) = (tmp_path / "outputs" / "toy" / "sweep").iterdir()
