@@ -115,7 +115,9 @@ def test_a_resume_that_fails_leaves_the_run_as_it_was(call: Call, tmp_path: Path
     call(train.main, *SMALL, "trainer.max_epochs=1", "hydra.run.dir=run")
     run = tmp_path / "run"
     before = {name: (run / name).read_text() for name in ("config.yaml", "overrides.yaml")}
-    said = call(train.main, "ckpt_path=run/checkpoints/last.ckpt", "experiment=toy_ten", "trainer.max_epochs=2", status=1)
+    said = call(
+        train.main, "ckpt_path=run/checkpoints/last.ckpt", "experiment=toy_ten", "trainer.max_epochs=2", status=1
+    )
     assert "are of another network than the options describe" in said
     assert {name: (run / name).read_text() for name in before} == before
     call(train.main, "ckpt_path=run/checkpoints/last.ckpt", "trainer.max_epochs=2")
