@@ -173,7 +173,7 @@ class MultiTaskModule(L.LightningModule):
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, Balancing):
                     callback.watch(losses)
-            loss = torch.stack([one.reshape(()) for one in losses.values()]).sum()
+            loss = _total(losses)
             strategy = self.trainer.strategy
             waits = isinstance(strategy, ParallelStrategy) and not is_last
             with strategy.block_backward_sync() if waits else nullcontext():  # type: ignore[attr-defined]
@@ -241,7 +241,7 @@ class MultiTaskModule(L.LightningModule):
         predictions, losses, targets, batch_size = self._step(batch)
         if not losses:
             return
-        self._log_losses(stage, torch.stack([one.reshape(()) for one in losses.values()]).sum(), losses, batch_size)
+        self._log_losses(stage, _total(losses), losses, batch_size)
         of_stage = self.metrics[stage]
         assert isinstance(of_stage, nn.ModuleDict)
         for name, target in targets.items():
@@ -324,6 +324,10 @@ def _check(holds: bool, parameter: str, expected: str, found: Any) -> None:
     if not holds:
         found = repr(found) if isinstance(found, int | float | str | None) else type(found).__name__
         raise ValueError(f"MultiTaskModule: {parameter} should be {expected}; got {found}")
+
+
+def _total(losses: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([loss.reshape(()) for loss in losses.values()]).sum()
 
 
 def _batch_size(inputs: Any) -> int:

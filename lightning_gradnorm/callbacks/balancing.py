@@ -11,8 +11,9 @@ the task's actual contribution to the step, ``scale · w_i · c_i · ∇L_i / ac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -168,6 +169,14 @@ class Balancing(L.Callback):
         if missing:
             raise ValueError(f"{self._name}: {parameter} should name every task; {missing} are missing")
 
+    def _check_positive_by_task(self, parameter: str, numbers: Mapping[str, Any]) -> None:
+        """Refuse a mapping that does not give each of the tasks a positive number."""
+        self._check_by_task(parameter, numbers)
+        for task, number in numbers.items():
+            is_number = isinstance(number, int | float) and not isinstance(number, bool)
+            if not (is_number and math.isfinite(number) and number > 0):
+                raise ValueError(f"{self._name}: {parameter}['{task}'] should be positive and finite; got {number!r}")
+
     def _resolve_tasks(self, module: L.LightningModule) -> Mapping[str, str] | None:
         """Set the names; return the heads."""
         declared = dict(module.task_heads) if isinstance(module, DeclaresTasks) else None
@@ -316,7 +325,7 @@ class Balancing(L.Callback):
             if loss is None:
                 continue
             self._check_loss(task, loss)
-            if loss.dtype == torch.float64:
+            if loss.dtype == torch.float64 != self._weights_in_force().dtype:
                 self._prepare(self._weights_in_force().double())
             watched = self._pass.losses.setdefault(task, [])
             if any(one is loss for one in watched):
@@ -416,16 +425,11 @@ class Balancing(L.Callback):
 
     def _read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         if self._reader is not None and not self._reading:
-            with self._own_pass():
+            self._reading = True
+            try:
                 self._reader.read(task, outputs, gradients)
-
-    @contextmanager
-    def _own_pass(self) -> Iterator[None]:
-        self._reading = True
-        try:
-            yield
-        finally:
-            self._reading = False
+            finally:
+                self._reading = False
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

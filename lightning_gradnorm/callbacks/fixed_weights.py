@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import lightning as L
@@ -43,10 +42,7 @@ class FixedWeights(Balancing):
         if not isinstance(weights, Mapping):
             raise TypeError(f"FixedWeights: weights should be a mapping from task to number; got {weights!r}")
         super().__init__(list(weights) if tasks is None else tasks, heads=heads)
-        self._check_by_task("weights", weights)
-        for task, weight in weights.items():
-            if not (isinstance(weight, int | float) and math.isfinite(weight) and weight > 0):
-                raise ValueError(f"FixedWeights: weights['{task}'] should be positive and finite; got {weight!r}")
+        self._check_positive_by_task("weights", weights)
         self.weights: dict[str, float] = {task: float(weights[task]) for task in self._names}
         self._tensor = torch.tensor(list(self.weights.values()))
 

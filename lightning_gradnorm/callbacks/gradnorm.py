@@ -125,10 +125,7 @@ class GradNorm(Balancing):
         for parameter in ("initial_losses", "initial_weights", "priorities"):
             numbers = getattr(self, parameter)
             if isinstance(numbers, Mapping):
-                self._check_by_task(parameter, numbers)
-                for task, number in numbers.items():
-                    positive = _is_number(number) and math.isfinite(number) and number > 0
-                    _check(positive, f"{parameter}['{task}']", "positive and finite", number)
+                self._check_positive_by_task(parameter, numbers)
 
     # ---- what the user reads -----------------------------------------------------------------------------------------
 
@@ -180,7 +177,8 @@ class GradNorm(Balancing):
 
     @override
     def _measures(self) -> bool:
-        step = self.state_dict().get("steps", 0) if self._rule is None else self._rule.steps
+        assert self._rule is not None
+        step = self._rule.steps
         return step % self.update_every == 0 and (self.stop_after is None or step < self.stop_after)
 
     @override
