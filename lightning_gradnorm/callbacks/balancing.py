@@ -11,63 +11,28 @@ the task's actual contribution to the step, ``scale · w_i · c_i · ∇L_i / ac
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from lightning_gradnorm.callbacks import capture
+from lightning_gradnorm.callbacks.audit import Audit, check_apart
+from lightning_gradnorm.callbacks.hooks import Undo, around_call, open_compiled
 from lightning_gradnorm.callbacks.logging import is_logged_step
 from lightning_gradnorm.callbacks.naming import did_you_mean, find_module
-from lightning_gradnorm.gradients import ActivationGradients, GradientReader, branch, nodes_between
-from lightning_gradnorm.gradients.paths import node_of
-
-
-@runtime_checkable
-class DeclaresTasks(Protocol):
-    """A LightningModule that says itself which tasks it has, as `MultiTaskModule` does, and calls `watch`."""
-
-    @property
-    def task_heads(self) -> Mapping[str, str]:
-        """Task → dotted name of its head."""
-
-
-@dataclass
-class Window:
-    """What is gathered from one optimizer step to the next."""
-
-    measured: bool
-    """Whether the gradients of this step are read."""
-    backwards: int = 0
-    """How many backward passes there were: the micro-batches."""
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    """Sum of each task's losses that were back-propagated, detached."""
-    counts: dict[str, int] = field(default_factory=dict)
-    """How many losses each sum is made of: in how many micro-batches the task was present."""
-
-
-@dataclass
-class Pass:
-    """What belongs to one training batch: its forward pass and the backward that follows."""
-
-    losses: dict[str, list[Tensor]] = field(default_factory=dict)
-    """The losses that were watched, by task; kept alive until they are back-propagated."""
-    fired: set[str] = field(default_factory=set)
-    """Tasks whose loss has been reached by a backward pass."""
-    branches: dict[str, set[Node]] = field(default_factory=dict)
-    """The branches that the tasks' heads read."""
-    backwards: int = 0
-    """How many backward passes there were."""
+from lightning_gradnorm.callbacks.step import Pass, Window
+from lightning_gradnorm.callbacks.task_names import DeclaresTasks, check_by_task, checked_names
+from lightning_gradnorm.gradients import ActivationGradients, GradientReader, ReplayedGradients, branch
 
 
 class Balancing(L.Callback):
@@ -92,20 +57,24 @@ class Balancing(L.Callback):
         self.tasks = tasks
         self.heads = None if heads is None else dict(heads)
         self.representation = representation
-        self._names: tuple[str, ...] = () if tasks is None else self._checked_names(tasks)
+        self._names: tuple[str, ...] = () if tasks is None else checked_names(tasks, asked_by=self._name)
         self._logged_names = dict(tasks) if isinstance(tasks, Mapping) else None
         if self.heads is not None and self._names:
-            self._check_by_task("heads", self.heads)
+            self._check_heads()
+        self._audit = Audit(self._name, [], at_heads=False)
         self._reader: GradientReader | None = None
         self._hooks: ExitStack | None = None
+        self._spare_hooks: dict[GradientReader, Undo] = {}
+        self._attached = False
         self._declared = False
         self._at_heads = False
         self._window = Window(measured=False)
         self._pass = Pass()
         self._shown = True
-        self._audited: set[str] = set()
         self._seen: set[str] = set()
         self._logged: set[str] = set()
+        self._warned_of: set[str] = set()
+        self._compared: set[str] = set()
         self._reading = False
 
     # ---- what a strategy answers -------------------------------------------------------------------------------------
@@ -114,9 +83,9 @@ class Balancing(L.Callback):
         """Return the weights, shape (T,)."""
         raise NotImplementedError
 
-    def _make_reader(self, module: L.LightningModule) -> GradientReader | None:
-        """Return what reads the gradients; ``None`` for a strategy that needs none."""
-        return None
+    def _readers(self, module: L.LightningModule, opened: Collection[nn.Module]) -> list[GradientReader]:
+        """Return what can read the gradients, in order of preference; none for a strategy that needs none."""
+        return []
 
     def _measures(self) -> bool:
         """Say whether the gradients of the coming optimizer step are to be read."""
@@ -138,44 +107,9 @@ class Balancing(L.Callback):
     def _name(self) -> str:
         return type(self).__name__
 
-    def _checked_names(self, tasks: Sequence[str] | Mapping[str, str]) -> tuple[str, ...]:
-        is_list = isinstance(tasks, Sequence | Mapping) and not isinstance(tasks, str)
-        flat = [*tasks, *tasks.values()] if isinstance(tasks, Mapping) else tasks
-        if not is_list or not all(isinstance(one, str) for one in flat):
-            raise TypeError(
-                f"{self._name}: tasks should be a list of names, such as ['seg', 'depth'], or a mapping from task to the "
-                f"name under which its loss is logged; got {tasks!r}"
-            )
-        if isinstance(tasks, Mapping) and len(set(tasks.values())) != len(tasks):
-            raise ValueError(f"{self._name}: tasks should have different losses; got {dict(tasks)}")
-        names = tuple(tasks)
-        if len(set(names)) != len(names):
-            raise ValueError(f"{self._name}: tasks should all be different; got {list(names)}")
-        if len(names) < 2:
-            raise ValueError(
-                f"{self._name}: tasks should be at least two, for there is nothing to balance; got {list(names)}"
-            )
-        return names
-
-    def _check_by_task(self, parameter: str, numbers: Mapping[str, Any]) -> None:
-        """Refuse a mapping that does not name the very tasks there are."""
-        unknown = [name for name in numbers if name not in self._names]
-        missing = [name for name in self._names if name not in numbers]
-        if unknown:
-            raise ValueError(
-                f"{self._name}: {parameter} names '{unknown[0]}', which is not among the tasks "
-                f"{list(self._names)}; {did_you_mean(unknown[0], self._names)}"
-            )
-        if missing:
-            raise ValueError(f"{self._name}: {parameter} should name every task; {missing} are missing")
-
-    def _check_positive_by_task(self, parameter: str, numbers: Mapping[str, Any]) -> None:
-        """Refuse a mapping that does not give each of the tasks a positive number."""
-        self._check_by_task(parameter, numbers)
-        for task, number in numbers.items():
-            is_number = isinstance(number, int | float) and not isinstance(number, bool)
-            if not (is_number and math.isfinite(number) and number > 0):
-                raise ValueError(f"{self._name}: {parameter}['{task}'] should be positive and finite; got {number!r}")
+    def _check_heads(self) -> None:
+        if self.heads is not None:
+            check_by_task(self.heads, self._names, asked_by=self._name, parameter="heads")
 
     def _resolve_tasks(self, module: L.LightningModule) -> Mapping[str, str] | None:
         """Set the names; return the heads."""
@@ -188,9 +122,8 @@ class Balancing(L.Callback):
                     f"losses named: tasks=['seg', 'depth'] for keys of what training_step returns, or "
                     f"tasks={{'seg': 'train/seg_loss', …}} for what it logs."
                 )
-            self._names = self._checked_names(list(declared))
-            if self.heads is not None:
-                self._check_by_task("heads", self.heads)
+            self._names = checked_names(list(declared), asked_by=self._name)
+            self._check_heads()
         if declared is None:
             return self.heads
         unknown = [name for name in self._names if name not in declared]
@@ -213,25 +146,45 @@ class Balancing(L.Callback):
         self._refuse_sharded(trainer)
         heads = self._resolve_tasks(pl_module)
         self._remove_hooks()
-        for names in (self._audited, self._seen, self._logged):
+        self._attached = True
+        for names in (self._seen, self._logged, self._warned_of, self._compared):
             names.clear()
-        self._reader = self._make_reader(pl_module)
         # All ranks take part in the sum over ranks, also one that never sees a loss: they agree on the state beforehand.
         parameter = next((p for p in pl_module.parameters() if p.is_floating_point()), torch.zeros(()))
         self._prepare(torch.zeros((), dtype=parameter.dtype, device=pl_module.device))
-        self._at_heads = self._reader is not None and heads is not None
         with ExitStack() as hooks:  # if anything fails on the way, what was placed is taken away again
-            if self._logged_names is not None:
-                hooks.callback(capture.logged_losses(pl_module, self._logged_names, self.watch, self._logged))
-            elif pl_module.automatic_optimization:
-                hooks.callback(capture.returned_losses(pl_module, self.watch, asked_by=self._name))
-            if self._at_heads and heads is not None:
-                self._place_branches(pl_module, heads, hooks)
-            if isinstance(self._reader, ActivationGradients):
-                encoder = find_module(pl_module, self.representation, asked_by=f"{self._name}: representation")
-                hooks.callback(encoder.register_forward_hook(self._after_encoder).remove)
+            self._place_hooks(pl_module, heads, hooks)
             self._hooks = hooks.pop_all()
         self._open_window()
+
+    def _place_hooks(self, module: L.LightningModule, heads: Mapping[str, str] | None, hooks: ExitStack) -> None:
+        by_module = {} if heads is None else self._find_heads(module, heads)
+        opened, undo = open_compiled(module, (heads or {}).values())
+        hooks.callback(undo)
+        readers = self._readers(module, opened)
+        self._reader = readers[0] if readers else None
+        self._at_heads = bool(readers) and heads is not None
+        self._audit = Audit(self._name, readers, at_heads=self._at_heads)
+        if self._logged_names is not None:
+            hooks.callback(capture.logged_losses(module, self._logged_names, self.watch, self._logged))
+        elif module.automatic_optimization:
+            hooks.callback(capture.returned_losses(module, self.watch, asked_by=self._name))
+        if self._at_heads:
+            hooks.callback(capture.explained(module, self._explain))
+            for head, task in by_module.items():
+                hooks.callback(around_call(head, before=partial(self._before_head, task), first=True))
+        for reader in readers:
+            if isinstance(reader, ActivationGradients):
+                encoder = find_module(module, self.representation, asked_by=f"{self._name}: representation")
+                hooks.callback(around_call(encoder, after=partial(self._after_encoder, reader)))
+            if isinstance(reader, ReplayedGradients):
+                undo = around_call(
+                    reader.module,
+                    before=partial(self._before_replayed, reader),
+                    after=partial(self._after_replayed, reader),
+                )
+                self._spare_hooks[reader] = undo
+                hooks.callback(undo)
 
     def _open_window(self) -> None:
         if self._reader is not None:
@@ -239,14 +192,19 @@ class Balancing(L.Callback):
         self._window = Window(measured=self._measures())
 
     def _refuse_sharded(self, trainer: L.Trainer) -> None:
-        strategy = type(trainer.strategy).__name__
-        if any(word in strategy for word in ("FSDP", "DeepSpeed", "ModelParallel")):
+        strategy = trainer.strategy
+        if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
             raise ValueError(
-                f"{self._name}: {strategy} shards the model's parameters, of which the shared layer is one; this is not "
-                f"supported yet. Use strategy='ddp', or a single device."
+                f"{self._name}: {type(strategy).__name__} keeps only a piece of the shared layer on each rank, in a form that "
+                f"cannot be put together for one layer alone. Use strategy='ddp', or ModelParallelStrategy with fully_shard."
+            )
+        if isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
+            raise ValueError(
+                f"{self._name}: tensor parallelism cuts the representation into pieces, which is not supported. Use "
+                f"ModelParallelStrategy(tensor_parallel_size=1), or strategy='ddp'."
             )
 
-    def _place_branches(self, module: L.LightningModule, heads: Mapping[str, str], hooks: ExitStack) -> None:
+    def _find_heads(self, module: L.LightningModule, heads: Mapping[str, str]) -> dict[nn.Module, str]:
         by_module: dict[nn.Module, str] = {}
         for task in self._names:
             head = find_module(module, heads[task], asked_by=f"{self._name}: heads['{task}']")
@@ -256,12 +214,13 @@ class Balancing(L.Callback):
                     f"'{by_module[head]}' and '{task}'. Leave heads out: then each loss gets a pass of its own."
                 )
             by_module[head] = task
-            hooks.callback(head.register_forward_pre_hook(partial(self._before_head, task), with_kwargs=True).remove)
+        return by_module
 
     def _remove_hooks(self) -> None:
         if self._hooks is not None:
             self._hooks.close()
             self._hooks = None
+            self._spare_hooks.clear()
         self._forget_pass()
 
     @override
@@ -298,7 +257,7 @@ class Balancing(L.Callback):
     def _forget_pass(self) -> None:
         """Let go of all that belongs to one forward and backward pass."""
         self._pass = Pass()
-        if isinstance(self._reader, ActivationGradients):
+        if self._reader is not None:
             self._reader.forget()
 
     def watch(self, losses: Mapping[str, Tensor | None]) -> None:
@@ -315,40 +274,74 @@ class Balancing(L.Callback):
             ValueError: a task is not there, or its loss is not a scalar, carries no gradient, or does not depend on the
                 shared layer.
         """
-        window = self._window
-        if self._hooks is None or not torch.is_grad_enabled():
+        if not isinstance(losses, Mapping):
+            raise TypeError(f"{self._name}: watch takes a mapping from task to loss; got {type(losses).__name__}.")
+        if not torch.is_grad_enabled():
             return
+        if self._hooks is None:
+            self._warn_if_idle(losses)
+            return
+        if self._pass.in_backward:
+            return  # a checkpoint runs the training step's code once more
         if self._logged_names is None:
             self._check_known(losses)
+        known = set(self._pass.losses)
         for task in self._names:
             loss = losses.get(task)
-            if loss is None:
-                continue
-            self._check_loss(task, loss)
-            if loss.dtype == torch.float64 != self._weights_in_force().dtype:
-                self._prepare(self._weights_in_force().double())
-            watched = self._pass.losses.setdefault(task, [])
-            if any(one is loss for one in watched):
-                continue  # logged twice, or both returned and watched: a second hook would apply the weight twice
-            self._check_own(task, loss)
-            if window.measured:
-                self._audit(task, loss)
-            self._seen.add(task)
-            watched.append(loss)
-            # The hook must not hold the tensor that holds the hook: it finds it by its place.
-            loss.register_hook(partial(self._on_loss_gradient, task, len(watched) - 1))  # type: ignore[no-untyped-call]
+            if loss is not None:
+                self._check_loss(task, loss)
+                self._watch_one(task, loss)
+        if not self._compared >= set(self._pass.losses) and set(self._pass.losses) > known:
+            check_apart(self._pass, asked_by=self._name)
+            self._compared |= set(self._pass.losses)
 
-    def _check_own(self, task: str, loss: Tensor) -> None:
-        for other, losses in self._pass.losses.items():
-            if other != task and any(one is loss for one in losses):
-                raise ValueError(f"{self._name}: tasks '{other}' and '{task}' have the same tensor as their loss.")
+    def _watch_one(self, task: str, loss: Tensor) -> None:
+        if loss.dtype == torch.float64 != self._weights_in_force().dtype:
+            self._prepare(self._weights_in_force().double())
+        owner = self._pass.task_of(loss)
+        if owner == task:
+            return  # logged twice, or both returned and watched: a second hook would apply the weight twice
+        if owner is not None:
+            raise ValueError(f"{self._name}: tasks '{owner}' and '{task}' have the same tensor as their loss.")
+        if self._window.measured:
+            self._choose(self._audit.examine(task, loss, self._pass))
+        self._seen.add(task)
+        watched = self._pass.losses.setdefault(task, [])
+        watched.append(loss)
+        # The hook must not hold the tensor that holds the hook: it finds it by its place.
+        loss.register_hook(partial(self._on_loss_gradient, task, len(watched) - 1))  # type: ignore[no-untyped-call]
+
+    def _choose(self, reader: GradientReader | None) -> None:
+        """Read with this one from now on, and take away what was placed for the others."""
+        self._reader = reader
+        for other in [other for other in self._spare_hooks if other is not reader]:
+            self._spare_hooks.pop(other)()
+            other.clear()
+
+    def _warn_if_idle(self, losses: Mapping[str, Any]) -> None:
+        """Say so, once, if nobody has ever plugged this callback into the Trainer that is training."""
+        trains = any(isinstance(loss, Tensor) and loss.requires_grad for loss in losses.values())
+        if trains and not self._attached and "watch" not in self._warned_of:
+            self._warned_of.add("watch")
+            rank_zero_warn(
+                f"{self._name}: watch was called, but this callback is not at work: no Trainer has started it. Give it to "
+                f"the Trainer that trains the module, L.Trainer(callbacks=[gradnorm]). The losses are not balanced."
+            )
 
     def _check_known(self, losses: Mapping[str, Any]) -> None:
         for task in self._names:
-            if task not in losses and task not in self._seen and not self._declared:
+            if task in losses or self._declared:
+                continue
+            if task not in self._seen:
                 raise ValueError(
                     f"{self._name}: task '{task}' is not among the losses of the first batch, which are {sorted(losses)}; "
                     f"{did_you_mean(task, losses)} (A task that is absent from a batch is given as None.)"
+                )
+            if task not in self._warned_of:
+                self._warned_of.add(task)
+                rank_zero_warn(
+                    f"{self._name}: task '{task}' is no longer among the losses, which are {sorted(losses)}; it counts as "
+                    f"absent. Give None for a task that is absent from a batch."
                 )
 
     def _check_loss(self, task: str, loss: Any) -> None:
@@ -362,51 +355,40 @@ class Balancing(L.Callback):
                 f"{asked} part of the graph, but it carries no gradient. Give the loss itself, not .detach() or .item()."
             )
 
-    def _before_head(self, task: str, head: nn.Module, args: Any, kwargs: Any) -> Any:
-        if not self._window.measured or not torch.is_grad_enabled():
+    def _notes_calls(self) -> bool:
+        """Say whether what is called now belongs to a forward pass whose gradients will be read."""
+        return self._window.measured and not self._pass.in_backward
+
+    def _before_head(self, task: str, args: Any, kwargs: Any) -> Any:
+        if not self._notes_calls() or not torch.is_grad_enabled():
             return None
+        self._pass.in_head = task
         inputs, node = branch((args, kwargs), partial(self._read, task))
         if node is not None:
             self._pass.branches.setdefault(task, set()).add(node)
         return inputs
 
-    def _after_encoder(self, encoder: nn.Module, args: Any, output: Any) -> None:
-        if self._window.measured and torch.is_grad_enabled():
-            assert isinstance(self._reader, ActivationGradients)
-            self._reader.at([t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad])
+    def _after_encoder(self, reader: ActivationGradients, output: Any) -> None:
+        if self._notes_calls() and torch.is_grad_enabled():
+            reader.at([t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad])
 
-    def _audit(self, task: str, loss: Tensor) -> None:
-        """Look along the graph, the first time a task comes, whether reading where we read gives the task's gradient."""
-        if task in self._audited:
-            return
-        self._audited.add(task)
-        sought = self._reader.sought if self._reader is not None else []
-        where = "the shared layer" if not isinstance(self._reader, ActivationGradients) else f"'{self.representation}'"
-        loss_of = f"{self._name}: the loss of task '{task}'"
-        own = self._pass.branches.get(task, set())
-        start = own if self._at_heads else {node_of(loss)}
-        if not nodes_between([node_of(loss)], sought):
-            raise ValueError(
-                f"{loss_of} does not depend on {where}. Name a layer that all tasks share. "
-                f"(Activation checkpointing hides it, unless it is called with use_reentrant=False.)"
+    # A reentrant checkpoint calls its modules without gradients and makes their output part of the graph afterwards.
+
+    def _before_replayed(self, reader: ReplayedGradients, args: Any, kwargs: Any) -> None:
+        if self._notes_calls():
+            reader.before(args, kwargs)
+
+    def _after_replayed(self, reader: ReplayedGradients, output: Any) -> Any:
+        return reader.after(output) if self._notes_calls() else None
+
+    def _explain(self, error: RuntimeError) -> str | None:
+        if "_BranchBackward" in str(error) and "inplace" in str(error):
+            return (
+                f"{self._name}: the head of task '{self._pass.in_head}' changes the representation in place, as "
+                f"ReLU(inplace=True) does, and with it what the other heads read. Make its first operation "
+                f"inplace=False, or leave heads out: then each loss gets a first-order pass of its own."
             )
-        if self._at_heads:
-            leave_out = "Leave heads out: then each loss gets a first-order pass of its own."
-            others = {node: other for other, nodes in self._pass.branches.items() if other != task for node in nodes}
-            around = nodes_between([node_of(loss)], sought, stop=own)
-            reached = sorted({others[node] for node in around if node in others})
-            if reached:
-                raise ValueError(
-                    f"{loss_of} also reads the head of '{reached[0]}', so that their gradients cannot be told apart at "
-                    f"the heads. Are the names in heads exchanged? {leave_out}"
-                )
-            if around:
-                raise ValueError(f"{loss_of} reaches {where} by a way that does not pass its head. {leave_out}")
-        if any("Compiled" in node.name() for node in nodes_between(start, sought)):
-            raise ValueError(
-                f"{loss_of} reaches {where} through a module compiled with torch.compile, whose graph cannot be walked "
-                f"twice. Leave the last shared layer out of what is compiled, and name the heads with heads=."
-            )
+        return None
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 
@@ -415,10 +397,13 @@ class Balancing(L.Callback):
             return None  # our own pass from this loss, which starts with the weight already in it
         window, loss = self._window, self._pass.losses[task][place]
         self._pass.fired.add(task)
-        value = loss.detach().reshape(())
-        window.losses[task] = window.losses[task] + value if task in window.losses else value
-        window.counts[task] = window.counts.get(task, 0) + 1
-        weighted = seed * self._weights_in_force()[self._names.index(task)].to(seed)
+        self._pass.in_backward = True
+        window.add(task, loss)
+        weight = self._weights_in_force()[self._names.index(task)]
+        applied = weight.to(seed)
+        if torch.finfo(applied.dtype).bits < torch.finfo(weight.dtype).bits:
+            window.applied[task] = applied.to(weight)
+        weighted = seed * applied
         if window.measured and not self._at_heads:
             self._read(task, [loss], [weighted])
         return weighted
@@ -435,6 +420,9 @@ class Balancing(L.Callback):
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._window.backwards += 1
         self._pass.backwards += 1
+        self._pass.in_backward = False
+        if self._window.measured and self._reader is not None:
+            self._reader.finish()
 
     # ---- the optimizer step ------------------------------------------------------------------------------------------
 
@@ -499,6 +487,12 @@ class Balancing(L.Callback):
             if task in window.losses:
                 row[0], row[1] = window.losses[task].to(like), float(window.counts[task])
         reader = self._reader if window.measured else None
+        if reader is not None:
+            for (
+                task,
+                applied,
+            ) in window.applied.items():  # as if the weight had not been rounded to the loss's precision
+                reader.rescale(task, like[self._names.index(task)] / applied)
         norms = None
         if trainer.world_size > 1:
             table = table if reader is None else torch.cat([table, reader.rows(self._names, like)], dim=1)

@@ -11,24 +11,9 @@ from typing import Any
 
 import lightning as L
 
-Undo = Callable[[], None]
+from lightning_gradnorm.callbacks.hooks import Undo, not_traced, shadow
+
 Watch = Callable[[Mapping[str, Any]], None]
-
-
-def _shadow(owner: Any, name: str, replacement: Callable[..., Any]) -> Undo:
-    """Put ``replacement`` before the method ``name`` of ``owner``, and what was there before back when undone."""
-    was_shadowed, before = name in vars(owner), vars(owner).get(name)
-    owner.__dict__[name] = replacement
-
-    def undo() -> None:
-        if vars(owner).get(name) is not replacement:
-            return  # somebody else shadowed it after us, and is to undo that himself
-        if was_shadowed:
-            owner.__dict__[name] = before
-        else:
-            del owner.__dict__[name]
-
-    return undo
 
 
 def returned_losses(module: L.LightningModule, watch: Watch, *, asked_by: str) -> Undo:
@@ -48,7 +33,7 @@ def returned_losses(module: L.LightningModule, watch: Watch, *, asked_by: str) -
             watch({name: value for name, value in output.items() if name != "loss"})
         return output
 
-    return _shadow(module, "training_step", step)
+    return shadow(module, "training_step", step)
 
 
 def logged_losses(module: L.LightningModule, names: Mapping[str, str], watch: Watch, all_names: set[str]) -> Undo:
@@ -67,4 +52,21 @@ def logged_losses(module: L.LightningModule, names: Mapping[str, str], watch: Wa
                 watch({tasks[name]: value})
         log(name, value, *args, **kwargs)
 
-    return _shadow(module, "log", log_and_watch)
+    return shadow(module, "log", not_traced(log_and_watch))
+
+
+def explained(module: L.LightningModule, explain: Callable[[RuntimeError], str | None]) -> Undo:
+    """Have a ``RuntimeError`` that comes out of ``training_step`` say what ``explain`` says of it."""
+    training_step = module.training_step
+
+    @functools.wraps(training_step)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return training_step(*args, **kwargs)
+        except RuntimeError as error:
+            message = explain(error)
+            if message is None:
+                raise
+            raise ValueError(message) from error
+
+    return shadow(module, "training_step", step)

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_gradnorm.callbacks.balancing import Balancing
+from lightning_gradnorm.callbacks.task_names import check_positive_by_task
 
 
 class FixedWeights(Balancing):
@@ -42,7 +43,7 @@ class FixedWeights(Balancing):
         if not isinstance(weights, Mapping):
             raise TypeError(f"FixedWeights: weights should be a mapping from task to number; got {weights!r}")
         super().__init__(list(weights) if tasks is None else tasks, heads=heads)
-        self._check_positive_by_task("weights", weights)
+        check_positive_by_task(weights, self._names, asked_by=self._name, parameter="weights")
         self.weights: dict[str, float] = {task: float(weights[task]) for task in self._names}
         self._tensor = torch.tensor(list(self.weights.values()))
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_gradnorm.balancing.gradnorm import Balance, GradNormRule, Skipped, WeightOptimizer
 from lightning_gradnorm.callbacks.balancing import Balancing
-from lightning_gradnorm.callbacks.naming import find_shared_layer
-from lightning_gradnorm.gradients import ActivationGradients, GradientReader, WeightGradients
+from lightning_gradnorm.callbacks.naming import find_module, find_shared_layer
+from lightning_gradnorm.callbacks.readers import weight_readers
+from lightning_gradnorm.callbacks.task_names import check_positive_by_task
+from lightning_gradnorm.gradients import ActivationGradients, GradientReader
 
 
 class GradNorm(Balancing):
@@ -125,7 +127,7 @@ class GradNorm(Balancing):
         for parameter in ("initial_losses", "initial_weights", "priorities"):
             numbers = getattr(self, parameter)
             if isinstance(numbers, Mapping):
-                self._check_positive_by_task(parameter, numbers)
+                check_positive_by_task(numbers, self._names, asked_by=self._name, parameter=parameter)
 
     # ---- what the user reads -----------------------------------------------------------------------------------------
 
@@ -170,10 +172,13 @@ class GradNorm(Balancing):
         super().on_train_start(trainer, pl_module)
 
     @override
-    def _make_reader(self, module: L.LightningModule) -> GradientReader:
+    def _readers(self, module: L.LightningModule, opened: Collection[nn.Module]) -> list[GradientReader]:
+        if self.norm_of == "activation" or self.representation != "encoder":
+            find_module(module, self.representation, asked_by=f"{self._name}: representation")
         if self.norm_of == "activation":
-            return ActivationGradients()
-        return WeightGradients(list(find_shared_layer(module, self.shared_layer, asked_by=self._name).values()))
+            return [ActivationGradients(f"'{self.representation}'")]
+        W = find_shared_layer(module, self.shared_layer, asked_by=self._name)
+        return weight_readers(module, W, opened)
 
     @override
     def _measures(self) -> bool:

@@ -36,11 +36,23 @@ def find_module(root: nn.Module, name: str, *, asked_by: str) -> nn.Module:
     Raises:
         ValueError: there is no such module; says which there are.
     """
-    modules: dict[str, nn.Module] = dict(root.named_modules())
-    modules.pop("")
-    if name not in modules:
+    modules = _modules(root)
+    if plain_name(name) not in modules:
         raise ValueError(f"{asked_by} '{name}' is not in {type(root).__name__}; {did_you_mean(name, modules)}")
-    return modules[name]
+    return modules[plain_name(name)]
+
+
+def plain_name(name: str) -> str:
+    """Return a module's or parameter's name without what `torch.compile` puts into it."""
+    return name.replace("._orig_mod", "").removeprefix("_orig_mod.")
+
+
+def _modules(root: nn.Module) -> dict[str, nn.Module]:
+    modules: dict[str, nn.Module] = {}
+    for name, module in root.named_modules():
+        modules.setdefault(plain_name(name), module)  # the compiled module comes before what it wraps
+    modules.pop("")
+    return modules
 
 
 def find_shared_layer(root: nn.Module, name: str | None, *, asked_by: str) -> dict[str, nn.Parameter]:
@@ -57,7 +69,8 @@ def find_shared_layer(root: nn.Module, name: str | None, *, asked_by: str) -> di
     """
     if name is None:
         name = _last_layer_of_encoder(root, asked_by=asked_by)
-    modules, parameters = dict(root.named_modules()), dict(root.named_parameters(remove_duplicate=False))
+    name, modules = plain_name(name), _modules(root)
+    parameters = {plain_name(n): p for n, p in root.named_parameters(remove_duplicate=False)}
     if name in parameters:
         found = {name: parameters[name]}
     elif name and name in modules:
@@ -69,7 +82,6 @@ def find_shared_layer(root: nn.Module, name: str | None, *, asked_by: str) -> di
         if not found:
             raise ValueError(f"{asked_by}: shared_layer '{name}' of {type(root).__name__} has no parameters.")
     else:
-        modules.pop("")
         raise ValueError(
             f"{asked_by}: shared_layer '{name}' is not in {type(root).__name__}; "
             f"{did_you_mean(name, [*modules, *parameters])}"

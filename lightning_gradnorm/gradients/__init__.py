@@ -1,7 +1,17 @@
 """How each task's gradient is read out of one backward pass. Pure torch."""
 
 from lightning_gradnorm.gradients.branch import branch, fan_out
-from lightning_gradnorm.gradients.paths import nodes_between
+from lightning_gradnorm.gradients.paths import nodes_between, unwalkable
 from lightning_gradnorm.gradients.readers import ActivationGradients, GradientReader, WeightGradients
+from lightning_gradnorm.gradients.replay import ReplayedGradients
 
-__all__ = ["ActivationGradients", "GradientReader", "WeightGradients", "branch", "fan_out", "nodes_between"]
+__all__ = [
+    "ActivationGradients",
+    "GradientReader",
+    "ReplayedGradients",
+    "WeightGradients",
+    "branch",
+    "fan_out",
+    "nodes_between",
+    "unwalkable",
+]

@@ -51,3 +51,18 @@ def nodes_between(start: Iterable[Node], targets: Iterable[Tensor], *, stop: Col
             found.add(node)
             to_visit.extend(sources[node])
     return found
+
+
+def unwalkable(nodes: Iterable[Node]) -> str | None:
+    """Say what in these nodes forbids to walk them a second time beside the ordinary backward pass; ``None``: nothing.
+
+    A compiled graph frees its buffers (or, out of the compiler's cache, silently gives other numbers); FSDP's nodes gather
+    and free weights when they are passed; a reentrant checkpoint refuses to be asked for a gradient.
+    """
+    causes = {
+        "Compiled": "a module compiled with torch.compile",
+        "RegisterPostBackward": "a module sharded by FSDP",
+        "CheckpointFunction": "an activation checkpoint with use_reentrant=True",
+    }
+    names = {node.name() for node in nodes}
+    return next((cause for word, cause in causes.items() if any(word in name for name in names)), None)

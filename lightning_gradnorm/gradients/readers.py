@@ -18,11 +18,29 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def flat_row(found: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
+    """Return the gradients of ``W``'s parameters as one vector, zero where there is none, in float32 or float64."""
+    parts = [
+        torch.zeros_like(parameter) if part is None else part for part, parameter in zip(found, parameters, strict=True)
+    ]
+    row = parts[0].reshape(-1) if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
+    return _at_least_float32(row)
+
+
 class GradientReader(ABC):
-    """Sums what arrives at the sought tensors, task by task."""
+    """Sums what arrives at the sought tensors, task by task.
+
+    `read` is called in backward, `finish` after it, `forget` when the graph of the forward pass is done with, and `clear`
+    when the sums have been used.
+    """
 
     def __init__(self) -> None:
         self._rows: dict[str, Tensor] = {}
+
+    @property
+    @abstractmethod
+    def where(self) -> str:
+        """What the sought tensors are called in an error."""
 
     @property
     @abstractmethod
@@ -33,9 +51,10 @@ class GradientReader(ABC):
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add this task's gradients, which have just arrived at ``outputs``."""
 
-    @abstractmethod
     def norms_of(self, rows: Tensor) -> Tensor:
         """Return the T norms that belong to rows of shape (T, n), which may have been summed over ranks."""
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+        return norms
 
     @abstractmethod
     def width(self) -> int:
@@ -55,9 +74,23 @@ class GradientReader(ABC):
         # Row by row: a table of T copies of W would take longer to fill than the norms to compute.
         return torch.cat([self.norms_of(self._rows.get(task, nothing)[None]) for task in tasks])
 
+    def rescale(self, task: str, factor: Tensor) -> None:
+        """Multiply what was read of a task's gradient by ``factor``."""
+        if task in self._rows:
+            self._rows[task] = self._rows[task] * factor
+
+    def finish(self) -> None:
+        """Do what is left to do when a backward pass is over."""
+        return
+
+    def forget(self) -> None:
+        """Let go of the current forward pass's tensors; what was read of them stays."""
+        return
+
     def clear(self) -> None:
         """Forget what was read: a new optimizer step begins."""
         self._rows.clear()
+        self.forget()
 
     def _add(self, task: str, row: Tensor) -> None:
         self._rows[task] = self._rows[task] + row if task in self._rows else row
@@ -78,6 +111,11 @@ class WeightGradients(GradientReader):
         self._parameters = list(parameters)
 
     @property
+    def where(self) -> str:
+        """The shared layer."""
+        return "the shared layer"
+
+    @property
     def sought(self) -> list[Tensor]:
         """The tensors of ``W``."""
         return self._parameters
@@ -85,17 +123,7 @@ class WeightGradients(GradientReader):
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add the task's contribution to the gradient of ``W``."""
         found = torch.autograd.grad(outputs, self._parameters, gradients, retain_graph=True, allow_unused=True)
-        parts = [
-            torch.zeros_like(parameter) if part is None else part
-            for part, parameter in zip(found, self._parameters, strict=True)
-        ]
-        row = parts[0].reshape(-1) if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
-        self._add(task, _at_least_float32(row))
-
-    def norms_of(self, rows: Tensor) -> Tensor:
-        """Return the Euclidean norm of each row."""
-        norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-        return norms
+        self._add(task, flat_row(found, self._parameters))
 
     def width(self) -> int:
         """Return the number of values in ``W``."""
@@ -107,11 +135,20 @@ class ActivationGradients(GradientReader):
 
     Each row of a batch has a representation of its own, so that the squares simply add up over micro-batches and ranks.
     `at` names the tensors of the current forward pass.
+
+    Args:
+        name: what the representation is called in an error.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "the representation") -> None:
         super().__init__()
+        self._name = name
         self._sought: list[Tensor] = []
+
+    @property
+    def where(self) -> str:
+        """The representation."""
+        return self._name
 
     def at(self, representation: Sequence[Tensor]) -> None:
         """Take the gradients of this forward pass at these tensors."""
@@ -133,6 +170,10 @@ class ActivationGradients(GradientReader):
         if squares:
             self._add(task, torch.stack(squares).sum().reshape(1))
 
+    def rescale(self, task: str, factor: Tensor) -> None:
+        """Multiply what was read of a task's gradient by ``factor``: the squares by its square."""
+        super().rescale(task, factor.square())
+
     def norms_of(self, rows: Tensor) -> Tensor:
         """Return the root of each row's sum of squares."""
         return rows.squeeze(1).sqrt()
@@ -140,8 +181,3 @@ class ActivationGradients(GradientReader):
     def width(self) -> int:
         """Return 1: a sum of squares."""
         return 1
-
-    def clear(self) -> None:
-        """Forget what was read, and where."""
-        super().clear()
-        self.forget()

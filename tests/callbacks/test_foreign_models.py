@@ -71,28 +71,6 @@ def test_a_loss_that_passes_by_its_head_is_refused(quiet_trainer) -> None:
         quiet_trainer(callbacks=[GradNorm(NAMES, heads=model.heads())]).fit(model, Batches(vector_batches(3, 5)))
 
 
-def test_a_compiled_trunk_is_refused_not_walked_twice(quiet_trainer) -> None:
-    model = Automatic(3)
-    model.encoder = torch.compile(model.encoder, backend="aot_eager")
-    gradnorm = GradNorm(NAMES, shared_layer="encoder._orig_mod.2", heads=model.heads())
-    with pytest.raises(ValueError, match=r"through a module compiled with torch.compile"):
-        quiet_trainer(callbacks=[gradnorm]).fit(model, Batches(vector_batches(3, 5)))
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own
-def test_compiled_heads_agree_with_plain_ones(quiet_trainer) -> None:
-    found = []
-    for compiled in (False, True):
-        model = Automatic(3)
-        if compiled:
-            for name in model.heads().values():
-                setattr(model, name, torch.compile(getattr(model, name), backend="aot_eager"))
-        gradnorm = GradNorm(NAMES, heads=model.heads())
-        quiet_trainer(callbacks=[gradnorm]).fit(model, Batches(vector_batches(3, 10)))
-        found.append(gradnorm.weights)
-    assert found[1] == pytest.approx(found[0], abs=1e-12)
-
-
 def test_two_balancing_callbacks_are_refused(quiet_trainer) -> None:
     callbacks = [GradNorm(NAMES), FixedWeights(dict.fromkeys(NAMES, 1.0))]
     with pytest.raises(ValueError, match="should have one balancing callback; got GradNorm and FixedWeights"):

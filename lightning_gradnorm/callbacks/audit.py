@@ -1,0 +1,102 @@
+"""Looks along the autograd graph, before the first backward pass, whether what will be read is the task's gradient.
+
+A head that another task reads too, a loss that goes around its head, a shared layer behind a compiled graph: each would
+give plausible numbers and a wrong balance. Here each is an error that says what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lightning_gradnorm.callbacks.step import Pass
+from lightning_gradnorm.gradients import GradientReader, ReplayedGradients, WeightGradients, nodes_between, unwalkable
+from lightning_gradnorm.gradients.paths import node_of
+
+
+class Audit:
+    """Chooses, with the first task that comes, the first reader that can read it, and checks all tasks against it.
+
+    Args:
+        asked_by: the callback's name, the beginning of each error.
+        readers: in order of preference; empty for a strategy that reads nothing.
+        at_heads: whether gradients are read at the branches of heads, or else at the losses.
+    """
+
+    def __init__(self, asked_by: str, readers: Sequence[GradientReader], *, at_heads: bool) -> None:
+        self._asked_by = asked_by
+        self._readers = list(readers)
+        self._shared = [tensor for reader in readers if isinstance(reader, WeightGradients) for tensor in reader.sought]
+        self._at_heads = at_heads
+        self._chosen: GradientReader | None = None
+        self._passed: set[str] = set()
+
+    def examine(self, task: str, loss: Tensor, current: Pass) -> GradientReader | None:
+        """Return the reader that is to read this task, after a look at the graph the first time the task comes.
+
+        Raises:
+            ValueError: its gradient would not be what is read.
+        """
+        if task in self._passed:
+            return self._chosen
+        self._passed.add(task)
+        if self._chosen is None:
+            self._chosen = next((r for r in self._readers if not self._objection(r, task, loss, current)), None)
+        reader = self._chosen
+        if self._readers and reader is None:
+            reader = self._readers[0]  # whose objection is the one the user understands
+        if reader is not None and (objection := self._objection(reader, task, loss, current)):
+            raise ValueError(f"{self._asked_by}: the loss of task '{task}' {objection}")
+        return reader
+
+    def _objection(self, reader: GradientReader, task: str, loss: Tensor, current: Pass) -> str | None:
+        """Return what speaks against reading the task with this reader, the end of a sentence."""
+        sought, where = reader.sought, reader.where
+        if not nodes_between([node_of(loss)], sought):
+            return (
+                f"does not depend on {where}. Name a layer that all tasks share. (Activation checkpointing hides it, unless "
+                f"it is called with use_reentrant=False.)"
+            )
+        own = current.branches.get(task, set())
+        if self._at_heads:
+            leave_out = "Leave heads out: then each loss gets a first-order pass of its own."
+            others = {node: other for other, nodes in current.branches.items() if other != task for node in nodes}
+            around = nodes_between([node_of(loss)], sought, stop=own)
+            reached = sorted({others[node] for node in around if node in others})
+            if reached:
+                return (
+                    f"also reads the head of '{reached[0]}', so that their gradients cannot be told apart at the heads. "
+                    f"Are the names in heads exchanged? {leave_out}"
+                )
+            if around:
+                return f"reaches {where} by a way that does not pass its head. {leave_out}"
+        cause = unwalkable(nodes_between(own if self._at_heads else [node_of(loss)], sought))
+        if cause:
+            return (
+                f"reaches {where} through {cause}, whose graph cannot be walked twice. Name the heads with heads=, and a "
+                f"shared_layer from whose module to the heads nothing is compiled, sharded or checkpointed in such a way."
+            )
+        if isinstance(reader, ReplayedGradients):
+            ends = {node_of(tensor) for tensor in sought}
+            if nodes_between([node_of(loss)], self._shared, stop=ends):
+                return f"reaches the shared layer by a way that does not pass {where}."
+        return None
+
+
+def check_apart(current: Pass, *, asked_by: str) -> None:
+    """Refuse a loss of which another task's loss is a part.
+
+    Raises:
+        ValueError: the weight of one task would act on two.
+    """
+    losses = [(task, loss) for task, losses in current.losses.items() for loss in losses]
+    nodes = {node_of(loss): task for task, loss in losses}  # several losses may be outputs of one node, as of unbind
+    for task, loss in losses:
+        others = [other for _, other in losses if node_of(other) is not node_of(loss)]
+        for node in nodes_between([node_of(loss)], others):
+            if nodes.get(node, task) != task:
+                raise ValueError(
+                    f"{asked_by}: the loss of task '{task}' contains that of task '{nodes[node]}', so that the weight of "
+                    f"'{task}' would act on both. Give each task a loss of its own, and add them up in 'loss'."
+                )

@@ -1,0 +1,248 @@
+"""Running a module once more, for the gradient of its parameters where the graph of the forward pass cannot be walked.
+
+Reading a task's gradient walks part of the graph that the ordinary backward pass is about to walk. Some parts cannot be
+walked twice: what `torch.compile` made frees its buffers or, worse, gives wrong numbers; a layer that FSDP shards has let
+go of its weight; a reentrant activation checkpoint has no graph at all. A `Replay` notes how a module was called and
+which gradients of each task arrive at its output, and when the backward pass is over it runs the module again, eagerly,
+with the same input, the same random numbers and the whole of each parameter, on a small graph of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from lightning_gradnorm.gradients.readers import GradientReader, flat_row
+
+
+@dataclass
+class _Surroundings:
+    """What a module's result depends on besides its arguments and its parameters: random numbers and autocast."""
+
+    cpu: Tensor
+    devices: list[int]
+    states: list[Tensor]
+    device_type: str
+    autocast: bool
+    autocast_dtype: torch.dtype
+
+    @classmethod
+    def now(cls, tensors: Sequence[Tensor]) -> _Surroundings:
+        device_type = next((t.device.type for t in tensors if t.device.type != "cpu"), "cpu")
+        devices, states = get_device_states(*tensors)
+        return cls(
+            torch.get_rng_state(),
+            list(devices),
+            list(states),
+            device_type,
+            torch.is_autocast_enabled(device_type),
+            torch.get_autocast_dtype(device_type),
+        )
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        kind = "cuda" if self.device_type == "cpu" else self.device_type
+        with (
+            torch.random.fork_rng(self.devices, device_type=kind),
+            torch.autocast(self.device_type, dtype=self.autocast_dtype, enabled=self.autocast),
+        ):
+            torch.set_rng_state(self.cpu)
+            if self.devices:
+                set_device_states(self.devices, self.states, device_type=kind)
+            yield
+
+
+@dataclass
+class _Call:
+    """One call of the module in the current forward pass."""
+
+    arguments: Any
+    surroundings: _Surroundings
+    outputs: list[Tensor] = field(default_factory=list)
+    arrived: dict[str, list[Tensor | None]] = field(default_factory=dict)
+    """Task → its gradient at each of the outputs."""
+
+
+class ReplayedGradients(GradientReader):
+    """Reads ``∇_W L_i`` as `WeightGradients` does, by running a module that contains ``W`` once more.
+
+    Args:
+        module: a module that contains ``W`` and is called in the forward pass, each call between `before` and `after`.
+        parameters: the names of ``W`` in ``module``.
+        name: what to call the module in an error.
+    """
+
+    def __init__(self, module: nn.Module, parameters: Sequence[str], name: str) -> None:
+        super().__init__()
+        self.module = module
+        self._name = name
+        self._module = getattr(module, "_orig_mod", module)  # what torch.compile has wrapped
+        self._parameters = list(parameters)
+        self._calls: list[_Call] = []
+        self._begun: list[_Call] = []
+        self._verified = False
+
+    @property
+    def where(self) -> str:
+        """The module's output."""
+        return f"the output of '{self._name}'"
+
+    @property
+    def sought(self) -> list[Tensor]:
+        """What the module returned in this forward pass, as far as it is part of the graph."""
+        return [tensor for call in self._calls for tensor in call.outputs if tensor.requires_grad]
+
+    def width(self) -> int:
+        """Return the number of values in ``W``."""
+        parameters = dict(self._module.named_parameters(remove_duplicate=False))
+        return sum(parameters[name].numel() for name in self._parameters)
+
+    def before(self, args: Any, kwargs: Any) -> None:
+        """Note how the module is called."""
+        detached = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        tensors = [leaf for leaf in pytree.tree_leaves(detached) if isinstance(leaf, Tensor)]
+        self._begun.append(_Call(detached, _Surroundings.now(tensors)))
+
+    def after(self, output: Any) -> Any:
+        """Note what the module returns; return views of it to be handed on in its place.
+
+        Views, since the gradient at the output itself cannot be asked for where somebody else has hung a hook on it.
+        """
+        call = self._begun.pop()
+        views = pytree.tree_map_only(Tensor, lambda tensor: tensor.view_as(tensor), output)
+        call.outputs = [leaf for leaf in pytree.tree_leaves(views) if isinstance(leaf, Tensor)]
+        self._calls.append(call)
+        return views
+
+    def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Carry the task's gradient on to the module's output, and keep it there until the backward pass is over."""
+        found = iter(torch.autograd.grad(outputs, self.sought, gradients, retain_graph=True, allow_unused=True))
+        for call in self._calls:
+            here = [next(found) if tensor.requires_grad else None for tensor in call.outputs]
+            if any(gradient is not None for gradient in here):
+                call.arrived[task] = _sum(call.arrived.get(task), here)
+
+    def finish(self) -> None:
+        """Run the module again, and add what ``W`` gets from each task.
+
+        Raises:
+            RuntimeError: the second run gives something else than the first.
+        """
+        tensors = self._whole_tensors()  # may be a collective: on every rank, whichever tasks are present here
+        for call in self._calls:
+            if call.arrived:
+                self._run_again(call, tensors)
+                call.arrived = {}
+
+    def forget(self) -> None:
+        """Let go of the current forward pass."""
+        self._calls, self._begun = [], []
+
+    def _whole_tensors(self) -> dict[str, Tensor]:
+        tensors = {name: _whole(p).detach() for name, p in self._module.named_parameters()}
+        for name in self._parameters:
+            tensors[name].requires_grad_()
+        # Buffers are copied: running statistics are not to see the batch twice.
+        return tensors | {name: b.detach().clone() for name, b in self._module.named_buffers()}
+
+    def _run_again(self, call: _Call, tensors: Mapping[str, Tensor]) -> None:
+        args, kwargs = call.arguments
+        with (
+            torch.enable_grad(),
+            call.surroundings.again(),
+            _without_sharding_hooks(self._module),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            inside = {f"module.{name}": tensor for name, tensor in tensors.items()}
+            again = functional_call(_Forward(self._module), inside, args, kwargs)
+        outputs = [leaf for leaf in pytree.tree_leaves(again) if isinstance(leaf, Tensor)]
+        self._verify(call.outputs, outputs)
+        W = [tensors[name] for name in self._parameters]
+        for task, gradients in call.arrived.items():
+            pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
+            if pairs:
+                ends, arrived = zip(*pairs, strict=True)
+                found = torch.autograd.grad(ends, W, arrived, retain_graph=True, allow_unused=True)
+                self._add(task, flat_row(found, W))
+
+    def _verify(self, first: Sequence[Tensor], again: Sequence[Tensor]) -> None:
+        """Compare the two runs, once: rounding may differ, a dropout mask may not."""
+        if self._verified:
+            return
+        if len(first) != len(again) or not all(_close(a, b) for a, b in zip(first, again, strict=True)):
+            raise RuntimeError(
+                f"running '{self._name}' again did not give what it gave in the forward pass, so that no gradient can be "
+                f"read there. It should depend on nothing but its input, parameters and buffers (Dropout that "
+                f"torch.compile has compiled draws other masks). Leave the last shared layer out of what is compiled, "
+                f"checkpointed or sharded."
+            )
+        self._verified = True
+
+
+def _sum(old: list[Tensor | None] | None, new: list[Tensor | None]) -> list[Tensor | None]:
+    if old is None:
+        return new
+    return [a if b is None else b if a is None else a + b for a, b in zip(old, new, strict=True)]
+
+
+class _Forward(nn.Module):
+    """Calls a module's ``forward`` alone: what hangs on the module has run when the call was noted."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
+
+
+@contextmanager
+def _without_sharding_hooks(module: nn.Module) -> Iterator[None]:
+    """Keep FSDP2's hooks inside ``module`` quiet: they gather and free weights that we bring along ourselves."""
+    tables = [
+        (inner, table)
+        for inner in module.modules()
+        if is_sharded(inner)
+        for table in ("_forward_pre_hooks", "_forward_hooks")
+    ]
+    kept = [dict(getattr(inner, table)) for inner, table in tables]
+    for inner, table in tables:
+        getattr(inner, table).clear()
+    try:
+        yield
+    finally:
+        for (inner, table), hooks in zip(tables, kept, strict=True):
+            getattr(inner, table).update(hooks)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Say whether FSDP2 (``fully_shard``) was applied to this very module."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    if not a.is_floating_point():
+        return True
+    a, b = a.detach(), b.detach()
+    tolerance = 1e-2 if torch.finfo(a.dtype).bits >= 32 and torch.finfo(b.dtype).bits >= 32 else 5e-2
+    difference, size = (a.double() - b.double()).norm(), b.double().norm()
+    return bool(difference <= tolerance * size) or not bool(size.isfinite())

@@ -1,0 +1,281 @@
+"""A model, or any part of it, compiled by torch.compile trains as the textbook says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import textbook
+import torch
+from harness import Batches, BeforeBatch, Recorder, assert_agrees, assert_clean, traces
+from models import Automatic, Convolutional, Manual, image_batches, multi_task_module, network_sgd, vector_batches
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
+
+from lightning_gradnorm import GradNorm
+
+T, STEPS = 3, 10
+NAMES = ["seg", "depth", "normal"]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch.compile's own
+    pytest.mark.filterwarnings("ignore:`torch.jit.script"),
+]
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before() -> None:
+    torch.compiler.reset()
+    counters.clear()
+
+
+class Nested(Automatic):
+    """Encoder and heads are parts of one network, which is called as a whole."""
+
+    def build(self) -> None:
+        class Network(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.encoder = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6), nn.Tanh())
+                self.heads = nn.ModuleDict({task: nn.Linear(6, 3) for task in NAMES})
+
+            def forward(self, x):
+                z = self.encoder(x)
+                return {task: head(z) for task, head in self.heads.items()}
+
+        self.network = Network()
+
+    def heads(self) -> dict[str, str]:
+        return {task: f"network.heads.{task}" for task in NAMES}
+
+    def task_losses(self, batch):
+        outputs = self.network(batch["x"])
+        return {task: F.mse_loss(outputs[task], batch[task]) for task in NAMES}
+
+    def forward_for_textbook(self, batch):
+        return textbook.Forward(self.task_losses(batch))
+
+
+class Called(Automatic):
+    """`training_step` calls the module itself."""
+
+    def forward(self, x):
+        z = self.encoder(x)
+        return {task: getattr(self, f"{task}_head")(z) for task in NAMES}
+
+    def task_losses(self, batch):
+        outputs = self(batch["x"])
+        return {task: F.mse_loss(outputs[task], batch[task]) for task in NAMES}
+
+
+def _own_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return super(type(self), self).forward(x)
+
+
+def _wrap(*names: str) -> Callable[[Any, str], Any]:
+    def compiled(model: Any, backend: str) -> Any:
+        for name in names:
+            parent, _, attribute = name.rpartition(".")
+            owner = model.get_submodule(parent)
+            setattr(owner, attribute, torch.compile(getattr(owner, attribute), backend=backend))
+        return model
+
+    return compiled
+
+
+def _in_place(*names: str) -> Callable[[Any, str], Any]:
+    """`.compile()` does nothing for classes of torch.nn itself, which is why these get a class of their own."""
+
+    def compiled(model: Any, backend: str) -> Any:
+        for name in names:
+            module = model.get_submodule(name)
+            if type(module).__module__.startswith("torch."):
+                module.__class__ = type("Own", (type(module),), {"forward": _own_forward})
+            model.get_submodule(name).compile(backend=backend)
+        return model
+
+    return compiled
+
+
+def _whole(model: Any, backend: str) -> Any:
+    return torch.compile(model, backend=backend)
+
+
+HEADS = [f"{task}_head" for task in NAMES]
+CASES: dict[str, tuple[type[Automatic], str, Callable[[Any, str], Any]]] = {
+    "encoder, torch.compile": (Automatic, "encoder.2", _wrap("encoder")),
+    "encoder, .compile()": (Automatic, "encoder.2", _in_place("encoder")),
+    "shared layer alone": (Automatic, "encoder.2", _wrap("encoder.2")),
+    "heads, torch.compile": (Automatic, "encoder.2", _wrap(*HEADS)),
+    "heads, .compile()": (Automatic, "encoder.2", _in_place(*HEADS)),
+    "encoder and heads": (Automatic, "encoder.2", _in_place("encoder", *HEADS)),
+    "what follows the shared layer": (Automatic, "encoder.2", _wrap("encoder.3")),
+    "what precedes the shared layer": (Automatic, "encoder.2", _wrap("encoder.0")),
+    "convolutions with BatchNorm": (Convolutional, "encoder.3", _wrap("encoder")),
+    "all of the encoder is shared layer": (Automatic, "encoder", _wrap("encoder")),
+    "one network of encoder and heads": (Nested, "network.encoder.2", _in_place("network")),
+    "one network, torch.compile": (Nested, "network.encoder.2", _wrap("network")),
+    "whole module": (Automatic, "encoder.2", _whole),
+    "whole module with one network": (Nested, "network.encoder.2", _whole),
+    "whole module that calls itself": (Called, "encoder.2", _whole),
+    "the module's own .compile()": (
+        Called,
+        "encoder.2",
+        lambda model, backend: model.compile(backend=backend) or model,
+    ),
+}
+
+
+def _shared(model: Automatic, name: str) -> list[nn.Parameter]:
+    module = model.get_submodule(name)
+    return [module.weight] if hasattr(module, "weight") else list(module.parameters())
+
+
+def _textbook(make: Callable[[], Automatic], shared_layer: str, batches: list[Any]) -> tuple[Automatic, Any]:
+    twin = make()
+    shared, optimizer = _shared(twin, shared_layer), network_sgd(twin.parameters())
+    return twin, textbook.train(twin, twin.forward_for_textbook, batches, shared, optimizer)
+
+
+def _assert_same(recorder: Recorder, model: nn.Module, trajectory: textbook.Trajectory, twin: nn.Module) -> None:
+    for found, expected in zip(recorder.weights, trajectory.weights, strict=True):
+        assert found == pytest.approx(expected, abs=1e-8)
+    state = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_it_agrees_with_the_textbook_where_this_is_compiled(quiet_trainer, case: str, backend: str) -> None:
+    kind, shared_layer, compiled = CASES[case]
+    batches = (image_batches if kind is Convolutional else vector_batches)(T, STEPS)
+    twin, trajectory = _textbook(lambda: kind(T), shared_layer, batches)
+    model = kind(T)
+    heads = model.heads()
+    given = compiled(model, backend)
+    quiet_trainer(callbacks=[]).fit(
+        given, Batches(batches[:1])
+    )  # Lightning leaves traces of its own on a compiled module
+    before, graphs = traces(model), counters["stats"]["unique_graphs"]
+    assert graphs >= 1, "nothing was compiled"
+    for _ in range(2):  # hooks of the first must not live on in the compiled code of the second
+        gradnorm = GradNorm(NAMES, shared_layer=shared_layer, heads=heads)
+        recorder = Recorder(gradnorm)
+        model.load_state_dict(dict(zip(model.state_dict(), kind(T).state_dict().values(), strict=True)))
+        quiet_trainer(callbacks=[gradnorm, recorder]).fit(given, Batches(batches))
+        _assert_same(recorder, model, trajectory, twin)
+    assert traces(model) == before
+    if "whole" in case or "one network" in case:
+        assert counters["stats"]["unique_graphs"] >= graphs + 2, "encoder and heads should be compiled one by one"
+
+
+@pytest.mark.parametrize("how", ["manual", "MultiTaskModule", "logged", "activation"])
+def test_a_compiled_encoder_agrees_with_the_textbook_in_every_kind_of_module(quiet_trainer, how: str) -> None:
+    batches: Any = vector_batches(T, STEPS)
+    norm_of: Any = "activation" if how == "activation" else "weight"
+    twin = Automatic(T)
+    trajectory = textbook.train(
+        twin,
+        twin.forward_for_textbook,
+        batches,
+        [twin.encoder[2].weight],
+        network_sgd(twin.parameters()),
+        norm_of=norm_of,
+    )
+    model: L.LightningModule
+    options: dict[str, Any] = {"tasks": NAMES, "heads": Automatic(T).heads(), "norm_of": norm_of}
+    if how == "manual":
+        model = Manual(T)
+    elif how == "MultiTaskModule":
+        model, options = multi_task_module(T), {}
+        batches = [(batch["x"], {name: batch[name] for name in NAMES}) for batch in batches]
+    elif how == "logged":
+        model = Logs(T)
+        options["tasks"] = {task: f"train/{task}" for task in NAMES}
+    else:
+        model = Automatic(T)
+    model.get_submodule("encoder").compile(backend="aot_eager")
+    gradnorm = GradNorm(shared_layer="encoder.2", **options)
+    recorder = Recorder(gradnorm)
+    if isinstance(model, Manual):
+        model.gradnorm = [gradnorm]
+    before = traces(model)
+    quiet_trainer(callbacks=[gradnorm, recorder]).fit(model, Batches(batches))
+    assert_agrees(recorder, model, trajectory, twin, 1e-8)
+    assert_clean(model, before)
+
+
+class Logs(Automatic):
+    def training_step(self, batch, batch_idx):
+        losses = self.task_losses(batch)
+        for task, loss in losses.items():
+            self.log(f"train/{task}", loss)
+        return sum(losses.values())
+
+
+def test_a_whole_module_that_logs_its_losses_agrees_with_the_textbook(quiet_trainer) -> None:
+    batches = vector_batches(T, STEPS)
+    twin, trajectory = _textbook(lambda: Automatic(T), "encoder.2", batches)
+    model = Logs(T)
+    names = {task: f"train/{task}" for task in NAMES}
+    gradnorm = GradNorm(names, shared_layer="encoder.2", heads=model.heads())
+    recorder = Recorder(gradnorm)
+    quiet_trainer(callbacks=[gradnorm, recorder]).fit(torch.compile(model, backend="aot_eager"), Batches(batches))
+    assert_agrees(recorder, model, trajectory, twin, 1e-8)
+
+
+def test_a_compiled_trunk_without_heads_is_refused_not_walked_twice(quiet_trainer) -> None:
+    model = _in_place("encoder", *HEADS)(Automatic(T), "aot_eager")
+    with pytest.raises(ValueError, match=r"through a module compiled with torch.compile.*Name the heads with heads="):
+        quiet_trainer(callbacks=[GradNorm(NAMES, shared_layer="encoder.2")]).fit(model, Batches(vector_batches(T, 3)))
+
+
+def test_a_compiled_trunk_with_plain_heads_needs_no_heads_named(quiet_trainer) -> None:
+    batches = vector_batches(T, STEPS)
+    twin, trajectory = _textbook(lambda: Automatic(T), "encoder.2", batches)
+    model = _in_place("encoder")(Automatic(T), "aot_eager")
+    gradnorm = GradNorm(NAMES, shared_layer="encoder.2")
+    recorder = Recorder(gradnorm)
+    quiet_trainer(callbacks=[gradnorm, recorder]).fit(model, Batches(batches))
+    assert_agrees(recorder, model, trajectory, twin, 1e-8)
+
+
+class DropsOut(Automatic):
+    def build(self) -> None:
+        super().build()
+        self.encoder.append(nn.Dropout(0.3))
+
+
+@pytest.mark.slow
+def test_a_compiled_dropout_whose_mask_cannot_be_drawn_again_is_refused(quiet_trainer) -> None:
+    model = _in_place("encoder")(DropsOut(T), "inductor")
+    gradnorm = GradNorm(NAMES, shared_layer="encoder.2", heads=model.heads())
+    with pytest.raises(RuntimeError, match="running 'encoder' again did not give what it gave in the forward pass"):
+        quiet_trainer(callbacks=[gradnorm]).fit(model, Batches(vector_batches(T, 3)))
+
+
+def test_the_mask_of_a_dropout_is_drawn_again_when_the_encoder_is_run_again(quiet_trainer) -> None:
+    batches = vector_batches(T, STEPS)
+
+    def seeded(index: int) -> None:
+        torch.manual_seed(index)
+
+    twin = DropsOut(T)
+    trajectory = textbook.train(
+        twin,
+        twin.forward_for_textbook,
+        batches,
+        [twin.encoder[2].weight],
+        network_sgd(twin.parameters()),
+        before_micro_batch=seeded,
+    )
+    model = _in_place("encoder")(DropsOut(T), "eager")  # traced, but with torch's own random numbers
+    gradnorm = GradNorm(NAMES, shared_layer="encoder.2", heads=model.heads())
+    recorder = Recorder(gradnorm)
+    quiet_trainer(callbacks=[gradnorm, recorder, BeforeBatch(seeded)]).fit(model, Batches(batches))
+    assert_agrees(recorder, model, trajectory, twin, 1e-8)
