@@ -45,31 +45,35 @@ def readout(features: int = FEATURES) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(features, OUTPUTS))
 
 
-class Shape(Automatic):
-    """An encoder and a head for each task, each made by a function."""
+Heads = Mapping[str, nn.Module]
+Run = Callable[[nn.Module, Heads, Tensor], dict[str, Tensor]]
+Loss = Callable[[Tensor, Tensor], Tensor]
 
-    def __init__(self, encoder: Build, head: Build = readout, seed: int = 3) -> None:
-        self._builders = (encoder, head)
+
+def each_once(encoder: nn.Module, heads: Heads, x: Tensor) -> dict[str, Tensor]:
+    z = encoder(x)
+    return {task: head(z) for task, head in heads.items()}
+
+
+class Shape(Automatic):
+    """An encoder and a head for each task, each made by a function, and how they are run."""
+
+    def __init__(
+        self, encoder: Build, head: Build = readout, run: Run = each_once, loss: Loss = F.mse_loss, seed: int = 3
+    ) -> None:
+        self._makes, self._run, self._loss = (encoder, head), run, loss
         super().__init__(3, seed)
 
     def build(self) -> None:
-        encoder, head = self._builders
+        encoder, head = self._makes
         self.encoder = encoder()
         for task in self.tasks:
             setattr(self, f"{task}_head", head())
 
-    def head(self, task: str) -> nn.Module:
-        return self.get_submodule(f"{task}_head")
-
-    def outputs(self, batch: Batch) -> dict[str, Tensor]:
-        z = self.encoder(batch["x"])
-        return {task: self.head(task)(z) for task in self.tasks}
-
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        return F.mse_loss(output, target)
-
     def task_losses(self, batch: Batch) -> dict[str, Tensor]:
-        return {task: self.loss(output, batch[task]) for task, output in self.outputs(batch).items()}
+        heads = {task: self.get_submodule(f"{task}_head") for task in self.tasks}
+        outputs = self._run(self.encoder, heads, batch["x"])
+        return {task: self._loss(output, batch[task]) for task, output in outputs.items()}
 
     def for_textbook(self) -> Shape:
         """The same network without what cannot be differentiated twice: modules have a `plain` way to say the same."""
@@ -95,6 +99,8 @@ class Case:
     """Shape of one example."""
     words: bool = False
     """The inputs are indices below `WORDS`."""
+    modes: tuple[bool, ...] = (False, True)
+    """Without `heads=`, with `heads=`, or both: how it can be trained."""
     marks: tuple[Any, ...] = ()
     """Marks of pytest, of the case that is not as it should be, or that warns."""
     heads: Mapping[str, str] = field(default_factory=lambda: {task: f"{task}_head" for task in TASKS[:3]})
@@ -117,9 +123,17 @@ class Case:
         return batches
 
 
-def simple(encoder: Build, inputs: tuple[int, ...] = (INPUTS,), features: int = FEATURES, **options: Any) -> Case:
-    """A case whose heads are linear in the representation."""
-    return Case(lambda: Shape(encoder, lambda: readout(features)), inputs=inputs, **options)
+def simple(
+    encoder: Build,
+    inputs: tuple[int, ...] = (INPUTS,),
+    features: int = FEATURES,
+    head: Build | None = None,
+    run: Run = each_once,
+    loss: Loss = F.mse_loss,
+    **options: Any,
+) -> Case:
+    """A case whose heads are linear in the representation, unless they are given."""
+    return Case(lambda: Shape(encoder, head or (lambda: readout(features)), run, loss), inputs=inputs, **options)
 
 
 # ---- what the shared layer is ----------------------------------------------------------------------------------------
@@ -186,9 +200,9 @@ class Attention(nn.Module):
 class Recurrent(nn.Module):
     """An LSTM or a GRU, and perhaps a linear layer behind it."""
 
-    def __init__(self, kind: type[nn.RNNBase], project: bool = False) -> None:
+    def __init__(self, kind: type[nn.RNNBase], project: bool = False, inputs: int = INPUTS) -> None:
         super().__init__()
-        self.stem = nn.Linear(INPUTS, 4)
+        self.stem = nn.Linear(inputs, 4)
         self.rnn = kind(4, FEATURES, batch_first=True)
         self.project = nn.Linear(FEATURES, FEATURES) if project else None
 
@@ -275,4 +289,339 @@ LAYERS: dict[str, Case] = {
     "GRU: weight_ih_l0": simple(lambda: Recurrent(nn.GRU), (3, INPUTS), layer=RNN[0], W=RNN[:1]),
     "GRU: all its parameters": simple(lambda: Recurrent(nn.GRU), (3, INPUTS), layer="encoder.rnn", W=RNN),
     "GRU, by default": simple(lambda: Recurrent(nn.GRU), (3, INPUTS), layer=None, W=RNN, marks=(PASSED_OVER,)),
+}
+
+
+# ---- what stands around it -------------------------------------------------------------------------------------------
+
+
+class Frozen(nn.Sequential):
+    """The stem is not trained, and what is named stays in eval mode, as people fine-tune."""
+
+    def __init__(self, layers: nn.Sequential, in_eval: tuple[str, ...]) -> None:
+        super().__init__(OrderedDict(layers.named_children()))
+        self.in_eval = in_eval
+        self.stem.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        for name in self.in_eval:
+            self.get_submodule(name).eval()
+        return self
+
+
+def normed(stem: nn.Module | None = None, layer: nn.Module | None = None) -> nn.Sequential:
+    """Batch norm in front of the shared layer and behind it."""
+    return chain(
+        stem=stem or nn.Linear(INPUTS, HIDDEN),
+        norm_before=nn.BatchNorm1d(HIDDEN),
+        before=nn.Tanh(),
+        layer=layer or nn.Linear(HIDDEN, FEATURES),
+        norm_after=nn.BatchNorm1d(FEATURES),
+        after=nn.Tanh(),
+    )
+
+
+def dropped() -> nn.Sequential:
+    """Dropout in front of the shared layer and behind it."""
+    return chain(
+        stem=nn.Linear(INPUTS, HIDDEN),
+        drop_before=nn.Dropout(0.2),
+        layer=nn.Linear(HIDDEN, FEATURES),
+        drop_after=nn.Dropout(0.3),
+        after=nn.Tanh(),
+    )
+
+
+def normed_readout() -> nn.Sequential:
+    return nn.Sequential(nn.BatchNorm1d(FEATURES), nn.Dropout(0.2), nn.Linear(FEATURES, OUTPUTS))
+
+
+def attentive_readout(functional: bool) -> nn.Sequential:
+    return nn.Sequential(Attention(4, functional), nn.Flatten(), nn.Linear(12, OUTPUTS))
+
+
+def transformer() -> nn.TransformerEncoderLayer:
+    return nn.TransformerEncoderLayer(4, 2, dim_feedforward=8, dropout=0.0, batch_first=True)
+
+
+def attended(attention: Build, layer: str, *parameters: str, **options: Any) -> Case:
+    return simple(
+        lambda: chain(stem=nn.Linear(INPUTS, 4), attention=attention()),
+        (3, INPUTS),
+        12,
+        layer=layer,
+        W=tuple(f"{layer}.{parameter}" for parameter in parameters),
+        **options,
+    )
+
+
+SURROUNDINGS: dict[str, Case] = {
+    "BatchNorm before and after": simple(normed),
+    "BatchNorm before and after and in the heads, with Dropout": simple(normed, head=normed_readout),
+    "BatchNorm in the shared layer": simple(
+        lambda: between(nn.Sequential(nn.Linear(HIDDEN, FEATURES), nn.BatchNorm1d(FEATURES))),
+        W=tuple(f"encoder.layer.{p}" for p in ("0.weight", "0.bias", "1.weight", "1.bias")),
+    ),
+    "Dropout before and after and in the heads": simple(
+        dropped, head=lambda: nn.Sequential(nn.Dropout(0.2), readout())
+    ),
+    "Dropout in the shared layer": simple(
+        lambda: between(nn.Sequential(nn.Linear(HIDDEN, FEATURES), nn.Dropout(0.3))),
+        W=("encoder.layer.0.weight", "encoder.layer.0.bias"),
+    ),
+    "early layers frozen": simple(lambda: Frozen(normed(), in_eval=())),
+    "early layers frozen and in eval mode": simple(lambda: Frozen(normed(), in_eval=("stem", "norm_before"))),
+    "the encoder in eval mode": simple(lambda: Frozen(normed(), in_eval=("",))),
+    "F.scaled_dot_product_attention in the trunk": attended(
+        lambda: Attention(4, functional=True), "encoder.attention.layer", "weight"
+    ),
+    "F.scaled_dot_product_attention behind the shared layer": attended(
+        lambda: Attention(4, functional=True), "encoder.attention.qkv", "weight"
+    ),
+    "F.scaled_dot_product_attention, causal": attended(
+        lambda: Attention(4, functional=True, causal=True), "encoder.attention.qkv", "weight"
+    ),
+    "F.scaled_dot_product_attention in the heads": attended(
+        lambda: nn.Linear(4, 4), "encoder.attention", "weight", head=lambda: attentive_readout(functional=True)
+    ),
+    "MultiheadAttention in the heads": attended(
+        lambda: nn.Linear(4, 4), "encoder.attention", "weight", head=lambda: attentive_readout(functional=False)
+    ),
+    "TransformerEncoderLayer": attended(transformer, "encoder.attention.linear2", "weight"),
+    "TransformerEncoderLayer: its attention's out_proj": attended(
+        transformer, "encoder.attention.self_attn.out_proj", "weight"
+    ),
+    "TransformerEncoderLayer in the heads": attended(
+        lambda: nn.Linear(4, 4),
+        "encoder.attention",
+        "weight",
+        head=lambda: nn.Sequential(transformer(), nn.Flatten(), nn.Linear(12, OUTPUTS)),
+    ),
+    "LSTM in the heads": attended(
+        lambda: nn.Linear(4, 4),
+        "encoder.attention",
+        "weight",
+        head=lambda: nn.Sequential(Recurrent(nn.LSTM, inputs=4), nn.Linear(FEATURES, OUTPUTS)),
+    ),
+}
+
+
+# ---- how encoder and heads are called --------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    fine: Tensor
+    coarse: Tensor
+
+
+@dataclass
+class Features:
+    """A dataclass that torch knows as a structure of tensors."""
+
+    fine: Tensor
+    coarse: Tensor
+
+
+@dataclass
+class UnknownFeatures:
+    """A dataclass that torch does not know as a structure of tensors."""
+
+    fine: Tensor
+    coarse: Tensor
+
+
+pytree.register_dataclass(Features)
+
+
+class Several(nn.Module):
+    """An encoder that returns two feature maps in some structure."""
+
+    def __init__(self, pack: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.stem = nn.Linear(INPUTS, HIDDEN)
+        self.layer = nn.Linear(HIDDEN, FEATURES)
+        self.pack = pack
+
+    def forward(self, x: Tensor) -> Any:
+        fine = torch.tanh(self.stem(x))
+        return self.pack(fine, torch.tanh(self.layer(fine)))
+
+
+class ReadsSeveral(nn.Module):
+    def __init__(self, unpack: Callable[[Any], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.unpack = unpack
+        self.from_fine = nn.Linear(HIDDEN, OUTPUTS)
+        self.from_coarse = nn.Linear(FEATURES, OUTPUTS)
+
+    def forward(self, z: Any) -> Tensor:
+        fine, coarse = self.unpack(z)
+        return self.from_fine(fine) + self.from_coarse(coarse)
+
+
+def structured(pack: Callable[[Tensor, Tensor], Any], unpack: Callable[[Any], Any], **options: Any) -> Case:
+    return simple(lambda: Several(pack), head=lambda: ReadsSeveral(unpack), **options)
+
+
+class Scaled(nn.Module):
+    """A head with options."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(FEATURES, OUTPUTS)
+        self.skip = nn.Linear(INPUTS, OUTPUTS)
+
+    def forward(self, z: Tensor, x: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+        output = scale * self.linear(z)
+        return output if x is None else output + self.skip(x)
+
+
+def with_keywords(encoder: nn.Module, heads: Heads, x: Tensor) -> dict[str, Tensor]:
+    z = encoder(x)
+    return {task: head(z=z, x=None, scale=0.5) for task, head in heads.items()}
+
+
+def with_the_input(encoder: nn.Module, heads: Heads, x: Tensor) -> dict[str, Tensor]:
+    z = encoder(x)
+    return {task: head(z, x) for task, head in heads.items()}
+
+
+def siamese(encoder: nn.Module, heads: Heads, x: Tensor) -> dict[str, Tensor]:
+    z = (encoder(x) - encoder(x.roll(1, 0))).abs()
+    return {task: head(z) for task, head in heads.items()}
+
+
+def heads_twice(encoder: nn.Module, heads: Heads, x: Tensor) -> dict[str, Tensor]:
+    z = encoder(x)
+    return {task: head(z) * head(-2 * z) for task, head in heads.items()}
+
+
+def two_views(encoder: nn.Module, heads: Heads, x: Tensor) -> dict[str, Tensor]:
+    one, other = encoder(x), encoder(-x)
+    return {task: head(one) * head(other) for task, head in heads.items()}
+
+
+def interleaved(encoder: nn.Module, heads: Heads, x: Tensor) -> dict[str, Tensor]:
+    """The encoder runs anew for each head."""
+    return {task: head(encoder(x)) for task, head in heads.items()}
+
+
+class Repeated(nn.Module):
+    """The shared layer runs three times, as in a recurrent cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(INPUTS, FEATURES)
+        self.layer = nn.Linear(FEATURES, FEATURES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.stem(x)
+        for _ in range(3):
+            z = torch.tanh(self.layer(z))
+        return z
+
+
+def two_terms(output: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(output, target) + 0.3 * F.huber_loss(output.cos(), target)
+
+
+def plain_layer() -> nn.Sequential:
+    return between(nn.Linear(HIDDEN, FEATURES))
+
+
+CALLS: dict[str, Case] = {
+    "the shared layer runs three times": simple(Repeated),
+    "siamese: the encoder runs twice": simple(plain_layer, run=siamese),
+    "the encoder and the heads run twice": simple(plain_layer, run=two_views),
+    "the heads run twice": simple(plain_layer, run=heads_twice),
+    "the encoder runs for each head": simple(plain_layer, run=interleaved),
+    "heads called with keywords": simple(plain_layer, head=Scaled, run=with_keywords),
+    "heads that also read the input": simple(plain_layer, head=Scaled, run=with_the_input),
+    "a tuple": structured(lambda fine, coarse: (fine, coarse), lambda z: z),
+    "a list": structured(lambda fine, coarse: [fine, coarse], lambda z: z),
+    "a dict": structured(lambda fine, coarse: {"b": fine, "a": coarse}, lambda z: (z["b"], z["a"])),
+    "a named tuple": structured(Pair, lambda z: (z.fine, z.coarse)),
+    "a registered dataclass": structured(Features, lambda z: (z.fine, z.coarse)),
+    "a dataclass": structured(UnknownFeatures, lambda z: (z.fine, z.coarse), modes=(False,)),
+    "a dict of lists, with a name and a hole in it": structured(
+        lambda fine, coarse: {"maps": [fine, None, coarse], "name": "two"}, lambda z: (z["maps"][0], z["maps"][2])
+    ),
+    "a loss of two terms": simple(plain_layer, loss=two_terms),
+    "losses of shape (1,)": simple(plain_layer, loss=lambda o, t: F.mse_loss(o, t).reshape(1)),
+}
+
+
+# ---- activation checkpointing ----------------------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    """Computes what is inside a second time in backward, instead of keeping it."""
+
+    plain = False
+
+    def __init__(self, inner: nn.Module, use_reentrant: bool) -> None:
+        super().__init__()
+        self.inner = inner
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if self.plain else checkpoint(self.inner, x, use_reentrant=self.use_reentrant)
+
+
+def checkpointed_encoder() -> nn.Module:
+    return Checkpointed(plain_layer(), use_reentrant=False)
+
+
+def checkpointed_readout(use_reentrant: bool) -> nn.Module:
+    return Checkpointed(nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, OUTPUTS)), use_reentrant)
+
+
+def early_block(use_reentrant: bool) -> nn.Sequential:
+    """A checkpointed block with the shared layer behind it."""
+    return between(
+        nn.Linear(HIDDEN, FEATURES),
+        chain(
+            first=nn.Linear(INPUTS, 6),
+            block=Checkpointed(nn.Sequential(nn.Tanh(), nn.Linear(6, HIDDEN)), use_reentrant),
+        ),
+    )
+
+
+def last_block(use_reentrant: bool) -> nn.Sequential:
+    """The shared layer is in a checkpointed block."""
+    return chain(stem=nn.Linear(INPUTS, HIDDEN), block=Checkpointed(plain_tail(), use_reentrant))
+
+
+def plain_tail() -> nn.Sequential:
+    return chain(before=nn.Tanh(), layer=nn.Linear(HIDDEN, FEATURES), after=nn.Tanh())
+
+
+INSIDE: dict[str, Any] = {"layer": "encoder.inner.layer", "W": ("encoder.inner.layer.weight",)}
+IN_BLOCK: dict[str, Any] = {"layer": "encoder.block.inner.layer", "W": ("encoder.block.inner.layer.weight",)}
+
+CHECKPOINTS: dict[str, Case] = {
+    "the encoder, use_reentrant=False": simple(checkpointed_encoder, **INSIDE),
+    "the heads, use_reentrant=False": simple(plain_layer, head=lambda: checkpointed_readout(use_reentrant=False)),
+    "encoder and heads, use_reentrant=False": simple(
+        checkpointed_encoder, head=lambda: checkpointed_readout(use_reentrant=False), **INSIDE
+    ),
+    "the encoder with Dropout in it, use_reentrant=False": simple(
+        lambda: Checkpointed(dropped(), use_reentrant=False), **INSIDE
+    ),
+    "an earlier block, use_reentrant=False": simple(lambda: early_block(use_reentrant=False)),
+    "an earlier block, use_reentrant=True": simple(lambda: early_block(use_reentrant=True)),
+    "the shared layer's block, use_reentrant=False": simple(lambda: last_block(use_reentrant=False), **IN_BLOCK),
+    "the shared layer's block, use_reentrant=True": simple(
+        lambda: last_block(use_reentrant=True),
+        **IN_BLOCK,
+        modes=(True,),
+        marks=(defect("the shared layer is hidden in a reentrant checkpoint", strict=False),),
+    ),
+    "the heads, use_reentrant=True": simple(
+        plain_layer, head=lambda: checkpointed_readout(use_reentrant=True), modes=(True,)
+    ),
+    "an earlier block and the heads, use_reentrant=True": simple(
+        lambda: early_block(use_reentrant=True), head=lambda: checkpointed_readout(use_reentrant=True), modes=(True,)
+    ),
 }
