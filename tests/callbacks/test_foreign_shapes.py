@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -11,8 +12,26 @@ import textbook
 import torch
 from harness import Batches, BeforeBatch, MemoryLogger, Recorder, assert_agrees
 from models import network_sgd
-from shapes import CALLS, CHECKPOINTS, LAYERS, SURROUNDINGS, Case
+from shapes import (
+    CALLS,
+    CHECKPOINTS,
+    IN_PLACE,
+    INSIDE,
+    LAYERS,
+    REENTRANT,
+    SURROUNDINGS,
+    TIED,
+    Case,
+    Checkpointed,
+    Scaled,
+    Shape,
+    normed,
+    normed_readout,
+    plain_layer,
+    simple,
+)
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_gradnorm import GradNorm
@@ -62,22 +81,21 @@ def fit(
     return recorder, logger
 
 
-def balance(model: Any, case: Case, heads: bool) -> GradNorm:
-    return GradNorm(list(model.tasks), shared_layer=case.layer, heads=case.heads if heads else None)
+def balance(model: Any, case: Case, heads: bool, **options: Any) -> GradNorm:
+    return GradNorm(list(model.tasks), shared_layer=case.layer, heads=case.heads if heads else None, **options)
 
 
 def assert_trains_as_the_textbook_says(
     trainer: MakeTrainer,
     case: Case,
     heads: bool,
-    model: Any = None,
     optimizer: Callable[[Any], Any] = lambda twin: network_sgd(twin.parameters()),
     **options: Any,
 ) -> None:
     """The norms and the weights of every step, and the parameters and buffers at the end."""
     batches = case.batches(STEPS)
     twin, trajectory = learn(case, batches, optimizer)
-    model = case.make() if model is None else model
+    model = case.make()
     recorder, logger = fit(trainer, model, balance(model, case, heads), batches, **options)
 
     for task in model.tasks:
@@ -104,3 +122,294 @@ def test_encoder_and_heads_may_be_called_with(case: Case, heads: bool, quiet_tra
 @table(CHECKPOINTS)
 def test_activations_may_be_checkpointed_in(case: Case, heads: bool, quiet_trainer: MakeTrainer) -> None:
     assert_trains_as_the_textbook_says(quiet_trainer, case, heads)
+
+
+def with_heads(cases: Mapping[str, Case], heads: bool) -> Any:
+    return table({name: replace(case, modes=(heads,)) for name, case in cases.items()})
+
+
+@with_heads(IN_PLACE, False)
+def test_a_head_may_begin_in_place_without_heads(case: Case, heads: bool, quiet_trainer: MakeTrainer) -> None:
+    assert_trains_as_the_textbook_says(quiet_trainer, case, heads)
+
+
+@pytest.mark.xfail(strict=False, reason="a head that begins in place cannot write to its branch, which is a view")
+@with_heads(IN_PLACE, True)
+def test_a_head_may_begin_in_place_with_heads(case: Case, heads: bool, quiet_trainer: MakeTrainer) -> None:
+    """As without the callback: what a head overwrites, those after it read."""
+    assert_trains_as_the_textbook_says(quiet_trainer, case, heads)
+
+
+@with_heads(TIED, False)
+def test_without_heads_the_gradient_of_a_tied_weight_is_the_whole_one(
+    case: Case, heads: bool, quiet_trainer: MakeTrainer
+) -> None:
+    assert_trains_as_the_textbook_says(quiet_trainer, case, heads)
+
+
+@with_heads(TIED, True)
+def test_with_heads_a_tied_weight_is_refused(case: Case, heads: bool, quiet_trainer: MakeTrainer) -> None:
+    model = case.make()
+    with pytest.raises(ValueError, match="reaches the shared layer by a way that does not pass its head"):
+        fit(quiet_trainer, model, balance(model, case, heads), case.batches(1))
+
+
+def test_a_dataclass_that_torch_does_not_know_is_refused_with_heads(quiet_trainer: MakeTrainer) -> None:
+    case = CALLS["a dataclass"]
+    model = case.make()
+    with pytest.raises(ValueError, match=r"by a way that does not pass its head\. Leave heads out"):
+        fit(quiet_trainer, model, balance(model, case, heads=True), case.batches(1))
+
+
+def test_the_attention_that_is_trained_is_the_fused_one() -> None:
+    for name, fused in {
+        "F.scaled_dot_product_attention in the trunk": 1,
+        "F.scaled_dot_product_attention in the heads": 3,
+        "MultiheadAttention in the heads": 3,
+        "TransformerEncoderLayer": 1,
+    }.items():
+        case = SURROUNDINGS[name]
+        model = case.make()
+        losses = model.task_losses(case.batches(1)[0])
+        assert sum("Flash" in node for node in node_names(losses.values())) == fused, name
+
+
+def node_names(tensors: Iterable[Tensor]) -> list[str]:
+    """The names of all nodes of the graph above these tensors."""
+    seen: set[Any] = set()
+    to_visit: list[Any] = [tensor.grad_fn for tensor in tensors]
+    while to_visit:
+        node = to_visit.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            to_visit.extend(following for following, _ in node.next_functions)
+    return [node.name() for node in seen]
+
+
+@table({name: case for name, case in SURROUNDINGS.items() if "Norm" in name or "Dropout" in name})
+def test_nothing_is_computed_or_drawn_twice(case: Case, heads: bool, quiet_trainer: MakeTrainer) -> None:
+    model, plain = case.make(), case.make()
+    states = []
+    for one, callbacks in ((model, [balance(model, case, heads)]), (plain, [])):
+        torch.manual_seed(5)
+        quiet_trainer(callbacks=callbacks).fit(one, Batches(case.batches(STEPS)))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states), "the callback has drawn random numbers"
+    counts = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
+    assert all(count == STEPS for count in counts)
+    assert counts or "Norm" not in str(model)
+
+
+class Counted(nn.Module):
+    """A parametrization that counts how often the weight is computed."""
+
+    calls = 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.calls += 1
+        return weight
+
+
+@pytest.mark.parametrize("heads", [False, True], ids=["no heads", "heads"])
+@pytest.mark.parametrize(
+    "layer",
+    ["encoder.layer", pytest.param(None, marks=pytest.mark.xfail(strict=True, reason="looking for it computes it"))],
+)
+def test_a_parametrized_weight_is_computed_once_in_a_step(
+    layer: str | None, heads: bool, quiet_trainer: MakeTrainer
+) -> None:
+    case = replace(LAYERS["Linear"], layer=layer)
+    model, counted = case.make(), Counted()
+    nn.utils.parametrize.register_parametrization(model.encoder.layer, "weight", counted)
+    counted.calls = 0
+    fit(quiet_trainer, model, balance(model, case, heads), case.batches(STEPS))
+    assert counted.calls == STEPS
+
+
+# ---- reentrant checkpoints and recomputation -------------------------------------------------------------------------
+
+
+@table(REENTRANT)
+def test_a_reentrant_checkpoint_through_which_nothing_can_be_read_is_refused(
+    case: Case, heads: bool, quiet_trainer: MakeTrainer
+) -> None:
+    """By torch, or by the callback: in any case the message says what to do."""
+    model = case.make()
+    with pytest.raises((ValueError, RuntimeError), match=r"use_reentrant=False"):
+        fit(quiet_trainer, model, balance(model, case, heads), case.batches(1))
+
+
+AGAIN = pytest.mark.xfail(strict=True, reason="each reading through a checkpointed module computes it once more")
+NORM_IN_HEADS = simple(plain_layer, head=lambda: Checkpointed(normed_readout(), use_reentrant=False))
+RECOMPUTED = {
+    "its head": replace(NORM_IN_HEADS, modes=(True,)),
+    "its head, unnamed": replace(NORM_IN_HEADS, modes=(False,), marks=(AGAIN,)),
+    "the encoder": simple(lambda: Checkpointed(normed(), use_reentrant=False), **INSIDE, marks=(AGAIN,)),
+}
+
+
+@table(RECOMPUTED)
+def test_a_checkpointed_batch_norm_sees_no_more_batches_than_without_the_callback(
+    case: Case, heads: bool, quiet_trainer: MakeTrainer
+) -> None:
+    counts = []
+    for balanced in (True, False):
+        model = case.make()
+        quiet_trainer(callbacks=[balance(model, case, heads)] if balanced else []).fit(model, Batches(case.batches(3)))
+        counts.append({name: int(b) for name, b in model.named_buffers() if name.endswith("num_batches_tracked")})
+    assert counts[0] == counts[1] == dict.fromkeys(counts[1], 6), "once in forward and once in backward"
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+
+COMPILED = simple(plain_layer, head=Scaled)
+"""Heads of a class of its own: torch.compile does not look into a bare nn.Sequential."""
+
+
+def compile_heads(model: Any, case: Case, way: str, graphs: list[Any]) -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    for name in case.heads.values():
+        head = model.get_submodule(name)
+        if way.startswith("head.compile"):
+            head.compile(backend=backend, fullgraph="fullgraph" in way)
+        else:
+            setattr(model, name, torch.compile(head, backend=backend, fullgraph="fullgraph" in way))
+
+
+TRACED = "the hook on the head is traced with it"
+COMPILES = [
+    "head.compile()",
+    "torch.compile(head)",
+    pytest.param("head.compile(fullgraph=True)", marks=pytest.mark.xfail(strict=True, reason=TRACED)),
+    "torch.compile(head, fullgraph=True)",
+]
+
+
+def compiling(test: Any) -> Any:
+    test = pytest.mark.usefixtures("fresh_compiler")(test)
+    test = pytest.mark.filterwarnings("ignore:.*should not be instantiated")(test)
+    return pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")(test)  # torch's own
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@compiling
+@pytest.mark.parametrize("way", COMPILES)
+def test_a_second_callback_on_the_same_compiled_heads_reads_its_own_numbers(
+    way: str, quiet_trainer: MakeTrainer
+) -> None:
+    case, graphs = COMPILED, []
+    model, twin = case.make(), case.make()
+    compile_heads(model, case, way, graphs)
+    first, second = balance(model, case, heads=True), balance(model, case, heads=True, update_every=3)
+    found: dict[str, float] = {}
+    for seed, gradnorm, every in ((1, first, 1), (2, second, 3)):
+        batches = case.batches(STEPS, seed)
+        shared = [dict(twin.named_parameters())[name] for name in case.W]
+        optimizer = network_sgd(twin.parameters())
+        trajectory = textbook.train(twin, twin.forward_for_textbook, batches, shared, optimizer, update_every=every)
+        recorder, _ = fit(quiet_trainer, model, gradnorm, batches)
+        assert_agrees(recorder, model, trajectory, twin, tolerance=1e-8, state=whole_state)
+        found = found or first.weights
+    assert any("linear" in str(graph.code) for graph in graphs), "the heads were compiled"
+    assert first.weights == found, "the first callback saw the second training"
+
+    batch, plain = case.batches(1, 3)[0], case.make()
+    plain.load_state_dict(whole_state(model))
+    for one in (model, plain):
+        one.zero_grad()
+        torch.stack(list(one.task_losses(batch).values())).sum().backward()
+    for mine, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, expected.grad, rtol=1e-12, atol=1e-14)
+    assert second.weights == recorder.weights[-1]
+    assert first.weights == found
+
+
+@compiling
+@pytest.mark.xfail(strict=True, reason=TRACED)
+def test_the_compiler_sees_the_heads_and_not_the_callback(quiet_trainer: MakeTrainer) -> None:
+    graphs: list[Any] = []
+    model = COMPILED.make()
+    compile_heads(model, COMPILED, "head.compile()", graphs)
+    fit(quiet_trainer, model, balance(model, COMPILED, heads=True), COMPILED.batches(2))
+    assert len(graphs) == 1, "the three heads share one graph"
+
+
+@compiling
+@pytest.mark.parametrize("way", ["head.compile()", "torch.compile(head)"])
+def test_compiled_heads_are_refused_without_heads(way: str, quiet_trainer: MakeTrainer) -> None:
+    model = COMPILED.make()
+    compile_heads(model, COMPILED, way, [])
+    with pytest.raises(ValueError, match=r"through a module compiled with torch\.compile.*name the heads with heads="):
+        fit(quiet_trainer, model, balance(model, COMPILED, heads=False), COMPILED.batches(1))
+
+
+# ---- how the network is optimized ------------------------------------------------------------------------------------
+
+
+def two_groups(model: Any) -> torch.optim.Optimizer:
+    heads = [p for name, p in model.named_parameters() if "head" in name]
+    return torch.optim.SGD(
+        [{"params": model.encoder.parameters(), "lr": 0.05}, {"params": heads}], lr=0.01, momentum=0.9
+    )
+
+
+def halving(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5)
+
+
+class Scheduled(Shape):
+    """Two parameter groups, and a schedule by step."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = two_groups(self)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": halving(optimizer), "interval": "step"}}
+
+
+def before_each_step(do: Callable[[Any], object]) -> Callable[[Any], torch.optim.Optimizer]:
+    def make(twin: Any) -> torch.optim.Optimizer:
+        optimizer = network_sgd(twin.parameters())
+        optimizer.register_step_pre_hook(lambda *_: do(list(twin.parameters())) and None)
+        return optimizer
+
+    return make
+
+
+def scheduled(twin: Any) -> torch.optim.Optimizer:
+    optimizer = two_groups(twin)
+    scheduler = halving(optimizer)
+    optimizer.register_step_post_hook(lambda *_: scheduler.step())
+    return optimizer
+
+
+@pytest.mark.parametrize("heads", [False, True], ids=["", "heads"])
+@pytest.mark.parametrize(
+    ("make", "optimizer", "options"),
+    [
+        (
+            Shape,
+            before_each_step(lambda parameters: nn.utils.clip_grad_norm_(parameters, 0.3)),
+            {"gradient_clip_val": 0.3},
+        ),
+        (
+            Shape,
+            before_each_step(lambda parameters: nn.utils.clip_grad_value_(parameters, 0.05)),
+            {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
+        ),
+        (Scheduled, scheduled, {}),
+    ],
+    ids=["clipped by norm", "clipped by value", "two parameter groups and a schedule"],
+)
+def test_the_network_may_be_optimized_with(
+    make: type[Shape], optimizer: Any, options: dict[str, Any], heads: bool, quiet_trainer: MakeTrainer
+) -> None:
+    case = Case(lambda: make(plain_layer))
+    assert_trains_as_the_textbook_says(quiet_trainer, case, heads, optimizer=optimizer, **options)
