@@ -52,7 +52,7 @@ Run = Callable[[nn.Module, Heads, Tensor], dict[str, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def each_once(encoder: nn.Module, heads: Heads, x: Tensor) -> dict[str, Tensor]:
+def each_once(encoder: Callable[[Tensor], Any], heads: Heads, x: Tensor) -> dict[str, Tensor]:
     z = encoder(x)
     return {task: head(z) for task, head in heads.items()}
 
@@ -85,7 +85,14 @@ class Shape(Automatic):
         return self
 
     def forward_for_textbook(self, batch: Batch) -> Forward:
-        return Forward(self.task_losses(batch))
+        """The losses, and all that the encoder returned on the way to them."""
+        representation: list[Tensor] = []
+
+        def note(encoder: nn.Module, inputs: Any, output: Any) -> None:
+            representation.extend(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+
+        with self.encoder.register_forward_hook(note):
+            return Forward(self.task_losses(batch), representation=representation)
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,10 @@ def between(layer: nn.Module, stem: nn.Module | None = None) -> nn.Sequential:
     return chain(stem=stem or nn.Linear(INPUTS, HIDDEN), before=nn.Tanh(), layer=layer, after=nn.Tanh())
 
 
+def plain_layer() -> nn.Sequential:
+    return between(nn.Linear(HIDDEN, FEATURES))
+
+
 class Functional(nn.Module):
     """Uses parameters without a module around them."""
 
@@ -156,6 +167,27 @@ class Functional(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(torch.tanh(self.stem(x)) @ self.mixing)
+
+
+class Fourier(nn.Module):
+    """Mixes the frequencies of a sequence, as Fourier neural operators do: its parameter is complex."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(INPUTS, HIDDEN)
+        self.modes = nn.Parameter(torch.randn(HIDDEN // 2 + 1, FEATURES, dtype=torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh((torch.fft.rfft(torch.tanh(self.stem(x))) @ self.modes).abs())
+
+
+class SparseEmbedding(nn.Embedding):
+    """Its gradient is a sparse tensor, which cannot be differentiated again."""
+
+    plain = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.embedding(x, self.weight, sparse=not self.plain)
 
 
 class Twosome(nn.Module):
@@ -246,6 +278,9 @@ def attentive(*parameters: str, **options: Any) -> Case:
 
 LAYERS: dict[str, Case] = {
     "nn.Parameter, used functionally": simple(Functional, layer="encoder.mixing", W=("encoder.mixing",)),
+    "nn.Parameter, complex": simple(
+        Fourier, layer="encoder.modes", W=("encoder.modes",), marks=(defect("the imaginary part is discarded"),)
+    ),
     "Linear": simple(lambda: between(nn.Linear(HIDDEN, FEATURES))),
     "Bilinear": simple(Twosome),
     "Conv1d": simple(lambda: between(nn.Conv1d(3, 2, 3), nn.Conv1d(2, 3, 1)), (2, 6), 8),
@@ -260,6 +295,13 @@ LAYERS: dict[str, Case] = {
     "Embedding": simple(lambda: chain(layer=nn.Embedding(WORDS, 3), after=nn.Tanh()), (4,), 12, words=True),
     "Embedding, with a padding index": simple(
         lambda: chain(layer=nn.Embedding(WORDS, 3, padding_idx=0), after=nn.Tanh()), (4,), 12, words=True
+    ),
+    "Embedding, with sparse gradients": simple(
+        lambda: chain(layer=SparseEmbedding(WORDS, 3), after=nn.Tanh()),
+        (4,),
+        12,
+        words=True,
+        marks=(defect("a sparse gradient cannot be reshaped"),),
     ),
     "EmbeddingBag": simple(lambda: chain(layer=Bag(WORDS, FEATURES), after=nn.Tanh()), (4,), words=True),
     "LayerNorm, by its name": simple(lambda: between(nn.LayerNorm(HIDDEN)), features=HIDDEN),
@@ -359,6 +401,44 @@ def attended(attention: Build, layer: str, *parameters: str, **options: Any) -> 
     )
 
 
+class Reversal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -0.5 * gradient
+
+
+class Reversed(nn.Module):
+    """A head as in domain adaptation: what it learns, the encoder is to unlearn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readout = readout()
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.readout(Reversal.apply(z))
+
+
+class Hooked(nn.Module):
+    """Changes gradients on their way back, by hooks on the representation and on the shared layer's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = plain_layer()
+        mask = (torch.arange(HIDDEN) % 2).double()
+        self.inner.layer.weight.register_hook(lambda gradient: gradient * mask)
+        self.inner.layer.register_full_backward_hook(lambda module, inputs, outputs: None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.inner(x)
+        if z.requires_grad:
+            z.register_hook(lambda gradient: 0.5 * gradient)
+        return z
+
+
 SURROUNDINGS: dict[str, Case] = {
     "BatchNorm before and after": simple(normed),
     "BatchNorm before and after and in the heads, with Dropout": simple(normed, head=normed_readout),
@@ -407,6 +487,12 @@ SURROUNDINGS: dict[str, Case] = {
         "weight",
         head=lambda: nn.Sequential(Recurrent(nn.LSTM, inputs=4), nn.Linear(FEATURES, OUTPUTS)),
     ),
+    "gradients reversed in the heads": simple(plain_layer, head=Reversed),
+    "gradients reversed in front of the heads": simple(
+        plain_layer,
+        run=lambda encoder, heads, x: each_once(lambda x: Reversal.apply(encoder(x)), heads, x),
+    ),
+    "hooks on gradients": simple(Hooked, layer="encoder.inner.layer", W=("encoder.inner.layer.weight",)),
 }
 
 
@@ -527,10 +613,6 @@ class Repeated(nn.Module):
 
 def two_terms(output: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(output, target) + 0.3 * F.huber_loss(output.cos(), target)
-
-
-def plain_layer() -> nn.Sequential:
-    return between(nn.Linear(HIDDEN, FEATURES))
 
 
 CALLS: dict[str, Case] = {
