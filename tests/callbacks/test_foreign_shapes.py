@@ -452,11 +452,45 @@ def scheduled(twin: Any) -> torch.optim.Optimizer:
             {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
         ),
         (Scheduled, scheduled, {}),
+        (Shape, lambda twin: network_sgd(twin.parameters()), {"detect_anomaly": True}),
     ],
-    ids=["clipped by norm", "clipped by value", "two parameter groups and a schedule"],
+    ids=["clipping by norm", "clipping by value", "two parameter groups and a schedule", "anomaly detection"],
 )
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 def test_the_network_may_be_optimized_with(
     make: type[Shape], optimizer: Any, options: dict[str, Any], heads: bool, quiet_trainer: MakeTrainer
 ) -> None:
     case = Case(lambda: make(plain_layer))
     assert_trains_as_the_textbook_says(quiet_trainer, case, heads, optimizer=optimizer, **options)
+
+
+class Quasi(Shape):
+    """LBFGS evaluates the network several times in one step, and expects the same function each time."""
+
+    def __init__(self) -> None:
+        super().__init__(plain_layer)
+        self.in_force: dict[int, list[dict[str, float]]] = {}
+        self.gradnorm: list[GradNorm] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        self.in_force.setdefault(batch_idx, []).extend(gradnorm.weights for gradnorm in self.gradnorm)
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4)
+
+
+@pytest.mark.xfail(strict=True, reason="Lightning calls on_before_optimizer_step after each evaluation")
+@pytest.mark.parametrize("heads", [False, True], ids=["", "heads"])
+def test_the_weights_stay_as_they_are_within_one_step_of_lbfgs(heads: bool, quiet_trainer: MakeTrainer) -> None:
+    case = Case(Quasi)
+    model = case.make()
+    assert isinstance(model, Quasi)
+    gradnorm = balance(model, case, heads)
+    model.gradnorm = [gradnorm]
+    fit(quiet_trainer, model, gradnorm, case.batches(3))
+
+    assert [len(weights) for weights in model.in_force.values()] == 3 * [4], "four evaluations in a step"
+    for weights in model.in_force.values():
+        assert all(one == weights[0] for one in weights)
+    assert model.in_force[0][0] != model.in_force[1][0] != model.in_force[2][0]
