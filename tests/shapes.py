@@ -780,6 +780,9 @@ class LanguageModel(Shape):
             self.get_submodule(f"{task}_head").projection.weight = self.encoder.layer.weight  # type: ignore[union-attr]
 
 
+BEHIND = {
+    "a head tied to a layer behind the shared one": Case(Autoencoder, layer="encoder.stem", W=("encoder.stem.weight",))
+}
 TIED: dict[str, Case] = {
     "a head tied to the encoder's weight": Case(Autoencoder),
     "an embedding tied to the output projections": Case(LanguageModel, inputs=(4,), words=True),

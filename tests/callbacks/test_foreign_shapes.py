@@ -13,6 +13,7 @@ import torch
 from harness import Batches, BeforeBatch, MemoryLogger, Recorder, assert_agrees
 from models import network_sgd
 from shapes import (
+    BEHIND,
     CALLS,
     CHECKPOINTS,
     IN_PLACE,
@@ -122,7 +123,7 @@ def test_around_the_shared_layer_there_may_be(case: Case, heads: bool, quiet_tra
     assert_trains_as_the_textbook_says(quiet_trainer, case, heads)
 
 
-@table(CALLS)
+@table(CALLS | BEHIND)
 def test_encoder_and_heads_may_be_called_with(case: Case, heads: bool, quiet_trainer: MakeTrainer) -> None:
     assert_trains_as_the_textbook_says(quiet_trainer, case, heads)
 
@@ -399,6 +400,28 @@ def test_compiled_heads_are_refused_without_heads(way: str, quiet_trainer: MakeT
         fit(quiet_trainer, model, balance(model, COMPILED, heads=False), COMPILED.batches(1))
 
 
+class CompiledStem(Shape):
+    """What comes before the shared layer is compiled; reading does not get so far."""
+
+    def __init__(self) -> None:
+        super().__init__(plain_layer)
+        self.stem_of_its_own = self.encoder.stem
+        self.encoder.stem = torch.compile(self.encoder.stem, backend="aot_eager")
+
+    def for_textbook(self) -> Shape:
+        self.encoder.stem = self.stem_of_its_own
+        return self
+
+
+@compiling
+@pytest.mark.parametrize("heads", [False, True], ids=["no heads", "heads"])
+def test_what_comes_before_the_shared_layer_may_be_compiled(heads: bool, quiet_trainer: MakeTrainer) -> None:
+    case = Case(CompiledStem)
+    losses = case.make().task_losses(case.batches(1)[0])
+    assert "CompiledFunctionBackward" in node_names(losses.values())
+    assert_trains_as_the_textbook_says(quiet_trainer, case, heads)
+
+
 # ---- how the network is optimized ------------------------------------------------------------------------------------
 
 
@@ -437,7 +460,7 @@ def scheduled(twin: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-@pytest.mark.parametrize("heads", [False, True], ids=["", "heads"])
+@pytest.mark.parametrize("heads", [False, True], ids=["no heads", "heads"])
 @pytest.mark.parametrize(
     ("make", "optimizer", "options"),
     [
@@ -481,7 +504,7 @@ class Quasi(Shape):
 
 
 @pytest.mark.xfail(strict=True, reason="Lightning calls on_before_optimizer_step after each evaluation")
-@pytest.mark.parametrize("heads", [False, True], ids=["", "heads"])
+@pytest.mark.parametrize("heads", [False, True], ids=["no heads", "heads"])
 def test_the_weights_stay_as_they_are_within_one_step_of_lbfgs(heads: bool, quiet_trainer: MakeTrainer) -> None:
     case = Case(Quasi)
     model = case.make()
