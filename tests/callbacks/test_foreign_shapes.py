@@ -135,22 +135,26 @@ def test_activations_may_be_checkpointed_in(case: Case, heads: bool, quiet_train
 
 AT_Z = {
     **CALLS,
-    **CHECKPOINTS,
     "the heads run twice": replace(CALLS["the heads run twice"], modes=(False,)),
     "the heads, named, run twice": replace(
         CALLS["the heads run twice"],
         modes=(True,),
         marks=(defect("the squares of two readings at one z are added up"),),
     ),
-    "the shared layer's block, use_reentrant=True": replace(
-        CHECKPOINTS["the shared layer's block, use_reentrant=True"], marks=()
-    ),
 }
 del AT_Z["a dataclass"]  # of which torch does not see the tensors
 
 
 @table(AT_Z)
-def test_the_norm_may_be_taken_at_the_representation_of(case: Case, heads: bool, quiet_trainer: MakeTrainer) -> None:
+def test_the_norm_may_be_taken_at_a_representation_where(case: Case, heads: bool, quiet_trainer: MakeTrainer) -> None:
+    assert_trains_as_the_textbook_says(quiet_trainer, case, heads, norm_of="activation")
+
+
+@pytest.mark.slow
+@table({name: replace(case, marks=()) for name, case in CHECKPOINTS.items()})
+def test_the_norm_may_be_taken_at_the_representation_with_checkpoints_in(
+    case: Case, heads: bool, quiet_trainer: MakeTrainer
+) -> None:
     assert_trains_as_the_textbook_says(quiet_trainer, case, heads, norm_of="activation")
 
 
