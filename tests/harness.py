@@ -113,7 +113,12 @@ def parameters_by_part(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def assert_agrees(
-    recorder: Recorder, model: nn.Module, trajectory: Trajectory, twin: nn.Module, tolerance: float = 1e-9
+    recorder: Recorder,
+    model: nn.Module,
+    trajectory: Trajectory,
+    twin: nn.Module,
+    tolerance: float = 1e-9,
+    state: Callable[[nn.Module], dict[str, Tensor]] = state_by_part,
 ) -> None:
     """The weights after every step, and all parameters and buffers at the end, are those of the textbook."""
     assert len(recorder.weights) == len(trajectory.weights)
@@ -121,7 +126,7 @@ def assert_agrees(
         assert found.keys() == expected.keys()
         worst = max(abs(found[task] - expected[task]) for task in expected)
         assert worst <= tolerance, f"after step {step}: {found} instead of {expected}"
-    found_state, expected_state = state_by_part(model), state_by_part(twin)
+    found_state, expected_state = state(model), state(twin)
     assert found_state.keys() == expected_state.keys()
     for name, expected_value in expected_state.items():
         difference = float((found_state[name] - expected_value).abs().max())

@@ -65,6 +65,7 @@ def train(
     no weight step is taken in `skip_steps`.
     """
     model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     w: Tensor | None = None
     run: Trajectory | None = None
     first_losses: dict[str, list[Tensor]] = {}
@@ -88,7 +89,7 @@ def train(
         for f in passes:
             if f.rest is not None:
                 total = total + f.rest / accumulate
-        network_gradient = torch.autograd.grad(total, list(model.parameters()), retain_graph=True, allow_unused=True)
+        network_gradient = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
 
         frozen = stop_after is not None and step >= stop_after
         if step % update_every == 0 and not frozen and step not in skip_steps:
@@ -119,7 +120,7 @@ def train(
                 w.clamp_(min=min_weight)
                 w[here] *= (len(run.tasks) - (w.sum() - w[here].sum())) / w[here].sum()
 
-        for parameter, gradient in zip(model.parameters(), network_gradient, strict=True):
+        for parameter, gradient in zip(parameters, network_gradient, strict=True):
             parameter.grad = gradient
         network_optimizer.step()
         run.weights.append(dict(zip(run.tasks, w.detach().tolist(), strict=True)))
