@@ -26,17 +26,6 @@ WORDS = 9
 Build = Callable[[], nn.Module]
 
 
-def defect(reason: str, strict: bool = True) -> Any:
-    return pytest.mark.xfail(strict=strict, reason=reason)
-
-
-PASSED_OVER = defect("shared_layer=None passes over a last layer whose parameters are not called 'weight'")
-LOOKED_AT = defect(
-    "looking for the shared layer computes parametrized weights: one power iteration too many", strict=False
-)
-BIAS_TOO = defect("the module has no parameter 'weight' but weight_g and weight_v: its bias is taken too")
-
-
 def chain(**layers: nn.Module) -> nn.Sequential:
     """A Sequential whose layers have names."""
     return nn.Sequential(OrderedDict(layers))
@@ -278,9 +267,7 @@ def attentive(*parameters: str, **options: Any) -> Case:
 
 LAYERS: dict[str, Case] = {
     "nn.Parameter, used functionally": simple(Functional, layer="encoder.mixing", W=("encoder.mixing",)),
-    "nn.Parameter, complex": simple(
-        Fourier, layer="encoder.modes", W=("encoder.modes",), marks=(defect("the imaginary part is discarded"),)
-    ),
+    "nn.Parameter, complex": simple(Fourier, layer="encoder.modes", W=("encoder.modes",)),
     "Linear": simple(lambda: between(nn.Linear(HIDDEN, FEATURES))),
     "Bilinear": simple(Twosome),
     "Conv1d": simple(lambda: between(nn.Conv1d(3, 2, 3), nn.Conv1d(2, 3, 1)), (2, 6), 8),
@@ -297,11 +284,7 @@ LAYERS: dict[str, Case] = {
         lambda: chain(layer=nn.Embedding(WORDS, 3, padding_idx=0), after=nn.Tanh()), (4,), 12, words=True
     ),
     "Embedding, with sparse gradients": simple(
-        lambda: chain(layer=SparseEmbedding(WORDS, 3), after=nn.Tanh()),
-        (4,),
-        12,
-        words=True,
-        marks=(defect("a sparse gradient cannot be reshaped"),),
+        lambda: chain(layer=SparseEmbedding(WORDS, 3), after=nn.Tanh()), (4,), 12, words=True
     ),
     "EmbeddingBag": simple(lambda: chain(layer=Bag(WORDS, FEATURES), after=nn.Tanh()), (4,), words=True),
     "LayerNorm, by its name": simple(lambda: between(nn.LayerNorm(HIDDEN)), features=HIDDEN),
@@ -316,23 +299,21 @@ LAYERS: dict[str, Case] = {
     "weight_norm": parametrized(parametrizations.weight_norm, "original0", "original1"),
     "weight_norm, by default": parametrized(parametrizations.weight_norm, "original0", "original1", layer=None),
     "spectral_norm": parametrized(parametrizations.spectral_norm, "original"),
-    "spectral_norm, by default": parametrized(
-        parametrizations.spectral_norm, "original", layer=None, marks=(LOOKED_AT,)
-    ),
+    "spectral_norm, by default": parametrized(parametrizations.spectral_norm, "original", layer=None),
     "weight_norm, the old one: weight_v": old_style(nn.utils.weight_norm, "weight_v", layer="encoder.layer.weight_v"),
-    "weight_norm, the old one": old_style(nn.utils.weight_norm, "weight_g", "weight_v", marks=(BIAS_TOO,)),
-    "spectral_norm, the old one": old_style(nn.utils.spectral_norm, "weight_orig", marks=(BIAS_TOO,)),
+    "weight_norm, the old one": old_style(nn.utils.weight_norm, "weight_g", "weight_v"),
+    "spectral_norm, the old one": old_style(nn.utils.spectral_norm, "weight_orig"),
     "orthogonal": parametrized(parametrizations.orthogonal, "original"),
     "orthogonal, square": parametrized(parametrizations.orthogonal, "original", size=HIDDEN),
     "LSTM: weight_ih_l0": simple(lambda: Recurrent(nn.LSTM), (3, INPUTS), layer=RNN[0], W=RNN[:1]),
     "LSTM: all its parameters": simple(lambda: Recurrent(nn.LSTM), (3, INPUTS), layer="encoder.rnn", W=RNN),
-    "LSTM, by default": simple(lambda: Recurrent(nn.LSTM), (3, INPUTS), layer=None, W=RNN, marks=(PASSED_OVER,)),
+    "LSTM, by default": simple(lambda: Recurrent(nn.LSTM), (3, INPUTS), layer=None, W=RNN),
     "LSTM and a Linear: the Linear, by default": simple(
         lambda: Recurrent(nn.LSTM, project=True), (3, INPUTS), layer=None, W=("encoder.project.weight",)
     ),
     "GRU: weight_ih_l0": simple(lambda: Recurrent(nn.GRU), (3, INPUTS), layer=RNN[0], W=RNN[:1]),
     "GRU: all its parameters": simple(lambda: Recurrent(nn.GRU), (3, INPUTS), layer="encoder.rnn", W=RNN),
-    "GRU, by default": simple(lambda: Recurrent(nn.GRU), (3, INPUTS), layer=None, W=RNN, marks=(PASSED_OVER,)),
+    "GRU, by default": simple(lambda: Recurrent(nn.GRU), (3, INPUTS), layer=None, W=RNN),
 }
 
 
@@ -698,10 +679,7 @@ CHECKPOINTS: dict[str, Case] = {
     "an earlier block, use_reentrant=True": simple(lambda: early_block(use_reentrant=True)),
     "the shared layer's block, use_reentrant=False": simple(lambda: last_block(use_reentrant=False), **IN_BLOCK),
     "the shared layer's block, use_reentrant=True": simple(
-        lambda: last_block(use_reentrant=True),
-        **IN_BLOCK,
-        modes=(True,),
-        marks=(defect("the shared layer is hidden in a reentrant checkpoint", strict=False),),
+        lambda: last_block(use_reentrant=True), **IN_BLOCK, modes=(True,)
     ),
     "the heads, use_reentrant=True": simple(
         plain_layer, head=lambda: checkpointed_readout(use_reentrant=True), modes=(True,)
@@ -727,12 +705,7 @@ CHECKPOINTS["calls of the heads, use_reentrant=False"] = simple(plain_layer, run
 REENTRANT: dict[str, Case] = {
     "the heads": replace(CHECKPOINTS["the heads, use_reentrant=True"], modes=(False,)),
     "calls of the heads": simple(plain_layer, run=checkpointed_calls(True), modes=(False,)),
-    "calls of the heads, named": simple(
-        plain_layer,
-        run=checkpointed_calls(True),
-        modes=(True,),
-        marks=(defect("the message says to leave heads out, with which torch refuses it", strict=False),),
-    ),
+    "calls of the heads, named": simple(plain_layer, run=checkpointed_calls(True), modes=(True,)),
 }
 
 

@@ -26,10 +26,11 @@ class Audit:
 
     def __init__(self, asked_by: str, readers: Sequence[GradientReader], *, at_heads: bool) -> None:
         self._asked_by = asked_by
-        self._readers = list(readers)
+        self.readers = list(readers)
+        """Those among which the first task is still to choose; then the chosen one."""
         self._shared = [tensor for reader in readers if isinstance(reader, WeightGradients) for tensor in reader.sought]
         self._at_heads = at_heads
-        self._chosen: GradientReader | None = None
+        self._chosen = False
         self._passed: set[str] = set()
 
     def examine(self, task: str, loss: Tensor, current: Pass) -> GradientReader | None:
@@ -39,14 +40,17 @@ class Audit:
             ValueError: its gradient would not be what is read.
         """
         if task in self._passed:
-            return self._chosen
+            return self.readers[0] if self.readers else None
         self._passed.add(task)
-        if self._chosen is None:
-            self._chosen = next((r for r in self._readers if not self._objection(r, task, loss, current)), None)
-        reader = self._chosen
-        if self._readers and reader is None:
-            reader = self._readers[0]  # whose objection is the one the user understands
-        if reader is not None and (objection := self._objection(reader, task, loss, current)):
+        if not self.readers:
+            return None
+        if not self._chosen:
+            # If there is none, the first one's objection is the one to be understood.
+            able = (reader for reader in self.readers if not self._objection(reader, task, loss, current))
+            self.readers = [next(able, self.readers[0])]
+            self._chosen = True
+        (reader,) = self.readers
+        if objection := self._objection(reader, task, loss, current):
             raise ValueError(f"{self._asked_by}: the loss of task '{task}' {objection}")
         return reader
 
@@ -58,6 +62,7 @@ class Audit:
                 f"does not depend on {where}. Name a layer that all tasks share. (Activation checkpointing hides it, unless "
                 f"it is called with use_reentrant=False.)"
             )
+        ends = {node_of(tensor) for tensor in sought}  # a gradient arrives there without passing it
         own = current.branches.get(task, set())
         if self._at_heads:
             leave_out = "Leave heads out: then each loss gets a first-order pass of its own."
@@ -69,18 +74,14 @@ class Audit:
                     f"also reads the head of '{reached[0]}', so that their gradients cannot be told apart at the heads. "
                     f"Are the names in heads exchanged? {leave_out}"
                 )
+            if around and (cause := unwalkable(around - ends)):
+                return f"reaches {where} through {cause}"
             if around:
                 return f"reaches {where} by a way that does not pass its head. {leave_out}"
-        cause = unwalkable(nodes_between(own if self._at_heads else [node_of(loss)], sought))
-        if cause:
-            return (
-                f"reaches {where} through {cause}, whose graph cannot be walked twice. Name the heads with heads=, and a "
-                f"shared_layer from whose module to the heads nothing is compiled, sharded or checkpointed in such a way."
-            )
-        if isinstance(reader, ReplayedGradients):
-            ends = {node_of(tensor) for tensor in sought}
-            if nodes_between([node_of(loss)], self._shared, stop=ends):
-                return f"reaches the shared layer by a way that does not pass {where}."
+        if cause := unwalkable(nodes_between(own if self._at_heads else [node_of(loss)], sought) - ends):
+            return f"reaches {where} through {cause}"
+        if isinstance(reader, ReplayedGradients) and nodes_between([node_of(loss)], self._shared, stop=ends):
+            return f"reaches the shared layer by a way that does not pass {where}."
         return None
 
 

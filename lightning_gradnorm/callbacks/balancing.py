@@ -32,7 +32,7 @@ from lightning_gradnorm.callbacks.logging import is_logged_step
 from lightning_gradnorm.callbacks.naming import did_you_mean, find_module
 from lightning_gradnorm.callbacks.step import Pass, Window
 from lightning_gradnorm.callbacks.task_names import DeclaresTasks, check_by_task, checked_names
-from lightning_gradnorm.gradients import ActivationGradients, GradientReader, ReplayedGradients, branch
+from lightning_gradnorm.gradients import ActivationGradients, GradientReader, KeptBuffers, ReplayedGradients, branch
 
 
 class Balancing(L.Callback):
@@ -62,6 +62,7 @@ class Balancing(L.Callback):
         if self.heads is not None and self._names:
             self._check_heads()
         self._audit = Audit(self._name, [], at_heads=False)
+        self._buffers = KeptBuffers([])
         self._reader: GradientReader | None = None
         self._hooks: ExitStack | None = None
         self._spare_hooks: dict[GradientReader, Undo] = {}
@@ -165,6 +166,7 @@ class Balancing(L.Callback):
         self._reader = readers[0] if readers else None
         self._at_heads = bool(readers) and heads is not None
         self._audit = Audit(self._name, readers, at_heads=self._at_heads)
+        self._buffers = KeptBuffers(module.buffers() if readers else [])
         if self._logged_names is not None:
             hooks.callback(capture.logged_losses(module, self._logged_names, self.watch, self._logged))
         elif module.automatic_optimization:
@@ -222,6 +224,7 @@ class Balancing(L.Callback):
             self._hooks = None
             self._spare_hooks.clear()
         self._forget_pass()
+        self._audit, self._reader = Audit(self._name, [], at_heads=False), None
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -257,8 +260,8 @@ class Balancing(L.Callback):
     def _forget_pass(self) -> None:
         """Let go of all that belongs to one forward and backward pass."""
         self._pass = Pass()
-        if self._reader is not None:
-            self._reader.forget()
+        for reader in self._audit.readers:
+            reader.forget()
 
     def watch(self, losses: Mapping[str, Tensor | None]) -> None:
         """Balance these losses in the backward pass that follows.
@@ -316,7 +319,6 @@ class Balancing(L.Callback):
         self._reader = reader
         for other in [other for other in self._spare_hooks if other is not reader]:
             self._spare_hooks.pop(other)()
-            other.clear()
 
     def _warn_if_idle(self, losses: Mapping[str, Any]) -> None:
         """Say so, once, if nobody has ever plugged this callback into the Trainer that is training."""
@@ -382,7 +384,7 @@ class Balancing(L.Callback):
         return reader.after(output) if self._notes_calls() else None
 
     def _explain(self, error: RuntimeError) -> str | None:
-        if "_BranchBackward" in str(error) and "inplace" in str(error):
+        if "of _Branch" in str(error) and "inplace" in str(error):
             return (
                 f"{self._name}: the head of task '{self._pass.in_head}' changes the representation in place, as "
                 f"ReLU(inplace=True) does, and with it what the other heads read. Make its first operation "
@@ -412,7 +414,8 @@ class Balancing(L.Callback):
         if self._reader is not None and not self._reading:
             self._reading = True
             try:
-                self._reader.read(task, outputs, gradients)
+                with self._buffers.through_reading():
+                    self._reader.read(task, outputs, gradients)
             finally:
                 self._reading = False
 
@@ -423,6 +426,7 @@ class Balancing(L.Callback):
         self._pass.in_backward = False
         if self._window.measured and self._reader is not None:
             self._reader.finish()
+            self._buffers.end_pass()
 
     # ---- the optimizer step ------------------------------------------------------------------------------------------
 

@@ -164,6 +164,11 @@ class GradNorm(Balancing):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
+            raise ValueError(
+                "GradNorm: torch.optim.LBFGS evaluates the losses several times within one step, between which their weights "
+                "should not change. Use another optimizer for the network, or FixedWeights."
+            )
         if self._restored_by in ("validate", "test", "predict"):
             self._restored = None  # a checkpoint that was looked at is not one to go on from
         if self._restored is None and (trainer.global_step == 0 or trainer.ckpt_path is not None):

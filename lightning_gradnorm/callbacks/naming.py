@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 
 def did_you_mean(name: str, existing: Iterable[str]) -> str:
@@ -74,11 +75,15 @@ def find_shared_layer(root: nn.Module, name: str | None, *, asked_by: str) -> di
     if name in parameters:
         found = {name: parameters[name]}
     elif name and name in modules:
-        # A parametrized weight (weight norm, say) is computed from parameters of its own.
+        # A weight that is parametrized, by weight norm say, is computed from parameters of its own; in the older
+        # torch.nn.utils.weight_norm and spectral_norm these stand beside the bias.
         inside = {n: p for n, p in parameters.items() if n.startswith(f"{name}.")}
         parametrized = {n: p for n, p in inside.items() if n.startswith(f"{name}.parametrizations.weight.")}
         weight = {n: p for n, p in inside.items() if n == f"{name}.weight"}
-        found = weight or parametrized or inside
+        older = {
+            n: p for n, p in inside.items() if n.removeprefix(f"{name}.") in ("weight_g", "weight_v", "weight_orig")
+        }
+        found = weight or parametrized or older or inside
         if not found:
             raise ValueError(f"{asked_by}: shared_layer '{name}' of {type(root).__name__} has no parameters.")
     else:
@@ -102,10 +107,13 @@ def _last_layer_of_encoder(root: nn.Module, *, asked_by: str) -> str:
         raise ValueError(
             f"{asked_by}: shared_layer=None looks inside 'encoder', which {type(root).__name__} lacks. {how}."
         )
+    # Asked of the parameters: to ask a parametrized module for its weight would compute it (and change spectral norm's
+    # state). The weights of recurrent layers have longer names, weight_ih_l0 and so on.
     layers: list[str] = [
         name
         for name, module in encoder.named_modules(prefix="encoder")
-        if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.ndim >= 2
+        if any(n.startswith("weight") and p.ndim >= 2 for n, p in module.named_parameters(recurse=False))
+        or (is_parametrized(module, "weight") and any(p.ndim >= 2 for p in module.parametrizations.weight.parameters()))
     ]
     if not layers:
         raise ValueError(

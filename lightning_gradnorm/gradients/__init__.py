@@ -1,6 +1,7 @@
 """How each task's gradient is read out of one backward pass. Pure torch."""
 
 from lightning_gradnorm.gradients.branch import branch, fan_out
+from lightning_gradnorm.gradients.buffers import KeptBuffers
 from lightning_gradnorm.gradients.paths import nodes_between, unwalkable
 from lightning_gradnorm.gradients.readers import ActivationGradients, GradientReader, WeightGradients
 from lightning_gradnorm.gradients.replay import ReplayedGradients
@@ -8,6 +9,7 @@ from lightning_gradnorm.gradients.replay import ReplayedGradients
 __all__ = [
     "ActivationGradients",
     "GradientReader",
+    "KeptBuffers",
     "ReplayedGradients",
     "WeightGradients",
     "branch",

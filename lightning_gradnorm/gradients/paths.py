@@ -54,15 +54,19 @@ def nodes_between(start: Iterable[Node], targets: Iterable[Tensor], *, stop: Col
 
 
 def unwalkable(nodes: Iterable[Node]) -> str | None:
-    """Say what in these nodes forbids to walk them a second time beside the ordinary backward pass; ``None``: nothing.
+    """Say what in these nodes forbids to walk them a second time beside the ordinary backward pass, and how to mend it.
+
+    ``None``: nothing does.
 
     A compiled graph frees its buffers (or, out of the compiler's cache, silently gives other numbers); FSDP's nodes gather
     and free weights when they are passed; a reentrant checkpoint refuses to be asked for a gradient.
     """
     causes = {
-        "Compiled": "a module compiled with torch.compile",
-        "RegisterPostBackward": "a module sharded by FSDP",
-        "CheckpointFunction": "an activation checkpoint with use_reentrant=True",
+        "Compiled": "a module compiled with torch.compile, whose graph cannot be walked twice. Name the heads with heads=, and "
+        "a shared_layer in the last module that is compiled before them",
+        "RegisterPostBackward": "a module sharded by FSDP, which cannot be passed twice. Name the heads with heads=, and a "
+        "shared_layer in the last module that is sharded before them",
+        "CheckpointFunction": "an activation checkpoint that cannot be passed twice. Call it with use_reentrant=False",
     }
     names = {node.name() for node in nodes}
-    return next((cause for word, cause in causes.items() if any(word in name for name in names)), None)
+    return next((f"{cause}." for word, cause in causes.items() if any(word in name for name in names)), None)

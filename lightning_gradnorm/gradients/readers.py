@@ -18,13 +18,32 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def _dense(gradient: Tensor) -> Tensor:
+    """Return a sparse gradient (of an Embedding) as a dense one, a complex one as pairs of real numbers."""
+    gradient = gradient.to_dense() if gradient.is_sparse else gradient
+    return torch.view_as_real(gradient) if gradient.is_complex() else gradient
+
+
+def row_width(parameters: Sequence[Tensor]) -> int:
+    """Return the length of `flat_row`."""
+    return sum(parameter.numel() * (2 if parameter.is_complex() else 1) for parameter in parameters)
+
+
 def flat_row(found: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
     """Return the gradients of ``W``'s parameters as one vector, zero where there is none, in float32 or float64."""
     parts = [
-        torch.zeros_like(parameter) if part is None else part for part, parameter in zip(found, parameters, strict=True)
+        _dense(torch.zeros_like(parameter) if part is None else part)
+        for part, parameter in zip(found, parameters, strict=True)
     ]
     row = parts[0].reshape(-1) if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
     return _at_least_float32(row)
+
+
+def add_up(old: list[Tensor | None] | None, new: list[Tensor | None]) -> list[Tensor | None]:
+    """Return the sum, place by place, of gradients that may be ``None``."""
+    if old is None:
+        return new
+    return [a if b is None else b if a is None else a + b for a, b in zip(old, new, strict=True)]
 
 
 class GradientReader(ABC):
@@ -89,8 +108,8 @@ class GradientReader(ABC):
 
     def clear(self) -> None:
         """Forget what was read: a new optimizer step begins."""
-        self._rows.clear()
         self.forget()
+        self._rows.clear()
 
     def _add(self, task: str, row: Tensor) -> None:
         self._rows[task] = self._rows[task] + row if task in self._rows else row
@@ -127,7 +146,7 @@ class WeightGradients(GradientReader):
 
     def width(self) -> int:
         """Return the number of values in ``W``."""
-        return sum(parameter.numel() for parameter in self._parameters)
+        return row_width(self._parameters)
 
 
 class ActivationGradients(GradientReader):
@@ -144,6 +163,7 @@ class ActivationGradients(GradientReader):
         super().__init__()
         self._name = name
         self._sought: list[Tensor] = []
+        self._arrived: dict[str, list[Tensor | None]] = {}
 
     @property
     def where(self) -> str:
@@ -161,17 +181,35 @@ class ActivationGradients(GradientReader):
 
     def forget(self) -> None:
         """Let go of the current forward pass's tensors; what was read of them stays."""
+        self._square()
         self._sought = []
 
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Add the squared norm of the task's gradient at the representation."""
+        """Add the task's gradient at the representation."""
         found = torch.autograd.grad(outputs, self._sought, gradients, retain_graph=True, allow_unused=True)
-        squares = [_at_least_float32(part).square().sum() for part in found if part is not None]
-        if squares:
-            self._add(task, torch.stack(squares).sum().reshape(1))
+        self._arrived[task] = add_up(self._arrived.get(task), list(found))
+
+    def _square(self) -> None:
+        """Turn the gradients of this pass, which may have arrived in parts (a head called twice), into their squares."""
+        for task, gradients in self._arrived.items():
+            squares = [_at_least_float32(part).square().sum() for part in gradients if part is not None]
+            if squares:
+                self._add(task, torch.stack(squares).sum().reshape(1))
+        self._arrived = {}
+
+    def rows(self, tasks: Sequence[str], like: Tensor) -> Tensor:
+        """Return the sums of squares so far, shape (T, 1)."""
+        self._square()
+        return super().rows(tasks, like)
+
+    def norms(self, tasks: Sequence[str]) -> Tensor:
+        """Return the norms of the gradients read so far, shape (T,)."""
+        self._square()
+        return super().norms(tasks)
 
     def rescale(self, task: str, factor: Tensor) -> None:
         """Multiply what was read of a task's gradient by ``factor``: the squares by its square."""
+        self._square()
         super().rescale(task, factor.square())
 
     def norms_of(self, rows: Tensor) -> Tensor:

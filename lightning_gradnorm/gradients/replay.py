@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from lightning_gradnorm.gradients.readers import GradientReader, flat_row
+from lightning_gradnorm.gradients.readers import GradientReader, add_up, flat_row, row_width
 
 
 @dataclass
@@ -104,7 +104,7 @@ class ReplayedGradients(GradientReader):
     def width(self) -> int:
         """Return the number of values in ``W``."""
         parameters = dict(self._module.named_parameters(remove_duplicate=False))
-        return sum(parameters[name].numel() for name in self._parameters)
+        return row_width([parameters[name] for name in self._parameters])
 
     def before(self, args: Any, kwargs: Any) -> None:
         """Note how the module is called."""
@@ -129,7 +129,7 @@ class ReplayedGradients(GradientReader):
         for call in self._calls:
             here = [next(found) if tensor.requires_grad else None for tensor in call.outputs]
             if any(gradient is not None for gradient in here):
-                call.arrived[task] = _sum(call.arrived.get(task), here)
+                call.arrived[task] = add_up(call.arrived.get(task), here)
 
     def finish(self) -> None:
         """Run the module again, and add what ``W`` gets from each task.
@@ -186,12 +186,6 @@ class ReplayedGradients(GradientReader):
                 f"checkpointed or sharded."
             )
         self._verified = True
-
-
-def _sum(old: list[Tensor | None] | None, new: list[Tensor | None]) -> list[Tensor | None]:
-    if old is None:
-        return new
-    return [a if b is None else b if a is None else a + b for a, b in zip(old, new, strict=True)]
 
 
 class _Forward(nn.Module):
