@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_gradnorm.callbacks.balancing import Balancing
+from lightning_gradnorm.callbacks.naming import find_module
 
 
 class FixedWeights(Balancing):
@@ -39,12 +40,19 @@ class FixedWeights(Balancing):
         tasks: Sequence[str] | Mapping[str, str] | None = None,
         heads: Mapping[str, str] | None = None,
     ) -> None:
-        if not isinstance(weights, Mapping):
-            raise TypeError(f"FixedWeights: weights should be a mapping from task to number; got {weights!r}")
+        if not (isinstance(weights, Mapping) and all(isinstance(task, str) for task in weights)):
+            raise TypeError(f"FixedWeights: weights should be a mapping from task's name to number; got {weights!r}")
         super().__init__(list(weights) if tasks is None else tasks, heads=heads)
         self._check_positive_by_task("weights", weights)
         self.weights: dict[str, float] = {task: float(weights[task]) for task in self._names}
         self._tensor = torch.tensor(list(self.weights.values()))
+
+    @override
+    def _make_reader(self, module: L.LightningModule) -> None:
+        for task, name in (
+            self.heads or {}
+        ).items():  # not read, but a name that does not exist is a mistake all the same
+            find_module(module, name, asked_by=f"{self._name}: heads['{task}']")
 
     @override
     def _weights_in_force(self) -> Tensor:

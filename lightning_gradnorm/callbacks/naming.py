@@ -36,7 +36,7 @@ def find_module(root: nn.Module, name: str, *, asked_by: str) -> nn.Module:
     Raises:
         ValueError: there is no such module; says which there are.
     """
-    modules: dict[str, nn.Module] = dict(root.named_modules())
+    modules: dict[str, nn.Module] = dict(root.named_modules(remove_duplicate=False))
     modules.pop("")
     if name not in modules:
         raise ValueError(f"{asked_by} '{name}' is not in {type(root).__name__}; {did_you_mean(name, modules)}")
@@ -57,7 +57,8 @@ def find_shared_layer(root: nn.Module, name: str | None, *, asked_by: str) -> di
     """
     if name is None:
         name = _last_layer_of_encoder(root, asked_by=asked_by)
-    modules, parameters = dict(root.named_modules()), dict(root.named_parameters(remove_duplicate=False))
+    modules = dict(root.named_modules(remove_duplicate=False))  # a module held under two names may be named by either
+    parameters = dict(root.named_parameters(remove_duplicate=False))
     if name in parameters:
         found = {name: parameters[name]}
     elif name and name in modules:
@@ -67,7 +68,10 @@ def find_shared_layer(root: nn.Module, name: str | None, *, asked_by: str) -> di
         weight = {n: p for n, p in inside.items() if n == f"{name}.weight"}
         found = weight or parametrized or inside
         if not found:
-            raise ValueError(f"{asked_by}: shared_layer '{name}' of {type(root).__name__} has no parameters.")
+            raise ValueError(
+                f"{asked_by}: shared_layer '{name}' of {type(root).__name__} is a {type(modules[name]).__name__}, which has no "
+                f"parameters. Name the last layer that all tasks share and that has: {_with_weights(modules)}."
+            )
     else:
         modules.pop("")
         raise ValueError(
@@ -81,6 +85,11 @@ def find_shared_layer(root: nn.Module, name: str | None, *, asked_by: str) -> di
             f"False). Name the last shared layer that is trained."
         )
     return found
+
+
+def _with_weights(modules: dict[str, nn.Module]) -> str:
+    found = [name for name, module in modules.items() if name and isinstance(getattr(module, "weight", None), Tensor)]
+    return ", ".join(f"'{name}'" for name in found[:20]) + (", …" if len(found) > 20 else "") or "there is none"
 
 
 def _last_layer_of_encoder(root: nn.Module, *, asked_by: str) -> str:
