@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_gradnorm.balancing.gradnorm import Balance, GradNormRule, Skipped, WeightOptimizer
 from lightning_gradnorm.callbacks.balancing import Balancing
-from lightning_gradnorm.callbacks.naming import find_shared_layer
+from lightning_gradnorm.callbacks.naming import find_module, find_shared_layer
 from lightning_gradnorm.gradients import ActivationGradients, GradientReader, WeightGradients
 
 
@@ -84,16 +84,17 @@ class GradNorm(Balancing):
         representation: str = "encoder",
     ) -> None:
         super().__init__(tasks, heads=heads, representation=representation)
-        _check(
-            shared_layer is None or isinstance(shared_layer, str), "shared_layer", "a dotted name or None", shared_layer
-        )
-        _check(_is_number(alpha) and math.isfinite(alpha) and alpha >= 0, "alpha", "finite and at least 0", alpha)
+        is_name = shared_layer is None or isinstance(shared_layer, str)
+        _check(is_name, "shared_layer", "a dotted name such as 'encoder.4', or None", shared_layer)
+        _check(isinstance(representation, str), "representation", "a dotted name such as 'encoder'", representation)
+        is_finite = _is_number(alpha) and math.isfinite(alpha)
+        _check(is_finite and alpha >= 0, "alpha", "a finite number, at least 0", alpha)
         _check(callable(optimizer), "optimizer", "a callable such as partial(torch.optim.Adam, lr=0.025)", optimizer)
         _check(_is_integer(update_every) and update_every >= 1, "update_every", "an integer, at least 1", update_every)
         stops = stop_after is None or (_is_integer(stop_after) and stop_after >= 0)
         _check(stops, "stop_after", "None or an integer, at least 0", stop_after)
         _check(norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", norm_of)
-        _check(_is_number(min_weight) and 0 < min_weight < 1, "min_weight", "between 0 and 1", min_weight)
+        _check(_is_number(min_weight) and 0 < min_weight < 1, "min_weight", "a number between 0 and 1", min_weight)
         _check(
             isinstance(initial_losses, Mapping) or (_is_integer(initial_losses) and initial_losses >= 1),
             "initial_losses",
@@ -167,12 +168,19 @@ class GradNorm(Balancing):
         if self._restored is None and (trainer.global_step == 0 or trainer.ckpt_path is not None):
             self._rule = self._last_balance = None  # a training that starts anew starts with new weights
             self._warned.clear()
+            if trainer.global_step > 0:
+                rank_zero_warn(
+                    f"GradNorm: the checkpoint {trainer.ckpt_path} has no state of {self._name}; its weights and L_i(0) start "
+                    f"anew. Resume from a checkpoint of a run that had {self._name} among its callbacks to go on with them."
+                )
         super().on_train_start(trainer, pl_module)
 
     @override
     def _make_reader(self, module: L.LightningModule) -> GradientReader:
         if self.norm_of == "activation":
             return ActivationGradients()
+        if self.representation != "encoder":  # not read here, but a name that does not exist is a mistake all the same
+            find_module(module, self.representation, asked_by=f"{self._name}: representation")
         return WeightGradients(list(find_shared_layer(module, self.shared_layer, asked_by=self._name).values()))
 
     @override
@@ -218,18 +226,24 @@ class GradNorm(Balancing):
         if norms is not None:
             seen = self._rule.step(norms / self._weights_in_force(), losses, present)
             if isinstance(seen, Skipped):
-                self._warn(seen)
+                self._warn(seen, losses)
             else:
                 self._last_balance = seen, losses
         self._rule.note_step()
 
-    def _warn(self, skipped: Skipped) -> None:
+    def _warn(self, skipped: Skipped, losses: Tensor) -> None:
         for task in skipped.tasks:
             if task not in self._warned:
                 self._warned.add(task)
+                loss = losses[self._names.index(task)].item()
+                reason = f"the loss or the gradient norm of task '{task}' is not finite"
+                if loss < 0 and self.alpha > 0:
+                    reason = (
+                        f"the loss of task '{task}' is negative ({loss:g}), so that it has no training rate (add a constant "
+                        f"that keeps it positive, or use alpha=0)"
+                    )
                 rank_zero_warn(
-                    f"GradNorm: the loss or the gradient norm of task '{task}' is not finite (or its loss is negative); "
-                    f"the weights stay as they are. Further such steps are counted in gradnorm/skipped."
+                    f"GradNorm: {reason}; the weights stay as they are. Further such steps are counted in gradnorm/skipped."
                 )
 
     @override
@@ -270,5 +284,7 @@ def _is_integer(value: object) -> bool:
 
 def _check(holds: bool, parameter: str, expected: str, found: object) -> None:
     if not holds:
-        shown = repr(found) if isinstance(found, str | Mapping | Sequence) else found
+        # The whole of a network or an optimizer is long and says little.
+        is_long = isinstance(found, torch.nn.Module | torch.optim.Optimizer)
+        shown = f"the object {type(found).__name__}(…)" if is_long else repr(found)
         raise ValueError(f"GradNorm: {parameter} should be {expected}; got {shown}")
