@@ -320,6 +320,12 @@ class GradNormRule:
 
         self.weights.copy_(permuted(state["weights"]))
         kept = state["optimizer"]
+        saved, given = (set(of["param_groups"][0]) for of in (kept, self._optimizer.state_dict()))
+        if saved - given and given - saved:  # one of both alone is another version of torch
+            raise ValueError(
+                f"GradNorm: the checkpoint is of a weight optimizer with the options {sorted(saved - given)}, which this "
+                f"run's {type(self._optimizer).__name__} does not have. Resume with the same optimizer=…"
+            )
         moments = {key: {name: permuted(value) for name, value in of.items()} for key, of in kept["state"].items()}
         self._optimizer.load_state_dict({**kept, "state": moments})
         self.initial_losses = permuted(state["initial_losses"]).to(self.weights)
