@@ -52,7 +52,13 @@ from lightning_gradnorm import GradNorm
 
 MakeTrainer = Callable[..., L.Trainer]
 TASKS = ["seg", "depth", "normal"]
-EPOCHS, BATCHES = 3, 4
+EPOCHS, BATCHES = 2, 4
+MODES = [
+    "heads",
+    "manual",
+    "own",
+    *(pytest.param(m, marks=pytest.mark.slow) for m in ("automatic", "logged", "images")),
+]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You are using `LearningRateMonitor` callback with models that have no learning"),
@@ -122,18 +128,25 @@ class Course(L.Callback):
         self.weights.append(self.gradnorm.weights)
         self.networks.append({name: value.clone() for name, value in state_by_part(pl_module).items()})
 
-    def assert_equals(self, other: Course) -> None:
+    def assert_equals(self, other: Course, tolerance: float = 0.0) -> None:
         assert len(self.weights) == len(other.weights) > 0
         for batch, (one, two) in enumerate(zip(self.weights, other.weights, strict=True)):
-            assert one == two, f"after batch {batch}"
+            assert one == pytest.approx(two, rel=0, abs=tolerance), f"after batch {batch}"
         for batch, (one, two) in enumerate(zip(self.networks, other.networks, strict=True)):
             for name in one:
-                assert torch.equal(one[name], two[name]), f"{name} after batch {batch}"
+                difference = float((one[name] - two[name]).abs().max())
+                assert difference <= tolerance, f"{name} differs by {difference} after batch {batch}"
         assert self.weights[-1] != dict.fromkeys(self.weights[-1], 1.0), "GradNorm has done nothing"
 
 
 def fit(
-    trainer: MakeTrainer, mode: str, others: list[L.Callback], *, first: bool = False, **options: Any
+    trainer: MakeTrainer,
+    mode: str,
+    others: list[L.Callback],
+    *,
+    first: bool = False,
+    validate: bool = True,
+    **options: Any,
 ) -> tuple[L.LightningModule, Course, L.Trainer]:
     """Train with GradNorm and these other callbacks, before or after it, and check that the model is clean afterwards."""
     model, gradnorm, batches = make(mode)
@@ -141,9 +154,20 @@ def fit(
     course = Course(gradnorm)
     callbacks = [*others, gradnorm] if first else [gradnorm, *others]
     one = trainer(**{"callbacks": [course, *callbacks], "max_epochs": EPOCHS, **options})
-    one.fit(model, Batches(batches), Batches(batches))
+    one.fit(model, Batches(batches), Batches(batches) if validate else None)
     assert_as_before(model, before, keys)
     return model, course, one
+
+
+_COURSES: dict[tuple[Any, ...], Course] = {}
+
+
+def course_alone(trainer: MakeTrainer, mode: str, **options: Any) -> Course:
+    """What GradNorm does without other callbacks; trained once for all tests."""
+    key = (mode, *sorted(options.items()))
+    if key not in _COURSES:
+        _, _COURSES[key], _ = fit(trainer, mode, [], **options)
+    return _COURSES[key]
 
 
 def assert_as_before(model: L.LightningModule, before: set[str], keys: list[str]) -> None:
@@ -198,10 +222,6 @@ def functions(folder: Path) -> list[L.Callback]:
     return [pl.LambdaCallback(on_train_batch_start=nothing, on_before_optimizer_step=nothing, on_train_end=nothing)]
 
 
-def exception_checkpoint(folder: Path) -> list[L.Callback]:
-    return [pl.OnExceptionCheckpoint(folder)]
-
-
 BYSTANDERS = {
     "ModelCheckpoint at every step": checkpoints,
     "ModelCheckpoint of the best": best_checkpoints,
@@ -211,7 +231,6 @@ BYSTANDERS = {
     "TQDMProgressBar": progress_bars,
     "Timer": timer,
     "LambdaCallback": functions,
-    "OnExceptionCheckpoint": exception_checkpoint,
 }
 
 
@@ -224,13 +243,14 @@ def options_for(sentence: str) -> dict[str, Any]:
     return options
 
 
-@pytest.mark.parametrize("first", [False, True], ids=["after", "before"])
-@pytest.mark.parametrize("mode", ["heads", "own"])
+@pytest.mark.parametrize(
+    ("mode", "first"), [("heads", False), ("heads", True), ("own", False)], ids=["after", "before", "own"]
+)
 @pytest.mark.parametrize("sentence", BYSTANDERS)
 def test_a_callback_that_only_looks_on_changes_nothing(
     sentence: str, mode: str, first: bool, quiet_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
-    _, alone, _ = fit(quiet_trainer, mode, [])
+    alone = course_alone(quiet_trainer, mode)
     others = BYSTANDERS[sentence](tmp_path)
     _, beside, _ = fit(quiet_trainer, mode, others, first=first, **options_for(sentence))
     beside.assert_equals(alone)
@@ -259,7 +279,9 @@ FLAGS: dict[str, tuple[dict[str, Any], list[int]]] = {
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
-@pytest.mark.parametrize("mode", ["automatic", "heads", "logged", "manual", "own"])
+@pytest.mark.parametrize(
+    "mode", ["heads", "own", *(pytest.param(m, marks=pytest.mark.slow) for m in ("manual", "automatic", "logged"))]
+)
 @pytest.mark.parametrize("flag", FLAGS)
 def test_a_flag_of_the_trainer_changes_which_batches_are_seen_and_nothing_else(
     flag: str, mode: str, quiet_trainer: MakeTrainer
@@ -288,7 +310,7 @@ BAREBONES = dict.fromkeys(
 @pytest.mark.parametrize("mode", ["heads", "own"])
 @pytest.mark.xfail(strict=True, reason="log_dict is called though a barebones Trainer warns that it does nothing")
 def test_a_barebones_trainer_balances_without_a_warning(mode: str, quiet_trainer: MakeTrainer) -> None:
-    _, alone, _ = fit(quiet_trainer, mode, [])
+    alone = course_alone(quiet_trainer, mode)
     _, bare, _ = fit(quiet_trainer, mode, [], **BAREBONES)
     bare.assert_equals(alone)
 
@@ -296,7 +318,7 @@ def test_a_barebones_trainer_balances_without_a_warning(mode: str, quiet_trainer
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 @pytest.mark.parametrize("mode", ["heads", "own"])
 def test_a_barebones_trainer_balances(mode: str, quiet_trainer: MakeTrainer) -> None:
-    _, alone, _ = fit(quiet_trainer, mode, [])
+    alone = course_alone(quiet_trainer, mode)
     _, bare, _ = fit(quiet_trainer, mode, [], **BAREBONES)
     bare.assert_equals(alone)
 
@@ -325,7 +347,7 @@ def test_clipping_comes_after_balancing_and_does_not_change_the_norms(mode: str,
         flags = {"gradient_clip_val": ClippedSGD.limit}
     recorder = Recorder(gradnorm)
     quiet_trainer(callbacks=[gradnorm, recorder], **flags).fit(model, Batches(seen))
-    assert_agrees(recorder, model, trajectory, twin, tolerance=1e-6)  # torch adds 1e-6 to the norm it divides by
+    assert_agrees(recorder, model, trajectory, twin)
 
 
 @pytest.mark.parametrize("mode", ["automatic", "heads", "logged"])
@@ -390,7 +412,7 @@ def moving_average(folder: Path) -> L.Callback:
 def test_an_average_of_the_network_is_that_of_the_network_alone(
     make_average: Any, decay: float | None, mode: str, quiet_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
-    _, alone, _ = fit(quiet_trainer, mode, [])
+    alone = course_alone(quiet_trainer, mode)
     model, beside, _ = fit(quiet_trainer, mode, [make_average(tmp_path)])
     beside.assert_equals(alone)
     averaged = mean_of(alone.networks) if decay is None else moving_average_of(alone.networks, decay)
@@ -398,10 +420,10 @@ def test_an_average_of_the_network_is_that_of_the_network_alone(
 
 
 def test_a_stochastic_average_is_that_of_the_networks_at_the_ends_of_epochs(quiet_trainer: MakeTrainer) -> None:
-    swa = pl.StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=2)  # the rate it already has
-    _, alone, _ = fit(quiet_trainer, "heads", [], max_epochs=4)
+    swa = pl.StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=2)  # the rate it already has, but for rounding
+    alone = course_alone(quiet_trainer, "heads", max_epochs=4)
     model, beside, _ = fit(quiet_trainer, "heads", [swa], max_epochs=4)
-    beside.assert_equals(alone)
+    beside.assert_equals(alone, tolerance=1e-12)
     # taken at the start of an epoch: what the second and the third have left behind; Lightning's last epoch is not in it
     assert_close(state_by_part(model), mean_of([alone.networks[i * BATCHES - 1] for i in (1, 2, 3)]))
 
@@ -410,7 +432,7 @@ def test_the_epoch_that_refreshes_batch_norm_for_a_stochastic_average_moves_no_w
     quiet_trainer: MakeTrainer,
 ) -> None:
     swa = pl.StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=1)
-    _, beside, trainer = fit(quiet_trainer, "images", [swa], max_epochs=3)
+    _, beside, _ = fit(quiet_trainer, "images", [swa], max_epochs=3)
     assert len(beside.weights) == 4 * BATCHES, "no epoch was added for the statistics"
     at_the_end = beside.weights[3 * BATCHES - 1]
     assert all(weights == at_the_end for weights in beside.weights[3 * BATCHES :])
@@ -423,7 +445,7 @@ def test_the_epoch_that_refreshes_batch_norm_for_a_stochastic_average_moves_no_w
 
 def learning_rate_finder(**options: Any) -> pl.LearningRateFinder:
     return pl.LearningRateFinder(
-        **{"num_training_steps": 9, "min_lr": 1e-4, "max_lr": 1e-1, "early_stop_threshold": None, **options}
+        **{"num_training_steps": 6, "min_lr": 1e-4, "max_lr": 1e-1, "early_stop_threshold": None, **options}
     )
 
 
@@ -432,11 +454,11 @@ def learning_rate_finder(**options: Any) -> pl.LearningRateFinder:
 def test_the_trial_steps_of_a_learning_rate_finder_leave_weights_and_initial_losses_alone(
     mode: str, first: bool, quiet_trainer: MakeTrainer
 ) -> None:
-    _, alone, _ = fit(quiet_trainer, mode, [])
+    alone = course_alone(quiet_trainer, mode)
     finder = learning_rate_finder(update_attr=False)
     _, beside, _ = fit(quiet_trainer, mode, [finder], first=first)
     assert finder.optimal_lr is not None
-    assert len(finder.optimal_lr.results["loss"]) == 9
+    assert len(finder.optimal_lr.results["loss"]) == 6
     beside.assert_equals(alone)
     found, expected = beside.gradnorm.state_dict(), alone.gradnorm.state_dict()
     assert torch.equal(found["initial_losses"], expected["initial_losses"])
@@ -449,7 +471,7 @@ def test_the_rate_that_the_tuner_finds_is_trained_with(quiet_trainer: MakeTraine
     before, keys, course = traces(model), list(model.state_dict()), Course(gradnorm)
     trainer = quiet_trainer(callbacks=[gradnorm, course], max_epochs=EPOCHS)
     found = Tuner(trainer).lr_find(
-        model, Batches(batches), num_training=30, min_lr=1e-4, max_lr=1e-1, early_stop_threshold=None
+        model, Batches(batches * 10), num_training=30, min_lr=1e-4, max_lr=1e-1, early_stop_threshold=None
     )
     assert found is not None
     assert found.suggestion() == model.lr != Plain.lr
@@ -477,16 +499,36 @@ class FinderInMidTraining(pl.LearningRateFinder):
             self.lr_find(trainer, pl_module)
 
 
-@pytest.mark.parametrize("mode", ["automatic", "heads"])
-def test_a_learning_rate_finder_in_mid_training_leaves_weights_alone(mode: str, quiet_trainer: MakeTrainer) -> None:
-    _, alone, _ = fit(quiet_trainer, mode, [])
+def with_finder_in_mid_training(trainer: MakeTrainer, mode: str) -> Course:
     finder = FinderInMidTraining(
         num_training_steps=9, min_lr=1e-4, max_lr=1e-1, early_stop_threshold=None, update_attr=False
     )
-    _, beside, _ = fit(quiet_trainer, mode, [finder])
+    _, beside, _ = fit(trainer, mode, [finder], validate=False)
     assert finder.optimal_lr is not None
-    beside.assert_equals(alone)
-    assert beside.gradnorm.state_dict()["steps"] == alone.gradnorm.state_dict()["steps"]
+    assert finder.optimal_lr.results["loss"], "no step was tried"
+    return beside
+
+
+@pytest.mark.parametrize("mode", ["automatic", "heads"])
+@pytest.mark.xfail(
+    strict=True, reason="the losses and gradients of its trial steps are counted into the next step of the weights"
+)
+def test_a_learning_rate_finder_in_mid_training_leaves_weights_alone(mode: str, quiet_trainer: MakeTrainer) -> None:
+    with_finder_in_mid_training(quiet_trainer, mode).assert_equals(course_alone(quiet_trainer, mode))
+
+
+@pytest.mark.parametrize("mode", ["automatic", "heads"])
+@pytest.mark.xfail(
+    strict=True,
+    reason="a state restored in mid-training is put aside for the next start, and saved instead of the present",
+)
+def test_after_a_finder_in_mid_training_checkpoints_have_the_present_state(
+    mode: str, quiet_trainer: MakeTrainer
+) -> None:
+    gradnorm = with_finder_in_mid_training(quiet_trainer, mode).gradnorm
+    state = gradnorm.state_dict()
+    assert state["steps"] == EPOCHS * BATCHES
+    assert dict(zip(state["tasks"], state["weights"].tolist(), strict=True)) == gradnorm.weights
 
 
 class Rows(Dataset[dict[str, Tensor]]):
@@ -534,11 +576,11 @@ def test_the_trial_steps_of_a_batch_size_finder_leave_weights_and_initial_losses
         Tuner(trainer).scale_batch_size(model, **options)
         assert course.weights == []
     trainer.fit(model)
-    assert model.batch_size == 8
+    assert model.batch_size == 4
     assert_as_before(model, before | {": attribute batch_size"}, keys)
 
     other = Sized(3)
-    other.batch_size = 8
+    other.batch_size = 4
     again = gradnorm_of(other)
     alone = Course(again)
     quiet_trainer(callbacks=[again, alone], max_epochs=2).fit(other)
@@ -706,7 +748,7 @@ ENDINGS = {
 
 @pytest.mark.usefixtures("_signals")
 @pytest.mark.parametrize("others", [False, True], ids=["alone", "beside"])
-@pytest.mark.parametrize("mode", ["automatic", "heads", "logged", "manual", "own", "images"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_training_cut_short_leaves_a_clean_model_that_trains_again(
     ending: str, mode: str, others: bool, quiet_trainer: MakeTrainer, tmp_path: Path
@@ -725,12 +767,30 @@ def test_a_training_cut_short_leaves_a_clean_model_that_trains_again(
     model.load_state_dict(start)
     course = Course(gradnorm)
     quiet_trainer(callbacks=[gradnorm, course], max_epochs=EPOCHS).fit(model, Batches(batches))
-    _, alone, _ = fit(quiet_trainer, mode, [])
+    alone = course_alone(quiet_trainer, mode)
     course.assert_equals(alone)
 
 
+# Lightning's own, whenever this callback is there
+@pytest.mark.filterwarnings("ignore:.*was called without a model", "ignore:.*there is no last checkpoint")
+@pytest.mark.parametrize("mode", ["heads", "own"])
+def test_a_checkpoint_written_at_an_exception_has_the_state_of_that_moment(
+    mode: str, quiet_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    model, gradnorm, batches = make(mode)
+    last = pl.OnExceptionCheckpoint(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        quiet_trainer(
+            callbacks=[last, gradnorm, Breaks(ZeroDivisionError)], max_epochs=EPOCHS, enable_checkpointing=True
+        ).fit(model, Batches(batches))
+    state = torch.load(last.ckpt_path, weights_only=True)["callbacks"]["GradNorm"]
+    at_the_moment = course_alone(quiet_trainer, mode).weights[BATCHES + 1]
+    assert dict(zip(state["tasks"], state["weights"].tolist(), strict=True)) == at_the_moment
+    assert state["steps"] == BATCHES + 2
+
+
 @pytest.mark.parametrize("others", [False, True], ids=["alone", "beside"])
-@pytest.mark.parametrize("mode", ["automatic", "heads", "logged", "manual", "own", "images"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("after", ["validate", "test", "a second fit"])
 def test_what_follows_a_training_leaves_a_clean_model(
     after: str, mode: str, others: bool, quiet_trainer: MakeTrainer, tmp_path: Path
