@@ -503,18 +503,21 @@ def with_finder_in_mid_training(trainer: MakeTrainer, mode: str) -> Course:
     finder = FinderInMidTraining(
         num_training_steps=9, min_lr=1e-4, max_lr=1e-1, early_stop_threshold=None, update_attr=False
     )
-    _, beside, _ = fit(trainer, mode, [finder], validate=False)
-    assert finder.optimal_lr is not None
-    assert finder.optimal_lr.results["loss"], "no step was tried"
+    _, beside, _ = fit(trainer, mode, [finder], validate=False, max_epochs=3)
+    if finder.optimal_lr is None or not finder.optimal_lr.results["loss"]:
+        raise RuntimeError("no step was tried, so that this says nothing")
     return beside
 
 
 @pytest.mark.parametrize("mode", ["automatic", "heads"])
 @pytest.mark.xfail(
-    strict=True, reason="the losses and gradients of its trial steps are counted into the next step of the weights"
+    strict=True,
+    raises=AssertionError,
+    reason="the losses and gradients of its trial steps are counted into the next step of the weights",
 )
 def test_a_learning_rate_finder_in_mid_training_leaves_weights_alone(mode: str, quiet_trainer: MakeTrainer) -> None:
-    with_finder_in_mid_training(quiet_trainer, mode).assert_equals(course_alone(quiet_trainer, mode))
+    alone = course_alone(quiet_trainer, mode, max_epochs=3)
+    with_finder_in_mid_training(quiet_trainer, mode).assert_equals(alone)
 
 
 @pytest.mark.parametrize("mode", ["automatic", "heads"])
@@ -527,7 +530,7 @@ def test_after_a_finder_in_mid_training_checkpoints_have_the_present_state(
 ) -> None:
     gradnorm = with_finder_in_mid_training(quiet_trainer, mode).gradnorm
     state = gradnorm.state_dict()
-    assert state["steps"] == EPOCHS * BATCHES
+    assert state["steps"] == 3 * BATCHES
     assert dict(zip(state["tasks"], state["weights"].tolist(), strict=True)) == gradnorm.weights
 
 
