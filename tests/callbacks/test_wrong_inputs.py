@@ -367,6 +367,20 @@ def test_without_an_encoder_naming_the_shared_layer_is_enough(quiet_trainer: Mak
     assert gradnorm.weights != ONES
 
 
+def test_a_layer_that_a_module_holds_under_two_names_is_found_by_either(quiet_trainer: MakeTrainer) -> None:
+    class TwoNames(Automatic):
+        def build(self) -> None:
+            super().build()
+            self.last = self.encoder[2]
+
+    found = []
+    for name in ("encoder.2", "last"):
+        gradnorm = GradNorm(TASKS, shared_layer=name)
+        quiet_trainer(callbacks=[gradnorm]).fit(TwoNames(3), Batches(vector_batches(3, 4)))
+        found.append(gradnorm.weights)
+    assert found[0] == found[1] != ONES
+
+
 def test_losses_that_are_parts_of_one_tensor_are_not_one_in_another(quiet_trainer: MakeTrainer) -> None:
     """What looks for a loss inside another has to tell the outputs of one node apart."""
 
