@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
+from types import UnionType
 from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -79,22 +82,21 @@ class MultiTaskModule(L.LightningModule):
         _check(isinstance(tasks, Mapping) and len(tasks) > 0, "tasks", "a mapping from name to Task", tasks)
         for name, task in tasks.items():
             _check(isinstance(task, Task), f"tasks['{name}']", "a Task", task)
+            _check(isinstance(name, str), "tasks", "named by strings", name)
             taken = "." in name or not name or hasattr(nn.ModuleDict, name)
             _check(not taken, "tasks", "named without dots, and not like a method of ModuleDict", name)
         _check(callable(optimizer), "optimizer", "a callable such as partial(torch.optim.Adam, lr=1e-3)", optimizer)
-        _check(accumulate_grad_batches >= 1, "accumulate_grad_batches", "at least 1", accumulate_grad_batches)
-        _check(
-            gradient_clip_val is None or gradient_clip_val > 0,
-            "gradient_clip_val",
-            "None or positive",
-            gradient_clip_val,
-        )
+        is_count = _is_number(accumulate_grad_batches, int) and accumulate_grad_batches >= 1
+        _check(is_count, "accumulate_grad_batches", "an integer, at least 1", accumulate_grad_batches)
+        clips = gradient_clip_val is None or (_is_number(gradient_clip_val) and gradient_clip_val > 0)
+        _check(clips, "gradient_clip_val", "None or a positive number", gradient_clip_val)
         self.encoder = encoder
         self.tasks = nn.ModuleDict(tasks)
         self.optimizer = optimizer
         self._schedule = _schedule(lr_scheduler)
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
+        self._trained_in_epoch = False
         # Taken now, while the modules carry no hook of anybody's.
         self._architecture = architecture.pack(
             {"encoder": encoder, "tasks": dict(tasks), "optimizer": optimizer, "lr_scheduler": lr_scheduler}
@@ -137,6 +139,13 @@ class MultiTaskModule(L.LightningModule):
         present = {name: targets[name] for name in self.tasks if targets.get(name) is not None}
         predictions = self._predict(inputs, present)
         losses = {name: self._task(name).loss(predictions[name], target) for name, target in present.items()}
+        for name, loss in losses.items():
+            if not (isinstance(loss, Tensor) and loss.numel() == 1):
+                found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise ValueError(
+                    f"MultiTaskModule: the loss of task '{name}' should return a scalar tensor, for example by .mean(); "
+                    f"got {found}"
+                )
         return predictions, losses, present, _batch_size(inputs)
 
     def _unpack(self, batch: Any) -> tuple[Any, Mapping[str, Any]]:
@@ -170,6 +179,7 @@ class MultiTaskModule(L.LightningModule):
         assert isinstance(optimizer, LightningOptimizer)
         micro_batches, is_last = self._place_in_window(batch_idx)
         if losses:
+            self._trained_in_epoch = True
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, Balancing):
                     callback.watch(losses)
@@ -199,7 +209,17 @@ class MultiTaskModule(L.LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip_val, gradient_clip_algorithm="norm")
 
     @override
+    def on_train_epoch_start(self) -> None:
+        self._trained_in_epoch = False
+
+    @override
     def on_train_epoch_end(self) -> None:
+        if not self._trained_in_epoch:
+            warnings.warn(
+                f"MultiTaskModule: no batch of this epoch had targets of any task, so that nothing was trained; a batch is "
+                f"(inputs, targets), targets a dict with keys among {list(self.tasks)}.",
+                stacklevel=2,
+            )
         self._step_schedulers("epoch")
 
     def _step_schedulers(self, interval: str) -> None:
@@ -220,12 +240,27 @@ class MultiTaskModule(L.LightningModule):
             cast(torch.optim.lr_scheduler.LRScheduler, scheduler).step()
 
     @override
+    def configure_callbacks(self) -> list[L.Callback]:
+        # The last that Lightning asks before it refuses these flags itself, with advice that does not fit this module.
+        for flag, off in (("gradient_clip_val", (None, 0)), ("accumulate_grad_batches", (1,))):
+            value = getattr(self.trainer, flag)
+            if self.trainer.state.fn == TrainerFn.FITTING and value not in off:
+                raise ValueError(
+                    f"MultiTaskModule: Trainer({flag}={value}) has no effect on a module that optimizes manually. "
+                    f"Remove it, and give MultiTaskModule({flag}={value}), which does the same."
+                )
+        return []
+
+    @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer(self.parameters())
+        _check(isinstance(optimizer, torch.optim.Optimizer), "optimizer", "what makes a torch optimizer", optimizer)
         if self._schedule is None:
             return optimizer
         # Lightning ignores interval, frequency and monitor in manual optimization: `_step_schedulers` follows them.
-        return {"optimizer": optimizer, "lr_scheduler": self._schedule["scheduler"](optimizer)}
+        scheduler = self._schedule["scheduler"](optimizer)
+        _check(isinstance(scheduler, Scheduler), "lr_scheduler", "what makes a scheduler of torch", scheduler)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -316,8 +351,13 @@ def _schedule(given: SchedulerFactory | Mapping[str, Any] | None) -> dict[str, A
     _check(
         schedule["interval"] in ("step", "epoch"), "lr_scheduler interval", "'step' or 'epoch'", schedule["interval"]
     )
-    _check(schedule["frequency"] >= 1, "lr_scheduler frequency", "at least 1", schedule["frequency"])
+    is_count = _is_number(schedule["frequency"], int) and schedule["frequency"] >= 1
+    _check(is_count, "lr_scheduler frequency", "an integer, at least 1", schedule["frequency"])
     return schedule
+
+
+def _is_number(value: object, kind: type | UnionType = int | float) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _check(holds: bool, parameter: str, expected: str, found: Any) -> None:

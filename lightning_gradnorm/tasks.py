@@ -35,6 +35,11 @@ class Task(nn.Module):
         super().__init__()
         if not isinstance(head, nn.Module):
             raise TypeError(f"Task: head should be a module; got {type(head).__name__}")
+        if isinstance(loss, type):
+            raise TypeError(
+                f"Task: loss should be a function of (prediction, target); got the class {loss.__name__}. "
+                f"Give an object of it: {loss.__name__}()"
+            )
         if not callable(loss):
             raise TypeError(f"Task: loss should be a function of (prediction, target); got {type(loss).__name__}")
         self.head = head
@@ -46,10 +51,14 @@ def _by_name(metrics: Mapping[str, Metric] | MetricCollection | Metric | None) -
     """Return the metrics by name. They are patterns: a `MultiTaskModule` clones them for validation and test."""
     if isinstance(metrics, Metric):
         return {type(metrics).__name__.lower(): metrics}
+    if not (metrics is None or isinstance(metrics, Mapping | MetricCollection)):
+        shown = f"the class {metrics.__name__}" if isinstance(metrics, type) else type(metrics).__name__
+        raise TypeError(f"Task: metrics should be a torchmetrics.Metric, or a mapping from name to Metric; got {shown}")
     found = dict(metrics.items() if metrics is not None else {})
     for name, metric in found.items():
         if not isinstance(metric, Metric):
-            raise TypeError(f"Task: metrics['{name}'] should be a torchmetrics.Metric; got {type(metric).__name__}")
+            shown = f"the class {metric.__name__}" if isinstance(metric, type) else type(metric).__name__
+            raise TypeError(f"Task: metrics['{name}'] should be a torchmetrics.Metric; got {shown}")
     return found
 
 

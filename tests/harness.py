@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.loggers.logger import Logger
 from models import Automatic
@@ -173,3 +174,14 @@ def assert_clean(model: nn.Module, before: set[str]) -> None:
         for name, value in model.state_dict().items():
             assert torch.equal(copied.state_dict()[name], value)
         assert traces(copied) - before == set()
+
+
+def case(sentence: str, *values: Any) -> Any:
+    """A row of a table of wrong uses."""
+    return pytest.param(*values, id=sentence)
+
+
+def assert_says(error: BaseException, *expected: str) -> None:
+    """The message of the error has all of `expected` in it."""
+    for part in expected:
+        assert part in str(error), f"{part!r} is not in the message: {error}"

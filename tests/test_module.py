@@ -203,37 +203,3 @@ def test_a_task_without_targets_is_absent_from_that_step(quiet_trainer) -> None:
         loss.backward()
         optimizer.step()
     _same_parameters(model, reference)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"encoder": "resnet"}, "encoder should be a module; got 'resnet'"),
-        ({"tasks": {}}, "tasks should be a mapping from name to Task"),
-        ({"tasks": {"a": nn.Linear(1, 1)}}, r"tasks\['a'\] should be a Task; got Linear"),
-        ({"tasks": {"a.b": _tasks()["a"]}}, "named without dots"),
-        ({"tasks": {"keys": _tasks()["a"]}}, "not like a method of ModuleDict; got 'keys'"),
-        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches should be at least 1; got 0"),
-        ({"gradient_clip_val": -1.0}, "gradient_clip_val should be None or positive; got -1.0"),
-        ({"optimizer": "adam"}, "optimizer should be a callable"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        MultiTaskModule(**{"encoder": nn.Linear(3, 4), "tasks": _tasks(), **arguments})
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"head": None}, "head should be a module; got NoneType"),
-        ({"loss": 1.0}, r"loss should be a function of \(prediction, target\); got float"),
-        (
-            {"metrics": {"mae": nn.functional.l1_loss}},
-            r"metrics\['mae'\] should be a torchmetrics.Metric; got function",
-        ),
-    ],
-)
-def test_wrong_arguments_of_a_task_are_named(arguments, message) -> None:
-    with pytest.raises(TypeError, match=message):
-        Task(**{"head": nn.Linear(3, 4), "loss": nn.MSELoss(), **arguments})

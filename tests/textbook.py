@@ -53,13 +53,13 @@ def train(
     stop_after: int | None = None,
     min_weight: float = 1e-4,
     coefficients: Mapping[str, float] | None = None,
-    accumulate: int = 1,
+    accumulate: int | Sequence[int] = 1,
     norm_of: str = "weight",
     tasks: Sequence[str] | None = None,
     skip_steps: Sequence[int] = (),
     before_micro_batch: Callable[[int], object] = lambda index: None,
 ) -> Trajectory:
-    """Train `model` with GradNorm, `accumulate` micro-batches to an optimizer step.
+    """Train `model` with GradNorm, `accumulate` micro-batches to an optimizer step (a list: step by step).
 
     `tasks` names all of them where a batch may lack some (then use an optimizer of the weights that has no state);
     no weight step is taken in `skip_steps`.
@@ -69,11 +69,14 @@ def train(
     w: Tensor | None = None
     run: Trajectory | None = None
     first_losses: dict[str, list[Tensor]] = {}
-    for step in range(len(micro_batches) // accumulate):
+    sizes = [accumulate] * (len(micro_batches) // accumulate) if isinstance(accumulate, int) else list(accumulate)
+    micro_batch = 0
+    for step, size in enumerate(sizes):
         passes = []
-        for offset in range(accumulate):
-            before_micro_batch(step * accumulate + offset)
-            passes.append(forward(micro_batches[step * accumulate + offset]))
+        for _ in range(size):
+            before_micro_batch(micro_batch)
+            passes.append(forward(micro_batches[micro_batch]))
+            micro_batch += 1
         if w is None or run is None:
             run = Trajectory(list(tasks or passes[0].losses))
             start = torch.tensor([(initial_weights or {}).get(t, 1.0) for t in run.tasks], dtype=torch.float64)
@@ -88,7 +91,7 @@ def train(
         total = (w[here] * c * L).sum()
         for f in passes:
             if f.rest is not None:
-                total = total + f.rest / accumulate
+                total = total + f.rest / size
         network_gradient = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
 
         frozen = stop_after is not None and step >= stop_after

@@ -27,6 +27,9 @@ from torch import Tensor
 
 WeightOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
+_VERSION = 1
+"""Of the layout of `GradNormRule.state_dict`."""
+
 
 class Balance(NamedTuple):
     """What one step of GradNorm looks at; tensors of shape (T,), ``loss`` a scalar."""
@@ -77,6 +80,26 @@ def balance(
     return Balance(grad_norms, rates, targets, gaps.abs().sum(), gaps.sign() * norms)
 
 
+def _optimizer_of(weights: Tensor, factory: WeightOptimizer) -> torch.optim.Optimizer:
+    """Return the optimizer of the weights, and refuse what would leave them as they are."""
+    asked = "GradNorm: optimizer should make a torch optimizer of the parameters it is given"
+    try:
+        made = factory([weights])
+    except TypeError as reason:
+        raise TypeError(
+            f"{asked}, as partial(torch.optim.Adam, lr=0.025) does; calling it failed: {reason}"
+        ) from reason
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(f"{asked}, as partial(torch.optim.Adam, lr=0.025) does; it returned {type(made).__name__}")
+    if not (len(made.param_groups) == 1 and [id(p) for p in made.param_groups[0]["params"]] == [id(weights)]):
+        raise ValueError(
+            f"{asked}; it returned {type(made).__name__} with other parameters. Hand on those it is given."
+        )
+    if isinstance(made, torch.optim.LBFGS):
+        raise ValueError(f"{asked} and steps by their gradient alone; LBFGS evaluates the loss again and again.")
+    return made
+
+
 class GradNormRule:
     """GradNorm's weights and all that they depend on: `balance`, the weight optimizer, ``L_i(0)``.
 
@@ -124,7 +147,7 @@ class GradNormRule:
         self._priorities = vector(priorities)
         weights = vector(initial_weights)
         self.weights = (weights * len(self.tasks) / weights.sum()).requires_grad_()
-        self._optimizer = optimizer([self.weights])
+        self._optimizer = _optimizer_of(self.weights, optimizer)
         if isinstance(initial_losses, int):
             self._updates_in_initial = initial_losses
             self.initial_losses = torch.zeros_like(weights)
@@ -261,7 +284,7 @@ class GradNormRule:
     def state_dict(self) -> dict[str, Any]:
         """Return all state as plain tensors and numbers, loadable with ``torch.load(weights_only=True)``."""
         return {
-            "version": 1,
+            "version": _VERSION,
             "tasks": list(self.tasks),
             "weights": self.weights.detach().clone(),
             "optimizer": self._optimizer.state_dict(),
@@ -279,6 +302,11 @@ class GradNormRule:
         Raises:
             ValueError: the state is that of other tasks.
         """
+        if state.get("version") != _VERSION:
+            raise ValueError(
+                f"GradNorm: the checkpoint's state should be of version {_VERSION}; got {state.get('version')!r}. "
+                f"Resume with the version of lightning-gradnorm that wrote it."
+            )
         if set(state["tasks"]) != set(self.tasks):
             raise ValueError(
                 f"GradNorm: the checkpoint is of tasks {sorted(state['tasks'])}, but this run has {sorted(self.tasks)}. "
@@ -292,6 +320,12 @@ class GradNormRule:
 
         self.weights.copy_(permuted(state["weights"]))
         kept = state["optimizer"]
+        saved, given = (set(of["param_groups"][0]) for of in (kept, self._optimizer.state_dict()))
+        if saved - given and given - saved:  # one of both alone is another version of torch
+            raise ValueError(
+                f"GradNorm: the checkpoint is of a weight optimizer with the options {sorted(saved - given)}, which this "
+                f"run's {type(self._optimizer).__name__} does not have. Resume with the same optimizer=…"
+            )
         moments = {key: {name: permuted(value) for name, value in of.items()} for key, of in kept["state"].items()}
         self._optimizer.load_state_dict({**kept, "state": moments})
         self.initial_losses = permuted(state["initial_losses"]).to(self.weights)

@@ -32,7 +32,14 @@ from lightning_gradnorm.callbacks.logging import is_logged_step
 from lightning_gradnorm.callbacks.naming import did_you_mean, find_module
 from lightning_gradnorm.callbacks.step import Pass, Window
 from lightning_gradnorm.callbacks.task_names import DeclaresTasks, check_by_task, checked_names
-from lightning_gradnorm.gradients import ActivationGradients, GradientReader, KeptBuffers, ReplayedGradients, branch
+from lightning_gradnorm.gradients import (
+    ActivationGradients,
+    GradientReader,
+    KeptBuffers,
+    ReplayedGradients,
+    WeightGradients,
+    branch,
+)
 
 
 class Balancing(L.Callback):
@@ -66,12 +73,14 @@ class Balancing(L.Callback):
         self._reader: GradientReader | None = None
         self._hooks: ExitStack | None = None
         self._spare_hooks: dict[GradientReader, Undo] = {}
-        self._attached = False
+        self._trainer: L.Trainer | None = None
+        self._was_started = False
         self._declared = False
         self._at_heads = False
         self._window = Window(measured=False)
         self._pass = Pass()
         self._shown = True
+        self._stepped = False
         self._seen: set[str] = set()
         self._logged: set[str] = set()
         self._warned_of: set[str] = set()
@@ -84,7 +93,9 @@ class Balancing(L.Callback):
         """Return the weights, shape (T,)."""
         raise NotImplementedError
 
-    def _readers(self, module: L.LightningModule, opened: Collection[nn.Module]) -> list[GradientReader]:
+    def _readers(
+        self, module: L.LightningModule, heads: Mapping[str, str], opened: Collection[nn.Module]
+    ) -> list[GradientReader]:
         """Return what can read the gradients, in order of preference; none for a strategy that needs none."""
         return []
 
@@ -127,12 +138,19 @@ class Balancing(L.Callback):
             self._check_heads()
         if declared is None:
             return self.heads
+        if self._logged_names is not None:
+            raise ValueError(
+                f"{self._name}: tasks names the losses as they are logged, {sorted(self._logged_names.values())}, but "
+                f"{type(module).__name__} shows them itself. Use tasks=None for all of its tasks, or a list of their names."
+            )
         unknown = [name for name in self._names if name not in declared]
         if unknown:
             raise ValueError(
                 f"{self._name}: task '{unknown[0]}' is not in {type(module).__name__}; {did_you_mean(unknown[0], declared)}"
             )
-        return self.heads or {name: declared[name] for name in self._names}
+        heads = {name: declared[name] for name in self._names}
+        own = {module.get_submodule(name) for name in heads.values()}
+        return self.heads or (heads if len(own) == len(heads) else None)  # without heads where two tasks share one
 
     # ---- hooks, placed for the time of training ----------------------------------------------------------------------
 
@@ -147,9 +165,10 @@ class Balancing(L.Callback):
         self._refuse_sharded(trainer)
         heads = self._resolve_tasks(pl_module)
         self._remove_hooks()
-        self._attached = True
+        self._trainer, self._was_started = trainer, True
         for names in (self._seen, self._logged, self._warned_of, self._compared):
             names.clear()
+        self._stepped = False
         # All ranks take part in the sum over ranks, also one that never sees a loss: they agree on the state beforehand.
         parameter = next((p for p in pl_module.parameters() if p.is_floating_point()), torch.zeros(()))
         self._prepare(torch.zeros((), dtype=parameter.dtype, device=pl_module.device))
@@ -162,7 +181,7 @@ class Balancing(L.Callback):
         by_module = {} if heads is None else self._find_heads(module, heads)
         opened, undo = open_compiled(module, (heads or {}).values())
         hooks.callback(undo)
-        readers = self._readers(module, opened)
+        readers = self._readers(module, heads or {}, opened)
         self._reader = readers[0] if readers else None
         self._at_heads = bool(readers) and heads is not None
         self._audit = Audit(self._name, readers, at_heads=self._at_heads)
@@ -221,7 +240,7 @@ class Balancing(L.Callback):
     def _remove_hooks(self) -> None:
         if self._hooks is not None:
             self._hooks.close()
-            self._hooks = None
+            self._hooks = self._trainer = None
             self._spare_hooks.clear()
         self._forget_pass()
         self._audit, self._reader = Audit(self._name, [], at_heads=False), None
@@ -251,11 +270,22 @@ class Balancing(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         self._check_seen(pl_module)
+        if self._pass.backwards:
+            self._warn_of_missing()
         if self._pass.backwards:  # a step that returned None after it had shown its losses is no step
             self._check_back_propagated()
         if not self._shown and is_logged_step(trainer):  # in a batch that Lightning writes, but no optimizer step
             self._show(pl_module)
         self._forget_pass()
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._seen and not self._stepped and "step" not in self._warned_of:
+            self._warned_of.add("step")
+            rank_zero_warn(
+                f"{self._name}: no step of an optimizer was seen in the first epoch, so that no weight has moved. "
+                f"{type(pl_module).__name__} optimizes manually: it should call step() on what self.optimizers() returns."
+            )
 
     def _forget_pass(self) -> None:
         """Let go of all that belongs to one forward and backward pass."""
@@ -284,14 +314,16 @@ class Balancing(L.Callback):
         if self._hooks is None:
             self._warn_if_idle(losses)
             return
-        if self._pass.in_backward:
-            return  # a checkpoint runs the training step's code once more
+        if self._pass.in_backward or not self._is_at_work():
+            return
         if self._logged_names is None:
             self._check_known(losses)
         known = set(self._pass.losses)
         for task in self._names:
             loss = losses.get(task)
-            if loss is not None:
+            if loss is None:
+                self._pass.absent |= {task} & set(losses)
+            else:
                 self._check_loss(task, loss)
                 self._watch_one(task, loss)
         if not self._compared >= set(self._pass.losses) and set(self._pass.losses) > known:
@@ -308,11 +340,19 @@ class Balancing(L.Callback):
             raise ValueError(f"{self._name}: tasks '{owner}' and '{task}' have the same tensor as their loss.")
         if self._window.measured:
             self._choose(self._audit.examine(task, loss, self._pass))
+            self._check_trained()
         self._seen.add(task)
         watched = self._pass.losses.setdefault(task, [])
         watched.append(loss)
         # The hook must not hold the tensor that holds the hook: it finds it by its place.
         loss.register_hook(partial(self._on_loss_gradient, task, len(watched) - 1))  # type: ignore[no-untyped-call]
+
+    def _check_trained(self) -> None:
+        if isinstance(self._reader, WeightGradients) and not all(W.requires_grad for W in self._reader.sought):
+            raise ValueError(
+                f"{self._name}: the shared layer has been frozen (requires_grad=False) in the course of the training. Name the "
+                f"last shared layer that is trained to the end, or use stop_after."
+            )
 
     def _choose(self, reader: GradientReader | None) -> None:
         """Read with this one from now on, and take away what was placed for the others."""
@@ -323,7 +363,7 @@ class Balancing(L.Callback):
     def _warn_if_idle(self, losses: Mapping[str, Any]) -> None:
         """Say so, once, if nobody has ever plugged this callback into the Trainer that is training."""
         trains = any(isinstance(loss, Tensor) and loss.requires_grad for loss in losses.values())
-        if trains and not self._attached and "watch" not in self._warned_of:
+        if trains and not self._was_started and "watch" not in self._warned_of:
             self._warned_of.add("watch")
             rank_zero_warn(
                 f"{self._name}: watch was called, but this callback is not at work: no Trainer has started it. Give it to "
@@ -332,19 +372,22 @@ class Balancing(L.Callback):
 
     def _check_known(self, losses: Mapping[str, Any]) -> None:
         for task in self._names:
-            if task in losses or self._declared:
-                continue
-            if task not in self._seen:
+            if task not in losses and task not in self._seen and not self._declared:
                 raise ValueError(
                     f"{self._name}: task '{task}' is not among the losses of the first batch, which are {sorted(losses)}; "
                     f"{did_you_mean(task, losses)} (A task that is absent from a batch is given as None.)"
                 )
-            if task not in self._warned_of:
-                self._warned_of.add(task)
-                rank_zero_warn(
-                    f"{self._name}: task '{task}' is no longer among the losses, which are {sorted(losses)}; it counts as "
-                    f"absent. Give None for a task that is absent from a batch."
-                )
+
+    def _warn_of_missing(self) -> None:
+        """Say once of each task that it was not shown in a batch, without having been said to be absent."""
+        shown = set(self._pass.losses) | self._pass.absent | self._warned_of
+        missing = [task for task in self._names if task in self._seen and task not in shown]
+        if missing and not self._declared:
+            self._warned_of.update(missing)
+            rank_zero_warn(
+                f"{self._name}: the losses of tasks {missing} were shown in earlier batches, but not in this one; they count "
+                f"as absent wherever they are not shown, and are not weighted. (Give None where a task is absent.)"
+            )
 
     def _check_loss(self, task: str, loss: Any) -> None:
         asked = f"{self._name}: the loss of task '{task}' should be"
@@ -352,14 +395,20 @@ class Balancing(L.Callback):
             raise TypeError(f"{asked} a tensor; got {type(loss).__name__}.")
         if loss.numel() != 1:
             raise ValueError(f"{asked} a scalar; got shape {tuple(loss.shape)}. Reduce it, for example with .mean().")
+        if loss.is_complex():
+            raise ValueError(f"{asked} a real number; got {loss.dtype}, which is complex.")
         if not loss.requires_grad:
             raise ValueError(
                 f"{asked} part of the graph, but it carries no gradient. Give the loss itself, not .detach() or .item()."
             )
 
+    def _is_at_work(self) -> bool:
+        """Say whether the steps that are made now are the training's, not trial steps such as the LearningRateFinder's."""
+        return self._trainer is not None and any(one is self for one in self._trainer.callbacks)  # type: ignore[attr-defined]
+
     def _notes_calls(self) -> bool:
         """Say whether what is called now belongs to a forward pass whose gradients will be read."""
-        return self._window.measured and not self._pass.in_backward
+        return self._window.measured and not self._pass.in_backward and self._is_at_work()
 
     def _before_head(self, task: str, args: Any, kwargs: Any) -> Any:
         if not self._notes_calls() or not torch.is_grad_enabled():
@@ -435,6 +484,8 @@ class Balancing(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         window = self._window
+        self._pass.steps += 1
+        self._stepped = True
         if trainer.world_size == 1 and not window.losses:  # another optimizer's step, or no task was present
             window.backwards = 0
             return
@@ -453,7 +504,8 @@ class Balancing(L.Callback):
         self._open_window()
 
     def _show(self, module: L.LightningModule) -> None:
-        self._log(module)
+        if not module.trainer.barebones:
+            self._log(module)
         self._shown = True
 
     def _check_seen(self, module: L.LightningModule) -> None:
@@ -464,7 +516,12 @@ class Balancing(L.Callback):
                     f"{self._name}: '{unseen[0]}' was not logged in the first batch, which logged {sorted(self._logged)}; "
                     f"{did_you_mean(unseen[0], sorted(self._logged))} (In training_step, log the loss before its backward.)"
                 )
-        elif not self._seen and not self._declared and not module.automatic_optimization and self._pass.backwards:
+        elif (
+            not self._seen
+            and not self._declared
+            and not module.automatic_optimization
+            and (self._pass.backwards or self._pass.steps)
+        ):
             raise ValueError(
                 f"{self._name}: no task loss was seen in the first batch. {type(module).__name__} optimizes manually, so that "
                 f"it should call watch({{'{self._names[0]}': loss, …}}) on this callback before manual_backward."

@@ -40,8 +40,8 @@ class FixedWeights(Balancing):
         tasks: Sequence[str] | Mapping[str, str] | None = None,
         heads: Mapping[str, str] | None = None,
     ) -> None:
-        if not isinstance(weights, Mapping):
-            raise TypeError(f"FixedWeights: weights should be a mapping from task to number; got {weights!r}")
+        if not (isinstance(weights, Mapping) and all(isinstance(task, str) for task in weights)):
+            raise TypeError(f"FixedWeights: weights should be a mapping from task's name to number; got {weights!r}")
         super().__init__(list(weights) if tasks is None else tasks, heads=heads)
         check_positive_by_task(weights, self._names, asked_by=self._name, parameter="weights")
         self.weights: dict[str, float] = {task: float(weights[task]) for task in self._names}

@@ -86,16 +86,17 @@ class GradNorm(Balancing):
         representation: str = "encoder",
     ) -> None:
         super().__init__(tasks, heads=heads, representation=representation)
-        _check(
-            shared_layer is None or isinstance(shared_layer, str), "shared_layer", "a dotted name or None", shared_layer
-        )
-        _check(_is_number(alpha) and math.isfinite(alpha) and alpha >= 0, "alpha", "finite and at least 0", alpha)
+        is_name = shared_layer is None or isinstance(shared_layer, str)
+        _check(is_name, "shared_layer", "a dotted name such as 'encoder.4', or None", shared_layer)
+        _check(isinstance(representation, str), "representation", "a dotted name such as 'encoder'", representation)
+        is_finite = _is_number(alpha) and math.isfinite(alpha)
+        _check(is_finite and alpha >= 0, "alpha", "a finite number, at least 0", alpha)
         _check(callable(optimizer), "optimizer", "a callable such as partial(torch.optim.Adam, lr=0.025)", optimizer)
         _check(_is_integer(update_every) and update_every >= 1, "update_every", "an integer, at least 1", update_every)
         stops = stop_after is None or (_is_integer(stop_after) and stop_after >= 0)
         _check(stops, "stop_after", "None or an integer, at least 0", stop_after)
         _check(norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", norm_of)
-        _check(_is_number(min_weight) and 0 < min_weight < 1, "min_weight", "between 0 and 1", min_weight)
+        _check(_is_number(min_weight) and 0 < min_weight < 1, "min_weight", "a number between 0 and 1", min_weight)
         _check(
             isinstance(initial_losses, Mapping) or (_is_integer(initial_losses) and initial_losses >= 1),
             "initial_losses",
@@ -174,15 +175,29 @@ class GradNorm(Balancing):
         if self._restored is None and (trainer.global_step == 0 or trainer.ckpt_path is not None):
             self._rule = self._last_balance = None  # a training that starts anew starts with new weights
             self._warned.clear()
+            if trainer.global_step > 0:
+                rank_zero_warn(
+                    f"GradNorm: the checkpoint {trainer.ckpt_path} has no state of {self._name}; its weights and L_i(0) start "
+                    f"anew. Resume from a checkpoint of a run that had {self._name} among its callbacks to go on with them."
+                )
         super().on_train_start(trainer, pl_module)
 
     @override
-    def _readers(self, module: L.LightningModule, opened: Collection[nn.Module]) -> list[GradientReader]:
+    def _readers(
+        self, module: L.LightningModule, heads: Mapping[str, str], opened: Collection[nn.Module]
+    ) -> list[GradientReader]:
         if self.norm_of == "activation" or self.representation != "encoder":
             find_module(module, self.representation, asked_by=f"{self._name}: representation")
         if self.norm_of == "activation":
             return [ActivationGradients(f"'{self.representation}'")]
         W = find_shared_layer(module, self.shared_layer, asked_by=self._name)
+        for task, head in heads.items():
+            inside = [name for name in W if name.startswith(f"{head}.")]
+            if inside:
+                raise ValueError(
+                    f"GradNorm: the shared layer '{inside[0]}' is in '{head}', which task '{task}' has as its head. Name the "
+                    f"last layer that all tasks share, and as heads what reads its output. Leave heads out if there is none."
+                )
         return weight_readers(module, W, opened)
 
     @override
@@ -228,18 +243,24 @@ class GradNorm(Balancing):
         if norms is not None:
             seen = self._rule.step(norms / self._weights_in_force(), losses, present)
             if isinstance(seen, Skipped):
-                self._warn(seen)
+                self._warn(seen, losses)
             else:
                 self._last_balance = seen, losses
         self._rule.note_step()
 
-    def _warn(self, skipped: Skipped) -> None:
+    def _warn(self, skipped: Skipped, losses: Tensor) -> None:
         for task in skipped.tasks:
             if task not in self._warned:
                 self._warned.add(task)
+                loss = losses[self._names.index(task)].item()
+                reason = f"the loss or the gradient norm of task '{task}' is not finite"
+                if loss < 0 and self.alpha > 0:
+                    reason = (
+                        f"the loss of task '{task}' is negative ({loss:g}), so that it has no training rate (add a constant "
+                        f"that keeps it positive, or use alpha=0)"
+                    )
                 rank_zero_warn(
-                    f"GradNorm: the loss or the gradient norm of task '{task}' is not finite (or its loss is negative); "
-                    f"the weights stay as they are. Further such steps are counted in gradnorm/skipped."
+                    f"GradNorm: {reason}; the weights stay as they are. Further such steps are counted in gradnorm/skipped."
                 )
 
     @override
@@ -268,6 +289,9 @@ class GradNorm(Balancing):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning restores callbacks before or after on_fit_start, and for validation too: it is used when training starts.
         self._restored, self._restored_by = dict(state_dict) or None, self._stage
+        if self._hooks is not None and self._restored is not None:
+            # In mid-training: a LearningRateFinder takes back its trial steps.
+            self._prepare(self._weights_in_force())
 
 
 def _is_number(value: object) -> bool:
@@ -280,5 +304,7 @@ def _is_integer(value: object) -> bool:
 
 def _check(holds: bool, parameter: str, expected: str, found: object) -> None:
     if not holds:
-        shown = repr(found) if isinstance(found, str | Mapping | Sequence) else found
+        # The whole of a network or an optimizer is long and says little.
+        is_long = isinstance(found, torch.nn.Module | torch.optim.Optimizer)
+        shown = f"the object {type(found).__name__}(…)" if is_long else repr(found)
         raise ValueError(f"GradNorm: {parameter} should be {expected}; got {shown}")

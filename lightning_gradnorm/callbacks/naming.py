@@ -50,7 +50,7 @@ def plain_name(name: str) -> str:
 
 def _modules(root: nn.Module) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {}
-    for name, module in root.named_modules():
+    for name, module in root.named_modules(remove_duplicate=False):
         modules.setdefault(plain_name(name), module)  # the compiled module comes before what it wraps
     modules.pop("")
     return modules
@@ -85,7 +85,10 @@ def find_shared_layer(root: nn.Module, name: str | None, *, asked_by: str) -> di
         }
         found = weight or parametrized or older or inside
         if not found:
-            raise ValueError(f"{asked_by}: shared_layer '{name}' of {type(root).__name__} has no parameters.")
+            raise ValueError(
+                f"{asked_by}: shared_layer '{name}' of {type(root).__name__} is a {type(modules[name]).__name__}, which has no "
+                f"parameters. Name the last layer that all tasks share and that has: {_with_weights(modules)}."
+            )
     else:
         raise ValueError(
             f"{asked_by}: shared_layer '{name}' is not in {type(root).__name__}; "
@@ -98,6 +101,11 @@ def find_shared_layer(root: nn.Module, name: str | None, *, asked_by: str) -> di
             f"False). Name the last shared layer that is trained."
         )
     return found
+
+
+def _with_weights(modules: dict[str, nn.Module]) -> str:
+    found = [name for name, module in modules.items() if any(True for _ in module.parameters(recurse=False))]
+    return ", ".join(f"'{name}'" for name in found[:20]) + (", …" if len(found) > 20 else "") or "there is none"
 
 
 def _last_layer_of_encoder(root: nn.Module, *, asked_by: str) -> str:

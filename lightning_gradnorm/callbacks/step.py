@@ -38,6 +38,8 @@ class Pass:
     """The losses that were watched, by task; kept alive until they are back-propagated."""
     fired: set[str] = field(default_factory=set)
     """Tasks whose loss has been reached by a backward pass."""
+    absent: set[str] = field(default_factory=set)
+    """Tasks that were said to be absent."""
     branches: dict[str, set[Node]] = field(default_factory=dict)
     """The branches that the tasks' heads read."""
     in_head: str | None = None
@@ -46,6 +48,8 @@ class Pass:
     """Whether a backward pass is on its way: what is called now is called by a checkpoint, once more."""
     backwards: int = 0
     """How many backward passes there were."""
+    steps: int = 0
+    """How many steps of an optimizer there were."""
 
     def task_of(self, loss: Tensor) -> str | None:
         """Return the task that this very tensor was watched for."""

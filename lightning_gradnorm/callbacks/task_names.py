@@ -35,6 +35,11 @@ def checked_names(tasks: Sequence[str] | Mapping[str, str], *, asked_by: str) ->
     if isinstance(tasks, Mapping) and len(set(tasks.values())) != len(tasks):
         raise ValueError(f"{asked_by}: tasks should have different losses; got {dict(tasks)}")
     names = tuple(tasks)
+    if "loss" in names and not isinstance(tasks, Mapping):
+        raise ValueError(
+            f"{asked_by}: tasks names 'loss', which is what is back-propagated, the sum of all; it should name the losses "
+            f"that are added up in it. Got {list(names)}"
+        )
     if len(set(names)) != len(names):
         raise ValueError(f"{asked_by}: tasks should all be different; got {list(names)}")
     if len(names) < 2:
