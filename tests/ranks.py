@@ -134,8 +134,8 @@ def train(
     recorder = Recorder(gradnorm, accumulate)
     if model.automatic_optimization:
         options["accumulate_grad_batches"] = accumulate
-    if ranks > 1:  # a hang is to fail in a minute
-        options["strategy"] = DDPStrategy(start_method="fork", timeout=timedelta(seconds=60), **(ddp or {}))
+    if ranks > 1:  # a rank that waits for ever is to fail soon
+        options["strategy"] = DDPStrategy(start_method="fork", timeout=timedelta(seconds=30), **(ddp or {}))
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
         if warns is not None:
             warnings.filterwarnings("always", message=warns)  # a forked process adds to a copy of `caught` of its own
