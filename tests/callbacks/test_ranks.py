@@ -188,12 +188,13 @@ PRESENCE = {
     "at random": Presence(_at_random, ranks=4, accumulate=2),
 }
 NO_TASK = {
-    "no task on one rank": Presence(lambda s, r, m: _when(r == 1 and s % 3 == 0, *NAMES)),
+    "no task on one rank": Presence(lambda s, r, m: _when(r == 1 and s % 3 == 1, *NAMES)),
+    "no task on one rank in the first batch": Presence(lambda s, r, m: _when(r == 1 and s == 0, *NAMES)),
     "no task on one rank in the first micro-batch": Presence(
-        lambda s, r, m: _when(r == 1 and m == 0 and s % 3 == 0, *NAMES), accumulate=2
+        lambda s, r, m: _when(r == 1 and m == 0 and s % 3 == 1, *NAMES), accumulate=2
     ),
     "no task on one rank in the last micro-batch": Presence(
-        lambda s, r, m: _when(r == 1 and m == 1 and s % 3 == 0, *NAMES), accumulate=2
+        lambda s, r, m: _when(r == 1 and m == 1 and s % 3 == 1, *NAMES), accumulate=2
     ),
 }
 
@@ -233,6 +234,16 @@ WAITS = pytest.mark.xfail(
     strict=True,
     reason="MultiTaskModule makes no backward pass of a batch without any task, while the other ranks wait for its gradients",
 )
+ACCUSED = pytest.mark.xfail(
+    strict=True,
+    reason="a manual module whose first batch has no task is told to call watch, though it called it, with None for each",
+)
+DEFECTS = {
+    ("no task on one rank", "MultiTaskModule"): WAITS,
+    ("no task on one rank in the first batch", "MultiTaskModule"): WAITS,
+    ("no task on one rank in the last micro-batch", "MultiTaskModule"): WAITS,
+    ("no task on one rank in the first batch", "manual"): ACCUSED,
+}
 
 
 def _uneven_grid() -> Iterator[Any]:
@@ -240,8 +251,7 @@ def _uneven_grid() -> Iterator[Any]:
         for kind in KINDS:
             cheap = kind == "at the heads" or (kind == "MultiTaskModule" and name == "a task absent on one rank")
             marks = [] if cheap else [pytest.mark.slow]
-            if kind == "MultiTaskModule" and name in NO_TASK and "first" not in name:
-                marks.append(WAITS)
+            marks += [DEFECTS[name, kind]] if (name, kind) in DEFECTS else []
             yield pytest.param(name, kind, {}, id=f"{name}, {kind}", marks=marks)
     for name in ("a task absent on one rank", "a task absent on all ranks", "at random"):
         option = {"gradient_as_bucket_view": True}
