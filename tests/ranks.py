@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from lightning_gradnorm import GradNorm
 
 Step = list[list[Any]]
-"""The batches of one optimizer step: of each rank, one for each micro-batch."""
+"""The batches of one optimizer step: of each rank, one for each micro-batch. The last step may have fewer."""
 
 
 def shares(batch: Batch, ranks: int, accumulate: int) -> Step:
@@ -93,6 +93,8 @@ class _Tell(L.Callback):
         self.folder, self.recorder, self.caught = folder, recorder, caught
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if (trainer.fit_loop.epoch_loop.batch_idx + 1) % self.recorder.accumulate:  # the last step had fewer batches
+            self.recorder.weights.append(dict(self.recorder.gradnorm.weights))
         told = Told(
             weights=self.recorder.weights,
             network={name: value.detach().clone() for name, value in state_by_part(pl_module).items()},

