@@ -130,7 +130,7 @@ def test_one_process_gives_what_the_textbook_gives(kind: str) -> None:
 )
 def test_a_last_step_of_fewer_micro_batches_takes_their_mean(kind: str) -> None:
     """Two of four: the same mean as of these two twice, which the textbook is given."""
-    *steps, last = cut("from the losses", 2, 4)
+    *steps, last = cut("from the losses", 2, 4, count=12)
     halved = [of_rank[:2] for of_rank in last]
     model, gradnorm = build(kind, 4)
     told = train(model, gradnorm, in_form_of(kind, [*steps, halved]))
