@@ -61,8 +61,9 @@ def train(
 ) -> Trajectory:
     """Train `model` with GradNorm, `accumulate` micro-batches to an optimizer step (a list: step by step).
 
-    `tasks` names all of them where a batch may lack some (then use an optimizer of the weights that has no state);
-    no weight step is taken in `skip_steps`.
+    `tasks` names all of them where a batch may lack some (then use an optimizer of the weights that has no state): a
+    task's loss is the mean over the micro-batches that have it, its gradient the mean over all of them. No weight step
+    is taken in `skip_steps`.
     """
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -82,13 +83,15 @@ def train(
             start = torch.tensor([(initial_weights or {}).get(t, 1.0) for t in run.tasks], dtype=torch.float64)
             w = (len(run.tasks) * start / start.sum()).requires_grad_()
             w_optimizer = weight_optimizer([w])
-        here = [i for i, t in enumerate(run.tasks) if t in passes[0].losses]
+        shown = [[f.losses[t] for f in passes if t in f.losses] for t in run.tasks]
+        here = [i for i, of_task in enumerate(shown) if of_task]
         names = [run.tasks[i] for i in here]
         c = torch.tensor([(coefficients or {}).get(t, 1.0) for t in names], dtype=torch.float64)
         p = torch.tensor([(priorities or {}).get(t, 1.0) for t in run.tasks], dtype=torch.float64)
         p = (p / p.mean())[here]
-        L = torch.stack([torch.stack([f.losses[t] for f in passes]).mean() for t in names])
-        total = (w[here] * c * L).sum()
+        L = torch.stack([torch.stack(shown[i]).mean() for i in here])
+        share = torch.stack([torch.stack(shown[i]).sum() / accumulate for i in here])  # where absent it adds nothing
+        total = (w[here] * c * share).sum()
         for f in passes:
             if f.rest is not None:
                 total = total + f.rest / size
@@ -99,7 +102,9 @@ def train(
             where = list(shared) if norm_of == "weight" else [z for f in passes for z in f.representation]
             norms = []
             for i in range(len(here)):
-                gradients = torch.autograd.grad(w[here][i] * c[i] * L[i], where, create_graph=True, allow_unused=True)
+                gradients = torch.autograd.grad(
+                    w[here][i] * c[i] * share[i], where, create_graph=True, allow_unused=True
+                )
                 norms.append(torch.cat([g.flatten() for g in gradients if g is not None]).norm())
             G = torch.stack(norms)
             for t, loss in zip(names, L.detach(), strict=True):
