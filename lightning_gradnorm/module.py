@@ -190,6 +190,11 @@ class MultiTaskModule(L.LightningModule):
                 self.manual_backward(loss / micro_batches)
             if is_logged_step(self.trainer):
                 self._log_losses("train", loss, losses, batch_size)
+        elif is_last and isinstance(self.trainer.strategy, ParallelStrategy):
+            # The other ranks, which may have tasks, wait for this one's part of the gradient.
+            self.manual_backward(
+                _total({name: 0 * p.sum() for name, p in self.encoder.named_parameters() if p.requires_grad})
+            )
         if is_last:
             optimizer.step()
             optimizer.zero_grad()

@@ -80,7 +80,7 @@ class Balancing(L.Callback):
         self._window = Window(measured=False)
         self._pass = Pass()
         self._shown = True
-        self._stepped = False
+        self._stepped = self._was_shown = False
         self._seen: set[str] = set()
         self._logged: set[str] = set()
         self._warned_of: set[str] = set()
@@ -168,7 +168,7 @@ class Balancing(L.Callback):
         self._trainer, self._was_started = trainer, True
         for names in (self._seen, self._logged, self._warned_of, self._compared):
             names.clear()
-        self._stepped = False
+        self._stepped = self._was_shown = False
         # All ranks take part in the sum over ranks, also one that never sees a loss: they agree on the state beforehand.
         parameter = next((p for p in pl_module.parameters() if p.is_floating_point()), torch.zeros(()))
         self._prepare(torch.zeros((), dtype=parameter.dtype, device=pl_module.device))
@@ -316,6 +316,7 @@ class Balancing(L.Callback):
             return
         if self._pass.in_backward or not self._is_at_work():
             return
+        self._was_shown = True
         if self._logged_names is None:
             self._check_known(losses)
         known = set(self._pass.losses)
@@ -517,7 +518,7 @@ class Balancing(L.Callback):
                     f"{did_you_mean(unseen[0], sorted(self._logged))} (In training_step, log the loss before its backward.)"
                 )
         elif (
-            not self._seen
+            not self._was_shown
             and not self._declared
             and not module.automatic_optimization
             and (self._pass.backwards or self._pass.steps)

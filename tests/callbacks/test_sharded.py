@@ -1,0 +1,83 @@
+"""Two processes that share one network between them (FSDP2, `ModelParallelStrategy`) give the weights of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import Automatic, vector_batches
+from ranks import shares, train
+
+from lightning_gradnorm import GradNorm
+
+STEPS, T = 12, 3
+TASKS = ["seg", "depth", "normal"]
+TESTS = Path(__file__).parents[1]
+
+
+def _run(folder: Path, case: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    call = {"case": case, "manual": False, "heads": True, "accumulate": 1, "options": {}, **options}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, str(TESTS / "sharded.py"), str(folder), json.dumps(call)]
+    return subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@cache
+def _alone(norm_of: Any) -> Any:
+    model = Automatic(T)
+    gradnorm = GradNorm(TASKS, shared_layer="encoder.2", heads=model.heads(), norm_of=norm_of)
+    steps = [shares(batch, 1, 1) for batch in vector_batches(T, STEPS, size=8)]
+    (one,) = train(model, gradnorm, steps)
+    return one
+
+
+ALL: Sequence[tuple[str, dict[str, Any]]] = [
+    ("layers within the encoder", {"accumulate": 2}),
+    ("encoder and heads", {}),
+    ("encoder and heads", {"manual": True, "accumulate": 2}),
+    ("encoder and heads", {"options": {"norm_of": "activation"}}),
+    ("each layer", {}),
+    ("layers within the encoder", {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        pytest.param(case, options, id=f"{case}, {options}", marks=[pytest.mark.slow] if place else [])
+        for place, (case, options) in enumerate(ALL)
+    ],
+)
+def test_two_processes_that_share_the_network_give_the_weights_of_one(
+    case: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    done = _run(tmp_path, case, **options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one = _alone(options.get("options", {}).get("norm_of", "weight"))
+    assert max(abs(weight - 1) for weight in one.weights[-1].values()) > 0.05
+    for rank in (0, 1):
+        told = torch.load(tmp_path / f"{rank}.pt")
+        for found, expected in zip(told["weights"], one.weights, strict=True):
+            assert found == pytest.approx(expected, abs=1e-9)
+        for name, value in one.network.items():
+            torch.testing.assert_close(told["network"][name], value, rtol=0, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_sharded_heads_that_are_not_named_are_refused(tmp_path: Path) -> None:
+    done = _run(tmp_path, "encoder and heads", heads=False)
+    assert done.returncode != 0
+    assert "through a module sharded by FSDP, which cannot be passed twice. Name the heads with heads=" in done.stderr
