@@ -90,7 +90,7 @@ def train(
         p = torch.tensor([(priorities or {}).get(t, 1.0) for t in run.tasks], dtype=torch.float64)
         p = (p / p.mean())[here]
         L = torch.stack([torch.stack(shown[i]).mean() for i in here])
-        share = torch.stack([torch.stack(shown[i]).sum() / accumulate for i in here])  # where absent it adds nothing
+        share = torch.stack([torch.stack(shown[i]).sum() / size for i in here])  # where absent it adds nothing
         total = (w[here] * c * share).sum()
         for f in passes:
             if f.rest is not None:

@@ -296,29 +296,41 @@ class GradNormRule:
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the state of a rule for the same tasks, matched by name.
+    def load_state_dict(self, state: Mapping[str, Any], *, adapt: bool = False) -> None:
+        """Take over the state of another rule, matched by the tasks' names.
+
+        Args:
+            state: what `state_dict` has returned.
+            adapt: take it over also if it is of other tasks. What is known of a task stays, and the weights are scaled to
+                sum T again; a new task begins with the mean of the known weights, with an optimizer state of zero, and
+                ``L_i(0)`` is what it shows first.
 
         Raises:
-            ValueError: the state is that of other tasks.
+            ValueError: the state is that of other tasks, and ``adapt`` is false; or of another optimizer or version.
         """
         if state.get("version") != _VERSION:
             raise ValueError(
                 f"GradNorm: the checkpoint's state should be of version {_VERSION}; got {state.get('version')!r}. "
                 f"Resume with the version of lightning-gradnorm that wrote it."
             )
-        if set(state["tasks"]) != set(self.tasks):
+        known = list(state["tasks"])
+        if set(known) != set(self.tasks) and not adapt:
             raise ValueError(
-                f"GradNorm: the checkpoint is of tasks {sorted(state['tasks'])}, but this run has {sorted(self.tasks)}. "
-                f"Resume with the same tasks, or start a new run."
+                f"GradNorm: the checkpoint is of tasks {sorted(known)}, but this run has {sorted(self.tasks)}. Resume with the "
+                f"same tasks; or with on_task_mismatch='adapt', which keeps what is known and gives new tasks the mean."
             )
-        order = [state["tasks"].index(task) for task in self.tasks]
-        shape = (len(order),)
+        # A task that is not known takes what stands behind the last of the known.
+        order = [known.index(task) if task in known else len(known) for task in self.tasks]
+        is_new = torch.tensor([task not in known for task in self.tasks], device=self.weights.device)
 
-        def permuted(value: Any) -> Any:
-            return value[order] if isinstance(value, Tensor) and value.shape == shape else value
+        def by_task(value: Tensor, of_new: float | Tensor = 0.0) -> Tensor:
+            return torch.cat([value, value.new_zeros(1) + of_new])[order].to(self.weights.device)
 
-        self.weights.copy_(permuted(state["weights"]))
+        def scaled(weights: Tensor) -> Tensor:
+            adapted = by_task(weights, weights.mean()).to(self.weights)
+            return adapted if set(known) == set(self.tasks) else adapted * (len(self.tasks) / adapted.sum())
+
+        self.weights.copy_(scaled(state["weights"]))
         kept = state["optimizer"]
         saved, given = (set(of["param_groups"][0]) for of in (kept, self._optimizer.state_dict()))
         if saved - given and given - saved:  # one of both alone is another version of torch
@@ -326,10 +338,18 @@ class GradNormRule:
                 f"GradNorm: the checkpoint is of a weight optimizer with the options {sorted(saved - given)}, which this "
                 f"run's {type(self._optimizer).__name__} does not have. Resume with the same optimizer=…"
             )
-        moments = {key: {name: permuted(value) for name, value in of.items()} for key, of in kept["state"].items()}
+        moments = {
+            key: {
+                name: by_task(value) if isinstance(value, Tensor) and value.shape == (len(known),) else value
+                for name, value in of.items()
+            }
+            for key, of in kept["state"].items()
+        }
         self._optimizer.load_state_dict({**kept, "state": moments})
-        self.initial_losses = permuted(state["initial_losses"]).to(self.weights)
-        self._updates_seen = permuted(state["updates_seen"]).to(self.weights)
-        self._weights_mean = permuted(state["weights_mean"]).to(self.weights)
+        self.initial_losses = torch.where(
+            is_new, self.initial_losses, by_task(state["initial_losses"]).to(self.weights)
+        )
+        self._updates_seen = by_task(state["updates_seen"]).to(self.weights)
+        self._weights_mean = scaled(state["weights_mean"])
         self.steps = state["steps"]
         self.skipped = state["skipped"]

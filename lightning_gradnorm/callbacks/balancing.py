@@ -505,8 +505,7 @@ class Balancing(L.Callback):
         self._open_window()
 
     def _show(self, module: L.LightningModule) -> None:
-        if not module.trainer.barebones:
-            self._log(module)
+        self._log(module)
         self._shown = True
 
     def _check_seen(self, module: L.LightningModule) -> None:

@@ -50,6 +50,8 @@ class GradNorm(Balancing):
             representation, which needs no product with the last layer; another algorithm, and cheaper.
         min_weight: no weight falls below it (before they are scaled to sum T again).
         representation: for ``norm_of="activation"``, the module whose output the heads read.
+        on_task_mismatch: what to do with a checkpoint that is of other tasks: ``"error"``; or ``"adapt"``: keep what is known
+            of a task by its name, give new ones the mean of the known weights, and scale to sum T.
 
     Raises:
         ValueError: an argument out of range; and at the start of training, a layer or a task that the model lacks.
@@ -84,6 +86,7 @@ class GradNorm(Balancing):
         norm_of: Literal["weight", "activation"] = "weight",
         min_weight: float = 1e-4,
         representation: str = "encoder",
+        on_task_mismatch: Literal["error", "adapt"] = "error",
     ) -> None:
         super().__init__(tasks, heads=heads, representation=representation)
         is_name = shared_layer is None or isinstance(shared_layer, str)
@@ -96,6 +99,8 @@ class GradNorm(Balancing):
         stops = stop_after is None or (_is_integer(stop_after) and stop_after >= 0)
         _check(stops, "stop_after", "None or an integer, at least 0", stop_after)
         _check(norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", norm_of)
+        adapts = on_task_mismatch in ("error", "adapt")
+        _check(adapts, "on_task_mismatch", "'error' or 'adapt'", on_task_mismatch)
         _check(_is_number(min_weight) and 0 < min_weight < 1, "min_weight", "a number between 0 and 1", min_weight)
         _check(
             isinstance(initial_losses, Mapping) or (_is_integer(initial_losses) and initial_losses >= 1),
@@ -115,6 +120,7 @@ class GradNorm(Balancing):
         self.stop_after = stop_after
         self.norm_of = norm_of
         self.min_weight = min_weight
+        self.on_task_mismatch = on_task_mismatch
         self._rule: GradNormRule | None = None
         self._restored: dict[str, Any] | None = None
         self._restored_by: str | None = None
@@ -234,8 +240,17 @@ class GradNorm(Balancing):
         state = self._restored or (None if self._rule is None else self._rule.state_dict())
         rule = self._new_rule(like)
         if state is not None:
-            rule.load_state_dict(state)
+            self._warn_of_other_tasks(state["tasks"])
+            rule.load_state_dict(state, adapt=self.on_task_mismatch == "adapt")
         self._rule, self._restored = rule, None
+
+    def _warn_of_other_tasks(self, known: Sequence[str]) -> None:
+        if set(known) != set(self._names) and self.on_task_mismatch == "adapt":
+            new, gone = sorted(set(self._names) - set(known)), sorted(set(known) - set(self._names))
+            rank_zero_warn(
+                f"GradNorm: the checkpoint is of tasks {sorted(known)}: {new or 'no task'} is new and begins with their mean "
+                f"weight, {gone or 'no task'} is gone; the weights are scaled to sum {len(self._names)}."
+            )
 
     @override
     def _update(self, losses: Tensor, norms: Tensor | None, present: Tensor) -> None:

@@ -13,4 +13,5 @@ def is_logged_step(trainer: L.Trainer) -> bool:
     """
     connector = trainer._logger_connector  # as Lightning's own LearningRateMonitor asks
     is_last = trainer.is_last_batch or 0 <= trainer.max_steps <= trainer.global_step + 1
-    return bool(connector.should_update_logs or trainer.fast_dev_run or is_last)  # type: ignore[attr-defined]
+    written = connector.should_update_logs or trainer.fast_dev_run or is_last  # type: ignore[attr-defined]
+    return bool(written) and not trainer.barebones

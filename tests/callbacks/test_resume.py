@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from harness import Batches, Recorder, state_by_part
+from harness import Batches, MemoryLogger, Recorder, state_by_part
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import Automatic, Manual, as_inputs_and_targets, multi_task_module, vector_batches
 
@@ -24,6 +24,7 @@ pytestmark = [
 ]
 
 STEPS_PER_EPOCH = 4
+NAMES = ["seg", "depth", "normal"]
 MakeTrainer = Callable[..., L.Trainer]
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -148,3 +149,71 @@ def test_a_second_fit_of_the_same_trainer_goes_on_from_the_weights_of_the_first(
     trainer.fit(model, Batches(batches))
 
     assert gradnorm.weights == whole.weights
+
+
+# other tasks ----------------------------------------------------------------------------------------------------------
+
+
+def _after_two_tasks(quiet_trainer: Any, tmp_path: Path) -> tuple[GradNorm, Path]:
+    first = GradNorm(["seg", "depth"], on_task_mismatch="adapt")
+    trainer = quiet_trainer(callbacks=[first])
+    trainer.fit(Automatic(3), Batches(vector_batches(3, 6)))
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    return first, tmp_path / "two.ckpt"
+
+
+def test_with_adapt_known_tasks_keep_their_ratio_and_new_ones_begin_with_the_mean(quiet_trainer, tmp_path) -> None:
+    first, checkpoint = _after_two_tasks(quiet_trainer, tmp_path)
+    adapted = GradNorm(["normal", "depth", "seg"], on_task_mismatch="adapt", stop_after=0)  # only looked at
+    with pytest.warns(UserWarning, match=r"GradNorm.*checkpoint is of tasks \['depth', 'seg'\]: \['normal'\] is new"):
+        quiet_trainer(callbacks=[adapted], max_epochs=2).fit(
+            Automatic(3), Batches(vector_batches(3, 6)), ckpt_path=checkpoint
+        )
+    mean = sum(first.weights.values()) / 2
+    expected = {"normal": mean, **first.weights}
+    assert adapted.weights == pytest.approx({task: weight * 3 / (3 * mean) for task, weight in expected.items()})
+
+
+def test_with_adapt_a_new_tasks_moments_are_zero_and_its_initial_loss_its_first(quiet_trainer, tmp_path) -> None:
+    _, checkpoint = _after_two_tasks(quiet_trainer, tmp_path)
+    state = torch.load(checkpoint)["callbacks"]["GradNorm"]
+    adapted = GradNorm(["normal", "depth", "seg"], on_task_mismatch="adapt")
+    logger = MemoryLogger()
+    model = Automatic(3)
+    adapted.load_state_dict(state)
+    with pytest.warns(UserWarning, match="is new"):
+        quiet_trainer(callbacks=[adapted], logger=logger, max_steps=1).fit(model, Batches(vector_batches(3, 6)))
+    after = adapted.state_dict()
+    place = {task: after["tasks"].index(task) for task in after["tasks"]}
+    moments, before = after["optimizer"]["state"][0], state["optimizer"]["state"][0]
+    assert moments["step"] == before["step"] + 1
+    norm = logger.scalars["gradnorm/grad_norm/normal"][0] / 1.0  # G_i at the mean weight, which is 1
+    assert abs(float(moments["exp_avg"][place["normal"]])) == pytest.approx(0.1 * norm, rel=1e-9)
+    for task in ("seg", "depth"):
+        assert after["initial_losses"][place[task]] == state["initial_losses"][state["tasks"].index(task)]
+    (first_loss,) = (Automatic(3).task_losses(batch)["normal"].item() for batch in vector_batches(3, 1))
+    assert after["initial_losses"][place["normal"]].item() == pytest.approx(first_loss, rel=1e-12)
+
+
+def test_with_adapt_a_task_that_is_gone_leaves_its_share_to_the_others(quiet_trainer, tmp_path) -> None:
+    first = GradNorm(NAMES)
+    trainer = quiet_trainer(callbacks=[first])
+    trainer.fit(Automatic(3), Batches(vector_batches(3, 6)))
+    trainer.save_checkpoint(tmp_path / "three.ckpt")
+    adapted = GradNorm(["seg", "normal"], on_task_mismatch="adapt", stop_after=0)
+    with pytest.warns(UserWarning, match=r"\['depth'\] is gone; the weights are scaled to sum 2"):
+        quiet_trainer(callbacks=[adapted], max_epochs=2).fit(
+            Automatic(3), Batches(vector_batches(3, 6)), ckpt_path=tmp_path / "three.ckpt"
+        )
+    kept = {task: first.weights[task] for task in ("seg", "normal")}
+    assert adapted.weights == pytest.approx({task: 2 * weight / sum(kept.values()) for task, weight in kept.items()})
+
+
+def test_without_adapt_other_tasks_are_an_error_that_lists_both_sets(quiet_trainer, tmp_path) -> None:
+    _, checkpoint = _after_two_tasks(quiet_trainer, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"of tasks \['depth', 'seg'\], but this run has \['depth', 'normal', 'seg'\].*'adapt'"
+    ):
+        quiet_trainer(callbacks=[GradNorm(NAMES)], max_epochs=2).fit(
+            Automatic(3), Batches(vector_batches(3, 6)), ckpt_path=checkpoint
+        )

@@ -63,9 +63,6 @@ def fails(
 # arguments, refused when the callback is made ------------------------------------------------------------------------
 
 ARGUMENTS = [
-    case(
-        "'loss', the sum of all, is given as a task", {"tasks": ["loss", "seg", "depth"]}, ["'loss'", "back-propagated"]
-    ),
     case("alpha is negative", {"alpha": -0.1}, ["alpha", "at least 0", "-0.1"]),
     case("alpha is NaN", {"alpha": math.nan}, ["alpha", "finite", "nan"]),
     case("alpha is infinite", {"alpha": math.inf}, ["alpha", "finite", "inf"]),
@@ -147,6 +144,7 @@ def test_a_wrong_argument_is_named_with_its_value(arguments: dict[str, Any], exp
 
 
 TASK_NAMES = [
+    case("one is 'loss', the sum of all", ["loss", "seg", "depth"], ["'loss'", "back-propagated"]),
     case("there is none", [], ["two", "[]"]),
     case("there is one", ["seg"], ["two", "['seg']"]),
     case("there is one, by its logged name", {"seg": "train/seg_loss"}, ["two", "['seg']"]),
