@@ -338,13 +338,13 @@ class GradNormRule:
                 f"GradNorm: the checkpoint is of a weight optimizer with the options {sorted(saved - given)}, which this "
                 f"run's {type(self._optimizer).__name__} does not have. Resume with the same optimizer=…"
             )
-        moments = {
-            key: {
-                name: by_task(value) if isinstance(value, Tensor) and value.shape == (len(known),) else value
-                for name, value in of.items()
-            }
-            for key, of in kept["state"].items()
-        }
+
+        def own(value: Any) -> Any:  # a tensor that the optimizer takes over it would go on to change
+            if not isinstance(value, Tensor):
+                return value
+            return by_task(value) if value.shape == (len(known),) else value.clone()
+
+        moments = {key: {name: own(value) for name, value in of.items()} for key, of in kept["state"].items()}
         self._optimizer.load_state_dict({**kept, "state": moments})
         self.initial_losses = torch.where(
             is_new, self.initial_losses, by_task(state["initial_losses"]).to(self.weights)
