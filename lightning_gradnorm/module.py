@@ -22,7 +22,7 @@ from typing_extensions import Self, override
 from lightning_gradnorm import architecture
 from lightning_gradnorm.callbacks.balancing import Balancing
 from lightning_gradnorm.callbacks.logging import is_logged_step
-from lightning_gradnorm.callbacks.naming import did_you_mean
+from lightning_gradnorm.suggestions import did_you_mean
 from lightning_gradnorm.tasks import Task
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]

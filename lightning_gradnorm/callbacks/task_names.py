@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from lightning_gradnorm.callbacks.naming import did_you_mean
+from lightning_gradnorm.suggestions import did_you_mean
 
 
 @runtime_checkable

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 
 from hydra.errors import (
     HydraException,
@@ -18,6 +17,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 from yaml import YAMLError  # type: ignore[import-untyped]
+
+from lightning_gradnorm.suggestions import nearest
 
 WRONG_INPUT = (
     HydraException,
@@ -123,5 +124,5 @@ def _no_such_key(error: OmegaConfBaseException) -> str:
 
 
 def _guess(name: str, existing: list[str]) -> str:
-    near = get_close_matches(name, existing, n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
+    near = nearest(name, existing)
+    return f"; did you mean '{near}'?" if near else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from typing_extensions import override
+
+from lightning_gradnorm.suggestions import nearest
 
 CONFIG = "config.yaml"
 """The resolved configuration, in the run's folder."""
@@ -51,8 +52,8 @@ def find_checkpoint(path: str | Path) -> Path:
     # Someone who names the run or a misspelt file is shown what lies there.
     folder = path if path.is_dir() else path.parent
     found = sorted(str(file) for file in folder.rglob("*.ckpt"))[:20] if folder.is_dir() else []
-    near = get_close_matches(str(path), found, n=1) or found[:1]
-    there = f"did you mean {near[0]}?\n  There are: {', '.join(found)}" if near else f"there is none in {folder} either"
+    near = nearest(str(path), found) or next(iter(found), None)
+    there = f"did you mean {near}?\n  There are: {', '.join(found)}" if near else f"there is none in {folder} either"
     raise FileNotFoundError(f"ckpt_path should be a checkpoint file; {path} is none; {there}")
 
 

@@ -18,12 +18,12 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig
 from rich.console import Console
 
-from lightning_gradnorm.callbacks.naming import did_you_mean
 from lightning_gradnorm.cli import entry, errors, runs
 from lightning_gradnorm.cli.build import build
 from lightning_gradnorm.cli.config import conf_dir
 from lightning_gradnorm.cli.interrupt import SaveOnInterrupt
 from lightning_gradnorm.report import task_table, write_metrics
+from lightning_gradnorm.suggestions import did_you_mean
 
 COMMAND = "gradnorm-train"
 

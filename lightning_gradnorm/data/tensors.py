@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_gradnorm.data.loader import EpochSampler, ResumableLoader
+from lightning_gradnorm.suggestions import nearest
 
 Batch = tuple[Tensor, dict[str, Tensor]]
 
@@ -168,8 +168,8 @@ class InMemoryDataModule(L.LightningDataModule):
     def _check_choice(self, parameter: str, value: str, choices: Iterable[str]) -> None:
         choices = list(choices)
         if value not in choices:
-            close = difflib.get_close_matches(str(value), choices, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            near = nearest(str(value), choices)
+            hint = f" Did you mean {near!r}?" if near else ""
             raise ValueError(
                 f"{type(self).__name__}: {parameter} should be one of {', '.join(map(repr, choices))}; got {value!r}.{hint}"
             )
