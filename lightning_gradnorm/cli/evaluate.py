@@ -65,10 +65,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     L.seed_everything(config.seed, workers=True, verbose=False)
     data = build(config, "data")
     model = build(config, "model")
-    try:
+    with runs.loading(checkpoint):
         model.load_state_dict(weights)
-    except RuntimeError as mismatch:
-        raise ValueError(f"the weights in {checkpoint} are of another network: {mismatch}") from mismatch
     trainer: L.Trainer = build(config, "trainer", logger=False, callbacks=[], enable_checkpointing=False)
     with entry.without_idle_warnings():
         trainer.test(model, datamodule=data, verbose=False)

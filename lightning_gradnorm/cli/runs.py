@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,29 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
             f"({type(reason).__name__})."
         ) from reason
     return weights
+
+
+@contextmanager
+def loading(checkpoint: Path | None) -> Iterator[None]:
+    """Have torch's error about weights that do not fit the network say what to do.
+
+    Args:
+        checkpoint: what is loaded inside; ``None`` if nothing is.
+
+    Raises:
+        ValueError: the weights are of another network.
+    """
+    try:
+        yield
+    except RuntimeError as mismatch:
+        title, *differences = str(mismatch).splitlines()
+        if checkpoint is None or "in loading state_dict" not in title:
+            raise
+        raise ValueError(
+            f"ckpt_path: the weights in {checkpoint} are of another network than the options describe "
+            f"({' '.join(differences[0].split()) if differences else title}). Give the options of its run, or none: they are "
+            f"taken from its folder."
+        ) from mismatch
 
 
 def run_folder(checkpoint: Path) -> Path | None:

@@ -97,14 +97,8 @@ def train(config: DictConfig) -> dict[str, float]:
     console = Console(quiet=not trainer.is_global_zero)
     with entry.without_idle_warnings(in_folder_of_before=_is_inside(resumed_from, run_dir)):
         try:
-            trainer.fit(model, datamodule=data, ckpt_path=resumed_from)
-        except RuntimeError as reason:
-            if "state_dict" not in str(reason):
-                raise
-            raise ValueError(
-                f"ckpt_path: the weights in {resumed_from} are of another network than the options describe. Give the "
-                f"options of its run, or none: they are taken from its folder."
-            ) from reason
+            with runs.loading(resumed_from):
+                trainer.fit(model, datamodule=data, ckpt_path=resumed_from)
         except SystemExit:
             if not trainer.interrupted:
                 raise

@@ -223,9 +223,14 @@ def test_evaluation_says_what_it_needs(call: Call, tmp_path: Path) -> None:
     )
     good = "ckpt_path=run/checkpoints/last.ckpt"
     assert "did you mean 'batch_size'?" in call(evaluate.main, good, "data.batchsize=3", status=1)
-    assert "of another network" in call(
-        evaluate.main, good, "data.output_dim=7", "model.tasks.out_features=7", status=1
-    )
+
+
+@pytest.mark.parametrize("main", [train.main, evaluate.main], ids=["gradnorm-train", "gradnorm-eval"])
+def test_weights_of_another_network_are_told_by_what_differs_first(call: Call, main: Callable[[], None]) -> None:
+    call(train.main, *SMALL, "trainer.max_epochs=1", "hydra.run.dir=run", "test=false")
+    said = call(main, "ckpt_path=run/checkpoints/last.ckpt", "model.encoder.hidden=[100, 100, 100, 7]", status=1)
+    assert "last.ckpt are of another network than the options describe (size mismatch for encoder." in said
+    assert "Give the options of its run, or none" in said
 
 
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
