@@ -18,6 +18,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig
 from rich.console import Console
 
+from lightning_gradnorm import MultiTaskModule
 from lightning_gradnorm.cli import entry, errors, runs
 from lightning_gradnorm.cli.build import build
 from lightning_gradnorm.cli.config import conf_dir
@@ -87,6 +88,8 @@ def train(config: DictConfig) -> dict[str, float]:
     L.seed_everything(config.seed, workers=True, verbose=False)
     data = build(config, "data")
     model = build(config, "model")
+    if isinstance(model, MultiTaskModule):
+        _refuse_flags_that_the_module_has(config.trainer)
     balancing = build(config, "balancing")
     record = runs.RunRecord(run_dir, config, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
     callbacks = [one for one in (balancing, *_all_of(config, "callbacks"), record) if one is not None]
@@ -154,6 +157,17 @@ def _refuse_processes_that_replay_the_sweep(trainer: L.Trainer) -> None:
             "trainer.strategy should not start processes by the command line in a sweep, each would run the whole sweep; "
             "got one that does. Give trainer.strategy=ddp_spawn, or trainer.devices=1."
         )
+
+
+def _refuse_flags_that_the_module_has(flags: DictConfig) -> None:
+    """Say which option of the model stands for a flag of the Trainer that manual optimization excludes."""
+    for flag, off in (("accumulate_grad_batches", (1,)), ("gradient_clip_val", (None, 0))):
+        value = flags.get(flag, off[0])
+        if value not in off:
+            raise ValueError(
+                f"trainer.{flag} should not be given with a MultiTaskModule, which optimizes manually; got {value}. Give "
+                f"model.{flag}={value} instead."
+            )
 
 
 def _how_to_go_on(trainer: L.Trainer) -> str:

@@ -184,6 +184,8 @@ def test_the_help_explains_every_group_and_names_every_option(call: Call) -> Non
         (["balancing=fixed"], ["balancing.weights should be given"]),
         (["balancing.alpha=-1"], ["GradNorm: alpha should be a finite number, at least 0; got -1"]),
         (["balancing.shared_layer=encodr.0", *SMALL], ["shared_layer 'encodr.0' is not in MultiTaskModule"]),
+        (["trainer.accumulate_grad_batches=2"], ["got 2. Give model.accumulate_grad_batches=2 instead"]),
+        (["trainer.gradient_clip_val=0.5"], ["got 0.5. Give model.gradient_clip_val=0.5 instead"]),
         (["ckpt_path=nope.ckpt"], ["ckpt_path should be a checkpoint file; nope.ckpt is none"]),
         (["--config-dir", "nowhere"], ["nowhere' not found"]),
         (
