@@ -332,14 +332,6 @@ def test_the_trainers_own_scaler_is_used(make_trainer: MakeTrainer) -> None:
 
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
 
-NOT_YET = pytest.mark.xfail(strict=True, raises=ValueError, reason="a shared layer inside what is compiled is refused")
-COMPILED = [
-    "heads",
-    pytest.param("encoder", marks=NOT_YET),
-    pytest.param("encoder and heads", marks=NOT_YET),
-    pytest.param("module", marks=NOT_YET),
-]
-
 
 def compiled(model: Automatic, what: str, backend: str) -> Any:
     """The model with that part of it compiled; its parameters stay where they are."""
@@ -364,7 +356,7 @@ def compiled(model: Automatic, what: str, backend: str) -> Any:
     indirect=["device"],
 )
 @pytest.mark.parametrize("kind", [Automatic, pytest.param(Convolutional, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("what", COMPILED)
+@pytest.mark.parametrize("what", ["heads", "encoder", "encoder and heads", "module"])
 def test_compiled_parts_train_as_plain_ones(
     what: str, kind: type[Automatic], backend: str, make_trainer: MakeTrainer
 ) -> None:
