@@ -165,6 +165,14 @@ class InMemoryDataModule(L.LightningDataModule):
         if value < at_least:
             raise ValueError(f"{type(self).__name__}: {parameter} should be at least {at_least}; got {value}.")
 
+    def _numbers(self, parameter: str, values: Iterable[float]) -> tuple[float, ...]:
+        try:
+            return tuple(float(value) for value in values)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"{type(self).__name__}: {parameter} should be a list of numbers; got {values!r}."
+            ) from None
+
     def _check_choice(self, parameter: str, value: str, choices: Iterable[str]) -> None:
         choices = list(choices)
         if value not in choices:
