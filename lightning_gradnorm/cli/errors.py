@@ -103,7 +103,10 @@ def _in_chain(error: BaseException) -> OmegaConfBaseException | None:
 def _where(error: BaseException) -> str:
     """Return Hydra's name of the file that the error is in, if it is in a file."""
     head = str(error).split(":", 1)[0]
-    return f"{head[3:].strip(chr(39))}.yaml: " if head.startswith("In '") else ""
+    if not head.startswith("In '"):
+        return ""
+    name = head.removeprefix("In ").strip("'")
+    return f"{name}.yaml: "
 
 
 def _no_such_option(error: MissingConfigException) -> str:

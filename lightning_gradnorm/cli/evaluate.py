@@ -62,7 +62,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         raise ValueError("ckpt_path should be given: gradnorm-eval ckpt_path=RUN/checkpoints/best.ckpt")
     checkpoint = runs.find_checkpoint(config.ckpt_path)
     weights = runs.read_weights(checkpoint)
-    L.seed_everything(config.seed, workers=True, verbose=False)
+    entry.seed_everything(config.seed)
     data = build(config, "data")
     model = build(config, "model")
     with runs.loading(checkpoint):

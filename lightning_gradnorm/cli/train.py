@@ -85,7 +85,7 @@ def train(config: DictConfig) -> dict[str, float]:
     resumed_from = None if config.ckpt_path is None else runs.find_checkpoint(config.ckpt_path)
     if resumed_from is not None:
         runs.read_weights(resumed_from)  # before anything is written
-    L.seed_everything(config.seed, workers=True, verbose=False)
+    entry.seed_everything(config.seed)
     data = build(config, "data")
     model = build(config, "model")
     if isinstance(model, MultiTaskModule):
@@ -133,7 +133,12 @@ def _is_inside(checkpoint: Path | None, folder: Path) -> bool:
 
 def _all_of(config: DictConfig, group: str) -> list[Any]:
     """Return the objects of a group that has several by name; a name that is null is left out."""
-    built = [build(config, f"{group}.{name}") for name in config[group] or ()]
+    built = []
+    for name, node in (config[group] or {}).items():
+        one = build(config, f"{group}.{name}")
+        if one is None and node is not None:
+            raise ValueError(f"{group}.{name} should be null or name a _target_; got {node!r}")
+        built.append(one)
     return [one for one in built if one is not None]
 
 

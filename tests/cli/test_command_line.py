@@ -186,6 +186,8 @@ def test_the_help_explains_every_group_and_names_every_option(call: Call) -> Non
         (["balancing.shared_layer=encodr.0", *SMALL], ["shared_layer 'encodr.0' is not in MultiTaskModule"]),
         (["trainer.accumulate_grad_batches=2"], ["got 2. Give model.accumulate_grad_batches=2 instead"]),
         (["trainer.gradient_clip_val=0.5"], ["got 0.5. Give model.gradient_clip_val=0.5 instead"]),
+        (["seed=a"], ["seed should be an integer, at least 0; got 'a'"]),
+        (["callbacks.checkpoint=nope"], ["callbacks.checkpoint should be null or name a _target_; got 'nope'"]),
         (["ckpt_path=nope.ckpt"], ["ckpt_path should be a checkpoint file; nope.ckpt is none"]),
         (["--config-dir", "nowhere"], ["nowhere' not found"]),
         (
