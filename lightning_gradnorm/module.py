@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from types import UnionType
 from typing import Any, cast
 
 import lightning as L
@@ -20,14 +19,17 @@ from torch.utils import _pytree as pytree
 from typing_extensions import Self, override
 
 from lightning_gradnorm import architecture
+from lightning_gradnorm.arguments import check, is_integer, is_number
 from lightning_gradnorm.callbacks.balancing import Balancing
 from lightning_gradnorm.callbacks.logging import is_logged_step
-from lightning_gradnorm.callbacks.naming import did_you_mean
+from lightning_gradnorm.suggestions import did_you_mean
 from lightning_gradnorm.tasks import Task
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Scheduler = torch.optim.lr_scheduler.LRScheduler | torch.optim.lr_scheduler.ReduceLROnPlateau
 SchedulerFactory = Callable[[torch.optim.Optimizer], Scheduler]
+
+_check = partial(check, "MultiTaskModule")
 
 
 class MultiTaskModule(L.LightningModule):
@@ -86,9 +88,9 @@ class MultiTaskModule(L.LightningModule):
             taken = "." in name or not name or hasattr(nn.ModuleDict, name)
             _check(not taken, "tasks", "named without dots, and not like a method of ModuleDict", name)
         _check(callable(optimizer), "optimizer", "a callable such as partial(torch.optim.Adam, lr=1e-3)", optimizer)
-        is_count = _is_number(accumulate_grad_batches, int) and accumulate_grad_batches >= 1
+        is_count = is_integer(accumulate_grad_batches) and accumulate_grad_batches >= 1
         _check(is_count, "accumulate_grad_batches", "an integer, at least 1", accumulate_grad_batches)
-        clips = gradient_clip_val is None or (_is_number(gradient_clip_val) and gradient_clip_val > 0)
+        clips = gradient_clip_val is None or (is_number(gradient_clip_val) and gradient_clip_val > 0)
         _check(clips, "gradient_clip_val", "None or a positive number", gradient_clip_val)
         self.encoder = encoder
         self.tasks = nn.ModuleDict(tasks)
@@ -356,19 +358,9 @@ def _schedule(given: SchedulerFactory | Mapping[str, Any] | None) -> dict[str, A
     _check(
         schedule["interval"] in ("step", "epoch"), "lr_scheduler interval", "'step' or 'epoch'", schedule["interval"]
     )
-    is_count = _is_number(schedule["frequency"], int) and schedule["frequency"] >= 1
+    is_count = is_integer(schedule["frequency"]) and schedule["frequency"] >= 1
     _check(is_count, "lr_scheduler frequency", "an integer, at least 1", schedule["frequency"])
     return schedule
-
-
-def _is_number(value: object, kind: type | UnionType = int | float) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _check(holds: bool, parameter: str, expected: str, found: Any) -> None:
-    if not holds:
-        found = repr(found) if isinstance(found, int | float | str | None) else type(found).__name__
-        raise ValueError(f"MultiTaskModule: {parameter} should be {expected}; got {found}")
 
 
 def _total(losses: Mapping[str, Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py                  # writes docs/results/step_time.md
     python scripts/benchmark.py --rounds 1       # shows that it runs
+    python scripts/benchmark.py --device cuda --steps 100 --batch-factor 8   # writes docs/results/step_time_cuda.md
 
 In each round every configuration trains one short run, in shuffled order; the figure is the median over the rounds of a
 run's mean step time, first steps left out. Models: `conv` (6 convolutions, linear heads), `mlp` (4 × 512, linear heads) and
@@ -33,7 +34,7 @@ from typing_extensions import override
 from lightning_gradnorm import GradNorm
 
 CASES = (("conv", 3), ("conv", 10), ("mlp", 3), ("mlp", 10), ("dense", 3), ("dense", 5))
-STEPS, WARM_UP = 24, 8
+WARM_UP = 8
 
 
 def convolutions() -> nn.Sequential:
@@ -82,17 +83,24 @@ class Model(L.LightningModule):
 
 
 class Clock(L.Callback):
-    """Notes when each step begins."""
+    """Notes when the first and the last of the measured steps begin, with all work before them done."""
 
-    def __init__(self) -> None:
-        self.starts: list[float] = []
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.times: list[float] = []
 
     @override
-    def on_train_batch_start(self, *args: Any) -> None:
-        self.starts.append(time.perf_counter())
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx in (WARM_UP, self.steps - 1):
+            if pl_module.device.type == "cuda":  # at these two places only: between them the host may run ahead
+                torch.cuda.synchronize(pl_module.device)
+            self.times.append(time.perf_counter())
 
     def step_time(self) -> float:
-        return (self.starts[-1] - self.starts[WARM_UP]) / (len(self.starts) - 1 - WARM_UP)
+        first, last = self.times
+        return (last - first) / (self.steps - 1 - WARM_UP)
 
 
 def configurations(model: Model) -> dict[str, Callable[[], list[L.Callback]]]:
@@ -107,28 +115,44 @@ def configurations(model: Model) -> dict[str, Callable[[], list[L.Callback]]]:
     }
 
 
-def step_time(kind: str, tasks: int, callbacks: list[L.Callback]) -> float:
-    batch = torch.randn(256, 128) if kind == "mlp" else torch.randn(16, 3, 48, 48)
-    clock = Clock()
+def step_time(kind: str, tasks: int, callbacks: list[L.Callback], options: argparse.Namespace) -> float:
+    shape = (256 * options.batch_factor, 128) if kind == "mlp" else (16 * options.batch_factor, 3, 48, 48)
+    batch = torch.randn(shape, device=options.device)  # no copy to the device in the steps
+    clock = Clock(options.steps)
     trainer = L.Trainer(
-        max_steps=STEPS,
-        accelerator="cpu",
+        max_steps=options.steps,
+        accelerator="gpu" if options.device == "cuda" else "cpu",
+        devices=1,
         callbacks=[*callbacks, clock],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Model(kind, tasks), DataLoader([batch] * STEPS, batch_size=None))  # type: ignore[arg-type]
+    trainer.fit(Model(kind, tasks), DataLoader([batch] * options.steps, batch_size=None))  # type: ignore[arg-type]
     return clock.step_time()
 
 
-def main() -> None:
+def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--steps", type=int, default=24, help=f"of each run, of which the first {WARM_UP} are not measured"
+    )
+    parser.add_argument("--batch-factor", type=int, default=1, help="batches so many times larger, to keep a GPU busy")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
+    if options.steps < WARM_UP + 2:
+        parser.error(f"--steps should be at least {WARM_UP + 2}; got {options.steps}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA device; torch.cuda.is_available() is False here")
+    return options
+
+
+def main() -> None:
+    options = read_options()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
@@ -142,7 +166,7 @@ def main() -> None:
         times: dict[str, list[float]] = {name: [] for name in made}
         for _ in range(options.rounds):
             for name in random.sample(list(made), len(made)):
-                times[name].append(step_time(kind, tasks, made[name]()))
+                times[name].append(step_time(kind, tasks, made[name](), options))
         plain = statistics.median(times[names[0]])
         cells = [f"{1000 * plain:.1f}"]
         for name in names[1:]:
@@ -151,16 +175,19 @@ def main() -> None:
             cells.append(f"{statistics.median(times[name]) / plain:.2f} ({low:.2f} to {high:.2f})")
         lines.append(f"| {kind} | {tasks} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
+    on_gpu = options.device == "cuda"
+    where = torch.cuda.get_device_name() if on_gpu else f"CPU, {options.threads} threads"
     parts = [
         "# Time of a training step",
         f"`python scripts/benchmark.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
         f"{datetime.date.today()}, Python {platform.python_version()}, torch {torch.__version__}, lightning {L.__version__}, "
-        f"CPU, {options.threads} threads, {options.rounds} rounds. Ratio to equal weights in the same Lightning loop: ratio of "
+        f"{where}, {options.rounds} rounds. Ratio to equal weights in the same Lightning loop: ratio of "
         "the medians, and in brackets the quartiles of the ratios round by round.",
         "\n".join(lines),
     ]
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "step_time.md").write_text("\n\n".join(parts) + "\n")
+    name = "step_time_cuda.md" if on_gpu else "step_time.md"
+    (options.output / name).write_text("\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":

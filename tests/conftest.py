@@ -14,6 +14,11 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device; torch.cuda.is_available() is False here")
+
+
 @pytest.fixture(autouse=True)
 def _same_seed_for_every_test() -> None:
     random.seed(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -91,6 +91,36 @@ class BeforeBatch(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self.function(batch_idx)
+
+
+class Overflows(L.Callback):
+    """Puts an infinity into the gradient of the encoder's first layer, which is not W, in some training batches."""
+
+    def __init__(self, batches: Collection[int]) -> None:
+        self.batches = batches
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.fit_loop.epoch_loop.batch_idx in self.batches:
+            gradient = pl_module.get_parameter("encoder.0.weight").grad
+            assert gradient is not None
+            gradient[0, 0] = torch.inf
+
+
+class Shares(L.LightningDataModule):
+    """Each rank reads its share of every batch: rank r of n the r-th of n parts. Can be pickled, for spawned processes."""
+
+    def __init__(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def train_dataloader(self) -> Batches:
+        assert self.trainer is not None
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        return Batches([{name: value.chunk(ranks)[rank] for name, value in batch.items()} for batch in self.batches])
+
+    def teardown(self, stage: str) -> None:
+        assert self.trainer is not None
+        self.trainer.strategy.barrier()  # a process that leaves while another still speaks to it aborts that one
 
 
 def parts(model: nn.Module) -> dict[str, nn.Module]:

@@ -66,7 +66,7 @@ ARGUMENTS = [
     case(
         "accumulation is a schedule, as Lightning's callback has it",
         {"accumulate_grad_batches": {0: 2}},
-        ["accumulate_grad_batches", "integer", "dict"],
+        ["accumulate_grad_batches", "integer", "{0: 2}"],
     ),
     case("clipping at a negative norm", {"gradient_clip_val": -1.0}, ["gradient_clip_val", "positive", "-1.0"]),
     case("clipping at zero", {"gradient_clip_val": 0.0}, ["gradient_clip_val", "positive", "0.0"]),

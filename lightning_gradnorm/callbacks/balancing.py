@@ -29,7 +29,7 @@ from lightning_gradnorm.callbacks import capture
 from lightning_gradnorm.callbacks.audit import Audit, check_apart
 from lightning_gradnorm.callbacks.hooks import Undo, around_call, open_compiled
 from lightning_gradnorm.callbacks.logging import is_logged_step
-from lightning_gradnorm.callbacks.naming import did_you_mean, find_module
+from lightning_gradnorm.callbacks.naming import find_module
 from lightning_gradnorm.callbacks.step import Pass, Window
 from lightning_gradnorm.callbacks.task_names import DeclaresTasks, check_by_task, checked_names
 from lightning_gradnorm.gradients import (
@@ -40,6 +40,7 @@ from lightning_gradnorm.gradients import (
     WeightGradients,
     branch,
 )
+from lightning_gradnorm.suggestions import did_you_mean
 
 
 class Balancing(L.Callback):

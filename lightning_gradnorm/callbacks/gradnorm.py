@@ -13,12 +13,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_gradnorm.arguments import check, is_integer, is_number
 from lightning_gradnorm.balancing.gradnorm import Balance, GradNormRule, Skipped, WeightOptimizer
 from lightning_gradnorm.callbacks.balancing import Balancing
 from lightning_gradnorm.callbacks.naming import find_module, find_shared_layer
 from lightning_gradnorm.callbacks.readers import weight_readers
 from lightning_gradnorm.callbacks.task_names import check_positive_by_task
 from lightning_gradnorm.gradients import ActivationGradients, GradientReader
+
+_check = partial(check, "GradNorm")
 
 
 class GradNorm(Balancing):
@@ -92,18 +95,18 @@ class GradNorm(Balancing):
         is_name = shared_layer is None or isinstance(shared_layer, str)
         _check(is_name, "shared_layer", "a dotted name such as 'encoder.4', or None", shared_layer)
         _check(isinstance(representation, str), "representation", "a dotted name such as 'encoder'", representation)
-        is_finite = _is_number(alpha) and math.isfinite(alpha)
+        is_finite = is_number(alpha) and math.isfinite(alpha)
         _check(is_finite and alpha >= 0, "alpha", "a finite number, at least 0", alpha)
         _check(callable(optimizer), "optimizer", "a callable such as partial(torch.optim.Adam, lr=0.025)", optimizer)
-        _check(_is_integer(update_every) and update_every >= 1, "update_every", "an integer, at least 1", update_every)
-        stops = stop_after is None or (_is_integer(stop_after) and stop_after >= 0)
+        _check(is_integer(update_every) and update_every >= 1, "update_every", "an integer, at least 1", update_every)
+        stops = stop_after is None or (is_integer(stop_after) and stop_after >= 0)
         _check(stops, "stop_after", "None or an integer, at least 0", stop_after)
         _check(norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", norm_of)
         adapts = on_task_mismatch in ("error", "adapt")
         _check(adapts, "on_task_mismatch", "'error' or 'adapt'", on_task_mismatch)
-        _check(_is_number(min_weight) and 0 < min_weight < 1, "min_weight", "a number between 0 and 1", min_weight)
+        _check(is_number(min_weight) and 0 < min_weight < 1, "min_weight", "a number between 0 and 1", min_weight)
         _check(
-            isinstance(initial_losses, Mapping) or (_is_integer(initial_losses) and initial_losses >= 1),
+            isinstance(initial_losses, Mapping) or (is_integer(initial_losses) and initial_losses >= 1),
             "initial_losses",
             "a number of updates, at least 1, or a mapping from task to number",
             initial_losses,
@@ -307,19 +310,3 @@ class GradNorm(Balancing):
         if self._hooks is not None and self._restored is not None:
             # In mid-training: a LearningRateFinder takes back its trial steps.
             self._prepare(self._weights_in_force())
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check(holds: bool, parameter: str, expected: str, found: object) -> None:
-    if not holds:
-        # The whole of a network or an optimizer is long and says little.
-        is_long = isinstance(found, torch.nn.Module | torch.optim.Optimizer)
-        shown = f"the object {type(found).__name__}(…)" if is_long else repr(found)
-        raise ValueError(f"GradNorm: {parameter} should be {expected}; got {shown}")

@@ -2,28 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
-
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-
-def did_you_mean(name: str, existing: Iterable[str]) -> str:
-    """Return the end of an error's sentence: the near match of ``name``, or all that exists.
-
-    Example:
-        >>> did_you_mean("encoder.layr4", ["encoder.layer4", "head"])
-        "did you mean 'encoder.layer4'?"
-        >>> did_you_mean("trunk", ["encoder", "head"])
-        "it has 'encoder', 'head'"
-    """
-    existing = list(existing)
-    near = difflib.get_close_matches(name, existing, n=1)
-    if near:
-        return f"did you mean '{near[0]}'?"
-    shown = ", ".join(f"'{one}'" for one in existing[:20]) + (", …" if len(existing) > 20 else "")
-    return f"it has {shown or 'none'}"
+from lightning_gradnorm.suggestions import did_you_mean
 
 
 def find_module(root: nn.Module, name: str, *, asked_by: str) -> nn.Module:

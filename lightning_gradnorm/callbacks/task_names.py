@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from lightning_gradnorm.callbacks.naming import did_you_mean
+from lightning_gradnorm.arguments import is_number
+from lightning_gradnorm.suggestions import did_you_mean
 
 
 @runtime_checkable
@@ -66,6 +67,5 @@ def check_positive_by_task(numbers: Mapping[str, Any], tasks: Sequence[str], *, 
     """Refuse a mapping that does not give each of the tasks a positive number."""
     check_by_task(numbers, tasks, asked_by=asked_by, parameter=parameter)
     for task, number in numbers.items():
-        is_number = isinstance(number, int | float) and not isinstance(number, bool)
-        if not (is_number and math.isfinite(number) and number > 0):
+        if not (is_number(number) and math.isfinite(number) and number > 0):
             raise ValueError(f"{asked_by}: {parameter}['{task}'] should be positive and finite; got {number!r}")

@@ -8,7 +8,7 @@ from typing import Any
 from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from lightning_gradnorm.callbacks.naming import did_you_mean
+from lightning_gradnorm.suggestions import did_you_mean, nearest
 
 _HYDRAS_OWN = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
@@ -64,9 +64,8 @@ def _check_arguments(node: dict[str, Any], *, where: str, given: set[str]) -> No
     is_open = any(p.kind is p.VAR_KEYWORD for p in parameters)
     for key in node:
         if not (key in by_name or key in _HYDRAS_OWN or is_open):
-            near = did_you_mean(key, by_name)
-            all_of_them = f" It has {', '.join(by_name)}." if near.endswith("?") else ""
-            raise ValueError(f"{where}: {target} has no parameter '{key}'; {near}{all_of_them}")
+            all_of_them = f" It has {', '.join(by_name)}." if nearest(key, by_name) else ""
+            raise ValueError(f"{where}: {target} has no parameter '{key}'; {did_you_mean(key, by_name)}{all_of_them}")
     if node.get("_partial_") or "_args_" in node:
         return
     for name, parameter in by_name.items():

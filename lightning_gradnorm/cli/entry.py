@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import lightning as L
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from lightning_gradnorm.arguments import is_integer
 from lightning_gradnorm.cli import errors
 from lightning_gradnorm.cli.config import register
 
@@ -71,6 +73,17 @@ def value_of(key: str, overrides: list[str]) -> str | None:
     """
     values = [o.value() for o in OverridesParser.create().parse_overrides(overrides) if o.key_or_group == key]
     return None if not values or values[-1] is None else str(values[-1])
+
+
+def seed_everything(seed: Any) -> None:
+    """Seed the generators of Python, NumPy and torch, also those of worker processes.
+
+    Raises:
+        ValueError: the seed is not an integer.
+    """
+    if not is_integer(seed):
+        raise ValueError(f"seed should be an integer, at least 0; got {seed!r}")
+    L.seed_everything(seed, workers=True, verbose=False)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 
 from hydra.errors import (
     HydraException,
@@ -18,6 +17,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 from yaml import YAMLError  # type: ignore[import-untyped]
+
+from lightning_gradnorm.suggestions import nearest
 
 WRONG_INPUT = (
     HydraException,
@@ -102,7 +103,10 @@ def _in_chain(error: BaseException) -> OmegaConfBaseException | None:
 def _where(error: BaseException) -> str:
     """Return Hydra's name of the file that the error is in, if it is in a file."""
     head = str(error).split(":", 1)[0]
-    return f"{head[3:].strip(chr(39))}.yaml: " if head.startswith("In '") else ""
+    if not head.startswith("In '"):
+        return ""
+    name = head.removeprefix("In ").strip("'")
+    return f"{name}.yaml: "
 
 
 def _no_such_option(error: MissingConfigException) -> str:
@@ -123,5 +127,5 @@ def _no_such_key(error: OmegaConfBaseException) -> str:
 
 
 def _guess(name: str, existing: list[str]) -> str:
-    near = get_close_matches(name, existing, n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
+    near = nearest(name, existing)
+    return f"; did you mean '{near}'?" if near else ""

@@ -62,13 +62,11 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         raise ValueError("ckpt_path should be given: gradnorm-eval ckpt_path=RUN/checkpoints/best.ckpt")
     checkpoint = runs.find_checkpoint(config.ckpt_path)
     weights = runs.read_weights(checkpoint)
-    L.seed_everything(config.seed, workers=True, verbose=False)
+    entry.seed_everything(config.seed)
     data = build(config, "data")
     model = build(config, "model")
-    try:
+    with runs.loading(checkpoint):
         model.load_state_dict(weights)
-    except RuntimeError as mismatch:
-        raise ValueError(f"the weights in {checkpoint} are of another network: {mismatch}") from mismatch
     trainer: L.Trainer = build(config, "trainer", logger=False, callbacks=[], enable_checkpointing=False)
     with entry.without_idle_warnings():
         trainer.test(model, datamodule=data, verbose=False)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from difflib import get_close_matches
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from typing_extensions import override
+
+from lightning_gradnorm.suggestions import nearest
 
 CONFIG = "config.yaml"
 """The resolved configuration, in the run's folder."""
@@ -51,8 +53,8 @@ def find_checkpoint(path: str | Path) -> Path:
     # Someone who names the run or a misspelt file is shown what lies there.
     folder = path if path.is_dir() else path.parent
     found = sorted(str(file) for file in folder.rglob("*.ckpt"))[:20] if folder.is_dir() else []
-    near = get_close_matches(str(path), found, n=1) or found[:1]
-    there = f"did you mean {near[0]}?\n  There are: {', '.join(found)}" if near else f"there is none in {folder} either"
+    near = nearest(str(path), found) or next(iter(found), None)
+    there = f"did you mean {near}?\n  There are: {', '.join(found)}" if near else f"there is none in {folder} either"
     raise FileNotFoundError(f"ckpt_path should be a checkpoint file; {path} is none; {there}")
 
 
@@ -71,6 +73,29 @@ def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
             f"({type(reason).__name__})."
         ) from reason
     return weights
+
+
+@contextmanager
+def loading(checkpoint: Path | None) -> Iterator[None]:
+    """Have torch's error about weights that do not fit the network say what to do.
+
+    Args:
+        checkpoint: what is loaded inside; ``None`` if nothing is.
+
+    Raises:
+        ValueError: the weights are of another network.
+    """
+    try:
+        yield
+    except RuntimeError as mismatch:
+        title, *differences = str(mismatch).splitlines()
+        if checkpoint is None or "in loading state_dict" not in title:
+            raise
+        raise ValueError(
+            f"ckpt_path: the weights in {checkpoint} are of another network than the options describe "
+            f"({' '.join(differences[0].split()) if differences else title}). Give the options of its run, or none: they are "
+            f"taken from its folder."
+        ) from mismatch
 
 
 def run_folder(checkpoint: Path) -> Path | None:

@@ -18,12 +18,13 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig
 from rich.console import Console
 
-from lightning_gradnorm.callbacks.naming import did_you_mean
+from lightning_gradnorm import MultiTaskModule
 from lightning_gradnorm.cli import entry, errors, runs
 from lightning_gradnorm.cli.build import build
 from lightning_gradnorm.cli.config import conf_dir
 from lightning_gradnorm.cli.interrupt import SaveOnInterrupt
 from lightning_gradnorm.report import task_table, write_metrics
+from lightning_gradnorm.suggestions import did_you_mean
 
 COMMAND = "gradnorm-train"
 
@@ -84,9 +85,11 @@ def train(config: DictConfig) -> dict[str, float]:
     resumed_from = None if config.ckpt_path is None else runs.find_checkpoint(config.ckpt_path)
     if resumed_from is not None:
         runs.read_weights(resumed_from)  # before anything is written
-    L.seed_everything(config.seed, workers=True, verbose=False)
+    entry.seed_everything(config.seed)
     data = build(config, "data")
     model = build(config, "model")
+    if isinstance(model, MultiTaskModule):
+        _refuse_flags_that_the_module_has(config.trainer)
     balancing = build(config, "balancing")
     record = runs.RunRecord(run_dir, config, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
     callbacks = [one for one in (balancing, *_all_of(config, "callbacks"), record) if one is not None]
@@ -97,14 +100,8 @@ def train(config: DictConfig) -> dict[str, float]:
     console = Console(quiet=not trainer.is_global_zero)
     with entry.without_idle_warnings(in_folder_of_before=_is_inside(resumed_from, run_dir)):
         try:
-            trainer.fit(model, datamodule=data, ckpt_path=resumed_from)
-        except RuntimeError as reason:
-            if "state_dict" not in str(reason):
-                raise
-            raise ValueError(
-                f"ckpt_path: the weights in {resumed_from} are of another network than the options describe. Give the "
-                f"options of its run, or none: they are taken from its folder."
-            ) from reason
+            with runs.loading(resumed_from):
+                trainer.fit(model, datamodule=data, ckpt_path=resumed_from)
         except SystemExit:
             if not trainer.interrupted:
                 raise
@@ -136,7 +133,12 @@ def _is_inside(checkpoint: Path | None, folder: Path) -> bool:
 
 def _all_of(config: DictConfig, group: str) -> list[Any]:
     """Return the objects of a group that has several by name; a name that is null is left out."""
-    built = [build(config, f"{group}.{name}") for name in config[group] or ()]
+    built = []
+    for name, node in (config[group] or {}).items():
+        one = build(config, f"{group}.{name}")
+        if one is None and node is not None:
+            raise ValueError(f"{group}.{name} should be null or name a _target_; got {node!r}")
+        built.append(one)
     return [one for one in built if one is not None]
 
 
@@ -160,6 +162,17 @@ def _refuse_processes_that_replay_the_sweep(trainer: L.Trainer) -> None:
             "trainer.strategy should not start processes by the command line in a sweep, each would run the whole sweep; "
             "got one that does. Give trainer.strategy=ddp_spawn, or trainer.devices=1."
         )
+
+
+def _refuse_flags_that_the_module_has(flags: DictConfig) -> None:
+    """Say which option of the model stands for a flag of the Trainer that manual optimization excludes."""
+    for flag, off in (("accumulate_grad_batches", (1,)), ("gradient_clip_val", (None, 0))):
+        value = flags.get(flag, off[0])
+        if value not in off:
+            raise ValueError(
+                f"trainer.{flag} should not be given with a MultiTaskModule, which optimizes manually; got {value}. Give "
+                f"model.{flag}={value} instead."
+            )
 
 
 def _how_to_go_on(trainer: L.Trainer) -> str:

@@ -47,7 +47,7 @@ class SinusoidsDataModule(InMemoryDataModule):
         num_workers: Worker processes per loader; the data are in memory, so 0 is the fastest.
 
     Raises:
-        TypeError: A size is not an integer.
+        TypeError: A size is not an integer, or ``alphas`` or ``betas`` are not numbers.
         ValueError: A number out of its range, or ``alphas`` or ``betas`` of another length than ``terms``.
 
     Example:
@@ -82,7 +82,7 @@ class SinusoidsDataModule(InMemoryDataModule):
         self._check_number("correlation", correlation, -1 <= correlation <= 1, "in [-1, 1], a cosine")
         self._check_number("noise", noise, noise >= 0, "a standard deviation, zero or positive")
         for parameter, values in (("alphas", alphas), ("betas", betas)):
-            if values is not None and len(values) != terms:
+            if values is not None and len(self._numbers(parameter, values)) != terms:
                 raise ValueError(
                     f"SinusoidsDataModule: {parameter} should have one number for each of the {terms} terms; "
                     f"got {len(values)}: {list(values)}."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_gradnorm.data.loader import EpochSampler, ResumableLoader
+from lightning_gradnorm.suggestions import nearest
 
 Batch = tuple[Tensor, dict[str, Tensor]]
 
@@ -165,11 +165,19 @@ class InMemoryDataModule(L.LightningDataModule):
         if value < at_least:
             raise ValueError(f"{type(self).__name__}: {parameter} should be at least {at_least}; got {value}.")
 
+    def _numbers(self, parameter: str, values: Iterable[float]) -> tuple[float, ...]:
+        try:
+            return tuple(float(value) for value in values)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"{type(self).__name__}: {parameter} should be a list of numbers; got {values!r}."
+            ) from None
+
     def _check_choice(self, parameter: str, value: str, choices: Iterable[str]) -> None:
         choices = list(choices)
         if value not in choices:
-            close = difflib.get_close_matches(str(value), choices, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            near = nearest(str(value), choices)
+            hint = f" Did you mean {near!r}?" if near else ""
             raise ValueError(
                 f"{type(self).__name__}: {parameter} should be one of {', '.join(map(repr, choices))}; got {value!r}.{hint}"
             )

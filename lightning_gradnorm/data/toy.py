@@ -50,7 +50,7 @@ class ToyDataModule(InMemoryDataModule):
         num_workers: Worker processes per loader; the data are in memory, so 0 is the fastest.
 
     Raises:
-        TypeError: A size is not an integer.
+        TypeError: A size is not an integer, or ``sigmas`` are not numbers.
         ValueError: Fewer than two sigmas or one that is not positive, an unknown ``spread`` or ``inputs``, or a size
             less than one.
 
@@ -77,13 +77,13 @@ class ToyDataModule(InMemoryDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__(train_size, val_size, test_size, batch_size, seed, num_workers)
-        if len(sigmas) < 2 or not all(0 < sigma < math.inf for sigma in sigmas):
+        self.sigmas = self._numbers("sigmas", sigmas)
+        if len(sigmas) < 2 or not all(0 < sigma < math.inf for sigma in self.sigmas):
             raise ValueError(f"ToyDataModule: sigmas should be at least two positive numbers; got {list(sigmas)}.")
         self._check_integer("input_dim", input_dim, at_least=1)
         self._check_integer("output_dim", output_dim, at_least=1)
         self._check_choice("spread", spread, _SPREADS)
         self._check_choice("inputs", inputs, _INPUTS)
-        self.sigmas = tuple(float(sigma) for sigma in sigmas)
         self.input_dim = input_dim
         self.output_dim = output_dim
         self.spread = spread

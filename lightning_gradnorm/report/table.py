@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from rich.table import Table
@@ -72,16 +73,20 @@ def comparison_table(runs: Sequence[Run], *, title: str = "Test metrics") -> Tab
             table.add_section()
         values = [run.get(task, {}).get(metric) for run in by_run]
         best = _best(metric, values)
-        cells = [_number(value) if value != best else f"[bold green]{_number(value)} *[/]" for value in values]
+        cells = [
+            _number(value) if best is None or value != best else f"[bold green]{_number(value)} *[/]"
+            for value in values
+        ]
         table.add_row(task if task != last else "", f"{metric}{_arrow(metric)}", *cells)
         last = task
     return table
 
 
 def _best(metric: str, values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
+    """Return the best value; ``None`` if all are equal, or if it is not known which way is better."""
+    known = [value for value in values if value is not None and not math.isnan(value)]
     if len(set(known)) < 2 or not _arrow(metric):
-        return float("nan")  # equal to none of them
+        return None
     return max(known) if metric in _HIGHER_IS_BETTER else min(known)
 
 

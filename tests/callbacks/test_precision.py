@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
+from harness import Overflows, Recorder
 from lightning.pytorch.plugins.precision import MixedPrecision
 from models import Automatic, vector_batches
 from torch.utils.data import DataLoader
@@ -23,26 +24,6 @@ class Single(Automatic):
         self.float()
 
 
-class Weights(L.Callback):
-    def __init__(self) -> None:
-        self.seen: list[list[float]] = []
-
-    def on_train_batch_end(self, trainer, pl_module, *args) -> None:
-        gradnorm = next(c for c in trainer.callbacks if isinstance(c, GradNorm))
-        self.seen.append(list(gradnorm.weights.values()))
-
-
-class Overflows(L.Callback):
-    """Puts an infinity into the gradient of the first layer, which is not W, at some steps."""
-
-    def __init__(self, steps: set[int]) -> None:
-        self.steps = steps
-
-    def on_after_backward(self, trainer, pl_module) -> None:
-        if trainer.fit_loop.epoch_loop.batch_idx in self.steps:
-            pl_module.encoder[0].weight.grad[0, 0] = torch.inf
-
-
 def _batches() -> list:
     return [{name: value.float() for name, value in batch.items()} for batch in vector_batches(3, STEPS)]
 
@@ -50,10 +31,10 @@ def _batches() -> list:
 def _trajectory(quiet_trainer, heads: bool, callbacks: tuple = (), **options) -> torch.Tensor:
     model = Single()
     gradnorm = GradNorm(NAMES, shared_layer="encoder.2", heads=model.heads() if heads else None)
-    weights = Weights()
-    trainer = quiet_trainer(callbacks=[*callbacks, gradnorm, weights], **options)
+    recorder = Recorder(gradnorm)
+    trainer = quiet_trainer(callbacks=[*callbacks, gradnorm, recorder], **options)
     trainer.fit(model, DataLoader(_batches(), batch_size=None))
-    return torch.tensor(weights.seen)
+    return torch.tensor([list(weights.values()) for weights in recorder.weights])
 
 
 def _scaled() -> MixedPrecision:

@@ -118,7 +118,7 @@ ARGUMENTS = [
         {"optimizer": torch.optim.Adam(nn.Linear(1, 1).parameters())},
         ["optimizer", "partial(torch.optim.Adam, lr=0.025)", "Adam(…)"],
     ),
-    case("shared_layer is the module itself", {"shared_layer": nn.Linear(2, 2)}, ["shared_layer", "name", "Linear(…)"]),
+    case("shared_layer is the module itself", {"shared_layer": nn.Linear(2, 2)}, ["shared_layer", "name", "Linear("]),
     case("representation is the module itself", {"representation": nn.Linear(2, 2)}, ["representation", "name"]),
     case(
         "heads are a list in the order of the tasks",

@@ -184,6 +184,10 @@ def test_the_help_explains_every_group_and_names_every_option(call: Call) -> Non
         (["balancing=fixed"], ["balancing.weights should be given"]),
         (["balancing.alpha=-1"], ["GradNorm: alpha should be a finite number, at least 0; got -1"]),
         (["balancing.shared_layer=encodr.0", *SMALL], ["shared_layer 'encodr.0' is not in MultiTaskModule"]),
+        (["trainer.accumulate_grad_batches=2"], ["got 2. Give model.accumulate_grad_batches=2 instead"]),
+        (["trainer.gradient_clip_val=0.5"], ["got 0.5. Give model.gradient_clip_val=0.5 instead"]),
+        (["seed=a"], ["seed should be an integer, at least 0; got 'a'"]),
+        (["callbacks.checkpoint=nope"], ["callbacks.checkpoint should be null or name a _target_; got 'nope'"]),
         (["ckpt_path=nope.ckpt"], ["ckpt_path should be a checkpoint file; nope.ckpt is none"]),
         (["--config-dir", "nowhere"], ["nowhere' not found"]),
         (
@@ -223,9 +227,14 @@ def test_evaluation_says_what_it_needs(call: Call, tmp_path: Path) -> None:
     )
     good = "ckpt_path=run/checkpoints/last.ckpt"
     assert "did you mean 'batch_size'?" in call(evaluate.main, good, "data.batchsize=3", status=1)
-    assert "of another network" in call(
-        evaluate.main, good, "data.output_dim=7", "model.tasks.out_features=7", status=1
-    )
+
+
+@pytest.mark.parametrize("main", [train.main, evaluate.main], ids=["gradnorm-train", "gradnorm-eval"])
+def test_weights_of_another_network_are_told_by_what_differs_first(call: Call, main: Callable[[], None]) -> None:
+    call(train.main, *SMALL, "trainer.max_epochs=1", "hydra.run.dir=run", "test=false")
+    said = call(main, "ckpt_path=run/checkpoints/last.ckpt", "model.encoder.hidden=[100, 100, 100, 7]", status=1)
+    assert "last.ckpt are of another network than the options describe (size mismatch for encoder." in said
+    assert "Give the options of its run, or none" in said
 
 
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------

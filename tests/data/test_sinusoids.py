@@ -148,3 +148,8 @@ def test_fit_logs_the_label_correlation_once(quiet_trainer, tmp_path) -> None:
 def test_wrong_argument_is_named(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SinusoidsDataModule(**wrong)
+
+
+def test_frequencies_should_be_numbers() -> None:
+    with pytest.raises(TypeError, match="SinusoidsDataModule: betas should be a list of numbers; got 3"):
+        SinusoidsDataModule(betas=3)

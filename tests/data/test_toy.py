@@ -114,6 +114,8 @@ def test_data_before_setup_is_an_error_that_says_so() -> None:
     ("wrong", "error", "message"),
     [
         ({"sigmas": [1.0]}, ValueError, r"ToyDataModule: sigmas should be at least two positive numbers; got \[1.0\]"),
+        ({"sigmas": 5}, TypeError, "ToyDataModule: sigmas should be a list of numbers; got 5"),
+        ({"sigmas": [1.0, "a"]}, TypeError, r"sigmas should be a list of numbers; got \[1.0, 'a'\]"),
         ({"sigmas": [1.0, -2.0]}, ValueError, r"sigmas should be at least two positive numbers; got \[1.0, -2.0\]"),
         ({"sigmas": [1.0, math.nan]}, ValueError, "sigmas should be at least two positive numbers"),
         ({"spread": "varaince"}, ValueError, r"one of 'std', 'variance'; got 'varaince'. Did you mean 'variance'\?"),

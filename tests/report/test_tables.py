@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,17 @@ def test_the_better_run_is_marked_by_the_metrics_direction() -> None:
 def test_a_metric_that_one_run_lacks_is_left_empty() -> None:
     other = Run("other", {"test/mse/right": 4.0})
     assert printed(comparison_table([EQUAL, other]))[3:] == [["all", "loss ↓", "5", ""], ["right", "mse ↓", "", "4"]]
+
+
+@pytest.mark.parametrize("diverged_first", [False, True])
+def test_a_run_that_diverged_is_not_the_best(diverged_first: bool) -> None:
+    runs = [
+        Run("fine", {"test/r2/sum": 0.5}),
+        Run("poor", {"test/r2/sum": 0.1}),
+        Run("lost", {"test/r2/sum": math.nan}),
+    ]
+    ((_, _, *values),) = printed(comparison_table(runs[::-1] if diverged_first else runs))
+    assert values == (["nan", "0.1", "0.5 *"] if diverged_first else ["0.5 *", "0.1", "nan"])
 
 
 def test_comparing_nothing_is_an_error() -> None:
