@@ -30,6 +30,7 @@ from lightning_gradnorm.callbacks.audit import Audit, check_apart
 from lightning_gradnorm.callbacks.hooks import Undo, around_call, open_compiled
 from lightning_gradnorm.callbacks.logging import is_logged_step
 from lightning_gradnorm.callbacks.naming import find_module
+from lightning_gradnorm.callbacks.omissions import Omissions
 from lightning_gradnorm.callbacks.step import Pass, Window
 from lightning_gradnorm.callbacks.task_names import DeclaresTasks, check_by_task, checked_names
 from lightning_gradnorm.gradients import (
@@ -75,16 +76,13 @@ class Balancing(L.Callback):
         self._hooks: ExitStack | None = None
         self._spare_hooks: dict[GradientReader, Undo] = {}
         self._trainer: L.Trainer | None = None
-        self._was_started = False
+        self._was_started = self._warned_of_idling = False
         self._declared = False
         self._at_heads = False
         self._window = Window(measured=False)
         self._pass = Pass()
         self._shown = True
-        self._stepped = self._was_shown = False
-        self._seen: set[str] = set()
-        self._logged: set[str] = set()
-        self._warned_of: set[str] = set()
+        self._omissions = Omissions(self._name)
         self._compared: set[str] = set()
         self._reading = False
 
@@ -167,9 +165,8 @@ class Balancing(L.Callback):
         heads = self._resolve_tasks(pl_module)
         self._remove_hooks()
         self._trainer, self._was_started = trainer, True
-        for names in (self._seen, self._logged, self._warned_of, self._compared):
-            names.clear()
-        self._stepped = self._was_shown = False
+        self._omissions = Omissions(self._name, self._names, self._logged_names, declared=self._declared)
+        self._compared = set()
         # All ranks take part in the sum over ranks, also one that never sees a loss: they agree on the state beforehand.
         parameter = next((p for p in pl_module.parameters() if p.is_floating_point()), torch.zeros(()))
         self._prepare(torch.zeros((), dtype=parameter.dtype, device=pl_module.device))
@@ -188,7 +185,7 @@ class Balancing(L.Callback):
         self._audit = Audit(self._name, readers, at_heads=self._at_heads)
         self._buffers = KeptBuffers(module.buffers() if readers else [])
         if self._logged_names is not None:
-            hooks.callback(capture.logged_losses(module, self._logged_names, self.watch, self._logged))
+            hooks.callback(capture.logged_losses(module, self._logged_names, self.watch, self._omissions.logged))
         elif module.automatic_optimization:
             hooks.callback(capture.returned_losses(module, self.watch, asked_by=self._name))
         if self._at_heads:
@@ -270,23 +267,14 @@ class Balancing(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        self._check_seen(pl_module)
-        if self._pass.backwards:
-            self._warn_of_missing()
-        if self._pass.backwards:  # a step that returned None after it had shown its losses is no step
-            self._check_back_propagated()
+        self._omissions.end_batch(pl_module, self._pass)
         if not self._shown and is_logged_step(trainer):  # in a batch that Lightning writes, but no optimizer step
             self._show(pl_module)
         self._forget_pass()
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._seen and not self._stepped and "step" not in self._warned_of:
-            self._warned_of.add("step")
-            rank_zero_warn(
-                f"{self._name}: no step of an optimizer was seen in the first epoch, so that no weight has moved. "
-                f"{type(pl_module).__name__} optimizes manually: it should call step() on what self.optimizers() returns."
-            )
+        self._omissions.end_epoch(pl_module)
 
     def _forget_pass(self) -> None:
         """Let go of all that belongs to one forward and backward pass."""
@@ -317,9 +305,7 @@ class Balancing(L.Callback):
             return
         if self._pass.in_backward or not self._is_at_work():
             return
-        self._was_shown = True
-        if self._logged_names is None:
-            self._check_known(losses)
+        self._omissions.show(losses)
         known = set(self._pass.losses)
         for task in self._names:
             loss = losses.get(task)
@@ -343,7 +329,7 @@ class Balancing(L.Callback):
         if self._window.measured:
             self._choose(self._audit.examine(task, loss, self._pass))
             self._check_trained()
-        self._seen.add(task)
+        self._omissions.seen.add(task)
         watched = self._pass.losses.setdefault(task, [])
         watched.append(loss)
         # The hook must not hold the tensor that holds the hook: it finds it by its place.
@@ -365,30 +351,11 @@ class Balancing(L.Callback):
     def _warn_if_idle(self, losses: Mapping[str, Any]) -> None:
         """Say so, once, if nobody has ever plugged this callback into the Trainer that is training."""
         trains = any(isinstance(loss, Tensor) and loss.requires_grad for loss in losses.values())
-        if trains and not self._was_started and "watch" not in self._warned_of:
-            self._warned_of.add("watch")
+        if trains and not self._was_started and not self._warned_of_idling:
+            self._warned_of_idling = True
             rank_zero_warn(
                 f"{self._name}: watch was called, but this callback is not at work: no Trainer has started it. Give it to "
                 f"the Trainer that trains the module, L.Trainer(callbacks=[gradnorm]). The losses are not balanced."
-            )
-
-    def _check_known(self, losses: Mapping[str, Any]) -> None:
-        for task in self._names:
-            if task not in losses and task not in self._seen and not self._declared:
-                raise ValueError(
-                    f"{self._name}: task '{task}' is not among the losses of the first batch, which are {sorted(losses)}; "
-                    f"{did_you_mean(task, losses)} (A task that is absent from a batch is given as None.)"
-                )
-
-    def _warn_of_missing(self) -> None:
-        """Say once of each task that it was not shown in a batch, without having been said to be absent."""
-        shown = set(self._pass.losses) | self._pass.absent | self._warned_of
-        missing = [task for task in self._names if task in self._seen and task not in shown]
-        if missing and not self._declared:
-            self._warned_of.update(missing)
-            rank_zero_warn(
-                f"{self._name}: the losses of tasks {missing} were shown in earlier batches, but not in this one; they count "
-                f"as absent wherever they are not shown, and are not weighted. (Give None where a task is absent.)"
             )
 
     def _check_loss(self, task: str, loss: Any) -> None:
@@ -487,18 +454,18 @@ class Balancing(L.Callback):
     ) -> None:
         window = self._window
         self._pass.steps += 1
-        self._stepped = True
+        self._omissions.stepped = True
         if trainer.world_size == 1 and not window.losses:  # another optimizer's step, or no task was present
             window.backwards = 0
             return
         if self._pass.fired:
-            self._check_back_propagated()
+            self._omissions.check_back_propagated(self._pass)
         if _scaler_skips(trainer, optimizer):
             self._forget_pass()
             self._open_window()
             return
         losses, norms, present = self._gather(window, trainer, pl_module)
-        if present.any():
+        if trainer.world_size == 1 or present.any():  # the question would make the host wait for the device
             self._update(losses, norms, present)
             self._shown = False
             if is_logged_step(trainer):
@@ -508,33 +475,6 @@ class Balancing(L.Callback):
     def _show(self, module: L.LightningModule) -> None:
         self._log(module)
         self._shown = True
-
-    def _check_seen(self, module: L.LightningModule) -> None:
-        if self._logged_names is not None:
-            unseen = [logged for task, logged in self._logged_names.items() if task not in self._seen]
-            if unseen and self._pass.backwards:
-                raise ValueError(
-                    f"{self._name}: '{unseen[0]}' was not logged in the first batch, which logged {sorted(self._logged)}; "
-                    f"{did_you_mean(unseen[0], sorted(self._logged))} (In training_step, log the loss before its backward.)"
-                )
-        elif (
-            not self._was_shown
-            and not self._declared
-            and not module.automatic_optimization
-            and (self._pass.backwards or self._pass.steps)
-        ):
-            raise ValueError(
-                f"{self._name}: no task loss was seen in the first batch. {type(module).__name__} optimizes manually, so that "
-                f"it should call watch({{'{self._names[0]}': loss, …}}) on this callback before manual_backward."
-            )
-
-    def _check_back_propagated(self) -> None:
-        missed = [task for task in self._pass.losses if task not in self._pass.fired]
-        if missed:
-            raise ValueError(
-                f"{self._name}: what was given as the loss of task '{missed[0]}' took no part in the backward pass. Add "
-                f"it to what is back-propagated; give the very tensor, not a copy of it, and give it before backward."
-            )
 
     def _gather(
         self, window: Window, trainer: L.Trainer, module: L.LightningModule
@@ -550,10 +490,8 @@ class Balancing(L.Callback):
                 row[0], row[1] = window.losses[task].to(like), float(window.counts[task])
         reader = self._reader if window.measured else None
         if reader is not None:
-            for (
-                task,
-                applied,
-            ) in window.applied.items():  # as if the weight had not been rounded to the loss's precision
+            # As if the weight had not been rounded to the loss's precision.
+            for task, applied in window.applied.items():
                 reader.rescale(task, like[self._names.index(task)] / applied)
         norms = None
         if trainer.world_size > 1:

@@ -245,11 +245,6 @@ def test_no_backward_pass_waits_for_the_device(mode: str, make_trainer: MakeTrai
     assert watched.watched == STEPS
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(AssertionError, RuntimeError),
-    reason="whether any task was present is asked of the device in every optimizer step",
-)
 @pytest.mark.parametrize("mode", ["automatic with heads", "manual with heads"])
 def test_a_step_in_which_nothing_is_measured_never_waits(mode: str, make_trainer: MakeTrainer, device: str) -> None:
     model, gradnorm, batches = make(mode)
