@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import lightning as L
 import pytest
 import torch
-from harness import Overflows, Recorder
+from harness import MemoryLogger, Overflows, Recorder
 from lightning.pytorch.plugins.precision import MixedPrecision
 from models import Automatic, vector_batches
 from torch.utils.data import DataLoader
@@ -76,3 +78,30 @@ def test_norms_are_of_unscaled_gradients(quiet_trainer) -> None:
     _trajectory(quiet_trainer, True, callbacks=(single,))
     _trajectory(quiet_trainer, True, callbacks=(half,), plugins=[_scaled()])
     assert half.seen == pytest.approx(single.seen, rel=0.02)
+
+
+@pytest.mark.parametrize("norm_of", ["weight", "activation"])
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weight_that_a_losss_precision_rounds_leaves_the_norms_exact(
+    quiet_trainer, dtype: torch.dtype, heads: bool, norm_of
+) -> None:
+    """The gradient is multiplied by the rounded weight; the norm that is taken is that of the weight itself."""
+
+    class LowLosses(Single):
+        def task_losses(self, batch):
+            return {task: loss.to(dtype) for task, loss in super().task_losses(batch).items()}
+
+    weights = {"seg": 1.0031, "depth": 1.2017, "normal": 0.7952}
+    model, logger = LowLosses(), MemoryLogger()
+    twin = copy.deepcopy(model)
+    options = {"initial_weights": weights, "norm_of": norm_of, "heads": model.heads() if heads else None}
+    trainer = quiet_trainer(callbacks=[GradNorm(NAMES, shared_layer="encoder.2", **options)], logger=logger)
+    trainer.fit(model, DataLoader(_batches()[:1], batch_size=None))
+    z = twin.encoder(_batches()[0]["x"])
+    for task in NAMES:
+        loss = torch.nn.functional.mse_loss(getattr(twin, f"{task}_head")(z), _batches()[0][task]).to(dtype)
+        at = twin.encoder[2].weight if norm_of == "weight" else z
+        (gradient,) = torch.autograd.grad(loss, at, retain_graph=True)
+        found = logger.scalars[f"gradnorm/grad_norm/{task}"][0]
+        assert found == pytest.approx(weights[task] * gradient.norm().item(), rel=1e-5)
