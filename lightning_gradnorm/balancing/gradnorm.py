@@ -18,6 +18,7 @@ One step of an optimizer along it, then ``w ← T · w / Σ w``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -211,7 +212,7 @@ class GradNormRule:
         self.weights.grad = torch.zeros_like(self.weights).masked_scatter_(present, seen.gradient)
         self._optimizer.step()
         self._keep_absent(before, present)
-        self._renormalise(present)
+        self._renormalise(before[0], present)
         if not self._all_finite():
             self._restore(before)
             return self._skip(present)
@@ -224,9 +225,11 @@ class GradNormRule:
             spread(seen.grad_norms), spread(seen.rates), spread(seen.targets), seen.loss, spread(seen.gradient)
         )
 
-    def _renormalise(self, present: Tensor) -> None:
+    def _renormalise(self, before: Tensor, present: Tensor) -> None:
         """``w_i ← max(w_i, min_weight)``, then the present tasks share what the absent ones leave of the sum T."""
-        total = len(self.tasks) - (self.weights * ~present).sum()
+        left, had = len(self.tasks) - (before * ~present).sum(), (before * present).sum()
+        # The two are equal but for rounding, which eats up what is left where the absent tasks have nearly all of it.
+        total = torch.where(left > had / 2, left, had)
         # The second, lower bound touches nothing in ordinary steps. It holds when one weight has shot up so far that
         # dividing by the sum would push the others to zero, from where no gradient could be measured any more.
         for least in (self.min_weight, self.min_weight / len(self.tasks)):
@@ -287,7 +290,7 @@ class GradNormRule:
             "version": _VERSION,
             "tasks": list(self.tasks),
             "weights": self.weights.detach().clone(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": copy.deepcopy(self._optimizer.state_dict()),  # not the tensors that go on changing
             "initial_losses": self.initial_losses.clone(),
             "updates_seen": self._updates_seen.clone(),
             "weights_mean": self._weights_mean.clone(),

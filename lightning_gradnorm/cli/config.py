@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from lightning_gradnorm import FixedWeights, GradNorm, MultiTaskModule
 from lightning_gradnorm.callbacks import TensorBoardDashboard
+from lightning_gradnorm.cli.checkpoints import SaveLast
 from lightning_gradnorm.cli.interrupt import SaveOnInterrupt
 from lightning_gradnorm.cli.schema import schema_of
 from lightning_gradnorm.data import MultiMNISTDataModule, SinusoidsDataModule, ToyDataModule
@@ -26,6 +27,7 @@ WITH_SCHEMA: tuple[Callable[..., Any], ...] = (
     ModelCheckpoint,
     MultiMNISTDataModule,
     MultiTaskModule,
+    SaveLast,
     SaveOnInterrupt,
     SinusoidsDataModule,
     TensorBoardDashboard,

@@ -1,4 +1,4 @@
-"""Ctrl-C between two batches, with a checkpoint."""
+"""Ctrl-C between two optimizer steps, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_gradnorm.cli.checkpoints import BetweenSteps
 
-class SaveOnInterrupt(L.Callback):
-    """At the first Ctrl-C, finish the batch, save ``interrupted.ckpt`` and stop; at the second, stop at once.
+
+class SaveOnInterrupt(BetweenSteps):
+    """At the first Ctrl-C, finish the optimizer step, save ``interrupted.ckpt`` and stop; at the second, stop at once.
 
     A checkpoint that is taken in the middle of a batch cannot be resumed exactly: the optimizer may have stepped and the
     counters not. One that is taken here can. On several processes the ranks would stop at different batches; there
@@ -41,7 +43,7 @@ class SaveOnInterrupt(L.Callback):
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.interrupted = True
         self._restore()
-        rank_zero_info("Stopping after this batch (Ctrl-C again: at once, without a checkpoint).")
+        rank_zero_info("Stopping after this step (Ctrl-C again: at once, without a checkpoint).")
 
     def _restore(self) -> None:
         if self._previous is not None:
@@ -52,8 +54,7 @@ class SaveOnInterrupt(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Not at an epoch's last batch: the resumed training would leave out the validation that follows it.
-        if self.interrupted and not trainer.is_last_batch:
+        if self.interrupted and self._can_be_resumed(trainer):
             trainer.save_checkpoint(self.checkpoint)
             raise KeyboardInterrupt
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from lightning_gradnorm import MultiTaskModule
 from lightning_gradnorm.cli import entry, errors, runs
 from lightning_gradnorm.cli.build import build
+from lightning_gradnorm.cli.checkpoints import SaveLast, write_whole
 from lightning_gradnorm.cli.config import conf_dir
 from lightning_gradnorm.cli.interrupt import SaveOnInterrupt
 from lightning_gradnorm.report import task_table, write_metrics
@@ -96,6 +97,7 @@ def train(config: DictConfig) -> dict[str, float]:
     loggers = _all_of(config, "logger")
     trainer: L.Trainer = build(config, "trainer", callbacks=callbacks, logger=loggers)
     _refuse_processes_that_replay_the_sweep(trainer)
+    write_whole(trainer)
 
     console = Console(quiet=not trainer.is_global_zero)
     with entry.without_idle_warnings(in_folder_of_before=_is_inside(resumed_from, run_dir)):
@@ -176,10 +178,10 @@ def _refuse_flags_that_the_module_has(flags: DictConfig) -> None:
 
 
 def _how_to_go_on(trainer: L.Trainer) -> str:
-    saved = [c.checkpoint for c in trainer.callbacks if isinstance(c, SaveOnInterrupt) and c.interrupted]  # type: ignore[attr-defined]
-    checkpoint = trainer.checkpoint_callback
-    if isinstance(checkpoint, ModelCheckpoint) and checkpoint.last_model_path:
-        saved.append(Path(checkpoint.last_model_path))
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    saved = [c.checkpoint for c in callbacks if isinstance(c, SaveOnInterrupt) and c.interrupted]
+    saved += [c.checkpoint for c in callbacks if isinstance(c, SaveLast)]
+    saved += [Path(c.last_model_path) for c in callbacks if isinstance(c, ModelCheckpoint) and c.last_model_path]
     existing = [path for path in saved if path.is_file()]
     if not existing:
         return "Interrupted; there is no checkpoint yet."

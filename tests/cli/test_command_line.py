@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
 
 from lightning_gradnorm.cli import evaluate, train
 from lightning_gradnorm.cli.config import conf_dir
@@ -29,31 +28,6 @@ SMALL = [
 ]
 
 Call = Callable[..., str]
-
-
-@pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """`call(main, *arguments, status=0)` runs a command in ``tmp_path`` and returns what it printed."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-
-    def run(main: Callable[[], None], *arguments: str, status: int = 0) -> str:
-        GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["command", *arguments])
-        found = 0
-        try:
-            main()
-        except SystemExit as left:
-            found = int(left.code or 0)
-        seen = capsys.readouterr()
-        assert found == status, seen.out + seen.err
-        assert "Traceback" not in seen.err
-        assert "HYDRA_FULL_ERROR" not in os.environ
-        assert sys.argv == ["command", *arguments]
-        return seen.out + seen.err
-
-    return run
 
 
 def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -109,6 +83,16 @@ def test_a_resumed_run_is_bit_identical_and_keeps_its_options(call: Call, tmp_pa
         weights_of(tmp_path / "whole/checkpoints/best.ckpt"), weights_of(tmp_path / "a part=1/checkpoints/best.ckpt")
     )
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a part=1", "whole"]
+
+
+def test_the_last_checkpoint_is_of_the_last_epoch_also_when_nothing_gets_better(call: Call, tmp_path: Path) -> None:
+    upside_down = ["callbacks.checkpoint.mode=max", "test=false"]  # the best epoch is the first
+    call(train.main, *SMALL, *upside_down, "trainer.max_epochs=3", "hydra.run.dir=run")
+    epochs = {
+        name: torch.load(tmp_path / f"run/checkpoints/{name}.ckpt", weights_only=True)["epoch"]
+        for name in ("best", "last")
+    }
+    assert epochs == {"best": 0, "last": 2}
 
 
 def test_a_resume_that_fails_leaves_the_run_as_it_was(call: Call, tmp_path: Path) -> None:

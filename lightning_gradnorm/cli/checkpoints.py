@@ -1,0 +1,108 @@
+"""Checkpoints that outlive a kill: written whole or not at all, and more often than once an epoch if wanted."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+from typing_extensions import override
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes beside the checkpoint, then renames: under its name there is the one before or the new one, never half of it.
+
+    Lightning writes into the system's folder for temporary files. Where that is another file system, what follows is no
+    renaming but a copy onto the checkpoint before, and whoever is killed during the copy has neither.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     WholeCheckpoints().save_checkpoint({"epoch": 3}, f"{folder}/last.ckpt")
+        ...     os.listdir(folder)
+        ['last.ckpt']
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if storage_options is not None or "://" in str(path):  # Lightning's own answer to both
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.part")  # always the same name, so that what a kill has left is used up
+        with part.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())  # else a power failure could leave the new name on an empty file
+        part.replace(path)
+
+
+def write_whole(trainer: L.Trainer) -> None:
+    """Have the trainer write `WholeCheckpoints`, unless it was given a way of its own."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = WholeCheckpoints()
+
+
+class BetweenSteps(L.Callback):
+    """Knows after which batches a checkpoint can be resumed exactly.
+
+    Not within an optimizer step, whose gradients so far are in no checkpoint; and not at an epoch's last batch: the
+    resumed training would leave out the validation that follows it.
+    """
+
+    _steps_before = 0
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._steps_before = trainer.global_step
+
+    def _can_be_resumed(self, trainer: L.Trainer) -> bool:
+        return trainer.global_step > self._steps_before and not trainer.is_last_batch
+
+
+class SaveLast(BetweenSteps, Checkpoint):
+    """Write ``last.ckpt`` at the end of every epoch and, if wanted, within epochs.
+
+    ``ModelCheckpoint(monitor=…, save_last=True)`` is for neither. It saves the last when it saves a best one, so that its
+    ``last.ckpt`` stays behind as soon as nothing gets better. And with ``every_n_train_steps`` it saves nothing before the
+    first validation, and later holds the weights of now against the metric of then.
+
+    Args:
+        dirpath: folder of the checkpoint.
+        every_n_train_steps: how many optimizer steps lie between two within an epoch; ``None``: only at its end.
+
+    Raises:
+        ValueError: ``every_n_train_steps`` is less than 1.
+
+    Example:
+        >>> callback = SaveLast(dirpath="checkpoints", every_n_train_steps=100)
+    """
+
+    def __init__(self, dirpath: str | Path, every_n_train_steps: int | None = None) -> None:
+        if every_n_train_steps is not None and every_n_train_steps < 1:
+            raise ValueError(f"SaveLast: every_n_train_steps should be at least 1 or null; got {every_n_train_steps}")
+        self.checkpoint = Path(dirpath) / "last.ckpt"
+        self.every_n_train_steps = every_n_train_steps
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        every = self.every_n_train_steps
+        if every is not None and trainer.global_step % every == 0 and self._can_be_resumed(trainer):
+            self._save(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._save(trainer)  # Lightning calls a `Checkpoint` last, when validation and schedulers are done
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(self.checkpoint)
