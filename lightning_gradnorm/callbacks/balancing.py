@@ -27,7 +27,8 @@ from typing_extensions import override
 
 from lightning_gradnorm.callbacks import capture
 from lightning_gradnorm.callbacks.audit import Audit, check_apart
-from lightning_gradnorm.callbacks.hooks import Undo, around_call, open_compiled
+from lightning_gradnorm.callbacks.compiled import open_compiled
+from lightning_gradnorm.callbacks.hooks import Undo, around_call
 from lightning_gradnorm.callbacks.logging import is_logged_step
 from lightning_gradnorm.callbacks.naming import find_module
 from lightning_gradnorm.callbacks.omissions import Omissions

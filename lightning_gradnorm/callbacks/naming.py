@@ -25,6 +25,13 @@ def find_module(root: nn.Module, name: str, *, asked_by: str) -> nn.Module:
     return modules[plain_name(name)]
 
 
+def path_to(root: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    """Return the modules on the way from ``root`` (named "") to the module or parameter ``name``, itself excluded."""
+    parts = name.split(".")
+    names = [".".join(parts[:depth]) for depth in range(len(parts))]
+    return [(name, root.get_submodule(name)) for name in names]
+
+
 def plain_name(name: str) -> str:
     """Return a module's or parameter's name without what `torch.compile` puts into it."""
     return name.replace("._orig_mod", "").removeprefix("_orig_mod.")

@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping
 import lightning as L
 from torch import Tensor, nn
 
-from lightning_gradnorm.callbacks.hooks import is_compiled, path_to
+from lightning_gradnorm.callbacks.compiled import is_compiled
+from lightning_gradnorm.callbacks.naming import path_to
 from lightning_gradnorm.gradients import GradientReader, ReplayedGradients, WeightGradients
 from lightning_gradnorm.gradients.replay import is_sharded
 
