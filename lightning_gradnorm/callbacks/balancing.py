@@ -433,7 +433,7 @@ class Balancing(L.Callback):
         if self._reader is not None and not self._reading:
             self._reading = True
             try:
-                with self._buffers.through_reading():
+                with self._buffers.through_reading(task):
                     self._reader.read(task, outputs, gradients)
             finally:
                 self._reading = False
@@ -445,7 +445,6 @@ class Balancing(L.Callback):
         self._pass.in_backward = False
         if self._window.measured and self._reader is not None:
             self._reader.finish()
-            self._buffers.end_pass()
 
     # ---- the optimizer step ------------------------------------------------------------------------------------------
 

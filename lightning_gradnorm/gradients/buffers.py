@@ -13,7 +13,8 @@ class KeptBuffers:
     """Puts back what a reading has changed in a model's buffers.
 
     A checkpointed region is computed again whenever a gradient passes it, and with it the running statistics of a
-    BatchNorm. Which buffers change is seen in the first pass; the others, all of them in most models, cost nothing later.
+    BatchNorm. Which buffers change is seen when a task is read for the first time; the others, all of them in most models,
+    cost nothing later.
 
     Args:
         buffers: all buffers of the model.
@@ -21,30 +22,26 @@ class KeptBuffers:
     Example:
         >>> mean = torch.zeros(2)
         >>> kept = KeptBuffers([mean])
-        >>> with kept.through_reading():
+        >>> with kept.through_reading("seg"):
         ...     _ = mean.add_(1)
         >>> mean
         tensor([0., 0.])
     """
 
     def __init__(self, buffers: Iterable[Tensor]) -> None:
-        self._watched = list(buffers)
+        self._all = list(buffers)
         self._changing: dict[int, Tensor] = {}
-        self._is_first_pass = True
-
-    def end_pass(self) -> None:
-        """Watch no others any more than those that have changed in the pass that ends here."""
-        if self._is_first_pass:
-            self._is_first_pass = False
-            self._watched = list(self._changing.values())
+        self._read_before: set[str] = set()
 
     @contextmanager
-    def through_reading(self) -> Iterator[None]:
+    def through_reading(self, task: str) -> Iterator[None]:
         """Have all buffers afterwards as they were before."""
-        before = [(buffer, buffer._version, buffer.clone()) for buffer in self._watched]
+        watched = list(self._changing.values()) if task in self._read_before else self._all
+        before = [(buffer, buffer._version, buffer.clone()) for buffer in watched]
         try:
             yield
         finally:
+            self._read_before.add(task)
             with torch.no_grad():
                 for buffer, version, value in before:
                     if buffer._version != version:
