@@ -201,6 +201,10 @@ def test_whatever_it_is_given_the_weights_are_right_and_ordinary_steps_are_the_t
             after = flat(rule.state_dict())
             assert_weights_are_right(rule, draw.dtype)
             assert torch.equal(rule.weights.detach()[~present], nested["weights"][~present])
+            for name, value in after.items():
+                if name.startswith(".optimizer") and isinstance(value, Tensor) and value.shape == present.shape:
+                    was = before.get(name, torch.zeros_like(value))
+                    assert torch.equal(value[~present], was[~present]), "an absent task keeps its moments"
             assert all(bool(v.isfinite().all()) for k, v in after.items() if isinstance(v, Tensor)), f"seed {seed}"
             if seen is None:
                 happened["refused"] += 1
