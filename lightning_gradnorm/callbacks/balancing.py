@@ -384,7 +384,7 @@ class Balancing(L.Callback):
         if not self._notes_calls() or not torch.is_grad_enabled():
             return None
         self._pass.in_head = task
-        inputs, node = branch((args, kwargs), partial(self._read, task))
+        inputs, node = branch((args, kwargs), partial(self._read_at_head, task))
         if node is not None:
             self._pass.branches.setdefault(task, set()).add(node)
         return inputs
@@ -429,6 +429,10 @@ class Balancing(L.Callback):
             self._read(task, [loss], [weighted])
         return weighted
 
+    def _read_at_head(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        if self._pass.in_backward:  # and not a gradient that the user takes for himself
+            self._read(task, outputs, gradients)
+
     def _read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         if self._reader is not None and not self._reading:
             self._reading = True
@@ -437,6 +441,10 @@ class Balancing(L.Callback):
                     self._reader.read(task, outputs, gradients)
             finally:
                 self._reading = False
+
+    @override
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        self._pass.in_backward = True
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -32,18 +32,7 @@ def weights(model: Automatic, trainer: MakeTrainer, with_heads: bool) -> list[di
     return recorder.weights
 
 
-@pytest.mark.parametrize(
-    "with_heads",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                strict=True, reason="a branch reads what any backward pass brings, not only that of the training loss"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("with_heads", [False, True])
 def test_gradients_the_user_takes_are_no_part_of_the_norms(with_heads: bool, quiet_trainer: MakeTrainer) -> None:
     found = weights(Curious(3), quiet_trainer, with_heads)
     expected = weights(Automatic(3), quiet_trainer, with_heads)
