@@ -28,7 +28,7 @@ from typing_extensions import override
 from lightning_gradnorm.callbacks import capture
 from lightning_gradnorm.callbacks.audit import Audit, check_apart
 from lightning_gradnorm.callbacks.compiled import open_compiled
-from lightning_gradnorm.callbacks.hooks import Undo, around_call
+from lightning_gradnorm.callbacks.hooks import Undo, around_call, takes_hooks
 from lightning_gradnorm.callbacks.logging import is_logged_step
 from lightning_gradnorm.callbacks.naming import find_module
 from lightning_gradnorm.callbacks.omissions import Omissions
@@ -232,6 +232,11 @@ class Balancing(L.Callback):
                 raise ValueError(
                     f"{self._name}: heads should name one module for each task; '{heads[task]}' is named by both "
                     f"'{by_module[head]}' and '{task}'. Leave heads out: then each loss gets a pass of its own."
+                )
+            if not takes_hooks(head):
+                raise ValueError(
+                    f"{self._name}: heads['{task}'] '{heads[task]}' was made by torch.jit.script, which allows no hooks. Leave "
+                    f"heads out: then each loss gets a first-order pass of its own."
                 )
             by_module[head] = task
         return by_module

@@ -31,6 +31,11 @@ def shadow(owner: Any, name: str, replacement: Any) -> Undo:
     return undo
 
 
+def takes_hooks(module: nn.Module) -> bool:
+    """Say whether hooks can be registered on ``module``: what `torch.jit.script` has made takes none."""
+    return not isinstance(module, torch.jit.RecursiveScriptModule)  # type: ignore[attr-defined]
+
+
 def around_call(
     module: nn.Module, *, before: Before | None = None, after: After | None = None, first: bool = False
 ) -> Undo:

@@ -8,6 +8,7 @@ import lightning as L
 from torch import Tensor, nn
 
 from lightning_gradnorm.callbacks.compiled import is_compiled
+from lightning_gradnorm.callbacks.hooks import takes_hooks
 from lightning_gradnorm.callbacks.naming import path_to
 from lightning_gradnorm.gradients import GradientReader, ReplayedGradients, WeightGradients
 from lightning_gradnorm.gradients.replay import is_sharded
@@ -30,7 +31,7 @@ def weight_readers(
     around = [
         (name, module)
         for name, module in path_to(root, next(iter(W)))[1:]
-        if all(parameter.startswith(f"{name}.") for parameter in W) and module not in opened
+        if all(parameter.startswith(f"{name}.") for parameter in W) and module not in opened and takes_hooks(module)
     ]
     sharded = [(name, module) for name, module in around if is_sharded(module)][:1]
     if sharded:

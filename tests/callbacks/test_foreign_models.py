@@ -137,3 +137,29 @@ def test_a_bad_number_is_no_weight_step_and_is_counted_and_warned_of_once(quiet_
     for step in range(1, 8):
         assert (weights.seen[step] == weights.seen[step - 1]) == (step in (2, 4))
         assert sum(weights.seen[step].values()) == pytest.approx(3)
+
+
+class Scripted(Automatic):
+    """The encoder, or a head, is a ScriptModule, on which torch allows no hooks."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__(3)
+        setattr(self, part, torch.jit.script(getattr(self, part)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize(("part", "heads"), [("encoder", True), ("encoder", False), ("seg_head", False)])
+def test_a_scripted_encoder_or_head_trains_as_a_plain_one(quiet_trainer, part: str, heads: bool) -> None:
+    found = []
+    for model in (Scripted(part), Automatic(3)):
+        gradnorm = GradNorm(NAMES, shared_layer="encoder.2", heads=model.heads() if heads else None)
+        quiet_trainer(callbacks=[gradnorm]).fit(model, Batches(vector_batches(3, 6)))
+        found.append(gradnorm.weights)
+    assert found[0] == pytest.approx(found[1], abs=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_scripted_head_that_is_named_is_refused(quiet_trainer) -> None:
+    model = Scripted("seg_head")
+    with pytest.raises(ValueError, match=r"heads\['seg'\] 'seg_head' was made by torch.jit.script.*Leave heads out"):
+        quiet_trainer(callbacks=[GradNorm(NAMES, heads=model.heads())]).fit(model, Batches(vector_batches(3, 2)))
