@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_gradnorm.callbacks.step import Pass
 from lightning_gradnorm.gradients import GradientReader, ReplayedGradients, WeightGradients, nodes_between, unwalkable
-from lightning_gradnorm.gradients.paths import node_of
+from lightning_gradnorm.gradients.paths import node_of, nodes_behind
 
 
 class Audit:
@@ -67,15 +67,20 @@ class Audit:
         if self._at_heads:
             leave_out = "Leave heads out: then each loss gets a first-order pass of its own."
             others = {node: other for other, nodes in current.branches.items() if other != task for node in nodes}
-            around = nodes_between([node_of(loss)], sought, stop=own)
-            reached = sorted({others[node] for node in around if node in others})
+            reached = sorted({others[node] for node in nodes_behind([node_of(loss)]) if node in others})
             if reached:
                 return (
-                    f"also reads the head of '{reached[0]}', so that their gradients cannot be told apart at the heads. "
-                    f"Are the names in heads exchanged? {leave_out}"
+                    f"also reads the head of '{reached[0]}' and not its head alone, so that their gradients cannot be told "
+                    f"apart at the heads. Are the names in heads exchanged? Are the losses pieces of one tensor? {leave_out}"
                 )
+            around = nodes_between([node_of(loss)], sought, stop=own)
             if around and (cause := unwalkable(around - ends)):
                 return f"reaches {where} through {cause}"
+            if around and not own:
+                return (
+                    f"does not pass its head as far as one can see: a head is seen when it is called (itself, not its forward) "
+                    f"with tensors, or with tuples, lists and dicts of tensors. {leave_out}"
+                )
             if around:
                 return f"reaches {where} by a way that does not pass its head. {leave_out}"
         if cause := unwalkable(nodes_between(own if self._at_heads else [node_of(loss)], sought) - ends):
@@ -83,6 +88,23 @@ class Audit:
         if isinstance(reader, ReplayedGradients) and nodes_between([node_of(loss)], self._shared, stop=ends):
             return f"reaches the shared layer by a way that does not pass {where}."
         return None
+
+
+def check_heads_apart(back_propagated: Tensor, current: Pass, *, asked_by: str) -> None:
+    """Refuse to read at heads what comes to a head from elsewhere than its task's loss, from a regularizer of its output say.
+
+    Raises:
+        ValueError: names the head's task.
+    """
+    losses = {node_of(loss) for losses in current.losses.values() for loss in losses}
+    behind = nodes_behind([node_of(back_propagated)], stop=losses)
+    for task, branches in current.branches.items():
+        if task in current.losses and branches & behind:
+            raise ValueError(
+                f"{asked_by}: what the backward pass begins with reads the head of task '{task}' besides the task's loss (in a "
+                f"regularizer of its output, say; and the loss given should be the very tensor, not a copy), so that the "
+                f"loss's own gradient cannot be told apart at the head. Leave heads out: then each loss gets a pass of its own."
+            )
 
 
 def check_apart(current: Pass, *, asked_by: str) -> None:

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from lightning_gradnorm.callbacks import capture
-from lightning_gradnorm.callbacks.audit import Audit, check_apart
+from lightning_gradnorm.callbacks.audit import Audit, check_apart, check_heads_apart
 from lightning_gradnorm.callbacks.compiled import open_compiled
 from lightning_gradnorm.callbacks.hooks import Undo, around_call, takes_hooks
 from lightning_gradnorm.callbacks.logging import is_logged_step
@@ -80,11 +80,12 @@ class Balancing(L.Callback):
         self._was_started = self._warned_of_idling = False
         self._declared = False
         self._at_heads = False
-        self._window = Window(measured=False)
+        self._window = Window(measured=False, weights={})
         self._pass = Pass()
         self._shown = True
         self._omissions = Omissions(self._name)
         self._compared: set[str] = set()
+        self._told_apart: set[str] = set()
         self._reading = False
 
     # ---- what a strategy answers -------------------------------------------------------------------------------------
@@ -107,8 +108,11 @@ class Balancing(L.Callback):
         """Make the state where ``like`` is, in float64 if ``like`` is; called at the start, and when a loss is float64."""
         raise NotImplementedError
 
-    def _update(self, losses: Tensor, norms: Tensor | None, present: Tensor) -> None:
+    def _update(self, losses: Tensor, norms: Tensor, present: Tensor) -> None:
         """Take in what one optimizer step has shown: mean losses, norms ``G_i`` of weighted gradients, each (T,)."""
+
+    def _note_step(self) -> None:
+        """Take note that the network's optimizer makes a step, measured or not."""
 
     def _log(self, module: L.LightningModule) -> None:
         """Log what the strategy has to show of the last optimizer step."""
@@ -167,7 +171,7 @@ class Balancing(L.Callback):
         self._remove_hooks()
         self._trainer, self._was_started = trainer, True
         self._omissions = Omissions(self._name, self._names, self._logged_names, declared=self._declared)
-        self._compared = set()
+        self._compared, self._told_apart = set(), set()
         # All ranks take part in the sum over ranks, also one that never sees a loss: they agree on the state beforehand.
         parameter = next((p for p in pl_module.parameters() if p.is_floating_point()), torch.zeros(()))
         self._prepare(torch.zeros((), dtype=parameter.dtype, device=pl_module.device))
@@ -209,7 +213,10 @@ class Balancing(L.Callback):
     def _open_window(self) -> None:
         if self._reader is not None:
             self._reader.clear()
-        self._window = Window(measured=self._measures())
+        self._window = Window(self._measures(), self._weights_by_task())
+
+    def _weights_by_task(self) -> dict[str, Tensor]:
+        return dict(zip(self._names, self._weights_in_force().unbind(), strict=True))
 
     def _refuse_sharded(self, trainer: L.Trainer) -> None:
         strategy = trainer.strategy
@@ -311,7 +318,8 @@ class Balancing(L.Callback):
             return
         if self._pass.in_backward or not self._is_at_work():
             return
-        self._omissions.show(losses)
+        assert self._trainer is not None
+        self._omissions.show(losses, self._trainer.lightning_module)
         known = set(self._pass.losses)
         for task in self._names:
             loss = losses.get(task)
@@ -327,6 +335,7 @@ class Balancing(L.Callback):
     def _watch_one(self, task: str, loss: Tensor) -> None:
         if loss.dtype == torch.float64 != self._weights_in_force().dtype:
             self._prepare(self._weights_in_force().double())
+            self._window.weights = self._weights_by_task()
         owner = self._pass.task_of(loss)
         if owner == task:
             return  # logged twice, or both returned and watched: a second hook would apply the weight twice
@@ -374,7 +383,8 @@ class Balancing(L.Callback):
             raise ValueError(f"{asked} a real number; got {loss.dtype}, which is complex.")
         if not loss.requires_grad:
             raise ValueError(
-                f"{asked} part of the graph, but it carries no gradient. Give the loss itself, not .detach() or .item()."
+                f"{asked} part of the graph, but it carries no gradient. Give the loss itself, not .detach() or .item(); or "
+                f"None, if the task is absent."
             )
 
     def _is_at_work(self) -> bool:
@@ -419,13 +429,12 @@ class Balancing(L.Callback):
     # ---- backward ----------------------------------------------------------------------------------------------------
 
     def _on_loss_gradient(self, task: str, place: int, seed: Tensor) -> Tensor | None:
-        if self._reading:
-            return None  # our own pass from this loss, which starts with the weight already in it
+        if self._reading or not self._pass.in_backward:
+            return None  # our own pass from this loss, with the weight already in it; or one that the user makes for himself
         window, loss = self._window, self._pass.losses[task][place]
         self._pass.fired.add(task)
-        self._pass.in_backward = True
         window.add(task, loss)
-        weight = self._weights_in_force()[self._names.index(task)]
+        weight = window.weights[task]
         applied = weight.to(seed)
         if torch.finfo(applied.dtype).bits < torch.finfo(weight.dtype).bits:
             window.applied[task] = applied.to(weight)
@@ -450,6 +459,9 @@ class Balancing(L.Callback):
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         self._pass.in_backward = True
+        if self._window.measured and not self._told_apart >= set(self._pass.branches):
+            check_heads_apart(loss, self._pass, asked_by=self._name)
+            self._told_apart |= set(self._pass.branches)
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -477,16 +489,24 @@ class Balancing(L.Callback):
             self._forget_pass()
             self._open_window()
             return
-        losses, norms, present = self._gather(window, trainer, pl_module)
-        if trainer.world_size == 1 or present.any():  # the question would make the host wait for the device
-            self._update(losses, norms, present)
+        if trainer.world_size > 1 or window.measured:
+            losses, norms, present = self._gather(window, trainer, pl_module)
+            counts = trainer.world_size == 1 or bool(present.any())
+            if norms is not None and counts:
+                self._update(losses, norms, present)
+        else:  # nothing was measured, and there is nobody to agree with
+            counts = True
+        if counts:
+            self._note_step()
             self._shown = False
             if is_logged_step(trainer):
                 self._show(pl_module)
         self._open_window()
 
     def _show(self, module: L.LightningModule) -> None:
+        by_the_model = set(self._omissions.logged)
         self._log(module)
+        self._omissions.logged &= by_the_model
         self._shown = True
 
     def _gather(

@@ -6,6 +6,7 @@ Each function shadows one method of the LightningModule with an instance attribu
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,11 +17,16 @@ from lightning_gradnorm.callbacks.hooks import Undo, not_traced, shadow
 Watch = Callable[[Mapping[str, Any]], None]
 
 
+def _in_place_of(method: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`functools.wraps` of what is innermost: Lightning looks behind one wrapper for whether batch_idx is wanted."""
+    return functools.wraps(inspect.unwrap(method))
+
+
 def returned_losses(module: L.LightningModule, watch: Watch, *, asked_by: str) -> Undo:
     """Hand the mapping that ``training_step`` returns to ``watch``."""
     training_step = module.training_step
 
-    @functools.wraps(training_step)  # Lightning reads the signature to see whether batch_idx is wanted
+    @_in_place_of(training_step)
     def step(*args: Any, **kwargs: Any) -> Any:
         output = training_step(*args, **kwargs)
         if output is not None:
@@ -44,7 +50,7 @@ def logged_losses(module: L.LightningModule, names: Mapping[str, str], watch: Wa
     log = module.log
     tasks = {logged: task for task, logged in names.items()}
 
-    @functools.wraps(log)
+    @_in_place_of(log)
     def log_and_watch(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         if module.trainer.training:
             all_names.add(name)
@@ -59,7 +65,7 @@ def explained(module: L.LightningModule, explain: Callable[[RuntimeError], str |
     """Have a ``RuntimeError`` that comes out of ``training_step`` say what ``explain`` says of it."""
     training_step = module.training_step
 
-    @functools.wraps(training_step)
+    @_in_place_of(training_step)
     def step(*args: Any, **kwargs: Any) -> Any:
         try:
             return training_step(*args, **kwargs)

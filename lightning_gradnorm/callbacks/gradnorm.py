@@ -256,14 +256,17 @@ class GradNorm(Balancing):
             )
 
     @override
-    def _update(self, losses: Tensor, norms: Tensor | None, present: Tensor) -> None:
+    def _update(self, losses: Tensor, norms: Tensor, present: Tensor) -> None:
         assert self._rule is not None
-        if norms is not None:
-            seen = self._rule.step(norms / self._weights_in_force(), losses, present)
-            if isinstance(seen, Skipped):
-                self._warn(seen, losses)
-            else:
-                self._last_balance = seen, losses
+        seen = self._rule.step(norms / self._weights_in_force(), losses, present)
+        if isinstance(seen, Skipped):
+            self._warn(seen, losses)
+        else:
+            self._last_balance = seen, losses
+
+    @override
+    def _note_step(self) -> None:
+        assert self._rule is not None
         self._rule.note_step()
 
     def _warn(self, skipped: Skipped, losses: Tensor) -> None:
@@ -310,3 +313,4 @@ class GradNorm(Balancing):
         if self._hooks is not None and self._restored is not None:
             # In mid-training: a LearningRateFinder takes back its trial steps.
             self._prepare(self._weights_in_force())
+            self._open_window()

@@ -9,11 +9,18 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_gradnorm.callbacks.step import Pass
-from lightning_gradnorm.suggestions import did_you_mean
+from lightning_gradnorm.suggestions import nearest
+
+_PATIENCE = 50
+"""In how many batches with a backward pass a loss may stay away that is not misspelt: they may train something else first."""
+
+
+def _question(near: str | None) -> str:
+    return "" if near is None else f"did you mean '{near}'? "
 
 
 class Omissions:
-    """What one training has shown so far. Errors in the first batch, warnings later, each once.
+    """What one training has shown so far. What is certainly wrong is an error at once; the rest is said once, and later.
 
     Args:
         asked_by: the callback's name, the beginning of each message.
@@ -40,48 +47,59 @@ class Omissions:
         """Tasks whose loss has been shown."""
         self.stepped = False
         """Whether an optimizer has taken a step."""
-        self._shown = False
+        self._names: set[str] = set()
+        self._batches = 0
         self._warned_of: set[str] = set()
 
-    def show(self, losses: Mapping[str, Any]) -> None:
+    def show(self, losses: Mapping[str, Any], module: L.LightningModule) -> None:
         """Take note of what is being watched.
 
         Raises:
-            ValueError: a task is not among the losses of the first batch.
+            ValueError: a task has never been among the losses, and these are all there are, or one is nearly called so.
         """
-        self._shown = True
-        if self._logged_names is not None or self._declared:
-            return
+        self._names |= set(losses)
+        if self._logged_names is None and not self._declared:
+            self._check_named(is_all=module.automatic_optimization)
+
+    def _check_named(self, *, is_all: bool) -> None:
         for task in self._tasks:
-            if task not in losses and task not in self.seen:
+            near = nearest(task, self._names - set(self._tasks))
+            if task not in self._names and (is_all or near):
                 raise ValueError(
                     f"{self._asked_by}: task '{task}' is not among the losses of the first batch, which are "
-                    f"{sorted(losses)}; {did_you_mean(task, losses)} (A task that is absent from a batch is given as None.)"
+                    f"{sorted(self._names)}; {_question(near)}(A task that is absent from a batch is given as None.)"
                 )
 
     def end_batch(self, module: L.LightningModule, current: Pass) -> None:
         """Look at what a batch has shown, now that it is over.
 
         Raises:
-            ValueError: no loss was shown, or one that was not back-propagated.
+            ValueError: a loss was not shown, or was shown and not back-propagated.
         """
-        if current.backwards or current.steps:
-            self._check_shown(module, current)
-        if current.backwards:  # a step that returned None after it had shown its losses is no step
+        self._batches += bool(current.backwards or current.steps)
+        if current.losses or current.absent:
+            if self._logged_names is None and not self._declared:
+                self._check_named(is_all=True)
             self._warn_of_missing(current)
-            self.check_back_propagated(current)
+            # Else it was a step that returned None after it had shown its losses, which Lightning lets pass.
+            if current.backwards or (current.steps and not module.automatic_optimization):
+                self.check_back_propagated(current)
+        self._check_shown(module, is_late=self._batches >= _PATIENCE)
 
-    def _check_shown(self, module: L.LightningModule, current: Pass) -> None:
-        names = self._logged_names or {}
-        unseen = [logged for task, logged in names.items() if task not in self.seen]
-        if unseen and current.backwards:
+    def _check_shown(self, module: L.LightningModule, *, is_late: bool) -> None:
+        if not self._batches or self._declared:
+            return
+        expected = self._logged_names or {}
+        for task, logged in expected.items():
+            near = nearest(logged, self.logged - set(expected.values()))
+            if task not in self.seen and (is_late or near):
+                raise ValueError(
+                    f"{self._asked_by}: '{logged}' was not logged in the first batches, which logged {sorted(self.logged)}; "
+                    f"{_question(near)}(In training_step, log the loss before its backward.)"
+                )
+        if is_late and not self._names and self._logged_names is None and not module.automatic_optimization:
             raise ValueError(
-                f"{self._asked_by}: '{unseen[0]}' was not logged in the first batch, which logged {sorted(self.logged)}; "
-                f"{did_you_mean(unseen[0], sorted(self.logged))} (In training_step, log the loss before its backward.)"
-            )
-        if not self._shown and not self._declared and not names and not module.automatic_optimization:
-            raise ValueError(
-                f"{self._asked_by}: no task loss was seen in the first batch. {type(module).__name__} optimizes manually, so "
+                f"{self._asked_by}: no task loss was seen in the first batches. {type(module).__name__} optimizes manually, so "
                 f"that it should call watch({{'{self._tasks[0]}': loss, …}}) on this callback before manual_backward."
             )
 
@@ -91,7 +109,8 @@ class Omissions:
         if missed:
             raise ValueError(
                 f"{self._asked_by}: what was given as the loss of task '{missed[0]}' took no part in the backward pass. Add "
-                f"it to what is back-propagated; give the very tensor, not a copy of it, and give it before backward."
+                f"it to what is back-propagated; give the very tensor, not a copy of it, and give it before backward (in "
+                f"manual optimization, before manual_backward)."
             )
 
     def _warn_of_missing(self, current: Pass) -> None:
@@ -99,13 +118,19 @@ class Omissions:
         missing = [task for task in self._tasks if task in self.seen and task not in accounted]
         if missing and not self._declared:
             self._warned_of.update(missing)
+            how = "Where it is returned or watched, None says so without this warning."
             rank_zero_warn(
                 f"{self._asked_by}: the losses of tasks {missing} were shown in earlier batches, but not in this one; they "
-                f"count as absent wherever they are not shown, and are not weighted. (Give None where a task is absent.)"
+                f"count as absent wherever they are not shown, and are not weighted. {how}"
             )
 
     def end_epoch(self, module: L.LightningModule) -> None:
-        """Warn, once, if losses were shown but no optimizer took a step."""
+        """Look at what a whole epoch has shown.
+
+        Raises:
+            ValueError: a loss was never shown.
+        """
+        self._check_shown(module, is_late=True)
         if self.seen and not self.stepped and "step" not in self._warned_of:
             self._warned_of.add("step")
             rank_zero_warn(

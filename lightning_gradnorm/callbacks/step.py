@@ -14,6 +14,8 @@ class Window:
 
     measured: bool
     """Whether the gradients of this step are read."""
+    weights: dict[str, Tensor]
+    """Those in force, each a scalar."""
     backwards: int = 0
     """How many backward passes there were: the micro-batches."""
     losses: dict[str, Tensor] = field(default_factory=dict)

@@ -13,6 +13,20 @@ def node_of(tensor: Tensor) -> Node:
     return get_gradient_edge(tensor).node
 
 
+def nodes_behind(start: Iterable[Node], *, stop: Collection[Node] = ()) -> set[Node]:
+    """Return the nodes that a gradient starting at ``start`` comes to, ``start`` included; none behind ``stop``."""
+    found, to_visit = set(start), list(start)
+    while to_visit:
+        node = to_visit.pop()
+        if node in stop:
+            continue
+        for following, _ in node.next_functions:
+            if following is not None and following not in found:
+                found.add(following)
+                to_visit.append(following)
+    return found
+
+
 def nodes_between(start: Iterable[Node], targets: Iterable[Tensor], *, stop: Collection[Node] = ()) -> set[Node]:
     """Return the nodes on any path from ``start`` to ``targets``, both ends included; empty if there is no path.
 

@@ -182,8 +182,8 @@ class ReplayedGradients(GradientReader):
             raise RuntimeError(
                 f"running '{self._name}' again did not give what it gave in the forward pass, so that no gradient can be "
                 f"read there. It should depend on nothing but its input, parameters and buffers (Dropout that "
-                f"torch.compile has compiled draws other masks). Leave the last shared layer out of what is compiled, "
-                f"checkpointed or sharded."
+                f"torch.compile has compiled draws other masks), and what it returns should not be changed in place. Leave the "
+                f"last shared layer out of what is compiled, checkpointed or sharded."
             )
         self._verified = True
 

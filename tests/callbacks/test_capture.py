@@ -206,3 +206,67 @@ def test_values_are_logged_where_lightning_writes_though_no_step_was_taken_there
     trainer = quiet_trainer(callbacks=[GradNorm(), seen], log_every_n_steps=5)
     trainer.fit(model, DataLoader(batches, batch_size=None))
     assert seen.at[0] == 4  # the fifth batch is written; the last step was in the third
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_a_training_step_without_batch_idx_may_have_heads(quiet_trainer, heads: bool) -> None:
+    class WithoutIndex(Automatic):
+        def training_step(self, batch):
+            return super().training_step(batch, 0)
+
+    model = WithoutIndex(3)
+    gradnorm = GradNorm(NAMES, heads=model.heads() if heads else None)
+    quiet_trainer(callbacks=[gradnorm]).fit(model, Batches(vector_batches(3, 3)))
+    assert gradnorm.weights != dict.fromkeys(NAMES, 1.0)
+
+
+class Alternating(Manual):
+    """Something else is trained in every other batch, from the first on; the tasks are shown one by one."""
+
+    def training_step(self, batch, batch_idx):
+        losses = self.task_losses(batch)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        if batch_idx % 2:
+            for task, loss in losses.items():
+                self.gradnorm[0].watch({task: loss})
+            self.manual_backward(sum(losses.values()))
+        else:
+            self.manual_backward(self.encoder(batch["x"]).square().mean())
+        optimizer.step()
+
+
+def test_batches_that_train_something_else_and_losses_shown_one_by_one_are_no_mistake(quiet_trainer) -> None:
+    model = Alternating(3)
+    gradnorm = GradNorm(NAMES)
+    model.gradnorm = [gradnorm]
+    quiet_trainer(callbacks=[gradnorm]).fit(model, Batches(vector_batches(3, 6)))
+    assert gradnorm.state_dict()["steps"] == 3
+    assert gradnorm.weights != dict.fromkeys(NAMES, 1.0)
+
+
+class LateTask(Automatic):
+    """Logs one task from the third batch on; or returns it as None, and later not at all."""
+
+    def __init__(self, logs: bool) -> None:
+        super().__init__(3)
+        self.logs = logs
+
+    def training_step(self, batch, batch_idx):
+        losses = self.task_losses(batch)
+        if self.logs and batch_idx < 2:
+            losses.pop("depth")
+        if not self.logs:
+            losses = losses | {"depth": None} if batch_idx < 2 else {k: v for k, v in losses.items() if k != "depth"}
+        if self.logs:
+            for task, loss in losses.items():
+                self.log(f"train/{task}", loss)
+        return {"loss": sum(loss for loss in losses.values() if loss is not None), **losses}
+
+
+@pytest.mark.parametrize("logs", [False, True])
+def test_a_task_that_is_absent_at_first_is_no_mistake(quiet_trainer, logs: bool) -> None:
+    tasks = {task: f"train/{task}" for task in NAMES} if logs else NAMES
+    gradnorm = GradNorm(tasks)
+    quiet_trainer(callbacks=[gradnorm]).fit(LateTask(logs), Batches(vector_batches(3, 6)))
+    assert (gradnorm.weights["depth"] != 1.0) == logs

@@ -163,3 +163,23 @@ def test_a_scripted_head_that_is_named_is_refused(quiet_trainer) -> None:
     model = Scripted("seg_head")
     with pytest.raises(ValueError, match=r"heads\['seg'\] 'seg_head' was made by torch.jit.script.*Leave heads out"):
         quiet_trainer(callbacks=[GradNorm(NAMES, heads=model.heads())]).fit(model, Batches(vector_batches(3, 2)))
+
+
+def test_a_head_that_reads_what_another_head_gives_is_refused_also_if_it_reads_the_representation_too(
+    quiet_trainer,
+) -> None:
+    class Fed(Automatic):
+        def build(self):
+            super().build()
+            self.normal_head = nn.Linear(9, 3)
+
+        def task_losses(self, batch):
+            z = self.encoder(batch["x"])
+            outputs = {"seg": self.seg_head(z), "depth": self.depth_head(z)}
+            outputs["normal"] = self.normal_head(torch.cat([z, outputs["seg"]], dim=1))
+            return {task: nn.functional.mse_loss(output, batch[task]) for task, output in outputs.items()}
+
+    with pytest.raises(
+        ValueError, match=r"the loss of task 'normal' also reads the head of 'seg' and not its head alone"
+    ):
+        quiet_trainer(callbacks=[GradNorm(NAMES, heads=Fed(3).heads())]).fit(Fed(3), Batches(vector_batches(3, 5)))
