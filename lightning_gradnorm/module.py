@@ -172,6 +172,10 @@ class MultiTaskModule(L.LightningModule):
                 )
         return inputs, targets
 
+    def task_losses(self, batch: Any) -> dict[str, Tensor]:
+        """Return the loss of each task that the batch has targets of."""
+        return self._step(batch)[1]
+
     # ---- training ----------------------------------------------------------------------------------------------------
 
     @override
@@ -180,23 +184,24 @@ class MultiTaskModule(L.LightningModule):
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         micro_batches, is_last = self._place_in_window(batch_idx)
+        strategy = self.trainer.strategy
+        waits = isinstance(strategy, ParallelStrategy) and not is_last
         if losses:
             self._trained_in_epoch = True
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, Balancing):
                     callback.watch(losses)
             loss = _total(losses)
-            strategy = self.trainer.strategy
-            waits = isinstance(strategy, ParallelStrategy) and not is_last
             with strategy.block_backward_sync() if waits else nullcontext():  # type: ignore[attr-defined]
                 self.manual_backward(loss / micro_batches)
             if is_logged_step(self.trainer):
                 self._log_losses("train", loss, losses, batch_size)
-        elif is_last and isinstance(self.trainer.strategy, ParallelStrategy):
-            # The other ranks, which may have tasks, wait for this one's part of the gradient.
-            self.manual_backward(
-                _total({name: 0 * p.sum() for name, p in self.encoder.named_parameters() if p.requires_grad})
-            )
+        elif isinstance(strategy, ParallelStrategy):
+            # The other ranks, which may have tasks, wait for this one's part of the gradient and of what balances it.
+            with strategy.block_backward_sync() if waits else nullcontext():  # type: ignore[attr-defined]
+                self.manual_backward(
+                    _total({name: 0 * p.sum() for name, p in self.encoder.named_parameters() if p.requires_grad})
+                )
         if is_last:
             optimizer.step()
             optimizer.zero_grad()

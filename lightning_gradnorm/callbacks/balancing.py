@@ -22,7 +22,6 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from lightning_gradnorm.callbacks import capture
@@ -32,20 +31,20 @@ from lightning_gradnorm.callbacks.hooks import Undo, around_call, takes_hooks
 from lightning_gradnorm.callbacks.logging import is_logged_step
 from lightning_gradnorm.callbacks.naming import find_module
 from lightning_gradnorm.callbacks.omissions import Omissions
+from lightning_gradnorm.callbacks.precision import scaler_skips
+from lightning_gradnorm.callbacks.restoring import AnyRule, Restoring
 from lightning_gradnorm.callbacks.step import Pass, Window
 from lightning_gradnorm.callbacks.task_names import DeclaresTasks, check_by_task, checked_names
 from lightning_gradnorm.gradients import (
-    ActivationGradients,
     GradientReader,
     KeptBuffers,
-    ReplayedGradients,
     WeightGradients,
     branch,
 )
 from lightning_gradnorm.suggestions import did_you_mean
 
 
-class Balancing(L.Callback):
+class Balancing(Restoring[AnyRule]):
     """Base of all balancing callbacks. A strategy says what the weights are and, if it reads gradients, how.
 
     Args:
@@ -62,6 +61,7 @@ class Balancing(L.Callback):
         heads: Mapping[str, str] | None = None,
         representation: str = "encoder",
     ) -> None:
+        super().__init__()
         if heads is not None and not (isinstance(heads, Mapping) and all(isinstance(h, str) for h in heads.values())):
             raise TypeError(f"{self._name}: heads should be a mapping from task to the name of its head; got {heads!r}")
         self.tasks = tasks
@@ -88,11 +88,11 @@ class Balancing(L.Callback):
         self._told_apart: set[str] = set()
         self._reading = False
 
-    # ---- what a strategy answers -------------------------------------------------------------------------------------
+    # ---- what a strategy answers, besides what `Restoring` asks ------------------------------------------------------
 
     def _weights_in_force(self) -> Tensor:
-        """Return the weights, shape (T,)."""
-        raise NotImplementedError
+        """Return the weights of the losses, shape (T,)."""
+        return self._known.weights
 
     def _readers(
         self, module: L.LightningModule, heads: Mapping[str, str], opened: Collection[nn.Module]
@@ -104,24 +104,23 @@ class Balancing(L.Callback):
         """Say whether the gradients of the coming optimizer step are to be read."""
         return self._reader is not None
 
-    def _prepare(self, like: Tensor) -> None:
-        """Make the state where ``like`` is, in float64 if ``like`` is; called at the start, and when a loss is float64."""
-        raise NotImplementedError
+    def _weigh(self, trainer: L.Trainer, module: L.LightningModule, back_propagated: Tensor) -> None:
+        """Settle the weights of the backward pass that is about to begin, if they depend on its losses."""
 
-    def _update(self, losses: Tensor, norms: Tensor, present: Tensor) -> None:
-        """Take in what one optimizer step has shown: mean losses, norms ``G_i`` of weighted gradients, each (T,)."""
+    def _take_in(self, window: Window, trainer: L.Trainer, module: L.LightningModule) -> bool:
+        """Take in what one optimizer step has shown; say whether any task took part in it."""
+        return bool(window.losses)
 
     def _note_step(self) -> None:
         """Take note that the network's optimizer makes a step, measured or not."""
+
+    def _drop_step(self) -> None:
+        """Take note that the loss scaler skips the network's step."""
 
     def _log(self, module: L.LightningModule) -> None:
         """Log what the strategy has to show of the last optimizer step."""
 
     # ---- the names ---------------------------------------------------------------------------------------------------
-
-    @property
-    def _name(self) -> str:
-        return type(self).__name__
 
     def _check_heads(self) -> None:
         if self.heads is not None:
@@ -167,6 +166,7 @@ class Balancing(L.Callback):
                 f"{type(others[0]).__name__}. Remove one: both would weight the same losses."
             )
         self._refuse_sharded(trainer)
+        self._begin(trainer)
         heads = self._resolve_tasks(pl_module)
         self._remove_hooks()
         self._trainer, self._was_started = trainer, True
@@ -198,17 +198,10 @@ class Balancing(L.Callback):
             for head, task in by_module.items():
                 hooks.callback(around_call(head, before=partial(self._before_head, task), first=True))
         for reader in readers:
-            if isinstance(reader, ActivationGradients):
-                encoder = find_module(module, self.representation, asked_by=f"{self._name}: representation")
-                hooks.callback(around_call(encoder, after=partial(self._after_encoder, reader)))
-            if isinstance(reader, ReplayedGradients):
-                undo = around_call(
-                    reader.module,
-                    before=partial(self._before_replayed, reader),
-                    after=partial(self._after_replayed, reader),
-                )
-                self._spare_hooks[reader] = undo
-                hooks.callback(undo)
+            if reader.module is not None:
+                before, after = partial(self._before_call, reader), partial(self._after_call, reader)
+                self._spare_hooks[reader] = around_call(reader.module, before=before, after=after)
+                hooks.callback(self._spare_hooks[reader])
 
     def _open_window(self) -> None:
         if self._reader is not None:
@@ -266,6 +259,7 @@ class Balancing(L.Callback):
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
         self._remove_hooks()
 
     # ---- forward: losses and branches --------------------------------------------------------------------------------
@@ -404,21 +398,19 @@ class Balancing(L.Callback):
             self._pass.branches.setdefault(task, set()).add(node)
         return inputs
 
-    def _after_encoder(self, reader: ActivationGradients, output: Any) -> None:
-        if self._notes_calls() and torch.is_grad_enabled():
-            reader.at([t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad])
-
     # A reentrant checkpoint calls its modules without gradients and makes their output part of the graph afterwards.
 
-    def _before_replayed(self, reader: ReplayedGradients, args: Any, kwargs: Any) -> None:
+    def _before_call(self, reader: GradientReader, args: Any, kwargs: Any) -> None:
         if self._notes_calls():
             reader.before(args, kwargs)
 
-    def _after_replayed(self, reader: ReplayedGradients, output: Any) -> Any:
+    def _after_call(self, reader: GradientReader, output: Any) -> Any:
         return reader.after(output) if self._notes_calls() else None
 
     def _explain(self, error: RuntimeError) -> str | None:
-        if "of _Branch" in str(error) and "inplace" in str(error):
+        if ("of _Branch" in str(error) or "of _Gate" in str(error)) and "inplace" in str(error):
+            if self._pass.in_head is None:
+                return f"{self._name}: the representation is changed in place, as relu_(z) does, before the heads read it. Use relu(z)."
             return (
                 f"{self._name}: the head of task '{self._pass.in_head}' changes the representation in place, as "
                 f"ReLU(inplace=True) does, and with it what the other heads read. Make its first operation "
@@ -443,18 +435,20 @@ class Balancing(L.Callback):
             self._read(task, [loss], [weighted])
         return weighted
 
-    def _read_at_head(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    def _read_at_head(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> object:
         if self._pass.in_backward:  # and not a gradient that the user takes for himself
-            self._read(task, outputs, gradients)
+            return self._read(task, outputs, gradients)
+        return None
 
-    def _read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        if self._reader is not None and not self._reading:
-            self._reading = True
-            try:
-                with self._buffers.through_reading(task):
-                    self._reader.read(task, outputs, gradients)
-            finally:
-                self._reading = False
+    def _read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> object:
+        if self._reader is None or self._reading:
+            return None
+        self._reading = True
+        try:
+            with self._buffers.through_reading(task):
+                return self._reader.read(task, outputs, gradients)
+        finally:
+            self._reading = False
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
@@ -462,6 +456,8 @@ class Balancing(L.Callback):
         if self._window.measured and not self._told_apart >= set(self._pass.branches):
             check_heads_apart(loss, self._pass, asked_by=self._name)
             self._told_apart |= set(self._pass.branches)
+        self._weigh(trainer, pl_module, loss)
+        self._window.weights = self._weights_by_task()
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -485,18 +481,12 @@ class Balancing(L.Callback):
             return
         if self._pass.fired:
             self._omissions.check_back_propagated(self._pass)
-        if _scaler_skips(trainer, optimizer):
+        if scaler_skips(trainer, optimizer):
+            self._drop_step()
             self._forget_pass()
             self._open_window()
             return
-        if trainer.world_size > 1 or window.measured:
-            losses, norms, present = self._gather(window, trainer, pl_module)
-            counts = trainer.world_size == 1 or bool(present.any())
-            if norms is not None and counts:
-                self._update(losses, norms, present)
-        else:  # nothing was measured, and there is nobody to agree with
-            counts = True
-        if counts:
+        if self._take_in(window, trainer, pl_module):
             self._note_step()
             self._shown = False
             if is_logged_step(trainer):
@@ -508,52 +498,3 @@ class Balancing(L.Callback):
         self._log(module)
         self._omissions.logged &= by_the_model
         self._shown = True
-
-    def _gather(
-        self, window: Window, trainer: L.Trainer, module: L.LightningModule
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the step's mean losses, norms ``G_i`` and which tasks were present, each (T,), over all ranks.
-
-        One fused sum over the ranks: T rows of gradient, loss sum and count. It is made after backward, never in it.
-        """
-        like = self._weights_in_force().detach()
-        table = like.new_zeros(len(self._names), 2)
-        for row, task in zip(table, self._names, strict=True):
-            if task in window.losses:
-                row[0], row[1] = window.losses[task].to(like), float(window.counts[task])
-        reader = self._reader if window.measured else None
-        if reader is not None:
-            # As if the weight had not been rounded to the loss's precision.
-            for task, applied in window.applied.items():
-                reader.rescale(task, like[self._names.index(task)] / applied)
-        norms = None
-        if trainer.world_size > 1:
-            table = table if reader is None else torch.cat([table, reader.rows(self._names, like)], dim=1)
-            table = trainer.strategy.reduce(table, reduce_op="sum")
-            norms = None if reader is None else reader.norms_of(table[:, 2:])
-        elif reader is not None:
-            norms = reader.norms(self._names).to(like)
-        if norms is not None:
-            norms = norms / (self._unit(window, trainer, module) * trainer.world_size)
-        sums, counts = table[:, 0], table[:, 1]
-        return sums / counts.clamp(min=1), norms, counts > 0
-
-    def _unit(self, window: Window, trainer: L.Trainer, module: L.LightningModule) -> float:
-        """Return the factor by which this step's gradients are larger than those of the mean loss over its batches."""
-        scaler = _scaler(trainer)
-        scale = 1.0 if scaler is None else float(scaler.get_scale())
-        if module.automatic_optimization:
-            return scale * window.backwards / trainer.accumulate_grad_batches
-        return scale
-
-
-def _scaler(trainer: L.Trainer) -> torch.amp.GradScaler | None:
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler if isinstance(scaler, torch.amp.GradScaler) else None
-
-
-def _scaler_skips(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> bool:
-    """Say whether the loss scaler has found an overflow, for which it will skip this optimizer's step."""
-    scaler = _scaler(trainer)
-    # There is no public question for it; the same is asked by ``GradScaler.step`` a moment later.
-    return scaler is not None and any(bool(found) for found in scaler._found_inf_per_device(optimizer).values())

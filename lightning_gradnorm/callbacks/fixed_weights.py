@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import lightning as L
 import torch
@@ -13,7 +15,18 @@ from lightning_gradnorm.callbacks.balancing import Balancing
 from lightning_gradnorm.callbacks.task_names import check_positive_by_task
 
 
-class FixedWeights(Balancing):
+@dataclass(frozen=True)
+class FixedRule:
+    """Weights of which a checkpoint need not tell."""
+
+    weights: Tensor
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+
+class FixedWeights(Balancing[FixedRule]):
     """Multiply each task's gradient by a number that does not change.
 
     Args:
@@ -45,17 +58,15 @@ class FixedWeights(Balancing):
         super().__init__(list(weights) if tasks is None else tasks, heads=heads)
         check_positive_by_task(weights, self._names, asked_by=self._name, parameter="weights")
         self.weights: dict[str, float] = {task: float(weights[task]) for task in self._names}
-        self._tensor = torch.tensor(list(self.weights.values()))
 
     @override
-    def _weights_in_force(self) -> Tensor:
-        return self._tensor
+    def _new_rule(self, like: Tensor) -> FixedRule:
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return FixedRule(torch.tensor(list(self.weights.values()), dtype=dtype, device=like.device))
 
     @override
-    def _prepare(self, like: Tensor) -> None:
-        dtype = torch.float64 if like.dtype == torch.float64 else self._tensor.dtype
-        if self._tensor.device != like.device or self._tensor.dtype != dtype:
-            self._tensor = torch.tensor(list(self.weights.values()), dtype=dtype, device=like.device)
+    def _load(self, rule: FixedRule, state: Mapping[str, Any]) -> None:
+        """There is nothing to take over: the weights are those that were given."""
 
     @override
     def _log(self, module: L.LightningModule) -> None:

@@ -16,15 +16,17 @@ from typing_extensions import override
 from lightning_gradnorm.arguments import check, is_integer, is_number
 from lightning_gradnorm.balancing.gradnorm import Balance, GradNormRule, Skipped, WeightOptimizer
 from lightning_gradnorm.callbacks.balancing import Balancing
+from lightning_gradnorm.callbacks.gathering import gather
 from lightning_gradnorm.callbacks.naming import find_module, find_shared_layer
 from lightning_gradnorm.callbacks.readers import weight_readers
+from lightning_gradnorm.callbacks.step import Window
 from lightning_gradnorm.callbacks.task_names import check_positive_by_task
-from lightning_gradnorm.gradients import ActivationGradients, GradientReader
+from lightning_gradnorm.gradients import ActivationGradients, GradientReader, RowReader
 
 _check = partial(check, "GradNorm")
 
 
-class GradNorm(Balancing):
+class GradNorm(Balancing[GradNormRule]):
     """Give every task's gradient at the last shared layer the size that its training rate deserves.
 
     Chen et al., *GradNorm*, ICML 2018 (arXiv 1711.02257), Algorithm 1; the maths is in `balancing.gradnorm`. The model is
@@ -72,6 +74,8 @@ class GradNorm(Balancing):
         >>> gradnorm.weights
         {'seg': 1.0, 'depth': 1.0}
     """
+
+    _remembers = "its weights and L_i(0)"
 
     def __init__(
         self,
@@ -124,10 +128,6 @@ class GradNorm(Balancing):
         self.norm_of = norm_of
         self.min_weight = min_weight
         self.on_task_mismatch = on_task_mismatch
-        self._rule: GradNormRule | None = None
-        self._restored: dict[str, Any] | None = None
-        self._restored_by: str | None = None
-        self._stage: str | None = None
         self._last_balance: tuple[Balance, Tensor] | None = None
         self._warned: set[str] = set()
         if self._names:
@@ -161,15 +161,6 @@ class GradNorm(Balancing):
             raise RuntimeError("GradNorm: the tasks of the MultiTaskModule are known once training has started")
         return dict(zip(self._names, self._new_rule(torch.zeros(())).weights.tolist(), strict=True))
 
-    @override
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._stage = stage
-
-    @override
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        self._stage = None
-
     # ---- the strategy's answers --------------------------------------------------------------------------------------
 
     @override
@@ -179,16 +170,6 @@ class GradNorm(Balancing):
                 "GradNorm: torch.optim.LBFGS evaluates the losses several times within one step, between which their weights "
                 "should not change. Use another optimizer for the network, or FixedWeights."
             )
-        if self._restored_by in ("validate", "test", "predict"):
-            self._restored = None  # a checkpoint that was looked at is not one to go on from
-        if self._restored is None and (trainer.global_step == 0 or trainer.ckpt_path is not None):
-            self._rule = self._last_balance = None  # a training that starts anew starts with new weights
-            self._warned.clear()
-            if trainer.global_step > 0:
-                rank_zero_warn(
-                    f"GradNorm: the checkpoint {trainer.ckpt_path} has no state of {self._name}; its weights and L_i(0) start "
-                    f"anew. Resume from a checkpoint of a run that had {self._name} among its callbacks to go on with them."
-                )
         super().on_train_start(trainer, pl_module)
 
     @override
@@ -196,9 +177,9 @@ class GradNorm(Balancing):
         self, module: L.LightningModule, heads: Mapping[str, str], opened: Collection[nn.Module]
     ) -> list[GradientReader]:
         if self.norm_of == "activation" or self.representation != "encoder":
-            find_module(module, self.representation, asked_by=f"{self._name}: representation")
+            encoder = find_module(module, self.representation, asked_by=f"{self._name}: representation")
         if self.norm_of == "activation":
-            return [ActivationGradients(f"'{self.representation}'")]
+            return [ActivationGradients(encoder, f"'{self.representation}'")]
         W = find_shared_layer(module, self.shared_layer, asked_by=self._name)
         for task, head in heads.items():
             inside = [name for name in W if name.startswith(f"{head}.")]
@@ -211,16 +192,21 @@ class GradNorm(Balancing):
 
     @override
     def _measures(self) -> bool:
-        assert self._rule is not None
-        step = self._rule.steps
+        step = self._known.steps
         return step % self.update_every == 0 and (self.stop_after is None or step < self.stop_after)
 
     @override
     def _weights_in_force(self) -> Tensor:
-        assert self._rule is not None
-        return self._rule.weights.detach()
+        return self._known.weights.detach()
 
+    @override
+    def _begin_anew(self) -> None:
+        self._last_balance = None
+        self._warned.clear()
+
+    @override
     def _new_rule(self, like: Tensor) -> GradNormRule:
+        self._check_numbers()
         return GradNormRule(
             self._names,
             alpha=self.alpha,
@@ -234,18 +220,9 @@ class GradNorm(Balancing):
         )
 
     @override
-    def _prepare(self, like: Tensor) -> None:
-        if self._rule is not None and self._restored is None:
-            now = self._rule.weights
-            if now.device == like.device and (now.dtype == torch.float64 or like.dtype != torch.float64):
-                return
-        self._check_numbers()
-        state = self._restored or (None if self._rule is None else self._rule.state_dict())
-        rule = self._new_rule(like)
-        if state is not None:
-            self._warn_of_other_tasks(state["tasks"])
-            rule.load_state_dict(state, adapt=self.on_task_mismatch == "adapt")
-        self._rule, self._restored = rule, None
+    def _load(self, rule: GradNormRule, state: Mapping[str, Any]) -> None:
+        self._warn_of_other_tasks(state["tasks"])
+        rule.load_state_dict(state, adapt=self.on_task_mismatch == "adapt")
 
     def _warn_of_other_tasks(self, known: Sequence[str]) -> None:
         if set(known) != set(self._names) and self.on_task_mismatch == "adapt":
@@ -256,18 +233,24 @@ class GradNorm(Balancing):
             )
 
     @override
-    def _update(self, losses: Tensor, norms: Tensor, present: Tensor) -> None:
-        assert self._rule is not None
-        seen = self._rule.step(norms / self._weights_in_force(), losses, present)
-        if isinstance(seen, Skipped):
-            self._warn(seen, losses)
-        else:
-            self._last_balance = seen, losses
+    def _take_in(self, window: Window, trainer: L.Trainer, module: L.LightningModule) -> bool:
+        if trainer.world_size == 1 and not window.measured:
+            return True  # there is nobody to agree with
+        reader = self._reader if window.measured else None
+        assert reader is None or isinstance(reader, RowReader)
+        step = gather(self._names, window, reader, self._weights_in_force(), trainer, module)
+        counts = trainer.world_size == 1 or bool(step.present.any())
+        if step.norms is not None and counts:
+            seen = self._known.step(step.norms / self._weights_in_force(), step.losses, step.present)
+            if isinstance(seen, Skipped):
+                self._warn(seen, step.losses)
+            else:
+                self._last_balance = seen, step.losses
+        return counts
 
     @override
     def _note_step(self) -> None:
-        assert self._rule is not None
-        self._rule.note_step()
+        self._known.note_step()
 
     def _warn(self, skipped: Skipped, losses: Tensor) -> None:
         for task in skipped.tasks:
@@ -286,14 +269,14 @@ class GradNorm(Balancing):
 
     @override
     def _log(self, module: L.LightningModule) -> None:
-        assert self._rule is not None
+        rule = self._known
         by_task = {"weight": self._weights_in_force().clone()}
-        shown: dict[str, Tensor | float] = {"gradnorm/skipped": float(self._rule.skipped)}
+        shown: dict[str, Tensor | float] = {"gradnorm/skipped": float(rule.skipped)}
         if self._last_balance is not None:
             seen, losses = self._last_balance
             shown["gradnorm/loss"] = seen.loss
             by_task["grad_norm"], by_task["rate"] = seen.grad_norms, seen.rates
-            by_task["loss_ratio"] = losses / self._rule.initial_losses
+            by_task["loss_ratio"] = losses / rule.initial_losses
         for what, values in by_task.items():
             shown |= {f"gradnorm/{what}/{task}": value for task, value in zip(self._names, values, strict=True)}
         module.log_dict(shown, on_step=True)
@@ -301,15 +284,8 @@ class GradNorm(Balancing):
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        if self._rule is not None and self._restored is None:
-            return self._rule.state_dict()
-        return self._restored or {}
-
-    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Lightning restores callbacks before or after on_fit_start, and for validation too: it is used when training starts.
-        self._restored, self._restored_by = dict(state_dict) or None, self._stage
+        super().load_state_dict(state_dict)
         if self._hooks is not None and self._restored is not None:
             # In mid-training: a LearningRateFinder takes back its trial steps.
             self._prepare(self._weights_in_force())

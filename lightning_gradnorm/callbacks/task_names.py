@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from torch import Tensor
+
 from lightning_gradnorm.arguments import is_number
 from lightning_gradnorm.suggestions import did_you_mean
 
@@ -17,6 +19,9 @@ class DeclaresTasks(Protocol):
     @property
     def task_heads(self) -> Mapping[str, str]:
         """Task → dotted name of its head."""
+
+    def task_losses(self, batch: Any) -> Mapping[str, Tensor]:
+        """Return the losses of a batch, without a step."""
 
 
 def checked_names(tasks: Sequence[str] | Mapping[str, str], *, asked_by: str) -> tuple[str, ...]:

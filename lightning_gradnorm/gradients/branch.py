@@ -17,8 +17,14 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
-Receive = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
-"""Called in backward with tensors of the representation and the gradients that arrived at them."""
+Receive = Callable[[Sequence[Tensor], Sequence[Tensor]], object]
+"""Called in backward with tensors of the representation and the gradients that arrived at them.
+
+What it returns says what becomes of them: `TAKEN`, they go no further; anything else, they go on as they came.
+"""
+
+TAKEN = object()
+"""Said by a `Receive` that sees itself to what reaches the representation."""
 
 Tree = TypeVar("Tree")
 
@@ -36,7 +42,8 @@ class _Branch(torch.autograd.Function):
         arrived = [(tensor, grad) for tensor, grad in zip(ctx.tensors, gradients, strict=True) if grad is not None]
         if arrived:
             tensors, grads = zip(*arrived, strict=True)
-            ctx.receive(tensors, grads)
+            if ctx.receive(tensors, grads) is TAKEN:
+                return None, None, *(None for _ in gradients)
         return None, None, *gradients
 
 
@@ -48,7 +55,7 @@ def branch(representation: Tree, receive: Receive) -> tuple[Tree, Node | None]:
             What carries no gradient is handed on as it is.
         receive: called during backward, once for each pass through the branch, as ``receive(tensors, gradients)`` with
             those tensors of ``representation`` that got a gradient. It may run ``torch.autograd.grad(tensors, ...,
-            retain_graph=True)``: the graph below is still whole at that moment.
+            retain_graph=True)``: the graph below is still whole at that moment. Returning `TAKEN` ends their way here.
 
     Returns:
         The same structure with views in it, and the branch's node in the autograd graph (``None`` where nothing in

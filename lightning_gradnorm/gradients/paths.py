@@ -67,6 +67,30 @@ def nodes_between(start: Iterable[Node], targets: Iterable[Tensor], *, stop: Col
     return found
 
 
+def leaves_behind(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the parameters that ``tensors`` depend on, in the order in which their graph comes to them.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> [tuple(leaf.shape) for leaf in leaves_behind([layer(torch.ones(1, 2))])]
+        [(2,), (2, 2)]
+    """
+    leaves: dict[Tensor, None] = {}
+    seen: set[Node] = set()
+    to_visit = [node_of(tensor) for tensor in tensors]
+    while to_visit:
+        node = to_visit.pop(0)
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor) and leaf.is_leaf:
+            leaves[leaf] = None
+        to_visit.extend(following for following, _ in node.next_functions if following is not None)
+    return list(leaves)
+
+
 def unwalkable(nodes: Iterable[Node]) -> str | None:
     """Say what in these nodes forbids to walk them a second time beside the ordinary backward pass, and how to mend it.
 

@@ -1,6 +1,6 @@
-"""Readers turn the gradients of one task, as they come back in backward, into the norm that a strategy asks for.
+"""Readers take the gradients of one task, as they come back in backward, for what a strategy asks of them.
 
-A reader sums over the passes of one optimizer step (micro-batches, heads that are called twice) and yields one row for
+A row reader sums over the passes of one optimizer step (micro-batches, heads that are called twice) and yields one row for
 each task. Rows of several ranks may be added up before the norm is taken, which is what makes the norm exact:
 the norm of a sum is not the sum of norms.
 """
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
@@ -47,14 +49,14 @@ def add_up(old: list[Tensor | None] | None, new: list[Tensor | None]) -> list[Te
 
 
 class GradientReader(ABC):
-    """Sums what arrives at the sought tensors, task by task.
+    """Takes what arrives at the sought tensors, task by task.
 
     `read` is called in backward, `finish` after it, `forget` when the graph of the forward pass is done with, and `clear`
-    when the sums have been used.
+    when an optimizer step is over.
     """
 
-    def __init__(self) -> None:
-        self._rows: dict[str, Tensor] = {}
+    module: nn.Module | None = None
+    """The module whose calls it has to see, each between `before` and `after`."""
 
     @property
     @abstractmethod
@@ -67,8 +69,35 @@ class GradientReader(ABC):
         """The tensors whose gradient is read."""
 
     @abstractmethod
-    def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Add this task's gradients, which have just arrived at ``outputs``."""
+    def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> object:
+        """Take this task's gradients, which have just arrived at ``outputs``; the answer is that of a `Receive`."""
+
+    def before(self, args: Any, kwargs: Any) -> None:
+        """See the arguments with which `module` is called."""
+        return
+
+    def after(self, output: Any) -> Any:
+        """See what `module` returns; return what is to be handed on in its place, or ``None``."""
+        return None
+
+    def finish(self) -> None:
+        """Do what is left to do when a backward pass is over."""
+        return
+
+    def forget(self) -> None:
+        """Let go of the current forward pass's tensors; what was read of them stays."""
+        return
+
+    def clear(self) -> None:
+        """Forget what was read: a new optimizer step begins."""
+        self.forget()
+
+
+class RowReader(GradientReader):
+    """Sums up one row for each task over the passes of one optimizer step."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, Tensor] = {}
 
     def norms_of(self, rows: Tensor) -> Tensor:
         """Return the T norms that belong to rows of shape (T, n), which may have been summed over ranks."""
@@ -98,24 +127,16 @@ class GradientReader(ABC):
         if task in self._rows:
             self._rows[task] = self._rows[task] * factor
 
-    def finish(self) -> None:
-        """Do what is left to do when a backward pass is over."""
-        return
-
-    def forget(self) -> None:
-        """Let go of the current forward pass's tensors; what was read of them stays."""
-        return
-
     def clear(self) -> None:
         """Forget what was read: a new optimizer step begins."""
-        self.forget()
+        super().clear()
         self._rows.clear()
 
     def _add(self, task: str, row: Tensor) -> None:
         self._rows[task] = self._rows[task] + row if task in self._rows else row
 
 
-class WeightGradients(GradientReader):
+class WeightGradients(RowReader):
     """Reads ``∇_W L_i``, the gradient of each task at the shared layer's parameters (GradNorm, section 3.1).
 
     The vector-Jacobian product runs from where the gradient arrived down to ``W`` and no further, on the graph that the
@@ -149,18 +170,20 @@ class WeightGradients(GradientReader):
         return row_width(self._parameters)
 
 
-class ActivationGradients(GradientReader):
+class ActivationGradients(RowReader):
     """Reads ``∇_z L_i``, the gradient of each task at the representation: no product with the last layer is needed.
 
     Each row of a batch has a representation of its own, so that the squares simply add up over micro-batches and ranks.
-    `at` names the tensors of the current forward pass.
+    `after` is shown the tensors of the current forward pass.
 
     Args:
+        module: the encoder, whose output is the representation.
         name: what the representation is called in an error.
     """
 
-    def __init__(self, name: str = "the representation") -> None:
+    def __init__(self, module: nn.Module | None = None, name: str = "the representation") -> None:
         super().__init__()
+        self.module = module
         self._name = name
         self._sought: list[Tensor] = []
         self._arrived: dict[str, list[Tensor | None]] = {}
@@ -170,9 +193,9 @@ class ActivationGradients(GradientReader):
         """The representation."""
         return self._name
 
-    def at(self, representation: Sequence[Tensor]) -> None:
-        """Take the gradients of this forward pass at these tensors."""
-        self._sought.extend(representation)
+    def after(self, output: Any) -> None:
+        """Take the gradients of this forward pass at the tensors in ``output``."""
+        self._sought.extend(t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad)
 
     @property
     def sought(self) -> list[Tensor]:

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from lightning_gradnorm.gradients.readers import GradientReader, add_up, flat_row, row_width
+from lightning_gradnorm.gradients.readers import RowReader, add_up, flat_row, row_width
 
 
 @dataclass
@@ -72,7 +72,7 @@ class _Call:
     """Task → its gradient at each of the outputs."""
 
 
-class ReplayedGradients(GradientReader):
+class ReplayedGradients(RowReader):
     """Reads ``∇_W L_i`` as `WeightGradients` does, by running a module that contains ``W`` once more.
 
     Args:
@@ -80,6 +80,8 @@ class ReplayedGradients(GradientReader):
         parameters: the names of ``W`` in ``module``.
         name: what to call the module in an error.
     """
+
+    module: nn.Module
 
     def __init__(self, module: nn.Module, parameters: Sequence[str], name: str) -> None:
         super().__init__()

@@ -71,7 +71,7 @@ def test_norms_at_the_representation_equal_those_of_separate_passes(pyramid) -> 
         found = torch.autograd.grad(_losses({task: z}, {task: heads[task]})[task], at, retain_graph=True)
         expected.append(torch.cat([part.flatten() for part in found]).norm())
     reader = ActivationGradients()
-    reader.at(at)
+    reader.after(at)
     sum(_losses(fan_out(z, heads, reader.read), heads).values()).backward()
     torch.testing.assert_close(reader.norms(list(heads)), torch.stack(expected), rtol=1e-12, atol=0)
 

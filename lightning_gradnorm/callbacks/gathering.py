@@ -1,0 +1,65 @@
+"""Adds up, over the ranks, what one optimizer step has shown. After backward, never in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_gradnorm.callbacks.precision import unit
+from lightning_gradnorm.callbacks.step import Window
+from lightning_gradnorm.gradients import RowReader
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Means over the micro-batches and ranks of one optimizer step."""
+
+    losses: Tensor
+    """Of each task over those of its losses that were there, shape (T,)."""
+    present: Tensor
+    """Which tasks were there anywhere, bool of shape (T,)."""
+    norms: Tensor | None
+    """Of what was read of each task, shape (T,); ``None`` if nothing was."""
+
+
+def gather(
+    tasks: Sequence[str],
+    window: Window,
+    reader: RowReader | None,
+    like: Tensor,
+    trainer: L.Trainer,
+    module: L.LightningModule,
+) -> Gathered:
+    """Return the step's mean losses and norms ``G_i``, in one fused sum over the ranks: T rows of gradient, loss and count.
+
+    Args:
+        tasks: the tasks' names.
+        window: what the step has shown.
+        reader: where the gradients are, if they were read.
+        like: the weights in force, shape (T,).
+        trainer: knows the ranks.
+        module: the model.
+    """
+    table = like.new_zeros(len(tasks), 2)
+    for row, task in zip(table, tasks, strict=True):
+        if task in window.losses:
+            row[0], row[1] = window.losses[task].to(like), float(window.counts[task])
+    if reader is not None:
+        # As if the weight had not been rounded to the loss's precision.
+        for task, applied in window.applied.items():
+            reader.rescale(task, like[tasks.index(task)] / applied)
+    norms = None
+    if trainer.world_size > 1:
+        table = table if reader is None else torch.cat([table, reader.rows(tasks, like)], dim=1)
+        table = trainer.strategy.reduce(table, reduce_op="sum")
+        norms = None if reader is None else reader.norms_of(table[:, 2:])
+    elif reader is not None:
+        norms = reader.norms(tasks).to(like)
+    if norms is not None:
+        norms = norms / (unit(window, trainer, module) * trainer.world_size)
+    sums, counts = table[:, 0], table[:, 1]
+    return Gathered(sums / counts.clamp(min=1), counts > 0, norms)
