@@ -198,7 +198,7 @@ class MultiTaskModule(L.LightningModule):
                 self._log_losses("train", loss, losses, batch_size)
         elif isinstance(strategy, ParallelStrategy):
             # The other ranks, which may have tasks, wait for this one's part of the gradient and of what balances it.
-            with strategy.block_backward_sync() if waits else nullcontext():  # type: ignore[attr-defined]
+            with strategy.block_backward_sync() if waits else nullcontext():
                 self.manual_backward(
                     _total({name: 0 * p.sum() for name, p in self.encoder.named_parameters() if p.requires_grad})
                 )

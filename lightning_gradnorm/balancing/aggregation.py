@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torchjd import Stateful, aggregation as jd
+from torchjd import Stateful
+from torchjd import aggregation as jd
 
 from lightning_gradnorm.balancing.db_mtl import DBMTL
 from lightning_gradnorm.balancing.randomness import own_randomness
@@ -98,7 +99,8 @@ class AggregationRule(ScalarizationRule):
     def _check_usable(self, aggregator: nn.Module, of_parameters: bool) -> None:
         if not isinstance(aggregator, jd.Aggregator | jd.Weighting):
             raise TypeError(
-                f"{self.name}: aggregator should be a torchjd.aggregation.Aggregator or Weighting; got {type(aggregator).__name__}"
+                f"{self.name}: aggregator should be a torchjd.aggregation.Aggregator or Weighting; got "
+                f"{type(aggregator).__name__}"
             )
         kind = type(aggregator).__name__
         if _any(aggregator, *_TWO_BATCHES):
@@ -106,11 +108,13 @@ class AggregationRule(ScalarizationRule):
                 f"{self.name}: {kind} weights by the gradients of two independent batches, which one training step does not "
                 f"have. Use MGDA or UPGrad, whose weights are those of one."
             )
-        remembers_places = _any(aggregator, jd.ExcessMTLWeighting) or (isinstance(aggregator, DBMTL) and aggregator.beta > 0)
+        remembers_places = _any(aggregator, jd.ExcessMTLWeighting) or (
+            isinstance(aggregator, DBMTL) and aggregator.beta > 0
+        )
         if remembers_places and not of_parameters:
             raise ValueError(
-                f"{self.name}: {kind} averages gradients over steps, for which they should be those of the same numbers: at the "
-                f"representation each batch has others. Use at='parameters'."
+                f"{self.name}: {kind} averages gradients over steps, for which they should be those of the same numbers: at "
+                f"the representation each batch has others. Use at='parameters'."
             )
 
     def _try_out_aggregator(self) -> None:
@@ -134,10 +138,11 @@ class AggregationRule(ScalarizationRule):
         if self.stat == "gramian":
             return gramian
         values, vectors = torch.linalg.eigh(gramian)
-        return vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T
+        root: Tensor = vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T
+        return root
 
     def _ask_aggregator(self, stat: Tensor, rank: int = 0) -> Tensor:
-        weights_of = _weights_of(self.aggregator)
+        weights_of: Any = _weights_of(self.aggregator)
         with torch.no_grad(), own_randomness(self._seed + rank, self._drawn, stat.device):
             answer: Tensor = self.aggregator(stat) if weights_of is None else weights_of(stat)
         return answer
@@ -166,7 +171,9 @@ class AggregationRule(ScalarizationRule):
             return self._fall_back_to_equal()
         some = here.nonzero().squeeze(1)
         try:
-            stat = self._stat_of(gramian.cpu()[some][:, some], None if matrix is None else matrix[some.to(matrix.device)])
+            stat = self._stat_of(
+                gramian.cpu()[some][:, some], None if matrix is None else matrix[some.to(matrix.device)]
+            )
             weights = self._ask_aggregator(stat)
         except Exception as reason:
             self.reason = f"{type(reason).__name__}: {reason}"

@@ -97,7 +97,9 @@ class ScalarizationRule:
         self._losses = torch.full_like(self.loss_weights, torch.nan)
         self._passes = 0
         self._epoch: int | None = None
-        self._parameters = [] if self.scalarizer is None else [p for p in self.scalarizer.parameters() if p.requires_grad]
+        self._parameters = (
+            [] if self.scalarizer is None else [p for p in self.scalarizer.parameters() if p.requires_grad]
+        )
         self._optimizer = optimizer([*self._parameters]) if self._parameters else None
         if self.scalarizer is not None:
             self._try_out()
@@ -146,9 +148,12 @@ class ScalarizationRule:
             if not scalar.requires_grad:
                 return scalar, None
             parameters = self._parameters if learn else []
-            weights, *found = torch.autograd.grad(scalar.reshape(()), [leaf, *parameters], allow_unused=True)
-        if all(bool(one.isfinite().all()) for one in found if one is not None):
-            for parameter, gradient in zip(parameters, found, strict=True):
+            derivatives: Sequence[Tensor | None] = torch.autograd.grad(
+                scalar.reshape(()), [leaf, *parameters], allow_unused=True
+            )
+        weights, *of_parameters = derivatives
+        if all(bool(one.isfinite().all()) for one in of_parameters if one is not None):
+            for parameter, gradient in zip(parameters, of_parameters, strict=True):
                 if gradient is not None:
                     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return scalar.detach(), weights
@@ -165,12 +170,13 @@ class ScalarizationRule:
             The weights; equal ones, of the sum that they had last, if a loss or a derivative is not finite: then the
             scalarizer has not been asked, or has learnt nothing from it, and ``fallbacks`` counts it.
         """
-        losses = losses.to(self.loss_weights)
-        given = losses if present is None else torch.where(present, losses, self._losses)
         if self.scalarizer is None:
             return self.loss_weights
-        if bool((torch.ones_like(losses, dtype=torch.bool) if present is None else present).logical_and(~losses.isfinite()).any()):
+        losses = losses.to(self.loss_weights)
+        here = torch.ones_like(losses, dtype=torch.bool) if present is None else present
+        if bool((here & ~losses.isfinite()).any()):
             return self._fall_back()
+        given = torch.where(here, losses, self._losses)
         self._losses = given
         if not bool(given.isfinite().all()):
             return self.loss_weights

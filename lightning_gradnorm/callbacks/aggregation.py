@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 import torch
@@ -180,7 +180,8 @@ class Aggregation(Scalarization):
 
     def _agree(self, gramian: Tensor, present: Sequence[bool]) -> Tensor:
         """Return the weights λ, from what all ranks together have."""
-        assert self._side is not None and self._trainer is not None
+        assert self._side is not None
+        assert self._trainer is not None
         table = torch.cat([gramian, torch.tensor(present, dtype=gramian.dtype)[:, None]], dim=1)
         table = self._side.sum(table)
         self._gramian = table[:, :-1] / self._trainer.world_size**2

@@ -410,7 +410,10 @@ class Balancing(Restoring[AnyRule]):
     def _explain(self, error: RuntimeError) -> str | None:
         if ("of _Branch" in str(error) or "of _Gate" in str(error)) and "inplace" in str(error):
             if self._pass.in_head is None:
-                return f"{self._name}: the representation is changed in place, as relu_(z) does, before the heads read it. Use relu(z)."
+                return (
+                    f"{self._name}: the representation is changed in place, as relu_(z) does, before the heads read it. "
+                    f"Use relu(z)."
+                )
             return (
                 f"{self._name}: the head of task '{self._pass.in_head}' changes the representation in place, as "
                 f"ReLU(inplace=True) does, and with it what the other heads read. Make its first operation "

@@ -94,7 +94,8 @@ class SecondLook:
 def _kept_metrics(module: nn.Module) -> Iterator[None]:
     metrics = [part for part in module.modules() if isinstance(part, Metric)]
     before = [
-        copy.deepcopy({k: v for k, v in vars(one).items() if k in _METRICS_OWN or k in one._defaults}) for one in metrics
+        copy.deepcopy({k: v for k, v in vars(one).items() if k in _METRICS_OWN or k in one._defaults})
+        for one in metrics
     ]
     try:
         yield

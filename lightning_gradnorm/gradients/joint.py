@@ -8,7 +8,7 @@ training (Sener & Koltun 2018, section 3.3, call the bound that this minimises M
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -127,9 +127,7 @@ class JointGradients(GradientReader):
         places = [next((i for i, view in enumerate(self._views) if view is output), None) for output in outputs]
         found: list[Tensor | None]
         if None in places:  # something stands between, and has to be passed
-            found = list(
-                torch.autograd.grad(outputs, self._views, gradients, retain_graph=True, allow_unused=True)
-            )
+            found = list(torch.autograd.grad(outputs, self._views, gradients, retain_graph=True, allow_unused=True))
             self._went_on.add(task)
         else:
             by_place = dict(zip(places, gradients, strict=True))
@@ -171,7 +169,7 @@ class JointGradients(GradientReader):
 
     def _pieces(self, row: Tensor) -> list[Tensor]:
         """Cut a vector of n values into the representation's tensors."""
-        parts = row.split([view.numel() for view in self._views])
+        parts = torch.split(row, [view.numel() for view in self._views])
         return [part.view(view.shape) for part, view in zip(parts, self._views, strict=True)]
 
     @torch.no_grad()
@@ -190,5 +188,3 @@ class JointGradients(GradientReader):
             handed = [piece if a is None else a + piece for a, piece in zip(handed, pieces, strict=True)]
         below, self._matrix = self._below, None
         return [a if a is None else a.to(tensor.dtype) for a, tensor in zip(handed, below, strict=True)]
-
-
