@@ -233,8 +233,9 @@ def _moved(value: Tensor, device: torch.device | None) -> Tensor:
 
 def _like(present: Any, value: Tensor, where: str, device: torch.device | None) -> Tensor:
     """Return a copy of the state's tensor, with its precision, where the tensor is that it takes the place of."""
-    if isinstance(present, Tensor) and present.numel() > 0:
-        _check_shape(where, value, present)
+    if isinstance(present, Tensor):
+        if present.numel() > 0:
+            _check_shape(where, value, present)
         device = present.device
     return _moved(value, device).requires_grad_(value.requires_grad)
 

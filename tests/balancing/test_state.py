@@ -70,6 +70,56 @@ def uncertainty() -> Uncertainty:
     return made
 
 
+class Anything(nn.Module):
+    """A user's strategy with all kinds of memory."""
+
+    def __init__(self, size: int = 2, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.w = nn.Parameter(torch.ones(size))
+        self.alias = [self.w]
+        self.optimizer = torch.optim.SGD([self.w], lr=0.1, momentum=momentum)
+        self.scheduler_lr: torch.optim.Optimizer | None = None
+        self.generator = torch.Generator().manual_seed(0)
+        self.history: deque[Tensor] = deque(maxlen=2)
+        self.seen: dict[Any, Any] = {("a", 1): [1.0, torch.zeros(2)], "best": None}
+        self.names, self.of, self.kind = {"a", "b"}, torch.Size([2, 3]), torch.float16
+        self.array, self.number = np.zeros((2, 2), dtype=np.float32), np.float64(0.1)
+        self.counter = Counter()
+        self.make = lambda value: value + 1
+
+    def forward(self, values: Tensor) -> Tensor:
+        if self.scheduler_lr is None:
+            self.scheduler_lr = torch.optim.AdamW([self.w], lr=0.01, betas=(0.8, 0.9))
+        for optimizer in (self.optimizer, self.scheduler_lr):
+            self.w.grad = values.clone()
+            optimizer.step()
+        noise = torch.rand(2, generator=self.generator)
+        self.history.append(noise)
+        self.seen["best"] = (values.clone(), float(values.sum()))
+        self.array += values.numpy()
+        self.number = np.float64(self.number * 1.1)
+        self.counter.inner.count += 1
+        return (
+            torch.stack(list(self.history)).sum(0) * self.alias[0].detach() * self.counter.inner.count
+            + self.array.sum()
+        )
+
+
+class Inner:
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.inner = Inner()
+
+
+def call_anything(anything: Any, t: int) -> list[Tensor]:
+    return [anything(losses_at(t)[:2])]
+
+
 solvers = ("cvxpy", "ecos")
 CASES = {
     "DWA": Case(S.DWA, call_scalarizer),
@@ -93,6 +143,7 @@ CASES = {
     "MoDoWeighting": Case(A.MoDoWeighting, call_weighting),
     "GABA": Case(partial(GABA, beta=0.5, warmup=2), call_weighting),
     "DBMTL": Case(partial(DBMTL, sigma=0.5), call_aggregator),
+    "a user's own": Case(Anything, call_anything),
     # Without a memory: they are to be saved and restored all the same.
     "Mean": Case(S.Mean, call_scalarizer, remembers=False),
     "PBI": Case(lambda: with_equal_preferences(T, S.PBI, theta=5.0), call_scalarizer, remembers=False),
@@ -192,49 +243,6 @@ def test_double_precision_is_kept(name: str) -> None:
     assert outputs[0][0][0].dtype == torch.float64
 
 
-class Anything(nn.Module):
-    """A user's strategy with all kinds of memory."""
-
-    def __init__(self, size: int = 2, momentum: float = 0.9) -> None:
-        super().__init__()
-        self.momentum = momentum
-        self.w = nn.Parameter(torch.ones(size))
-        self.alias = [self.w]
-        self.optimizer = torch.optim.SGD([self.w], lr=0.1, momentum=momentum)
-        self.scheduler_lr: torch.optim.Optimizer | None = None
-        self.generator = torch.Generator().manual_seed(0)
-        self.history: deque[Tensor] = deque(maxlen=2)
-        self.seen: dict[Any, Any] = {("a", 1): [1.0, torch.zeros(2)], "best": None}
-        self.names, self.of, self.kind = {"a", "b"}, torch.Size([2, 3]), torch.float16
-        self.array, self.number = np.zeros((2, 2), dtype=np.float32), np.float64(0.1)
-        self.counter = Counter()
-        self.make = lambda value: value + 1
-
-    def forward(self, values: Tensor) -> Tensor:
-        if self.scheduler_lr is None:
-            self.scheduler_lr = torch.optim.AdamW([self.w], lr=0.01, betas=(0.8, 0.9))
-        for optimizer in (self.optimizer, self.scheduler_lr):
-            self.w.grad = values.clone()
-            optimizer.step()
-        noise = torch.rand(2, generator=self.generator)
-        self.history.append(noise)
-        self.seen["best"] = (values.clone(), float(values.sum()))
-        self.array += values.numpy()
-        self.number = np.float64(self.number * 1.1)
-        self.counter.inner.count += 1
-        return torch.stack(list(self.history)).sum(0) * self.alias[0].detach() * self.counter.inner.count
-
-
-class Inner:
-    def __init__(self) -> None:
-        self.count = 0
-
-
-class Counter:
-    def __init__(self) -> None:
-        self.inner = Inner()
-
-
 def test_any_plain_memory_of_a_users_own_strategy_is_carried() -> None:
     one, other = Anything(), Anything()
     for t in range(3):
@@ -262,6 +270,13 @@ class With(nn.Module):
         self.memory = content
 
 
+class Slotted:
+    __slots__ = ("__dict__", "count")
+
+    def __init__(self) -> None:
+        self.count, self.other = 0, 1
+
+
 class Hidden(dict):  # type: ignore[type-arg]
     pass
 
@@ -279,6 +294,7 @@ def circle() -> list[Any]:
         (nn.Linear(1, 1), None),
         ([nn.Linear(1, 1)], r"'memory\[0\]' is a torch.nn.modules.linear.Linear, .* register it as a submodule"),
         (Hidden(a=1), "'memory' is a .*Hidden"),
+        (Slotted(), "'memory' is a .*Slotted"),
         ({"a": [iter([1])]}, r"'memory\['a'\]\[0\]' is a builtins.list_iterator"),
         (np.array(["a", None], dtype=object), "'memory' is a numpy.ndarray"),
         (torch.optim.SGD([nn.Parameter(torch.ones(1))]), "parameters that are not the module's"),
@@ -353,7 +369,7 @@ def test_a_parameter_that_is_not_made_yet_is_made() -> None:
 
 
 def test_what_was_kept_on_a_device_goes_to_the_one_named() -> None:
-    """The meta device stands for an accelerator; see tests/gpu for a real one."""
+    """The meta device stands for an accelerator."""
     weighting, gradvac = A.MoDoWeighting(), A.GradVacWeighting()
     for one in (weighting, gradvac):
         call_weighting(one, 0)
