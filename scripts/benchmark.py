@@ -1,11 +1,14 @@
-"""What GradNorm costs: time of a whole training step relative to equal weights, inside the same Lightning loop.
+"""What balancing costs: time of a whole training step relative to equal weights, inside the same Lightning loop.
 
-    python scripts/benchmark.py                  # writes docs/results/step_time.md
-    python scripts/benchmark.py --rounds 1       # shows that it runs
+    python scripts/benchmark.py                        # GradNorm: writes docs/results/step_time.md
+    python scripts/benchmark.py --of aggregation       # UPGrad and others: docs/results/step_time_aggregation.md
+    python scripts/benchmark.py --rounds 1             # shows that it runs
     python scripts/benchmark.py --device cuda --steps 100 --batch-factor 8   # writes docs/results/step_time_cuda.md
 
 In each round every configuration trains one short run, in shuffled order; the figure is the median over the rounds of a
-run's mean step time, first steps left out. Models: `conv` (6 convolutions, linear heads), `mlp` (4 × 512, linear heads) and
+run's mean step time, first steps left out. With ``--of aggregation`` the last column is the same as TorchJD has it done by
+hand, ``mtl_backward`` and ``jac_to_grad``, and in brackets stands the share of the step that the aggregator's own
+computation takes. Models: `conv` (6 convolutions, linear heads), `mlp` (4 × 512, linear heads) and
 `dense` (the convolutions with a 3-convolution upsampling head for each task).
 """
 
@@ -22,6 +25,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +34,11 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchjd.aggregation import IMTLG, MGDA, Aggregator, AlignedMTL, CAGrad, NashMTL, PCGrad, UPGrad
+from torchjd.autojac import jac_to_grad, mtl_backward
 from typing_extensions import override
 
-from lightning_gradnorm import GradNorm
+from lightning_gradnorm import Aggregation, GradNorm
 
 CASES = (("conv", 3), ("conv", 10), ("mlp", 3), ("mlp", 10), ("dense", 3), ("dense", 5))
 WARM_UP = 8
@@ -82,6 +89,24 @@ class Model(L.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-4)
 
 
+class ByHand(Model):
+    """The same network, trained with TorchJD as its documentation says."""
+
+    def __init__(self, kind: str, tasks: int, aggregator: Aggregator) -> None:
+        super().__init__(kind, tasks)
+        self.automatic_optimization = False
+        self.aggregator = aggregator
+
+    @override
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer = self.optimizers()
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        z = self.encoder(batch)
+        mtl_backward([one(z).square().mean() for one in self.heads.values()], features=z)
+        jac_to_grad(list(self.encoder.parameters()), self.aggregator)
+        optimizer.step()  # type: ignore[union-attr]
+
+
 class Clock(L.Callback):
     """Notes when the first and the last of the measured steps begin, with all work before them done."""
 
@@ -103,19 +128,70 @@ class Clock(L.Callback):
         return (last - first) / (self.steps - 1 - WARM_UP)
 
 
-def configurations(model: Model) -> dict[str, Callable[[], list[L.Callback]]]:
+class SolverClock:
+    """Adds up the time that an aggregator's own computation takes."""
+
+    def __init__(self, aggregator: Aggregator) -> None:
+        self.total, self.calls, self._began = 0.0, 0, 0.0
+        weighting = getattr(aggregator, "gramian_weighting", None) or getattr(aggregator, "weighting", aggregator)
+        weighting.register_forward_pre_hook(self._begin)
+        weighting.register_forward_hook(self._end)
+
+    def _begin(self, *_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def _end(self, *_: Any) -> None:
+        self.total += time.perf_counter() - self._began
+        self.calls += 1
+
+
+@dataclass
+class Run:
+    """One way to train."""
+
+    callbacks: list[L.Callback]
+    model: Callable[[str, int], Model] = Model
+    solver: SolverClock | None = None
+
+
+Configurations = dict[str, Callable[[], Run]]
+
+
+def of_gradnorm(model: Model) -> Configurations:
     tasks, layer = list(model.heads), model.shared_layer
     heads = {task: f"heads.{task}" for task in tasks}
     return {
-        "equal weights": list,
-        "with heads": lambda: [GradNorm(tasks, shared_layer=layer, heads=heads)],
-        "without heads": lambda: [GradNorm(tasks, shared_layer=layer)],
-        "every 8th step": lambda: [GradNorm(tasks, shared_layer=layer, heads=heads, update_every=8)],
-        "activation": lambda: [GradNorm(tasks, heads=heads, norm_of="activation")],
+        "equal weights": lambda: Run([]),
+        "with heads": lambda: Run([GradNorm(tasks, shared_layer=layer, heads=heads)]),
+        "without heads": lambda: Run([GradNorm(tasks, shared_layer=layer)]),
+        "every 8th step": lambda: Run([GradNorm(tasks, shared_layer=layer, heads=heads, update_every=8)]),
+        "activation": lambda: Run([GradNorm(tasks, heads=heads, norm_of="activation")]),
     }
 
 
-def step_time(kind: str, tasks: int, callbacks: list[L.Callback], options: argparse.Namespace) -> float:
+def of_aggregation(model: Model) -> Configurations:
+    tasks = list(model.heads)
+    heads = {task: f"heads.{task}" for task in tasks}
+
+    def aggregated(aggregator: Aggregator, **options: Any) -> Run:
+        return Run([Aggregation(aggregator, tasks, heads=heads, **options)], solver=SolverClock(aggregator))
+
+    return {
+        "equal weights": lambda: Run([]),
+        "UPGrad": lambda: aggregated(UPGrad()),
+        "PCGrad": lambda: aggregated(PCGrad()),
+        "MGDA": lambda: aggregated(MGDA()),
+        "IMTL-G": lambda: aggregated(IMTLG()),
+        "Aligned-MTL": lambda: aggregated(AlignedMTL()),
+        "CAGrad": lambda: aggregated(CAGrad(c=0.5)),
+        "Nash-MTL": lambda: aggregated(NashMTL(n_tasks=len(tasks))),
+        "UPGrad at parameters": lambda: aggregated(UPGrad(), at="parameters"),
+        "UPGrad by hand": lambda: Run([], model=partial(ByHand, aggregator=UPGrad())),
+    }
+
+
+def step_time(kind: str, tasks: int, run: Run, options: argparse.Namespace) -> tuple[float, float]:
+    """Return the time of a step, and of the solver in it."""
     shape = (256 * options.batch_factor, 128) if kind == "mlp" else (16 * options.batch_factor, 3, 48, 48)
     batch = torch.randn(shape, device=options.device)  # no copy to the device in the steps
     clock = Clock(options.steps)
@@ -123,18 +199,21 @@ def step_time(kind: str, tasks: int, callbacks: list[L.Callback], options: argpa
         max_steps=options.steps,
         accelerator="gpu" if options.device == "cuda" else "cpu",
         devices=1,
-        callbacks=[*callbacks, clock],
+        callbacks=[*run.callbacks, clock],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Model(kind, tasks), DataLoader([batch] * options.steps, batch_size=None))  # type: ignore[arg-type]
-    return clock.step_time()
+    trainer.fit(run.model(kind, tasks), DataLoader([batch] * options.steps, batch_size=None))  # type: ignore[arg-type]
+    solver = run.solver
+    return clock.step_time(), solver.total / solver.calls if solver is not None and solver.calls else 0.0
 
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--of", choices=["gradnorm", "aggregation"], default="gradnorm")
+    parser.add_argument("--cases", nargs="+", metavar="MODEL:T", help="such as conv:3 conv:10; by default all")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -156,23 +235,30 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
+    configurations = of_gradnorm if options.of == "gradnorm" else of_aggregation
     names = list(configurations(Model("mlp", 2)))
     lines = [
         f"| model | T | {names[0]}, ms | " + " | ".join(names[1:]) + " |",
         "|---|---:" + "|---:" * len(names) + "|",
     ]
-    for kind, tasks in CASES:
+    asked = [(kind, int(tasks)) for kind, tasks in (one.split(":") for one in options.cases or ())]
+    for kind, tasks in asked or CASES:
         made = configurations(Model(kind, tasks))
         times: dict[str, list[float]] = {name: [] for name in made}
+        solvers: dict[str, list[float]] = {name: [] for name in made}
         for _ in range(options.rounds):
             for name in random.sample(list(made), len(made)):
-                times[name].append(step_time(kind, tasks, made[name](), options))
+                whole, solver = step_time(kind, tasks, made[name](), options)
+                times[name].append(whole)
+                solvers[name].append(solver)
         plain = statistics.median(times[names[0]])
         cells = [f"{1000 * plain:.1f}"]
         for name in names[1:]:
             ratios = sorted(ours / equal for ours, equal in zip(times[name], times[names[0]], strict=True))
             low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
-            cells.append(f"{statistics.median(times[name]) / plain:.2f} ({low:.2f} to {high:.2f})")
+            solver = statistics.median(solvers[name]) / plain
+            share = f"; {solver:.2f}" if solver else ""
+            cells.append(f"{statistics.median(times[name]) / plain:.2f} ({low:.2f} to {high:.2f}{share})")
         lines.append(f"| {kind} | {tasks} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
     on_gpu = options.device == "cuda"
@@ -182,12 +268,17 @@ def main() -> None:
         f"`python scripts/benchmark.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
         f"{datetime.date.today()}, Python {platform.python_version()}, torch {torch.__version__}, lightning {L.__version__}, "
         f"{where}, {options.rounds} rounds. Ratio to equal weights in the same Lightning loop: ratio of "
-        "the medians, and in brackets the quartiles of the ratios round by round.",
+        "the medians, and in brackets the quartiles of the ratios round by round"
+        + (
+            "; behind them the part of the ratio that the aggregator's own computation makes up."
+            if options.of != "gradnorm"
+            else "."
+        ),
         "\n".join(lines),
     ]
     options.output.mkdir(parents=True, exist_ok=True)
-    name = "step_time_cuda.md" if on_gpu else "step_time.md"
-    (options.output / name).write_text("\n\n".join(parts) + "\n")
+    name = "step_time" + ("_aggregation" if options.of == "aggregation" else "") + ("_cuda" if on_gpu else "")
+    (options.output / f"{name}.md").write_text("\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":

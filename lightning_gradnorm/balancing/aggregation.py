@@ -72,9 +72,11 @@ class AggregationRule(ScalarizationRule):
         self._check_usable(aggregator, of_parameters)
         if isinstance(aggregator, jd.Weighting) and _any(aggregator, jd.ExcessMTLWeighting):
             aggregator = jd.WeightedAggregator(aggregator)
-        self.aggregator = aggregator
         self.stat = _stat(aggregator)
         """What of J the aggregator is given: its Gramian, a root of it, or J itself."""
+        # A T × T matrix is dealt with faster on the CPU, and by many a solver there alone.
+        self._works_on = torch.device(device or "cpu") if self.stat == "matrix" else torch.device("cpu")
+        self.aggregator = aggregator.to(self._works_on)
         self._gradient_weights = torch.ones(len(tasks), dtype=dtype, device=device)
         self._drawn = 0
         self.has_weights = _weights_of(aggregator) is not None
@@ -231,7 +233,7 @@ class AggregationRule(ScalarizationRule):
         super().load_state_dict(state)
         self._gradient_weights = state["gradient_weights"].to(self._gradient_weights)
         self._drawn = state["drawn"]
-        restore(self.aggregator, state["aggregator"])
+        restore(self.aggregator, state["aggregator"], device=self._works_on)
 
 
 def _any(module: nn.Module, *kinds: type[nn.Module]) -> bool:

@@ -263,6 +263,6 @@ class ScalarizationRule:
         self._asked, self._seed, self._epoch = state["asked"], state["seed"], state["epoch"]
         self.fallbacks = self._settled = state["fallbacks"]
         if self.scalarizer is not None:
-            restore(self.scalarizer, state["scalarizer"])
+            restore(self.scalarizer, state["scalarizer"], device=self.loss_weights.device)
         if self._optimizer is not None:
             self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))

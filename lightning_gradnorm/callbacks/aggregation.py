@@ -218,8 +218,11 @@ class Aggregation(Scalarization):
     @override
     def _take_in(self, window: Window, trainer: L.Trainer, module: L.LightningModule) -> bool:
         if self.at == "parameters" and self._shared is not None:
-            self._aggregate_parameters(self._shared, window, trainer, module)
+            went_well = self._aggregate_parameters(self._shared, window, trainer, module)
             self._shared.clear()
+            if not went_well:
+                self._drop_step()
+                return False
         return super()._take_in(window, trainer, module)
 
     @override
@@ -231,8 +234,12 @@ class Aggregation(Scalarization):
     @torch.no_grad()
     def _aggregate_parameters(
         self, shared: WeightGradients, window: Window, trainer: L.Trainer, module: L.LightningModule
-    ) -> None:
-        """Add to the shared parameters' gradients, which are those of no task so far, what the aggregator makes of them."""
+    ) -> bool:
+        """Add to the shared parameters' gradients, which are those of no task so far, what the aggregator makes of them.
+
+        Returns:
+            Whether they are finite, or there is no loss scaler to skip the step if they are not.
+        """
         rule = self._aggregates
         counts = torch.tensor([float(window.counts.get(task, 0)) for task in self._names])
         rows = shared.rows(self._names, rule.loss_weights)
@@ -248,13 +255,14 @@ class Aggregation(Scalarization):
             combined = rule.weigh_gradients(self._gramian, present, stat).to(J) @ J
         else:
             combined = rule.aggregate(J, present)
-        if not bool(combined.isfinite().all()) and have_scaler_skip(trainer, trainer.optimizers[0]):
-            return
+        if not bool(combined.isfinite().all()) and have_scaler_skip(trainer):
+            return False
         start = 0
         for parameter in shared.sought:
             piece = combined[start : start + parameter.numel()].view(parameter.shape).to(parameter.dtype) * size
             parameter.grad = piece.clone() if parameter.grad is None else parameter.grad.add_(piece)
             start += parameter.numel()
+        return True
 
     @override
     def _what(self) -> str:

@@ -33,11 +33,12 @@ def scaler_skips(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> bool:
     return scaler is not None and any(bool(found) for found in scaler._found_inf_per_device(optimizer).values())
 
 
-def have_scaler_skip(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> bool:
+def have_scaler_skip(trainer: L.Trainer) -> bool:
     """Tell the loss scaler of an overflow that it cannot have seen; say whether there is one to be told."""
     scaler = _scaler(trainer)
     if scaler is None:
         return False
-    for found in scaler._found_inf_per_device(optimizer).values():
-        found.fill_(1)
+    for optimizer in trainer.optimizers:
+        for found in scaler._found_inf_per_device(optimizer).values():
+            found.fill_(1)
     return True

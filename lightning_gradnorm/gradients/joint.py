@@ -73,6 +73,7 @@ class JointGradients(GradientReader):
         self._read: set[str] = set()
         self._went_on: set[str] = set()
         self._has_rest = False
+        self._is_done = False
 
     @property
     def where(self) -> str:
@@ -95,12 +96,13 @@ class JointGradients(GradientReader):
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not places:
             return None
-        if self._views:
+        if self._views and not self._is_done:
             raise ValueError(
                 f"{self._name} is called more than once in one forward pass, so that the tasks' gradients do not meet in one "
                 f"place. Give it one batch made of all its inputs (torch.cat), or name as representation a module that is "
                 f"called once."
             )
+        self.forget()
         self._below = [leaves[i] for i in places]
         self._views = list(_Gate.apply(self._hand_on, *self._below))  # type: ignore[no-untyped-call]
         for place, view in zip(places, self._views, strict=True):
@@ -156,8 +158,12 @@ class JointGradients(GradientReader):
 
     def forget(self) -> None:
         """Let go of the current forward pass."""
-        self._views, self._below, self._matrix = [], [], None
-        self._read, self._went_on, self._has_rest = set(), set(), False
+        self._views, self._below = [], []
+        self._is_done = False
+        self._begin_rows()
+
+    def _begin_rows(self) -> None:
+        self._matrix, self._read, self._went_on = None, set(), set()
 
     def _rows(self) -> Tensor:
         if self._matrix is None:
@@ -186,5 +192,6 @@ class JointGradients(GradientReader):
         if combined is not None:
             pieces = self._pieces(combined)
             handed = [piece if a is None else a + piece for a, piece in zip(handed, pieces, strict=True)]
-        below, self._matrix = self._below, None
-        return [a if a is None else a.to(tensor.dtype) for a, tensor in zip(handed, below, strict=True)]
+        self._begin_rows()  # of a second backward pass from other losses, if there is one
+        self._is_done = True
+        return [a if a is None else a.to(tensor.dtype) for a, tensor in zip(handed, self._below, strict=True)]
