@@ -9,7 +9,7 @@ from typing_extensions import override
 LAYOUT = {
     "Balancing": {
         "task weights w": ["Multiline", [r"^(gradnorm|balancing)/weight/"]],
-        "gradient norms G at the shared layer": ["Multiline", [r"^gradnorm/grad_norm/"]],
+        "gradient norms G of the tasks": ["Multiline", [r"^(gradnorm|balancing)/grad_norm/"]],
         "relative inverse training rates r": ["Multiline", [r"^gradnorm/rate/"]],
         "loss ratios L / L(0)": ["Multiline", [r"^gradnorm/loss_ratio/"]],
     },

@@ -78,7 +78,7 @@ def test_tensorboard_serves_the_layout_and_each_chart_matches_tags(run: Path) ->
     written = [tag for of_run in tags.values() for tag in of_run]
     for title, what in (
         ("task weights w", "weight"),
-        ("gradient norms G at the shared layer", "grad_norm"),
+        ("gradient norms G of the tasks", "grad_norm"),
         ("relative inverse training rates r", "rate"),
         ("loss ratios L / L(0)", "loss_ratio"),
     ):
