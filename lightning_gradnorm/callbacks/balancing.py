@@ -262,6 +262,14 @@ class Balancing(Restoring[AnyRule]):
         super().teardown(trainer, pl_module, stage)
         self._remove_hooks()
 
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self._hooks is not None and self._restored is not None:
+            # In mid-training: a LearningRateFinder takes back its trial steps.
+            self._prepare(self._weights_in_force())
+            self._open_window()
+
     # ---- forward: losses and branches --------------------------------------------------------------------------------
 
     @override

@@ -280,13 +280,3 @@ class GradNorm(Balancing[GradNormRule]):
         for what, values in by_task.items():
             shown |= {f"gradnorm/{what}/{task}": value for task, value in zip(self._names, values, strict=True)}
         module.log_dict(shown, on_step=True)
-
-    # ---- checkpoints -------------------------------------------------------------------------------------------------
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self._hooks is not None and self._restored is not None:
-            # In mid-training: a LearningRateFinder takes back its trial steps.
-            self._prepare(self._weights_in_force())
-            self._open_window()
