@@ -30,8 +30,11 @@ from models import (
 )
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchjd import aggregation as A
+from torchjd import scalarization as S
 
-from lightning_gradnorm import FixedWeights, GradNorm
+from lightning_gradnorm import Aggregation, FixedWeights, GradNorm, Scalarization
+from lightning_gradnorm.balancing import DBMTL, LogSum
 
 STEPS = 24
 T = 3
@@ -41,7 +44,10 @@ MakeTrainer = Callable[..., L.Trainer]
 CUDA = [
     pytest.mark.gpu,
     # What torch and Lightning have to say about a certain card is not ours to mend; what we say is.
-    pytest.mark.filterwarnings("default", "error:GradNorm", "error:FixedWeights", "error:MultiTaskModule"),
+    pytest.mark.filterwarnings(
+        "default",
+        *(f"error:{name}" for name in ("GradNorm", "FixedWeights", "Scalarization", "Aggregation", "MultiTask")),
+    ),
 ]
 
 
@@ -155,6 +161,39 @@ def test_fixed_weights_multiply_the_gradients(make_trainer: MakeTrainer) -> None
         optimizer.step()
     for name, value in model.cpu().state_dict().items():
         torch.testing.assert_close(value, twin.state_dict()[name], rtol=0, atol=1e-10)
+
+
+STRATEGIES: dict[str, Callable[[], Scalarization]] = {
+    "UW": lambda: Scalarization(S.UW, NAMES),
+    "FAMO": lambda: Scalarization(S.FAMO, NAMES),
+    "DWA": lambda: Scalarization(S.DWA(), NAMES),
+    "GeometricMean": lambda: Scalarization(S.GeometricMean(), NAMES),
+    "IMTLG of IMTLL": lambda: Aggregation(A.IMTLG(), NAMES, scalarizer=S.IMTLL),
+    "MGDA": lambda: Aggregation(A.MGDA(), NAMES),
+    "GradVac": lambda: Aggregation(A.GradVac(), NAMES),
+    "ConFIG": lambda: Aggregation(A.ConFIG(), NAMES),
+    "TrimmedMean": lambda: Aggregation(A.TrimmedMean(1), NAMES),
+    "AlignedMTL at parameters": lambda: Aggregation(A.AlignedMTL(), NAMES, at="parameters"),
+    "DBMTL at parameters": lambda: Aggregation(DBMTL(), NAMES, at="parameters", scalarizer=LogSum()),
+}
+
+
+@on_each_device("name", list(STRATEGIES), quick=["UW", "IMTLG of IMTLL", "DBMTL at parameters"])
+@pytest.mark.parametrize("with_heads", [False, True], ids=["no-heads", "heads"])
+def test_every_kind_of_strategy_trains_as_on_a_cpu(
+    name: str, with_heads: bool, make_trainer: MakeTrainer, quiet_trainer: MakeTrainer
+) -> None:
+    ended = []
+    for trainer in (make_trainer, quiet_trainer):
+        model, balancing = Automatic(T), STRATEGIES[name]()
+        balancing.heads = model.heads() if with_heads else None
+        trainer(callbacks=[balancing], max_epochs=2).fit(model, Batches(vector_batches(T, STEPS)))
+        ended.append((model.cpu().state_dict(), balancing.weights, balancing.state_dict()["fallbacks"]))
+    (found, weights, fallbacks), (expected, expected_weights, _) = ended
+    assert fallbacks == 0
+    assert weights == pytest.approx(expected_weights, rel=1e-8)
+    for key, value in found.items():
+        torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-8)
 
 
 # ---- where the weights are -------------------------------------------------------------------------------------------
