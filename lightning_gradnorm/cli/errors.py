@@ -145,7 +145,7 @@ def _no_such_option(error: MissingConfigException) -> str:
 
 
 def _no_such_key(error: OmegaConfBaseException) -> str:
-    keys = [str(key) for key in error.parent_node if key != "_target_"]
+    keys = [str(key) for key in error.parent_node if not str(key).startswith("_")]
     full_key = str(error.full_key or error.key)
     place = full_key.rpartition(".")[0] or "the configuration"
     return f"there is no '{full_key}'{_guess(str(error.key), keys)}\n  {place} has: {', '.join(keys) or 'nothing'}"

@@ -115,6 +115,7 @@ def train(config: DictConfig) -> dict[str, float]:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         weights = weights_record.read()
         if config.test:
+            trainer.callback_metrics.clear()  # processes that were forked add to them
             trainer.test(model, datamodule=data, ckpt_path=_to_test(trainer), verbose=False)
             tested = {name: float(value) for name, value in trainer.callback_metrics.items()}
             metrics |= tested
