@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
@@ -50,6 +50,8 @@ class MultiTaskModule(L.LightningModule):
         accumulate_grad_batches: batches of which one optimizer step takes the mean gradient; the last of an epoch may
             have fewer (of a loader without a length their sum is still divided by the full number, as Lightning does).
         gradient_clip_val: largest 2-norm of the whole gradient, taken of the unscaled gradient.
+        only: names of the tasks to train, ``None`` for all. The others' heads are no part of the module, their targets in
+            a batch are ignored.
 
     Raises:
         TypeError, ValueError: an argument out of range, or a batch that is not ``(inputs, targets)``.
@@ -76,10 +78,11 @@ class MultiTaskModule(L.LightningModule):
         lr_scheduler: SchedulerFactory | Mapping[str, Any] | None = None,
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
+        only: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.save_hyperparameters("accumulate_grad_batches", "gradient_clip_val")
+        self.save_hyperparameters("accumulate_grad_batches", "gradient_clip_val", "only")
         _check(isinstance(encoder, nn.Module), "encoder", "a module", encoder)
         _check(isinstance(tasks, Mapping) and len(tasks) > 0, "tasks", "a mapping from name to Task", tasks)
         for name, task in tasks.items():
@@ -92,8 +95,10 @@ class MultiTaskModule(L.LightningModule):
         _check(is_count, "accumulate_grad_batches", "an integer, at least 1", accumulate_grad_batches)
         clips = gradient_clip_val is None or (is_number(gradient_clip_val) and gradient_clip_val > 0)
         _check(clips, "gradient_clip_val", "None or a positive number", gradient_clip_val)
+        every, tasks = tasks, _chosen(tasks, only)
         self.encoder = encoder
         self.tasks = nn.ModuleDict(tasks)
+        self._left_out = frozenset(every) - frozenset(tasks)
         self.optimizer = optimizer
         self._schedule = _schedule(lr_scheduler)
         self.accumulate_grad_batches = accumulate_grad_batches
@@ -101,7 +106,7 @@ class MultiTaskModule(L.LightningModule):
         self._trained_in_epoch = False
         # Taken now, while the modules carry no hook of anybody's.
         self._architecture = architecture.pack(
-            {"encoder": encoder, "tasks": dict(tasks), "optimizer": optimizer, "lr_scheduler": lr_scheduler}
+            {"encoder": encoder, "tasks": dict(every), "optimizer": optimizer, "lr_scheduler": lr_scheduler}
         )
         self.metrics = nn.ModuleDict(
             {
@@ -165,7 +170,7 @@ class MultiTaskModule(L.LightningModule):
                 f"{expected} such as {{'{next(iter(self.tasks))}': …}}; got targets of type {type(targets).__name__}"
             )
         for name in targets:
-            if name not in self.tasks:
+            if name not in self.tasks and name not in self._left_out:
                 raise ValueError(
                     f"MultiTaskModule: there is no task '{name}', of which the batch has targets; "
                     f"{did_you_mean(name, self.tasks)}"
@@ -348,6 +353,18 @@ class MultiTaskModule(L.LightningModule):
                 ) from None
             kwargs = {**parts, **kwargs}
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+
+def _chosen(tasks: Mapping[str, Task], only: Sequence[str] | None) -> Mapping[str, Task]:
+    """Return the tasks to train, in the order of all of them."""
+    if only is None:
+        return tasks
+    is_list = isinstance(only, Sequence) and not isinstance(only, str) and len(only) > 0
+    _check(is_list, "only", "None or a list of tasks, such as ['depth']", only)
+    for name in only:
+        if name not in tasks:
+            raise ValueError(f"MultiTaskModule: there is no task '{name}' to train; {did_you_mean(name, tasks)}")
+    return {name: task for name, task in tasks.items() if name in only}
 
 
 def _schedule(given: SchedulerFactory | Mapping[str, Any] | None) -> dict[str, Any] | None:

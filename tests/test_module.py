@@ -203,3 +203,43 @@ def test_a_task_without_targets_is_absent_from_that_step(quiet_trainer) -> None:
         loss.backward()
         optimizer.step()
     _same_parameters(model, reference)
+
+
+def test_with_only_some_tasks_it_is_the_module_of_these_and_ignores_the_targets_of_the_others(quiet_trainer) -> None:
+    batches = _batches(5)
+    chosen = _model(only=["b"])
+    torch.manual_seed(0)
+    encoder, tasks = nn.Sequential(nn.Linear(3, 4), nn.Tanh()), _tasks()
+    alone = MultiTaskModule(encoder, {"b": tasks["b"]}, optimizer=partial(torch.optim.SGD, lr=0.1)).double()
+    assert list(chosen.task_heads) == ["b"]
+    quiet_trainer().fit(chosen, _loader(batches))
+    quiet_trainer().fit(alone, _loader([(inputs, {"b": targets["b"]}) for inputs, targets in batches]))
+    _same_parameters(chosen, alone, tolerance=0)
+    assert chosen.state_dict().keys() == alone.state_dict().keys()
+    trainer = quiet_trainer()
+    assert set(trainer.test(chosen, _loader(batches), verbose=False)[0]) == {"test/loss", "test/loss/b"}
+    with pytest.raises(ValueError, match="there is no task 'c', of which the batch has targets"):
+        chosen.task_losses((batches[0][0], {"c": batches[0][1]["a"]}))
+
+
+def test_a_checkpoint_knows_which_tasks_were_chosen(quiet_trainer, tmp_path) -> None:
+    model, batches = _model(only=["b"]), _batches(2)
+    trainer = quiet_trainer()
+    trainer.fit(model, _loader(batches))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    loaded = MultiTaskModule.load_from_checkpoint(tmp_path / "one.ckpt").double()
+    assert list(loaded.tasks) == ["b"]
+    torch.testing.assert_close(loaded.task_losses(batches[0]), model.task_losses(batches[0]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("only", "expected"),
+    [
+        (["c"], "there is no task 'c' to train; it has 'a', 'b'"),
+        ([], r"only should be None or a list of tasks, such as \['depth'\]; got \[\]"),
+        ("a", "only should be None or a list of tasks"),
+    ],
+)
+def test_the_chosen_tasks_have_to_be_tasks(only, expected) -> None:
+    with pytest.raises(ValueError, match=expected):
+        _model(only=only)

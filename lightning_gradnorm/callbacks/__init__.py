@@ -2,7 +2,7 @@
 
 from lightning_gradnorm.callbacks.aggregation import Aggregation
 from lightning_gradnorm.callbacks.balancing import Balancing
-from lightning_gradnorm.callbacks.fixed_weights import FixedWeights
+from lightning_gradnorm.callbacks.fixed_weights import FixedWeights, GradNormStatic, RandomWeights
 from lightning_gradnorm.callbacks.gradnorm import GradNorm
 from lightning_gradnorm.callbacks.scalarization import Scalarization
 from lightning_gradnorm.callbacks.task_names import DeclaresTasks
@@ -14,6 +14,8 @@ __all__ = [
     "DeclaresTasks",
     "FixedWeights",
     "GradNorm",
+    "GradNormStatic",
+    "RandomWeights",
     "Scalarization",
     "TensorBoardDashboard",
 ]

@@ -1,9 +1,10 @@
-"""Weights that stay as they are: the baseline to compare with, and "GradNorm static" with a run's mean weights."""
+"""Weights that stay as they are: numbers of one's own, a GradNorm run's mean weights, or random ones."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_gradnorm.arguments import check, is_integer
 from lightning_gradnorm.callbacks.balancing import Balancing
-from lightning_gradnorm.callbacks.task_names import check_positive_by_task
+from lightning_gradnorm.callbacks.task_names import DeclaresTasks, check_positive_by_task
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,30 @@ class FixedRule:
         return {}
 
 
-class FixedWeights(Balancing[FixedRule]):
+class StaticWeights(Balancing[FixedRule]):
+    """Base of the strategies that multiply each task's gradient by a number that does not change.
+
+    Logs ``balancing/weight/<task>``.
+    """
+
+    weights: dict[str, float]
+    """By task; empty as long as it is not known of which tasks."""
+
+    @override
+    def _new_rule(self, like: Tensor) -> FixedRule:
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return FixedRule(torch.tensor([self.weights[task] for task in self._names], dtype=dtype, device=like.device))
+
+    @override
+    def _load(self, rule: FixedRule, state: Mapping[str, Any]) -> None:
+        """There is nothing to take over: the weights are those that were given."""
+
+    @override
+    def _log(self, module: L.LightningModule) -> None:
+        module.log_dict({f"balancing/weight/{task}": weight for task, weight in self.weights.items()}, on_step=True)
+
+
+class FixedWeights(StaticWeights):
     """Multiply each task's gradient by a number that does not change.
 
     Args:
@@ -54,20 +79,128 @@ class FixedWeights(Balancing[FixedRule]):
         heads: Mapping[str, str] | None = None,
     ) -> None:
         if not (isinstance(weights, Mapping) and all(isinstance(task, str) for task in weights)):
-            raise TypeError(f"FixedWeights: weights should be a mapping from task's name to number; got {weights!r}")
+            raise TypeError(f"{self._name}: weights should be a mapping from task's name to number; got {weights!r}")
         super().__init__(list(weights) if tasks is None else tasks, heads=heads)
         check_positive_by_task(weights, self._names, asked_by=self._name, parameter="weights")
-        self.weights: dict[str, float] = {task: float(weights[task]) for task in self._names}
+        self.weights = {task: float(weights[task]) for task in self._names}
+
+
+class GradNormStatic(FixedWeights):
+    """Train on the mean weights of a finished `GradNorm` run: "GradNorm static" of Chen et al., 2018, Tables 1 and 2.
+
+    Args:
+        from_run: folder of a run of ``gradnorm-train``, whose ``checkpoints/last.ckpt`` is read; or any checkpoint of a
+            Trainer that had `GradNorm` among its callbacks. The weights are the mean over all its steps, by task name.
+        tasks: where the losses are found, as for `GradNorm`; by default the names in the checkpoint.
+        heads: taken as by every strategy, so that one can be exchanged for another; no gradient is read.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it has no state of `GradNorm`, or that of other tasks.
+
+    Logs ``balancing/weight/<task>``.
+    """
+
+    def __init__(
+        self,
+        from_run: str | Path,
+        tasks: Sequence[str] | Mapping[str, str] | None = None,
+        *,
+        heads: Mapping[str, str] | None = None,
+    ) -> None:
+        self.from_run = Path(from_run)
+        weights = _mean_weights(_checkpoint_of(self.from_run))
+        if tasks is not None:
+            self._check_same(weights, tasks)
+        super().__init__(weights, tasks=tasks, heads=heads)
+
+    @override
+    def _resolve_tasks(self, module: L.LightningModule) -> Mapping[str, str] | None:
+        if isinstance(module, DeclaresTasks) and self._logged_names is None:
+            self._check_same(self.weights, module.task_heads)
+        return super()._resolve_tasks(module)
+
+    def _check_same(self, weights: Mapping[str, float], tasks: Collection[str]) -> None:
+        if set(tasks) != set(weights):
+            raise ValueError(
+                f"GradNormStatic: from_run is of tasks {sorted(weights)}, but this run has {sorted(tasks)}. Give a run of "
+                f"the same tasks, or numbers of your own to FixedWeights."
+            )
+
+
+class RandomWeights(StaticWeights):
+    """Train on random weights that do not change: one of the networks of Chen et al., 2018, Figure 4.
+
+    ``w_i = T u_i / Σ_j u_j`` with ``u_i`` uniform between 0 and 1. They depend on the seed and the tasks' names alone: of the
+    same names in another order each keeps its weight.
+
+    Args:
+        seed: at least 0; the same seed gives the same weights everywhere. Torch's own generator is left alone.
+        tasks: as for `GradNorm`.
+        heads: taken as by every strategy, so that one can be exchanged for another; no gradient is read.
+
+    Raises:
+        ValueError: fewer than two tasks, or a seed that is no integer.
+
+    Logs ``balancing/weight/<task>``.
+
+    Example:
+        >>> {task: round(weight, 3) for task, weight in RandomWeights(0, tasks=["seg", "depth"]).weights.items()}
+        {'seg': 1.814, 'depth': 0.186}
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        tasks: Sequence[str] | Mapping[str, str] | None = None,
+        *,
+        heads: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(tasks, heads=heads)
+        check(self._name, is_integer(seed) and seed >= 0, "seed", "an integer, at least 0", seed)
+        self.seed = seed
+        self.weights = self._drawn()
+
+    def _drawn(self) -> dict[str, float]:
+        T = len(self._names)
+        numbers = 1 - torch.rand(T, dtype=torch.float64, generator=torch.Generator().manual_seed(self.seed))  # never 0
+        by_name = dict(zip(sorted(self._names), (T * numbers / numbers.sum()).tolist(), strict=True))
+        return {task: by_name[task] for task in self._names}
 
     @override
     def _new_rule(self, like: Tensor) -> FixedRule:
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return FixedRule(torch.tensor(list(self.weights.values()), dtype=dtype, device=like.device))
+        self.weights = self._drawn()  # tasks=None: whose they are is known by now
+        return super()._new_rule(like)
 
-    @override
-    def _load(self, rule: FixedRule, state: Mapping[str, Any]) -> None:
-        """There is nothing to take over: the weights are those that were given."""
 
-    @override
-    def _log(self, module: L.LightningModule) -> None:
-        module.log_dict({f"balancing/weight/{task}": weight for task, weight in self.weights.items()}, on_step=True)
+def _checkpoint_of(path: Path) -> Path:
+    """Return the checkpoint itself, or the last one of the run in that folder."""
+    inside = path / "checkpoints" / "last.ckpt"
+    checkpoint = inside if path.is_dir() else path
+    if checkpoint.is_file():
+        return checkpoint
+    found = sorted(str(file) for file in path.rglob("*.ckpt"))[:20] if path.is_dir() else []
+    there = f"it has {', '.join(found)}: give one of them" if found else "there is none"
+    wanted = f"{inside} is none; {there}" if path.is_dir() else f"there is no {path}"
+    raise FileNotFoundError(
+        f"GradNormStatic: from_run should be the folder of a finished run, or a checkpoint; {wanted}."
+    )
+
+
+def _mean_weights(checkpoint: Path) -> dict[str, float]:
+    """Return the mean weights that a GradNorm callback has left in a checkpoint."""
+    try:
+        callbacks = torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"]
+        states = [state for state in callbacks.values() if isinstance(state, Mapping)]
+    except Exception as reason:  # whatever the unpickler makes of a foreign file
+        raise ValueError(
+            f"GradNormStatic: from_run should be a run or a checkpoint of Lightning; {checkpoint} cannot be read as one "
+            f"({type(reason).__name__})."
+        ) from reason
+    of_gradnorm = [state for state in states if {"tasks", "weights_mean"} <= state.keys()]
+    if not of_gradnorm:
+        raise ValueError(
+            f"GradNormStatic: from_run should be a run with GradNorm; {checkpoint} has no state of it, but of "
+            f"{', '.join(callbacks) or 'no callback'}."
+        )
+    return dict(zip(of_gradnorm[0]["tasks"], of_gradnorm[0]["weights_mean"].tolist(), strict=True))

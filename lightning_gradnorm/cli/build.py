@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from hydra.utils import get_object, instantiate
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 from lightning_gradnorm.suggestions import did_you_mean, nearest
 
@@ -40,6 +40,26 @@ def build(config: DictConfig, group: str, **given: Any) -> Any:
     plain = _checked(OmegaConf.to_container(node, resolve=True), where=group, given=set(given))
     # "all": the objects get dicts and lists, which a checkpoint can hold, instead of OmegaConf's.
     return instantiate(plain, **given, _convert_="all")
+
+
+def build_model(config: DictConfig) -> Any:
+    """Return the model, with the tasks that ``config.tasks`` names; all of them if it is null or not there.
+
+    Raises:
+        ValueError: a task that the model does not have, or a model that does not let one choose.
+    """
+    tasks = config.get("tasks")
+    if tasks is None:
+        return build(config, "model")
+    if not isinstance(tasks, ListConfig):
+        raise ValueError(f"tasks should be null or a list of names, such as [depth]; got {tasks!r}")
+    target = OmegaConf.select(config, "model._target_")
+    if "only" not in inspect.signature(get_object(target)).parameters:
+        raise ValueError(
+            f"tasks chooses among the tasks of a MultiTaskModule; the model is {target}, which has no parameter 'only'. "
+            f"Give tasks=null."
+        )
+    return build(config, "model", only=list(tasks))
 
 
 def _checked(node: Any, *, where: str, given: set[str]) -> Any:

@@ -11,8 +11,18 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf import OmegaConf
+from torchjd import aggregation, scalarization
 
-from lightning_gradnorm import FixedWeights, GradNorm, MultiTaskModule
+from lightning_gradnorm import (
+    Aggregation,
+    FixedWeights,
+    GradNorm,
+    GradNormStatic,
+    MultiTaskModule,
+    RandomWeights,
+    Scalarization,
+)
+from lightning_gradnorm.balancing import AMNL, DBMTL, GABA, LogSum, Uncertainty, with_equal_preferences
 from lightning_gradnorm.callbacks import TensorBoardDashboard
 from lightning_gradnorm.cli.checkpoints import SaveLast
 from lightning_gradnorm.cli.interrupt import SaveOnInterrupt
@@ -20,15 +30,19 @@ from lightning_gradnorm.cli.schema import schema_of
 from lightning_gradnorm.data import MultiMNISTDataModule, SinusoidsDataModule, ToyDataModule
 
 WITH_SCHEMA: tuple[Callable[..., Any], ...] = (
+    Aggregation,
     CSVLogger,
     FixedWeights,
     GradNorm,
+    GradNormStatic,
     LearningRateMonitor,
     ModelCheckpoint,
     MultiMNISTDataModule,
     MultiTaskModule,
+    RandomWeights,
     SaveLast,
     SaveOnInterrupt,
+    Scalarization,
     SinusoidsDataModule,
     TensorBoardDashboard,
     TensorBoardLogger,
@@ -37,8 +51,61 @@ WITH_SCHEMA: tuple[Callable[..., Any], ...] = (
 )
 """What a yaml names in its defaults list, for example ``/schema/GradNorm@_here_``."""
 
-GIVEN_BY_US = {"Trainer": ("callbacks", "logger")}
-"""Parameters that are no option: groups of their own make them."""
+GIVEN_BY_US = {"MultiTaskModule": ("only",), "Trainer": ("callbacks", "logger")}
+"""Parameters that are no option: groups of their own make them, or a key of the main file."""
+
+SCALARIZERS: tuple[Callable[..., Any], ...] = (
+    AMNL,
+    LogSum,
+    Uncertainty,
+    scalarization.COSMOS,
+    scalarization.DWA,
+    scalarization.FAMO,
+    scalarization.GeometricMean,
+    scalarization.IMTLL,
+    scalarization.PBI,
+    scalarization.Random,
+    scalarization.STCH,
+    scalarization.UW,
+    with_equal_preferences,
+)
+"""Likewise, for example ``/schema/scalarization/DWA@scalarizer``."""
+
+AGGREGATORS: tuple[Callable[..., Any], ...] = (
+    DBMTL,
+    GABA,
+    aggregation.AlignedMTL,
+    aggregation.CAGrad,
+    aggregation.ConFIG,
+    aggregation.CRMOGMWeighting,
+    aggregation.DualProj,
+    aggregation.ExcessMTL,
+    aggregation.FairGrad,
+    aggregation.GradDrop,
+    aggregation.GradVac,
+    aggregation.IMTLG,
+    aggregation.Krum,
+    aggregation.MGDA,
+    aggregation.NashMTL,
+    aggregation.PCD,
+    aggregation.PCGrad,
+    aggregation.Random,
+    aggregation.TrimmedMean,
+    aggregation.UPGrad,
+    aggregation.UPGradWeighting,
+)
+"""Likewise, for example ``/schema/aggregation/CAGrad@aggregator``."""
+
+MADE_FOR_TASKS = {
+    "COSMOS": ("weights",),
+    "FAMO": ("shape",),
+    "IMTLL": ("shape",),
+    "NashMTL": ("n_tasks",),
+    "PBI": ("weights",),
+    "UW": ("shape",),
+    "with_equal_preferences": ("number_of_tasks",),
+}
+"""Of what is made when the number of tasks is known (``_partial_: true``): the parameters that say it."""
 
 
 def conf_dir() -> Path:
@@ -71,6 +138,11 @@ def register() -> None:
     for constructor in WITH_SCHEMA:
         name = constructor.__name__
         store.store(group="schema", name=name, node=schema_of(constructor, leave_out=GIVEN_BY_US.get(name, ())))
+    for group, parts in (("schema/scalarization", SCALARIZERS), ("schema/aggregation", AGGREGATORS)):
+        for part in parts:
+            given = MADE_FOR_TASKS.get(part.__name__)
+            node = schema_of(part, leave_out=given or (), partial=given is not None)
+            store.store(group=group, name=part.__name__, node=node)
 
 
 def _length(values: Sequence[Any]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from hydra.errors import (
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+from torch.multiprocessing.spawn import ProcessRaisedException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from lightning_gradnorm.suggestions import nearest
@@ -52,6 +54,29 @@ def hydra_raises(*, really: bool = True) -> Iterator[None]:
         os.environ.pop(_VARIABLE, None)
         if before is not None:
             os.environ[_VARIABLE] = before
+
+
+@contextmanager
+def of_processes() -> Iterator[None]:
+    """Have what is wrong in a process that was started for training be raised here, as if it had been trained here.
+
+    Raises:
+        ValueError: what was asked wrongly, in the process's words.
+    """
+    try:
+        yield
+    except ProcessRaisedException as error:
+        lines = str(error).splitlines()
+        frames = [place for place, line in enumerate(lines) if line.startswith('  File "')]
+        ends = [
+            place for place in range(frames[-1] if frames else 0, len(lines)) if re.match(r"[\w.]+: ", lines[place])
+        ]
+        if not ends:
+            raise
+        kind, message = lines[ends[0]].split(": ", 1)
+        if kind.rpartition(".")[2] not in {known.__name__ for known in WRONG_INPUT}:
+            raise
+        raise ValueError("\n".join([message, *lines[ends[0] + 1 :]])) from error
 
 
 def leave(command: str, error: BaseException) -> None:
@@ -120,7 +145,7 @@ def _no_such_option(error: MissingConfigException) -> str:
 
 
 def _no_such_key(error: OmegaConfBaseException) -> str:
-    keys = [str(key) for key in error.parent_node if key != "_target_"]
+    keys = [str(key) for key in error.parent_node if not str(key).startswith("_")]
     full_key = str(error.full_key or error.key)
     place = full_key.rpartition(".")[0] or "the configuration"
     return f"there is no '{full_key}'{_guess(str(error.key), keys)}\n  {place} has: {', '.join(keys) or 'nothing'}"

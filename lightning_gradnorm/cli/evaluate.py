@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from lightning_gradnorm.cli import entry, errors, runs
-from lightning_gradnorm.cli.build import build
+from lightning_gradnorm.cli.build import build, build_model
 from lightning_gradnorm.cli.config import conf_dir
 from lightning_gradnorm.report import task_table
 
@@ -64,7 +64,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     weights = runs.read_weights(checkpoint)
     entry.seed_everything(config.seed)
     data = build(config, "data")
-    model = build(config, "model")
+    model = build_model(config)
     with runs.loading(checkpoint):
         model.load_state_dict(weights)
     trainer: L.Trainer = build(config, "trainer", logger=False, callbacks=[], enable_checkpointing=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,32 @@ class RunRecord(L.Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(self.config, self.folder / CONFIG, resolve=True)
             OmegaConf.save(OmegaConf.create(self.overrides), self.folder / OVERRIDES)
+
+
+class WeightsRecord(L.Callback):
+    """Writes ``weights.json``: the task weights at the end and their mean over training, as far as the strategy has them.
+
+    It is written where the training ends, which need not be the process that has read the configuration.
+
+    Args:
+        folder: the run's folder.
+        balancing: the strategy; ``None`` if there is none.
+    """
+
+    def __init__(self, folder: Path, balancing: Any) -> None:
+        self.file, self.balancing = folder / "weights.json", balancing
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        found = {name: getattr(self.balancing, name, None) for name in ("weights", "mean_weights")}
+        weights = {name: dict(value) for name, value in found.items() if value}
+        if trainer.is_global_zero and weights:
+            self.file.write_text(json.dumps(weights, indent=2) + "\n")
+
+    def read(self) -> dict[str, dict[str, float]]:
+        """Return what was written."""
+        is_there = self.balancing is not None and self.file.is_file()
+        return json.loads(self.file.read_text()) if is_there else {}
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -15,7 +15,7 @@ from omegaconf import MISSING
 _PLAIN = (bool, int, float, str)
 
 
-def schema_of(constructor: Callable[..., Any], *, leave_out: Collection[str] = ()) -> type:
+def schema_of(constructor: Callable[..., Any], *, leave_out: Collection[str] = (), partial: bool = False) -> type:
     """Return a dataclass with the constructor's parameters, of which Hydra builds it again.
 
     Plain types (bool, int, float, str, their unions, with or without None) are checked; all others are ``Any``. A default
@@ -24,6 +24,7 @@ def schema_of(constructor: Callable[..., Any], *, leave_out: Collection[str] = (
     Args:
         constructor: a class or function.
         leave_out: parameters that are given in another way.
+        partial: make a factory, which is called with what is left out (Hydra's ``_partial_``).
 
     Example:
         >>> from lightning_gradnorm.networks import MLP
@@ -34,6 +35,8 @@ def schema_of(constructor: Callable[..., Any], *, leave_out: Collection[str] = (
     """
     hints = typing.get_type_hints(constructor.__init__ if inspect.isclass(constructor) else constructor)
     fields: list[Any] = [("_target_", str, _dotted_name(constructor))]
+    if partial:
+        fields.append(("_partial_", bool, True))
     for name, parameter in inspect.signature(constructor).parameters.items():
         if name in leave_out or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import sys
@@ -20,7 +19,7 @@ from rich.console import Console
 
 from lightning_gradnorm import MultiTaskModule
 from lightning_gradnorm.cli import entry, errors, runs
-from lightning_gradnorm.cli.build import build
+from lightning_gradnorm.cli.build import build, build_model
 from lightning_gradnorm.cli.checkpoints import SaveLast, write_whole
 from lightning_gradnorm.cli.config import conf_dir
 from lightning_gradnorm.cli.interrupt import SaveOnInterrupt
@@ -88,21 +87,25 @@ def train(config: DictConfig) -> dict[str, float]:
         runs.read_weights(resumed_from)  # before anything is written
     entry.seed_everything(config.seed)
     data = build(config, "data")
-    model = build(config, "model")
+    model = build_model(config)
     if isinstance(model, MultiTaskModule):
         _refuse_flags_that_the_module_has(config.trainer)
-    balancing = build(config, "balancing")
+    alone = _the_only_task(config)
+    balancing = build(config, "balancing") if alone is None else None
     record = runs.RunRecord(run_dir, config, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
-    callbacks = [one for one in (balancing, *_all_of(config, "callbacks"), record) if one is not None]
+    weights_record = runs.WeightsRecord(run_dir, balancing)
+    callbacks = [one for one in (balancing, *_all_of(config, "callbacks"), record, weights_record) if one is not None]
     loggers = _all_of(config, "logger")
     trainer: L.Trainer = build(config, "trainer", callbacks=callbacks, logger=loggers)
     _refuse_processes_that_replay_the_sweep(trainer)
     write_whole(trainer)
 
     console = Console(quiet=not trainer.is_global_zero)
+    if alone is not None and "_target_" in config.balancing:
+        console.print(f"One task, {alone}: there is nothing to balance.", highlight=False)
     with entry.without_idle_warnings(in_folder_of_before=_is_inside(resumed_from, run_dir)):
         try:
-            with runs.loading(resumed_from):
+            with errors.of_processes(), runs.loading(resumed_from):
                 trainer.fit(model, datamodule=data, ckpt_path=resumed_from)
         except SystemExit:
             if not trainer.interrupted:
@@ -110,8 +113,9 @@ def train(config: DictConfig) -> dict[str, float]:
             console.print(_how_to_go_on(trainer), soft_wrap=True, highlight=False)
             sys.exit(130)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        weights = _weights(balancing)
+        weights = weights_record.read()
         if config.test:
+            trainer.callback_metrics.clear()  # processes that were forked add to them
             trainer.test(model, datamodule=data, ckpt_path=_to_test(trainer), verbose=False)
             tested = {name: float(value) for name, value in trainer.callback_metrics.items()}
             metrics |= tested
@@ -119,8 +123,6 @@ def train(config: DictConfig) -> dict[str, float]:
         if config.test:
             write_metrics(run_dir, tested)
             console.print(task_table(tested, weights.get("weights")))
-        if weights:
-            (run_dir / "weights.json").write_text(json.dumps(weights, indent=2) + "\n")
         console.print(f"run folder   {_short(run_dir)}", soft_wrap=True, highlight=False)
         if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
             console.print(
@@ -152,10 +154,9 @@ def _to_test(trainer: L.Trainer) -> str | None:
     return checkpoint.best_model_path or checkpoint.last_model_path or None
 
 
-def _weights(balancing: Any) -> dict[str, dict[str, float]]:
-    """Return the task weights at the end and their mean over training, as far as the strategy has them."""
-    found = {name: getattr(balancing, name, None) for name in ("weights", "mean_weights")}
-    return {name: dict(value) for name, value in found.items() if value}
+def _the_only_task(config: DictConfig) -> str | None:
+    tasks = config.get("tasks")
+    return None if tasks is None or len(set(tasks)) != 1 else str(tasks[0])
 
 
 def _refuse_processes_that_replay_the_sweep(trainer: L.Trainer) -> None:

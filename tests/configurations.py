@@ -1,0 +1,32 @@
+"""Configurations as the command line composes them, small and quick to train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from lightning_gradnorm.cli.config import conf_dir, register
+
+QUICK = [
+    "trainer.max_epochs=1",
+    "trainer.limit_train_batches=2",
+    "trainer.limit_val_batches=2",
+    "trainer.limit_test_batches=2",
+    "trainer.enable_progress_bar=false",
+    "trainer.enable_model_summary=false",
+    "trainer.log_every_n_steps=1",
+]
+SMALL = ["data.train_size=400", "data.val_size=200", "data.test_size=200"]
+TASKS = {"toy": ["task_0", "task_1"], "sinusoids": ["first", "second"], "multimnist": ["left", "right", "sum"]}
+
+
+def options(group: str) -> list[str]:
+    return sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
+
+
+def compose_run(run_dir: Path, *overrides: str) -> DictConfig:
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("config", overrides=[f"paths.run_dir={run_dir}", *overrides])
