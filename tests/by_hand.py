@@ -161,6 +161,9 @@ def aggregate(
     seed = torch.initial_seed() % 2**62
     scalarized, calls = Scalarized(tasks, scalarizer, seed, learner), 0
     everything = [p for p in model.parameters() if p.requires_grad]
+    trunk = [p for p in model.get_submodule("encoder").parameters() if p.requires_grad]
+    others = [p for p in everything if not any(p is q for q in trunk)]
+    learnt = [] if scalarizer is None else list(scalarizer.parameters())
 
     def asked(J: Tensor) -> Tensor:
         nonlocal calls
@@ -169,79 +172,57 @@ def aggregate(
         calls += 1
         return vector
 
-    def noted(J: Tensor, vector: Tensor, present: list[int]) -> Tensor:
-        found.norms.append(dict.fromkeys(tasks, 0.0) | {tasks[i]: float(J[k].norm()) for k, i in enumerate(present)})
-        return torch.zeros(len(tasks), dtype=J.dtype).index_copy(0, torch.tensor(present), coefficients_of(vector, J))
+    def add(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], factor: float = 1.0) -> None:
+        for p, g in zip(parameters, gradients, strict=True):
+            if g is not None:
+                p.grad = factor * g if p.grad is None else p.grad + factor * g
 
     for number, step in enumerate(_steps(batches, accumulate, 1)):
-        sums = [torch.zeros_like(p) for p in everything]
-        rows: Tensor | None = None
+        optimizer.zero_grad()
+        mean_J, seen = torch.zeros(len(tasks), sum(p.numel() for p in trunk), dtype=torch.float64), set()
         for index, batch in enumerate(step):
             before_batch(number * accumulate + index)
             given = forward(batch)
             z = given.representation
             total, loss_weights = scalarized(given.losses, {})
-            if scalarizer is not None and list(scalarizer.parameters()):
-                for p, g in zip(
-                    scalarizer.parameters(),
-                    torch.autograd.grad(total, list(scalarizer.parameters()), retain_graph=True),
-                    strict=True,
-                ):
-                    p.grad = g if p.grad is None else p.grad + g
-            weighted = {
-                t: (loss_weights[list(tasks).index(t)] * (coefficients or {}).get(t, 1.0)).item() * L
-                for t, L in given.losses.items()
+            if learnt:
+                add(learnt, _gradient([total], learnt))
+            c = {task: (coefficients or {}).get(task, 1.0) for task in tasks}
+            L = {
+                t: w.item() * c[t] * given.losses[t]
+                for t, w in zip(tasks, loss_weights, strict=True)
+                if t in given.losses
             }
-            present = [i for i, t in enumerate(tasks) if t in weighted]
-            of_z = torch.autograd.grad(
-                z, everything, [torch.ones_like(t) for t in z], retain_graph=True, allow_unused=True
-            )
-            trunk = [p for p, g in zip(everything, of_z, strict=True) if g is not None]
-            places = [i for i, g in enumerate(of_z) if g is not None]
-            others = [i for i, g in enumerate(of_z) if g is None]
-            whole = torch.stack(list(weighted.values())).sum()
-            for i, g in zip(
-                others,
-                torch.autograd.grad(whole, [everything[i] for i in others], retain_graph=True, allow_unused=True),
-                strict=True,
-            ):
-                if g is not None:
-                    sums[i] += g / accumulate
-            target = z if at == "representation" else trunk
-            J = torch.stack(
-                [
-                    flat(torch.autograd.grad(weighted[tasks[i]], target, retain_graph=True, allow_unused=True), target)
-                    for i in present
-                ]
-            )
+            present = [i for i, task in enumerate(tasks) if task in L]
+            add(others, _gradient([torch.stack(list(L.values())).sum()], others), 1 / accumulate)
+            if given.rest is not None:
+                add(everything, _gradient([given.rest], everything), 1 / accumulate)
+            at_what = z if at == "representation" else trunk
+            J = torch.stack([flat(_gradient([L[tasks[i]]], at_what), at_what) for i in present])
             if at == "representation":
                 vector = asked(J)
-                of_trunk = torch.autograd.grad(z, trunk, pieces(vector, z), retain_graph=True)
-                for i, g in zip(places, of_trunk, strict=True):
-                    sums[i] += g / accumulate
+                add(trunk, _gradient(z, trunk, pieces(vector, z)), 1 / accumulate)
             else:
-                spread = J.new_zeros(len(tasks), J.shape[1]).index_copy(0, torch.tensor(present), J) / accumulate
-                rows = spread if rows is None else rows + spread
-                seen = set(present) if index == 0 else seen | set(present)
-            if given.rest is not None:
-                for i, g in enumerate(
-                    torch.autograd.grad(given.rest, everything, retain_graph=True, allow_unused=True)
-                ):
-                    if g is not None:
-                        sums[i] += g / accumulate
-        if rows is not None:
-            # The mean over the batches there are; Lightning divides by `accumulate` in an incomplete step too.
-            present, share = sorted(seen), len(step) / accumulate
-            J = rows[present] / share
+                mean_J[present] += J / len(step)
+                seen |= set(present)
+        if at == "parameters":
+            present = sorted(seen)
+            J = mean_J[present]
             vector = asked(J)
-            for i, g in zip(places, pieces(vector, trunk), strict=True):
-                sums[i] += g * share
-        weights = loss_weights * noted(J, vector, present)
-        for p, g in zip(everything, sums, strict=True):
-            p.grad = g
+            # Lightning divides by `accumulate` in an incomplete step too.
+            add(trunk, pieces(vector, trunk), len(step) / accumulate)
+        weights = torch.zeros(len(tasks), dtype=J.dtype)
+        weights[present] = coefficients_of(vector, J)
+        found.norms.append(dict.fromkeys(tasks, 0.0) | {tasks[i]: float(J[k].norm()) for k, i in enumerate(present)})
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         scalarized.step(1 / len(step))
-        found.note(weights, scalarizer)
+        found.note(loss_weights * weights, scalarizer)
     return found
+
+
+def _gradient(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], arriving: Sequence[Tensor] | None = None
+) -> Sequence[Tensor | None]:
+    return torch.autograd.grad(outputs, inputs, arriving, retain_graph=True, allow_unused=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import by_hand
 import lightning as L
@@ -189,7 +189,7 @@ class Twice(Automatic):
 class Late(Automatic):
     """Tasks come and go: `present` has those of each batch; the others are given as None, or left out altogether."""
 
-    present: list[list[str]] = []
+    present: ClassVar[list[list[str]]] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         losses = self.forward_for_textbook((batch_idx, batch)).losses
@@ -213,7 +213,7 @@ def seeded(index: int) -> None:
 
 @pytest.mark.parametrize("made", ["UW", "FAMO", "a user's own"])
 @pytest.mark.parametrize(
-    "kind, options",
+    ("kind", "options"),
     [
         pytest.param(Automatic, {}, id="plain"),
         pytest.param(Automatic, {"accumulate": 2}, id="two batches to a step"),
