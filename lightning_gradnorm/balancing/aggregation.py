@@ -20,7 +20,7 @@ from torchjd import aggregation as jd
 
 from lightning_gradnorm.balancing.db_mtl import DBMTL
 from lightning_gradnorm.balancing.randomness import own_randomness
-from lightning_gradnorm.balancing.scalarization import NamesTasks, OptimizerFactory, ScalarizationRule
+from lightning_gradnorm.balancing.scalarization import NamesTasks, OptimizerFactory, ScalarizationRule, placed
 from lightning_gradnorm.balancing.state import restore, state_of
 
 Stat = Literal["gramian", "root", "matrix"]
@@ -76,7 +76,7 @@ class AggregationRule(ScalarizationRule):
         """What of J the aggregator is given: its Gramian, a root of it, or J itself."""
         # A T × T matrix is dealt with faster on the CPU, and by many a solver there alone.
         self._works_on = torch.device(device or "cpu") if self.stat == "matrix" else torch.device("cpu")
-        self.aggregator = aggregator.to(self._works_on)
+        self.aggregator = placed(aggregator, device=self._works_on, dtype=dtype)
         self._gradient_weights = torch.ones(len(tasks), dtype=dtype, device=device)
         self._drawn = 0
         self.has_weights = _weights_of(aggregator) is not None
@@ -102,7 +102,7 @@ class AggregationRule(ScalarizationRule):
         if not isinstance(aggregator, jd.Aggregator | jd.Weighting):
             raise TypeError(
                 f"{self.name}: aggregator should be a torchjd.aggregation.Aggregator or Weighting; got "
-                f"{type(aggregator).__name__}"
+                f"{type(aggregator).__name__}. (A function of the losses is a Scalarization.)"
             )
         kind = type(aggregator).__name__
         if _any(aggregator, *_TWO_BATCHES):
@@ -145,6 +145,7 @@ class AggregationRule(ScalarizationRule):
 
     def _ask_aggregator(self, stat: Tensor, rank: int = 0) -> Tensor:
         weights_of: Any = _weights_of(self.aggregator)
+        stat = stat.to(self.loss_weights.dtype)  # in which the aggregator remembers and has its options
         with torch.no_grad(), own_randomness(self._seed + rank, self._drawn, stat.device):
             answer: Tensor = self.aggregator(stat) if weights_of is None else weights_of(stat)
         return answer

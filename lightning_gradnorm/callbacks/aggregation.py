@@ -171,12 +171,27 @@ class Aggregation(Scalarization):
         branches = {node for nodes in current.branches.values() for node in nodes}
         comes = joint.begin(back_propagated, stop=branches if self._at_heads else losses)
         if self.at == "parameters":
-            if self._shared is None and joint.sought:
-                self._shared = WeightGradients(joint.parameters())
+            self._seek(joint.parameters(), module)
         elif not comes and trainer.world_size > 1 and self._aggregates.stat != "matrix":
             # The others wait at their gates for what this rank, which has no task in this batch, has to add: nothing.
             T = len(self._names)
             self._agree(torch.zeros(T, T, dtype=self._known.loss_weights.dtype), [False] * T)
+
+    def _seek(self, found: Sequence[Tensor], module: nn.Module) -> None:
+        """Have the gradients read of all parameters that any rank has found behind the representation, this time or before.
+
+        They are the module's, in its order: a layer may be left out at times, or be frozen at first.
+        """
+        assert self._side is not None
+        before = [] if self._shared is None else self._shared.sought
+        known = {id(parameter) for parameter in [*found, *before]}
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        counts = self._side.sum(torch.tensor([float(id(parameter) in known) for parameter in parameters]))
+        shared = [parameter for parameter, count in zip(parameters, counts.tolist(), strict=True) if count]
+        if self._shared is None and shared:
+            self._shared = WeightGradients(shared)
+        elif self._shared is not None:
+            self._shared.seek(shared)
 
     def _agree(self, gramian: Tensor, present: Sequence[bool]) -> Tensor:
         """Return the weights λ, from what all ranks together have."""

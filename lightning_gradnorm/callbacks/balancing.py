@@ -166,6 +166,7 @@ class Balancing(Restoring[AnyRule]):
                 f"{type(others[0]).__name__}. Remove one: both would weight the same losses."
             )
         self._refuse_sharded(trainer)
+        self._refuse_line_search(trainer)
         self._begin(trainer)
         heads = self._resolve_tasks(pl_module)
         self._remove_hooks()
@@ -222,6 +223,13 @@ class Balancing(Restoring[AnyRule]):
             raise ValueError(
                 f"{self._name}: tensor parallelism cuts the representation into pieces, which is not supported. Use "
                 f"ModelParallelStrategy(tensor_parallel_size=1), or strategy='ddp'."
+            )
+
+    def _refuse_line_search(self, trainer: L.Trainer) -> None:
+        if self._remembers and any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
+            raise ValueError(
+                f"{self._name}: torch.optim.LBFGS evaluates the losses several times within one step, between which their "
+                f"weights should not change. Use another optimizer for the network, or FixedWeights."
             )
 
     def _find_heads(self, module: L.LightningModule, heads: Mapping[str, str]) -> dict[nn.Module, str]:

@@ -164,15 +164,6 @@ class GradNorm(Balancing[GradNormRule]):
     # ---- the strategy's answers --------------------------------------------------------------------------------------
 
     @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
-            raise ValueError(
-                "GradNorm: torch.optim.LBFGS evaluates the losses several times within one step, between which their weights "
-                "should not change. Use another optimizer for the network, or FixedWeights."
-            )
-        super().on_train_start(trainer, pl_module)
-
-    @override
     def _readers(
         self, module: L.LightningModule, heads: Mapping[str, str], opened: Collection[nn.Module]
     ) -> list[GradientReader]:

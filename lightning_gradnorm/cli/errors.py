@@ -20,6 +20,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from torch.multiprocessing.spawn import ProcessRaisedException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from lightning_gradnorm.balancing.scalarization import missing_solver
 from lightning_gradnorm.suggestions import nearest
 
 WRONG_INPUT = (
@@ -98,6 +99,8 @@ def explain(error: BaseException) -> str:
     """
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         return explain(error.__cause__)
+    if (missing := missing_solver(error)) is not None:
+        return missing
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         return _no_such_option(error)
     if isinstance(error, OverrideParseException):

@@ -160,6 +160,16 @@ class WeightGradients(RowReader):
         """The tensors of ``W``."""
         return self._parameters
 
+    def seek(self, parameters: Sequence[Tensor]) -> None:
+        """Let ``W`` consist of these tensors from now on; what has been read of those that stay is kept."""
+        if [id(parameter) for parameter in parameters] == [id(parameter) for parameter in self._parameters]:
+            return
+        for task, row in self._rows.items():
+            parts = torch.split(row, [row_width([parameter]) for parameter in self._parameters])
+            read = {id(parameter): part for parameter, part in zip(self._parameters, parts, strict=True)}
+            self._rows[task] = torch.cat([read.get(id(p), row.new_zeros(row_width([p]))) for p in parameters])
+        self._parameters = list(parameters)
+
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add the task's contribution to the gradient of ``W``."""
         found = torch.autograd.grad(outputs, self._parameters, gradients, retain_graph=True, allow_unused=True)
