@@ -186,6 +186,11 @@ class AggregationRule(ScalarizationRule):
         self._gradient_weights = spread.to(self._gradient_weights)
         return self._gradient_weights
 
+    def take(self, weights: Tensor) -> Tensor:
+        """Have these be the weights λ, shape (T,), that were given last."""
+        self._gradient_weights = weights.to(self._gradient_weights)
+        return self._gradient_weights
+
     def _fall_back_to_equal(self) -> Tensor:
         self.fallbacks += 1
         self._gradient_weights = torch.full_like(self._gradient_weights, float(self._gradient_weights.mean()))

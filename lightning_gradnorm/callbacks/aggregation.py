@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_gradnorm.arguments import check
 from lightning_gradnorm.balancing.aggregation import AggregationRule
 from lightning_gradnorm.balancing.scalarization import OptimizerFactory
-from lightning_gradnorm.callbacks.agreement import SideChannel
+from lightning_gradnorm.callbacks.agreement import SideChannel, of_first_rank
 from lightning_gradnorm.callbacks.naming import find_module
 from lightning_gradnorm.callbacks.precision import have_scaler_skip, loss_scale
 from lightning_gradnorm.callbacks.scalarization import Made, Scalarization, check_made
@@ -185,7 +185,12 @@ class Aggregation(Scalarization):
         table = torch.cat([gramian, torch.tensor(present, dtype=gramian.dtype)[:, None]], dim=1)
         table = self._side.sum(table)
         self._gramian = table[:, :-1] / self._trainer.world_size**2
-        return self._aggregates.weigh_gradients(self._gramian, table[:, -1] > 0)
+        return self._settle(self._aggregates.weigh_gradients(self._gramian, table[:, -1] > 0))
+
+    def _settle(self, weights: Tensor) -> Tensor:
+        """Return the weights λ that hold for all ranks, rank 0's."""
+        assert self._side is not None
+        return self._aggregates.take(self._side.of_first_rank(weights.cpu()))
 
     @torch.no_grad()
     def _combine(self, J: Tensor) -> Tensor | None:
@@ -245,9 +250,10 @@ class Aggregation(Scalarization):
         self._gramian = (J @ J.T).cpu()
         if rule.has_weights:
             stat = None if rule.stat != "matrix" else J
-            combined = rule.weigh_gradients(self._gramian, present, stat).to(J) @ J
+            combined = self._settle(rule.weigh_gradients(self._gramian, present, stat)).to(J) @ J
         else:
             combined = rule.aggregate(J, present)
+        combined = of_first_rank(combined, trainer)  # each rank adds it to its own copy of the parameters' gradients
         if not bool(combined.isfinite().all()) and have_scaler_skip(trainer, trainer.optimizers[0]):
             return
         start = 0
