@@ -171,12 +171,22 @@ class Aggregation(Scalarization):
         branches = {node for nodes in current.branches.values() for node in nodes}
         comes = joint.begin(back_propagated, stop=branches if self._at_heads else losses)
         if self.at == "parameters":
-            if self._shared is None and joint.sought:
-                self._shared = WeightGradients(joint.parameters())
+            if self._shared is None:
+                self._shared = self._find_shared(trainer, module)
         elif not comes and trainer.world_size > 1 and self._aggregates.stat != "matrix":
             # The others wait at their gates for what this rank, which has no task in this batch, has to add: nothing.
             T = len(self._names)
             self._agree(torch.zeros(T, T, dtype=self._known.loss_weights.dtype), [False] * T)
+
+    def _find_shared(self, trainer: L.Trainer, module: L.LightningModule) -> WeightGradients | None:
+        """Return a reader of the shared parameters, the same on all ranks, even where the encoder was not called."""
+        found = self._joint.parameters() if self._joint.sought else []
+        if trainer.world_size > 1:
+            every, here = list(module.parameters()), {id(parameter) for parameter in found}
+            seen = torch.tensor([float(id(parameter) in here) for parameter in every], device=module.device)
+            seen = trainer.strategy.reduce(seen, reduce_op="sum")
+            found = [parameter for parameter, times in zip(every, seen.tolist(), strict=True) if times]
+        return WeightGradients(found) if found else None
 
     def _agree(self, gramian: Tensor, present: Sequence[bool]) -> Tensor:
         """Return the weights λ, from what all ranks together have."""
@@ -185,12 +195,15 @@ class Aggregation(Scalarization):
         table = torch.cat([gramian, torch.tensor(present, dtype=gramian.dtype)[:, None]], dim=1)
         table = self._side.sum(table)
         self._gramian = table[:, :-1] / self._trainer.world_size**2
-        return self._settle(self._aggregates.weigh_gradients(self._gramian, table[:, -1] > 0))
+        return self._weights_of_all(self._gramian, table[:, -1] > 0)
 
-    def _settle(self, weights: Tensor) -> Tensor:
-        """Return the weights λ that hold for all ranks, rank 0's."""
+    def _weights_of_all(self, gramian: Tensor, present: Tensor, matrix: Tensor | None = None) -> Tensor:
+        """Return the weights λ that hold for all ranks: rank 0's."""
         assert self._side is not None
-        return self._aggregates.take(self._side.of_first_rank(weights.cpu()))
+        rule = self._aggregates
+        rule.weigh_gradients(gramian, present, matrix)
+        rule.gradient_weights = self._side.of_first_rank(rule.gradient_weights.cpu()).to(rule.gradient_weights)
+        return rule.gradient_weights * present.to(rule.gradient_weights)
 
     @torch.no_grad()
     def _combine(self, J: Tensor) -> Tensor | None:
@@ -250,7 +263,7 @@ class Aggregation(Scalarization):
         self._gramian = (J @ J.T).cpu()
         if rule.has_weights:
             stat = None if rule.stat != "matrix" else J
-            combined = self._settle(rule.weigh_gradients(self._gramian, present, stat)).to(J) @ J
+            combined = self._weights_of_all(self._gramian, present, stat).to(J) @ J
         else:
             combined = rule.aggregate(J, present)
         combined = of_first_rank(combined, trainer)  # each rank adds it to its own copy of the parameters' gradients
