@@ -162,14 +162,14 @@ class Notes(L.Callback):
 
 
 class Sent(Notes):
-    """Notes each collective that our code asks for: in which step, whether during backward, how many
-    numbers, and whether in the group that DDP reduces the gradients in."""
+    """Notes each collective that our code asks for: in which step, whether within backward, of how many numbers, and whether in
+    the group in which DDP reduces the gradients."""
 
     COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "all_gather_object")
 
     def __init__(self, accumulate: int) -> None:
         super().__init__()
-        self.accumulate, self.step, self.in_backward = accumulate, 0, False
+        self.accumulate, self.step = accumulate, 0
 
     def on_train_start(self, trainer, pl_module) -> None:
         for name in self.COLLECTIVES:
@@ -177,19 +177,15 @@ class Sent(Notes):
 
     def _listen(self, name: str, collective: Callable[..., Any]) -> None:
         def noted(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-            if any("lightning_gradnorm" in frame.filename for frame in traceback.extract_stack()):
+            stack = traceback.extract_stack()
+            if any("lightning_gradnorm" in frame.filename for frame in stack):
+                in_backward = any(frame.name == "_engine_run_backward" for frame in stack)
                 numbers = tensor.numel() if isinstance(tensor, torch.Tensor) else None
                 group = kwargs.get("group") or next((a for a in args if isinstance(a, dist.ProcessGroup)), None)
-                self.notes.append((self.step, name, self.in_backward, numbers, group in (None, dist.group.WORLD)))
+                self.notes.append((self.step, name, in_backward, numbers, group in (None, dist.group.WORLD)))
             return collective(tensor, *args, **kwargs)
 
         setattr(torch.distributed, name, noted)  # in this forked process alone
-
-    def on_before_backward(self, trainer, pl_module, loss) -> None:
-        self.in_backward = True
-
-    def on_after_backward(self, trainer, pl_module) -> None:
-        self.in_backward = False
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.step = (batch_idx + 1) // self.accumulate

@@ -359,3 +359,148 @@ def test_any_presence_gives_what_it_gives_by_hand(kind: str) -> None:
     found = lacking_outcomes(cases)
     for case in cases:
         assert_as_by_hand(case[0], case[2], found[", ".join(case)])
+
+
+# ---- what else there may be --------------------------------------------------------------------------------------------
+
+
+class RegularizedOnRank1(MayLack):
+    def some_losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        penalty: list[Tensor] = []
+        with self.encoder.register_forward_hook(lambda module, args, z: penalty.append(0.1 * z.square().mean())):
+            loss, losses = super().some_losses(batch)
+        return loss + (penalty[0] if self.trainer.global_rank == 1 else 0), losses
+
+
+class RegularizesTheRepresentation(RegularizedOnRank1):
+    """As `RegularizedOnRank1`, by what the heads read: the other's hook sees it before the callback's."""
+
+    def some_losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        z = self.encoder(batch["x"])
+        losses = {t: nn.functional.mse_loss(getattr(self, f"{t}_head")(z), batch[t]) for t in self.tasks}
+        penalty = 0.1 * z.square().mean() if self.trainer.global_rank == 1 else 0
+        return torch.stack(list(losses.values())).sum() + penalty, losses
+
+
+@pytest.mark.parametrize("model_of", [RegularizedOnRank1, RegularizesTheRepresentation])
+def test_a_regularizer_on_one_rank_is_nobodys_gradient(model_of: type[MayLack]) -> None:
+    case = Case("UPGrad at the representation")
+    model, balancing = build(case.name, case.kind, 1, model_of)
+    told = train(model, balancing, cut(case))
+    assert_identical(told)
+    expected = by_hand(
+        cut(case),
+        make_aggregator=lambda T: A.UPGrad(),
+        rest=lambda rank, z: 0.1 * z.square().mean() if rank == 1 else 0 * z.sum(),
+    )
+    without = by_hand(cut(case), make_aggregator=lambda T: A.UPGrad())
+    assert distance(expected, without)[1] > 1e-4, "the regularizer makes no difference"
+    assert max(distance(told[0], expected)) <= TOLERANCE
+
+
+class SeesTheRows(MayLack):
+    """Notes each task's gradient at the representation, and what goes on through the encoder."""
+
+    def __init__(self, T: int, notes: list[Any]) -> None:
+        super().__init__(T)
+        self.notes = notes
+        self.encoder.append(_Tap(notes))  # type: ignore[operator]
+
+    def some_losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        z = self.encoder(batch["x"])
+        losses = {t: nn.functional.mse_loss(getattr(self, f"{t}_head")(z), batch[t]) for t in self.tasks}
+        self.notes.append(torch.stack([torch.autograd.grad(one, z, retain_graph=True)[0] for one in losses.values()]))
+        return torch.stack(list(losses.values())).sum(), losses
+
+
+class _Tap(nn.Module):
+    def __init__(self, notes: list[Any]) -> None:
+        super().__init__()
+        self.notes = notes
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = z.view_as(z)
+        z.register_hook(lambda gradient: self.notes.append(gradient.clone()))
+        return z
+
+
+def test_grad_drop_draws_for_each_rank_and_leaves_the_ranks_identical() -> None:
+    notes = Notes()
+    model = SeesTheRows(3, notes.notes)
+    balancing = Aggregation(A.GradDrop(), tasks=list(model.tasks), heads=model.heads())
+    steps = [[[batch], [batch]] for batch in vector_batches(3, STEPS, size=ROWS)]  # the same on both ranks
+    told = train(model, balancing, steps, callbacks=[notes])
+    assert_identical(told)
+    kept = []
+    for one in told:
+        rows, gone_on = torch.stack(one.notes[::2]), torch.stack(one.notes[1::2])
+        positive, negative = rows.clamp(min=0).sum(1), rows.clamp(max=0).sum(1)
+        is_positive = (gone_on - positive).abs() <= 1e-15
+        assert bool((is_positive | ((gone_on - negative).abs() <= 1e-15)).all())
+        kept.append(is_positive[(positive > 0) & (negative < 0)])
+    assert 0.3 < kept[0].double().mean() < 0.7
+    assert 0.3 < (kept[0] != kept[1]).double().mean() < 0.7, "both ranks have drawn the same"
+
+
+class StopsOnRank1(MayLack):
+    """One rank fails in a step, or does not come back from it before `until` is there."""
+
+    until: Path | None = None
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        if self.trainer.global_rank == 1 and batch_idx == 3:
+            while self.until is not None and not self.until.exists():
+                time.sleep(0.1)
+            raise ValueError("an error of the user's")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+@pytest.mark.parametrize("at", ["representation", "parameters"])
+def test_a_rank_that_fails_or_is_stuck_ends_the_other_within_the_timeout_of_ddp(
+    at: Any, fails: bool, tmp_path: Path
+) -> None:
+    """In either case rank 1's process stays, and says nothing more."""
+    steps = cut(Case("UPGrad"))
+
+    def work(rank: int) -> None:
+        model = StopsOnRank1(3)
+        model.until = None if fails else tmp_path / "0.txt"
+        balancing = Aggregation(A.UPGrad(), tasks=list(model.tasks), heads=model.heads(), at=at)
+        try:
+            Run(model, balancing, steps).fit(tmp_path, DDPStrategy(timeout=timedelta(seconds=3)))
+        except Exception as error:
+            (tmp_path / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+        while rank == 1 and not (tmp_path / "0.txt").exists():
+            time.sleep(0.1)
+
+    in_processes(work, timeout=60)
+    assert "an error of the user's" in (tmp_path / "1.txt").read_text()
+    assert "gloo" in (tmp_path / "0.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "within", "after"),
+    [
+        ("UW of the losses", 1, 0, 0),
+        ("FAMO of the losses", 1, 0, 1),
+        ("UPGrad at the representation", 0, 2, 0),
+        ("IMTL", 1, 2, 0),
+        ("TrimmedMean at the representation", 0, 0, 0),
+        ("UPGrad at the parameters", 0, 0, 3),
+        ("DB-MTL", 1, 0, 2),
+    ],
+)
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_nothing_of_ours_is_sent_in_the_group_of_ddp_within_backward(
+    name: str, before: int, within: int, after: int, accumulate: int
+) -> None:
+    """How many collectives there are for each batch before backward and within it, and for each step after it."""
+    case = Case(name, accumulate=accumulate)
+    model, balancing = build(*case[:3])
+    for one in train(model, balancing, cut(case), callbacks=[Sent(accumulate)]):
+        for step in range(1, STEPS):  # in the first the ranks also agree on what is shared
+            sent = [(in_backward, of_ddp) for at, _, in_backward, _, of_ddp in one.notes if at == step]
+            assert (True, True) not in sent
+            assert sum(in_backward for in_backward, _ in sent) == within * accumulate
+            assert len(sent) == (before + within) * accumulate + after
