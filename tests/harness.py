@@ -15,7 +15,8 @@ from models import Automatic
 from textbook import Trajectory
 from torch import Tensor, nn
 
-from lightning_gradnorm import GradNorm, MultiTaskModule
+from lightning_gradnorm import MultiTaskModule
+from lightning_gradnorm.callbacks.balancing import Balancing
 
 
 class Batches:
@@ -44,8 +45,8 @@ class Batches:
 class Recorder(L.Callback):
     """Notes the weights in force after each optimizer step, `accumulate` batches to a step."""
 
-    def __init__(self, gradnorm: GradNorm, accumulate: int = 1) -> None:
-        self.gradnorm = gradnorm
+    def __init__(self, balancing: Balancing[Any], accumulate: int = 1) -> None:
+        self.balancing = balancing
         self.accumulate = accumulate
         self.weights: list[dict[str, float]] = []
 
@@ -53,7 +54,7 @@ class Recorder(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if (batch_idx + 1) % self.accumulate == 0:
-            self.weights.append(dict(self.gradnorm.weights))
+            self.weights.append(dict(self.balancing.weights))
 
 
 class MemoryLogger(Logger):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import tempfile
+import time
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -12,15 +16,17 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from harness import Recorder, state_by_part
 from lightning.pytorch.strategies import DDPStrategy
-from models import Automatic, Batch, Manual
+from models import TASKS, Automatic, Batch, Manual, as_inputs_and_targets
 from textbook import Forward
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_gradnorm import GradNorm
+from lightning_gradnorm.callbacks.balancing import Balancing
 
 Step = list[list[Any]]
 """The batches of one optimizer step: of each rank, one for each micro-batch. The last step may have fewer."""
@@ -31,6 +37,75 @@ def shares(batch: Batch, ranks: int, accumulate: int) -> Step:
     parts = {name: value.chunk(ranks * accumulate) for name, value in batch.items()}
     cut = [{name: part[i] for name, part in parts.items()} for i in range(ranks * accumulate)]
     return [cut[rank * accumulate : (rank + 1) * accumulate] for rank in range(ranks)]
+
+
+def in_form_of(kind: str, steps: list[Step]) -> list[Step]:
+    """The batches as this kind of module takes them."""
+    if kind != "MultiTaskModule":
+        return steps
+    return [[as_inputs_and_targets(of_rank) for of_rank in step] for step in steps]
+
+
+_NAMES = TASKS[:3]
+
+
+@dataclass
+class Presence:
+    """Which tasks a batch lacks, and in how many parts each step is cut."""
+
+    lacks: Callable[[int, int, int], set[str]]
+    """Of step, rank and micro-batch."""
+    ranks: int = 2
+    accumulate: int = 1
+
+
+def _at_random(step: int, rank: int, micro: int) -> set[str]:
+    generator = torch.Generator().manual_seed(step * 100 + rank * 10 + micro)
+    absent = {task for task in _NAMES if torch.rand((), generator=generator) < 0.4}
+    return absent if len(absent) < 3 else set()
+
+
+def when(condition: bool, *tasks: str) -> set[str]:
+    """The tasks, if the condition holds."""
+    return set(tasks) if condition else set()
+
+
+PRESENCE = {
+    "a task absent on one rank": Presence(lambda s, r, m: when(r == 1 and s % 2 == 0, "depth")),
+    "a task absent on all ranks": Presence(lambda s, r, m: when(s % 3 == 1, "depth")),
+    "a task never on one rank": Presence(lambda s, r, m: when(r == 1, "depth")),
+    "no task on two ranks": Presence(lambda s, r, m: set(_NAMES) - {_NAMES[r]}, ranks=3),
+    "absent tasks wander over the ranks": Presence(lambda s, r, m: when(r == s % 2, _NAMES[s % 3])),
+    "absent in the first micro-batch": Presence(lambda s, r, m: when(m == 0, "depth"), accumulate=2),
+    "absent in the last micro-batch": Presence(lambda s, r, m: when(m == 1 and s % 2 == 1, "depth"), accumulate=2),
+    "absent on one rank in one micro-batch": Presence(lambda s, r, m: when(r == 1 and m == s % 2, "seg"), accumulate=2),
+    "at random": Presence(_at_random, ranks=4, accumulate=2),
+}
+NO_TASK = {
+    "no task on one rank": Presence(lambda s, r, m: when(r == 1 and s % 3 == 1, *_NAMES)),
+    "no task on one rank in the first batch": Presence(lambda s, r, m: when(r == 1 and s == 0, *_NAMES)),
+    "no task on one rank in the first micro-batch": Presence(
+        lambda s, r, m: when(r == 1 and m == 0 and s % 3 == 1, *_NAMES), accumulate=2
+    ),
+    "no task on one rank in the last micro-batch": Presence(
+        lambda s, r, m: when(r == 1 and m == 1 and s % 3 == 1, *_NAMES), accumulate=2
+    ),
+}
+
+
+def lacking(batches: Sequence[Batch], presence: Presence) -> list[Step]:
+    """The batches of as many steps, cut into parts, each without what it lacks."""
+    steps = [shares(batch, presence.ranks, presence.accumulate) for batch in batches]
+    return [
+        [
+            [
+                {name: value for name, value in batch.items() if name not in presence.lacks(s, r, m)}
+                for m, batch in enumerate(of_rank)
+            ]
+            for r, of_rank in enumerate(step)
+        ]
+        for s, step in enumerate(steps)
+    ]
 
 
 class MayLack(Automatic):
@@ -86,6 +161,39 @@ class Notes(L.Callback):
         self.notes: list[Any] = []
 
 
+class Sent(Notes):
+    """Notes each collective that our code asks for: in which step, whether within backward, of how many numbers, and whether in
+    the group in which DDP reduces the gradients."""
+
+    COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "all_gather_object")
+
+    def __init__(self, accumulate: int) -> None:
+        super().__init__()
+        self.accumulate, self.step = accumulate, 0
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        for name in self.COLLECTIVES:
+            self._listen(name, getattr(torch.distributed, name))
+
+    def _listen(self, name: str, collective: Callable[..., Any]) -> None:
+        def noted(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            stack = traceback.extract_stack()
+            if any("lightning_gradnorm" in frame.filename for frame in stack):
+                in_backward = any(frame.name == "_engine_run_backward" for frame in stack)
+                numbers = tensor.numel() if isinstance(tensor, torch.Tensor) else None
+                group = kwargs.get("group") or next((a for a in args if isinstance(a, dist.ProcessGroup)), None)
+                self.notes.append((self.step, name, in_backward, numbers, group in (None, dist.group.WORLD)))
+            return collective(tensor, *args, **kwargs)
+
+        setattr(torch.distributed, name, noted)  # in this forked process alone
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.step = (batch_idx + 1) // self.accumulate
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self.step = trainer.global_step
+
+
 class _Tell(L.Callback):
     """Writes to a file what this rank has to tell; waits for the others before the processes part."""
 
@@ -94,7 +202,7 @@ class _Tell(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if (trainer.fit_loop.epoch_loop.batch_idx + 1) % self.recorder.accumulate:  # the last step had fewer batches
-            self.recorder.weights.append(dict(self.recorder.gradnorm.weights))
+            self.recorder.weights.append(dict(self.recorder.balancing.weights))
         told = Told(
             weights=self.recorder.weights,
             network={name: value.detach().clone() for name, value in state_by_part(pl_module).items()},
@@ -118,44 +226,135 @@ class _OwnBatches(L.LightningDataModule):
         return DataLoader(own, batch_size=None)  # type: ignore[arg-type]
 
 
+@dataclass
+class Run:
+    """What `train` is to do."""
+
+    model: L.LightningModule
+    balancing: Balancing[Any]
+    steps: Sequence[Step]
+    ddp: Mapping[str, Any] = field(default_factory=dict)
+    callbacks: Sequence[L.Callback] = ()
+    warns: str | None = None
+    """Warnings that match are told by each rank; any other is an error there as in all tests."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the Trainer."""
+
+    @property
+    def ranks(self) -> int:
+        return len(self.steps[0])
+
+    def fit(self, folder: Path, strategy: DDPStrategy | None) -> None:
+        """Train; each rank writes to `folder` what it has to tell."""
+        accumulate = len(self.steps[0][0])
+        recorder = Recorder(self.balancing, accumulate)
+        options = dict(self.options)
+        if self.model.automatic_optimization:
+            options["accumulate_grad_batches"] = accumulate
+        if strategy is not None:
+            options["strategy"] = strategy
+        with warnings.catch_warnings(record=True) as caught:
+            if self.warns is not None:
+                warnings.filterwarnings("always", message=self.warns)
+            quiet: dict[str, Any] = {
+                "accelerator": "cpu",
+                "devices": self.ranks,
+                "max_epochs": 1,
+                "logger": False,
+                "log_every_n_steps": 1,
+                "num_sanity_val_steps": 0,
+                "enable_checkpointing": False,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "use_distributed_sampler": False,
+            }
+            callbacks = [*self.callbacks, self.balancing, recorder, _Tell(folder, recorder, caught)]
+            L.Trainer(callbacks=callbacks, **{**quiet, **options}).fit(self.model, datamodule=_OwnBatches(self.steps))
+
+    def told(self, folder: Path) -> list[Told]:
+        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(self.ranks)]
+
+
 def train(
     model: L.LightningModule,
-    gradnorm: GradNorm,
+    balancing: Balancing[Any],
     steps: Sequence[Step],
     *,
-    ddp: dict[str, Any] | None = None,
+    ddp: Mapping[str, Any] | None = None,
     callbacks: Sequence[L.Callback] = (),
     warns: str | None = None,
     **options: Any,
 ) -> list[Told]:
-    """Train in as many processes as `steps` has ranks, and return what each tells. One rank: in this process.
+    """Train in as many processes as `steps` has ranks, and return what each tells. One rank: in this process."""
+    run = Run(model, balancing, steps, ddp or {}, callbacks, warns, options)
+    # A rank that waits for ever is to fail soon.
+    strategy = DDPStrategy(start_method="fork", timeout=timedelta(seconds=30), **run.ddp) if run.ranks > 1 else None
+    with tempfile.TemporaryDirectory() as folder:
+        run.fit(Path(folder), strategy)
+        return run.told(Path(folder))
 
-    Warnings that match `warns` are told by each rank; any other is an error there as in all tests.
+
+def train_each(runs: Mapping[str, Run]) -> dict[str, list[Told] | str]:
+    """Train one after the other in the same processes, which cost more to start than a training of a few steps.
+
+    A run that fails on a rank ends them all, since ranks that have parted do not meet again: it has its traceback, and those
+    that would have followed it say so.
     """
-    ranks, accumulate = len(steps[0]), len(steps[0][0])
-    recorder = Recorder(gradnorm, accumulate)
-    if model.automatic_optimization:
-        options["accumulate_grad_batches"] = accumulate
-    if ranks > 1:  # a rank that waits for ever is to fail soon
-        options["strategy"] = DDPStrategy(start_method="fork", timeout=timedelta(seconds=30), **(ddp or {}))
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
-        if warns is not None:
-            warnings.filterwarnings("always", message=warns)  # a forked process adds to a copy of `caught` of its own
-        trainer = L.Trainer(
-            accelerator="cpu",
-            devices=ranks,
-            max_epochs=1,
-            logger=False,
-            log_every_n_steps=1,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            callbacks=[*callbacks, gradnorm, recorder, _Tell(Path(folder), recorder, caught)],
-            **options,
-        )
-        trainer.fit(model, datamodule=_OwnBatches(steps))
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+    (ranks,) = {run.ranks for run in runs.values()}
+
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict[str, list[Told] | str] = {}
+        for name in runs:
+            (Path(folder) / name).mkdir(parents=True)
+
+        def work(rank: int) -> None:
+            for name, run in runs.items():
+                try:
+                    torch.manual_seed(0)
+                    # Processes that are there already are those that Lightning takes to have been started by a cluster.
+                    strategy = DDPStrategy(timeout=timedelta(seconds=30), **run.ddp)
+                    run.fit(Path(folder) / name, strategy)
+                except BaseException:
+                    (Path(folder) / name / f"{rank}.txt").write_text(traceback.format_exc())
+                    return
+
+        in_processes(work, ranks)
+        for name, run in runs.items():
+            errors = sorted((Path(folder) / name).glob("*.txt"))
+            if errors:
+                found[name] = "\n".join(f"rank {error.stem}: {error.read_text()}" for error in errors)
+            elif len(list((Path(folder) / name).glob("*.pt"))) < ranks:
+                found[name] = "was not run, since one before it failed"
+            else:
+                found[name] = run.told(Path(folder) / name)
+        return found
+
+
+def in_processes(work: Callable[[int], None], ranks: int = 2, timeout: float = 240) -> None:
+    """Call `work(rank)` in forked processes in which Lightning's `devices=ranks` finds all others already started.
+
+    Raises:
+        TimeoutError: they have not ended; they are ended then.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def begin(rank: int) -> None:
+        torch.set_num_threads(1)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", LOCAL_RANK=str(rank))
+        work(rank)
+
+    processes = mp.start_processes(begin, nprocs=ranks, join=False, start_method="fork")
+    assert processes is not None
+    end = time.monotonic() + timeout
+    try:
+        while not processes.join(timeout=1):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{ranks} processes have not ended after {timeout} s")
+    finally:
+        for process in processes.processes:
+            process.kill()
 
 
 def assert_identical(ranks: Sequence[Told]) -> None:

@@ -77,7 +77,8 @@ class AggregationRule(ScalarizationRule):
         # A T × T matrix is dealt with faster on the CPU, and by many a solver there alone.
         self._works_on = torch.device(device or "cpu") if self.stat == "matrix" else torch.device("cpu")
         self.aggregator = placed(aggregator, device=self._works_on, dtype=dtype)
-        self._gradient_weights = torch.ones(len(tasks), dtype=dtype, device=device)
+        self.gradient_weights = torch.ones(len(tasks), dtype=dtype, device=device)
+        """The weights λ that were last given, shape (T,)."""
         self._drawn = 0
         self.has_weights = _weights_of(aggregator) is not None
         """Whether the aggregation is a weighted sum of the rows."""
@@ -92,7 +93,7 @@ class AggregationRule(ScalarizationRule):
     @property
     def weights(self) -> Tensor:
         """The weights that the tasks' gradients had last at the representation, those of the losses included, (T,)."""
-        return self.loss_weights * self._gradient_weights
+        return self.loss_weights * self.gradient_weights
 
     def _kind(self) -> str:
         kinds = [type(self.aggregator).__name__] + ([] if self.scalarizer is None else [super()._kind()])
@@ -166,9 +167,9 @@ class AggregationRule(ScalarizationRule):
         T = len(self.tasks)
         here = torch.ones(T, dtype=torch.bool) if present is None else present.cpu()
         if not bool(here.any()):
-            return self._gradient_weights
+            return self.gradient_weights
         if self._goes_by_place and not bool(here.all()):
-            return self._gradient_weights * here.to(self._gradient_weights)
+            return self.gradient_weights * here.to(self.gradient_weights)
         if not bool(gramian.isfinite().all()):
             self.reason = "a gradient is not finite"
             return self._fall_back_to_equal()
@@ -186,13 +187,13 @@ class AggregationRule(ScalarizationRule):
             self.reason = f"it returned {weights.tolist()}"
             return self._fall_back_to_equal()
         spread = torch.zeros(T, dtype=weights.dtype).index_copy(0, some, weights.cpu())
-        self._gradient_weights = spread.to(self._gradient_weights)
-        return self._gradient_weights
+        self.gradient_weights = spread.to(self.gradient_weights)
+        return self.gradient_weights
 
     def _fall_back_to_equal(self) -> Tensor:
         self.fallbacks += 1
-        self._gradient_weights = torch.full_like(self._gradient_weights, float(self._gradient_weights.mean()))
-        return self._gradient_weights
+        self.gradient_weights = torch.full_like(self.gradient_weights, float(self.gradient_weights.mean()))
+        return self.gradient_weights
 
     def aggregate(self, matrix: Tensor, present: Tensor, rank: int = 0) -> Tensor:
         """Return what an aggregator without weights makes of J, shape (n,); the mean of the rows if it fails.
@@ -219,7 +220,7 @@ class AggregationRule(ScalarizationRule):
         """Return all state as plain tensors and numbers, loadable with ``torch.load(weights_only=True)``."""
         return {
             **super().state_dict(),
-            "gradient_weights": self._gradient_weights.clone(),
+            "gradient_weights": self.gradient_weights.clone(),
             "drawn": self._drawn,
             "aggregator": state_of(self.aggregator),
         }
@@ -232,7 +233,7 @@ class AggregationRule(ScalarizationRule):
             ValueError: the state is that of other tasks, another strategy, or another version.
         """
         super().load_state_dict(state)
-        self._gradient_weights = state["gradient_weights"].to(self._gradient_weights)
+        self.gradient_weights = state["gradient_weights"].to(self.gradient_weights)
         self._drawn = state["drawn"]
         restore(self.aggregator, state["aggregator"], device=self._works_on)
 

@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_gradnorm.arguments import check
 from lightning_gradnorm.balancing.aggregation import AggregationRule
 from lightning_gradnorm.balancing.scalarization import OptimizerFactory
-from lightning_gradnorm.callbacks.agreement import SideChannel
+from lightning_gradnorm.callbacks.agreement import SideChannel, of_first_rank
 from lightning_gradnorm.callbacks.naming import find_module
 from lightning_gradnorm.callbacks.precision import have_scaler_skip, loss_scale
 from lightning_gradnorm.callbacks.scalarization import Made, Scalarization, check_made
@@ -200,7 +200,15 @@ class Aggregation(Scalarization):
         table = torch.cat([gramian, torch.tensor(present, dtype=gramian.dtype)[:, None]], dim=1)
         table = self._side.sum(table)
         self._gramian = table[:, :-1] / self._trainer.world_size**2
-        return self._aggregates.weigh_gradients(self._gramian, table[:, -1] > 0)
+        return self._weights_of_all(self._gramian, table[:, -1] > 0)
+
+    def _weights_of_all(self, gramian: Tensor, present: Tensor, matrix: Tensor | None = None) -> Tensor:
+        """Return the weights λ that hold for all ranks: rank 0's."""
+        assert self._side is not None
+        rule = self._aggregates
+        rule.weigh_gradients(gramian, present, matrix)
+        rule.gradient_weights = self._side.of_first_rank(rule.gradient_weights.cpu()).to(rule.gradient_weights)
+        return rule.gradient_weights * present.to(rule.gradient_weights)
 
     @torch.no_grad()
     def _combine(self, J: Tensor) -> Tensor | None:
@@ -267,9 +275,10 @@ class Aggregation(Scalarization):
         self._gramian = (J @ J.T).cpu()
         if rule.has_weights:
             stat = None if rule.stat != "matrix" else J
-            combined = rule.weigh_gradients(self._gramian, present, stat).to(J) @ J
+            combined = self._weights_of_all(self._gramian, present, stat).to(J) @ J
         else:
             combined = rule.aggregate(J, present)
+        combined = of_first_rank(combined, trainer)  # each rank adds it to its own copy of the parameters' gradients
         if not bool(combined.isfinite().all()) and have_scaler_skip(trainer):
             return False
         start = 0

@@ -54,6 +54,16 @@ class SideChannel:
             dist.all_reduce(values, group=self._group)
         return values
 
+    def of_first_rank(self, values: Tensor) -> Tensor:
+        """Return rank 0's tensor of this shape, on the CPU, on all ranks.
+
+        What a solver makes of the same numbers may differ in the last bit from process to process, by where in memory they lie.
+        """
+        if self._group is not None:
+            values = values.contiguous().clone()
+            dist.broadcast(values, src=0, group=self._group)
+        return values
+
     @property
     def close(self) -> Undo:
         """What gives the group back."""
@@ -64,6 +74,14 @@ class SideChannel:
                 dist.destroy_process_group(group)
 
         return give_back
+
+
+def of_first_rank(values: Tensor, trainer: L.Trainer) -> Tensor:
+    """Return rank 0's tensor of this shape on all ranks, in the group in which the gradients are reduced."""
+    if trainer.world_size > 1:
+        values = values.contiguous()
+        dist.broadcast(values, src=0)
+    return values
 
 
 def common_seed(trainer: L.Trainer) -> int:

@@ -7,9 +7,7 @@ losses that are there. SGD updates the weights: Adam would hide a norm that is w
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -23,13 +21,29 @@ from models import (
     FEATURES,
     HIDDEN,
     Convolutional,
-    as_inputs_and_targets,
     image_batches,
     multi_task_module,
     network_sgd,
     vector_batches,
 )
-from ranks import MayLack, MayLackManual, Notes, Step, Told, assert_identical, distance, shares, train
+from ranks import (
+    NO_TASK,
+    PRESENCE,
+    MayLack,
+    MayLackManual,
+    Notes,
+    Presence,
+    Sent,
+    Step,
+    Told,
+    assert_identical,
+    distance,
+    in_form_of,
+    lacking,
+    shares,
+    train,
+    when,
+)
 
 from lightning_gradnorm import GradNorm
 
@@ -61,13 +75,6 @@ def build(kind: str, accumulate: int = 1, **options: Any) -> tuple[L.LightningMo
 def cut(kind: str, ranks: int, accumulate: int, dtype: torch.dtype = torch.float64, count: int = STEPS) -> list[Step]:
     batches = [{name: value.to(dtype) for name, value in b.items()} for b in vector_batches(T, count, size=ROWS)]
     return in_form_of(kind, [shares(batch, ranks, accumulate) for batch in batches])
-
-
-def in_form_of(kind: str, steps: list[Step]) -> list[Step]:
-    """The batches as this kind of module takes them."""
-    if kind != "MultiTaskModule":
-        return steps
-    return [[as_inputs_and_targets(of_rank) for of_rank in step] for step in steps]
 
 
 def run(kind: str, ranks: int, accumulate: int, dtype: torch.dtype = torch.float64, **options: Any) -> list[Told]:
@@ -172,63 +179,8 @@ def test_ddp_options_change_nothing(option: str, kind: str, ranks: int, accumula
 # ---- tasks that are here and not there ---------------------------------------------------------------------------------
 
 
-@dataclass
-class Presence:
-    """Which tasks a batch lacks, and in how many parts each step is cut."""
-
-    lacks: Callable[[int, int, int], set[str]]
-    """Of step, rank and micro-batch."""
-    ranks: int = 2
-    accumulate: int = 1
-
-
-def _at_random(step: int, rank: int, micro: int) -> set[str]:
-    generator = torch.Generator().manual_seed(step * 100 + rank * 10 + micro)
-    absent = {task for task in NAMES if torch.rand((), generator=generator) < 0.4}
-    return absent if len(absent) < T else set()
-
-
-def _when(condition: bool, *tasks: str) -> set[str]:
-    return set(tasks) if condition else set()
-
-
-PRESENCE = {
-    "a task absent on one rank": Presence(lambda s, r, m: _when(r == 1 and s % 2 == 0, "depth")),
-    "a task absent on all ranks": Presence(lambda s, r, m: _when(s % 3 == 1, "depth")),
-    "a task never on one rank": Presence(lambda s, r, m: _when(r == 1, "depth")),
-    "no task on two ranks": Presence(lambda s, r, m: set(NAMES) - {NAMES[r]}, ranks=3),
-    "absent tasks wander over the ranks": Presence(lambda s, r, m: _when(r == s % 2, NAMES[s % T])),
-    "absent in the first micro-batch": Presence(lambda s, r, m: _when(m == 0, "depth"), accumulate=2),
-    "absent in the last micro-batch": Presence(lambda s, r, m: _when(m == 1 and s % 2 == 1, "depth"), accumulate=2),
-    "absent on one rank in one micro-batch": Presence(
-        lambda s, r, m: _when(r == 1 and m == s % 2, "seg"), accumulate=2
-    ),
-    "at random": Presence(_at_random, ranks=4, accumulate=2),
-}
-NO_TASK = {
-    "no task on one rank": Presence(lambda s, r, m: _when(r == 1 and s % 3 == 1, *NAMES)),
-    "no task on one rank in the first batch": Presence(lambda s, r, m: _when(r == 1 and s == 0, *NAMES)),
-    "no task on one rank in the first micro-batch": Presence(
-        lambda s, r, m: _when(r == 1 and m == 0 and s % 3 == 1, *NAMES), accumulate=2
-    ),
-    "no task on one rank in the last micro-batch": Presence(
-        lambda s, r, m: _when(r == 1 and m == 1 and s % 3 == 1, *NAMES), accumulate=2
-    ),
-}
-
-
-def uneven(presence: Presence, size: int = 24) -> list[Step]:
-    steps = [shares(b, presence.ranks, presence.accumulate) for b in vector_batches(T, STEPS, size=size)]
-    return [
-        [
-            [
-                {name: value for name, value in batch.items() if name not in presence.lacks(s, r, m)}
-                for m, batch in enumerate(of_rank)
-            ]
-            for r, of_rank in enumerate(step)
-        ]
-        for s, step in enumerate(steps)
-    ]
+def uneven(presence: Presence) -> list[Step]:
+    return lacking(vector_batches(T, STEPS, size=24), presence)
 
 
 def oracle(steps: list[Step], kind: str) -> Told:
@@ -307,7 +259,7 @@ def standing_still(expected: Told, at: set[int]) -> Told:
 def test_steps_without_any_task_on_any_rank_move_no_weight_and_stop_nobody() -> None:
     """The network's optimizer does take such a step, along a gradient of zero: no rank knows that the others had none."""
     empty = {4, 5, 30}
-    steps = uneven(Presence(lambda s, r, m: _when(s in empty, *NAMES), accumulate=2))
+    steps = uneven(Presence(lambda s, r, m: when(s in empty, *NAMES), accumulate=2))
     model, gradnorm = build("MultiTaskModule", 2)
     ranks = train(model, gradnorm, in_form_of("MultiTaskModule", steps), ddp={"find_unused_parameters": True})
     for step in range(1, len(steps)):
@@ -456,41 +408,6 @@ def test_an_overflow_on_one_rank_is_skipped_by_all_together(kind: str, ranks: in
 # ---- what is sent ------------------------------------------------------------------------------------------------------
 
 
-class Sent(Notes):
-    """Notes each collective that our code asks for: in which step, whether during backward, and how many numbers."""
-
-    COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "all_gather_object")
-
-    def __init__(self, accumulate: int) -> None:
-        super().__init__()
-        self.accumulate, self.step, self.in_backward = accumulate, 0, False
-
-    def on_train_start(self, trainer, pl_module) -> None:
-        for name in self.COLLECTIVES:
-            self._listen(name, getattr(torch.distributed, name))
-
-    def _listen(self, name: str, collective: Callable[..., Any]) -> None:
-        def noted(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-            if any("lightning_gradnorm" in frame.filename for frame in traceback.extract_stack()):
-                numbers = tensor.numel() if isinstance(tensor, torch.Tensor) else None
-                self.notes.append((self.step, name, self.in_backward, numbers))
-            return collective(tensor, *args, **kwargs)
-
-        setattr(torch.distributed, name, noted)  # in this forked process alone
-
-    def on_before_backward(self, trainer, pl_module, loss) -> None:
-        self.in_backward = True
-
-    def on_after_backward(self, trainer, pl_module) -> None:
-        self.in_backward = False
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.step = (batch_idx + 1) // self.accumulate
-
-    def on_train_end(self, trainer, pl_module) -> None:
-        self.step = STEPS
-
-
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_sum_over_the_ranks_for_each_step_and_none_in_backward(kind: str, accumulate: int) -> None:
@@ -500,10 +417,10 @@ def test_one_sum_over_the_ranks_for_each_step_and_none_in_backward(kind: str, ac
     width = 1 if kind == "activation" else HIDDEN * FEATURES
     for one in told:
         sent = [note for note in one.notes if note[0] < STEPS]
-        assert [(step, name, in_backward) for step, name, in_backward, _ in sent] == [
+        assert [(step, name, in_backward) for step, name, in_backward, _, _ in sent] == [
             (step, "all_reduce", False) for step in range(STEPS)
         ]
-        for step, _, _, numbers in sent:
+        for step, _, _, numbers, _ in sent:
             measured = step % update_every == 0 and step < stop_after
             beside = numbers - (T * width if measured else 0)  # the losses and how often each task was there
             assert 0 <= beside <= 4 * T, (step, numbers)
