@@ -12,7 +12,7 @@ import pytest
 import torch
 import torchjd.aggregation as jd
 import torchjd.scalarization as js
-from harness import Batches, BeforeBatch, Overflows, assert_clean, state_by_part, traces
+from harness import Batches, BeforeBatch, assert_clean, state_by_part, traces
 from lightning.pytorch.plugins.precision import MixedPrecision
 from models import (
     Automatic,
@@ -95,7 +95,7 @@ MADE: dict[str, Callable[[], Any]] = {
 }
 AT_PARAMETERS_ALONE = {"ExcessMTL": jd.ExcessMTL, "DBMTL": DBMTL, "DBMTL, decaying": partial(DBMTL, sigma=0.5)}
 MATRIX_ALONE = {"GradDrop", "GradDrop with leak", "TrimmedMean", "a user's own aggregator", "DBMTL, no memory"}
-SHORT = ["UPGrad", "Constant", "GradDrop", "GABA", "DBMTL, no memory", "NashMTL", "PCGrad"]
+SHORT = ["UPGrad", "Constant", "GradDrop", "GABA", "DBMTL, no memory", "PCGrad"]
 
 
 def of_the_matrix(made: Any) -> Callable[[Tensor], Tensor]:
@@ -197,8 +197,20 @@ def train_both(
     return noted, model
 
 
+def _some_of(names: Any) -> list[Any]:
+    """All of them; those that are not `SHORT` among the slow tests."""
+    return [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 @pytest.mark.filterwarnings("ignore:You are solving")  # cvxpy, of NashMTL's problem
 @pytest.mark.parametrize("name", MADE)
+def test_every_aggregator_trains_as_by_hand_at_the_representation(quiet_trainer: MakeTrainer, name: str) -> None:
+    noted, _ = train_both(quiet_trainer, MADE[name])
+    assert noted.callback._known.has_weights == (name not in MATRIX_ALONE)
+
+
+@pytest.mark.filterwarnings("ignore:You are solving")
+@pytest.mark.parametrize("name", _some_of(MADE))
 @EVERYWHERE
 @WITH_AND_WITHOUT_HEADS
 def test_every_aggregator_trains_as_by_hand(quiet_trainer: MakeTrainer, name: str, at: str, with_heads: bool) -> None:
@@ -238,9 +250,10 @@ def test_an_aggregation_of_a_scalarization_trains_as_by_hand(
 WITH_EVERYTHING = pytest.mark.parametrize(
     ("at", "with_heads"),
     [
-        pytest.param(at, with_heads, id=f"{at}, {'heads' if with_heads else 'no heads'}")
-        for at in ("representation", "parameters")
-        for with_heads in (True, False)
+        pytest.param("representation", True, id="representation, heads"),
+        pytest.param("parameters", False, id="parameters, no heads"),
+        pytest.param("representation", False, id="representation, no heads", marks=pytest.mark.slow),
+        pytest.param("parameters", True, id="parameters, heads", marks=pytest.mark.slow),
     ],
 )
 
@@ -539,7 +552,7 @@ def test_a_compiled_encoder_and_compiled_heads_train_as_by_hand(
     callback = Aggregation(jd.UPGrad(), NAMES, heads=model.heads(), at=at)  # type: ignore[arg-type]
     noted = Weights(callback)
     if at == "parameters" and "encoder" in what:
-        with pytest.raises((ValueError, RuntimeError), match=r"torch\.compile"):
+        with pytest.raises(ValueError, match=r"at='parameters' .* compiled with torch\.compile.*at='representation'"):
             quiet_trainer(callbacks=[callback, noted]).fit(model, Batches(batches))
         return
     quiet_trainer(callbacks=[callback, noted]).fit(model, Batches(batches))
@@ -580,12 +593,15 @@ class Steps(Weights):
         self.norms.append({"encoder": pl_module.encoder[0].weight.detach().clone()})  # type: ignore[dict-item]
 
 
-def _scaled() -> MixedPrecision:
-    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**12))
+def _scaled(scale: float = 2.0**12) -> MixedPrecision:
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
 
 
 @pytest.mark.parametrize("precision", ["16-mixed with a scaler", "bf16-mixed"])
-@pytest.mark.parametrize("made", [jd.UPGrad, partial(jd.NashMTL, n_tasks=3), partial(GABA, warmup=2)])
+@pytest.mark.parametrize(
+    "made",
+    [jd.UPGrad, *(pytest.param(m, marks=pytest.mark.slow) for m in (partial(jd.NashMTL, 3), partial(GABA, warmup=2)))],
+)
 @WITH_EVERYTHING
 @pytest.mark.filterwarnings("ignore:You are solving")
 def test_mixed_precision_follows_single_precision(
@@ -602,14 +618,58 @@ def test_mixed_precision_follows_single_precision(
 
 
 @WITH_EVERYTHING
-@pytest.mark.parametrize("made", [partial(GABA, warmup=0, beta=0.5), jd.GradVac, jd.GradDrop])
+@pytest.mark.parametrize("made", [partial(GABA, warmup=0, beta=0.5), pytest.param(jd.GradDrop, marks=pytest.mark.slow)])
 def test_a_step_that_the_scaler_skips_leaves_the_network_and_is_no_fallback(
     quiet_trainer: MakeTrainer, made: Any, at: str, with_heads: bool
 ) -> None:
     skipped = {3, 7, 8}
+
+    class Overflows(L.Callback):
+        def on_after_backward(self, trainer: L.Trainer, pl_module: Any) -> None:
+            if trainer.fit_loop.epoch_loop.batch_idx in skipped:
+                pl_module.seg_head.weight.grad[0, 0] = torch.inf
+
     options = {"at": at, "with_heads": with_heads, "plugins": [_scaled()]}
-    noted = _in_precision(quiet_trainer, made, (Overflows(skipped),), **options)
+    noted = _in_precision(quiet_trainer, made, (Overflows(),), **options)
     moved = [not torch.equal(a["encoder"], b["encoder"]) for a, b in zip(noted.norms, noted.norms[1:], strict=False)]
     assert [step + 1 for step, has_moved in enumerate(moved) if not has_moved] == sorted(skipped)
+    assert noted.callback._known.fallbacks == 0
+    assert noted.norms[-1]["encoder"].isfinite().all()
+
+
+class ReentrantlyCheckpointed(Automatic):
+    def build(self) -> None:
+        super().build()
+        self.encoder = AgainReentrantly(*self.encoder)
+
+    def task_losses(self, batch: Any) -> dict[str, Tensor]:
+        return super().task_losses({**batch, "x": batch["x"].clone().requires_grad_()})
+
+
+class AgainReentrantly(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=True)
+
+
+def test_a_reentrant_checkpoint_is_passed_once_but_not_once_for_each_task(quiet_trainer: MakeTrainer) -> None:
+    batches, ends = vector_batches(T, STEPS), []
+    for kind in (Automatic, ReentrantlyCheckpointed):
+        model = kind(T)
+        quiet_trainer(callbacks=[Aggregation(jd.UPGrad(), NAMES, heads=model.heads())]).fit(model, Batches(batches))
+        ends.append(state_by_part(model))
+    assert worst(*ends) <= 1e-12
+    model = ReentrantlyCheckpointed(T)
+    with pytest.raises(ValueError, match=r"at='parameters' .*use_reentrant=False.*at='representation'"):
+        quiet_trainer(callbacks=[Aggregation(jd.UPGrad(), NAMES, at="parameters")]).fit(model, Batches(batches))
+
+
+@WITH_EVERYTHING
+def test_a_scale_that_overflows_by_itself_is_lowered_and_is_no_fallback(
+    quiet_trainer: MakeTrainer, at: str, with_heads: bool
+) -> None:
+    noted = _in_precision(quiet_trainer, jd.UPGrad, at=at, with_heads=with_heads, plugins=[_scaled(2.0**22)])
+    moved = [not torch.equal(a["encoder"], b["encoder"]) for a, b in zip(noted.norms, noted.norms[1:], strict=False)]
+    assert not moved[0]
+    assert all(moved[10:])
     assert noted.callback._known.fallbacks == 0
     assert noted.norms[-1]["encoder"].isfinite().all()
