@@ -71,11 +71,14 @@ def fails(
 ) -> None:
     model = model or Automatic(T)
     before = traces(model)
-    with pytest.raises(error) as raised:
+
+    def fit() -> None:
         made = callback()
-        quiet_trainer(callbacks=made if isinstance(made, list) else [made]).fit(
-            model, Batches(vector_batches(T, batches))
-        )
+        trainer = quiet_trainer(callbacks=made if isinstance(made, list) else [made])
+        trainer.fit(model, Batches(vector_batches(T, batches)))
+
+    with pytest.raises(error) as raised:
+        fit()
     assert_says(raised.value, *expected)
     assert_clean(model, before)
 
