@@ -126,13 +126,16 @@ class AggregationRule(ScalarizationRule):
         asked = f"{self.name}: {type(self.aggregator).__name__}, asked to aggregate the gradients of {T} tasks,"
         tried = copy.copy(self)
         tried.aggregator = copy.deepcopy(self.aggregator).to(device="cpu")
+        for part in tried.aggregator.modules():
+            if isinstance(part, Stateful):
+                part.reset()  # what a used one remembers is of gradients of another size
         try:
             found = tried._ask_aggregator(tried._stat_of(rows @ rows.T, rows))
         except Exception as reason:
             raise ValueError(f"{asked} failed: {reason}") from reason
-        expected = (T,) if self.has_weights else (2 * T,)
-        if tuple(found.shape) != expected or not bool(found.isfinite().all()):
-            raise ValueError(f"{asked} should return {expected[0]} finite numbers; got {found.tolist()}")
+        expected = T if self.has_weights else 2 * T
+        if not _is_vector(found, expected):
+            raise ValueError(f"{asked} should return {expected} finite numbers; got {_shown(found)}")
 
     def _stat_of(self, gramian: Tensor, matrix: Tensor | None) -> Tensor:
         if self.stat == "matrix":
@@ -183,8 +186,8 @@ class AggregationRule(ScalarizationRule):
             self.reason = f"{type(reason).__name__}: {reason}"
             return self._fall_back_to_equal()
         self._drawn += 1
-        if weights.shape != some.shape or not bool(weights.isfinite().all()):
-            self.reason = f"it returned {weights.tolist()}"
+        if not _is_vector(weights, len(some)):
+            self.reason = f"it returned {_shown(weights)}"
             return self._fall_back_to_equal()
         spread = torch.zeros(T, dtype=weights.dtype).index_copy(0, some, weights.cpu())
         self.gradient_weights = spread.to(self.gradient_weights)
@@ -209,9 +212,11 @@ class AggregationRule(ScalarizationRule):
         try:
             answer = self._ask_aggregator(rows, rank)
         except Exception as reason:
-            self.reason, answer = f"{type(reason).__name__}: {reason}", rows.new_full(rows.shape[1:], torch.nan)
+            self.reason, answer = f"{type(reason).__name__}: {reason}", None
+        else:
+            self.reason = f"it returned {_shown(answer)}" if bool(rows.isfinite().all()) else "a gradient is not finite"
         self._drawn += 1
-        if answer.shape != rows.shape[1:] or not bool(answer.isfinite().all()):
+        if answer is None or not _is_vector(answer, rows.shape[1]):
             self.fallbacks += 1
             return rows.mean(dim=0)
         return answer
@@ -236,6 +241,21 @@ class AggregationRule(ScalarizationRule):
         self.gradient_weights = state["gradient_weights"].to(self.gradient_weights)
         self._drawn = state["drawn"]
         restore(self.aggregator, state["aggregator"], device=self._works_on)
+
+
+def _is_vector(found: Any, length: int) -> bool:
+    return isinstance(found, Tensor) and tuple(found.shape) == (length,) and bool(found.isfinite().all())
+
+
+def _shown(found: Any) -> str:
+    """Return what was found, in a few words."""
+    if isinstance(found, Tensor):
+        return (
+            str(found.tolist())
+            if found.numel() <= 12
+            else f"shape {tuple(found.shape)}, or numbers that are not finite"
+        )
+    return f"a {type(found).__name__}, {found!r}"
 
 
 def _any(module: nn.Module, *kinds: type[nn.Module]) -> bool:

@@ -22,7 +22,7 @@ from lightning_gradnorm.callbacks.precision import have_scaler_skip, loss_scale
 from lightning_gradnorm.callbacks.scalarization import Made, Scalarization, check_made
 from lightning_gradnorm.callbacks.step import Window
 from lightning_gradnorm.gradients import GradientReader, JointGradients, WeightGradients
-from lightning_gradnorm.gradients.paths import node_of
+from lightning_gradnorm.gradients.paths import node_of, unwalkable
 
 
 class Aggregation(Scalarization):
@@ -183,6 +183,11 @@ class Aggregation(Scalarization):
         They are the module's, in its order: a layer may be left out at times, or be frozen at first.
         """
         assert self._side is not None
+        if self._shared is None and (cause := unwalkable(self._joint.trunk())):
+            raise ValueError(
+                f"{self._name}: at='parameters' passes the trunk once for each task, and so comes to {cause.split(',')[0]}"
+                f"{'' if cause.endswith('False.') else ', whose graph cannot be walked twice.'} Or use at='representation'."
+            )
         before = [] if self._shared is None else self._shared.sought
         known = {id(parameter) for parameter in [*found, *before]}
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]

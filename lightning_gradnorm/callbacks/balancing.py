@@ -194,8 +194,9 @@ class Balancing(Restoring[AnyRule]):
             hooks.callback(capture.logged_losses(module, self._logged_names, self.watch, self._omissions.logged))
         elif module.automatic_optimization:
             hooks.callback(capture.returned_losses(module, self.watch, asked_by=self._name))
-        if self._at_heads:
+        if self._at_heads or any(reader.module is not None for reader in readers):
             hooks.callback(capture.explained(module, self._explain))
+        if self._at_heads:
             for head, task in by_module.items():
                 hooks.callback(around_call(head, before=partial(self._before_head, task), first=True))
         for reader in readers:
@@ -426,8 +427,9 @@ class Balancing(Restoring[AnyRule]):
     def _explain(self, error: RuntimeError) -> str | None:
         if ("of _Branch" in str(error) or "of _Gate" in str(error)) and "inplace" in str(error):
             if self._pass.in_head is None:
+                first = "before the heads read it" if self._at_heads else "by what reads it"
                 return (
-                    f"{self._name}: the representation is changed in place, as relu_(z) does, before the heads read it. "
+                    f"{self._name}: the representation is changed in place, as relu_(z) and ReLU(inplace=True) do, {first}. "
                     f"Use relu(z)."
                 )
             return (

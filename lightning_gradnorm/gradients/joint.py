@@ -152,6 +152,10 @@ class JointGradients(GradientReader):
             pieces = self._pieces(self._rows()[self._places[task]])
             into.read(task, self._below, [piece.to(t.dtype) for piece, t in zip(pieces, self._below, strict=True)])
 
+    def trunk(self) -> set[Node]:
+        """Return the nodes behind the representation of the current forward pass."""
+        return nodes_behind([node_of(tensor) for tensor in self._below])
+
     def parameters(self) -> list[Tensor]:
         """Return the parameters behind the representation, the shared ones, of the current forward pass."""
         return leaves_behind(self._below)

@@ -13,6 +13,7 @@ import torch
 import torchjd.aggregation as jd
 import torchjd.scalarization as js
 from harness import Batches, BeforeBatch, assert_clean, state_by_part, traces
+from lightning.pytorch.plugins.precision import MixedPrecision
 from models import (
     Automatic,
     Convolutional,
@@ -29,6 +30,7 @@ from models import (
 )
 from textbook import Forward
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_gradnorm import Aggregation
 from lightning_gradnorm.balancing import DBMTL, GABA, DBMTLWeighting, LogSum
@@ -93,7 +95,7 @@ MADE: dict[str, Callable[[], Any]] = {
 }
 AT_PARAMETERS_ALONE = {"ExcessMTL": jd.ExcessMTL, "DBMTL": DBMTL, "DBMTL, decaying": partial(DBMTL, sigma=0.5)}
 MATRIX_ALONE = {"GradDrop", "GradDrop with leak", "TrimmedMean", "a user's own aggregator", "DBMTL, no memory"}
-SHORT = ["UPGrad", "Constant", "GradDrop", "GABA", "DBMTL, no memory", "NashMTL", "PCGrad"]
+SHORT = ["UPGrad", "Constant", "GradDrop", "GABA", "DBMTL, no memory", "PCGrad"]
 
 
 def of_the_matrix(made: Any) -> Callable[[Tensor], Tensor]:
@@ -195,7 +197,20 @@ def train_both(
     return noted, model
 
 
+def _some_of(names: Any) -> list[Any]:
+    """All of them; those that are not `SHORT` among the slow tests."""
+    return [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.filterwarnings("ignore:You are solving")  # cvxpy, of NashMTL's problem
 @pytest.mark.parametrize("name", MADE)
+def test_every_aggregator_trains_as_by_hand_at_the_representation(quiet_trainer: MakeTrainer, name: str) -> None:
+    noted, _ = train_both(quiet_trainer, MADE[name])
+    assert noted.callback._known.has_weights == (name not in MATRIX_ALONE)
+
+
+@pytest.mark.filterwarnings("ignore:You are solving")
+@pytest.mark.parametrize("name", _some_of(MADE))
 @EVERYWHERE
 @WITH_AND_WITHOUT_HEADS
 def test_every_aggregator_trains_as_by_hand(quiet_trainer: MakeTrainer, name: str, at: str, with_heads: bool) -> None:
@@ -235,9 +250,10 @@ def test_an_aggregation_of_a_scalarization_trains_as_by_hand(
 WITH_EVERYTHING = pytest.mark.parametrize(
     ("at", "with_heads"),
     [
-        pytest.param(at, with_heads, id=f"{at}, {'heads' if with_heads else 'no heads'}")
-        for at in ("representation", "parameters")
-        for with_heads in (True, False)
+        pytest.param("representation", True, id="representation, heads"),
+        pytest.param("parameters", False, id="parameters, no heads"),
+        pytest.param("representation", False, id="representation, no heads", marks=pytest.mark.slow),
+        pytest.param("parameters", True, id="parameters, heads", marks=pytest.mark.slow),
     ],
 )
 
@@ -449,3 +465,211 @@ def test_it_trains_as_by_hand_in_every_kind_of_module(
     assert difference <= 1e-8, f"the networks differ by {difference}"
     assert max(worst(f, e) for f, e in zip(noted.weights, hand.weights, strict=True)) <= 1e-6
     assert_clean(model, before)
+
+
+class Parameterless(Automatic):
+    """Frozen at first, as BackboneFinetuning has it: the first layer is trained from the seventh batch on."""
+
+    def build(self) -> None:
+        super().build()
+        self.encoder[0].requires_grad_(False)
+
+
+class Thaws(L.Callback):
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 6:
+            pl_module.encoder[0].requires_grad_(True)
+
+
+@pytest.mark.parametrize("at", ["representation", "parameters"])
+def test_a_layer_that_is_unfrozen_in_mid_training_is_trained_from_then_on(quiet_trainer: MakeTrainer, at: str) -> None:
+    batches = vector_batches(T, STEPS)
+    twin = Parameterless(T)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.02, momentum=0.9)
+    options = {"tasks": NAMES, "at": at}
+    for thawed, part in ((False, batches[:6]), (True, batches[6:])):
+        twin.encoder[0].requires_grad_(thawed)
+        by_hand.aggregate(twin, twin.forward_for_textbook, part, jd.UPGrad(), optimizer, **options)
+    model = Parameterless(T)
+    callback = Aggregation(jd.UPGrad(), NAMES, heads=model.heads(), at=at)  # type: ignore[arg-type]
+    quiet_trainer(callbacks=[Thaws(), callback]).fit(model, Batches(batches))
+    assert not torch.equal(model.encoder[0].weight, Parameterless(T).encoder[0].weight)
+    assert worst(state_by_part(model), state_by_part(twin)) <= 1e-8
+
+
+@pytest.mark.parametrize("name", ["UPGrad", "ConFIG", "AlignedMTL", "GradDrop", "Constant", "DualProj"])
+def test_preferences_in_single_precision_serve_a_network_in_double(quiet_trainer: MakeTrainer, name: str) -> None:
+    """Numbers that both hold exactly, so that the results are the same."""
+    single = torch.tensor([0.5, 0.25, 0.125])
+
+    def made(preferences: Tensor) -> Any:
+        option = "leak" if name == "GradDrop" else "weights" if name == "Constant" else "pref_vector"
+        return getattr(jd, name)(**{option: preferences})
+
+    ends = []
+    for preferences in (single, single.double()):
+        torch.manual_seed(0)
+        model = Automatic(T)
+        callback = Aggregation(made(preferences), NAMES, heads=model.heads())
+        quiet_trainer(callbacks=[callback]).fit(model, Batches(vector_batches(T, 4)))
+        assert callback._known.fallbacks == 0
+        ends.append(state_by_part(model))
+    assert worst(*ends) <= 1e-12
+
+
+@pytest.mark.parametrize("made", [jd.UPGrad, jd.MGDA, jd.IMTLG, jd.AlignedMTL, GABA])
+def test_a_class_that_needs_no_arguments_is_called_without_any(quiet_trainer: MakeTrainer, made: Any) -> None:
+    """The number of tasks would be taken for a preference vector, or an epsilon."""
+    ends = []
+    for given in (made, made()):
+        model = Automatic(T)
+        quiet_trainer(callbacks=[Aggregation(given, NAMES)]).fit(model, Batches(vector_batches(T, 4)))
+        ends.append(state_by_part(model))
+    assert worst(*ends) == 0.0
+
+
+# compiled -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
+@pytest.mark.parametrize(
+    "what", [("encoder",), tuple(f"{t}_head" for t in NAMES), ("encoder", *(f"{t}_head" for t in NAMES))]
+)
+@EVERYWHERE
+def test_a_compiled_encoder_and_compiled_heads_train_as_by_hand(
+    quiet_trainer: MakeTrainer, what: tuple[str, ...], at: str
+) -> None:
+    torch.compiler.reset()
+    batches = vector_batches(T, STEPS)
+    twin = Automatic(T)
+    hand = by_hand.aggregate(
+        twin, twin.forward_for_textbook, batches, jd.UPGrad(), network_sgd(twin.parameters()), tasks=NAMES, at=at
+    )
+    model = Automatic(T)
+    for name in what:
+        setattr(model, name, torch.compile(getattr(model, name), backend="aot_eager"))
+    callback = Aggregation(jd.UPGrad(), NAMES, heads=model.heads(), at=at)  # type: ignore[arg-type]
+    noted = Weights(callback)
+    if at == "parameters" and "encoder" in what:
+        with pytest.raises(ValueError, match=r"at='parameters' .* compiled with torch\.compile.*at='representation'"):
+            quiet_trainer(callbacks=[callback, noted]).fit(model, Batches(batches))
+        return
+    quiet_trainer(callbacks=[callback, noted]).fit(model, Batches(batches))
+    found = {name.replace("_orig_mod.", ""): value for name, value in state_by_part(model).items()}
+    assert worst(found, state_by_part(twin)) <= 1e-8
+    assert max(worst(f, e) for f, e in zip(noted.weights, hand.weights, strict=True)) <= 1e-6
+
+
+# mixed precision ------------------------------------------------------------------------------------------------------
+
+
+class Single(Automatic):
+    """The test network in single precision."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.float()
+
+
+SINGLE = [{name: value.float() for name, value in batch.items()} for batch in vector_batches(3, 30)]
+
+
+def _in_precision(quiet_trainer: MakeTrainer, made: Any, callbacks: tuple[Any, ...] = (), **options: Any) -> Weights:
+    torch.manual_seed(0)
+    model = Single()
+    at, with_heads = options.pop("at"), options.pop("with_heads")
+    callback = Aggregation(made(), NAMES, heads=model.heads() if with_heads else None, at=at)
+    noted = Steps(callback)
+    quiet_trainer(callbacks=[*callbacks, callback, noted], **options).fit(model, DataLoader(SINGLE, batch_size=None))
+    return noted
+
+
+class Steps(Weights):
+    """Notes the weights after every batch, also one whose step the scaler skips, and the encoder."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        self.weights.append(self.callback.weights)
+        self.norms.append({"encoder": pl_module.encoder[0].weight.detach().clone()})  # type: ignore[dict-item]
+
+
+def _scaled(scale: float = 2.0**12) -> MixedPrecision:
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+
+
+@pytest.mark.parametrize("precision", ["16-mixed with a scaler", "bf16-mixed"])
+@pytest.mark.parametrize(
+    "made",
+    [jd.UPGrad, *(pytest.param(m, marks=pytest.mark.slow) for m in (partial(jd.NashMTL, 3), partial(GABA, warmup=2)))],
+)
+@WITH_EVERYTHING
+@pytest.mark.filterwarnings("ignore:You are solving")
+def test_mixed_precision_follows_single_precision(
+    quiet_trainer: MakeTrainer, made: Any, at: str, with_heads: bool, precision: str
+) -> None:
+    options = {"plugins": [_scaled()]} if "scaler" in precision else {"precision": "bf16-mixed"}
+    single = _in_precision(quiet_trainer, made, at=at, with_heads=with_heads)
+    mixed = _in_precision(quiet_trainer, made, at=at, with_heads=with_heads, **options)
+    assert mixed.callback._known.fallbacks == 0
+    tolerance = 0.03 if "scaler" in precision else 0.15
+    difference = mixed.norms[-1]["encoder"] - single.norms[-1]["encoder"]
+    moved = single.norms[-1]["encoder"] - single.norms[0]["encoder"]
+    assert difference.norm() <= tolerance * moved.norm()
+
+
+@WITH_EVERYTHING
+@pytest.mark.parametrize("made", [partial(GABA, warmup=0, beta=0.5), pytest.param(jd.GradDrop, marks=pytest.mark.slow)])
+def test_a_step_that_the_scaler_skips_leaves_the_network_and_is_no_fallback(
+    quiet_trainer: MakeTrainer, made: Any, at: str, with_heads: bool
+) -> None:
+    skipped = {3, 7, 8}
+
+    class Overflows(L.Callback):
+        def on_after_backward(self, trainer: L.Trainer, pl_module: Any) -> None:
+            if trainer.fit_loop.epoch_loop.batch_idx in skipped:
+                pl_module.seg_head.weight.grad[0, 0] = torch.inf
+
+    options = {"at": at, "with_heads": with_heads, "plugins": [_scaled()]}
+    noted = _in_precision(quiet_trainer, made, (Overflows(),), **options)
+    moved = [not torch.equal(a["encoder"], b["encoder"]) for a, b in zip(noted.norms, noted.norms[1:], strict=False)]
+    assert [step + 1 for step, has_moved in enumerate(moved) if not has_moved] == sorted(skipped)
+    assert noted.callback._known.fallbacks == 0
+    assert noted.norms[-1]["encoder"].isfinite().all()
+
+
+class ReentrantlyCheckpointed(Automatic):
+    def build(self) -> None:
+        super().build()
+        self.encoder = AgainReentrantly(*self.encoder)
+
+    def task_losses(self, batch: Any) -> dict[str, Tensor]:
+        return super().task_losses({**batch, "x": batch["x"].clone().requires_grad_()})
+
+
+class AgainReentrantly(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=True)
+
+
+def test_a_reentrant_checkpoint_is_passed_once_but_not_once_for_each_task(quiet_trainer: MakeTrainer) -> None:
+    batches, ends = vector_batches(T, STEPS), []
+    for kind in (Automatic, ReentrantlyCheckpointed):
+        model = kind(T)
+        quiet_trainer(callbacks=[Aggregation(jd.UPGrad(), NAMES, heads=model.heads())]).fit(model, Batches(batches))
+        ends.append(state_by_part(model))
+    assert worst(*ends) <= 1e-12
+    model = ReentrantlyCheckpointed(T)
+    with pytest.raises(ValueError, match=r"at='parameters' .*use_reentrant=False.*at='representation'"):
+        quiet_trainer(callbacks=[Aggregation(jd.UPGrad(), NAMES, at="parameters")]).fit(model, Batches(batches))
+
+
+@WITH_EVERYTHING
+def test_a_scale_that_overflows_by_itself_is_lowered_and_is_no_fallback(
+    quiet_trainer: MakeTrainer, at: str, with_heads: bool
+) -> None:
+    noted = _in_precision(quiet_trainer, jd.UPGrad, at=at, with_heads=with_heads, plugins=[_scaled(2.0**22)])
+    moved = [not torch.equal(a["encoder"], b["encoder"]) for a, b in zip(noted.norms, noted.norms[1:], strict=False)]
+    assert not moved[0]
+    assert all(moved[10:])
+    assert noted.callback._known.fallbacks == 0
+    assert noted.norms[-1]["encoder"].isfinite().all()
