@@ -82,7 +82,9 @@ def tasks_for(name: str) -> int:
     return 6 if "Krum" in name else 3
 
 
-def _of(make: Callable[..., Any], names: dict[str, Make], suffix: str = "", **options: Any) -> dict[str, Callable[..., Any]]:
+def _of(
+    make: Callable[..., Any], names: dict[str, Make], suffix: str = "", **options: Any
+) -> dict[str, Callable[..., Any]]:
     return {name + suffix: partial(make, factory, **options) for name, factory in names.items()}
 
 
