@@ -14,6 +14,7 @@ from harness import Recorder, state_by_part
 from lightning.pytorch.strategies import ModelParallelStrategy
 from models import Automatic, Manual, vector_batches
 from ranks import _OwnBatches, shares
+from strategies import STRATEGIES
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -59,15 +60,28 @@ class Tell(L.Callback):
         trainer.strategy.barrier()
 
 
-def main(folder: Path, case: str, manual: bool, heads: bool, accumulate: int, options: dict[str, Any]) -> None:
+def main(
+    folder: Path,
+    case: str,
+    manual: bool,
+    heads: bool,
+    accumulate: int,
+    options: dict[str, Any],
+    strategy: str | None = None,
+) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     model: Any = ShardedManual(T, accumulate=accumulate) if manual else Sharded(T)
     model.sharded = SHARDED[case]
-    gradnorm = GradNorm(TASKS, shared_layer="encoder.2", heads=model.heads() if heads else None, **options)
+    named = {"heads": model.heads() if heads else None, **options}
+    balancing: Any
+    if strategy is None:
+        balancing = GradNorm(TASKS, shared_layer="encoder.2", **named)
+    else:
+        balancing = STRATEGIES[strategy](tasks=TASKS, **named)
     if manual:
-        model.gradnorm = [gradnorm]
-    recorder = Recorder(gradnorm, accumulate)
+        model.gradnorm = [balancing]
+    recorder = Recorder(balancing, accumulate)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,
@@ -79,7 +93,7 @@ def main(folder: Path, case: str, manual: bool, heads: bool, accumulate: int, op
         enable_model_summary=False,
         use_distributed_sampler=False,
         accumulate_grad_batches=1 if manual else accumulate,
-        callbacks=[gradnorm, recorder, Tell(recorder, folder)],
+        callbacks=[balancing, recorder, Tell(recorder, folder)],
     )
     steps = [shares(batch, 2, accumulate) for batch in vector_batches(T, STEPS, size=8)]
     trainer.fit(model, datamodule=_OwnBatches(steps))

@@ -36,14 +36,15 @@ class KeptBuffers:
     @contextmanager
     def through_reading(self, task: str) -> Iterator[None]:
         """Have all buffers afterwards as they were before."""
-        watched = list(self._changing.values()) if task in self._read_before else self._all
-        before = [(buffer, buffer._version, buffer.clone()) for buffer in watched]
+        is_first = task not in self._read_before
+        before = [(buffer, buffer.clone()) for buffer in (self._all if is_first else self._changing.values())]
         try:
             yield
         finally:
             self._read_before.add(task)
-            with torch.no_grad():
-                for buffer, version, value in before:
-                    if buffer._version != version:
-                        self._changing[id(buffer)] = buffer
-                        buffer.copy_(value)
+            for buffer, value in before:
+                # By its content: batch_norm writes its running statistics without a new `_version`. And without one they are
+                # put back, since a BatchNorm whose backward is still to come has them in its graph.
+                if not is_first or not torch.equal(buffer, value):
+                    self._changing[id(buffer)] = buffer
+                    buffer.data.copy_(value)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from models import Automatic, vector_batches
 from ranks import shares, train
+from strategies import STRATEGIES
 
 from lightning_gradnorm import GradNorm
 
@@ -81,3 +82,44 @@ def test_sharded_heads_that_are_not_named_are_refused(tmp_path: Path) -> None:
     done = _run(tmp_path, "encoder and heads", heads=False)
     assert done.returncode != 0
     assert "through a module sharded by FSDP, which cannot be passed twice. Name the heads with heads=" in done.stderr
+
+
+# ---- other strategies --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("strategy", "case", "accumulate", "heads"),
+    [
+        ("UPGrad at the representation", "layers within the encoder", 2, True),
+        pytest.param("UPGrad at the representation", "each layer", 1, True, marks=pytest.mark.slow),
+        pytest.param("UPGrad at the representation", "encoder and heads", 1, True, marks=pytest.mark.slow),
+        pytest.param("IMTL", "encoder and heads", 1, True, marks=pytest.mark.slow),
+        pytest.param("UW of the losses", "encoder and heads", 1, False, marks=pytest.mark.slow),
+        pytest.param("FAMO of the losses", "layers within the encoder", 2, True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_strategy_on_processes_that_share_the_network_gives_what_it_gives_on_one(
+    strategy: str, case: str, accumulate: int, heads: bool, tmp_path: Path
+) -> None:
+    done = _run(tmp_path, case, strategy=strategy, accumulate=accumulate, heads=heads)
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = Automatic(T)
+    balancing = STRATEGIES[strategy](tasks=TASKS, heads=model.heads() if heads else None)
+    steps = [
+        [[{k: torch.cat([one[k] for one in of_ranks]) for k in of_ranks[0]} for of_ranks in zip(*step, strict=True)]]
+        for step in (shares(batch, 2, accumulate) for batch in vector_batches(T, STEPS, size=8))
+    ]
+    (one,) = train(model, balancing, steps)
+    for rank in (0, 1):
+        told = torch.load(tmp_path / f"{rank}.pt")
+        for found, expected in zip(told["weights"], one.weights, strict=True):
+            assert found == pytest.approx(expected, abs=1e-9)
+        for name, value in one.network.items():
+            torch.testing.assert_close(told["network"][name], value, rtol=0, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_gradients_at_parameters_that_are_sharded_are_refused(tmp_path: Path) -> None:
+    done = _run(tmp_path, "encoder and heads", strategy="UPGrad at the parameters")
+    assert done.returncode != 0
+    assert "at='parameters' takes whole gradients, of which ModelParallelStrategy keeps pieces" in done.stderr

@@ -10,11 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning as L
 import pytest
 import torch
 from harness import state_by_part
@@ -46,7 +45,7 @@ from torch import Tensor, nn
 from torchjd import aggregation as A
 from torchjd import scalarization as S
 
-from lightning_gradnorm import Aggregation, Scalarization
+from lightning_gradnorm import Aggregation
 
 # cvxpy's, of NashMTL
 pytestmark = pytest.mark.filterwarnings("ignore:You are solving a parameterized problem")
@@ -97,7 +96,12 @@ def cut(case: Case, ranks: int = 2) -> list[Step]:
 def joined(steps: list[Step]) -> list[Step]:
     """For one process: each micro-batch made of those of all ranks."""
     return [
-        [[{name: torch.cat([one[name] for one in of_ranks]) for name in of_ranks[0]} for of_ranks in zip(*step)]]
+        [
+            [
+                {name: torch.cat([one[name] for one in of_ranks]) for name in of_ranks[0]}
+                for of_ranks in zip(*step, strict=True)
+            ]
+        ]
         for step in steps
     ]
 
