@@ -86,8 +86,8 @@ def test_a_run_that_is_not_there_is_told_with_what_is(run: tuple[Path, dict[str,
     folder, _ = run
     with pytest.raises(FileNotFoundError, match=r"a finished run, or a checkpoint; there is no nowhere\."):
         GradNormStatic("nowhere")
+    (folder / "other").mkdir()
     with pytest.raises(FileNotFoundError, match=r"run/other/checkpoints/last\.ckpt is none; there is none\."):
-        (folder / "other").mkdir()
         GradNormStatic(folder / "other")
     (folder / "checkpoints/last.ckpt").rename(folder / "checkpoints/best.ckpt")
     with pytest.raises(FileNotFoundError, match=r"it has .*run/checkpoints/best\.ckpt: give one of them"):
