@@ -19,8 +19,9 @@ from torchjd import Stateful
 from torchjd import aggregation as jd
 
 from lightning_gradnorm.balancing.db_mtl import DBMTL
+from lightning_gradnorm.balancing.making import NamesTasks, placed
 from lightning_gradnorm.balancing.randomness import own_randomness
-from lightning_gradnorm.balancing.scalarization import NamesTasks, OptimizerFactory, ScalarizationRule, placed
+from lightning_gradnorm.balancing.scalarization import OptimizerFactory, ScalarizationRule
 from lightning_gradnorm.balancing.state import restore, state_of
 
 Stat = Literal["gramian", "root", "matrix"]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_gradnorm.arguments import check
-from lightning_gradnorm.balancing.scalarization import OptimizerFactory, ScalarizationRule, made_for
+from lightning_gradnorm.balancing.making import made_for
+from lightning_gradnorm.balancing.scalarization import OptimizerFactory, ScalarizationRule
 from lightning_gradnorm.balancing.state import restore, state_of
 from lightning_gradnorm.callbacks.agreement import common_seed, mean_losses
 from lightning_gradnorm.callbacks.balancing import Balancing

@@ -20,7 +20,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from torch.multiprocessing.spawn import ProcessRaisedException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from lightning_gradnorm.balancing.scalarization import missing_solver
+from lightning_gradnorm.balancing.making import missing_solver
 from lightning_gradnorm.suggestions import nearest
 
 WRONG_INPUT = (

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lightning_gradnorm import Scalarization
 from lightning_gradnorm.balancing import AMNL, LogSum, Uncertainty, with_equal_preferences
-from lightning_gradnorm.balancing.scalarization import NamesTasks
+from lightning_gradnorm.balancing.making import NamesTasks
 
 MakeTrainer = Callable[..., L.Trainer]
 T, STEPS = 3, 12

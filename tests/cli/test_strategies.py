@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from lightning_gradnorm import Aggregation, FixedWeights, GradNorm, RandomWeights, Scalarization
 from lightning_gradnorm.balancing import state_of
 from lightning_gradnorm.balancing.aggregation import AggregationRule
-from lightning_gradnorm.balancing.scalarization import ScalarizationRule, made_for
+from lightning_gradnorm.balancing.making import made_for
+from lightning_gradnorm.balancing.scalarization import ScalarizationRule
 from lightning_gradnorm.callbacks.balancing import Balancing
 from lightning_gradnorm.cli.build import build
 from lightning_gradnorm.cli.config import conf_dir
