@@ -180,13 +180,16 @@ class Aggregation(Scalarization):
 
     def _find_shared(self, trainer: L.Trainer, module: L.LightningModule) -> WeightGradients | None:
         """Return a reader of the shared parameters, the same on all ranks, even where the encoder was not called."""
-        found = self._joint.parameters() if self._joint.sought else []
+        found = {id(leaf): leaf for leaf in (self._joint.parameters() if self._joint.sought else [])}
+        every = list(module.parameters())
+        seen = torch.tensor([float(id(parameter) in found) for parameter in every], device=module.device)
         if trainer.world_size > 1:
-            every, here = list(module.parameters()), {id(parameter) for parameter in found}
-            seen = torch.tensor([float(id(parameter) in here) for parameter in every], device=module.device)
             seen = trainer.strategy.reduce(seen, reduce_op="sum")
-            found = [parameter for parameter, times in zip(every, seen.tolist(), strict=True) if times]
-        return WeightGradients(found) if found else None
+        for parameter in every:  # in the module's order: what is drawn for each number is then the same in any graph
+            found.pop(id(parameter), None)
+        shared = [parameter for parameter, times in zip(every, seen.tolist(), strict=True) if times]
+        shared += found.values()
+        return WeightGradients(shared) if shared else None
 
     def _agree(self, gramian: Tensor, present: Sequence[bool]) -> Tensor:
         """Return the weights λ, from what all ranks together have."""
