@@ -187,7 +187,7 @@ class Aggregation(Scalarization):
             seen = trainer.strategy.reduce(seen, reduce_op="sum")
         for parameter in every:  # in the module's order: what is drawn for each number is then the same in any graph
             found.pop(id(parameter), None)
-        shared = [parameter for parameter, times in zip(every, seen.tolist(), strict=True) if times]
+        shared: list[Tensor] = [parameter for parameter, times in zip(every, seen.tolist(), strict=True) if times]
         shared += found.values()
         return WeightGradients(shared) if shared else None
 
