@@ -20,9 +20,10 @@ from lightning_gradnorm.callbacks.agreement import SideChannel, of_first_rank
 from lightning_gradnorm.callbacks.naming import find_module
 from lightning_gradnorm.callbacks.precision import have_scaler_skip, loss_scale
 from lightning_gradnorm.callbacks.scalarization import Made, Scalarization, check_made
+from lightning_gradnorm.callbacks.shared_parameters import SharedParameters
 from lightning_gradnorm.callbacks.step import Window
-from lightning_gradnorm.gradients import GradientReader, JointGradients, WeightGradients
-from lightning_gradnorm.gradients.paths import node_of, unwalkable
+from lightning_gradnorm.gradients import GradientReader, JointGradients
+from lightning_gradnorm.gradients.paths import node_of
 
 
 class Aggregation(Scalarization):
@@ -97,7 +98,7 @@ class Aggregation(Scalarization):
         self._aggregator = aggregator
         self.at = at
         self._side: SideChannel | None = None
-        self._shared: WeightGradients | None = None
+        self._shared: SharedParameters | None = None
         self._gramian: Tensor | None = None
 
     @property
@@ -130,6 +131,8 @@ class Aggregation(Scalarization):
         assert self._hooks is not None
         self._side = SideChannel(trainer)
         self._hooks.callback(self._side.close)
+        if self.at == "parameters":
+            self._shared = SharedParameters(self._name, self._joint, self._side)
 
     @override
     def _new_rule(self, like: Tensor) -> AggregationRule:
@@ -170,33 +173,12 @@ class Aggregation(Scalarization):
         losses = {node_of(loss) for losses in current.losses.values() for loss in losses}
         branches = {node for nodes in current.branches.values() for node in nodes}
         comes = joint.begin(back_propagated, stop=branches if self._at_heads else losses)
-        if self.at == "parameters":
-            self._seek(joint.parameters(), module)
+        if self._shared is not None:
+            self._shared.seek(module)
         elif not comes and trainer.world_size > 1 and self._aggregates.stat != "matrix":
             # The others wait at their gates for what this rank, which has no task in this batch, has to add: nothing.
             T = len(self._names)
             self._agree(torch.zeros(T, T, dtype=self._known.loss_weights.dtype), [False] * T)
-
-    def _seek(self, found: Sequence[Tensor], module: nn.Module) -> None:
-        """Have the gradients read of all parameters that any rank has found behind the representation, this time or before.
-
-        They are the module's, in its order: a layer may be left out at times, or be frozen at first.
-        """
-        assert self._side is not None
-        if self._shared is None and (cause := unwalkable(self._joint.trunk())):
-            raise ValueError(
-                f"{self._name}: at='parameters' passes the trunk once for each task, and so comes to {cause.split(',')[0]}"
-                f"{'' if cause.endswith('False.') else ', whose graph cannot be walked twice.'} Or use at='representation'."
-            )
-        before = [] if self._shared is None else self._shared.sought
-        known = {id(parameter) for parameter in [*found, *before]}
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        counts = self._side.sum(torch.tensor([float(id(parameter) in known) for parameter in parameters]))
-        shared = [parameter for parameter, count in zip(parameters, counts.tolist(), strict=True) if count]
-        if self._shared is None and shared:
-            self._shared = WeightGradients(shared)
-        elif self._shared is not None:
-            self._shared.seek(shared)
 
     def _agree(self, gramian: Tensor, present: Sequence[bool]) -> Tensor:
         """Return the weights λ, from what all ranks together have."""
@@ -221,10 +203,9 @@ class Aggregation(Scalarization):
         assert self._trainer is not None
         rule, joint = self._aggregates, self._joint
         present = [task in joint.read_tasks for task in self._names]
-        if self.at == "parameters":
-            assert self._shared is not None
+        if self._shared is not None:
             with self._buffers.through_reading("at parameters"):
-                joint.gradients_of(self._shared)
+                self._shared.read()
             return None
         unit = self._unit()
         if rule.stat != "matrix":
@@ -245,12 +226,9 @@ class Aggregation(Scalarization):
 
     @override
     def _take_in(self, window: Window, trainer: L.Trainer, module: L.LightningModule) -> bool:
-        if self.at == "parameters" and self._shared is not None:
-            went_well = self._aggregate_parameters(self._shared, window, trainer, module)
-            self._shared.clear()
-            if not went_well:
-                self._drop_step()
-                return False
+        if self._shared is not None and not self._aggregate_parameters(self._shared, window, trainer, module):
+            self._drop_step()
+            return False
         return super()._take_in(window, trainer, module)
 
     @override
@@ -261,22 +239,16 @@ class Aggregation(Scalarization):
 
     @torch.no_grad()
     def _aggregate_parameters(
-        self, shared: WeightGradients, window: Window, trainer: L.Trainer, module: L.LightningModule
+        self, shared: SharedParameters, window: Window, trainer: L.Trainer, module: L.LightningModule
     ) -> bool:
-        """Add to the shared parameters' gradients, which are those of no task so far, what the aggregator makes of them.
+        """Hand in what the aggregator makes of the shared parameters' gradients.
 
         Returns:
-            Whether they are finite, or there is no loss scaler to skip the step if they are not.
+            Whether it is finite, or there is no loss scaler to skip the step if it is not.
         """
         rule = self._aggregates
-        counts = torch.tensor([float(window.counts.get(task, 0)) for task in self._names])
-        rows = shared.rows(self._names, rule.loss_weights)
-        table = torch.cat([counts.to(rows)[:, None], rows], dim=1)
-        if trainer.world_size > 1:
-            table = trainer.strategy.reduce(table, reduce_op="sum")
-        present, J = (table[:, 0] > 0).cpu(), table[:, 1:] / (trainer.world_size * loss_scale(trainer))
-        size = window.backwards / trainer.accumulate_grad_batches if module.automatic_optimization else 1.0
-        J = J / (size or 1.0)
+        J, present = shared.matrix(self._names, window, rule.loss_weights, trainer, module)
+        shared.clear()
         self._gramian = (J @ J.T).cpu()
         if rule.has_weights:
             stat = None if rule.stat != "matrix" else J
@@ -286,11 +258,7 @@ class Aggregation(Scalarization):
         combined = of_first_rank(combined, trainer)  # each rank adds it to its own copy of the parameters' gradients
         if not bool(combined.isfinite().all()) and have_scaler_skip(trainer):
             return False
-        start = 0
-        for parameter in shared.sought:
-            piece = combined[start : start + parameter.numel()].view(parameter.shape).to(parameter.dtype) * size
-            parameter.grad = piece.clone() if parameter.grad is None else parameter.grad.add_(piece)
-            start += parameter.numel()
+        shared.hand_in(combined)
         return True
 
     @override
