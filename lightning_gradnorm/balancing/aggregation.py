@@ -9,6 +9,7 @@ or a file each beside this one.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -151,7 +152,9 @@ class AggregationRule(ScalarizationRule):
     def _ask_aggregator(self, stat: Tensor, rank: int = 0) -> Tensor:
         weights_of: Any = _weights_of(self.aggregator)
         stat = stat.to(self.loss_weights.dtype)  # in which the aggregator remembers and has its options
-        with torch.no_grad(), own_randomness(self._seed + rank, self._drawn, stat.device):
+        with torch.no_grad(), own_randomness(self._seed + rank, self._drawn, stat.device), warnings.catch_warnings():
+            # cvxpy's, of every NashMTL: it says that solving the same problem again is not faster.
+            warnings.filterwarnings("ignore", message="You are solving a parameterized problem that is not DPP")
             answer: Tensor = self.aggregator(stat) if weights_of is None else weights_of(stat)
         return answer
 
@@ -278,5 +281,14 @@ def _weights_of(aggregator: Any) -> Callable[[Tensor], Tensor] | None:
     if isinstance(aggregator, jd.WeightedAggregator):
         return aggregator.weighting
     if isinstance(aggregator, jd.ConFIG):  # its result lies in the span of the rows: these are the coefficients
-        return lambda root: torch.linalg.lstsq(root.T, aggregator(root)).solution
+        return lambda root: _coefficients(aggregator(root), root)
     return None
+
+
+def _coefficients(vector: Tensor, root: Tensor) -> Tensor:
+    """Return w with ``w @ root = vector``, for a symmetric root; bit by bit the same in each call, as lstsq is not."""
+    values, vectors = torch.linalg.eigh(root)
+    kept = values > values.max() * len(values) * torch.finfo(values.dtype).eps
+    inverse = torch.where(kept, 1 / torch.where(kept, values, 1), 0)
+    coefficients: Tensor = vectors @ (inverse * (vector @ vectors))
+    return coefficients

@@ -111,8 +111,6 @@ def without_idle_warnings(*, in_folder_of_before: bool = False) -> Iterator[None
         warnings.filterwarnings("ignore", message=".* does not have many workers", category=UserWarning)
         # Lightning's own use of torch's pytrees.
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
-        # cvxpy, of how NashMTL's problem is posed.
-        warnings.filterwarnings("ignore", message="You are solving a parameterized problem that is not DPP")
         if in_folder_of_before:
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists", category=UserWarning)
         yield
