@@ -254,5 +254,6 @@ def _weights_of(aggregator: Any) -> Callable[[Tensor], Tensor] | None:
     if isinstance(aggregator, jd.WeightedAggregator):
         return aggregator.weighting
     if isinstance(aggregator, jd.ConFIG):  # its result lies in the span of the rows: these are the coefficients
-        return lambda root: torch.linalg.lstsq(root.T, aggregator(root)).solution
+        # Not by lstsq, which does not give the same bits each time.
+        return lambda root: torch.linalg.pinv(root.T) @ aggregator(root)
     return None
