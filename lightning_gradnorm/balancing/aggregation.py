@@ -281,14 +281,6 @@ def _weights_of(aggregator: Any) -> Callable[[Tensor], Tensor] | None:
     if isinstance(aggregator, jd.WeightedAggregator):
         return aggregator.weighting
     if isinstance(aggregator, jd.ConFIG):  # its result lies in the span of the rows: these are the coefficients
-        return lambda root: _coefficients(aggregator(root), root)
+        # Not by lstsq, which does not give the same bits each time.
+        return lambda root: torch.linalg.pinv(root.T) @ aggregator(root)
     return None
-
-
-def _coefficients(vector: Tensor, root: Tensor) -> Tensor:
-    """Return w with ``w @ root = vector``, for a symmetric root; bit by bit the same in each call, as lstsq is not."""
-    values, vectors = torch.linalg.eigh(root)
-    kept = values > values.max() * len(values) * torch.finfo(values.dtype).eps
-    inverse = torch.where(kept, 1 / torch.where(kept, values, 1), 0)
-    coefficients: Tensor = vectors @ (inverse * (vector @ vectors))
-    return coefficients
