@@ -87,7 +87,7 @@ class AggregationRule(ScalarizationRule):
         super().__init__(tasks, scalarizer, optimizer=optimizer, seed=seed, dtype=dtype, device=device)
         self._goes_by_place = isinstance(aggregator, NamesTasks) or any(
             isinstance(part, Stateful)
-            or any(isinstance(value, Tensor) and len(tasks) in value.shape for value in vars(part).values())
+            or any(_is_by_task(value, len(tasks)) for value in (vars(part) | part._buffers | part._parameters).values())
             for part in aggregator.modules()
         )
         self._try_out_aggregator()
@@ -213,6 +213,8 @@ class AggregationRule(ScalarizationRule):
         rows = matrix[present.to(matrix.device)]
         if not len(rows):
             return matrix.new_zeros(matrix.shape[1])
+        if self._goes_by_place and len(rows) < len(matrix):
+            return rows.mean(dim=0)
         try:
             answer = self._ask_aggregator(rows, rank)
         except Exception as reason:
@@ -264,6 +266,11 @@ def _shown(found: Any) -> str:
 
 def _any(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     return any(isinstance(part, kinds) for part in module.modules())
+
+
+def _is_by_task(value: Any, T: int) -> bool:
+    """Say whether this may be a number for each task."""
+    return T in value.shape if isinstance(value, Tensor) else isinstance(value, list | tuple) and len(value) == T
 
 
 def _stat(aggregator: nn.Module) -> Stat:

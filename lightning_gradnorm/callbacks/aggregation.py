@@ -52,8 +52,10 @@ class Aggregation(Scalarization):
 
     A task that is absent from a batch is left out of what the aggregator sees; an aggregator that remembers tasks by their
     place (`NashMTL`, `GradVac`, one with a preference vector) is not asked in such a step, and the tasks that are there keep
-    the weights they had. Where the aggregator fails, all tasks are weighted alike in that step, which is counted and warned of
-    once. With accumulation each batch is aggregated by itself (``at="parameters"``: their mean).
+    the weights they had (without weights, their mean is taken). Where the aggregator fails, all tasks are weighted alike in
+    that step, which is counted and warned of once. With accumulation each batch is aggregated by itself
+    (``at="parameters"``: their mean). With manual optimization and ``at="parameters"`` the gradients are complete when the
+    optimizer steps: clip them in ``on_before_optimizer_step``, not before.
 
     Raises:
         ValueError: at the start of training, if the aggregator cannot be used for T tasks, or the representation cannot be
@@ -173,6 +175,13 @@ class Aggregation(Scalarization):
         losses = {node_of(loss) for losses in current.losses.values() for loss in losses}
         branches = {node for nodes in current.branches.values() for node in nodes}
         comes = joint.begin(back_propagated, stop=branches if self._at_heads else losses)
+        waiting = [task for task in current.losses if task not in current.fired]
+        if comes and waiting and joint.was_passed and self._shared is None:
+            raise ValueError(
+                f"{self._name}: the loss of task '{waiting[0]}' has a backward pass of its own, but the gradients of all tasks "
+                f"have to come to the representation in one. Call manual_backward with the sum of the losses, or use "
+                f"at='parameters'."
+            )
         if self._shared is not None:
             self._shared.seek(module)
         elif not comes and trainer.world_size > 1 and self._aggregates.stat != "matrix":

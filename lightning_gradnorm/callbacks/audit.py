@@ -56,6 +56,8 @@ class Audit:
 
     def _objection(self, reader: GradientReader, task: str, loss: Tensor, current: Pass) -> str | None:
         """Return what speaks against reading the task with this reader, the end of a sentence."""
+        if objection := reader.objection(loss):
+            return objection
         sought, where = reader.sought, reader.where
         if not nodes_between([node_of(loss)], sought):
             return (

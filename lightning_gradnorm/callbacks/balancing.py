@@ -67,7 +67,7 @@ class Balancing(Restoring[AnyRule]):
         self.tasks = tasks
         self.heads = None if heads is None else dict(heads)
         self.representation = representation
-        self._names: tuple[str, ...] = () if tasks is None else checked_names(tasks, asked_by=self._name)
+        self._names = () if tasks is None else checked_names(tasks, asked_by=self._name)
         self._logged_names = dict(tasks) if isinstance(tasks, Mapping) else None
         if self.heads is not None and self._names:
             self._check_heads()
@@ -400,7 +400,8 @@ class Balancing(Restoring[AnyRule]):
 
     def _is_at_work(self) -> bool:
         """Say whether the steps that are made now are the training's, not trial steps such as the LearningRateFinder's."""
-        return self._trainer is not None and any(one is self for one in self._trainer.callbacks)  # type: ignore[attr-defined]
+        trainer = self._trainer
+        return trainer is not None and trainer.training and any(one is self for one in trainer.callbacks)  # type: ignore[attr-defined]
 
     def _notes_calls(self) -> bool:
         """Say whether what is called now belongs to a forward pass whose gradients will be read."""

@@ -21,6 +21,7 @@ from lightning_gradnorm.callbacks.task_names import DeclaresTasks, check_positiv
 class FixedRule:
     """Weights of which a checkpoint need not tell."""
 
+    tasks: tuple[str, ...]
     weights: Tensor
 
     def state_dict(self) -> dict[str, Any]:
@@ -40,7 +41,8 @@ class StaticWeights(Balancing[FixedRule]):
     @override
     def _new_rule(self, like: Tensor) -> FixedRule:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return FixedRule(torch.tensor([self.weights[task] for task in self._names], dtype=dtype, device=like.device))
+        weights = torch.tensor([self.weights[task] for task in self._names], dtype=dtype, device=like.device)
+        return FixedRule(self._names, weights)
 
     @override
     def _load(self, rule: FixedRule, state: Mapping[str, Any]) -> None:

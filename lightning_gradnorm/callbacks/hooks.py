@@ -54,12 +54,18 @@ def around_call(
             return output if changed is None else changed
 
         return shadow(module, "_compiled_call_impl", not_traced(call, recursive=False))
+    # A copy of the module, of a teacher say, has the hooks too, and calls them: that is none of our business.
     hooks = ExitStack()
     if before is not None:
         handle = module.register_forward_pre_hook(
-            not_traced(lambda _, args, kwargs: before(args, kwargs)), prepend=first, with_kwargs=True
+            not_traced(lambda called, args, kwargs: before(args, kwargs) if called is module else None),
+            prepend=first,
+            with_kwargs=True,
         )
         hooks.callback(handle.remove)
     if after is not None:
-        hooks.callback(module.register_forward_hook(not_traced(lambda _, args, output: after(output))).remove)
+        handle = module.register_forward_hook(
+            not_traced(lambda called, args, output: after(output) if called is module else None)
+        )
+        hooks.callback(handle.remove)
     return hooks.close

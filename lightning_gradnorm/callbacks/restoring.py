@@ -16,6 +16,10 @@ class Rule(Protocol):
     """What a strategy knows from step to step."""
 
     @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names, in the order of the weights."""
+
+    @property
     def weights(self) -> Tensor:
         """The weights that were last in force, shape (T,)."""
 
@@ -37,6 +41,7 @@ class Restoring(L.Callback, Generic[AnyRule]):
     """What is lost where a checkpoint does not have it, in words; ``None`` if there is nothing to lose."""
 
     def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
         self._rule: AnyRule | None = None
         self._restored: dict[str, Any] | None = None
         self._restored_by: str | None = None
@@ -81,7 +86,10 @@ class Restoring(L.Callback, Generic[AnyRule]):
 
     def _prepare(self, like: Tensor) -> None:
         """Make the rule where ``like`` is, in its precision; called at the start, and when a loss is float64."""
-        if self._rule is not None and self._restored is None:
+        if self._rule is not None and set(self._rule.tasks) != set(self._names):
+            self._rule = None  # the same Trainer goes on with another model
+            self._begin_anew()
+        if self._rule is not None and self._restored is None and self._rule.tasks == self._names:
             now = self._rule.weights
             if now.device == like.device and (now.dtype == torch.float64 or like.dtype != torch.float64):
                 return

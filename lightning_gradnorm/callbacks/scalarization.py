@@ -36,7 +36,8 @@ class Scalarization(Balancing[ScalarizationRule]):
         scalarizer: a `torchjd.scalarization` object, or any ``nn.Module`` from the losses, shape (T,), in the order of
             ``tasks``, to a scalar; or what makes one from the number of tasks, as ``torchjd.scalarization.UW`` does. Its
             parameters are learnt. What it does besides is called for: `DWA` hears of each epoch's end, `FAMO` gets the losses
-            of the same batch after the step (one more forward pass, without a trace in metrics, logs or statistics).
+            of the same batch after the step: ``training_step`` is called once more, without gradients and without a trace in
+            metrics, logs, statistics or random numbers, as long as it leaves its batch as it is.
         tasks: as for `GradNorm`.
         heads: taken as by every strategy, so that one can be exchanged for another; no gradient is read.
         optimizer: makes the optimizer of the scalarizer's parameters; the default is GradNorm's.
@@ -96,8 +97,8 @@ class Scalarization(Balancing[ScalarizationRule]):
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weights that were last in force, by task; none before the first step."""
-        if self._rule is None:
+        """The weights that were last in force, by task; none before training, and none of a strategy that has none."""
+        if self._rule is None or not self._rule.has_weights:
             return {}
         return dict(zip(self._rule.tasks, self._rule.weights.tolist(), strict=True))
 
@@ -141,8 +142,9 @@ class Scalarization(Balancing[ScalarizationRule]):
 
     @override
     def _prepare(self, like: Tensor) -> None:
-        if self._restored is not None and set(self._restored["tasks"]) == set(self._names):
-            self._names = tuple(self._restored["tasks"])  # what goes by place is of the checkpoint's order
+        known = self._restored["tasks"] if self._restored else () if self._rule is None else self._rule.tasks
+        if set(known) == set(self._names):
+            self._names = tuple(known)  # what goes by place is of the order in which it was learnt
         super()._prepare(like)
 
     @override

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -67,6 +68,7 @@ class SecondLook:
         with ExitStack() as stack:
             for context in (
                 torch.no_grad(),
+                isolate_rng(include_cuda=False),
                 self._same_randomness(),
                 KeptBuffers(module.buffers()).through_reading(""),
                 _kept_metrics(module),

@@ -55,8 +55,8 @@ class SharedParameters:
 
     def read(self) -> None:
         """Pass the trunk once for each task whose gradient has arrived at the representation. Called within backward."""
-        assert self._reader is not None
-        self._joint.gradients_of(self._reader)
+        if self._reader is not None:  # else all of the trunk is frozen
+            self._joint.gradients_of(self._reader)
 
     def clear(self) -> None:
         """Forget what was read: a new optimizer step begins."""

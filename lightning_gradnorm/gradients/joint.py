@@ -9,6 +9,7 @@ training (Sener & Koltun 2018, section 3.3, call the bound that this minimises M
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,8 +36,56 @@ class _Gate(torch.autograd.Function):
         return None, *ctx.hand_on(arrived)
 
 
+class _Meeting:
+    """The gate of one forward pass, and what has come to it."""
+
+    def __init__(
+        self, below: list[Tensor], hand_on: Callable[[_Meeting, Sequence[Tensor | None]], Any], T: int
+    ) -> None:
+        self.below = below
+        self.views: list[Tensor] = list(_Gate.apply(partial(hand_on, self), *below))  # type: ignore[no-untyped-call]
+        self.has_rest = False
+        """Whether something else than the tasks comes here, too."""
+        self.was_passed = False
+        """Whether a backward pass has come through."""
+        self._T = T
+        self.begin()
+
+    def begin(self) -> None:
+        self.matrix: Tensor | None = None
+        self.read: set[str] = set()
+        self.went_on: set[str] = set()
+        """Tasks whose gradient was read on its way here, where it arrives with the rest."""
+        self.reached: set[int] = set()
+        """Which of the representation's tensors any task's gradient has reached."""
+
+    @property
+    def node(self) -> Node:
+        return node_of(self.views[0])
+
+    @property
+    def rows(self) -> Tensor:
+        """J, shape (T, n)."""
+        if self.matrix is None:
+            dtype = torch.float64 if any(view.dtype == torch.float64 for view in self.views) else torch.float32
+            width = sum(view.numel() for view in self.views)
+            self.matrix = torch.zeros(self._T, width, dtype=dtype, device=self.views[0].device)
+        return self.matrix
+
+    def pieces(self, row: Tensor) -> list[Tensor]:
+        """Cut a vector of n values into the representation's tensors."""
+        parts = torch.split(row, [view.numel() for view in self.views])
+        return [part.view(view.shape) for part, view in zip(parts, self.views, strict=True)]
+
+    def place_of(self, tensor: Tensor) -> int | None:
+        return next((i for i, view in enumerate(self.views) if view is tensor), None)
+
+
 class JointGradients(GradientReader):
     """Reads ``∇_z L_i`` of all tasks and replaces their sum by what ``combine`` makes of them.
+
+    It does so in a backward pass between `begin` and `finish`; any other, a gradient that a user takes for himself, goes
+    through the gate as if it were not there.
 
     Args:
         module: the encoder, whose output is the representation.
@@ -58,6 +107,7 @@ class JointGradients(GradientReader):
         >>> reader.begin(loss)
         True
         >>> loss.backward()
+        >>> reader.finish()
     """
 
     module: nn.Module
@@ -67,13 +117,8 @@ class JointGradients(GradientReader):
         self._name = name
         self._places = {task: place for place, task in enumerate(tasks)}
         self._combine = combine
-        self._views: list[Tensor] = []
-        self._below: list[Tensor] = []
-        self._matrix: Tensor | None = None
-        self._read: set[str] = set()
-        self._went_on: set[str] = set()
-        self._has_rest = False
-        self._is_done = False
+        self._meeting: _Meeting | None = None
+        self._in_backward = False
 
     @property
     def where(self) -> str:
@@ -83,7 +128,7 @@ class JointGradients(GradientReader):
     @property
     def sought(self) -> list[Tensor]:
         """What the gate hands to the heads in the current forward pass."""
-        return self._views
+        return [] if self._meeting is None else self._meeting.views
 
     def after(self, output: Any) -> Any:
         """Let what the encoder returns through the gate.
@@ -96,18 +141,32 @@ class JointGradients(GradientReader):
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not places:
             return None
-        if self._views and not self._is_done:
+        if self._meeting is not None and not self._meeting.was_passed:
             raise ValueError(
                 f"{self._name} is called more than once in one forward pass, so that the tasks' gradients do not meet in one "
                 f"place. Give it one batch made of all its inputs (torch.cat), or name as representation a module that is "
                 f"called once."
             )
-        self.forget()
-        self._below = [leaves[i] for i in places]
-        self._views = list(_Gate.apply(self._hand_on, *self._below))  # type: ignore[no-untyped-call]
-        for place, view in zip(places, self._views, strict=True):
+        self._meeting = _Meeting([leaves[i] for i in places], self._hand_on, len(self._places))
+        for place, view in zip(places, self._meeting.views, strict=True):
             leaves[place] = view
         return pytree.tree_unflatten(leaves, structure)
+
+    def objection(self, loss: Tensor) -> str | None:
+        """Return what speaks against reading this task here, the end of a sentence."""
+        if self._meeting is None:
+            return (
+                f"cannot be read at {self._name}, which was not called in the forward pass (itself, not its forward or another "
+                f"method), or returned no tensors, nor tuples, lists or dicts of tensors that carry a gradient."
+            )
+        within = {node for node in self.trunk() if not hasattr(node, "variable")}
+        if within & nodes_behind([node_of(loss)], stop={self._meeting.node}):
+            return (
+                f"reaches what is within {self._name} by a way that does not pass its output, a skip connection say, so that "
+                f"part of its gradient would not be aggregated. Name as representation the module whose output is all that "
+                f"the heads read, or have the encoder return what they read."
+            )
+        return None
 
     def begin(self, back_propagated: Tensor, *, stop: Collection[Node] = ()) -> bool:
         """Look, before a backward pass, which way it will take.
@@ -119,83 +178,86 @@ class JointGradients(GradientReader):
         Returns:
             Whether it will come to the gate.
         """
-        start = [node_of(back_propagated)]
-        gates = {node_of(view) for view in self._views}
-        self._has_rest = bool(nodes_between(start, self._views, stop=stop))
-        return bool(gates & nodes_behind(start, stop=gates))
+        self._in_backward = True
+        if self._meeting is None:
+            return False
+        start, gate = [node_of(back_propagated)], self._meeting.node
+        self._meeting.has_rest = bool(nodes_between(start, self._meeting.views, stop=stop))
+        return gate in nodes_behind(start, stop={gate})
+
+    @property
+    def was_passed(self) -> bool:
+        """Whether a backward pass has come through the current forward pass's gate already."""
+        return self._meeting is not None and self._meeting.was_passed
 
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> object:
         """Put the task's gradient at the representation into its row."""
-        places = [next((i for i, view in enumerate(self._views) if view is output), None) for output in outputs]
+        meeting = self._meeting
+        assert meeting is not None
+        places = [meeting.place_of(output) for output in outputs]
         found: list[Tensor | None]
         if None in places:  # something stands between, and has to be passed
-            found = list(torch.autograd.grad(outputs, self._views, gradients, retain_graph=True, allow_unused=True))
-            self._went_on.add(task)
+            found = list(torch.autograd.grad(outputs, meeting.views, gradients, retain_graph=True, allow_unused=True))
+            meeting.went_on.add(task)
         else:
             by_place = dict(zip(places, gradients, strict=True))
-            found = [by_place.get(i) for i in range(len(self._views))]
-        row = self._rows()[self._places[task]]
-        for piece, gradient in zip(self._pieces(row), found, strict=True):
+            found = [by_place.get(i) for i in range(len(meeting.views))]
+        row = meeting.rows[self._places[task]]
+        for place, (piece, gradient) in enumerate(zip(meeting.pieces(row), found, strict=True)):
             if gradient is not None:
                 piece.add_(gradient)
-        self._read.add(task)
+                meeting.reached.add(place)
+        meeting.read.add(task)
         return None if None in places else TAKEN
 
     @property
     def read_tasks(self) -> Collection[str]:
-        """The tasks whose gradient has arrived in the current forward pass."""
-        return self._read
+        """The tasks whose gradient has arrived in the current backward pass."""
+        return set() if self._meeting is None else self._meeting.read
 
     def gradients_of(self, into: WeightGradients) -> None:
         """Have ``into`` read what each task's row gives in the trunk's parameters: one pass through the trunk for each."""
-        for task in self._read:
-            pieces = self._pieces(self._rows()[self._places[task]])
-            into.read(task, self._below, [piece.to(t.dtype) for piece, t in zip(pieces, self._below, strict=True)])
+        meeting = self._meeting
+        assert meeting is not None
+        for task in meeting.read:
+            pieces = meeting.pieces(meeting.rows[self._places[task]])
+            into.read(task, meeting.below, [piece.to(t.dtype) for piece, t in zip(pieces, meeting.below, strict=True)])
 
     def trunk(self) -> set[Node]:
         """Return the nodes behind the representation of the current forward pass."""
-        return nodes_behind([node_of(tensor) for tensor in self._below])
+        return set() if self._meeting is None else nodes_behind([node_of(tensor) for tensor in self._meeting.below])
 
     def parameters(self) -> list[Tensor]:
         """Return the parameters behind the representation, the shared ones, of the current forward pass."""
-        return leaves_behind(self._below)
+        return [] if self._meeting is None else leaves_behind(self._meeting.below)
+
+    def finish(self) -> None:
+        """Take note that the backward pass is over: what comes now is not for us."""
+        self._in_backward = False
 
     def forget(self) -> None:
         """Let go of the current forward pass."""
-        self._views, self._below = [], []
-        self._is_done = False
-        self._begin_rows()
+        self._meeting, self._in_backward = None, False
 
-    def _begin_rows(self) -> None:
-        self._matrix, self._read, self._went_on = None, set(), set()
+    def _hand_on(self, meeting: _Meeting, arrived: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        if not self._in_backward or meeting is not self._meeting:
+            return arrived
+        with torch.no_grad(), torch.autocast(meeting.views[0].device.type, enabled=False):
+            return self._combined(meeting, arrived)
 
-    def _rows(self) -> Tensor:
-        if self._matrix is None:
-            first = self._views[0]
-            dtype = torch.float64 if any(view.dtype == torch.float64 for view in self._views) else torch.float32
-            width = sum(view.numel() for view in self._views)
-            self._matrix = torch.zeros(len(self._places), width, dtype=dtype, device=first.device)
-        return self._matrix
-
-    def _pieces(self, row: Tensor) -> list[Tensor]:
-        """Cut a vector of n values into the representation's tensors."""
-        parts = torch.split(row, [view.numel() for view in self._views])
-        return [part.view(view.shape) for part, view in zip(parts, self._views, strict=True)]
-
-    @torch.no_grad()
-    def _hand_on(self, arrived: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        J = self._rows()
+    def _combined(self, meeting: _Meeting, arrived: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         handed: list[Tensor | None] = [None] * len(arrived)
-        if self._has_rest:
+        if meeting.has_rest:
             handed = list(arrived)
-            for task in self._went_on:  # and came here with the rest
-                pieces = self._pieces(J[self._places[task]])
+            for task in meeting.went_on:
+                pieces = meeting.pieces(meeting.rows[self._places[task]])
                 handed = [a if a is None else a - piece for a, piece in zip(handed, pieces, strict=True)]
-        with torch.autocast(J.device.type, enabled=False):
-            combined = self._combine(J)
+        combined = self._combine(meeting.rows)
         if combined is not None:
-            pieces = self._pieces(combined)
-            handed = [piece if a is None else a + piece for a, piece in zip(handed, pieces, strict=True)]
-        self._begin_rows()  # of a second backward pass from other losses, if there is one
-        self._is_done = True
-        return [a if a is None else a.to(tensor.dtype) for a, tensor in zip(handed, self._below, strict=True)]
+            for place, piece in enumerate(meeting.pieces(combined)):
+                before = handed[place]
+                if place in meeting.reached:  # what no head has read has no gradient, not one of zeros
+                    handed[place] = piece if before is None else before + piece
+        meeting.begin()  # of a second backward pass from other losses, if there is one
+        meeting.was_passed = True
+        return [a if a is None else a.to(tensor.dtype) for a, tensor in zip(handed, meeting.below, strict=True)]

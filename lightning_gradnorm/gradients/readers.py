@@ -80,6 +80,10 @@ class GradientReader(ABC):
         """See what `module` returns; return what is to be handed on in its place, or ``None``."""
         return None
 
+    def objection(self, loss: Tensor) -> str | None:
+        """Return what speaks against reading this task here, the end of a sentence; ``None`` if nothing does."""
+        return None
+
     def finish(self) -> None:
         """Do what is left to do when a backward pass is over."""
         return
