@@ -18,15 +18,15 @@ from lightning_gradnorm.balancing.aggregation import AggregationRule
 from lightning_gradnorm.balancing.scalarization import OptimizerFactory
 from lightning_gradnorm.callbacks.agreement import SideChannel, of_first_rank
 from lightning_gradnorm.callbacks.naming import find_module
+from lightning_gradnorm.callbacks.of_losses import Made, OfLosses, check_made
 from lightning_gradnorm.callbacks.precision import have_scaler_skip, loss_scale
-from lightning_gradnorm.callbacks.scalarization import Made, Scalarization, check_made
 from lightning_gradnorm.callbacks.shared_parameters import SharedParameters
 from lightning_gradnorm.callbacks.step import Window
 from lightning_gradnorm.gradients import GradientReader, JointGradients
 from lightning_gradnorm.gradients.paths import node_of
 
 
-class Aggregation(Scalarization):
+class Aggregation(OfLosses):
     """Make one gradient of the tasks' gradients at the representation, where they meet in the ordinary backward pass.
 
     Each head is trained by its own task's gradient; the trunk by what the aggregator makes of the T gradients that arrive at
@@ -85,7 +85,7 @@ class Aggregation(Scalarization):
         scalarizer: Made | None = None,
         optimizer: OptimizerFactory = partial(torch.optim.Adam, lr=0.025),
     ) -> None:
-        self._set_up(scalarizer, tasks, heads=heads, optimizer=optimizer, representation=representation)
+        super().__init__(tasks, scalarizer, optimizer, heads=heads, representation=representation)
         is_name = isinstance(representation, str)
         check(self._name, is_name, "representation", "a dotted name such as 'encoder'", representation)
         check(self._name, at in ("representation", "parameters"), "at", "'representation' or 'parameters'", at)
