@@ -175,6 +175,11 @@ class Aggregation(OfLosses):
         losses = {node_of(loss) for losses in current.losses.values() for loss in losses}
         branches = {node for nodes in current.branches.values() for node in nodes}
         comes = joint.begin(back_propagated, stop=branches if self._at_heads else losses)
+        if self._at_heads and losses & set(joint.around):
+            raise ValueError(
+                f"{self._name}: part of a task's gradient has begun to reach '{self.representation}' by a way that does not "
+                f"pass the task's head. Leave heads out: then each loss gets a first-order pass of its own."
+            )
         waiting = [task for task in current.losses if task not in current.fired]
         if comes and waiting and joint.was_passed and self._shared is None:
             raise ValueError(

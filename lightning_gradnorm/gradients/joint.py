@@ -44,8 +44,8 @@ class _Meeting:
     ) -> None:
         self.below = below
         self.views: list[Tensor] = list(_Gate.apply(partial(hand_on, self), *below))  # type: ignore[no-untyped-call]
-        self.has_rest = False
-        """Whether something else than the tasks comes here, too."""
+        self.around: set[Node] = set()
+        """The way of what comes here besides the tasks' gradients."""
         self.was_passed = False
         """Whether a backward pass has come through."""
         self._T = T
@@ -182,8 +182,13 @@ class JointGradients(GradientReader):
         if self._meeting is None:
             return False
         start, gate = [node_of(back_propagated)], self._meeting.node
-        self._meeting.has_rest = bool(nodes_between(start, self._meeting.views, stop=stop))
+        self._meeting.around = nodes_between(start, self._meeting.views, stop=stop)
         return gate in nodes_behind(start, stop={gate})
+
+    @property
+    def around(self) -> Collection[Node]:
+        """The way to the gate of what is not read as any task's gradient."""
+        return set() if self._meeting is None else self._meeting.around
 
     @property
     def was_passed(self) -> bool:
@@ -247,7 +252,7 @@ class JointGradients(GradientReader):
 
     def _combined(self, meeting: _Meeting, arrived: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         handed: list[Tensor | None] = [None] * len(arrived)
-        if meeting.has_rest:
+        if meeting.around:
             handed = list(arrived)
             for task in meeting.went_on:
                 pieces = meeting.pieces(meeting.rows[self._places[task]])

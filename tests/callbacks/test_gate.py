@@ -114,6 +114,25 @@ def test_an_encoder_that_is_not_called_is_named(quiet_trainer: MakeTrainer) -> N
         quiet_trainer(callbacks=[aggregation(model, MGDA())]).fit(model, Batches(vector_batches(2, 2)))
 
 
+class Annealed(Automatic):
+    """From its third batch on, the loss of `depth` has a term of the representation."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        z = self.encoder(batch["x"])
+        losses = {t: F.mse_loss(getattr(self, f"{t}_head")(z), batch[t]) for t in self.tasks}
+        if batch_idx >= 2:
+            losses["depth"] = losses["depth"] + z.square().mean()
+        return {"loss": losses["seg"] + losses["depth"], **losses}
+
+
+def test_a_way_around_a_head_that_opens_in_mid_training_is_refused(quiet_trainer: MakeTrainer) -> None:
+    model = Annealed(2)
+    with pytest.raises(ValueError, match=r"has begun to reach 'encoder' by a way.*Leave heads out"):
+        quiet_trainer(callbacks=[aggregation(model, MGDA())]).fit(model, Batches(vector_batches(2, 4)))
+    model = Annealed(2)
+    quiet_trainer(callbacks=[aggregation(model, MGDA(), with_heads=False)]).fit(model, Batches(vector_batches(2, 4)))
+
+
 class OneByOne(Manual):
     """A backward pass for each task."""
 
