@@ -371,9 +371,12 @@ def distance(found: Told, expected: Told) -> tuple[float, float]:
     """The largest difference of a weight after any step, and of a number in the network at the end."""
     assert len(found.weights) == len(expected.weights)
     weights = max(
-        abs(one[task] - other[task])
-        for one, other in zip(found.weights, expected.weights, strict=True)
-        for task in other.keys() | one.keys()
+        (
+            abs(one[task] - other[task])
+            for one, other in zip(found.weights, expected.weights, strict=True)
+            for task in other.keys() | one.keys()
+        ),
+        default=0.0,  # a strategy without weights
     )
     assert found.network.keys() == expected.network.keys()
     network = max(float((found.network[name] - value).abs().max()) for name, value in expected.network.items())
