@@ -360,9 +360,8 @@ def _chosen(tasks: Mapping[str, Task], only: Sequence[str] | None) -> Mapping[st
     if only is None:
         return tasks
     is_list = isinstance(only, Sequence) and not isinstance(only, str) and len(only) > 0
-    _check(
-        is_list and len(set(only)) == len(only), "only", "None or a list of different tasks, such as ['depth']", only
-    )
+    _check(is_list, "only", "None or a list of tasks, such as ['depth']", only)
+    _check(len(set(only)) == len(only), "only", "a list of different tasks", only)
     for name in only:
         if name not in tasks:
             raise ValueError(f"MultiTaskModule: there is no task '{name}' to train; {did_you_mean(name, tasks)}")

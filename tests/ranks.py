@@ -374,9 +374,9 @@ def distance(found: Told, expected: Told) -> tuple[float, float]:
         (
             abs(one[task] - other[task])
             for one, other in zip(found.weights, expected.weights, strict=True)
-            for task in other.keys() | one.keys()
+            for task in (other.keys() | one.keys() if one else ())  # a strategy without weights tells none
         ),
-        default=0.0,  # a strategy without weights
+        default=0.0,
     )
     assert found.network.keys() == expected.network.keys()
     network = max(float((found.network[name] - value).abs().max()) for name, value in expected.network.items())

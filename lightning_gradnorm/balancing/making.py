@@ -29,6 +29,7 @@ def made_for(tasks: Sequence[str], given: nn.Module | Callable[[int], nn.Module]
         ImportError: it needs a package that is not installed.
 
     Example:
+        >>> import torchjd.scalarization
         >>> made_for(["seg", "depth"], torchjd.scalarization.UW, asked_by="scalarizer")
         UW(shape=(2,))
         >>> made_for(["seg", "depth"], torchjd.scalarization.DWA, asked_by="scalarizer")
@@ -93,6 +94,7 @@ def placed(module: nn.Module, *, device: torch.device | str | None, dtype: torch
     """Move a module, and with it the tensors that it has as plain attributes, as torchjd's have their preferences.
 
     Example:
+        >>> import torchjd.scalarization
         >>> preferences = torch.tensor([0.2, 0.8])
         >>> placed(torchjd.scalarization.Constant(preferences), device="cpu", dtype=torch.float64).weights.dtype
         torch.float64
