@@ -1,0 +1,46 @@
+"""How many parameters the networks have, next to what the papers say: ``python -m lightning_gradnorm.networks.sizes``."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lightning_gradnorm.networks.dilated_resnet import DilatedResNet50
+from lightning_gradnorm.networks.fcn_resnet import FCNResNet50
+from lightning_gradnorm.networks.heads import ConvHead, DeepLabHead
+from lightning_gradnorm.networks.segnet import SegNet
+
+NYUV2_CHANNELS = {"segmentation": 13, "depth": 1, "normals": 3}
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of values in all parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def size_table() -> str:
+    """Return a table of the trunks and of their heads for NYUv2's three tasks, in millions of parameters.
+
+    Example:
+        >>> print(size_table())
+        network                         shared    heads     paper
+        SegNet on VGG16                29.18 M   0.00 M      29 M
+        thin FCN on ResNet-50          15.40 M   0.00 M      15 M
+        dilated ResNet-50, DeepLab     23.51 M  48.38 M         -
+    """
+    rows = [f"{'network':28}{'shared':>10}{'heads':>9}{'paper':>10}"]
+    with torch.device("meta"):  # shapes alone: nothing is drawn
+        trunks: list[tuple[str, SegNet | FCNResNet50 | DilatedResNet50, type[ConvHead] | type[DeepLabHead], str]] = [
+            ("SegNet on VGG16", SegNet(), ConvHead, "29 M"),
+            ("thin FCN on ResNet-50", FCNResNet50(), ConvHead, "15 M"),
+            ("dilated ResNet-50, DeepLab", DilatedResNet50(), DeepLabHead, "-"),
+        ]
+        for name, trunk, head, paper in trunks:
+            heads = nn.ModuleList([head(trunk.out_channels, channels) for channels in NYUV2_CHANNELS.values()])
+            shared, own = (f"{count_parameters(module) / 1e6:.2f} M" for module in (trunk, heads))
+            rows.append(f"{name:28}{shared:>10}{own:>9}{paper:>10}")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(size_table())
