@@ -1,6 +1,19 @@
-"""Reads finished runs and writes tables of them."""
+"""Reads finished runs and writes tables and pictures of them."""
 
+from lightning_gradnorm.report.delta_m import COMMUNITY, PAPER, delta_m
+from lightning_gradnorm.report.direction import higher_is_better
 from lightning_gradnorm.report.results import Run, by_task, read_run, write_metrics
 from lightning_gradnorm.report.table import comparison_table, task_table
 
-__all__ = ["Run", "by_task", "comparison_table", "read_run", "task_table", "write_metrics"]
+__all__ = [
+    "COMMUNITY",
+    "PAPER",
+    "Run",
+    "by_task",
+    "comparison_table",
+    "delta_m",
+    "higher_is_better",
+    "read_run",
+    "task_table",
+    "write_metrics",
+]

@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
+from lightning_gradnorm.report.direction import higher_is_better
 from lightning_gradnorm.report.results import ALL_TASKS, Run, by_task
 
-_HIGHER_IS_BETTER = {"accuracy", "auroc", "dice", "f1", "iou", "miou", "pixel_accuracy", "precision", "r2", "recall"}
-_LOWER_IS_BETTER = {"error", "loss", "mae", "mse", "rmse"}
+_WIDEST = 8
+"""Columns of metrics that a terminal has room for."""
 
 
 def task_table(
     metrics: Mapping[str, float], weights: Mapping[str, float] | None = None, *, title: str = "Test metrics by task"
 ) -> Table:
-    """Return a table with a row for each task and a column for each metric.
+    """Return a table with a row for each task and a column for each metric; the other way round if there are many metrics.
 
     Args:
         metrics: ``test/<metric>/<task>`` → value.
@@ -29,18 +30,26 @@ def task_table(
         (['task', 'loss', 'weight'], 2)
     """
     rows = by_task(metrics)
-    columns = list(dict.fromkeys(metric for row in rows.values() for metric in row))
+    names = list(dict.fromkeys(metric for row in rows.values() for metric in row))
+    lines = {task: [_number(row.get(name)) for name in names] for task, row in rows.items()}
+    if weights:
+        names.append("weight")
+        lines = {task: [*line, _number(weights.get(task))] for task, line in lines.items()}
+    corner = "task"
+    if len(names) > max(_WIDEST, len(lines)):
+        corner, names, lines = (
+            "metric",
+            list(lines),
+            {name: [*line] for name, line in zip(names, zip(*lines.values(), strict=True), strict=True)},
+        )
     table = Table(title=title, title_justify="left")
-    table.add_column("task")
-    for column in [*columns, *(["weight"] if weights else [])]:
-        table.add_column(column, justify="right")
-    for task, row in rows.items():
-        if task == ALL_TASKS:
+    table.add_column(corner)
+    for name in names:
+        table.add_column(name, justify="right")
+    for name, line in lines.items():
+        if name == ALL_TASKS:
             table.add_section()
-        cells = [_number(row.get(column)) for column in columns]
-        if weights:
-            cells.append(_number(weights.get(task)))
-        table.add_row(task, *cells)
+        table.add_row(name, *line)
     return table
 
 
@@ -87,11 +96,11 @@ def _best(metric: str, values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None and not math.isnan(value)]
     if len(set(known)) < 2 or not _arrow(metric):
         return None
-    return max(known) if metric in _HIGHER_IS_BETTER else min(known)
+    return max(known) if higher_is_better(metric) else min(known)
 
 
 def _arrow(metric: str) -> str:
-    return " ↑" if metric in _HIGHER_IS_BETTER else " ↓" if metric in _LOWER_IS_BETTER else ""
+    return {True: " ↑", False: " ↓", None: ""}[higher_is_better(metric)]
 
 
 def _number(value: float | None) -> str:

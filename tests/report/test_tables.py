@@ -74,3 +74,11 @@ def test_a_run_that_diverged_is_not_the_best(diverged_first: bool) -> None:
 def test_comparing_nothing_is_an_error() -> None:
     with pytest.raises(ValueError, match="one or more"):
         comparison_table([])
+
+
+def test_many_metrics_are_rows_and_tasks_are_columns() -> None:
+    metrics = {f"test/m{i}/depth": float(i) for i in range(8)} | {"test/m9/normals": 9.0}
+    table = task_table(metrics, {"depth": 1.5, "normals": 0.5})
+    assert [column.header for column in table.columns] == ["metric", "depth", "normals"]
+    cells = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert [cells[1], cells[-2], cells[-1]] == [("m1", "1", ""), ("m9", "", "9"), ("weight", "1.5", "0.5")]

@@ -1,0 +1,42 @@
+"""Which way a metric is better, by its name."""
+
+from __future__ import annotations
+
+_HIGHER = {
+    "accuracy",
+    "auroc",
+    "dice",
+    "f1",
+    "iou",
+    "miou",
+    "pixel_accuracy",
+    "precision",
+    "r2",
+    "recall",
+    "within_11",
+    "within_22",
+    "within_30",
+}
+_LOWER = {
+    "absolute_error",
+    "cosine_error",
+    "error",
+    "keypoint_error",
+    "loss",
+    "mae",
+    "mean_angle",
+    "median_angle",
+    "mse",
+    "relative_error",
+    "rmse",
+}
+
+
+def higher_is_better(metric: str) -> bool | None:
+    """Say whether more of the metric is better; ``None`` if that is not known.
+
+    Example:
+        >>> higher_is_better("miou"), higher_is_better("rmse"), higher_is_better("hue")
+        (True, False, None)
+    """
+    return True if metric in _HIGHER else False if metric in _LOWER else None
