@@ -2,6 +2,7 @@
 
 from lightning_gradnorm.data.loader import EpochSampler, ResumableLoader
 from lightning_gradnorm.data.multimnist import MultiMNISTDataModule
+from lightning_gradnorm.data.rooms import RoomsDataModule
 from lightning_gradnorm.data.sinusoids import SinusoidsDataModule
 from lightning_gradnorm.data.tensors import InMemoryDataModule, TaskTensors
 from lightning_gradnorm.data.toy import TEN_SIGMAS, ToyDataModule
@@ -12,6 +13,7 @@ __all__ = [
     "InMemoryDataModule",
     "MultiMNISTDataModule",
     "ResumableLoader",
+    "RoomsDataModule",
     "SinusoidsDataModule",
     "TaskTensors",
     "ToyDataModule",

@@ -1,0 +1,60 @@
+"""The one sentence said about a file that is not what it should be."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, NoReturn
+
+COPY_AGAIN = "The copy seems damaged: fetch the file again."
+
+
+def expect(holds: bool, file: Path | str, field: str, expected: str, found: object, mend: str = "") -> None:
+    """Raise an error that names the file, the field, what is expected and what was found, unless ``holds``.
+
+    Raises:
+        ValueError: The condition does not hold.
+
+    Example:
+        >>> expect(False, "train/label/3.npy", "label", "-1 to 12", 40, "Map it to the 13 classes.")
+        Traceback (most recent call last):
+        ValueError: NYUv2: label in train/label/3.npy should be -1 to 12; got 40. Map it to the 13 classes.
+    """
+    if not holds:
+        wrong(file, field, expected, found, mend)
+
+
+def wrong(file: Path | str, field: str, expected: str, found: object, mend: str = "") -> NoReturn:
+    """Raise the error of `expect`.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(f"NYUv2: {field} in {file} should be {expected}; got {found}. {mend}".rstrip())
+
+
+def existing(file: Path, what: str) -> Path:
+    """Return the file, or raise an error that says what it was needed for.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"NYUv2: {what} should be in {file}; there is no such file.")
+    return file
+
+
+def needed(module: str) -> Any:
+    """Import a module of the extra ``nyuv2`` when it is needed.
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        package = module.split(".")[0]
+        raise ModuleNotFoundError(
+            f"NYUv2: the package {package}, which reads this form of the data, should be installed; it was not found. "
+            "Install it with: pip install 'lightning-gradnorm[nyuv2]'"
+        ) from None
