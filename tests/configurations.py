@@ -19,7 +19,22 @@ QUICK = [
     "trainer.log_every_n_steps=1",
 ]
 SMALL = ["data.train_size=400", "data.val_size=200", "data.test_size=200"]
-TASKS = {"toy": ["task_0", "task_1"], "sinusoids": ["first", "second"], "multimnist": ["left", "right", "sum"]}
+TASKS = {
+    "toy": ["task_0", "task_1"],
+    "sinusoids": ["first", "second"],
+    "multimnist": ["left", "right", "sum"],
+    "rooms": ["segmentation", "depth", "normals"],
+    "nyuv2": ["segmentation", "depth", "normals"],
+}
+
+
+def tiny_images(experiment: str) -> list[str]:
+    """What makes images and networks of an experiment on NYUv2 so small that they train in a second."""
+    if not experiment.startswith("nyuv2"):
+        return []
+    few = ["data.train_size=16", "data.val_size=8", "data.test_size=8", "data.batch_size=4"]
+    small = [*few, "data.input_size=[32, 32]", "data.output_size=[8, 8]", "model.encoder.width=0.0625"]
+    return [*small, "model.tasks.head.channels=8"] if experiment == "nyuv2_mtan" else small
 
 
 def options(group: str) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from configurations import options
+from configurations import options, tiny_images
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
@@ -28,6 +28,12 @@ SETTINGS = {
     "sinusoids": ["first", "second"],
     "multimnist": ["left", "right", "sum"],
     "toy_ten": [f"task_{i}" for i in range(10)],
+    "nyuv2_seg_vgg": ["segmentation", "depth", "normals"],
+    "nyuv2_seg_small": ["segmentation", "depth", "normals"],
+    "nyuv2_mtan": ["segmentation", "depth", "normals"],
+    "nyuv2_kpts_vgg": ["depth", "normals", "keypoints"],
+    "nyuv2_kpts_resnet": ["depth", "normals", "keypoints"],
+    "nyuv2_kpts_small": ["depth", "normals", "keypoints"],
 }
 """The experiments with their tasks."""
 
@@ -90,8 +96,8 @@ def composed(folder: Path, combinations: Sequence[Sequence[str]]) -> list[DictCo
 
 def combination(setting: str, balancing: str, folder: Path, *more: str) -> list[str]:
     """The overrides of one training."""
-    tasks = SETTINGS[setting]
-    return [f"experiment={setting}", f"balancing={balancing}", *needed(balancing, tasks, folder), *TINY, *more]
+    tasks, small = SETTINGS[setting], tiny_images(setting)
+    return [f"experiment={setting}", f"balancing={balancing}", *needed(balancing, tasks, folder), *TINY, *small, *more]
 
 
 def problem(config: DictConfig) -> str | None:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.config_store import ConfigStore
+from hydra.utils import get_object
 from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torchjd import aggregation, scalarization
 
 from lightning_gradnorm import (
@@ -27,7 +29,8 @@ from lightning_gradnorm.callbacks import TensorBoardDashboard
 from lightning_gradnorm.cli.checkpoints import SaveLast
 from lightning_gradnorm.cli.interrupt import SaveOnInterrupt
 from lightning_gradnorm.cli.schema import schema_of
-from lightning_gradnorm.data import MultiMNISTDataModule, SinusoidsDataModule, ToyDataModule
+from lightning_gradnorm.data import MultiMNISTDataModule, RoomsDataModule, SinusoidsDataModule, ToyDataModule
+from lightning_gradnorm.data.nyuv2 import NYUv2
 
 WITH_SCHEMA: tuple[Callable[..., Any], ...] = (
     Aggregation,
@@ -39,7 +42,9 @@ WITH_SCHEMA: tuple[Callable[..., Any], ...] = (
     ModelCheckpoint,
     MultiMNISTDataModule,
     MultiTaskModule,
+    NYUv2,
     RandomWeights,
+    RoomsDataModule,
     SaveLast,
     SaveOnInterrupt,
     Scalarization,
@@ -134,6 +139,7 @@ def register() -> None:
     """Make the resolvers and schemas known to Hydra; may be called more than once."""
     OmegaConf.register_new_resolver("len", _length, replace=True)
     OmegaConf.register_new_resolver("first", _first, replace=True)
+    OmegaConf.register_new_resolver("out_channels", _out_channels, replace=True)
     store = ConfigStore.instance()
     for constructor in WITH_SCHEMA:
         name = constructor.__name__
@@ -152,3 +158,11 @@ def _length(values: Sequence[Any]) -> int:
 def _first(*values: Any) -> Any:
     """Return the first value that is not null."""
     return next((value for value in values if value is not None), None)
+
+
+def _out_channels(network: DictConfig) -> int:
+    """Return the channels of what a network makes, which follow from its other options; no weight is drawn for it."""
+    options = {str(key): value for key, value in network.items() if key not in ("_target_", "pretrained")}
+    with torch.device("meta"):
+        found: int = get_object(network._target_)(**options).out_channels
+    return found

@@ -23,6 +23,7 @@ from lightning_gradnorm.cli.build import build, build_model
 from lightning_gradnorm.cli.checkpoints import SaveLast, write_whole
 from lightning_gradnorm.cli.config import conf_dir
 from lightning_gradnorm.cli.interrupt import SaveOnInterrupt
+from lightning_gradnorm.data import RoomsDataModule
 from lightning_gradnorm.report import task_table, write_metrics
 from lightning_gradnorm.suggestions import did_you_mean
 
@@ -101,6 +102,8 @@ def train(config: DictConfig) -> dict[str, float]:
     write_whole(trainer)
 
     console = Console(quiet=not trainer.is_global_zero)
+    if isinstance(data, RoomsDataModule) and _experiment().startswith("nyuv2"):
+        console.print("Rendered rooms stand in for NYUv2; with its files: data=nyuv2 data.root=FOLDER", highlight=False)
     if alone is not None and "_target_" in config.balancing:
         console.print(f"One task, {alone}: there is nothing to balance.", highlight=False)
     with entry.without_idle_warnings(in_folder_of_before=_is_inside(resumed_from, run_dir)):
@@ -128,6 +131,12 @@ def train(config: DictConfig) -> dict[str, float]:
                 f"look at it   tensorboard --logdir {shlex.quote(_short(run_dir))}", soft_wrap=True, highlight=False
             )
     return metrics
+
+
+def _experiment() -> str:
+    """Return the experiment's name; empty if there is none."""
+    chosen = HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else None
+    return chosen or ""
 
 
 def _is_inside(checkpoint: Path | None, folder: Path) -> bool:
