@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torchjd.aggregation
 import torchjd.scalarization
 from torch import Tensor, nn
 

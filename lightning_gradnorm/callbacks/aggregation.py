@@ -19,7 +19,7 @@ from lightning_gradnorm.balancing.scalarization import OptimizerFactory
 from lightning_gradnorm.callbacks.agreement import SideChannel, of_first_rank
 from lightning_gradnorm.callbacks.naming import find_module
 from lightning_gradnorm.callbacks.of_losses import Made, OfLosses, check_made
-from lightning_gradnorm.callbacks.precision import have_scaler_skip, loss_scale
+from lightning_gradnorm.callbacks.precision import have_scaler_skip, unit
 from lightning_gradnorm.callbacks.shared_parameters import SharedParameters
 from lightning_gradnorm.callbacks.step import Window
 from lightning_gradnorm.gradients import GradientReader, JointGradients
@@ -145,7 +145,7 @@ class Aggregation(OfLosses):
             of_parameters=self.at == "parameters",
             optimizer=self.optimizer,
             seed=self._seed,
-            dtype=torch.float64 if like.dtype == torch.float64 else torch.float32,
+            dtype=like.dtype,
             device=like.device,
         )
 
@@ -174,14 +174,14 @@ class Aggregation(OfLosses):
         joint, current = self._joint, self._pass
         losses = {node_of(loss) for losses in current.losses.values() for loss in losses}
         branches = {node for nodes in current.branches.values() for node in nodes}
-        comes = joint.begin(back_propagated, stop=branches if self._at_heads else losses)
+        joint.begin(back_propagated, stop=branches if self._at_heads else losses)
         if self._at_heads and losses & set(joint.around):
             raise ValueError(
                 f"{self._name}: part of a task's gradient has begun to reach '{self.representation}' by a way that does not "
                 f"pass the task's head. Leave heads out: then each loss gets a first-order pass of its own."
             )
         waiting = [task for task in current.losses if task not in current.fired]
-        if comes and waiting and joint.was_passed and self._shared is None:
+        if self._shared is None and joint.was_passed and waiting and joint.is_behind(back_propagated):
             raise ValueError(
                 f"{self._name}: the loss of task '{waiting[0]}' has a backward pass of its own, but the gradients of all tasks "
                 f"have to come to the representation in one. Call manual_backward with the sum of the losses, or use "
@@ -189,7 +189,7 @@ class Aggregation(OfLosses):
             )
         if self._shared is not None:
             self._shared.seek(module)
-        elif not comes and trainer.world_size > 1 and self._aggregates.stat != "matrix":
+        elif trainer.world_size > 1 and self._aggregates.stat != "matrix" and not joint.is_behind(back_propagated):
             # The others wait at their gates for what this rank, which has no task in this batch, has to add: nothing.
             T = len(self._names)
             self._agree(torch.zeros(T, T, dtype=self._known.loss_weights.dtype), [False] * T)
@@ -221,26 +221,19 @@ class Aggregation(OfLosses):
             with self._buffers.through_reading("at parameters"):
                 self._shared.read()
             return None
-        unit = self._unit()
+        scale = unit(1, self._trainer)
         if rule.stat != "matrix":
-            weights = self._agree((J @ J.T / unit**2).cpu(), present)
+            weights = self._agree((J @ J.T / scale**2).cpu(), present)
             return weights.to(J) @ J
         here = torch.tensor(present)
-        self._gramian = (J @ J.T / unit**2).cpu()
+        self._gramian = (J @ J.T / scale**2).cpu()
         if rule.has_weights:
-            return rule.weigh_gradients(self._gramian, here, J / unit).to(J) @ J
-        return rule.aggregate(J / unit, here, self._trainer.global_rank) * unit
-
-    def _unit(self) -> float:
-        """Return the factor by which the gradients in this backward pass are larger than those of the losses."""
-        trainer = self._trainer
-        assert trainer is not None
-        accumulated = trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else 1
-        return loss_scale(trainer) / accumulated
+            return rule.weigh_gradients(self._gramian, here, J / scale).to(J) @ J
+        return rule.aggregate(J / scale, here, self._trainer.global_rank) * scale
 
     @override
     def _take_in(self, window: Window, trainer: L.Trainer, module: L.LightningModule) -> bool:
-        if self._shared is not None and not self._aggregate_parameters(self._shared, window, trainer, module):
+        if self._shared is not None and not self._aggregate_parameters(self._shared, window, trainer):
             self._drop_step()
             return False
         return super()._take_in(window, trainer, module)
@@ -252,16 +245,14 @@ class Aggregation(OfLosses):
             self._shared.clear()
 
     @torch.no_grad()
-    def _aggregate_parameters(
-        self, shared: SharedParameters, window: Window, trainer: L.Trainer, module: L.LightningModule
-    ) -> bool:
+    def _aggregate_parameters(self, shared: SharedParameters, window: Window, trainer: L.Trainer) -> bool:
         """Hand in what the aggregator makes of the shared parameters' gradients.
 
         Returns:
             Whether it is finite, or there is no loss scaler to skip the step if it is not.
         """
         rule = self._aggregates
-        J, present = shared.matrix(self._names, window, rule.loss_weights, trainer, module)
+        J, present = shared.matrix(self._names, window, rule.loss_weights, trainer)
         shared.clear()
         self._gramian = (J @ J.T).cpu()
         if rule.has_weights:

@@ -40,9 +40,7 @@ class StaticWeights(Balancing[FixedRule]):
 
     @override
     def _new_rule(self, like: Tensor) -> FixedRule:
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        weights = torch.tensor([self.weights[task] for task in self._names], dtype=dtype, device=like.device)
-        return FixedRule(self._names, weights)
+        return FixedRule(self._names, like.new_tensor([self.weights[task] for task in self._names]))
 
     @override
     def _load(self, rule: FixedRule, state: Mapping[str, Any]) -> None:

@@ -32,7 +32,6 @@ def gather(
     reader: RowReader | None,
     like: Tensor,
     trainer: L.Trainer,
-    module: L.LightningModule,
 ) -> Gathered:
     """Return the step's mean losses and norms ``G_i``, in one fused sum over the ranks: T rows of gradient, loss and count.
 
@@ -42,7 +41,6 @@ def gather(
         reader: where the gradients are, if they were read.
         like: the weights in force, shape (T,).
         trainer: knows the ranks.
-        module: the model.
     """
     table = like.new_zeros(len(tasks), 2)
     for row, task in zip(table, tasks, strict=True):
@@ -60,6 +58,6 @@ def gather(
     elif reader is not None:
         norms = reader.norms(tasks).to(like)
     if norms is not None:
-        norms = norms / (unit(window, trainer, module) * trainer.world_size)
+        norms = norms / (unit(window.backwards, trainer) * trainer.world_size)
     sums, counts = table[:, 0], table[:, 1]
     return Gathered(sums / counts.clamp(min=1), counts > 0, norms)

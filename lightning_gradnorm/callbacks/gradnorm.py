@@ -206,7 +206,7 @@ class GradNorm(Balancing[GradNormRule]):
             initial_weights=self.initial_weights,
             priorities=self.priorities,
             min_weight=self.min_weight,
-            dtype=torch.float64 if like.dtype == torch.float64 else torch.float32,
+            dtype=like.dtype,
             device=like.device,
         )
 
@@ -229,7 +229,7 @@ class GradNorm(Balancing[GradNormRule]):
             return True  # there is nobody to agree with
         reader = self._reader if window.measured else None
         assert reader is None or isinstance(reader, RowReader)
-        step = gather(self._names, window, reader, self._weights_in_force(), trainer, module)
+        step = gather(self._names, window, reader, self._weights_in_force(), trainer)
         counts = trainer.world_size == 1 or bool(step.present.any())
         if step.norms is not None and counts:
             seen = self._known.step(step.norms / self._weights_in_force(), step.losses, step.present)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import lightning as L
 import torch
 
-from lightning_gradnorm.callbacks.step import Window
+
+def share(backwards: int, trainer: L.Trainer) -> float:
+    """Return how much of the mean loss over its batches ``backwards`` passes of one optimizer step have back-propagated.
+
+    With manual optimization it is the user who divides the loss: 1.
+    """
+    by_lightning = trainer.lightning_module.automatic_optimization
+    return backwards / trainer.accumulate_grad_batches if by_lightning else 1.0
 
 
-def unit(window: Window, trainer: L.Trainer, module: L.LightningModule) -> float:
-    """Return the factor by which this step's gradients are larger than those of the mean loss over its batches."""
-    if module.automatic_optimization:
-        return loss_scale(trainer) * window.backwards / trainer.accumulate_grad_batches
-    return loss_scale(trainer)
+def unit(backwards: int, trainer: L.Trainer) -> float:
+    """Return the factor by which the gradients of so many passes are larger than those of the mean loss over them."""
+    return loss_scale(trainer) * share(backwards, trainer)
 
 
 def loss_scale(trainer: L.Trainer) -> float:

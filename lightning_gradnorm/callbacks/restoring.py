@@ -50,7 +50,7 @@ class Restoring(L.Callback, Generic[AnyRule]):
     # ---- what a strategy answers -------------------------------------------------------------------------------------
 
     def _new_rule(self, like: Tensor) -> AnyRule:
-        """Return a rule without a past, where ``like`` is."""
+        """Return a rule without a past, of the dtype and on the device of ``like``."""
         raise NotImplementedError
 
     def _load(self, rule: AnyRule, state: Mapping[str, Any]) -> None:
@@ -94,7 +94,7 @@ class Restoring(L.Callback, Generic[AnyRule]):
             if now.device == like.device and (now.dtype == torch.float64 or like.dtype != torch.float64):
                 return
         state = self._restored or (None if self._rule is None else self._rule.state_dict())
-        rule = self._new_rule(like)
+        rule = self._new_rule(like if like.dtype == torch.float64 else like.float())
         if state is not None:
             self._load(rule, state)
         self._rule, self._restored = rule, None

@@ -65,6 +65,6 @@ class Scalarization(OfLosses):
             self._fresh("scalarizer", self._scalarizer),
             optimizer=self.optimizer,
             seed=self._seed,
-            dtype=torch.float64 if like.dtype == torch.float64 else torch.float32,
+            dtype=like.dtype,
             device=like.device,
         )

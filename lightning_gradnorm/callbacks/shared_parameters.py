@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradnorm.callbacks.agreement import SideChannel
-from lightning_gradnorm.callbacks.precision import loss_scale
+from lightning_gradnorm.callbacks.precision import loss_scale, share
 from lightning_gradnorm.callbacks.step import Window
 from lightning_gradnorm.gradients import JointGradients, WeightGradients, unwalkable
 
@@ -63,9 +63,7 @@ class SharedParameters:
         if self._reader is not None:
             self._reader.clear()
 
-    def matrix(
-        self, tasks: Sequence[str], window: Window, like: Tensor, trainer: L.Trainer, module: L.LightningModule
-    ) -> tuple[Tensor, Tensor]:
+    def matrix(self, tasks: Sequence[str], window: Window, like: Tensor, trainer: L.Trainer) -> tuple[Tensor, Tensor]:
         """Return J of shape (T, n), gradients of the step's mean losses over all ranks, and which tasks were present, (T,)."""
         counts = torch.tensor([float(window.counts.get(task, 0)) for task in tasks])
         rows = like.new_zeros(len(tasks), 0) if self._reader is None else self._reader.rows(tasks, like)
@@ -73,7 +71,7 @@ class SharedParameters:
         if trainer.world_size > 1:
             table = trainer.strategy.reduce(table, reduce_op="sum")
         # What stands in .grad is so much more than the gradient of the mean loss, the loss scale taken out already.
-        self._size = window.backwards / trainer.accumulate_grad_batches if module.automatic_optimization else 1.0
+        self._size = share(window.backwards, trainer)
         scale = trainer.world_size * loss_scale(trainer) * (self._size or 1.0)
         return table[:, 1:] / scale, (table[:, 0] > 0).cpu()
 

@@ -104,8 +104,9 @@ class JointGradients(GradientReader):
         >>> from lightning_gradnorm.gradients import fan_out
         >>> branches = fan_out(z, heads, reader.read)
         >>> loss = sum(heads[task](branches[task]).square().mean() for task in heads)
-        >>> reader.begin(loss)
+        >>> reader.is_behind(loss)
         True
+        >>> reader.begin(loss)
         >>> loss.backward()
         >>> reader.finish()
     """
@@ -168,22 +169,21 @@ class JointGradients(GradientReader):
             )
         return None
 
-    def begin(self, back_propagated: Tensor, *, stop: Collection[Node] = ()) -> bool:
+    def begin(self, back_propagated: Tensor, *, stop: Collection[Node] = ()) -> None:
         """Look, before a backward pass, which way it will take.
 
         Args:
             back_propagated: what it begins with.
             stop: the nodes at which the tasks' gradients are read.
-
-        Returns:
-            Whether it will come to the gate.
         """
         self._in_backward = True
-        if self._meeting is None:
-            return False
-        start, gate = [node_of(back_propagated)], self._meeting.node
-        self._meeting.around = nodes_between(start, self._meeting.views, stop=stop)
-        return gate in nodes_behind(start, stop={gate})
+        if self._meeting is not None:
+            self._meeting.around = nodes_between([node_of(back_propagated)], self._meeting.views, stop=stop)
+
+    def is_behind(self, back_propagated: Tensor) -> bool:
+        """Say whether a backward pass that begins there will come to the gate of the current forward pass."""
+        gate = None if self._meeting is None else self._meeting.node
+        return gate is not None and gate in nodes_behind([node_of(back_propagated)], stop={gate})
 
     @property
     def around(self) -> Collection[Node]:

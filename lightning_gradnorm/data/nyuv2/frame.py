@@ -89,15 +89,6 @@ def as_normals(values: Array, file: object) -> Array:
     return np.where(known, normals / np.where(known, length, 1), 0).astype(np.float32)
 
 
-def as_keypoints(values: Array, file: object) -> Array:
-    """Turn keypoints into ``float32``; what is not visible has no place."""
-    _expect_floats(values, file, "keypoints")
-    visible = values[:, 2]
-    expect(bool(np.isin(visible, (0, 1)).all()), str(file), "keypoints' visibility", "0 or 1", visible)
-    expect(bool(np.isfinite(values).all()), str(file), "keypoints", "finite", "NaN or infinity")
-    return (values * visible[:, None]).astype(np.float32)
-
-
 def expect_shape(values: Array, shape: tuple[int, ...], file: object, field: str) -> None:
     """Check the shape of one array.
 
