@@ -9,19 +9,17 @@ In each round every configuration trains one short run, in shuffled order; the f
 run's mean step time, first steps left out. With ``--of aggregation`` the last column is the same as TorchJD has it done by
 hand, ``mtl_backward`` and ``jac_to_grad``, and in brackets stands the share of the step that the aggregator's own
 computation takes. Models: `conv` (6 convolutions, linear heads), `mlp` (4 × 512, linear heads) and
-`dense` (the convolutions with a 3-convolution upsampling head for each task).
+`dense` (the convolutions with a 3-convolution upsampling head for each task); asked for by name, `segnet` (the paper's
+SegNet on VGG16, 320 × 320 to 80 × 80, a 1 × 1 convolution for each task).
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import logging
-import platform
 import random
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -39,9 +37,24 @@ from torchjd.autojac import jac_to_grad, mtl_backward
 from typing_extensions import override
 
 from lightning_gradnorm import Aggregation, GradNorm
+from lightning_gradnorm.dense_tasks import OUT_CHANNELS
+from lightning_gradnorm.networks import ConvHead, SegNet
+from lightning_gradnorm.report.provenance import provenance
+from lightning_gradnorm.suggestions import did_you_mean
 
 CASES = (("conv", 3), ("conv", 10), ("mlp", 3), ("mlp", 10), ("dense", 3), ("dense", 5))
-WARM_UP = 8
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trunk, a head for each task, and a batch of such a size that a step takes a while."""
+
+    encoder: Callable[[], nn.Module]
+    head: Callable[[int], nn.Module]
+    batch: tuple[int, ...]
+    shared_layer: str
+    steps: int = 24
+    warm_up: int = 8
 
 
 def convolutions() -> nn.Sequential:
@@ -58,14 +71,28 @@ def perceptron() -> nn.Sequential:
     return nn.Sequential(*[layer for here, there in pairs for layer in (nn.Linear(here, there), nn.ReLU())])
 
 
-def head(kind: str) -> nn.Module:
-    if kind == "mlp":
-        return nn.Linear(512, 10)
-    if kind == "conv":
-        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+def classifier(task: int) -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def upsampling(task: int) -> nn.Module:
     up = nn.Upsample(scale_factor=2)
     first, second, third = (nn.Conv2d(a, b, 3, padding=1) for a, b in ((64, 32), (32, 16), (16, 1)))
     return nn.Sequential(first, nn.ReLU(), up, second, nn.ReLU(), up, third)
+
+
+def pixelwise(task: int) -> nn.Module:
+    channels = list(OUT_CHANNELS.values())
+    return ConvHead(128, channels[task % len(channels)])
+
+
+NETWORKS = {
+    "conv": Network(convolutions, classifier, (16, 3, 48, 48), "encoder.10"),
+    "mlp": Network(perceptron, lambda task: nn.Linear(512, 10), (256, 128), "encoder.6"),
+    "dense": Network(convolutions, upsampling, (16, 3, 48, 48), "encoder.10"),
+    # The paper's: 320 x 320 to 80 x 80. Seconds a step on a CPU, so a few of them will do.
+    "segnet": Network(SegNet, pixelwise, (2, 3, 320, 320), "encoder.decoder.2.6", steps=6, warm_up=2),
+}
 
 
 class Model(L.LightningModule):
@@ -74,9 +101,10 @@ class Model(L.LightningModule):
     def __init__(self, kind: str, tasks: int) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.encoder = perceptron() if kind == "mlp" else convolutions()
-        self.heads = nn.ModuleDict({f"task_{i}": head(kind) for i in range(tasks)})
-        self.shared_layer = "encoder.6" if kind == "mlp" else "encoder.10"
+        network = NETWORKS[kind]
+        self.encoder = network.encoder()
+        self.heads = nn.ModuleDict({f"task_{i}": network.head(i) for i in range(tasks)})
+        self.shared_layer = network.shared_layer
 
     @override
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
@@ -110,22 +138,22 @@ class ByHand(Model):
 class Clock(L.Callback):
     """Notes when the first and the last of the measured steps begin, with all work before them done."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, steps: int, warm_up: int) -> None:
+        self.steps, self.warm_up = steps, warm_up
         self.times: list[float] = []
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx in (WARM_UP, self.steps - 1):
+        if batch_idx in (self.warm_up, self.steps - 1):
             if pl_module.device.type == "cuda":  # at these two places only: between them the host may run ahead
                 torch.cuda.synchronize(pl_module.device)
             self.times.append(time.perf_counter())
 
     def step_time(self) -> float:
         first, last = self.times
-        return (last - first) / (self.steps - 1 - WARM_UP)
+        return (last - first) / (self.steps - 1 - self.warm_up)
 
 
 class SolverClock:
@@ -192,11 +220,15 @@ def of_aggregation(model: Model) -> Configurations:
 
 def step_time(kind: str, tasks: int, run: Run, options: argparse.Namespace) -> tuple[float, float]:
     """Return the time of a step, and of the solver in it."""
-    shape = (256 * options.batch_factor, 128) if kind == "mlp" else (16 * options.batch_factor, 3, 48, 48)
-    batch = torch.randn(shape, device=options.device)  # no copy to the device in the steps
-    clock = Clock(options.steps)
+    network = NETWORKS[kind]
+    steps = options.steps or network.steps
+    size, *shape = network.batch
+    batch = torch.randn(
+        size * options.batch_factor, *shape, device=options.device
+    )  # no copy to the device in the steps
+    clock = Clock(steps, network.warm_up)
     trainer = L.Trainer(
-        max_steps=options.steps,
+        max_steps=steps,
         accelerator="gpu" if options.device == "cuda" else "cpu",
         devices=1,
         callbacks=[*run.callbacks, clock],
@@ -205,7 +237,7 @@ def step_time(kind: str, tasks: int, run: Run, options: argparse.Namespace) -> t
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(run.model(kind, tasks), DataLoader([batch] * options.steps, batch_size=None))  # type: ignore[arg-type]
+    trainer.fit(run.model(kind, tasks), DataLoader([batch] * steps, batch_size=None))  # type: ignore[arg-type]
     solver = run.solver
     return clock.step_time(), solver.total / solver.calls if solver is not None and solver.calls else 0.0
 
@@ -217,14 +249,19 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument(
-        "--steps", type=int, default=24, help=f"of each run, of which the first {WARM_UP} are not measured"
-    )
+    parser.add_argument("--steps", type=int, help="of each run; by default as many as suit the model, 24 or fewer")
     parser.add_argument("--batch-factor", type=int, default=1, help="batches so many times larger, to keep a GPU busy")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
-    if options.steps < WARM_UP + 2:
-        parser.error(f"--steps should be at least {WARM_UP + 2}; got {options.steps}")
+    options.cases = [
+        (kind, int(tasks)) for kind, _, tasks in (case.partition(":") for case in options.cases or ())
+    ] or CASES
+    for kind, _ in options.cases:
+        if kind not in NETWORKS:
+            parser.error(f"--cases: there is no model '{kind}'; {did_you_mean(kind, NETWORKS)}")
+        fewest = NETWORKS[kind].warm_up + 2
+        if options.steps is not None and options.steps < fewest:
+            parser.error(f"--steps should be at least {fewest} for {kind}; got {options.steps}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a CUDA device; torch.cuda.is_available() is False here")
     return options
@@ -241,8 +278,7 @@ def main() -> None:
         f"| model | T | {names[0]}, ms | " + " | ".join(names[1:]) + " |",
         "|---|---:" + "|---:" * len(names) + "|",
     ]
-    asked = [(kind, int(tasks)) for kind, tasks in (one.split(":") for one in options.cases or ())]
-    for kind, tasks in asked or CASES:
+    for kind, tasks in options.cases:
         made = configurations(Model(kind, tasks))
         times: dict[str, list[float]] = {name: [] for name in made}
         solvers: dict[str, list[float]] = {name: [] for name in made}
@@ -262,12 +298,10 @@ def main() -> None:
         lines.append(f"| {kind} | {tasks} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
     on_gpu = options.device == "cuda"
-    where = torch.cuda.get_device_name() if on_gpu else f"CPU, {options.threads} threads"
+    where = "" if on_gpu else f", {options.threads} threads"
     parts = [
         "# Time of a training step",
-        f"`python scripts/benchmark.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
-        f"{datetime.date.today()}, Python {platform.python_version()}, torch {torch.__version__}, lightning {L.__version__}, "
-        f"{where}, {options.rounds} rounds. Ratio to equal weights in the same Lightning loop: ratio of "
+        f"{provenance()}{where}, {options.rounds} rounds. Ratio to equal weights in the same Lightning loop: ratio of "
         "the medians, and in brackets the quartiles of the ratios round by round"
         + (
             "; behind them the part of the ratio that the aggregator's own computation makes up."

@@ -11,11 +11,8 @@ know, so that r² cannot exceed 1 − σ²_noise / Var(y); that ceiling is given
 from __future__ import annotations
 
 import argparse
-import datetime
 import logging
-import platform
 import statistics
-import sys
 import warnings
 from pathlib import Path
 
@@ -26,6 +23,7 @@ from hydra import compose, initialize_config_dir
 from lightning_gradnorm import GradNorm
 from lightning_gradnorm.cli.build import build
 from lightning_gradnorm.cli.config import conf_dir, register
+from lightning_gradnorm.report.provenance import provenance
 
 TASKS = ("first", "second")
 
@@ -84,9 +82,8 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     parts = [
         "# Two correlated sinusoid tasks",
-        f"`python scripts/reproduce_sinusoids.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
-        f"{datetime.date.today()}, Python {platform.python_version()}, torch {torch.__version__}, lightning {L.__version__}, "
-        "CPU. The configuration is that of `gradnorm-train experiment=sinusoids` (α = 0.15, batch 100, lr 1e-3, "
+        f"{provenance()}. "
+        "The configuration is that of `gradnorm-train experiment=sinusoids` (α = 0.15, batch 100, lr 1e-3, "
         f"{options.epochs or 50} epochs); draw 0 is its default.",
         "\n".join(lines),
         f"Median of r² ÷ ceiling over {len(ratios)} tasks: {statistics.median(ratios):.4f}, lowest {min(ratios):.4f}.",

@@ -11,11 +11,8 @@ seed have the same initial network and see the same batches.
 from __future__ import annotations
 
 import argparse
-import datetime
 import logging
-import platform
 import statistics
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -29,6 +26,7 @@ from typing_extensions import override
 from lightning_gradnorm import GradNorm, MultiTaskModule
 from lightning_gradnorm.data import TEN_SIGMAS, ToyDataModule
 from lightning_gradnorm.networks import MLP
+from lightning_gradnorm.report.provenance import provenance
 from lightning_gradnorm.tasks import regression_tasks
 
 mpl.use("Agg")
@@ -161,9 +159,8 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     parts = [
         "# The paper's toy problem",
-        f"`python scripts/reproduce_toy.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
-        f"{datetime.date.today()}, Python {platform.python_version()}, torch {torch.__version__}, lightning {L.__version__}, "
-        f"CPU. Adam, lr {options.lr:g}, batch 100 of {options.train_size} samples, {options.steps} steps; N(0, 10) read as "
+        f"{provenance()}. "
+        f"Adam, lr {options.lr:g}, batch 100 of {options.train_size} samples, {options.steps} steps; N(0, 10) read as "
         f"{options.spread}, inputs {options.inputs}; GradNorm α = {options.alpha:g}, Adam lr {options.weights_lr:g} on the "
         "weights. Sum over the tasks of test loss ÷ test loss at the start; lower is better.",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ CONFIG = "config.yaml"
 """The resolved configuration, in the run's folder."""
 OVERRIDES = "overrides.yaml"
 """The command line's overrides, beside it."""
+TIME = "training.json"
+"""How long the training took, beside them."""
 
 
 class RunRecord(L.Callback):
@@ -66,6 +69,50 @@ class WeightsRecord(L.Callback):
         """Return what was written."""
         is_there = self.balancing is not None and self.file.is_file()
         return json.loads(self.file.read_text()) if is_there else {}
+
+
+class TimeRecord(L.Callback):
+    """Writes ``training.json``: ``{"seconds": …, "steps": …, "epochs": …}``, validation left out; resumed runs add up.
+
+    Args:
+        folder: the run's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / TIME
+        self._before = self._out = 0.0
+        self._start = self._pause = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training until now."""
+        return self._before + (time.perf_counter() - self._start) - self._out
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start, self._out = time.perf_counter(), 0.0
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._pause = time.perf_counter()
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._out += time.perf_counter() - self._pause
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            record = {"seconds": self.seconds, "steps": trainer.global_step, "epochs": trainer.current_epoch}
+            self.file.write_text(json.dumps(record, indent=2) + "\n")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds if self._start else self._before}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before = float(state_dict["seconds"])
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -69,8 +69,8 @@ def _train_and_compare(config: DictConfig) -> float | None:
 def train(config: DictConfig) -> dict[str, float]:
     """Train, test and write the run's folder, ``config.paths.run_dir``.
 
-    The folder gets ``config.yaml`` (resolved), ``checkpoints/``, what the loggers write, ``test_metrics.json`` and, of a
-    balancing strategy, ``weights.json``.
+    The folder gets ``config.yaml`` (resolved), ``checkpoints/``, what the loggers write, ``training.json`` (seconds,
+    steps, epochs), ``test_metrics.json`` and, of a balancing strategy, ``weights.json``.
 
     Args:
         config: as ``conf/config.yaml`` composes it.
@@ -95,7 +95,8 @@ def train(config: DictConfig) -> dict[str, float]:
     balancing = build(config, "balancing") if alone is None else None
     record = runs.RunRecord(run_dir, config, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
     weights_record = runs.WeightsRecord(run_dir, balancing)
-    callbacks = [one for one in (balancing, *_all_of(config, "callbacks"), record, weights_record) if one is not None]
+    records = (record, weights_record, runs.TimeRecord(run_dir))
+    callbacks = [one for one in (balancing, *_all_of(config, "callbacks"), *records) if one is not None]
     loggers = _all_of(config, "logger")
     trainer: L.Trainer = build(config, "trainer", callbacks=callbacks, logger=loggers)
     _refuse_processes_that_replay_the_sweep(trainer)

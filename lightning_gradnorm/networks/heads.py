@@ -16,7 +16,8 @@ class DenseHead(nn.Module):
     """Predicts at each pixel: `layers`, then interpolation to ``size``.
 
     Args:
-        layers: From the representation to the prediction.
+        layers: From the representation to the prediction, a convolution last. Its weights are drawn with the variance
+            ``1 / in_channels``, so that first predictions are of order one whatever is predicted.
         size: Height and width of the prediction, ``None`` for those of the representation. Interpolation is bilinear with
             aligned corners, as the community's code for NYUv2 has it.
 
@@ -31,6 +32,10 @@ class DenseHead(nn.Module):
         self.size = None if size is None else (size[0], size[1])
         self.layers = layers
         initialize(self)
+        # He's rule counts the outputs and a ReLU that does not follow: the first depths would be some ten metres off.
+        last = layers[-1]
+        assert isinstance(last, nn.Conv2d)
+        nn.init.kaiming_normal_(last.weight, nonlinearity="linear")
 
     def forward(self, representation: Tensor) -> Tensor:
         """Return the prediction."""

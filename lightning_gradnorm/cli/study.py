@@ -1,0 +1,92 @@
+"""A study: runs of `gradnorm-train`, each in a folder of its own; one that is finished is not run again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from lightning_gradnorm.arguments import check
+from lightning_gradnorm.cli import runs
+from lightning_gradnorm.report import Run, read_run
+from lightning_gradnorm.report.results import FILE
+
+LOG = "output.txt"
+"""What a run printed, in its folder."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that ended without test metrics."""
+
+    name: str
+    reason: str
+
+
+def carry_out(
+    jobs: Mapping[str, Sequence[str]], folder: str | Path, *, at_once: int = 1, threads: int | None = None
+) -> tuple[list[Run], list[Failure]]:
+    """Run the jobs that are not finished yet, each as a `gradnorm-train` of its own.
+
+    A job that was interrupted begins anew; one that fails does not keep the others from running.
+
+    Args:
+        jobs: name, which is that of the run's folder below ``folder``, to the overrides of the command line.
+        folder: where the runs are.
+        at_once: how many run side by side.
+        threads: of the processor, for each run; ``None`` for torch's default.
+
+    Returns:
+        The finished runs and those that failed, both in the order of the jobs.
+
+    Raises:
+        ValueError: a finished run has the name of a job, but was started with other overrides.
+    """
+    check("carry_out", at_once >= 1, "at_once", "1 or more", at_once)
+    folder = Path(folder).resolve()
+    waiting = [name for name, overrides in jobs.items() if not _is_finished(folder / name, overrides)]
+    done = len(jobs) - len(waiting)
+    failures: list[Failure] = []
+
+    def run(name: str) -> None:
+        reason = _run(folder / name, jobs[name], threads)
+        if reason is not None:
+            failures.append(Failure(name, reason))
+
+    with ThreadPoolExecutor(at_once) as pool:
+        for number, (name, _) in enumerate(zip(waiting, pool.map(run, waiting), strict=True), start=done + 1):
+            print(f"[{number}/{len(jobs)}] {name}", flush=True)
+    failed = {failure.name: failure for failure in failures}
+    finished = [read_run(folder / name, name) for name in jobs if name not in failed]
+    return finished, [failed[name] for name in jobs if name in failed]
+
+
+def _is_finished(folder: Path, overrides: Sequence[str]) -> bool:
+    if not (folder / FILE).is_file():
+        return False
+    before = [str(override) for override in OmegaConf.load(folder / runs.OVERRIDES)]
+    if before != list(overrides):
+        raise ValueError(
+            f"{folder} should be a run of {' '.join(overrides)}; it is one of {' '.join(before)}. Choose another folder for "
+            f"the study, or remove the run."
+        )
+    return True
+
+
+def _run(folder: Path, overrides: Sequence[str], threads: int | None) -> str | None:
+    """Run one job; return why it failed, or None."""
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    command = [sys.executable, "-m", "lightning_gradnorm.cli.train", *overrides, f"hydra.run.dir='{folder}'"]
+    with (folder / LOG).open("w") as log:
+        status = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    if status == 0 and (folder / FILE).is_file():
+        return None
+    printed = [line for line in (folder / LOG).read_text().splitlines() if line.strip() and not line.startswith("(")]
+    return f"status {status}: {printed[-1] if printed else 'it printed nothing'} (see {folder / LOG})"

@@ -1,0 +1,131 @@
+"""NYUv2: one network for each task, equal weights and GradNorm over α, several seeds, one table.
+
+    python scripts/reproduce_nyuv2.py                    # small, on rendered rooms: writes docs/results/nyuv2_rooms.md
+    python scripts/reproduce_nyuv2.py --experiment nyuv2_seg_vgg --name nyuv2_seg_vgg data=nyuv2 data.root=FOLDER
+    python scripts/reproduce_nyuv2.py --quick            # one seed, a few rooms, one epoch: shows that it runs
+
+Every run is a `gradnorm-train` with a folder of its own below --runs, and can be looked at there; what is finished is not
+run again, so that the command may be stopped and given anew. All runs of a seed see the same images in the same order, for
+the same number of steps, and are tested as they are at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+from lightning_gradnorm.cli.study import carry_out
+from lightning_gradnorm.report import PAPER, Run, by_task, delta_m
+from lightning_gradnorm.report.provenance import mean_and_spread, provenance
+
+SYMBOLS = {
+    "segmentation": "segmentation error",
+    "depth": "depth RMSE, m",
+    "normals": "normals 1 − \\|cos\\|",
+    "keypoints": "keypoints, %",
+}
+QUICK = ["trainer.max_epochs=1", "data.train_size=8", "data.val_size=2", "data.test_size=4", "data.batch_size=4"]
+
+
+def jobs(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Return the runs, named method/seed."""
+    shared = [f"experiment={options.experiment}", "logger=csv", "callbacks=none", *options.overrides]
+    shared += ["trainer.enable_progress_bar=false", "trainer.enable_model_summary=false"]
+    methods = {f"single-task {task}": ["balancing=equal", f"tasks=[{task}]"] for task in options.tasks}
+    methods["equal weights"] = ["balancing=equal"]
+    methods |= {f"GradNorm α = {alpha:g}": ["balancing=gradnorm", f"alpha={alpha:g}"] for alpha in options.alphas}
+    methods |= {name: [f"balancing={name}"] for name in options.also}
+    return {
+        f"{method}/seed {seed}": [*shared, *chosen, f"seed={seed}"]
+        for seed in options.seeds
+        for method, chosen in methods.items()
+    }
+
+
+def errors(run: Run) -> dict[str, float]:
+    """Return the paper's error of each task that the run has."""
+    return {task: row[PAPER[task][0]] for task, row in by_task(run.metrics).items() if task in PAPER}
+
+
+def table(found: dict[str, dict[int, Run]], tasks: list[str]) -> list[str]:
+    """Return the rows: errors, change against equal weights and Δm against single-task networks, mean ± std over seeds."""
+    lines = [
+        "| method | " + " | ".join(SYMBOLS[task] for task in tasks) + " | error ÷ equal weights | lower in | Δm, % |",
+        "|---|" + "---:|" * (len(tasks) + 3),
+    ]
+    equal = {seed: errors(run) for seed, run in found["equal weights"].items()}
+    single: dict[int, dict[str, float]] = {}
+    for method, by_seed in found.items():
+        for seed, run in by_seed.items():
+            if method.startswith("single-task"):
+                single.setdefault(seed, {}).update(run.metrics)
+    for method, by_seed in found.items():
+        of_tasks = [[errors(run).get(task) for run in by_seed.values()] for task in tasks]
+        cells = [
+            "–" if None in values else mean_and_spread([v for v in values if v is not None]) for values in of_tasks
+        ]
+        if method.startswith("single-task"):
+            lines.append(f"| {method} | " + " | ".join(cells) + " | – | – | – |")
+            continue
+        ratios = [
+            statistics.mean(value / equal[seed][task] for task, value in errors(run).items())
+            for seed, run in by_seed.items()
+        ]
+        gains = [delta_m(run.metrics, single[seed], PAPER) for seed, run in by_seed.items()]
+        wins = "–" if method == "equal weights" else f"{sum(r < 1 for r in ratios)} of {len(ratios)}"
+        lines.append(
+            f"| {method} | "
+            + " | ".join(cells)
+            + f" | {mean_and_spread(ratios, 3)} | {wins} | {mean_and_spread(gains, 1)} |"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="of gradnorm-train, for all runs")
+    parser.add_argument("--experiment", default="nyuv2_seg_small")
+    parser.add_argument("--tasks", nargs="+", default=["segmentation", "depth", "normals"], choices=list(PAPER))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--alphas", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0])
+    parser.add_argument("--also", nargs="+", default=[], help="more options of balancing=, such as uncertainty")
+    parser.add_argument("--name", default="nyuv2_rooms", help="of the file written")
+    parser.add_argument("--runs", type=Path, help="default: outputs/NAME")
+    parser.add_argument("--at-once", type=int, default=1, help="runs side by side")
+    parser.add_argument("--threads", type=int, default=None, help="of the processor, for each run")
+    parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_intermixed_args()
+    if options.quick:
+        options.seeds, options.alphas = [0], [1.5]
+        options.overrides = [*options.overrides, *QUICK]
+    folder = options.runs or Path("outputs") / options.name
+    planned = jobs(options)
+    finished, failed = carry_out(planned, folder, at_once=options.at_once, threads=options.threads)
+    for failure in failed:
+        print(f"{failure.name} failed: {failure.reason}", file=sys.stderr)
+    found: dict[str, dict[int, Run]] = {}
+    for run in finished:
+        method, seed = run.name.split("/seed ")
+        found.setdefault(method, {})[int(seed)] = run
+    if failed:
+        sys.exit(f"{len(failed)} of {len(planned)} runs failed; the command, given again, runs them once more.")
+    parts = [
+        f"# NYUv2: `{options.experiment}`",
+        provenance(),
+        f"Seeds {', '.join(map(str, options.seeds))}; `{' '.join(next(iter(planned.values()))[:-1])}` and so on. Test errors "
+        "at the end of training, lower is better; error ÷ equal weights is the mean over the tasks, with the same seed; Δm is "
+        "the mean gain over the single-task networks, higher is better. Mean ± standard deviation over the seeds.",
+        "\n".join(table(found, options.tasks)),
+    ]
+    report = options.output / f"{options.name}.md"
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text("\n\n".join(parts) + "\n")
+    print("\n".join(parts[3:]))
+    print(f"Wrote {report}")
+
+
+if __name__ == "__main__":
+    main()
