@@ -119,14 +119,14 @@ class GradientNormMonitor(L.Callback):
         self._reached: dict[str, set[str]] = {}
         self._gradients = PartGradients([], asked_by=_NAME)
         self._logged: set[str] = set()
-        self._ever_offered: set[str] = set()
+        self._ever_offered: dict[str, None] = {}
         self._forget_window()
 
     def _forget_window(self) -> None:
         self._in_window = self._stepped = self._skipped = False
         self._candidates: dict[str, nn.Parameter] = {}
         self._watched: list[tuple[str, Tensor]] = []
-        self._offered: set[str] = set()
+        self._offered: dict[str, None] = {}  # in their order, as all that follows
         self._shown: set[str] = set()
 
     # ---- what is sought ----------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ class GradientNormMonitor(L.Callback):
             raise TypeError(f"{_NAME}: watch takes a mapping from part to loss; got {type(losses).__name__}.")
         if not (self._in_window and torch.is_grad_enabled()):
             return
-        self._offered |= set(losses)
+        self._offered |= dict.fromkeys(losses)
         for name, loss in losses.items():
             if not self._names_given:
                 if not _could_be_part(loss):
@@ -339,7 +339,7 @@ class GradientNormMonitor(L.Callback):
             if name in self._ever_offered:
                 continue
             if self._logged_names is None:
-                near = nearest(name, self._offered - set(self._names))
+                near = nearest(name, self._offered.keys() - set(self._names))
                 question = f"did you mean '{near}'? " if near else ""
                 raise ValueError(
                     f"{_NAME}: loss '{name}' is not among those that {type(module).__name__} has shown, which are "
@@ -387,12 +387,12 @@ class GradientNormMonitor(L.Callback):
         """Add names that have come up for the first time, on whatever rank."""
         if self._names_given:
             return
-        names = [self._names, list(dict.fromkeys(name for name in self._gradients.parts if name != REST))]
+        shown: list[Any] = [(list(self._ever_offered), list(self._gradients.parts))]
         if trainer.world_size > 1:
-            of_ranks: list[Any] = [None] * trainer.world_size
-            dist.all_gather_object(of_ranks, names[1])
-            names = [self._names, *of_ranks]
-        self._names = list(dict.fromkeys(name for some in names for name in some))
+            shown = [None] * trainer.world_size
+            dist.all_gather_object(shown, (list(self._ever_offered), list(self._gradients.parts)))
+        known = set(self._names).union(*(parts for _, parts in shown))
+        self._names = [name for name in dict.fromkeys(n for offered, _ in shown for n in offered) if name in known]
 
     def _shared_pieces(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """Cut out of the rows what at least two losses have reached, if that is what is sought."""
@@ -427,7 +427,7 @@ class GradientNormMonitor(L.Callback):
         for one, other in itertools.combinations(parts, 2):
             shown[f"monitor/cosine/{one}/{other}"] = found.cosine(one, other)
         shown = {tag: value for tag, value in shown.items() if not math.isnan(value) or tag.startswith("monitor/norm/")}
-        trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in shown.items()})
+        trainer.callback_metrics.update({tag: torch.tensor(value, dtype=torch.float64) for tag, value in shown.items()})
         # Not by self.log: of that Lightning writes the steps of log_every_n_steps, which are others.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
