@@ -283,6 +283,26 @@ def test_training_is_the_same_to_the_bit(quiet_trainer: MakeTrainer, kind: str, 
             assert torch.equal(one, other), what
 
 
+class Failing(Automatic):
+    """A step that fails in the second batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        if batch_idx == 1:
+            raise RuntimeError("out of memory")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_nothing_is_left_on_a_model_that_fails_beside_gradnorm(quiet_trainer: MakeTrainer, first: bool) -> None:
+    """Both shadow `training_step`: whoever takes his shadow away first may not bring the other's back."""
+    model = Failing(3)
+    before = traces(model)
+    callbacks = [GradientNormMonitor(every_n_steps=1), GradNorm(TASKS, shared_layer="encoder.2")]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        quiet_trainer(callbacks=callbacks if first else callbacks[::-1]).fit(model, Batches(vector_batches(3, 2)))
+    assert_clean(model, before)
+
+
 # ---- mixed precision, ranks --------------------------------------------------------------------------------------------
 
 
@@ -321,6 +341,26 @@ def test_in_half_precision_numbers_are_those_of_the_unscaled_gradients(
         wanted = by_hand(sums, whole)
         for name, value in watcher.notes[2 * step + 1][2].items():
             assert value == pytest.approx(wanted[name], rel=1e-5, abs=1e-6), name
+
+
+class PartlySingle(Single):
+    """Leaves autocast in a layer of the encoder, as numerically delicate code does."""
+
+    def task_losses(self, batch: Any) -> dict[str, Tensor]:
+        with torch.autocast("cpu", enabled=False):
+            z = self.encoder(batch["x"])
+        return {task: F.mse_loss(getattr(self, f"{task}_head")(z), batch[task]) for task in TASKS}
+
+
+def test_where_the_model_leaves_autocast_gradients_are_in_full_precision(quiet_trainer: MakeTrainer) -> None:
+    (batch,) = [{name: value.float() for name, value in one.items()} for one in vector_batches(3, 1)]
+    monitor, twin = GradientNormMonitor(TASKS, "encoder"), PartlySingle()
+    quiet_trainer(callbacks=[monitor], precision="bf16-mixed").fit(PartlySingle(), Batches([batch]))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = twin.task_losses(batch)
+    assert monitor.last is not None
+    for task, norm in gradient_norms(losses, twin.encoder.parameters()).items():
+        assert monitor.last[task] == pytest.approx(norm, rel=1e-6)
 
 
 def test_a_step_that_the_scaler_skips_is_not_shown_but_the_next(quiet_trainer: MakeTrainer) -> None:
