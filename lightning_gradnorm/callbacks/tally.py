@@ -88,7 +88,7 @@ class Tally:
                 lines.append(f"Suggested static weights, which make the mean norms equal: FixedWeights({weights}).")
         else:
             lines.append(
-                f"{who}: no step was measured: no trained parameter of {where} was reached by any of the losses."
+                f"{who}: no step was measured: none of the losses has reached {where}, or all of it is frozen."
             )
         lines.extend(
             f"In {count} of the measured steps the gradient of `{name}` was not finite; they are left out of this."

@@ -707,5 +707,5 @@ def test_an_encoder_that_is_frozen_is_said_to_be_in_the_end(quiet_trainer: MakeT
     model.encoder.requires_grad_(False)
     quiet_trainer(callbacks=[monitor]).fit(model, Batches(as_inputs_and_targets(vector_batches(3, 2))))
     assert monitor.summary() == (
-        "GradientNormMonitor: no step was measured: no trained parameter of `encoder` was reached by any of the losses."
+        "GradientNormMonitor: no step was measured: none of the losses has reached `encoder`, or all of it is frozen."
     )
