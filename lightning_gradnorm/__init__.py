@@ -3,11 +3,13 @@
 from lightning_gradnorm.callbacks import (
     Aggregation,
     FixedWeights,
+    GradientNormMonitor,
     GradNorm,
     GradNormStatic,
     RandomWeights,
     Scalarization,
 )
+from lightning_gradnorm.gradients import gradient_norms
 from lightning_gradnorm.module import MultiTaskModule
 from lightning_gradnorm.tasks import Task
 
@@ -16,10 +18,12 @@ __all__ = [
     "FixedWeights",
     "GradNorm",
     "GradNormStatic",
+    "GradientNormMonitor",
     "MultiTaskModule",
     "RandomWeights",
     "Scalarization",
     "Task",
+    "gradient_norms",
 ]
 
 __version__ = "0.1.0.dev0"

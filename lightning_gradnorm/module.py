@@ -22,6 +22,7 @@ from lightning_gradnorm import architecture
 from lightning_gradnorm.arguments import check, is_integer, is_number
 from lightning_gradnorm.callbacks.balancing import Balancing
 from lightning_gradnorm.callbacks.logging import is_logged_step
+from lightning_gradnorm.callbacks.monitor import GradientNormMonitor
 from lightning_gradnorm.suggestions import did_you_mean
 from lightning_gradnorm.tasks import Task
 
@@ -194,7 +195,7 @@ class MultiTaskModule(L.LightningModule):
         if losses:
             self._trained_in_epoch = True
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, Balancing):
+                if isinstance(callback, Balancing | GradientNormMonitor):
                     callback.watch(losses)
             loss = _total(losses)
             with strategy.block_backward_sync() if waits else nullcontext():  # type: ignore[attr-defined]

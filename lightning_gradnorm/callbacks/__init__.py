@@ -4,6 +4,7 @@ from lightning_gradnorm.callbacks.aggregation import Aggregation
 from lightning_gradnorm.callbacks.balancing import Balancing
 from lightning_gradnorm.callbacks.fixed_weights import FixedWeights, GradNormStatic, RandomWeights
 from lightning_gradnorm.callbacks.gradnorm import GradNorm
+from lightning_gradnorm.callbacks.monitor import GradientNormMonitor
 from lightning_gradnorm.callbacks.scalarization import Scalarization
 from lightning_gradnorm.callbacks.task_names import DeclaresTasks
 from lightning_gradnorm.callbacks.tensorboard import TensorBoardDashboard
@@ -15,6 +16,7 @@ __all__ = [
     "FixedWeights",
     "GradNorm",
     "GradNormStatic",
+    "GradientNormMonitor",
     "RandomWeights",
     "Scalarization",
     "TensorBoardDashboard",

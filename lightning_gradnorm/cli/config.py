@@ -18,6 +18,7 @@ from torchjd import aggregation, scalarization
 from lightning_gradnorm import (
     Aggregation,
     FixedWeights,
+    GradientNormMonitor,
     GradNorm,
     GradNormStatic,
     MultiTaskModule,
@@ -38,6 +39,7 @@ WITH_SCHEMA: tuple[Callable[..., Any], ...] = (
     FixedWeights,
     GradNorm,
     GradNormStatic,
+    GradientNormMonitor,
     LearningRateMonitor,
     ModelCheckpoint,
     MultiMNISTDataModule,

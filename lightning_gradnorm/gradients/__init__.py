@@ -3,21 +3,38 @@
 from lightning_gradnorm.gradients.branch import TAKEN, branch, fan_out
 from lightning_gradnorm.gradients.buffers import KeptBuffers
 from lightning_gradnorm.gradients.joint import JointGradients
+from lightning_gradnorm.gradients.norms import GradientNorms, check_loss, gradient_norms, inner_products
+from lightning_gradnorm.gradients.parts import REST, PartGradients
 from lightning_gradnorm.gradients.paths import nodes_between, unwalkable
-from lightning_gradnorm.gradients.readers import ActivationGradients, GradientReader, RowReader, WeightGradients
+from lightning_gradnorm.gradients.readers import (
+    ActivationGradients,
+    GradientReader,
+    RowReader,
+    WeightGradients,
+    flat_row,
+    row_width,
+)
 from lightning_gradnorm.gradients.replay import ReplayedGradients
 
 __all__ = [
+    "REST",
     "TAKEN",
     "ActivationGradients",
+    "GradientNorms",
     "GradientReader",
     "JointGradients",
     "KeptBuffers",
+    "PartGradients",
     "ReplayedGradients",
     "RowReader",
     "WeightGradients",
     "branch",
+    "check_loss",
     "fan_out",
+    "flat_row",
+    "gradient_norms",
+    "inner_products",
     "nodes_between",
+    "row_width",
     "unwalkable",
 ]

@@ -1,0 +1,142 @@
+"""What the measured steps of a training have in common, and the few sentences that say it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_gradnorm.gradients import REST, GradientNorms
+
+
+class Tally:
+    """Sums over the measured steps. Of a part that was absent from some, means are over the others.
+
+    Example:
+        >>> import torch
+        >>> tally = Tally()
+        >>> tally.add(GradientNorms(["rul", "hs"], torch.tensor([[16.0, 0.0], [0.0, 1.0]])), {"rul": 1.0, "hs": 1.0})
+        >>> print(tally.sentences("Monitor", "`encoder.fc`"))
+        Monitor, 1 measured step: `rul` carries 94 % of the update on `encoder.fc`, `hs` 6 %.
+        Mean norms: `rul` 4, `hs` 1; the largest is 4 times the smallest.
+        Suggested static weights, which make the mean norms equal: FixedWeights({'rul': 0.4, 'hs': 1.6}).
+    """
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._squared = 0.0
+        self._along: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+        self._norms: dict[str, float] = {}
+        self._plain_norms: dict[str, float] = {}
+        self._cosines: dict[str, dict[str, list[float]]] = {}
+        self._not_finite: dict[str, int] = {}
+
+    def add(self, found: GradientNorms, weights: Mapping[str, float]) -> None:
+        """Count a measured step in: what was found, and the weight that each part had beyond the model's own coefficient."""
+        wrong = [name for name, norm in found.items() if not math.isfinite(norm)]
+        for name in wrong:
+            self._not_finite[name] = self._not_finite.get(name, 0) + 1
+        if wrong:
+            return
+        self._steps += 1
+        self._squared += float(found.products.sum())
+        for name, along in zip(found, found.products.sum(dim=1).tolist(), strict=True):
+            self._along[name] = self._along.get(name, 0.0) + along
+        for name in found:
+            self._counts[name] = self._counts.get(name, 0) + 1
+            self._norms[name] = self._norms.get(name, 0.0) + found[name]
+            plain = found[name] / weights[name] if weights[name] else 0.0
+            self._plain_norms[name] = self._plain_norms.get(name, 0.0) + plain
+        parts = [name for name in found if name != REST]
+        for place, one in enumerate(parts):
+            for other in parts[place + 1 :]:
+                cosine = found.cosine(one, other)
+                if math.isfinite(cosine):
+                    row = self._cosines.setdefault(one, {}).setdefault(other, [0.0, 0, 0])
+                    row[:] = row[0] + cosine, row[1] + 1, row[2] + (cosine < 0)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Each part's share of the update, where a step counts as the square of its length."""
+        return {name: along / self._squared for name, along in self._along.items()} if self._squared > 0 else {}
+
+    @property
+    def norms(self) -> dict[str, float]:
+        """The mean norm of each part's gradient, as it was in the update."""
+        return {name: norm / self._counts[name] for name, norm in self._norms.items()}
+
+    @property
+    def suggested_weights(self) -> dict[str, float]:
+        """Static weights, of sum T, that would have made the mean norms of the parts equal."""
+        means = {
+            name: norm / self._counts[name] for name, norm in self._plain_norms.items() if name != REST and norm > 0
+        }
+        inverse = sum(1 / mean for mean in means.values())
+        return {name: len(means) / (mean * inverse) for name, mean in means.items()}
+
+    def sentences(self, who: str, where: str) -> str:
+        """Return what a user wants to know, in plain words; ``where`` says of which parameters."""
+        lines = []
+        if self._steps:
+            steps = f"{self._steps} measured step{'s' if self._steps > 1 else ''}"
+            lines.append(f"{who}, {steps}: {self._who_carries(where)}.")
+            lines.append(self._how_large())
+            lines.extend(self._who_conflicts())
+            weights = {name: float(f"{weight:.3g}") for name, weight in self.suggested_weights.items()}
+            if len(weights) > 1:
+                lines.append(f"Suggested static weights, which make the mean norms equal: FixedWeights({weights}).")
+        else:
+            lines.append(
+                f"{who}: no step was measured: none of the losses has reached {where}, or all of it is frozen."
+            )
+        lines.extend(
+            f"In {count} of the measured steps the gradient of `{name}` was not finite; they are left out of this."
+            for name, count in self._not_finite.items()
+        )
+        return "\n".join(lines)
+
+    def _who_carries(self, where: str) -> str:
+        shares = sorted(self.shares.items(), key=lambda item: -item[1])
+        if not shares:
+            return f"nothing moves {where}, all gradients are zero"
+        (first, most), *others = [(_called(name), _percent(share)) for name, share in shares]
+        return ", ".join(
+            [f"{first} carries {most} of the update on {where}", *(f"{name} {share}" for name, share in others)]
+        )
+
+    def _how_large(self) -> str:
+        norms = self.norms
+        shown = ", ".join(f"{_called(name)} {norm:.3g}" for name, norm in norms.items())
+        of_parts = [norm for name, norm in norms.items() if name != REST and norm > 0]
+        ratio = f"; the largest is {max(of_parts) / min(of_parts):.3g} times the smallest" if len(of_parts) > 1 else ""
+        return f"Mean norms: {shown}{ratio}."
+
+    def _who_conflicts(self) -> list[str]:
+        pairs = [
+            (total / count, int(against), int(count), one, other)
+            for one, row in self._cosines.items()
+            for other, (total, count, against) in row.items()
+        ]
+        return [
+            f"`{one}` and `{other}` pull against each other in {against} of {count} steps (mean cosine {mean:.2f})."
+            for mean, against, count, one, other in sorted(pairs)[:3]
+            if against
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums, as plain numbers."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from these sums."""
+        vars(self).update(state)
+
+
+def _called(name: str) -> str:
+    return "the rest of the loss" if name == REST else f"`{name}`"
+
+
+def _percent(share: float) -> str:
+    percent = 100 * share
+    return f"{percent:.0f} %" if abs(percent) >= 1 or percent == 0 else f"{percent:.1g} %"

@@ -1,0 +1,155 @@
+"""How large the gradients of a composite loss's parts are, beside each other: norms, shares of their sum, conflicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_gradnorm.gradients.readers import flat_row
+
+
+class GradientNorms(Mapping[str, float]):
+    """The norm of each part's gradient, by the part's name; what follows from their products stands beside it.
+
+    Args:
+        names: of the parts.
+        products: inner products of the parts' gradients, shape (T, T).
+
+    Example:
+        >>> found = GradientNorms(["a", "b"], torch.tensor([[9.0, 0.0], [0.0, 16.0]]))
+        >>> dict(found)
+        {'a': 3.0, 'b': 4.0}
+        >>> found.shares
+        {'a': 0.36, 'b': 0.64}
+    """
+
+    def __init__(self, names: Sequence[str], products: Tensor) -> None:
+        self.products = products.double().cpu()
+        """Inner products of the parts' gradients, shape (T, T)."""
+        norms = self.products.diagonal().clamp(min=0).sqrt()
+        self._norms: dict[str, float] = dict(zip(names, norms.tolist(), strict=True))
+        self.cosines = self.products / torch.outer(norms, norms)
+        """Of the angle between each two gradients, shape (T, T): -1 is plain conflict; nan where a gradient is zero."""
+
+    @override
+    def __getitem__(self, name: str) -> float:
+        return self._norms[name]
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._norms)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._norms)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._norms})"
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """How much of the sum ``G = Σ g_i`` is due to each part: ``<g_i, G> / <G, G>``, the length of its projection on G.
+
+        The shares add up to 1, and those of several parts to the share of their sum. It is also the part's share of what a
+        small step along G takes off the total loss. Norms have neither property: of two large gradients that cancel each
+        other nothing is left. A part that pulls against the others has a negative share.
+        """
+        return dict(zip(self, (self.products.sum(dim=1) / self.products.sum()).tolist(), strict=True))
+
+    @property
+    def imbalance(self) -> float:
+        """The largest norm over the smallest, of the parts whose gradient is not zero."""
+        norms = [norm for norm in self.values() if norm != 0]
+        return max(norms) / min(norms) if norms else 1.0
+
+    def of(self, names: Sequence[str]) -> GradientNorms:
+        """Return those of some parts alone."""
+        places = [list(self).index(name) for name in names]
+        return GradientNorms(names, self.products[places][:, places])
+
+    def cosine(self, one: str, other: str) -> float:
+        """Return the cosine between two parts' gradients."""
+        names = list(self)
+        return float(self.cosines[names.index(one), names.index(other)])
+
+
+def gradient_norms(losses: Mapping[str, Tensor], parameters: Iterable[Tensor]) -> GradientNorms:
+    """Return the norm of each loss's gradient over all of ``parameters``, its share of their sum, and the conflicts.
+
+    One first-order pass for each loss. Nothing is changed: no ``.grad`` is touched, and the graph stays, so that
+    ``sum(losses.values()).backward()`` can follow.
+
+    Args:
+        losses: the parts of a composite loss by name, each a scalar, as they are added up: with their coefficients.
+        parameters: those that the parts share, for example ``model.encoder.parameters()``. Frozen ones are left out; one
+            that a loss does not depend on has a gradient of zero.
+
+    Raises:
+        TypeError, ValueError: a loss that is no scalar tensor or carries no gradient, or no parameter at all.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[3.0, 4.0]])
+        >>> found = gradient_norms({"fit": layer(x).sum(), "other": -2 * layer(x).sum()}, layer.parameters())
+        >>> dict(found)
+        {'fit': 5.0, 'other': 10.0}
+        >>> found.shares, found.imbalance, found.cosine("fit", "other")
+        ({'fit': -1.0, 'other': 2.0}, 2.0, -1.0)
+    """
+    if not isinstance(losses, Mapping) or not losses:
+        raise TypeError(f"gradient_norms: losses should be a mapping from name to loss; got {losses!r}")
+    for name, loss in losses.items():
+        check_loss(loss, asked=f"gradient_norms: the loss '{name}'")
+    sought = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    strangers = [type(one).__name__ for one in sought if not isinstance(one, Tensor)]
+    if strangers:
+        raise TypeError(
+            f"gradient_norms: parameters should be tensors, such as model.encoder.parameters(); got {strangers[0]}"
+        )
+    sought = [one for one in sought if one.requires_grad]
+    if not sought:
+        raise ValueError("gradient_norms: parameters should have one that is trained (requires_grad=True); got none")
+    rows = [
+        flat_row(torch.autograd.grad(loss, sought, retain_graph=True, allow_unused=True), sought)
+        for loss in losses.values()
+    ]
+    return GradientNorms(list(losses), inner_products(rows))
+
+
+def inner_products(rows: Sequence[Tensor]) -> Tensor:
+    """Return the products of each two vectors, shape (T, T), without a copy of them all in one matrix.
+
+    Example:
+        >>> inner_products([torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])])
+        tensor([[5., 2.],
+                [2., 1.]])
+    """
+    products = rows[0].new_zeros(len(rows), len(rows))
+    for i, one in enumerate(rows):
+        for j, other in enumerate(rows[: i + 1]):
+            products[i, j] = products[j, i] = torch.dot(one, other)
+    return products
+
+
+def check_loss(loss: Any, *, asked: str) -> None:
+    """Refuse what is not a scalar with a gradient; ``asked`` is how the error begins.
+
+    Raises:
+        TypeError, ValueError: says what is the matter.
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{asked} should be a tensor; got {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"{asked} should be a scalar; got shape {tuple(loss.shape)}. Reduce it, for example with .mean()."
+        )
+    if loss.is_complex():
+        raise ValueError(f"{asked} should be a real number; got {loss.dtype}, which is complex.")
+    if not loss.requires_grad:
+        raise ValueError(
+            f"{asked} should be part of the graph, but it carries no gradient. Give the loss itself, not .detach() or .item()."
+        )
