@@ -5,6 +5,7 @@ from lightning_gradnorm.callbacks.balancing import Balancing
 from lightning_gradnorm.callbacks.fixed_weights import FixedWeights, GradNormStatic, RandomWeights
 from lightning_gradnorm.callbacks.gradnorm import GradNorm
 from lightning_gradnorm.callbacks.monitor import GradientNormMonitor
+from lightning_gradnorm.callbacks.pictures import DensePredictions
 from lightning_gradnorm.callbacks.scalarization import Scalarization
 from lightning_gradnorm.callbacks.task_names import DeclaresTasks
 from lightning_gradnorm.callbacks.tensorboard import TensorBoardDashboard
@@ -13,6 +14,7 @@ __all__ = [
     "Aggregation",
     "Balancing",
     "DeclaresTasks",
+    "DensePredictions",
     "FixedWeights",
     "GradNorm",
     "GradNormStatic",
