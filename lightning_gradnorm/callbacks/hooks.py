@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -15,18 +17,47 @@ Before = Callable[[Any, Any], Any]
 After = Callable[[Any], Any]
 
 
+@dataclass(eq=False)
+class _Shadow:
+    """What stands before an attribute, and what stood there when it came: another shadow, or the owner's own value."""
+
+    replacement: Any
+    below: _Shadow | None
+    own: dict[str, Any]
+    undone: bool = False
+
+
+_shadows: WeakKeyDictionary[Any, dict[str, _Shadow]] = WeakKeyDictionary()
+"""Owner → attribute → the uppermost shadow."""
+
+
 def shadow(owner: Any, name: str, replacement: Any) -> Undo:
-    """Put ``replacement`` before the attribute ``name`` of ``owner``, and what was there before back when undone."""
-    was_shadowed, before = name in vars(owner), vars(owner).get(name)
+    """Put ``replacement`` before the attribute ``name`` of ``owner``, and what was there before back when undone.
+
+    Shadows of several owners of their own may be undone in any order: one that lies below others goes when they do.
+    """
+    of_owner = _shadows.setdefault(owner, {})
+    top = of_owner.get(name)
+    is_top = top is not None and vars(owner).get(name) is top.replacement
+    own = {name: vars(owner)[name]} if not is_top and name in vars(owner) else {}
+    mine = of_owner[name] = _Shadow(replacement, top if is_top else None, own)
     owner.__dict__[name] = replacement
 
     def undo() -> None:
-        if vars(owner).get(name) is not replacement:
-            return  # somebody else shadowed it after us, and is to undo that himself
-        if was_shadowed:
-            owner.__dict__[name] = before
+        mine.undone = True
+        now = _shadows.get(owner, {}).get(name)
+        while now is not None and now.undone and vars(owner).get(name) is now.replacement:
+            if now.below is not None:
+                owner.__dict__[name] = now.below.replacement
+            else:
+                del owner.__dict__[name]
+                owner.__dict__.update(now.own)
+            now = now.below
+        # Else somebody who does not use this function shadowed it after us, and is to undo that himself.
+        if now is None:
+            _shadows.get(owner, {}).pop(name, None)
         else:
-            del owner.__dict__[name]
+            _shadows[owner][name] = now
 
     return undo
 
