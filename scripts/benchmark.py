@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py                        # GradNorm: writes docs/results/step_time.md
     python scripts/benchmark.py --of aggregation       # UPGrad and others: docs/results/step_time_aggregation.md
+    python scripts/benchmark.py --cases engine64:2 engine256:2 --name step_time_engine
     python scripts/benchmark.py --rounds 1             # shows that it runs
     python scripts/benchmark.py --device cuda --steps 100 --batch-factor 8   # writes docs/results/step_time_cuda.md
 
@@ -9,19 +10,16 @@ In each round every configuration trains one short run, in shuffled order; the f
 run's mean step time, first steps left out. With ``--of aggregation`` the last column is the same as TorchJD has it done by
 hand, ``mtl_backward`` and ``jac_to_grad``, and in brackets stands the share of the step that the aggregator's own
 computation takes. Models: `conv` (6 convolutions, linear heads), `mlp` (4 × 512, linear heads) and
-`dense` (the convolutions with a 3-convolution upsampling head for each task).
+`dense` (the convolutions with a 3-convolution upsampling head for each task), `engine64` and `engine256` (the network of
+C-MAPSS with so many hidden units, 256 windows of 30 cycles and 17 features, its heads for remaining life and health).
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import logging
-import platform
 import random
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -32,6 +30,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from pages import be_quiet, write_page
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchjd.aggregation import IMTLG, MGDA, Aggregator, AlignedMTL, CAGrad, NashMTL, PCGrad, UPGrad
@@ -39,8 +38,10 @@ from torchjd.autojac import jac_to_grad, mtl_backward
 from typing_extensions import override
 
 from lightning_gradnorm import Aggregation, GradNorm
+from lightning_gradnorm.networks import EngineEncoder, health_head, rul_head
 
 CASES = (("conv", 3), ("conv", 10), ("mlp", 3), ("mlp", 10), ("dense", 3), ("dense", 5))
+"""Measured by default; those of the engine network, whose step takes seconds, are asked for."""
 WARM_UP = 8
 
 
@@ -58,14 +59,40 @@ def perceptron() -> nn.Sequential:
     return nn.Sequential(*[layer for here, there in pairs for layer in (nn.Linear(here, there), nn.ReLU())])
 
 
-def head(kind: str) -> nn.Module:
-    if kind == "mlp":
-        return nn.Linear(512, 10)
-    if kind == "conv":
-        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+def pooled(task: int) -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def upsampling(task: int) -> nn.Module:
     up = nn.Upsample(scale_factor=2)
     first, second, third = (nn.Conv2d(a, b, 3, padding=1) for a, b in ((64, 32), (32, 16), (16, 1)))
     return nn.Sequential(first, nn.ReLU(), up, second, nn.ReLU(), up, third)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A network: its trunk, the head of a task, the last shared layer, and the shape of a batch."""
+
+    trunk: Callable[[], nn.Module]
+    head: Callable[[int], nn.Module]
+    shared_layer: str
+    batch: tuple[int, ...]
+
+
+def engine(hidden: int) -> Kind:
+    heads = (rul_head, health_head)
+    return Kind(
+        partial(EngineEncoder, hidden=hidden), lambda task: heads[task % 2](), "encoder.funnel.6", (256, 30, 17)
+    )
+
+
+KINDS = {
+    "conv": Kind(convolutions, pooled, "encoder.10", (16, 3, 48, 48)),
+    "dense": Kind(convolutions, upsampling, "encoder.10", (16, 3, 48, 48)),
+    "mlp": Kind(perceptron, lambda task: nn.Linear(512, 10), "encoder.6", (256, 128)),
+    "engine64": engine(64),
+    "engine256": engine(256),
+}
 
 
 class Model(L.LightningModule):
@@ -74,9 +101,9 @@ class Model(L.LightningModule):
     def __init__(self, kind: str, tasks: int) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.encoder = perceptron() if kind == "mlp" else convolutions()
-        self.heads = nn.ModuleDict({f"task_{i}": head(kind) for i in range(tasks)})
-        self.shared_layer = "encoder.6" if kind == "mlp" else "encoder.10"
+        self.encoder = KINDS[kind].trunk()
+        self.heads = nn.ModuleDict({f"task_{i}": KINDS[kind].head(i) for i in range(tasks)})
+        self.shared_layer = KINDS[kind].shared_layer
 
     @override
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
@@ -192,8 +219,10 @@ def of_aggregation(model: Model) -> Configurations:
 
 def step_time(kind: str, tasks: int, run: Run, options: argparse.Namespace) -> tuple[float, float]:
     """Return the time of a step, and of the solver in it."""
-    shape = (256 * options.batch_factor, 128) if kind == "mlp" else (16 * options.batch_factor, 3, 48, 48)
-    batch = torch.randn(shape, device=options.device)  # no copy to the device in the steps
+    samples, *shape = KINDS[kind].batch
+    batch = torch.randn(
+        samples * options.batch_factor, *shape, device=options.device
+    )  # no copy to the device in the steps
     clock = Clock(options.steps)
     trainer = L.Trainer(
         max_steps=options.steps,
@@ -213,7 +242,9 @@ def step_time(kind: str, tasks: int, run: Run, options: argparse.Namespace) -> t
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--of", choices=["gradnorm", "aggregation"], default="gradnorm")
-    parser.add_argument("--cases", nargs="+", metavar="MODEL:T", help="such as conv:3 conv:10; by default all")
+    parser.add_argument(
+        "--cases", nargs="+", metavar="MODEL:T", help="such as conv:3 engine64:2; by default all but the engine's"
+    )
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -222,6 +253,7 @@ def read_options() -> argparse.Namespace:
     )
     parser.add_argument("--batch-factor", type=int, default=1, help="batches so many times larger, to keep a GPU busy")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    parser.add_argument("--name", help="of the page; by default step_time and what of")
     options = parser.parse_args()
     if options.steps < WARM_UP + 2:
         parser.error(f"--steps should be at least {WARM_UP + 2}; got {options.steps}")
@@ -232,9 +264,8 @@ def read_options() -> argparse.Namespace:
 
 def main() -> None:
     options = read_options()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    be_quiet(options.threads)
     warnings.simplefilter("ignore")
-    torch.set_num_threads(options.threads)
     configurations = of_gradnorm if options.of == "gradnorm" else of_aggregation
     names = list(configurations(Model("mlp", 2)))
     lines = [
@@ -263,22 +294,18 @@ def main() -> None:
         print(lines[-1], flush=True)
     on_gpu = options.device == "cuda"
     where = torch.cuda.get_device_name() if on_gpu else f"CPU, {options.threads} threads"
-    parts = [
-        "# Time of a training step",
-        f"`python scripts/benchmark.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
-        f"{datetime.date.today()}, Python {platform.python_version()}, torch {torch.__version__}, lightning {L.__version__}, "
-        f"{where}, {options.rounds} rounds. Ratio to equal weights in the same Lightning loop: ratio of "
+    described = (
+        f", {options.rounds} rounds. Ratio to equal weights in the same Lightning loop: ratio of "
         "the medians, and in brackets the quartiles of the ratios round by round"
         + (
             "; behind them the part of the ratio that the aggregator's own computation makes up."
             if options.of != "gradnorm"
             else "."
-        ),
-        "\n".join(lines),
-    ]
-    options.output.mkdir(parents=True, exist_ok=True)
+        )
+    )
     name = "step_time" + ("_aggregation" if options.of == "aggregation" else "") + ("_cuda" if on_gpu else "")
-    (options.output / f"{name}.md").write_text("\n\n".join(parts) + "\n")
+    page = options.output / f"{options.name or name}.md"
+    write_page(page, "Time of a training step", described, ["\n".join(lines)], where=where)
 
 
 if __name__ == "__main__":
