@@ -30,10 +30,15 @@ from lightning_gradnorm.callbacks import TensorBoardDashboard
 from lightning_gradnorm.cli.checkpoints import SaveLast
 from lightning_gradnorm.cli.interrupt import SaveOnInterrupt
 from lightning_gradnorm.cli.schema import schema_of
-from lightning_gradnorm.data import MultiMNISTDataModule, RoomsDataModule, SinusoidsDataModule, ToyDataModule
+from lightning_gradnorm.data import (
+    MultiMNISTDataModule,
+    RoomsDataModule,
+    SinusoidsDataModule,
+    ToyDataModule,
+    TurbofanDataModule,
+)
 from lightning_gradnorm.data.cmapss import CMAPSS
 from lightning_gradnorm.data.nyuv2 import NYUv2
-from lightning_gradnorm.data.turbofan import TurbofanDataModule
 
 WITH_SCHEMA: tuple[Callable[..., Any], ...] = (
     Aggregation,

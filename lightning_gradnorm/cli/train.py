@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,7 @@ from lightning_gradnorm.cli.build import build, build_model
 from lightning_gradnorm.cli.checkpoints import SaveLast, write_whole
 from lightning_gradnorm.cli.config import conf_dir
 from lightning_gradnorm.cli.interrupt import SaveOnInterrupt
-from lightning_gradnorm.data import RoomsDataModule
-from lightning_gradnorm.data.turbofan import TurbofanDataModule
+from lightning_gradnorm.data import RoomsDataModule, TurbofanDataModule
 from lightning_gradnorm.report import task_table, write_metrics
 from lightning_gradnorm.suggestions import did_you_mean
 
@@ -79,7 +79,7 @@ def _train_and_compare(config: DictConfig) -> float | None:
     return None
 
 
-def train(config: DictConfig) -> dict[str, float]:
+def train(config: DictConfig, more_callbacks: Sequence[L.Callback] = ()) -> dict[str, float]:
     """Train, test and write the run's folder, ``config.paths.run_dir``.
 
     The folder gets ``config.yaml`` (resolved), ``checkpoints/``, what the loggers write, ``test_metrics.json`` and, of a
@@ -87,6 +87,7 @@ def train(config: DictConfig) -> dict[str, float]:
 
     Args:
         config: as ``conf/config.yaml`` composes it.
+        more_callbacks: after those of the configuration.
 
     Returns:
         The last metrics of training and validation, and those of the test.
@@ -109,6 +110,7 @@ def train(config: DictConfig) -> dict[str, float]:
     record = runs.RunRecord(run_dir, config, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
     weights_record = runs.WeightsRecord(run_dir, balancing)
     callbacks = [one for one in (balancing, *_all_of(config, "callbacks"), record, weights_record) if one is not None]
+    callbacks += more_callbacks
     loggers = _all_of(config, "logger")
     trainer: L.Trainer = build(config, "trainer", callbacks=callbacks, logger=loggers)
     _refuse_processes_that_replay_the_sweep(trainer)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from configurations import QUICK, compose_run, options, tiny_images
+from configurations import QUICK, compose_run, options, tiny
 from indoor import frames
 from omegaconf import OmegaConf
 
@@ -15,7 +15,7 @@ from lightning_gradnorm.cli import train
 from lightning_gradnorm.data.nyuv2 import write_mtan
 
 Call = Callable[..., str]
-SMALL = [*QUICK, *tiny_images("nyuv2_seg_small"), "callbacks=none", "logger=none"]
+SMALL = [*QUICK, *tiny("nyuv2_seg_small"), "callbacks=none", "logger=none"]
 COUNTS = ("data.train_size", "data.val_size", "data.test_size")  # which files have of their own
 
 
