@@ -59,5 +59,10 @@ WORN = np.array(
 CORE_SPEEDS = (8, 13)
 """Columns of sensors 9 and 14: in these, the same wear does much in one engine, little or the opposite in another."""
 
+BUILT, ANSWER, CORE_ANSWER = 0.1, 0.05, (0.6, 0.5)
+"""How engines differ: standard deviation of a new one's sensors, as a share of their noise; of their answer to wear, as
+a share of it; and mean and standard deviation of what core speeds are multiplied by. Small, or few engines could be told
+apart by them, and a network would learn their lives by heart."""
+
 DECIMALS = (2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 4, 2, 0, 0, 2, 2, 4)
 """Decimals that NASA's files give of each sensor."""

@@ -25,7 +25,9 @@ class TurbofanDataModule(CMAPSS):
     cycle to cycle. Sensors answer to the wear with noise, each engine's a little in its own way. The files are written
     once, by one process, and read as NASA's are: see `CMAPSS` for the batches and the other arguments.
 
-    It is no model of an engine, and figures on it are not comparable with published ones.
+    It is no model of an engine, and figures on it are not comparable with published ones, though of their order: on the
+    default FD001, ridge regression on the windows has a root mean square error of 15 cycles on the test engines, a small
+    convolutional and recurrent network 15, and the best constant 40.
 
     Args:
         subset: ``"FD001"`` to ``"FD004"``.

@@ -9,7 +9,10 @@ import numpy as np
 from lightning_gradnorm.data.cmapss.columns import SUBSETS
 from lightning_gradnorm.data.cmapss.files import Engines
 from lightning_gradnorm.data.turbofan.engine import (
+    ANSWER,
+    BUILT,
     CONDITIONS,
+    CORE_ANSWER,
     CORE_SPEEDS,
     DECIMALS,
     HEALTHY,
@@ -75,9 +78,9 @@ def _show(lives: Lives, engine: Integers, conditions: Integers, wear: Array, str
     """Return what the sensors show, shape ``(cycles, 21)``, rounded as in NASA's files."""
     engines, sensors = len(lives.cycles), HEALTHY.shape[1]
     # No two engines are built alike, nor do their sensors answer to wear in quite the same way.
-    built = 0.35 * NOISE * stream.normal(size=(engines, sensors))
-    answer = WORN[lives.fault] * stream.normal(1.0, 0.08, size=(engines, sensors))
-    answer[:, CORE_SPEEDS] *= stream.normal(0.5, 0.7, size=(engines, 1))
+    built = BUILT * NOISE * stream.normal(size=(engines, sensors))
+    answer = WORN[lives.fault] * stream.normal(1.0, ANSWER, size=(engines, sensors))
+    answer[:, CORE_SPEEDS] *= stream.normal(*CORE_ANSWER, size=(engines, 1))
     moved = built[engine] + answer[engine] * wear[:, None] + NOISE * stream.normal(size=(len(engine), sensors))
     shown = HEALTHY[conditions] + RELATIVE[conditions] * moved
     return np.stack([np.round(column, digits) for column, digits in zip(shown.T, DECIMALS, strict=True)], axis=1)

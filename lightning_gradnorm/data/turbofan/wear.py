@@ -14,6 +14,10 @@ SHORTEST, LONGEST = 128, 362
 """Lives in cycles, from first to last, as in FD001."""
 
 
+WEARING = (70.0, 0.32, 0.09)
+"""Cycles from onset to failure: this many, and this share of the life, with this standard deviation, as a share."""
+
+
 @dataclass(frozen=True)
 class Lives:
     """What decides an engine's life; hidden from whoever reads the files. All of shape ``(engines,)``.
@@ -59,11 +63,10 @@ def draw_lives(engines: int, faults: int, stream: np.random.Generator) -> Lives:
         stream: Where the random numbers come from.
     """
     cycles = np.clip(np.rint(SHORTEST + stream.gamma(2.2, 36.0, engines)), SHORTEST, LONGEST).astype(np.int64)
-    # At least as long as it takes for a good part of the wear to be seen before the targets' cap.
-    wearing = stream.normal(0.66, 0.08, engines).clip(0.45, 0.9) * cycles
+    wearing = (WEARING[0] + WEARING[1] * cycles) * stream.normal(1.0, WEARING[2], engines)
     return Lives(
         cycles=cycles,
-        onset=cycles - np.rint(wearing).astype(np.int64),
+        onset=cycles - np.rint(np.minimum(wearing, 0.92 * cycles)).astype(np.int64),
         initial=stream.uniform(0.0, 0.08, engines),
         growth=stream.normal(3.0, 0.4, engines).clip(1.5, 4.5),
         fault=stream.integers(faults, size=engines),
