@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py                        # GradNorm: writes docs/results/step_time.md
     python scripts/benchmark.py --of aggregation       # UPGrad and others: docs/results/step_time_aggregation.md
+    python scripts/benchmark.py --cases segnet:3 engine64:2 engine256:2 --name step_time_real
     python scripts/benchmark.py --rounds 1             # shows that it runs
     python scripts/benchmark.py --device cuda --steps 100 --batch-factor 8   # writes docs/results/step_time_cuda.md
 
@@ -10,14 +11,14 @@ run's mean step time, first steps left out. With ``--of aggregation`` the last c
 hand, ``mtl_backward`` and ``jac_to_grad``, and in brackets stands the share of the step that the aggregator's own
 computation takes. Models: `conv` (6 convolutions, linear heads), `mlp` (4 × 512, linear heads) and
 `dense` (the convolutions with a 3-convolution upsampling head for each task); asked for by name, `segnet` (the paper's
-SegNet on VGG16, 320 × 320 to 80 × 80, a 1 × 1 convolution for each task).
+SegNet on VGG16, 320 × 320 to 80 × 80, a 1 × 1 convolution for each task), `engine64` and `engine256` (the network of C-MAPSS
+with so many hidden units, 256 windows of 30 cycles and 17 features, its heads for remaining life and health).
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import logging
 import random
 import statistics
 import time
@@ -30,6 +31,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from pages import be_quiet, write_page
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchjd.aggregation import IMTLG, MGDA, Aggregator, AlignedMTL, CAGrad, NashMTL, PCGrad, UPGrad
@@ -38,8 +40,7 @@ from typing_extensions import override
 
 from lightning_gradnorm import Aggregation, GradNorm
 from lightning_gradnorm.dense_tasks import OUT_CHANNELS
-from lightning_gradnorm.networks import ConvHead, SegNet
-from lightning_gradnorm.report.provenance import provenance
+from lightning_gradnorm.networks import ConvHead, EngineEncoder, SegNet, health_head, rul_head
 from lightning_gradnorm.suggestions import did_you_mean
 
 CASES = (("conv", 3), ("conv", 10), ("mlp", 3), ("mlp", 10), ("dense", 3), ("dense", 5))
@@ -86,12 +87,21 @@ def pixelwise(task: int) -> nn.Module:
     return ConvHead(128, channels[task % len(channels)])
 
 
+def engine(hidden: int) -> Network:
+    heads = (rul_head, health_head)
+    trunk = partial(EngineEncoder, hidden=hidden)
+    return Network(trunk, lambda task: heads[task % len(heads)](), (256, 30, 17), "encoder.funnel.6")
+
+
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 NETWORKS = {
     "conv": Network(convolutions, classifier, (16, 3, 48, 48), "encoder.10"),
     "mlp": Network(perceptron, lambda task: nn.Linear(512, 10), (256, 128), "encoder.6"),
     "dense": Network(convolutions, upsampling, (16, 3, 48, 48), "encoder.10"),
     # The paper's: 320 x 320 to 80 x 80. Seconds a step on a CPU, so a few of them will do.
     "segnet": Network(SegNet, pixelwise, (2, 3, 320, 320), "encoder.decoder.2.6", steps=6, warm_up=2),
+    "engine64": engine(64),
+    "engine256": engine(256),
 }
 
 
@@ -138,8 +148,8 @@ class ByHand(Model):
 class Clock(L.Callback):
     """Notes when the first and the last of the measured steps begin, with all work before them done."""
 
-    def __init__(self, steps: int, warm_up: int) -> None:
-        self.steps, self.warm_up = steps, warm_up
+    def __init__(self, steps: int, warm_up: int, now: Callable[[], float]) -> None:
+        self.steps, self.warm_up, self.now = steps, warm_up, now
         self.times: list[float] = []
 
     @override
@@ -149,7 +159,7 @@ class Clock(L.Callback):
         if batch_idx in (self.warm_up, self.steps - 1):
             if pl_module.device.type == "cuda":  # at these two places only: between them the host may run ahead
                 torch.cuda.synchronize(pl_module.device)
-            self.times.append(time.perf_counter())
+            self.times.append(self.now())
 
     def step_time(self) -> float:
         first, last = self.times
@@ -226,7 +236,7 @@ def step_time(kind: str, tasks: int, run: Run, options: argparse.Namespace) -> t
     batch = torch.randn(
         size * options.batch_factor, *shape, device=options.device
     )  # no copy to the device in the steps
-    clock = Clock(steps, network.warm_up)
+    clock = Clock(steps, network.warm_up, CLOCKS[options.clock])
     trainer = L.Trainer(
         max_steps=steps,
         accelerator="gpu" if options.device == "cuda" else "cpu",
@@ -250,8 +260,15 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--steps", type=int, help="of each run; by default as many as suit the model, 24 or fewer")
+    parser.add_argument(
+        "--clock",
+        choices=list(CLOCKS),
+        default="wall",
+        help="processor: what the processor worked for this process, on a machine that is busy with others; CPU, one thread",
+    )
     parser.add_argument("--batch-factor", type=int, default=1, help="batches so many times larger, to keep a GPU busy")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    parser.add_argument("--name", help="of the page; by default step_time and what of")
     options = parser.parse_args()
     options.cases = [
         (kind, int(tasks)) for kind, _, tasks in (case.partition(":") for case in options.cases or ())
@@ -262,6 +279,8 @@ def read_options() -> argparse.Namespace:
         fewest = NETWORKS[kind].warm_up + 2
         if options.steps is not None and options.steps < fewest:
             parser.error(f"--steps should be at least {fewest} for {kind}; got {options.steps}")
+    if options.clock == "processor" and (options.device == "cuda" or options.threads > 1):
+        parser.error("--clock processor adds up all threads and sees no GPU; give --threads 1 --device cpu with it")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a CUDA device; torch.cuda.is_available() is False here")
     return options
@@ -269,9 +288,8 @@ def read_options() -> argparse.Namespace:
 
 def main() -> None:
     options = read_options()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    be_quiet(options.threads)
     warnings.simplefilter("ignore")
-    torch.set_num_threads(options.threads)
     configurations = of_gradnorm if options.of == "gradnorm" else of_aggregation
     names = list(configurations(Model("mlp", 2)))
     lines = [
@@ -298,21 +316,21 @@ def main() -> None:
         lines.append(f"| {kind} | {tasks} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
     on_gpu = options.device == "cuda"
-    where = "" if on_gpu else f", {options.threads} threads"
-    parts = [
-        "# Time of a training step",
-        f"{provenance()}{where}, {options.rounds} rounds. Ratio to equal weights in the same Lightning loop: ratio of "
+    threads = f"CPU, {options.threads} thread{'s' if options.threads > 1 else ''}"
+    described = (
+        f", {options.rounds} rounds. Ratio to equal weights in the same Lightning loop: ratio of "
         "the medians, and in brackets the quartiles of the ratios round by round"
         + (
-            "; behind them the part of the ratio that the aggregator's own computation makes up."
+            "; behind them the part of the ratio that the aggregator's own computation makes up"
             if options.of != "gradnorm"
-            else "."
-        ),
-        "\n".join(lines),
-    ]
-    options.output.mkdir(parents=True, exist_ok=True)
+            else ""
+        )
+        + (". Processor time of the process." if options.clock == "processor" else ".")
+    )
     name = "step_time" + ("_aggregation" if options.of == "aggregation" else "") + ("_cuda" if on_gpu else "")
-    (options.output / f"{name}.md").write_text("\n\n".join(parts) + "\n")
+    page = options.output / f"{options.name or name}.md"
+    where = torch.cuda.get_device_name() if on_gpu else threads
+    write_page(page, "Time of a training step", described, ["\n".join(lines)], where=where)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from pathlib import Path
 
-from lightning_gradnorm.cli.study import carry_out
+from pages import finished_runs, mean_and_spread, write_page
+
 from lightning_gradnorm.report import PAPER, Run, by_task, delta_m
-from lightning_gradnorm.report.provenance import mean_and_spread, provenance
 
 SYMBOLS = {
     "segmentation": "segmentation error",
@@ -103,27 +102,18 @@ def main() -> None:
         options.overrides = [*options.overrides, *QUICK]
     folder = options.runs or Path("outputs") / options.name
     planned = jobs(options)
-    finished, failed = carry_out(planned, folder, at_once=options.at_once, threads=options.threads)
-    for failure in failed:
-        print(f"{failure.name} failed: {failure.reason}", file=sys.stderr)
     found: dict[str, dict[int, Run]] = {}
-    for run in finished:
+    for run in finished_runs(planned, folder, at_once=options.at_once, threads=options.threads):
         method, seed = run.name.split("/seed ")
         found.setdefault(method, {})[int(seed)] = run
-    if failed:
-        sys.exit(f"{len(failed)} of {len(planned)} runs failed; the command, given again, runs them once more.")
-    parts = [
-        f"# NYUv2: `{options.experiment}`",
-        provenance(),
-        f"Seeds {', '.join(map(str, options.seeds))}; `{' '.join(next(iter(planned.values()))[:-1])}` and so on. Test errors "
+    described = (
+        f". Seeds {', '.join(map(str, options.seeds))}; `{' '.join(next(iter(planned.values()))[:-1])}` and so on. Test errors "
         "at the end of training, lower is better; error ÷ equal weights is the mean over the tasks, with the same seed; Δm is "
-        "the mean gain over the single-task networks, higher is better. Mean ± standard deviation over the seeds.",
-        "\n".join(table(found, options.tasks)),
-    ]
-    report = options.output / f"{options.name}.md"
-    report.parent.mkdir(parents=True, exist_ok=True)
-    report.write_text("\n\n".join(parts) + "\n")
-    print("\n".join(parts[3:]))
+        "the mean gain over the single-task networks, higher is better. Mean ± standard deviation over the seeds."
+    )
+    lines = "\n".join(table(found, options.tasks))
+    report = write_page(options.output / f"{options.name}.md", f"NYUv2: `{options.experiment}`", described, [lines])
+    print(lines)
     print(f"Wrote {report}")
 
 

@@ -11,19 +11,16 @@ know, so that r² cannot exceed 1 − σ²_noise / Var(y); that ceiling is given
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
-import warnings
 from pathlib import Path
 
 import lightning as L
-import torch
 from hydra import compose, initialize_config_dir
+from pages import be_quiet, write_page
 
 from lightning_gradnorm import GradNorm
 from lightning_gradnorm.cli.build import build
 from lightning_gradnorm.cli.config import conf_dir, register
-from lightning_gradnorm.report.provenance import provenance
 
 TASKS = ("first", "second")
 
@@ -63,9 +60,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.seeds, options.epochs = [0], 1
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
-    torch.set_num_threads(1)
+    be_quiet()
     register()
     lines = ["| draw | " + " | ".join(f"r² {t} | ceiling | ratio | w" for t in TASKS) + " | Σ w |", "|---" * 10 + "|"]
     ratios = []
@@ -79,17 +74,16 @@ def main() -> None:
         total = sum(one["w"] for one in found.values())
         lines.append(f"| {seed} | " + " | ".join(cells) + f" | {total:.4f} |")
         print(lines[-1], flush=True)
-    options.output.mkdir(parents=True, exist_ok=True)
+    described = (
+        ". The configuration is that of `gradnorm-train experiment=sinusoids` (α = 0.15, batch 100, lr 1e-3, "
+        f"{options.epochs or 50} epochs); draw 0 is its default."
+    )
     parts = [
-        "# Two correlated sinusoid tasks",
-        f"{provenance()}. "
-        "The configuration is that of `gradnorm-train experiment=sinusoids` (α = 0.15, batch 100, lr 1e-3, "
-        f"{options.epochs or 50} epochs); draw 0 is its default.",
         "\n".join(lines),
         f"Median of r² ÷ ceiling over {len(ratios)} tasks: {statistics.median(ratios):.4f}, lowest {min(ratios):.4f}.",
     ]
-    (options.output / "sinusoids.md").write_text("\n\n".join(parts) + "\n")
-    print(f"Wrote {options.output / 'sinusoids.md'}: median ratio {statistics.median(ratios):.4f}")
+    page = write_page(options.output / "sinusoids.md", "Two correlated sinusoid tasks", described, parts)
+    print(f"Wrote {page}: median ratio {statistics.median(ratios):.4f}")
 
 
 if __name__ == "__main__":

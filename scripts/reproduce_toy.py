@@ -11,9 +11,7 @@ seed have the same initial network and see the same batches.
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,12 @@ from typing import Any
 import lightning as L
 import matplotlib as mpl
 import torch
+from pages import be_quiet, write_page
 from typing_extensions import override
 
 from lightning_gradnorm import GradNorm, MultiTaskModule
 from lightning_gradnorm.data import TEN_SIGMAS, ToyDataModule
 from lightning_gradnorm.networks import MLP
-from lightning_gradnorm.report.provenance import provenance
 from lightning_gradnorm.tasks import regression_tasks
 
 mpl.use("Agg")
@@ -153,17 +151,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.seeds, options.steps, options.look_every, options.train_size = [0], 20, 10, 500
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
-    torch.set_num_threads(1)
+    be_quiet()
     options.output.mkdir(parents=True, exist_ok=True)
-    parts = [
-        "# The paper's toy problem",
-        f"{provenance()}. "
-        f"Adam, lr {options.lr:g}, batch 100 of {options.train_size} samples, {options.steps} steps; N(0, 10) read as "
-        f"{options.spread}, inputs {options.inputs}; GradNorm α = {options.alpha:g}, Adam lr {options.weights_lr:g} on the "
-        "weights. Sum over the tasks of test loss ÷ test loss at the start; lower is better.",
-    ]
+    parts = []
     for title, sigmas in (("T = 2", [1.0, 100.0]), ("T = 10", list(TEN_SIGMAS))):
         equal, balanced = [], []
         for seed in options.seeds:
@@ -177,8 +167,12 @@ def main() -> None:
         picture = f"{options.name}_{len(sigmas)}.png"
         draw(options.output / picture, title, sigmas, equal, balanced)
         parts += [f"## {title}", table(sigmas, options.seeds, equal, balanced), f"![{title}]({picture})"]
-    report = options.output / f"{options.name}.md"
-    report.write_text("\n\n".join(parts) + "\n")
+    described = (
+        f". Adam, lr {options.lr:g}, batch 100 of {options.train_size} samples, {options.steps} steps; N(0, 10) read as "
+        f"{options.spread}, inputs {options.inputs}; GradNorm α = {options.alpha:g}, Adam lr {options.weights_lr:g} on the "
+        "weights. Sum over the tasks of test loss ÷ test loss at the start; lower is better."
+    )
+    report = write_page(options.output / f"{options.name}.md", "The paper's toy problem", described, parts)
     print(f"Wrote {report}")
 
 

@@ -25,14 +25,19 @@ TASKS = {
     "multimnist": ["left", "right", "sum"],
     "rooms": ["segmentation", "depth", "normals"],
     "nyuv2": ["segmentation", "depth", "normals"],
+    "turbofan": ["rul", "health"],
+    "cmapss": ["rul", "health"],
 }
 
 
-def tiny_images(experiment: str) -> list[str]:
-    """What makes images and networks of an experiment on NYUv2 so small that they train in a second."""
-    if not experiment.startswith("nyuv2"):
-        return []
+def tiny(experiment: str) -> list[str]:
+    """What makes the data and networks of an experiment so small that they train in a second."""
+    if experiment.startswith("cmapss"):
+        engines = ["data.engines=6", "data.test_engines=3", "data.batch_size=4", "data.folder=${paths.run_dir}/engines"]
+        return [*engines, "model.encoder.channels=[8]", "model.encoder.hidden=4"]
     few = ["data.train_size=16", "data.val_size=8", "data.test_size=8", "data.batch_size=4"]
+    if not experiment.startswith("nyuv2"):
+        return few
     small = [*few, "data.input_size=[32, 32]", "data.output_size=[8, 8]", "model.encoder.width=0.0625"]
     return [*small, "model.tasks.head.channels=8"] if experiment == "nyuv2_mtan" else small
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from configurations import options, tiny_images
+from configurations import options, tiny
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
@@ -34,14 +34,15 @@ SETTINGS = {
     "nyuv2_kpts_vgg": ["depth", "normals", "keypoints"],
     "nyuv2_kpts_resnet": ["depth", "normals", "keypoints"],
     "nyuv2_kpts_small": ["depth", "normals", "keypoints"],
+    "cmapss_small": ["rul", "health"],
+    "cmapss_fd001": ["rul", "health"],
+    "cmapss_fd002": ["rul", "health"],
+    "cmapss_fd003": ["rul", "health"],
+    "cmapss_fd004": ["rul", "health"],
 }
 """The experiments with their tasks."""
 
 TINY = [
-    "data.train_size=16",
-    "data.val_size=8",
-    "data.test_size=8",
-    "data.batch_size=4",
     "trainer.max_epochs=1",
     "trainer.limit_train_batches=2",
     "trainer.limit_val_batches=1",
@@ -96,7 +97,7 @@ def composed(folder: Path, combinations: Sequence[Sequence[str]]) -> list[DictCo
 
 def combination(setting: str, balancing: str, folder: Path, *more: str) -> list[str]:
     """The overrides of one training."""
-    tasks, small = SETTINGS[setting], tiny_images(setting)
+    tasks, small = SETTINGS[setting], tiny(setting)
     return [f"experiment={setting}", f"balancing={balancing}", *needed(balancing, tasks, folder), *TINY, *small, *more]
 
 

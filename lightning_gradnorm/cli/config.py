@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,19 @@ from lightning_gradnorm.callbacks import DensePredictions, TensorBoardDashboard
 from lightning_gradnorm.cli.checkpoints import SaveLast
 from lightning_gradnorm.cli.interrupt import SaveOnInterrupt
 from lightning_gradnorm.cli.schema import schema_of
-from lightning_gradnorm.data import MultiMNISTDataModule, RoomsDataModule, SinusoidsDataModule, ToyDataModule
+from lightning_gradnorm.data import (
+    MultiMNISTDataModule,
+    RoomsDataModule,
+    SinusoidsDataModule,
+    ToyDataModule,
+    TurbofanDataModule,
+)
+from lightning_gradnorm.data.cmapss import CMAPSS
 from lightning_gradnorm.data.nyuv2 import NYUv2
 
 WITH_SCHEMA: tuple[Callable[..., Any], ...] = (
     Aggregation,
+    CMAPSS,
     CSVLogger,
     DensePredictions,
     FixedWeights,
@@ -56,6 +65,7 @@ WITH_SCHEMA: tuple[Callable[..., Any], ...] = (
     TensorBoardLogger,
     ToyDataModule,
     Trainer,
+    TurbofanDataModule,
 )
 """What a yaml names in its defaults list, for example ``/schema/GradNorm@_here_``."""
 
@@ -142,7 +152,9 @@ def register() -> None:
     """Make the resolvers and schemas known to Hydra; may be called more than once."""
     OmegaConf.register_new_resolver("len", _length, replace=True)
     OmegaConf.register_new_resolver("first", _first, replace=True)
-    OmegaConf.register_new_resolver("out_channels", _out_channels, replace=True)
+    OmegaConf.register_new_resolver("sum", _sum, replace=True)
+    for name in ("out_channels", "out_features"):
+        OmegaConf.register_new_resolver(name, partial(_of_network, name), replace=True)
     store = ConfigStore.instance()
     for constructor in WITH_SCHEMA:
         name = constructor.__name__
@@ -163,9 +175,13 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _out_channels(network: DictConfig) -> int:
-    """Return the channels of what a network makes, which follow from its other options; no weight is drawn for it."""
+def _sum(*numbers: int) -> int:
+    return sum(numbers)
+
+
+def _of_network(attribute: str, network: DictConfig) -> int:
+    """Return what follows from a network's other options, such as the channels it makes; no weight is drawn for it."""
     options = {str(key): value for key, value in network.items() if key not in ("_target_", "pretrained")}
     with torch.device("meta"):
-        found: int = get_object(network._target_)(**options).out_channels
+        found: int = getattr(get_object(network._target_)(**options), attribute)
     return found

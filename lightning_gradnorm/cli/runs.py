@@ -71,8 +71,14 @@ class WeightsRecord(L.Callback):
         return json.loads(self.file.read_text()) if is_there else {}
 
 
+CLOCKS = {"seconds": time.perf_counter, "processor_seconds": time.process_time}
+"""What passes, and what the processor works for this process, all threads added up: on a busy machine the fairer measure."""
+
+
 class TimeRecord(L.Callback):
-    """Writes ``training.json``: ``{"seconds": …, "steps": …, "epochs": …}``, validation left out; resumed runs add up.
+    """Writes ``training.json``: ``{"seconds": …, "processor_seconds": …, "steps": …, "epochs": …}``.
+
+    Validation is left out; a resumed run adds up.
 
     Args:
         folder: the run's folder.
@@ -80,39 +86,47 @@ class TimeRecord(L.Callback):
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / TIME
-        self._before = self._out = 0.0
-        self._start = self._pause = 0.0
+        self._so_far = dict.fromkeys(CLOCKS, 0.0)
+        self._began: dict[str, float] | None = None
 
-    @property
-    def seconds(self) -> float:
-        """Seconds of training until now."""
-        return self._before + (time.perf_counter() - self._start) - self._out
+    def _go(self) -> None:
+        self._began = {name: now() for name, now in CLOCKS.items()}
+
+    def _stop(self) -> None:
+        self._so_far, self._began = self._until_now(), None
+
+    def _until_now(self) -> dict[str, float]:
+        if self._began is None:
+            return self._so_far
+        return {name: self._so_far[name] + CLOCKS[name]() - began for name, began in self._began.items()}
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start, self._out = time.perf_counter(), 0.0
+        self._go()
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._pause = time.perf_counter()
+        self._stop()
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._out += time.perf_counter() - self._pause
+        if not trainer.sanity_checking:
+            self._go()
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop()
         if trainer.is_global_zero:
-            record = {"seconds": self.seconds, "steps": trainer.global_step, "epochs": trainer.current_epoch}
+            record = {**self._so_far, "steps": trainer.global_step, "epochs": trainer.current_epoch}
             self.file.write_text(json.dumps(record, indent=2) + "\n")
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds if self._start else self._before}
+        return self._until_now()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._before = float(state_dict["seconds"])
+        self._so_far = {name: float(state_dict[name]) for name in CLOCKS}
 
 
 def find_checkpoint(path: str | Path) -> Path:

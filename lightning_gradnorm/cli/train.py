@@ -23,11 +23,23 @@ from lightning_gradnorm.cli.build import build, build_model
 from lightning_gradnorm.cli.checkpoints import SaveLast, write_whole
 from lightning_gradnorm.cli.config import conf_dir
 from lightning_gradnorm.cli.interrupt import SaveOnInterrupt
-from lightning_gradnorm.data import RoomsDataModule
+from lightning_gradnorm.data import RoomsDataModule, TurbofanDataModule
 from lightning_gradnorm.report import task_table, write_metrics
 from lightning_gradnorm.suggestions import did_you_mean
 
 COMMAND = "gradnorm-train"
+
+STAND_INS: dict[type[L.LightningDataModule], tuple[str, str]] = {
+    RoomsDataModule: (
+        "nyuv2",
+        "Rendered rooms stand in for NYUv2; with its files: data=nyuv2 data.root=FOLDER",
+    ),
+    TurbofanDataModule: (
+        "cmapss",
+        "Simulated engines stand in for C-MAPSS; with its files: data=cmapss data.root=FOLDER",
+    ),
+}
+"""Data that need no download → how the experiments begin whose data they replace, and what such a run says."""
 
 
 def main() -> None:
@@ -103,8 +115,9 @@ def train(config: DictConfig) -> dict[str, float]:
     write_whole(trainer)
 
     console = Console(quiet=not trainer.is_global_zero)
-    if isinstance(data, RoomsDataModule) and _experiment().startswith("nyuv2"):
-        console.print("Rendered rooms stand in for NYUv2; with its files: data=nyuv2 data.root=FOLDER", highlight=False)
+    for stand_in, (prefix, told) in STAND_INS.items():
+        if isinstance(data, stand_in) and _experiment().startswith(prefix):
+            console.print(told, highlight=False)
     if alone is not None and "_target_" in config.balancing:
         console.print(f"One task, {alone}: there is nothing to balance.", highlight=False)
     with entry.without_idle_warnings(in_folder_of_before=_is_inside(resumed_from, run_dir)):

@@ -6,6 +6,7 @@ from lightning_gradnorm.data.rooms import RoomsDataModule
 from lightning_gradnorm.data.sinusoids import SinusoidsDataModule
 from lightning_gradnorm.data.tensors import InMemoryDataModule, TaskTensors
 from lightning_gradnorm.data.toy import TEN_SIGMAS, ToyDataModule
+from lightning_gradnorm.data.turbofan import TurbofanDataModule
 
 __all__ = [
     "TEN_SIGMAS",
@@ -17,4 +18,5 @@ __all__ = [
     "SinusoidsDataModule",
     "TaskTensors",
     "ToyDataModule",
+    "TurbofanDataModule",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from types import MethodType
 from typing import Any, Generic, TypeVar
 
 import lightning as L
@@ -47,6 +48,10 @@ class SplitsDataModule(L.LightningDataModule, Generic[Split]):
         self.num_workers = num_workers
         self.drop_last = drop_last
         self._splits: dict[str, Split] = {}
+
+    def _validate_on_nothing(self) -> None:
+        # Lightning takes a module that does not override this method for one that has nothing to validate on.
+        self.val_dataloader = MethodType(L.LightningDataModule.val_dataloader, self)  # type: ignore[method-assign]
 
     def make_splits(self) -> dict[str, Split]:
         """Make the data of ``"train"``, ``"val"`` and ``"test"``."""

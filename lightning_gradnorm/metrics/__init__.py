@@ -1,7 +1,8 @@
-"""Metrics of dense tasks: what torchmetrics lacks, and what it has with the masks that holes in the targets ask for."""
+"""What torchmetrics lacks, and what it has with the masks that holes in dense targets ask for."""
 
 from lightning_gradnorm.metrics.depth import DepthAbsoluteError, DepthRelativeError, DepthRMSError
 from lightning_gradnorm.metrics.keypoints import KeypointError
+from lightning_gradnorm.metrics.nasa_score import NASAScore
 from lightning_gradnorm.metrics.normals import CosineError, MeanAngle, MedianAngle, WithinAngle
 from lightning_gradnorm.metrics.segmentation import MeanIoU, PixelAccuracy, SegmentationError
 
@@ -14,6 +15,7 @@ __all__ = [
     "MeanAngle",
     "MeanIoU",
     "MedianAngle",
+    "NASAScore",
     "PixelAccuracy",
     "SegmentationError",
     "WithinAngle",

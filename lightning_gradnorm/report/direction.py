@@ -28,6 +28,7 @@ _LOWER = {
     "mean_angle",
     "median_angle",
     "mse",
+    "nasa_score",
     "relative_error",
     "rmse",
 }

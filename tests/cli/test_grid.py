@@ -14,9 +14,11 @@ from strategies_page import ROWS, TEXT
 SOME = ["equal", "gradnorm", "uncertainty", "famo", "upgrad", "graddrop", "gaba", "db_mtl"]
 """One of each kind: plain, norms at a layer, learnt, a second look, weights, number by number, at the parameters."""
 
+EVERY_DAY = ["toy_ten", "nyuv2_seg_small", "cmapss_small"]
+
 TO_COMPOSE = [
-    # Those on NYUv2 differ in numbers and networks, not in what strategies are told: one of them is enough for every day.
-    pytest.param(one, marks=pytest.mark.slow if one.startswith("nyuv2") and one != "nyuv2_seg_small" else ())
+    # Those on NYUv2, or on C-MAPSS, differ in numbers and networks, not in what strategies are told: one a day is enough.
+    pytest.param(one, marks=pytest.mark.slow if "_" in one and one not in EVERY_DAY else ())
     for one in SETTINGS
     if one != "toy"  # which is trained with every strategy
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from configurations import QUICK, compose_run, options, tiny_images
+from configurations import QUICK, compose_run, options, tiny
 from indoor import frames
 from omegaconf import OmegaConf
 
@@ -15,7 +15,7 @@ from lightning_gradnorm.cli import train
 from lightning_gradnorm.data.nyuv2 import write_mtan
 
 Call = Callable[..., str]
-SMALL = [*QUICK, *tiny_images("nyuv2_seg_small"), "callbacks=none", "logger=none"]
+SMALL = [*QUICK, *tiny("nyuv2_seg_small"), "callbacks=none", "logger=none"]
 COUNTS = ("data.train_size", "data.val_size", "data.test_size")  # which files have of their own
 
 
@@ -59,7 +59,7 @@ def test_the_channels_of_the_heads_follow_from_the_network(tmp_path: Path) -> No
 
 
 def test_the_communitys_setup_leaves_an_incomplete_last_batch_out(call: Call) -> None:
-    options = [*QUICK, *tiny_images("nyuv2_mtan"), "callbacks=none", "logger=none", "test=false"]
+    options = [*QUICK, *tiny("nyuv2_mtan"), "callbacks=none", "logger=none", "test=false"]
     nine = ["data.train_size=9", "trainer.limit_train_batches=1.0"]  # batches of 4
     call(train.main, "experiment=nyuv2_mtan", *options, *nine)
     told = call(train.main, "experiment=nyuv2_mtan", *options, *nine, "data.drop_last=false", status=1)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import MethodType
 
-import lightning as L
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -99,8 +97,7 @@ class NYUv2(SplitsDataModule[Images]):
         self.check = check
         self._stored: Prepared | Direct | None = None
         if val_share == 0:
-            # Lightning takes a module that does not override this method for one that has nothing to validate on.
-            self.val_dataloader = MethodType(L.LightningDataModule.val_dataloader, self)  # type: ignore[method-assign]
+            self._validate_on_nothing()
 
     @property
     def stored(self) -> Prepared | Direct:

@@ -1,0 +1,62 @@
+"""What the scripts that fill docs/results share: a quiet Lightning, and a page that says how it was made."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import platform
+import shlex
+import statistics
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from lightning_gradnorm.cli.study import carry_out
+from lightning_gradnorm.report import Run
+
+
+def be_quiet(threads: int = 1) -> None:
+    """Leave the terminal to the script, and torch so many threads."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
+    torch.set_num_threads(threads)
+
+
+def finished_runs(
+    jobs: Mapping[str, Sequence[str]], folder: Path, *, at_once: int = 1, threads: int | None = None
+) -> list[Run]:
+    """Carry out a study whose runs are all needed; say which have failed, and leave, if some have."""
+    finished, failed = carry_out(jobs, folder, at_once=at_once, threads=threads)
+    for failure in failed:
+        print(f"{failure.name} failed: {failure.reason}", file=sys.stderr)
+    if failed:
+        sys.exit(f"{len(failed)} of {len(jobs)} runs failed; the command, given again, runs them once more.")
+    return finished
+
+
+def write_page(path: Path, title: str, described: str, parts: Sequence[str], *, where: str = "CPU") -> Path:
+    """Write a page of results: the title, the command, the date and the versions, what was measured, and the parts.
+
+    Args:
+        path: of the page, whose folder is made.
+        title: without #.
+        described: follows after the versions.
+        parts: paragraphs, tables and pictures.
+        where: on what it was measured.
+    """
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, lightning {L.__version__}"
+    made = f"{datetime.date.today()}, {versions}, {where}"
+    command = shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join([f"# {title}", f"`{command}`", f"{made}{described}", *parts]) + "\n")
+    return path
+
+
+def mean_and_spread(values: Sequence[float], digits: int = 4) -> str:
+    """Return mean ± standard deviation (of the sample), for a table."""
+    mean = f"{statistics.mean(values):,.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else mean

@@ -1,0 +1,124 @@
+"""The table of remaining useful life: what is trained, what is kept, and the numbers in it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from configurations import compose_run
+
+from lightning_gradnorm.cli.build import build
+from lightning_gradnorm.data.turbofan import write_turbofan
+from lightning_gradnorm.report import Run
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "reproduce_rul.py"
+Call = Callable[..., str]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The script as a module, in an empty folder."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    specification = importlib.util.spec_from_file_location("reproduce_rul", SCRIPT)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, "reproduce_rul", module)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+        script.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def made_up(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """The jobs that were asked for; they are not trained, but made up."""
+    asked: dict[str, list[str]] = {}
+
+    def finished_runs(jobs: dict[str, list[str]], folder: Path, **_: Any) -> list[Run]:
+        asked.update(jobs)
+        runs = []
+        for name in jobs:
+            _, method, seed = name.split("/")
+            better = 3 if method == "gradnorm" and seed != "2" else 0
+            (folder / name).mkdir(parents=True)
+            seconds = (1.1 if method == "gradnorm" else 1.0) * (1 + int(seed))
+            (folder / name / "training.json").write_text(json.dumps({"processor_seconds": seconds, "steps": 5}))
+            runs.append(Run(name, {column.metric: 10.0 + int(seed) - better for column in script.COLUMNS}))
+        return runs
+
+    monkeypatch.setattr(script, "finished_runs", finished_runs)
+    return asked
+
+
+def test_the_quick_table_is_trained_measured_and_kept(call: Call, tmp_path: Path) -> None:
+    told = call("--quick", "--methods", "fixed", "gradnorm", "--subsets", "FD001")
+    page = (tmp_path / "outputs" / "rul.md").read_text()
+    assert "Simulated engines" in told
+    assert "**Simulated engines**" in page
+    assert "`python scripts/reproduce_rul.py --quick" in page
+    for method in ("fixed", "gradnorm"):
+        folder = tmp_path / "outputs" / "rul" / "FD001" / method / "0"
+        metrics = json.loads((folder / "test_metrics.json").read_text())
+        assert f"{metrics['test/rmse/rul']:.2f}" in page
+        assert json.loads((folder / "training.json").read_text())["steps"] == 3
+        assert set(json.loads((folder / "weights.json").read_text())["weights"]) == {"rul", "health"}
+
+
+def test_all_methods_and_subsets_compose_as_the_command_line_does(
+    call: Call, made_up: dict[str, list[str]], tmp_path: Path
+) -> None:
+    call("--seeds", "4")
+    assert len(made_up) == 2 * 6
+    configs = [compose_run(tmp_path, *overrides) for overrides in made_up.values()]
+    assert {config.data.subset for config in configs} == {"FD001", "FD002"}
+    assert {config.seed for config in configs} == {4}
+    assert {config.data.seed for config in configs} == {0}
+    assert {type(build(config, "balancing")).__name__ for config in configs} == {
+        "FixedWeights",
+        "Scalarization",
+        "GradNorm",
+        "Aggregation",
+    }
+    weighted = {config.model.tasks.weighted for config in configs if "AMNL" in str(config.balancing)}
+    assert weighted == {True}
+    assert sum(config.model.tasks.weighted for config in configs) == 2
+
+
+def test_the_real_files_take_the_simulators_place(call: Call, made_up: dict[str, list[str]], tmp_path: Path) -> None:
+    write_turbofan(tmp_path / "my files", "FD001", engines=4, test_engines=3, seed=0)
+    told = call("--root", "my files", "--subsets", "FD001", "--seeds", "0", "--methods", "fixed")
+    config = compose_run(tmp_path, *made_up["FD001/fixed/0"])
+    assert config.data.root == str(tmp_path / "my files")
+    assert "Simulated" not in told
+
+
+def test_the_table_has_means_and_deviations_beside_what_was_published(call: Call, made_up: Any, tmp_path: Path) -> None:
+    call("--methods", "fixed", "gradnorm", "amnl_2", "--subsets", "FD002", "--output", "docs")
+    page = (tmp_path / "docs" / "rul.md").read_text()
+    (fixed,) = [line for line in page.splitlines() if line.startswith("| fixed")]
+    (gradnorm,) = [line for line in page.splitlines() if line.startswith("| gradnorm")]
+    cells = [cell.strip() for cell in gradnorm.split("|")[2:-1]]
+    # 7, 8 and 12, of which the mean is 9 and the deviation √7
+    assert cells[:4] == ["9.00 ± 2.65", "9.00 ± 2.65", "9 ± 3", "900.0 ± 264.6"]
+    assert cells[4] == "1.10 ± 0.00"
+    assert cells[5:] == ["*15.8*", "*2.8*", "*8.19 ± 0.78*", "*260.9 ± 36.1*"]
+    assert "11.00 ± 1.00" in fixed
+    assert "RMSE: best on average is **gradnorm**; of 3 seeds it beats fixed in 2, amnl_2 in 2." in page
+    assert "accuracy, %: best on average is **fixed**; of 3 seeds it beats gradnorm in 2, amnl_2 in 0." in page
