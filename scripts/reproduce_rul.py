@@ -161,7 +161,7 @@ def described(options: argparse.Namespace, given: Sequence[str], results: Sequen
     seconds = statistics.median(result.training["processor_seconds"] for result in results)
     return (
         f". {where}. Seeds {', '.join(map(str, options.seeds))}; {size}: {results[0].training['steps']:,} steps, {seconds:.0f} "
-        f"s of training with one thread (median). Each run is `gradnorm-train {shown} data.subset=… balancing=… seed=…`, tested "
+        f"s of training with one thread. Each run is `gradnorm-train {shown} data.subset=… balancing=… seed=…`, tested "
         "with its best epoch by RMSE on validation engines. Mean ± standard deviation over the seeds; RMSE and MAE in cycles, "
         "lower is better, as is the NASA score, a sum over the test engines. Time: training alone, in seconds of the "
         "processor, divided by that of fixed weights with the same seed (`scripts/benchmark.py --cases engine64:2` measures "
