@@ -93,7 +93,8 @@ class Result:
 def overrides(method: str, subset: str, seed: int, options: argparse.Namespace) -> list[str]:
     """Return what ``gradnorm-train`` is given; of a run nothing but the best checkpoint is kept."""
     setting = [f"experiment=cmapss_{subset.lower()}"] if options.full else ["experiment=cmapss_small"]
-    engines = [] if options.full else ["data.engines=60", "data.test_engines=100"]
+    engines = [] if options.full else ["data.engines=100", "data.test_engines=100"]
+    engines.append(f"data.folder='{options.runs / 'engines'}'")  # not those that an earlier simulator has left
     data = engines if options.root is None else ["data=cmapss", f"data.root='{options.root}'"]
     quiet = [f"callbacks.{one}=null" for one in ("last", "interrupt", "learning_rate", "dashboard")]
     quiet += ["logger=csv", "trainer.enable_progress_bar=false", "trainer.enable_model_summary=false"]
@@ -157,7 +158,7 @@ def described(options: argparse.Namespace, given: Sequence[str], results: Sequen
         else "NASA's C-MAPSS files"
     )
     size = "the book's network and length" if options.full else "a small network and a short training"
-    shown = " ".join(one for one in given if not one.startswith(("balancing", "seed=", "data.subset=")))
+    shown = " ".join(one for one in given if not one.startswith(("balancing", "seed=", "data.subset=", "data.folder=")))
     seconds = statistics.median(result.training["processor_seconds"] for result in results)
     return (
         f". {where}. Seeds {', '.join(map(str, options.seeds))}; {size}: {results[0].training['steps']:,} steps, {seconds:.0f} "

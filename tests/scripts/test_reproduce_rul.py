@@ -26,7 +26,6 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """The script as a module, in an empty folder."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     specification = importlib.util.spec_from_file_location("reproduce_rul", SCRIPT)
     assert specification is not None
     assert specification.loader is not None
