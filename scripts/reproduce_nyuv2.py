@@ -31,7 +31,11 @@ QUICK = ["trainer.max_epochs=1", "data.train_size=8", "data.val_size=2", "data.t
 def jobs(options: argparse.Namespace) -> dict[str, list[str]]:
     """Return the runs, named method/seed."""
     shared = [f"experiment={options.experiment}", "logger=csv", "callbacks=none", *options.overrides]
-    shared += ["trainer.enable_progress_bar=false", "trainer.enable_model_summary=false"]
+    shared += [
+        "trainer.enable_progress_bar=false",
+        "trainer.enable_model_summary=false",
+        "trainer.check_val_every_n_epoch=5",
+    ]
     methods = {f"single-task {task}": ["balancing=equal", f"tasks=[{task}]"] for task in options.tasks}
     methods["equal weights"] = ["balancing=equal"]
     methods |= {f"GradNorm α = {alpha:g}": ["balancing=gradnorm", f"alpha={alpha:g}"] for alpha in options.alphas}

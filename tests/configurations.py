@@ -24,6 +24,7 @@ TASKS = {
     "sinusoids": ["first", "second"],
     "multimnist": ["left", "right", "sum"],
     "rooms": ["segmentation", "depth", "normals"],
+    "rooms_few": ["segmentation", "depth", "normals"],
     "nyuv2": ["segmentation", "depth", "normals"],
     "turbofan": ["rul", "health"],
     "cmapss": ["rul", "health"],
