@@ -31,6 +31,10 @@ WRONG_INPUT = (
     ValueError,
     TypeError,
     FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
     ModuleNotFoundError,
 )
 """What a wrong option, file or installation leads to. Any other exception is a defect and keeps its traceback."""
