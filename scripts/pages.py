@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import json
 import logging
+import os
 import platform
 import shlex
 import statistics
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -24,6 +28,26 @@ def be_quiet(threads: int = 1) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
     torch.set_num_threads(threads)
+
+
+def kept(folder: Path, name: str, settings: Mapping[str, object], make: Callable[[], Any]) -> Any:
+    """Return what ``make`` returns, from the file where an earlier call with these settings has left it, if there is one.
+
+    Args:
+        folder: of the files.
+        name: of this one, for people.
+        settings: all that the result depends on besides the code.
+        make: returns what JSON can hold.
+    """
+    settled = json.dumps({key: str(value) for key, value in settings.items()}, sort_keys=True)
+    file = folder / f"{name}_{hashlib.sha256(settled.encode()).hexdigest()[:12]}.json"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        result = make()
+        unfinished = file.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(result))
+        unfinished.replace(file)
+    return json.loads(file.read_text())
 
 
 def finished_runs(
