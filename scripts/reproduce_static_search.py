@@ -1,0 +1,123 @@
+"""Random static weights against GradNorm: the paper's Figure 4.
+
+    python scripts/reproduce_static_search.py                            # 100 runs of nyuv2_kpts_small: hours on two cores
+    python scripts/reproduce_static_search.py --experiment toy_ten --name static_search_toy_ten
+    python scripts/reproduce_static_search.py --quick                    # three short runs: shows that it runs
+
+Networks are trained with constant random weights of sum T, one with GradNorm and one with the mean of GradNorm's weights,
+held fixed ("GradNorm static"). A point is a network: how far its weights are from GradNorm's mean, and by how much its test
+errors are larger than GradNorm's, the mean over the tasks. Every run is a `gradnorm-train` with a folder of its own below
+--runs; what is finished is not run again, so that the command may be stopped and given anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+
+import matplotlib as mpl
+from pages import finished_runs, write_page
+
+from lightning_gradnorm.report import PAPER, Run, by_task, higher_is_better
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+GRADNORM, STATIC = "gradnorm", "gradnorm_static"
+
+
+def errors(run: Run) -> dict[str, float]:
+    """Return an error of each task: the paper's on NYUv2, elsewhere the loss."""
+    tasks = {task: row for task, row in by_task(run.metrics).items() if task != "all"}
+    found = {task: PAPER[task][0] if task in PAPER and PAPER[task][0] in row else "loss" for task, row in tasks.items()}
+    assert not any(higher_is_better(metric) for metric in found.values())
+    return {task: tasks[task][metric] for task, metric in found.items()}
+
+
+def change(run: Run, reference: Run) -> float:
+    """Return by how many percent the errors are larger than the reference's, the mean over the tasks."""
+    ours, theirs = errors(run), errors(reference)
+    return statistics.mean(100 * (ours[task] / theirs[task] - 1) for task in theirs)
+
+
+def correlation(points: list[tuple[float, float]]) -> float:
+    """Return Spearman's correlation of the ranks."""
+    ranks = [[sorted(values).index(value) for value in values] for values in zip(*points, strict=True)]
+    return statistics.correlation(*ranks) if len(points) > 2 else math.nan
+
+
+def draw(path: Path, points: list[tuple[float, float]], static: tuple[float, float]) -> None:
+    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    axes.scatter(*zip(*points, strict=True), s=18, color="#444444", alpha=0.7, label="random static weights")
+    axes.scatter(*static, marker="D", color="#009e73", label="GradNorm's mean weights, static", zorder=3)
+    axes.axhline(0, color="#0072b2", linewidth=1.5, label="GradNorm")
+    axes.set(xlabel="distance of the weights to GradNorm's mean weights", ylabel="test error against GradNorm's, %")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="of gradnorm-train, for all runs")
+    parser.add_argument("--experiment", default="nyuv2_kpts_small")
+    parser.add_argument("--count", type=int, default=100, help="of random weights")
+    parser.add_argument("--name", default="static_search", help="of the files written")
+    parser.add_argument("--runs", type=Path, help="default: outputs/NAME")
+    parser.add_argument("--at-once", type=int, default=1, help="runs side by side")
+    parser.add_argument("--threads", type=int, default=1, help="of the processor, for each run")
+    parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_intermixed_args()
+    if options.quick:
+        small = ["trainer.max_epochs=1", "trainer.max_steps=-1", "trainer.limit_train_batches=2"]
+        options.count, options.overrides = 3, [*small, "trainer.limit_test_batches=1", *options.overrides]
+    folder = (options.runs or Path("outputs") / options.name).resolve()
+    shared = [f"experiment={options.experiment}", "logger=csv", *options.overrides]
+    shared += ["trainer.enable_progress_bar=false", "trainer.enable_model_summary=false", "seed=0"]
+    order = {"at_once": options.at_once, "threads": options.threads}
+
+    # All are tested as they are at the end; only of GradNorm's run a checkpoint is needed, for its weights.
+    (gradnorm,) = finished_runs(
+        {GRADNORM: [*shared, "balancing=gradnorm", "callbacks.checkpoint=null"]}, folder, **order
+    )
+    shared += ["callbacks=none"]
+    from_run = f"balancing.from_run='{folder / GRADNORM}'"
+    jobs = {STATIC: [*shared, "balancing=gradnorm_static", from_run]}
+    jobs |= {f"random {i}": [*shared, "balancing=random_static", f"balancing.seed={i}"] for i in range(options.count)}
+    static, *others = finished_runs(jobs, folder, **order)
+
+    centre = json.loads((folder / GRADNORM / "weights.json").read_text())["mean_weights"]
+
+    def point(run: Run) -> tuple[float, float]:
+        weights = json.loads((folder / run.name / "weights.json").read_text())["weights"]
+        return math.dist([weights[task] for task in centre], list(centre.values())), change(run, gradnorm)
+
+    points, of_static = [point(run) for run in others], point(static)
+    better = sum(y < 0 for _, y in points)
+    options.output.mkdir(parents=True, exist_ok=True)
+    draw(options.output / f"{options.name}.png", points, of_static)
+    near, far = (min(points), max(points))
+    described = (
+        f". `{' '.join(shared)} balancing=random_static balancing.seed=…` and so on; test error of a task: the paper's on "
+        "NYUv2, else the loss."
+    )
+    parts = [
+        f"GradNorm's mean weights: {', '.join(f'{task} {weight:.3f}' for task, weight in centre.items())}.",
+        f"- Of {len(points)} random weights {better} beat GradNorm; best {min(y for _, y in points):+.1f} %, median "
+        f"{statistics.median(y for _, y in points):+.1f} %, worst {max(y for _, y in points):+.1f} %.\n"
+        f"- Nearest (distance {near[0]:.2f}): {near[1]:+.1f} %; farthest ({far[0]:.2f}): {far[1]:+.1f} %. Rank correlation of "
+        f"distance and change: {correlation(points):.2f}.\n"
+        f"- GradNorm's mean weights, held fixed: {of_static[1]:+.1f} %.",
+        f"![Change of test error over distance]({options.name}.png)",
+    ]
+    page = write_page(options.output / f"{options.name}.md", "Random static weights against GradNorm", described, parts)
+    print("\n".join(parts[:2]))
+    print(f"Wrote {page}")
+
+
+if __name__ == "__main__":
+    main()
