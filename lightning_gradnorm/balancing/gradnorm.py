@@ -19,6 +19,7 @@ One step of an optimizer along it, then ``w ← T · w / Σ w``.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -146,6 +147,7 @@ class GradNormRule:
         self.alpha = alpha
         self.min_weight = min_weight
         self._priorities = vector(priorities)
+        self._priorities /= self._priorities.mean()
         weights = vector(initial_weights)
         self.weights = (weights * len(self.tasks) / weights.sum()).requires_grad_()
         self._optimizer = _optimizer_of(self.weights, optimizer)
@@ -156,6 +158,8 @@ class GradNormRule:
             self._updates_in_initial = 0
             self.initial_losses = vector(initial_losses)
         self._updates_seen = torch.zeros_like(weights)
+        self._initial_known = False
+        """Whether no later update has a part in ``L_i(0)``, and all of them are positive where that matters."""
         self._weights_mean = self.weights.detach().clone()
         self.steps = 0
         """How many optimizer steps of the network were noted, with and without a step of the weights."""
@@ -190,15 +194,37 @@ class GradNormRule:
             ValueError: ``L_i(0)`` is not positive, so that there is no training rate (unless ``alpha`` is 0).
         """
         norms, losses = norms.to(self.weights), losses.to(self.weights)
-        if present is None:
-            present = torch.ones_like(self.weights, dtype=torch.bool)
-        usable = norms.isfinite() & losses.isfinite() & ((losses >= 0) | (self.alpha == 0))
-        if bool((present & ~usable).any()):
-            return self._skip(present & ~usable)
-        if not bool(present.any()):
+        # A number that is not finite leaves its mark on the sum, which is one look instead of many.
+        if not math.isfinite(float(norms.sum() + losses.sum())) or (self.alpha > 0 and float(losses.min()) < 0):
+            usable = norms.isfinite() & losses.isfinite() & ((losses >= 0) | (self.alpha == 0))
+            culprits = ~usable if present is None else present & ~usable
+            if bool(culprits.any()):
+                return self._skip(culprits)
+        if present is not None and bool(present.all()):
+            present = None
+        if present is not None and not bool(present.any()):
             return self._skip(~present)
 
         initial_losses, updates_seen = self._initial_losses_with(losses, present)
+        before = self._snapshot()
+        if present is None:
+            seen = balance(self.weights, norms, losses, initial_losses, self.alpha, self._priorities)
+        else:
+            seen = self._balance_of_some(present, norms, losses, initial_losses)
+        # A tensor of its own, which the optimizer may do with as it likes; an absent task has no gradient.
+        self.weights.grad = seen.gradient.clone() if present is None else torch.where(present, seen.gradient, 0.0)
+        self._optimizer.step()
+        if present is not None:
+            self._keep_absent(before, present)
+        self._renormalise(before[0], present)
+        if not self._all_finite():
+            self._restore(before)
+            return self._skip(torch.ones_like(self.weights, dtype=torch.bool) if present is None else present)
+        self._set_initial_losses(initial_losses, updates_seen)
+        return seen
+
+    def _balance_of_some(self, present: Tensor, norms: Tensor, losses: Tensor, initial_losses: Tensor) -> Balance:
+        """Return `balance` among the tasks that are present, NaN in the places of the others."""
         priorities = self._priorities[present]
         seen = balance(
             self.weights[present],
@@ -208,15 +234,6 @@ class GradNormRule:
             self.alpha,
             priorities / priorities.mean(),
         )
-        before = self._snapshot()
-        self.weights.grad = torch.zeros_like(self.weights).masked_scatter_(present, seen.gradient)
-        self._optimizer.step()
-        self._keep_absent(before, present)
-        self._renormalise(before[0], present)
-        if not self._all_finite():
-            self._restore(before)
-            return self._skip(present)
-        self.initial_losses, self._updates_seen = initial_losses, updates_seen
 
         def spread(part: Tensor) -> Tensor:
             return torch.full_like(self.weights, torch.nan).masked_scatter_(present, part)
@@ -225,18 +242,27 @@ class GradNormRule:
             spread(seen.grad_norms), spread(seen.rates), spread(seen.targets), seen.loss, spread(seen.gradient)
         )
 
-    def _renormalise(self, before: Tensor, present: Tensor) -> None:
+    def _renormalise(self, before: Tensor, present: Tensor | None) -> None:
         """``w_i ← max(w_i, min_weight)``, then the present tasks share what the absent ones leave of the sum T."""
-        left, had = len(self.tasks) - (before * ~present).sum(), (before * present).sum()
-        # The two are equal but for rounding, which eats up what is left where the absent tasks have nearly all of it.
-        total = torch.where(left > had / 2, left, had)
+        T = len(self.tasks)
+        total: float | Tensor = T
+        if present is not None:
+            left, had = T - (before * ~present).sum(), (before * present).sum()
+            # The two are equal but for rounding, which eats up what is left where the absent tasks have nearly all of it.
+            total = torch.where(left > had / 2, left, had)
         # The second, lower bound touches nothing in ordinary steps. It holds when one weight has shot up so far that
         # dividing by the sum would push the others to zero, from where no gradient could be measured any more.
-        for least in (self.min_weight, self.min_weight / len(self.tasks)):
-            shared = self.weights.clamp(min=least) * present
-            self.weights.copy_(torch.where(present, shared * (total / shared.sum()), self.weights))
+        for least in (self.min_weight, self.min_weight / T):
+            shared = self.weights.clamp(min=least)
+            if present is not None:
+                shared *= present
+            shared *= total / shared.sum()
+            self.weights.copy_(shared if present is None else torch.where(present, shared, self.weights))
 
-    def _initial_losses_with(self, losses: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    def _initial_losses_with(self, losses: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self._initial_known:
+            return self.initial_losses, self._updates_seen
+        present = torch.ones_like(losses, dtype=torch.bool) if present is None else present
         counts = present & (self._updates_seen < self._updates_in_initial)
         updates_seen = self._updates_seen + counts
         mean = self.initial_losses + (losses - self.initial_losses) / updates_seen.clamp(min=1)
@@ -249,6 +275,13 @@ class GradNormRule:
                 f"initial_losses={{'{self.tasks[index]}': 1.0, …}}, or use alpha=0, which needs no rates."
             )
         return initial_losses, updates_seen
+
+    def _set_initial_losses(self, initial_losses: Tensor, updates_seen: Tensor) -> None:
+        if initial_losses is self.initial_losses and self._initial_known:
+            return
+        self.initial_losses, self._updates_seen = initial_losses, updates_seen
+        are_all_in = bool((updates_seen >= self._updates_in_initial).all())
+        self._initial_known = are_all_in and (self.alpha == 0 or bool((initial_losses > 0).all()))
 
     def _skip(self, culprits: Tensor) -> Skipped:
         self.skipped += 1
@@ -282,7 +315,8 @@ class GradNormRule:
                 value.copy_(torch.where(present, value, kept.get(name, torch.zeros_like(value))))
 
     def _all_finite(self) -> bool:
-        return all(bool(value.isfinite().all()) for value in (self.weights, *self._optimizer_tensors().values()))
+        values = (self.weights.detach(), *self._optimizer_tensors().values())
+        return all(math.isfinite(float(value.sum())) or bool(value.isfinite().all()) for value in values)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all state as plain tensors and numbers, loadable with ``torch.load(weights_only=True)``."""
@@ -353,6 +387,7 @@ class GradNormRule:
             is_new, self.initial_losses, by_task(state["initial_losses"]).to(self.weights)
         )
         self._updates_seen = by_task(state["updates_seen"]).to(self.weights)
+        self._initial_known = False
         self._weights_mean = scaled(state["weights_mean"])
         self.steps = state["steps"]
         self.skipped = state["skipped"]

@@ -63,8 +63,10 @@ class Omissions:
 
     def _check_named(self, *, is_all: bool) -> None:
         for task in self._tasks:
+            if task in self._names:
+                continue
             near = nearest(task, self._names - set(self._tasks))
-            if task not in self._names and (is_all or near):
+            if is_all or near:
                 raise ValueError(
                     f"{self._asked_by}: task '{task}' is not among the losses of the first batch, which are "
                     f"{sorted(self._names)}; {_question(near)}(A task that is absent from a batch is given as None.)"
@@ -91,8 +93,10 @@ class Omissions:
             return
         expected = self._logged_names or {}
         for task, logged in expected.items():
+            if task in self.seen:
+                continue
             near = nearest(logged, self.logged - set(expected.values()))
-            if task not in self.seen and (is_late or near):
+            if is_late or near:
                 raise ValueError(
                     f"{self._asked_by}: '{logged}' was not logged in the first batches, which logged {sorted(self.logged)}; "
                     f"{_question(near)}(In training_step, log the loss before its backward.)"
