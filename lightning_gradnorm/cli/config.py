@@ -25,7 +25,7 @@ from lightning_gradnorm import (
     Scalarization,
 )
 from lightning_gradnorm.balancing import AMNL, DBMTL, GABA, LogSum, Uncertainty, with_equal_preferences
-from lightning_gradnorm.callbacks import TensorBoardDashboard
+from lightning_gradnorm.callbacks import DensePredictions, TensorBoardDashboard
 from lightning_gradnorm.cli.checkpoints import SaveLast
 from lightning_gradnorm.cli.interrupt import SaveOnInterrupt
 from lightning_gradnorm.cli.schema import schema_of
@@ -35,6 +35,7 @@ from lightning_gradnorm.data.nyuv2 import NYUv2
 WITH_SCHEMA: tuple[Callable[..., Any], ...] = (
     Aggregation,
     CSVLogger,
+    DensePredictions,
     FixedWeights,
     GradNorm,
     GradNormStatic,

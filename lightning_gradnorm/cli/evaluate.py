@@ -1,8 +1,10 @@
-"""`gradnorm-eval`: test a checkpoint with the configuration of its run."""
+"""`gradnorm-eval`: test a checkpoint with the configuration of its run, and compare it with single-task runs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from omegaconf import DictConfig
@@ -11,7 +13,15 @@ from rich.console import Console
 from lightning_gradnorm.cli import entry, errors, runs
 from lightning_gradnorm.cli.build import build, build_model
 from lightning_gradnorm.cli.config import conf_dir
-from lightning_gradnorm.report import task_table
+from lightning_gradnorm.report import (
+    Run,
+    comparison_table,
+    delta_m_or_none,
+    read_runs,
+    single_task_results,
+    task_table,
+    tasks_of,
+)
 
 COMMAND = "gradnorm-eval"
 
@@ -28,7 +38,8 @@ def main() -> None:
         entry.run(evaluate, command=COMMAND, folder=conf_dir(), config_name="eval")
         return
     # The run's own configuration is the one that is composed, so that data.batch_size=… is an override like any other.
-    with entry.more_overrides(["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]):
+    ours = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "++single_task=null"]
+    with entry.more_overrides(ours):
         entry.run(evaluate, command=COMMAND, folder=folder, config_name=Path(runs.CONFIG).stem)
 
 
@@ -49,19 +60,25 @@ def _run_folder() -> Path | None:
 def evaluate(config: DictConfig) -> dict[str, float]:
     """Test the checkpoint ``config.ckpt_path`` and print the metrics by task.
 
+    If ``config.single_task`` names folders of runs, they stand beside those of the runs in them that have one task alone,
+    with Δm as the last row.
+
     Args:
-        config: a run's ``config.yaml`` with ``ckpt_path``.
+        config: a run's ``config.yaml`` with ``ckpt_path`` and, if wanted, ``single_task``.
 
     Returns:
         The test metrics.
 
     Raises:
-        ValueError: no checkpoint is given, it cannot be read, or its weights are of another network.
+        FileNotFoundError: there is no such checkpoint, or no finished run in a folder of ``single_task``.
+        ValueError: no checkpoint is given, it cannot be read, its weights are of another network, or a task of it has no
+            single-task run.
     """
     if config.ckpt_path is None:
         raise ValueError("ckpt_path should be given: gradnorm-eval ckpt_path=RUN/checkpoints/best.ckpt")
     checkpoint = runs.find_checkpoint(config.ckpt_path)
     weights = runs.read_weights(checkpoint)
+    single_task = _single_task_results(config.get("single_task"))
     entry.seed_everything(config.seed)
     data = build(config, "data")
     model = build_model(config)
@@ -71,8 +88,42 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     with entry.without_idle_warnings():
         trainer.test(model, datamodule=data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    Console(quiet=not trainer.is_global_zero).print(task_table(metrics))
+    console = Console(quiet=not trainer.is_global_zero)
+    if single_task is None:
+        console.print(task_table(metrics))
+    else:
+        both = [Run("single-task", single_task), Run("this run", metrics)]
+        console.print(comparison_table(both, single_task=single_task))
+        _refuse_half_a_comparison(metrics, single_task)
     return metrics
+
+
+def _single_task_results(folders: Any) -> dict[str, float] | None:
+    """Return the metrics of the single-task runs in these folders; ``None`` if none are given."""
+    if folders is None:
+        return None
+    given = [folders] if isinstance(folders, str) else list(folders)
+    found = single_task_results(run for folder in given for run in read_runs(folder))
+    if not found:
+        raise ValueError(
+            f"single_task should be the folders of runs of one task each; in {', '.join(given)} there is none. Make some: "
+            "gradnorm-train … 'tasks=[TASK]'."
+        )
+    return found
+
+
+def _refuse_half_a_comparison(metrics: Mapping[str, float], single_task: Mapping[str, float]) -> None:
+    """Say why there is no Δm."""
+    missing = [task for task in tasks_of(metrics) if task not in tasks_of(single_task)]
+    if missing:
+        raise ValueError(
+            f"single_task should have a run of each task, for Δm; there is none of {', '.join(missing)} alone, but of "
+            f"{', '.join(tasks_of(single_task))}."
+        )
+    if delta_m_or_none(metrics, single_task) is None:
+        raise ValueError(
+            "single_task: there is no Δm without metrics of each task, the same ones in both, beside the losses."
+        )
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ class SplitsDataModule(L.LightningDataModule, Generic[Split]):
         batch_size: Samples per batch and rank.
         seed: Seed of everything that is drawn: the data and the order of the training batches.
         num_workers: Worker processes per loader.
+        drop_last: Leave out a training epoch's last batch if it has fewer than ``batch_size`` samples (others each epoch).
 
     Raises:
         TypeError: An argument is not an integer.
@@ -36,7 +37,7 @@ class SplitsDataModule(L.LightningDataModule, Generic[Split]):
     sampler: type[EpochSampler] = EpochSampler
     """What tells the loaders the order of the samples; a subclass may name another."""
 
-    def __init__(self, batch_size: int, seed: int, num_workers: int) -> None:
+    def __init__(self, batch_size: int, seed: int, num_workers: int, drop_last: bool = False) -> None:
         super().__init__()
         self._check_integer("batch_size", batch_size, at_least=1)
         self._check_integer("seed", seed, at_least=0)
@@ -44,6 +45,7 @@ class SplitsDataModule(L.LightningDataModule, Generic[Split]):
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
+        self.drop_last = drop_last
         self._splits: dict[str, Split] = {}
 
     def make_splits(self) -> dict[str, Split]:
@@ -73,12 +75,20 @@ class SplitsDataModule(L.LightningDataModule, Generic[Split]):
         return self._split("test")
 
     def train_dataloader(self) -> ResumableLoader:
-        """Batches of the training split, in a new order each epoch."""
-        trainer = self.trainer
-        if trainer is None:
-            return self._loader(self.train_data, shuffle=True)
-        loop: Any = trainer.fit_loop.epoch_loop
-        return self._loader(self.train_data, shuffle=True, trained=lambda: loop.batch_progress.current.processed)
+        """Batches of the training split, in a new order each epoch.
+
+        Raises:
+            ValueError: ``drop_last`` leaves none.
+        """
+        loop: Any = self.trainer and self.trainer.fit_loop.epoch_loop
+        trained = None if loop is None else lambda: loop.batch_progress.current.processed
+        loader = self._loader(self.train_data, shuffle=True, trained=trained, drop_last=self.drop_last)
+        if len(loader) == 0:
+            raise ValueError(
+                f"{type(self).__name__}: batch_size should be at most {len(loader.sampler)}, the training samples of a rank, "
+                f"if an incomplete batch is left out (drop_last); got {self.batch_size}."
+            )
+        return loader
 
     def val_dataloader(self) -> ResumableLoader:
         """Batches of the validation split, in order."""
@@ -88,7 +98,9 @@ class SplitsDataModule(L.LightningDataModule, Generic[Split]):
         """Batches of the test split, in order."""
         return self._loader(self.test_data, shuffle=False)
 
-    def _loader(self, data: Split, *, shuffle: bool, trained: Callable[[], int] | None = None) -> ResumableLoader:
+    def _loader(
+        self, data: Split, *, shuffle: bool, trained: Callable[[], int] | None = None, drop_last: bool = False
+    ) -> ResumableLoader:
         # The strategy knows best: with tensor parallelism there are fewer shares of the data than ranks.
         share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
         return ResumableLoader(
@@ -97,6 +109,7 @@ class SplitsDataModule(L.LightningDataModule, Generic[Split]):
             trained=trained,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
+            drop_last=drop_last,
             collate_fn=_already_a_batch,
             # An own generator: otherwise every pass over the data would advance the global one, dropout's.
             generator=torch.Generator().manual_seed(self.seed),

@@ -69,6 +69,7 @@ class InMemoryDataModule(SplitsDataModule[TaskTensors]):
         batch_size: Samples per batch and rank.
         seed: Seed of everything that is drawn: the data and the order of the training batches.
         num_workers: Worker processes per loader. The data are in memory, so 0 is the fastest.
+        drop_last: Leave out a training epoch's last batch if it has fewer than ``batch_size`` samples (others each epoch).
 
     Raises:
         TypeError: A size or the seed is not an integer.
@@ -76,12 +77,19 @@ class InMemoryDataModule(SplitsDataModule[TaskTensors]):
     """
 
     def __init__(
-        self, train_size: int, val_size: int, test_size: int, batch_size: int, seed: int, num_workers: int
+        self,
+        train_size: int,
+        val_size: int,
+        test_size: int,
+        batch_size: int,
+        seed: int,
+        num_workers: int,
+        drop_last: bool = False,
     ) -> None:
         sizes = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
         for parameter, size in sizes.items():
             self._check_integer(parameter, size, at_least=1)
-        super().__init__(batch_size, seed, num_workers)
+        super().__init__(batch_size, seed, num_workers, drop_last)
         self.train_size = train_size
         self.val_size = val_size
         self.test_size = test_size

@@ -129,7 +129,7 @@ class DeepLabHead(DenseHead):
         if self.training and len(representation) == 1:
             raise ValueError(
                 "DeepLabHead: a training batch should have 2 images or more, since its whole-image branch is normalized "
-                "over the batch; got 1. Leave an incomplete last batch out (drop_last=True)."
+                "over the batch; got 1. Leave an incomplete last batch out: drop_last=True of the data module or loader."
             )
         return super().forward(representation)
 

@@ -1,8 +1,8 @@
 """Reads finished runs and writes tables and pictures of them."""
 
-from lightning_gradnorm.report.delta_m import COMMUNITY, PAPER, delta_m
+from lightning_gradnorm.report.delta_m import COMMUNITY, PAPER, delta_m, delta_m_or_none, single_task_results
 from lightning_gradnorm.report.direction import higher_is_better
-from lightning_gradnorm.report.results import Run, by_task, read_run, write_metrics
+from lightning_gradnorm.report.results import Run, by_task, read_run, read_runs, tasks_of, write_metrics
 from lightning_gradnorm.report.table import comparison_table, task_table
 
 __all__ = [
@@ -12,8 +12,12 @@ __all__ = [
     "by_task",
     "comparison_table",
     "delta_m",
+    "delta_m_or_none",
     "higher_is_better",
     "read_run",
+    "read_runs",
+    "single_task_results",
     "task_table",
+    "tasks_of",
     "write_metrics",
 ]

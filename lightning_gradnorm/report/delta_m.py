@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
 from lightning_gradnorm.report.direction import higher_is_better
-from lightning_gradnorm.report.results import ALL_TASKS, by_task
+from lightning_gradnorm.report.results import Run, by_task, tasks_of
 
 Chosen = Mapping[str, Sequence[str]]
 
@@ -62,9 +62,8 @@ def delta_m(
         raise ValueError(f"delta_m: average should be 'tasks' or 'metrics'; got {average!r}.")
     found, baseline = by_task(metrics), by_task(single_task)
     wanted = {
-        task: [name for name in row if name != "loss"] if chosen is None else chosen.get(task, ())
-        for task, row in found.items()
-        if task != ALL_TASKS
+        task: [name for name in found[task] if name != "loss"] if chosen is None else chosen.get(task, ())
+        for task in tasks_of(metrics)
     }
     gains = [
         [_gain(task, name, found[task], baseline.get(task, {})) for name in names] for task, names in wanted.items()
@@ -75,6 +74,61 @@ def delta_m(
     if average == "metrics":
         return fmean(gain for of_task in gains for gain in of_task)
     return fmean(map(fmean, gains))
+
+
+def single_task_results(runs: Iterable[Run]) -> dict[str, float]:
+    """Return the metrics of the runs that have one task alone; several of one task, such as seeds, are averaged.
+
+    Example:
+        >>> alone = [Run("a", {"test/rmse/depth": 1.0}), Run("b", {"test/rmse/depth": 3.0})]
+        >>> single_task_results([*alone, Run("c", {"test/rmse/depth": 1.5, "test/miou/segmentation": 0.4})])
+        {'test/rmse/depth': 2.0}
+    """
+    values: dict[str, list[float]] = {}
+    for run in runs:
+        tasks = tasks_of(run.metrics)
+        if len(tasks) == 1:
+            for name, value in run.metrics.items():
+                if name.endswith(f"/{tasks[0]}"):
+                    values.setdefault(name, []).append(value)
+    return {name: fmean(of_runs) for name, of_runs in values.items()}
+
+
+def delta_m_or_none(
+    metrics: Mapping[str, float], single_task: Mapping[str, float], chosen: Chosen | None = None
+) -> float | None:
+    """Return `delta_m` for a table: ``None`` where there is none, NaN if a number is not finite, never an error.
+
+    There is none if a task of the run, or one of its metrics that count, is missing on either side. Metrics of which it is
+    not known which way is better do not count, nor do those whose single-task value is 0.
+
+    Args:
+        metrics: as for `delta_m`.
+        single_task: likewise.
+        chosen: likewise.
+
+    Example:
+        >>> alone = {"test/rmse/depth": 2.0, "test/hue/depth": 0.3}
+        >>> delta_m_or_none({"test/rmse/depth": 1.5, "test/hue/depth": 0.1}, alone)
+        25.0
+        >>> delta_m_or_none({"test/rmse/depth": 1.5, "test/miou/segmentation": 0.4}, alone)
+    """
+    found, baseline = by_task(metrics), by_task(single_task)
+    counting: dict[str, list[str]] = {}
+    for task in tasks_of(metrics):
+        of_task = baseline.get(task, {})
+        names = of_task if chosen is None else chosen.get(task, ())
+        counting[task] = [
+            name for name in names if name != "loss" and higher_is_better(name) is not None and of_task.get(name) != 0
+        ]
+    if chosen is not None:  # of the tasks that the run has those that are chosen
+        counting = {task: names for task, names in counting.items() if task in chosen}
+    values = [row.get(task, {}).get(name) for task in counting for name in counting[task] for row in (found, baseline)]
+    if None in values or not all(counting.values()) or not values:
+        return None
+    if not all(math.isfinite(value) for value in values if value is not None):
+        return math.nan
+    return delta_m(metrics, single_task, counting)
 
 
 def _gain(task: str, name: str, found: Mapping[str, float], baseline: Mapping[str, float]) -> float:

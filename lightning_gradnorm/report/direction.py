@@ -5,6 +5,7 @@ from __future__ import annotations
 _HIGHER = {
     "accuracy",
     "auroc",
+    "delta_m",
     "dice",
     "f1",
     "iou",

@@ -56,6 +56,29 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
     )
 
 
+def read_runs(folder: str | Path) -> list[Run]:
+    """Return the run in that folder or, if it is none, the finished runs below it, such as those of a sweep.
+
+    A run below is called by its path from the folder.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    folder = Path(folder)
+    below = [] if (folder / FILE).is_file() else sorted(file.parent for file in folder.rglob(FILE))
+    return [read_run(one, name=str(one.relative_to(folder))) for one in below] or [read_run(folder)]
+
+
+def tasks_of(metrics: Mapping[str, float]) -> list[str]:
+    """Return the tasks that there are metrics of.
+
+    Example:
+        >>> tasks_of({"test/loss": 3.0, "test/loss/left": 1.0, "test/accuracy/left": 0.9})
+        ['left']
+    """
+    return [task for task in by_task(metrics) if task != ALL_TASKS]
+
+
 def by_task(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """Return task → metric → value; what is named ``stage/metric`` alone is of all tasks and comes last.
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
+from lightning_gradnorm.report.delta_m import Chosen, delta_m_or_none, single_task_results
 from lightning_gradnorm.report.direction import higher_is_better
-from lightning_gradnorm.report.results import ALL_TASKS, Run, by_task
+from lightning_gradnorm.report.results import ALL_TASKS, Run, by_task, tasks_of
 
 _WIDEST = 8
 """Columns of metrics that a terminal has room for."""
@@ -53,10 +54,24 @@ def task_table(
     return table
 
 
-def comparison_table(runs: Sequence[Run], *, title: str = "Test metrics") -> Table:
+def comparison_table(
+    runs: Sequence[Run],
+    *,
+    title: str = "Test metrics",
+    single_task: Mapping[str, float] | None = None,
+    chosen: Chosen | None = None,
+) -> Table:
     """Return a table with a row for each task and metric and a column for each run; ``*`` marks the best.
 
-    Which way is better is known of common metrics; of others none is marked, nor where all runs are equal.
+    Which way is better is known of common metrics; of others none is marked, nor where all runs are equal. The last row is
+    Δm against single-task networks, if it is known of any run: see `delta_m`.
+
+    Args:
+        runs: the columns.
+        title: what stands above.
+        single_task: metrics of networks for one task each; by default those of the runs that have one task alone, which
+            then have no Δm themselves.
+        chosen: the metrics that count for Δm, such as `COMMUNITY`; by default all but the losses.
 
     Raises:
         ValueError: no run.
@@ -81,14 +96,35 @@ def comparison_table(runs: Sequence[Run], *, title: str = "Test metrics") -> Tab
         if last not in (None, task):
             table.add_section()
         values = [run.get(task, {}).get(metric) for run in by_run]
-        best = _best(metric, values)
-        cells = [
-            _number(value) if best is None or value != best else f"[bold green]{_number(value)} *[/]"
-            for value in values
-        ]
-        table.add_row(task if task != last else "", f"{metric}{_arrow(metric)}", *cells)
+        table.add_row(task if task != last else "", f"{metric}{_arrow(metric)}", *_cells(metric, values))
         last = task
+    _add_delta_m(table, runs, single_task, chosen)
     return table
+
+
+def _add_delta_m(
+    table: Table, runs: Sequence[Run], single_task: Mapping[str, float] | None, chosen: Chosen | None
+) -> None:
+    baseline = single_task_results(runs) if single_task is None else single_task
+    values = [
+        None
+        if single_task is None and len(tasks_of(run.metrics)) == 1
+        else delta_m_or_none(run.metrics, baseline, chosen)
+        for run in runs
+    ]
+    if any(value is not None for value in values):
+        table.add_section()
+        table.add_row("Δm", f"%{_arrow('delta_m')}", *_cells("delta_m", values, form="+.2f"))
+
+
+def _cells(metric: str, values: Sequence[float | None], form: str = ".4g") -> list[str]:
+    """Return the values as they are printed, the best one marked."""
+    best = _best(metric, values)
+    shown = [_number(value, form) for value in values]
+    return [
+        cell if best is None or value != best else f"[bold green]{cell} *[/]"
+        for cell, value in zip(shown, values, strict=True)
+    ]
 
 
 def _best(metric: str, values: Sequence[float | None]) -> float | None:
@@ -103,5 +139,5 @@ def _arrow(metric: str) -> str:
     return {True: " ↑", False: " ↓", None: ""}[higher_is_better(metric)]
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+def _number(value: float | None, form: str = ".4g") -> str:
+    return "" if value is None else f"{value:{form}}"

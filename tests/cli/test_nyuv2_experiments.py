@@ -56,3 +56,11 @@ def test_the_channels_of_the_heads_follow_from_the_network(tmp_path: Path) -> No
         network = [f"model.encoder.width={width}", f"model.encoder.output_stride={stride}"]
         config = compose_run(tmp_path, "data=rooms", *network, "model.encoder.pretrained=not_needed.pth")
         assert config.model.tasks.in_channels == channels
+
+
+def test_the_communitys_setup_leaves_an_incomplete_last_batch_out(call: Call) -> None:
+    options = [*QUICK, *tiny_images("nyuv2_mtan"), "callbacks=none", "logger=none", "test=false"]
+    nine = ["data.train_size=9", "trainer.limit_train_batches=1.0"]  # batches of 4
+    call(train.main, "experiment=nyuv2_mtan", *options, *nine)
+    told = call(train.main, "experiment=nyuv2_mtan", *options, *nine, "data.drop_last=false", status=1)
+    assert "DeepLabHead: a training batch should have 2 images or more" in told

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from lightning_gradnorm.dense_tasks import OUT_CHANNELS, nyuv2_metrics
-from lightning_gradnorm.report import COMMUNITY, PAPER, delta_m
+from lightning_gradnorm.report import COMMUNITY, PAPER, Run, delta_m, delta_m_or_none, single_task_results
 
 NINE = [(metric, task) for task, metrics in COMMUNITY.items() for metric in metrics]
 
@@ -96,3 +96,44 @@ def test_what_cannot_be_compared_is_named(run: dict[str, float], single: dict[st
 def test_an_average_that_does_not_exist_is_named() -> None:
     with pytest.raises(ValueError, match="average should be 'tasks' or 'metrics'; got 'task'"):
         delta_m(EQUAL, SINGLE, average="task")
+
+
+def test_single_task_results_are_of_runs_of_one_task_averaged_over_seeds() -> None:
+    runs = [
+        Run("a", {"test/loss": 1.0, "test/rmse/scene/depth": 1.0}),
+        Run("b", {"test/loss": 9.0, "test/rmse/scene/depth": 2.0}),
+        Run("c", {"test/loss": 5.0, "test/miou/sky": 0.5}),
+        Run("both", {"test/rmse/scene/depth": 100.0, "test/miou/sky": 100.0}),
+        Run("none", {"test/loss": 5.0}),
+    ]
+    assert single_task_results(runs) == {"test/rmse/scene/depth": 1.5, "test/miou/sky": 0.5}
+    assert single_task_results(runs[3:]) == {}
+
+
+@pytest.mark.parametrize("chosen", [None, PAPER, COMMUNITY], ids=["all", "paper", "community"])
+def test_in_a_table_it_is_the_same_number(chosen: dict[str, list[str]] | None) -> None:
+    run = {**EQUAL, "test/error/segmentation": 0.6, "test/rmse/depth": 0.7, "test/cosine_error/normals": 0.1}
+    single = {**SINGLE, "test/error/segmentation": 0.5, "test/rmse/depth": 0.8, "test/cosine_error/normals": 0.2}
+    expected = delta_m(run, single, chosen)
+    assert abs(expected) > 0.1
+    assert delta_m_or_none({**run, "test/loss": 1.0}, single, chosen) == expected
+
+
+@pytest.mark.parametrize(
+    ("run", "single", "expected"),
+    [
+        ({"test/rmse/a": 1.0, "test/hue/a": 1.0}, {"test/rmse/a": 2.0, "test/hue/a": 1.0}, 50.0),
+        ({"test/rmse/a": 1.0, "test/mse/a": 1.0}, {"test/rmse/a": 2.0, "test/mse/a": 0.0}, 50.0),
+        ({"test/rmse/a": 1.0}, {"test/rmse/b": 1.0}, None),
+        ({"test/rmse/a": 1.0, "test/rmse/b": 1.0}, {"test/rmse/a": 2.0}, None),
+        ({"test/rmse/a": 1.0}, {"test/rmse/a": 1.0, "test/mse/a": 1.0}, None),
+        ({"test/rmse/a": 1.0}, {}, None),
+        ({"test/loss": 1.0, "test/loss/a": 1.0}, {"test/loss/a": 1.0}, None),
+        ({"test/rmse/a": math.nan}, {"test/rmse/a": 1.0}, math.nan),
+        ({"test/rmse/a": 1.0}, {"test/rmse/a": math.inf}, math.nan),
+    ],
+)
+def test_in_a_table_nothing_is_an_error(
+    run: dict[str, float], single: dict[str, float], expected: float | None
+) -> None:
+    assert delta_m_or_none(run, single) == (None if expected is None else pytest.approx(expected, nan_ok=True))

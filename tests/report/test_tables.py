@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lightning_gradnorm.report import Run, by_task, comparison_table, read_run, task_table, write_metrics
+from lightning_gradnorm.report import Run, by_task, comparison_table, read_run, read_runs, task_table, write_metrics
 
 EQUAL = Run("equal", {"test/loss": 5.0, "test/loss/left": 1.0, "test/accuracy/left": 0.7, "test/hue/left": 1.0})
 GRADNORM = Run("gradnorm", {"test/loss": 5.0, "test/loss/left": 2.0, "test/accuracy/left": 0.8, "test/hue/left": 2.0})
@@ -31,6 +31,18 @@ def test_metrics_survive_the_file(tmp_path: Path) -> None:
 def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"test_metrics\.json should be there"):
         read_run(tmp_path)
+
+
+def test_the_runs_of_a_folder_are_itself_or_those_below(tmp_path: Path) -> None:
+    for name in ("sweep/1", "sweep/0", "sweep/unfinished"):
+        (tmp_path / name).mkdir(parents=True)
+    write_metrics(tmp_path / "sweep/0", EQUAL.metrics)
+    write_metrics(tmp_path / "sweep/1", GRADNORM.metrics)
+    assert read_runs(tmp_path / "sweep") == [Run("0", EQUAL.metrics), Run("1", GRADNORM.metrics)]
+    assert [run.name for run in read_runs(tmp_path)] == ["sweep/0", "sweep/1"]
+    assert read_runs(tmp_path / "sweep/1") == [Run("1", GRADNORM.metrics)]
+    with pytest.raises(FileNotFoundError, match=r"unfinished/test_metrics\.json should be there"):
+        read_runs(tmp_path / "sweep/unfinished")
 
 
 def test_a_task_whose_name_has_a_slash_stays_whole() -> None:
@@ -69,6 +81,26 @@ def test_a_run_that_diverged_is_not_the_best(diverged_first: bool) -> None:
     ]
     ((_, _, *values),) = printed(comparison_table(runs[::-1] if diverged_first else runs))
     assert values == (["nan", "0.1", "0.5 *"] if diverged_first else ["0.5 *", "0.1", "nan"])
+
+
+LEFT, RIGHT = Run("left", {"test/loss/left": 1.0, "test/mse/left": 2.0}), Run("right", {"test/mse/right": 4.0})
+FIRST = Run("first", {"test/mse/left": 1.0, "test/mse/right": 4.0})  # 50 % and 0 % better
+SECOND = Run("second", {"test/mse/left": 3.0, "test/mse/right": 1.0})  # 50 % worse, 75 % better
+
+
+def test_delta_m_is_the_last_row_if_single_task_runs_are_among_those_compared() -> None:
+    last = printed(comparison_table([LEFT, FIRST, RIGHT, SECOND]))[-1]
+    assert last == ["Δm", "% ↑", "", "+25.00 *", "", "+12.50"]
+    for too_few in ([FIRST, SECOND], [LEFT, FIRST, SECOND], [LEFT, RIGHT]):
+        assert "Δm" not in {row[0] for row in printed(comparison_table(too_few))}
+
+
+def test_single_task_results_can_be_given_and_metrics_chosen() -> None:
+    single = {**LEFT.metrics, **RIGHT.metrics}
+    last = printed(comparison_table([Run("alone", single), FIRST, SECOND], single_task=single))[-1]
+    assert last == ["Δm", "% ↑", "+0.00", "+25.00 *", "+12.50"]
+    of_right = printed(comparison_table([FIRST, SECOND], single_task=single, chosen={"right": ["mse"]}))[-1]
+    assert of_right == ["Δm", "% ↑", "+0.00", "+75.00 *"]
 
 
 def test_comparing_nothing_is_an_error() -> None:

@@ -55,6 +55,7 @@ class NYUv2(SplitsDataModule[Images]):
         batch_size: Samples per batch and rank.
         seed: Seed of the validation scenes, of the augmentations and of the order of the training batches.
         num_workers: Worker processes per loader.
+        drop_last: Leave out a training epoch's last batch if it has fewer than ``batch_size`` samples (others each epoch).
 
     Raises:
         TypeError: A size or the seed is not an integer.
@@ -78,8 +79,9 @@ class NYUv2(SplitsDataModule[Images]):
         batch_size: int = 8,
         seed: int = 0,
         num_workers: int = 0,
+        drop_last: bool = False,
     ) -> None:
-        super().__init__(batch_size, seed, num_workers)
+        super().__init__(batch_size, seed, num_workers, drop_last)
         for task in tasks:
             if task not in TASKS:
                 raise ValueError(

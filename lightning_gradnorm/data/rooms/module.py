@@ -106,6 +106,7 @@ class RoomsDataModule(InMemoryDataModule):
         in_memory: Render all rooms once, at ``setup``, in one process, and keep them: some 120 a second at 60 x 80 and
             18 at 320 x 320, about ``3 H W + 17 h w`` bytes each. Otherwise a picture is rendered whenever it is asked
             for, by the worker that is asked, and nothing is kept.
+        drop_last: Leave out a training epoch's last batch if it has fewer than ``batch_size`` samples (others each epoch).
 
     Raises:
         TypeError: A size is not an integer or not a pair of them.
@@ -131,8 +132,9 @@ class RoomsDataModule(InMemoryDataModule):
         seed: int = 0,
         num_workers: int = 0,
         in_memory: bool = True,
+        drop_last: bool = False,
     ) -> None:
-        super().__init__(train_size, val_size, test_size, batch_size, seed, num_workers)
+        super().__init__(train_size, val_size, test_size, batch_size, seed, num_workers, drop_last)
         self.input_size = self._size("input_size", input_size)
         self.output_size = self.input_size if output_size is None else self._size("output_size", output_size)
         self.tasks = tuple(tasks)

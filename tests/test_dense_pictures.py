@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_gradnorm.dense_targets import heat_maps
-from lightning_gradnorm.report.pictures import (
+from lightning_gradnorm.dense_pictures import (
     DEPTH_COLOURS,
     GAP,
     PALETTE,
@@ -19,6 +18,7 @@ from lightning_gradnorm.report.pictures import (
     paint_normals,
     strip,
 )
+from lightning_gradnorm.dense_targets import heat_maps
 
 TASKS = ["segmentation", "depth", "normals", "keypoints"]
 BLACK = [0, 0, 0]

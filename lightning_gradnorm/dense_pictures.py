@@ -6,7 +6,7 @@ any class, depth or normal.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -71,8 +71,8 @@ def strip(task: str, image: Tensor, prediction: Tensor, target: Tensor, *, sigma
         >>> strip("depth", torch.rand(3, 32, 48), torch.rand(1, 8, 12), torch.rand(1, 8, 12)).shape
         torch.Size([3, 32, 152])
     """
-    if task not in _PAINTERS:
-        raise ValueError(f"strip: there is no picture of a task '{task}'; {did_you_mean(task, _PAINTERS)}")
+    if task not in TASKS:
+        raise ValueError(f"strip: there is no picture of a task '{task}'; {did_you_mean(task, TASKS)}")
     image, prediction, target = (_plain(tensor) for tensor in (image, prediction, target))
     picture = _bytes(image)
     if task == "keypoints" and is_points(target.unsqueeze(0)):
@@ -81,6 +81,19 @@ def strip(task: str, image: Tensor, prediction: Tensor, target: Tensor, *, sigma
     painted = _PAINTERS[task](picture, prediction, target)
     gap = torch.full((3, image.shape[1], GAP), 255, dtype=torch.uint8)
     return torch.cat([picture, gap, painted[0], gap, painted[1]], dim=2)
+
+
+def stack(strips: Sequence[Tensor]) -> Tensor:
+    """Return strips of one width as one picture, one below the other.
+
+    Shape: each ``(3, H, W)``, to ``(3, n H + (n − 1) GAP, W)``.
+
+    Example:
+        >>> stack([torch.zeros(3, 32, 152, dtype=torch.uint8)] * 2).shape
+        torch.Size([3, 68, 152])
+    """
+    gap = torch.full((3, GAP, strips[0].shape[2]), 255, dtype=torch.uint8)
+    return torch.cat([part for one in strips for part in (gap, one)][1:], dim=1)
 
 
 def paint_labels(labels: Tensor) -> Tensor:
@@ -171,6 +184,9 @@ _PAINTERS: dict[str, Callable[[Tensor, Tensor, Tensor], _Pair]] = {
     "normals": _normals,
     "keypoints": _keypoints,
 }
+
+TASKS = tuple(_PAINTERS)
+"""The tasks of which `strip` makes pictures."""
 
 
 def _plain(tensor: Tensor) -> Tensor:
