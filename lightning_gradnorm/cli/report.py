@@ -49,7 +49,7 @@ def main() -> None:
     finished = sum(run.state == FINISHED for run in runs)
     print(f"{finished} of {len(runs)} runs are finished, {len(comparison.methods)} methods")
     for run in comparison.unfinished:
-        print("; ".join([f"{run.name}: {run.state}, {run.progress}", *run.problems]))
+        print("; ".join([f"{run.name}: {run.state}, {run.progress}", *run.remarks]))
     for name in texts:
         print(output / name)
 

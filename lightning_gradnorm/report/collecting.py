@@ -56,6 +56,9 @@ class CollectedRun:
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
     training: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    """What is wrong with the files."""
+    failure: str = ""
+    """The error that the run ended by."""
 
     @property
     def began(self) -> bool:
@@ -85,13 +88,18 @@ class CollectedRun:
     @property
     def state(self) -> str:
         """One of `FINISHED`, `TRAINED`, `UNFINISHED`, `FAILED`, `UNREADABLE`."""
-        if any(problem.startswith("failed: ") for problem in self.problems):
+        if self.failure:
             return FAILED
         if self.metrics and self.began:
             return FINISHED
         if self.problems and (self.folder / FILE).is_file():
             return UNREADABLE
         return TRAINED if self.training and self.began else UNFINISHED
+
+    @property
+    def remarks(self) -> list[str]:
+        """The error and what else is known to be amiss."""
+        return [self.failure, *self.problems] if self.failure else self.problems
 
     @cached_property
     def progress(self) -> str:
@@ -198,7 +206,7 @@ def read(folder: Path, name: str) -> CollectedRun:
         problems.append(f"not finite: {', '.join(bad)}")
     failure = _mapping(folder / FAILURE, problems)
     if failure and not run.metrics:
-        problems.insert(0, f"failed: {failure.get('error', 'no reason is given')}")
+        run.failure = str(failure.get("error", "no reason is given"))
     elif not run.metrics and (printed := _last_line(folder / LOG)):
         problems.append(f"its output ends with: {printed}")
     return run

@@ -146,7 +146,7 @@ def compare(runs: Sequence[CollectedRun], baseline: str | None = None) -> Compar
         ValueError: the runs have different tasks or data, there is nothing to compare, or there is no such baseline.
     """
     if not any(run.began for run in runs):
-        states = "; ".join(f"{run.name}: {', '.join([run.progress, *run.problems])}" for run in runs[:10])
+        states = "; ".join(f"{run.name}: {', '.join([run.progress, *run.remarks])}" for run in runs[:10])
         raise ValueError(f"none of the {len(runs)} runs can be compared ({states}).")
     methods, single = group(runs)
     _refuse_unknown_baseline(baseline, methods)

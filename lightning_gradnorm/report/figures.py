@@ -48,7 +48,8 @@ def figures(comparison: Comparison) -> list[Figure]:
             comparison,
             shown,
             "Task weights during training",
-            "What each task's loss or gradient counts. Mean over the seeds, the band is one standard deviation.",
+            "What each task's loss or gradient counts. Mean over the seeds, the band is one standard deviation. "
+            "Each method has its own vertical axis.",
             _curves_named("gradnorm/weight/", "balancing/weight/"),
         ),
         _by_method(
@@ -56,7 +57,7 @@ def figures(comparison: Comparison) -> list[Figure]:
             shown,
             "Gradient norms",
             "Norm of each task's gradient as the method measured it (GradNorm: weighted, at the last shared layer), on a "
-            "logarithmic axis. Methods that measure none are not shown.",
+            "logarithmic axis. Geometric mean over the seeds. Methods that measure none are not shown.",
             _curves_named("gradnorm/grad_norm/", "balancing/grad_norm/"),
             log=True,
         ),
@@ -64,7 +65,8 @@ def figures(comparison: Comparison) -> list[Figure]:
             comparison,
             shown,
             "Loss ratios",
-            "Each task's training loss divided by its first logged value: tasks that lie together train at the same rate.",
+            "Each task's training loss divided by its first logged value: tasks that lie together train at the same rate. "
+            "Geometric mean over the seeds.",
             _loss_ratios,
             log=True,
         ),
@@ -95,10 +97,14 @@ def _shown_methods(comparison: Comparison) -> list[Method]:
 # ---- curves ----------------------------------------------------------------------------------------------------------
 
 
-def mean_curve(curves: Sequence[Curve]) -> list[Point]:
+def mean_curve(curves: Sequence[Curve], *, log: bool = False) -> list[Point]:
     """Return the mean of several runs' curves and one standard deviation to both sides, at the steps that all have.
 
     Where there are more than `MOST_POINTS` steps, each point is the mean of a stretch of them.
+
+    Args:
+        curves: one for each run.
+        log: mean and deviation are those of the logarithms; what is not positive is left out.
 
     Example:
         >>> mean_curve([[(0, 1.0), (10, 2.0)], [(0, 3.0), (10, 2.0), (20, 9.0)]])
@@ -114,7 +120,8 @@ def mean_curve(curves: Sequence[Curve]) -> list[Point]:
     for curve in curves:
         found: dict[float, list[tuple[float, float]]] = {}
         for step, value in curve:
-            if step <= end and math.isfinite(value):
+            if step <= end and math.isfinite(value) and (value > 0 or not log):
+                value = math.log(value) if log else value
                 found.setdefault(step // width if width else step, []).append((step, value))
         bins.append(found)
     common = set(bins[0]).intersection(*bins[1:])
@@ -123,7 +130,8 @@ def mean_curve(curves: Sequence[Curve]) -> list[Point]:
         values = [fmean(value for _, value in found[place]) for found in bins]
         x = fmean(step for found in bins for step, _ in found[place]) if width else place
         middle, wide = fmean(values), deviation(values) if len(values) > 1 else 0.0
-        points.append(Point(x, middle, middle - wide, middle + wide))
+        y, low, high = middle, middle - wide, middle + wide
+        points.append(Point(x, *(map(math.exp, (y, low, high)) if log else (y, low, high))))
     return points
 
 
@@ -190,7 +198,7 @@ def _by_method(
     panels = []
     for method in methods:
         lines = [
-            Series(task, number + 1, mean_curve([curves_of(run, task) for run in drawn_runs(method)]))
+            Series(task, number + 1, mean_curve([curves_of(run, task) for run in drawn_runs(method)], log=log))
             for number, task in enumerate(tasks)
         ]
         if any(line.points for line in lines):

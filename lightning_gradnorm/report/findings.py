@@ -267,7 +267,7 @@ def _single_task(comparison: Comparison) -> Sheet | None:
 
 def run_sheets(comparison: Comparison) -> tuple[Sheet | None, Sheet]:
     """Return the table of the runs without results, or with something amiss, and that of all runs."""
-    amiss = [run for run in comparison.runs if run.state != FINISHED or run.problems]
+    amiss = [run for run in comparison.runs if run.state != FINISHED or run.remarks]
     amiss.sort(key=lambda run: (run.state == FINISHED, run.state != FAILED))
     header = ["run", "method", "seed", "state", "how far", "what is known"]
     first = None
@@ -285,7 +285,7 @@ def _run_rows(comparison: Comparison, runs: Sequence[CollectedRun]) -> list[list
             Cell(str(run.seed) if run.began else ""),
             Cell(run.state),
             Cell(run.progress),
-            Cell("; ".join(run.problems)),
+            Cell("; ".join(run.remarks)),
         ]
         for run in runs
     ]

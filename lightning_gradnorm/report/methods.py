@@ -114,7 +114,8 @@ def group(runs: Sequence[CollectedRun]) -> tuple[list[Method], list[Method]]:
     alone: dict[Key, list[CollectedRun]] = {}
     for run in single:
         alone.setdefault(("single-task", (), _chosen(options[id(run)], context_keys)), []).append(run)
-    return _named(methods), _named(alone)
+    usual = {key: value for key in context_keys if (value := _value_of_all_finished(begun, options, key)) is not None}
+    return _named(methods, usual), _named(alone, usual)
 
 
 def _refuse_different_tasks(several: Sequence[CollectedRun], single: Sequence[CollectedRun]) -> None:
@@ -207,10 +208,17 @@ def _has_repeats(runs: Sequence[CollectedRun], options: Mapping[int, Mapping[str
     return len(set(seen)) < len(seen)
 
 
-def _named(groups: Mapping[Key, Sequence[CollectedRun]]) -> list[Method]:
+def _value_of_all_finished(runs: Sequence[CollectedRun], options: Mapping[int, Mapping[str, Any]], key: str) -> Any:
+    """Return the value that all finished runs have, from which unfinished ones alone differ: no name need say it."""
+    values = {options[id(run)].get(key) for run in runs if run.metrics}
+    return values.pop() if len(values) == 1 else None
+
+
+def _named(groups: Mapping[Key, Sequence[CollectedRun]], usual: Mapping[str, Any]) -> list[Method]:
+    """Return the groups with names, in which the options that are as ``usual`` are left out."""
     methods = []
     for (strategy, own, context), runs in groups.items():
-        shown = [*own, *context]
+        shown = [*own, *((key, value) for key, value in context if usual.get(key) != value)]
         short = _short_names([key for key, _ in shown])
         words = [f"{short[key]}={_shown(value)}" for key, value in shown if value is not None]
         name = " ".join([strategy, *words])

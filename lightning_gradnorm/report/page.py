@@ -23,8 +23,8 @@ h2 { font-size: 1.2rem; margin: 2.25rem 0 .5rem; overflow-wrap: anywhere; }
 p, ul.summary { max-width: 70ch; margin: .4rem 0; overflow-wrap: anywhere; }
 ul.summary { padding-left: 1.1rem; }
 .note, footer { color: var(--soft); font-size: .875rem; }
-.scroll { overflow-x: auto; border: 1px solid var(--rule); border-radius: 6px; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; width: 100%; }
+.scroll { overflow-x: auto; width: fit-content; max-width: 100%; border: 1px solid var(--rule); border-radius: 6px; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule);
   vertical-align: top; }
 thead th { background: var(--box); font-weight: 600; vertical-align: bottom; white-space: normal; }
@@ -35,10 +35,11 @@ tbody tr:last-child > * { border-bottom: 0; }
 tbody th { font-weight: 500; }
 .words th, .words td { text-align: left; }
 .words td:last-child { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
-small { display: block; white-space: pre-line; color: var(--soft); font-size: .78rem; }
+small { display: block; white-space: pre; color: var(--soft); font-size: .78rem; }
 figure { margin: 0; min-width: 0; }
 figcaption { font-size: .875rem; font-weight: 600; overflow-wrap: anywhere; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem 1.25rem; }
+.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 0 2rem; }
 .legend { display: flex; flex-wrap: wrap; gap: .15rem 1.1rem; list-style: none; margin: .5rem 0 .75rem; padding: 0;
   font-size: .875rem; }
 .legend li { display: flex; align-items: center; gap: .4rem; overflow-wrap: anywhere; }
@@ -79,7 +80,7 @@ def page(comparison: Comparison, origin: str) -> str:
         element("ul", *(element("li", text(line)) for line in summary(comparison)), class_="summary"),
         *map(_sheet, sheets(comparison)),
         "" if without_results is None else _sheet(without_results),
-        *map(_figure, pictures),
+        *_figures(pictures),
         _folded(all_runs),
         element("footer", element("p", text(origin))),
     ]
@@ -122,6 +123,14 @@ def _cell(cell: Cell, tag: str, **attributes: str) -> str:
 
 def _notes(notes: Sequence[str]) -> list[str]:
     return [element("p", text(note), class_="note") for note in notes]
+
+
+def _figures(pictures: Sequence[Figure]) -> list[str]:
+    """Return the pictures one below the other, those of one chart side by side where there is room."""
+    small = [picture for picture in pictures if len(picture.panels) == 1]
+    large = [picture for picture in pictures if len(picture.panels) > 1]
+    beside = [element("div", *map(_figure, small), class_="beside")] if small else []
+    return [*map(_figure, large), *beside]
 
 
 def _figure(figure: Figure) -> str:
