@@ -223,8 +223,8 @@ def _alpha_sweep(comparison: Comparison) -> Figure | None:
             continue
         values = changes(comparison, row.method, comparison.baselines[row.method.name])
         if values:
-            rest = {k: v for k, v in {**row.method.options, **row.method.context}.items() if k != "balancing.alpha"}
-            name = " ".join([row.method.strategy, *(f"{key}={value}" for key, value in rest.items())])
+            words = (word for key, word in row.method.words.items() if key != "balancing.alpha")
+            name = " ".join([row.method.strategy, *words])
             lines.setdefault(name, []).append(_point(float(alpha), values))
     lines = {name: sorted(points) for name, points in lines.items() if len(points) > 1}
     if not lines:

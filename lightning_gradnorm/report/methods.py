@@ -56,6 +56,8 @@ class Method:
     """Options of the strategy in which its runs differ, by dotted name."""
     context: Mapping[str, Any]
     """Other options in which the runs of the report differ."""
+    words: Mapping[str, str]
+    """What of both is in its name, by dotted name."""
     runs: tuple[CollectedRun, ...]
 
     @property
@@ -220,9 +222,9 @@ def _named(groups: Mapping[Key, Sequence[CollectedRun]], usual: Mapping[str, Any
     for (strategy, own, context), runs in groups.items():
         shown = [*own, *((key, value) for key, value in context if usual.get(key) != value)]
         short = _short_names([key for key, _ in shown])
-        words = [f"{short[key]}={_shown(value)}" for key, value in shown if value is not None]
-        name = " ".join([strategy, *words])
-        methods.append(Method(name, strategy, dict(own), dict(context), tuple(runs)))
+        words = {key: f"{short[key]}={_shown(value)}" for key, value in shown if value is not None}
+        name = " ".join([strategy, *words.values()])
+        methods.append(Method(name, strategy, dict(own), dict(context), words, tuple(runs)))
     return methods
 
 
@@ -240,7 +242,7 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
             end = ".".join(parts[-count:])
             if not any(other != key and f".{other}".endswith(f".{end}") for other in keys):
                 break
-        short[key] = "α" if end == "alpha" else end
+        short[key] = "α" if end == "alpha" else end.removesuffix("._target_")
     return short
 
 

@@ -35,7 +35,7 @@ tbody tr:last-child > * { border-bottom: 0; }
 tbody th { font-weight: 500; }
 .words th, .words td { text-align: left; }
 .words td:last-child { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
-small { display: block; white-space: pre; color: var(--soft); font-size: .78rem; }
+small { display: block; white-space: pre; color: var(--soft); font-size: .9em; }
 figure { margin: 0; min-width: 0; }
 figcaption { font-size: .875rem; font-weight: 600; overflow-wrap: anywhere; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem 1.25rem; }
@@ -44,7 +44,7 @@ figcaption { font-size: .875rem; font-weight: 600; overflow-wrap: anywhere; }
   font-size: .875rem; }
 .legend li { display: flex; align-items: center; gap: .4rem; overflow-wrap: anywhere; }
 .legend svg { width: 34px; height: 14px; flex: none; }
-.chart { display: block; width: 100%; max-width: 34rem; height: auto; }
+.chart { display: block; width: 100%; max-width: 28rem; height: auto; }
 svg text { font-size: 11px; fill: var(--soft); font-family: inherit; }
 .end { text-anchor: end; } .middle { text-anchor: middle; }
 .grid { stroke: var(--rule); stroke-width: 1; } .axis { stroke: var(--soft); stroke-width: 1; }
@@ -55,10 +55,11 @@ svg text { font-size: 11px; fill: var(--soft); font-family: inherit; }
 .s0 { --c: var(--c0); } .s1 { --c: var(--c1); } .s2 { --c: var(--c2); } .s3 { --c: var(--c3); }
 .s4 { --c: var(--c4); } .s5 { --c: var(--c5); } .s6 { --c: var(--c6); }
 details > summary { cursor: pointer; } details > summary h2 { display: inline-block; }
+@page { size: landscape; margin: 12mm; }
 @media print { body { padding: 0; max-width: none; font-size: 10pt; } h2, figcaption, .legend { break-after: avoid; }
-  figure, tr { break-inside: avoid; } .scroll { overflow: visible; border: 0; }
-  th, td { white-space: normal; padding: .2rem .3rem; }
-  table { font-size: 8pt; } .panels { grid-template-columns: 1fr 1fr; } tr > :first-child { position: static; }
+  figure, tr { break-inside: avoid; } .scroll { overflow: visible; border: 0; } table { font-size: 7.5pt; }
+  th, td { padding: .15rem .3rem; } tr > :first-child { position: static; min-width: 0; }
+  .panels { grid-template-columns: 1fr 1fr 1fr; } .beside .panels { grid-template-columns: 1fr; }
   .mark, .line, .band, .bar { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 
