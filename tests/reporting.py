@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import yaml
 
 TASKS = ("depth", "seg")
@@ -85,3 +86,16 @@ def write_log(folder: Path, rows: Sequence[Mapping[str, float | str]], version: 
 def measured(depth: float, seg: float) -> dict[str, float]:
     """Return test metrics of both tasks."""
     return {"test/loss": depth + 1 - seg, "test/loss/depth": depth, "test/rmse/depth": depth, "test/miou/seg": seg}
+
+
+class FailsAtStep(L.Callback):
+    """Ends the training by an error."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("the <b>disk</b> is full")

@@ -77,13 +77,19 @@ class CollectedRun:
 
     @cached_property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks that were trained."""
-        chosen = self.config.get("tasks") or _at(self.config, "model", "tasks") or ()
-        return tuple(dict.fromkeys(map(str, chosen))) or tuple(tasks_of(self.metrics)) or self._logged_tasks()
+        """The tasks that were trained; none if they are not known."""
+        found = self.config.get("tasks") or self._configured_tasks() or tasks_of(self.metrics) or self._logged_tasks()
+        return tuple(dict.fromkeys(map(str, found)))
 
-    def _logged_tasks(self) -> tuple[str, ...]:
-        names = (name.removeprefix("train/loss/") for name in self.curves if name.startswith("train/loss/"))
-        return tuple(dict.fromkeys(names))
+    def _configured_tasks(self) -> Sequence[str]:
+        tasks = _at(self.config, "model", "tasks")
+        if isinstance(tasks, dict) and "_target_" in tasks:  # a function that makes them
+            names = tasks.get("names")
+            return names if isinstance(names, list) else []
+        return list(tasks) if isinstance(tasks, dict) else []
+
+    def _logged_tasks(self) -> Sequence[str]:
+        return [name.removeprefix("train/loss/") for name in self.curves if name.startswith("train/loss/")]
 
     @property
     def state(self) -> str:

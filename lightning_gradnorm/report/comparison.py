@@ -154,7 +154,7 @@ def compare(runs: Sequence[CollectedRun], baseline: str | None = None) -> Compar
     names = dict.fromkeys(name for method in methods for run in method.finished for name in run.metrics)
     order = by_task(dict.fromkeys(names, 0.0))
     metrics = sorted(map(Metric, names), key=lambda metric: list(order).index(metric.task))
-    tasks = next(run.tasks for method in methods for run in method.runs)
+    tasks = next((run.tasks for method in methods for run in method.runs if run.tasks), ())
     whole = Comparison(
         runs, methods, [], metrics, tasks, single, (baseline or BASELINE) if baselines else None, baselines
     )

@@ -121,7 +121,7 @@ def group(runs: Sequence[CollectedRun]) -> tuple[list[Method], list[Method]]:
 
 
 def _refuse_different_tasks(several: Sequence[CollectedRun], single: Sequence[CollectedRun]) -> None:
-    tasks = {frozenset(run.tasks): run for run in several}
+    tasks = {frozenset(run.tasks): run for run in several if run.tasks}
     if len(tasks) > 1:
         first, second = list(tasks.values())[:2]
         raise ValueError(
@@ -133,7 +133,7 @@ def _refuse_different_tasks(several: Sequence[CollectedRun], single: Sequence[Co
         if known is not None and not known.issuperset(run.tasks):
             raise ValueError(
                 f"runs of different tasks cannot be compared: {run.name} has {_list(run.tasks)} alone, which is no task of the "
-                f"others, {_list(several[0].tasks)}. Leave it out."
+                f"others, {_list(tasks[known].tasks)}. Leave it out."
             )
     if not several and len({run.tasks for run in single}) > 1:
         names = _list(dict.fromkeys(run.tasks[0] for run in single))

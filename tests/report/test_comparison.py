@@ -232,6 +232,8 @@ def test_a_long_curve_is_thinned_without_losing_its_mean() -> None:
     assert len(points) == 120
     assert statistics.mean(point.y for point in points) == pytest.approx(statistics.mean(values))
     assert points[0].x == pytest.approx(4.5)
+    short = mean_curve([list(enumerate(values)), list(enumerate(values[:600]))])
+    assert (len(short), short[-1].x, short[-1].high) == (120, 597, short[-1].y)
 
 
 def test_a_curve_ends_where_the_first_seed_ends_and_passes_over_what_is_not_finite() -> None:

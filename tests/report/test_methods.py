@@ -110,3 +110,20 @@ def test_different_tasks_or_data_are_refused(tmp_path: Path, second: dict[str, A
 def test_runs_of_one_task_each_alone_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"runs of one task each \(depth, seg\) are there and none of several"):
         grouped(tmp_path, {"tasks": ["depth"]}, {"tasks": ["seg"]})
+
+
+def test_a_run_of_which_the_tasks_are_not_known_stands_in_no_ones_way(tmp_path: Path) -> None:
+    made = {"_target_": "somewhere.make_tasks"}
+    assert grouped(tmp_path, {}, {"balancing": "gradnorm", "metrics": None, "model__tasks": made}) == {
+        "equal": 1,
+        "gradnorm": 1,
+    }
+
+
+@pytest.mark.parametrize("names", [{"names": ["depth", "seg"]}, {}])
+def test_tasks_that_a_function_makes_are_known_by_its_names_or_by_the_metrics(
+    tmp_path: Path, names: dict[str, Any]
+) -> None:
+    made = {"_target_": "somewhere.make_tasks", "in_features": 3, **names}
+    assert grouped(tmp_path, {"model__tasks": made}, {"model__tasks": made, "seed": 1}) == {"equal": 2}
+    assert methods_of(tmp_path)[0].runs[0].tasks == ("depth", "seg")
