@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import shlex
 import sys
 from pathlib import Path
 from typing import NoReturn
 
-import lightning_gradnorm
 from lightning_gradnorm.cli import errors
-from lightning_gradnorm.report.collecting import FINISHED, collect
-from lightning_gradnorm.report.comparison import compare
-from lightning_gradnorm.report.markdown import markdown
-from lightning_gradnorm.report.page import page
+from lightning_gradnorm.report import write_report
+from lightning_gradnorm.report.collecting import FINISHED
+from lightning_gradnorm.report.writing import MARKDOWN, PAGE
 
 COMMAND = "gradnorm-report"
 
@@ -34,23 +31,19 @@ def main() -> None:
     """Compare the runs in the folders that the command line names; ``gradnorm-report --help`` explains it."""
     given = _parser().parse_args()
     output = Path(given.output or given.folders[0])
+    command = shlex.join([COMMAND, *sys.argv[1:]])
     try:
-        runs = collect(given.folders)
-        comparison = compare(runs, given.baseline)
-        origin = _origin(sys.argv[1:])
-        texts = {"report.html": page(comparison, origin), "report.md": markdown(comparison, origin)}
-        output.mkdir(parents=True, exist_ok=True)
-        for name, content in texts.items():
-            (output / name).write_text(content, encoding="utf-8")
+        comparison = write_report(given.folders, output, baseline=given.baseline, command=command)
     except (ValueError, OSError) as error:
         if errors.wants_traceback():
             raise
         _leave(str(error))
+    runs, methods = comparison.runs, comparison.methods
     finished = sum(run.state == FINISHED for run in runs)
-    print(f"{finished} of {len(runs)} runs are finished, {len(comparison.methods)} methods")
+    print(f"{finished} of {len(runs)} runs are finished, {len(methods)} method{'s' * (len(methods) != 1)}")
     for run in comparison.unfinished:
         print("; ".join([f"{run.name}: {run.state}, {run.progress}", *run.remarks]))
-    for name in texts:
+    for name in (PAGE, MARKDOWN):
         print(output / name)
 
 
@@ -71,11 +64,6 @@ def _parser() -> argparse.ArgumentParser:
         help="a strategy or a method that the others are tested against; equal weights by default, if there are any",
     )
     return parser
-
-
-def _origin(arguments: list[str]) -> str:
-    command = shlex.join([COMMAND, *arguments])
-    return f"Written by {command} (lightning-gradnorm {lightning_gradnorm.__version__}) on {datetime.date.today()}."
 
 
 def _leave(sentence: str) -> NoReturn:

@@ -146,8 +146,8 @@ def collect(folders: Sequence[str | Path]) -> list[CollectedRun]:
                 f"{CONFIG}, {OVERRIDES} and, once it is finished, {FILE}. Give the folder of a run or of a sweep."
             )
         for one in below:
-            name = str(one.relative_to(folder)) if one != folder else folder.resolve().name
-            name = name if len(folders) == 1 or one == folder else str(one)
+            relative = str(one.relative_to(folder)) if one != folder else folder.resolve().name
+            name = relative if len(folders) == 1 else str(one)
             found.setdefault(one.resolve(), read(one, name))
     return list(found.values())
 

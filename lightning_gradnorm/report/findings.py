@@ -98,7 +98,10 @@ def _verdict(comparison: Comparison) -> list[str]:
             parts = [f"better in {', '.join(better)}"] if better else []
             parts += [f"worse in {', '.join(worse)}"] if worse else []
             base = comparison.baselines[row.method.name].name
-            lines.append(f"{row.method.name} is significantly {' and '.join(parts)} than {base} (p < 0.05).")
+            pairs = max(test.count for _, test in clear)
+            lines.append(
+                f"{row.method.name} is significantly {' and '.join(parts)} than {base} (p < 0.05, {pairs} seeds)."
+            )
     if comparison.baseline is None:
         lines.append("There are no finished runs with equal weights among them: no differences, no ratio of times.")
     elif len(comparison.rows) > 1 and not any(
@@ -144,7 +147,8 @@ def _results(comparison: Comparison) -> Sheet | None:
         if has_rank:
             line.append(Cell("" if row.rank is None else f"{row.rank:.2f}", row.rank == best_rank))
         if has_ratio:
-            line.append(_spread_cell(row.time_ratio))
+            is_baseline = comparison.baselines.get(row.method.name) is row.method
+            line.append(Cell("1") if is_baseline and row.time_ratio else _spread_cell(row.time_ratio))
         if has_time:
             line.append(Cell("" if row.seconds_per_step is None else f"{1000 * row.seconds_per_step.mean:.3g}"))
         for metric in comparison.metrics:
@@ -167,10 +171,17 @@ def _results(comparison: Comparison) -> Sheet | None:
             "Time: seconds of training without validation, divided by the steps; relative to the baseline's run with the same "
             "seed. It is only as good as the machine was idle."
         )
+        busy = [row.method.name for row in rows if row.seconds_per_step and _scatters(row.seconds_per_step)]
+        if busy:
+            notes.append(f"The times of {', '.join(busy)} scatter by more than a tenth: do not rely on the ratios.")
     repeated = [row.method.name for row in rows if len(row.method.finished) > _count(row)]
     if repeated:
         notes.append(f"Several runs of the same seed are averaged first: {', '.join(repeated)}.")
     return Sheet("Results", header, lines, notes)
+
+
+def _scatters(times: Spread) -> bool:
+    return times.deviation is not None and times.deviation > 0.1 * times.mean
 
 
 def _count(row: Row) -> int:
@@ -179,7 +190,7 @@ def _count(row: Row) -> int:
 
 def _runs_in_words(row: Row) -> str:
     done, all_of_them = len(row.method.finished), len(row.method.runs)
-    unit = " draws" if any(map(is_random, row.method.runs)) else ""
+    unit = f" {_plural('draw', all_of_them)}" if any(map(is_random, row.method.runs)) else ""
     return f"{done}{unit}" if done == all_of_them else f"{done} of {all_of_them}{unit}"
 
 
@@ -262,7 +273,10 @@ def _single_task(comparison: Comparison) -> Sheet | None:
             )
         lines.append(line)
     header = ["networks", "runs", *(_heading(metric) for metric in metrics)]
-    return Sheet("One network for each task", header, lines, ["What Δm is relative to."])
+    note = "What Δm is relative to."
+    if not any(row.delta_m for row in comparison.rows):
+        note = "There is no Δm: it needs a finished run of each task alone, with the other options of the method."
+    return Sheet("One network for each task", header, lines, [note])
 
 
 def run_sheets(comparison: Comparison) -> tuple[Sheet | None, Sheet]:

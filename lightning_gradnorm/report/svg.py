@@ -120,7 +120,7 @@ class Axis:
         """Return powers of ten, or what is between them where there are few."""
         span = self.high - self.low
         between = (1, 2, 5) if span < 2 else (1,)
-        step = 1 if span < about + 1 else math.ceil(span / about)
+        step = 1 if span < 2 * about - 1 else math.ceil(span / about)
         powers = range(math.floor(self.low), math.ceil(self.high) + 1, step)
         ticks = [digit * 10.0**power for power in powers for digit in between]
         return [tick for tick in ticks if self.low - 1e-9 <= math.log10(tick) <= self.high + 1e-9]
