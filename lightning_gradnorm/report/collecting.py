@@ -70,6 +70,11 @@ class CollectedRun:
         """What the CSV logger wrote during training, by name."""
         return read_curves(self.folder)
 
+    def group(self, name: str) -> dict[str, Any]:
+        """Return a group of the configuration; an empty one if it is not there, or no group."""
+        found = self.config.get(name)
+        return found if isinstance(found, dict) else {}
+
     @property
     def seed(self) -> Any:
         """The seed of the run."""
@@ -78,11 +83,17 @@ class CollectedRun:
     @cached_property
     def tasks(self) -> tuple[str, ...]:
         """The tasks that were trained; none if they are not known."""
-        found = self.config.get("tasks") or self._configured_tasks() or tasks_of(self.metrics) or self._logged_tasks()
+        chosen = self.config.get("tasks")
+        found = (
+            (chosen if isinstance(chosen, list) else None)
+            or self._configured_tasks()
+            or tasks_of(self.metrics)
+            or self._logged_tasks()
+        )
         return tuple(dict.fromkeys(map(str, found)))
 
     def _configured_tasks(self) -> Sequence[str]:
-        tasks = _at(self.config, "model", "tasks")
+        tasks = self.group("model").get("tasks")
         if isinstance(tasks, dict) and "_target_" in tasks:  # a function that makes them
             names = tasks.get("names")
             return names if isinstance(names, list) else []
@@ -118,11 +129,11 @@ class CollectedRun:
             epochs = max((curve[-1][1] for curve in [self.curves.get("epoch", [])] if curve), default=-1) + 1
         if not steps:
             return "began to train, nothing is logged"
-        trainer = self.config.get("trainer") or {}
-        wanted_epochs, wanted_steps = trainer.get("max_epochs"), trainer.get("max_steps") or -1
-        of_steps = f" of {wanted_steps}" if wanted_steps > 0 else ""
-        of_epochs = f" of {wanted_epochs}" if isinstance(wanted_epochs, int) and wanted_epochs > 0 else ""
-        return f"step {steps:.0f}{of_steps}, epoch {epochs or 0:.0f}{of_epochs}"
+        return f"step {steps:.0f}{self._wanted('max_steps')}, epoch {epochs or 0:.0f}{self._wanted('max_epochs')}"
+
+    def _wanted(self, limit: str) -> str:
+        number = self.group("trainer").get(limit)
+        return f" of {number}" if isinstance(number, int) and number > 0 else ""
 
 
 def collect(folders: Sequence[str | Path]) -> list[CollectedRun]:
@@ -270,10 +281,10 @@ def _strategy(folder: Path, config: Mapping[str, Any]) -> str:
     chosen = _at(_mapping(folder / HYDRA / "hydra.yaml", []), "hydra", "runtime", "choices", "balancing")
     if isinstance(chosen, str):
         return chosen
-    balancing = config.get("balancing") or {}
-    inner = balancing.get("scalarizer") or balancing.get("aggregator") or balancing
-    target = inner.get("_target_") if isinstance(inner, dict) else None
-    return str(target).rpartition(".")[2].lower() if target else "equal" if config else "unknown"
+    balancing = config.get("balancing")
+    places = (("scalarizer", "_target_"), ("aggregator", "_target_"), ("_target_",))
+    target = next((found for place in places if isinstance(found := _at(balancing, *place), str)), None)
+    return target.rpartition(".")[2].lower() if target else "equal" if config else "unknown"
 
 
 def _at(tree: Any, *keys: str) -> Any:

@@ -65,7 +65,7 @@ def summary(comparison: Comparison) -> list[str]:
 
 
 def _class_of(run: CollectedRun, group: str) -> str:
-    return str((run.config.get(group) or {}).get("_target_", "")).rpartition(".")[2]
+    return str(run.group(group).get("_target_", "")).rpartition(".")[2]
 
 
 def _seeds_in_words(comparison: Comparison) -> str:
@@ -242,9 +242,9 @@ def _difference(metric: Metric, test: PairedTest | None) -> Cell:
     if test.is_significant and metric.upwards is not None:
         mark = "▲ " if _is_better(metric, test) else "▼ "
     digits = _digits((test.high - test.low) / 4)
-    interval = f"[{test.low:+.{digits}f}, {test.high:+.{digits}f}]"
+    interval = f"[{_fixed(test.low, digits, '+')}, {_fixed(test.high, digits, '+')}]"
     p = "p < 0.001" if test.p < 0.001 else f"p = {test.p:.3f}" if test.p < 0.1 else f"p = {test.p:.2f}"
-    return Cell(f"{mark}{test.mean:+.{digits}f}", bool(mark), f"{interval}\n{p}")
+    return Cell(mark + _fixed(test.mean, digits, "+"), bool(mark), f"{interval}\n{p}")
 
 
 def _weights(comparison: Comparison) -> Sheet | None:
@@ -324,6 +324,8 @@ def spread_text(spread: Spread | None, *, signed: bool = False) -> str:
     Example:
         >>> spread_text(Spread(0.853217, 0.00421, 3)), spread_text(Spread(1234.5678, None, 1)), spread_text(None)
         ('0.8532 ± 0.0042', '1235', '')
+        >>> spread_text(Spread(3.2e9, 4.1e8, 3)), spread_text(Spread(2.5e-9, None, 1))
+        ('3.2e+09 ± 4.1e+08', '2.5e-09')
     """
     if spread is None:
         return ""
@@ -332,18 +334,25 @@ def spread_text(spread: Spread | None, *, signed: bool = False) -> str:
         return "not finite"
     if not spread.deviation:
         digits = 2 if signed else max(0, 3 - _power(spread.mean))
-        return f"{spread.mean:{sign}.{min(digits, 8)}f}" + ("" if spread.deviation is None else " ± 0")
+        return _fixed(spread.mean, digits, sign) + ("" if spread.deviation is None else " ± 0")
     digits = _digits(spread.deviation)
-    return f"{spread.mean:{sign}.{digits}f} ± {spread.deviation:.{digits}f}"
+    return f"{_fixed(spread.mean, digits, sign)} ± {_fixed(spread.deviation, digits, digits_of_power=2)}"
+
+
+def _fixed(value: float, digits: int, sign: str = "", *, digits_of_power: int = 4) -> str:
+    """Return the number with so many decimals; as a power of ten where these would be many, or the number long."""
+    if digits > 7 or abs(value) >= 1e6:
+        return f"{value:{sign}.{digits_of_power}g}"
+    return f"{value:{sign}.{digits}f}"
 
 
 def _digits(deviation: float) -> int:
     """Return the decimals that show two digits of it."""
-    return min(8, max(0, 1 - _power(deviation))) if deviation else 4
+    return max(0, 1 - _power(deviation)) if deviation else 4
 
 
 def _power(value: float) -> int:
-    return math.floor(math.log10(abs(value))) if value else 0
+    return math.floor(math.log10(abs(value))) if value and math.isfinite(value) else 0
 
 
 def _signed(value: float) -> str:

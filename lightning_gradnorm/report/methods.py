@@ -68,7 +68,7 @@ class Method:
 
 def is_random(run: CollectedRun) -> bool:
     """Say whether the run's weights are drawn at random and held fixed."""
-    return str((run.config.get("balancing") or {}).get("_target_", "")).endswith("RandomWeights")
+    return str(run.group("balancing").get("_target_", "")).endswith("RandomWeights")
 
 
 def is_single_task(run: CollectedRun) -> bool:
@@ -78,8 +78,8 @@ def is_single_task(run: CollectedRun) -> bool:
 
 def repetition(run: CollectedRun) -> Key:
     """Return what tells the run from the others of its method; first what it has in common with runs of other methods."""
-    data_seed = (run.config.get("data") or {}).get("seed", run.seed)
-    draw = (run.config["balancing"].get("seed"),) if is_random(run) else ()
+    data_seed = run.group("data").get("seed", run.seed)
+    draw = (_hashable(run.group("balancing").get("seed")),) if is_random(run) else ()
     return (_hashable(run.seed), _hashable(data_seed), *draw)
 
 
@@ -146,7 +146,7 @@ def _refuse_different_tasks(several: Sequence[CollectedRun], single: Sequence[Co
 def _refuse_different_data(runs: Sequence[CollectedRun]) -> None:
     seen: dict[str, tuple[Any, CollectedRun]] = {}
     for run in runs:
-        for key, value in _flat(run.config.get("data") or {}, "data"):
+        for key, value in _flat(run.group("data"), "data"):
             if key in (*_NOT_OPTIONS, *_OPTIONS_OF_DATA):
                 continue
             before, other = seen.setdefault(key, (value, run))
@@ -163,7 +163,7 @@ def _list(names: Iterable[str]) -> str:
 
 def _options(run: CollectedRun) -> dict[str, Any]:
     """Return all that decides how the run trains, but its seed, by dotted name."""
-    own_folder = str((run.config.get("paths") or {}).get("run_dir", "")) or None
+    own_folder = str(run.group("paths").get("run_dir", "")) or None
     found = {}
     for key, value in _flat(run.config):
         if any(key == one or key.startswith(f"{one}.") for one in _NOT_OPTIONS):

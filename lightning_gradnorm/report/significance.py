@@ -64,7 +64,7 @@ def deviation(values: Sequence[float]) -> float:
     if not all(map(math.isfinite, values)):
         return math.nan
     mean = fmean(values)
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return math.hypot(*(value - mean for value in values)) / math.sqrt(len(values) - 1)
 
 
 def t_two_sided(t: float, dof: int) -> float:

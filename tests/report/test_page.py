@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 from reporting import measured, write_run
 
 from lightning_gradnorm.report.charts import Point, Series, line_chart, point_chart
@@ -197,6 +199,45 @@ def test_numbers_that_are_not_finite_are_said_and_drawn_nowhere(tmp_path: Path) 
     html, text = written(tmp_path)
     assert "not finite" in text
     assert not re.search(r'="[^"]*(nan|inf)\b', html)
+
+
+def test_whatever_stands_in_the_files_there_is_a_page_or_a_sentence(study: Path) -> None:
+    draw = random.Random(0)
+    files = sorted(file for file in study.rglob("*") if file.suffix in (".json", ".yaml", ".csv"))
+    written_first = {file: file.read_bytes() for file in files}
+    outcomes = set()
+    for _ in range(60):
+        hit = draw.sample(files, 3)
+        for file in hit:
+            file.write_bytes(damaged(written_first[file], draw))
+        try:
+            written(study)
+            outcomes.add("page")
+        except ValueError as error:
+            outcomes.add("sentence" if "cannot be compared" in str(error) else str(error))
+        for file in hit:
+            file.write_bytes(written_first[file])
+    assert outcomes == {"page", "sentence"}
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    """Return the content cut off, with other bytes in it, or with other values in its mapping."""
+    kind = draw.randrange(4)
+    if kind == 0:
+        return content[: draw.randrange(len(content))]
+    if kind == 1:
+        place = draw.randrange(len(content))
+        return content[:place] + draw.randbytes(5) + content[place + 5 :]
+    tree = yaml.safe_load(content) if kind == 2 else None
+    if not isinstance(tree, dict):
+        return draw.choice(
+            [b"", b"null", b"[]", b"3", b"seed: [1]\nbalancing: 3\ndata: x\nmodel: 1\ntrainer: 2\ntasks: {a: 1}"]
+        )
+    strange = [None, 3, "<b>", [], [1, {"a": 2}], {}, {"q": {"r": 1}}, float("nan"), 1e308]
+    places = [tree, *(branch for branch in tree.values() if isinstance(branch, dict) and branch)]
+    for branch in draw.sample(places, min(2, len(places))):
+        branch[draw.choice(list(branch))] = draw.choice(strange)
+    return json.dumps(tree).encode()
 
 
 # ---- charts ----------------------------------------------------------------------------------------------------------
