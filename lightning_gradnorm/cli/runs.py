@@ -15,14 +15,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from typing_extensions import override
 
+from lightning_gradnorm.report.collecting import CONFIG as CONFIG
+from lightning_gradnorm.report.collecting import FAILURE, TIME, WEIGHTS
+from lightning_gradnorm.report.collecting import OVERRIDES as OVERRIDES
 from lightning_gradnorm.suggestions import nearest
-
-CONFIG = "config.yaml"
-"""The resolved configuration, in the run's folder."""
-OVERRIDES = "overrides.yaml"
-"""The command line's overrides, beside it."""
-TIME = "training.json"
-"""How long the training took, beside them."""
 
 
 class RunRecord(L.Callback):
@@ -56,7 +52,7 @@ class WeightsRecord(L.Callback):
     """
 
     def __init__(self, folder: Path, balancing: Any) -> None:
-        self.file, self.balancing = folder / "weights.json", balancing
+        self.file, self.balancing = folder / WEIGHTS, balancing
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -127,6 +123,33 @@ class TimeRecord(L.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._so_far = {name: float(state_dict[name]) for name in CLOCKS}
+
+
+class FailureRecord(L.Callback):
+    """Writes ``failure.json`` if the run ends by an error: ``{"error": …, "step": …, "epoch": …}``; Ctrl-C is none.
+
+    A run that goes on removes it.
+
+    Args:
+        folder: the run's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / FAILURE
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.file.unlink(missing_ok=True)
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, Exception) or not self.file.parent.is_dir() or not trainer.is_global_zero:
+            return
+        said = " ".join(str(exception).split())[:500]
+        error = f"{type(exception).__name__}: {said}" if said else type(exception).__name__
+        record = {"error": error, "step": trainer.global_step, "epoch": trainer.current_epoch}
+        self.file.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def find_checkpoint(path: str | Path) -> Path:

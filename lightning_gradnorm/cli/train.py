@@ -82,7 +82,7 @@ def train(config: DictConfig) -> dict[str, float]:
     """Train, test and write the run's folder, ``config.paths.run_dir``.
 
     The folder gets ``config.yaml`` (resolved), ``checkpoints/``, what the loggers write, ``training.json`` (seconds,
-    steps, epochs), ``test_metrics.json`` and, of a balancing strategy, ``weights.json``.
+    steps, epochs), ``test_metrics.json`` and, of a balancing strategy, ``weights.json``; a run that fails, ``failure.json``.
 
     Args:
         config: as ``conf/config.yaml`` composes it.
@@ -107,7 +107,7 @@ def train(config: DictConfig) -> dict[str, float]:
     balancing = build(config, "balancing") if alone is None else None
     record = runs.RunRecord(run_dir, config, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
     weights_record = runs.WeightsRecord(run_dir, balancing)
-    records = (record, weights_record, runs.TimeRecord(run_dir))
+    records = (record, weights_record, runs.TimeRecord(run_dir), runs.FailureRecord(run_dir))
     callbacks = [one for one in (balancing, *_all_of(config, "callbacks"), *records) if one is not None]
     loggers = _all_of(config, "logger")
     trainer: L.Trainer = build(config, "trainer", callbacks=callbacks, logger=loggers)

@@ -4,6 +4,7 @@ from lightning_gradnorm.report.delta_m import COMMUNITY, PAPER, delta_m, delta_m
 from lightning_gradnorm.report.direction import higher_is_better
 from lightning_gradnorm.report.results import Run, by_task, read_run, read_runs, tasks_of, write_metrics
 from lightning_gradnorm.report.table import comparison_table, task_table
+from lightning_gradnorm.report.writing import write_report
 
 __all__ = [
     "COMMUNITY",
@@ -20,4 +21,5 @@ __all__ = [
     "task_table",
     "tasks_of",
     "write_metrics",
+    "write_report",
 ]
