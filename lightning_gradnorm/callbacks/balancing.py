@@ -356,10 +356,9 @@ class Balancing(Restoring[AnyRule]):
             self._choose(self._audit.examine(task, loss, self._pass))
             self._check_trained()
         self._omissions.seen.add(task)
-        watched = self._pass.losses.setdefault(task, [])
-        watched.append(loss)
+        place = self._pass.add(task, loss)
         # The hook must not hold the tensor that holds the hook: it finds it by its place.
-        loss.register_hook(partial(self._on_loss_gradient, task, len(watched) - 1))  # type: ignore[no-untyped-call]
+        loss.register_hook(partial(self._on_loss_gradient, task, place))  # type: ignore[no-untyped-call]
 
     def _check_trained(self) -> None:
         if isinstance(self._reader, WeightGradients) and not all(W.requires_grad for W in self._reader.sought):
@@ -411,7 +410,12 @@ class Balancing(Restoring[AnyRule]):
         if not self._notes_calls() or not torch.is_grad_enabled():
             return None
         self._pass.in_head = task
-        inputs, node = branch((args, kwargs), partial(self._read_at_head, task))
+        receive = partial(self._read_at_head, task)
+        if not kwargs and len(args) == 1:
+            view, node = branch(args[0], receive)
+            inputs: Any = (view,), kwargs
+        else:
+            inputs, node = branch((args, kwargs), receive)
         if node is not None:
             self._pass.branches.setdefault(task, set()).add(node)
         return inputs
@@ -449,9 +453,11 @@ class Balancing(Restoring[AnyRule]):
         self._pass.fired.add(task)
         window.add(task, loss)
         weight = window.weights[task]
-        applied = weight.to(seed)
-        if torch.finfo(applied.dtype).bits < torch.finfo(weight.dtype).bits:
-            window.applied[task] = applied.to(weight)
+        applied = weight
+        if seed.dtype != weight.dtype or seed.device != weight.device:
+            applied = weight.to(seed)
+            if torch.finfo(applied.dtype).bits < torch.finfo(weight.dtype).bits:
+                window.applied[task] = applied.to(weight)
         weighted = seed * applied
         if window.measured and not self._at_heads:
             self._read(task, [loss], [weighted])

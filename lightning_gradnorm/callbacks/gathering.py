@@ -42,22 +42,23 @@ def gather(
         like: the weights in force, shape (T,).
         trainer: knows the ranks.
     """
-    table = like.new_zeros(len(tasks), 2)
-    for row, task in zip(table, tasks, strict=True):
-        if task in window.losses:
-            row[0], row[1] = window.losses[task].to(like), float(window.counts[task])
+    nothing = like.new_zeros(())
+    losses = torch.stack([window.losses.get(task, nothing).to(like) for task in tasks])
+    counts = torch.tensor([float(window.counts.get(task, 0)) for task in tasks], dtype=like.dtype)
+    counts = counts.to(like.device, non_blocking=True)
     if reader is not None:
         # As if the weight had not been rounded to the loss's precision.
         for task, applied in window.applied.items():
             reader.rescale(task, like[tasks.index(task)] / applied)
     norms = None
     if trainer.world_size > 1:
+        table = torch.stack([losses, counts], dim=1)
         table = table if reader is None else torch.cat([table, reader.rows(tasks, like)], dim=1)
         table = trainer.strategy.reduce(table, reduce_op="sum")
+        losses, counts = table[:, 0], table[:, 1]
         norms = None if reader is None else reader.norms_of(table[:, 2:])
     elif reader is not None:
         norms = reader.norms(tasks).to(like)
     if norms is not None:
         norms = norms / (unit(window.backwards, trainer) * trainer.world_size)
-    sums, counts = table[:, 0], table[:, 1]
-    return Gathered(sums / counts.clamp(min=1), counts > 0, norms)
+    return Gathered(losses / counts.clamp(min=1), counts > 0, norms)

@@ -53,6 +53,16 @@ class Pass:
     steps: int = 0
     """How many steps of an optimizer there were."""
 
+    owners: dict[int, str] = field(default_factory=dict)
+    """By each loss's ``id``, the task that it was watched for."""
+
+    def add(self, task: str, loss: Tensor) -> int:
+        """Take in a loss that is watched; return its place among those of its task."""
+        watched = self.losses.setdefault(task, [])
+        watched.append(loss)
+        self.owners[id(loss)] = task
+        return len(watched) - 1
+
     def task_of(self, loss: Tensor) -> str | None:
         """Return the task that this very tensor was watched for."""
-        return next((task for task, losses in self.losses.items() if any(one is loss for one in losses)), None)
+        return self.owners.get(id(loss))

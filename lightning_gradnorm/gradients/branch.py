@@ -69,9 +69,16 @@ def branch(representation: Tree, receive: Receive) -> tuple[Tree, Node | None]:
         >>> x.grad.tolist()
         [18.0, 36.0]
     """
+    if not torch.is_grad_enabled():
+        return representation, None
+    if isinstance(representation, Tensor):  # nearly always; a tree takes its time
+        if not representation.requires_grad:
+            return representation, None
+        (view,) = _Branch.apply(receive, (representation,), representation)  # type: ignore[no-untyped-call]
+        return view, view.grad_fn
     leaves, structure = pytree.tree_flatten(representation)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    if not places or not torch.is_grad_enabled():
+    if not places:
         return representation, None
     tensors = tuple(leaves[i] for i in places)
     views = _Branch.apply(receive, tensors, *tensors)  # type: ignore[no-untyped-call]
