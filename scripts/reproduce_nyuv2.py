@@ -15,9 +15,13 @@ import argparse
 import statistics
 from pathlib import Path
 
+import matplotlib as mpl
 from pages import finished_runs, mean_and_spread, write_page
 
 from lightning_gradnorm.report import PAPER, Run, by_task, delta_m
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
 
 SYMBOLS = {
     "segmentation": "segmentation error",
@@ -38,13 +42,18 @@ def jobs(options: argparse.Namespace) -> dict[str, list[str]]:
     ]
     methods = {f"single-task {task}": ["balancing=equal", f"tasks=[{task}]"] for task in options.tasks}
     methods["equal weights"] = ["balancing=equal"]
-    methods |= {f"GradNorm α = {alpha:g}": ["balancing=gradnorm", f"alpha={alpha:g}"] for alpha in options.alphas}
+    methods |= {gradnorm(alpha): ["balancing=gradnorm", f"alpha={alpha:g}"] for alpha in options.alphas}
     methods |= {name: [f"balancing={name}"] for name in options.also}
     return {
         f"{method}/seed {seed}": [*shared, *chosen, f"seed={seed}"]
         for seed in options.seeds
         for method, chosen in methods.items()
     }
+
+
+def gradnorm(alpha: float) -> str:
+    """Return what GradNorm with this α is called."""
+    return f"GradNorm α = {alpha:g}"
 
 
 def errors(run: Run) -> dict[str, float]:
@@ -86,6 +95,30 @@ def table(found: dict[str, dict[int, Run]], tasks: list[str]) -> list[str]:
     return lines
 
 
+def draw(path: Path, found: dict[str, dict[int, Run]], tasks: list[str], alphas: list[float]) -> None:
+    """Draw each task's error relative to that with equal weights, and their mean, over α."""
+    equal = {seed: errors(run) for seed, run in found["equal weights"].items()}
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    axes.axhline(0, color="#444444", linewidth=1)
+    styles = zip([*tasks, "mean"], ("#0072b2", "#d55e00", "#009e73", "#000000"), ("o:", "s:", "^:", "D-"), strict=False)
+    for name, colour, style in styles:
+        chosen = tasks if name == "mean" else [name]
+        changes = [
+            [
+                100 * (statistics.mean(errors(run)[task] / equal[seed][task] for task in chosen) - 1)
+                for seed, run in found[gradnorm(alpha)].items()
+            ]
+            for alpha in alphas
+        ]
+        means = [statistics.mean(values) for values in changes]
+        spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in changes] if name == "mean" else None
+        axes.errorbar(alphas, means, yerr=spread, fmt=style, color=colour, label=name, capsize=3)
+    axes.set(xlabel="α of GradNorm", ylabel="test error against equal weights, %")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="of gradnorm-train, for all runs")
@@ -116,7 +149,10 @@ def main() -> None:
         "the mean gain over the single-task networks, higher is better. Mean ± standard deviation over the seeds."
     )
     lines = "\n".join(table(found, options.tasks))
-    report = write_page(options.output / f"{options.name}.md", f"NYUv2: `{options.experiment}`", described, [lines])
+    options.output.mkdir(parents=True, exist_ok=True)
+    draw(options.output / f"{options.name}.png", found, options.tasks, options.alphas)
+    parts = [lines, f"![Change of the test errors over α]({options.name}.png)"]
+    report = write_page(options.output / f"{options.name}.md", f"NYUv2: `{options.experiment}`", described, parts)
     print(lines)
     print(f"Wrote {report}")
 
