@@ -22,7 +22,7 @@ from typing_extensions import override
 from lightning_gradnorm import MultiTaskModule
 
 FILE = "events.out.tfevents.0000000000.hparams"
-"""Beside the run's other events. Of a name TensorBoard keeps what it reads first, and it reads files by their names."""
+"""Beside the run's other events: one file that is replaced, for TensorBoard keeps of the options what it reads first."""
 
 DELTA_M = "test/delta_m"
 

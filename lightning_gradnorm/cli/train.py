@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig
@@ -116,6 +116,8 @@ def train(config: DictConfig) -> dict[str, float]:
     records = (runs.RunRecord(run_dir, config, given), weights_record, runs.TimeRecord(run_dir), line)
     callbacks = [one for one in (balancing, *_all_of(config, "callbacks"), *records) if one is not None]
     loggers = _all_of(config, "logger")
+    if not loggers:  # which that of the default callbacks refuses
+        callbacks = [one for one in callbacks if not isinstance(one, LearningRateMonitor)]
     trainer: L.Trainer = build(config, "trainer", callbacks=callbacks, logger=loggers)
     _refuse_processes_that_replay_the_sweep(trainer)
     write_whole(trainer)
