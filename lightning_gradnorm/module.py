@@ -100,6 +100,8 @@ class MultiTaskModule(L.LightningModule):
         self.encoder = encoder
         self.tasks = nn.ModuleDict(tasks)
         self._left_out = frozenset(every) - frozenset(tasks)
+        self.metric_names = {name: list(task.metrics) for name, task in every.items()}
+        """The metrics' names of every task, also of those that ``only`` leaves out."""
         self.optimizer = optimizer
         self._schedule = _schedule(lr_scheduler)
         self.accumulate_grad_batches = accumulate_grad_batches

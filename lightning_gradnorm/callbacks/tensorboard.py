@@ -2,38 +2,99 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
+
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
-LAYOUT = {
+Layout = dict[str, dict[str, list[object]]]
+
+CHARTS = {
     "Balancing": {
-        "task weights w": ["Multiline", [r"^(gradnorm|balancing)/weight/"]],
-        "gradient norms G of the tasks": ["Multiline", [r"^(gradnorm|balancing)/grad_norm/"]],
-        "relative inverse training rates r": ["Multiline", [r"^gradnorm/rate/"]],
-        "loss ratios L / L(0)": ["Multiline", [r"^gradnorm/loss_ratio/"]],
+        "task weights w": r"(gradnorm|balancing)/weight/",
+        "gradient norms G of the tasks": r"(gradnorm|balancing)/grad_norm/",
+        "relative inverse training rates r": r"gradnorm/rate/",
+        "loss ratios L / L(0)": r"gradnorm/loss_ratio/",
+        "training losses, by task": r"train/loss/",
     },
-    "Losses": {
-        "training, by task": ["Multiline", [r"^train/loss/"]],
-        "validation, by task": ["Multiline", [r"^val/loss/"]],
+    "Validation": {
+        "sum of the losses": r"val/loss$",
+        "losses, by task": r"val/loss/",
+    },
+    "Gradient-norm monitor": {
+        "share of the update": r"monitor/share/",
+        "gradient norms": r"monitor/norm/",
+        "imbalance, largest norm / smallest": r"monitor/imbalance$",
     },
 }
-"""Titles and charts; the tags are regular expressions, so that no task's name need be known."""
+"""Categories, charts and what they show; regular expressions, from the beginning of a name, so that no task need be known."""
+
+_METRIC = re.compile(r"val/(?!loss$|loss/)([^/]+)/.")
+
+
+def layout_of(names: Collection[str]) -> Layout:
+    """Return the layout for a run that logs these names: the charts that would not be empty, one for each metric.
+
+    TensorBoard merges the layouts of all runs, category by category. So a category that some runs have more charts of than
+    others should be there in all of them, else those charts are lost; the losses in each see to that.
+
+    Example:
+        >>> layout = layout_of(["balancing/weight/a", "train/loss/a", "val/loss", "val/accuracy/a", "val/accuracy/b"])
+        >>> {category: list(charts) for category, charts in layout.items()}
+        {'Balancing': ['task weights w', 'training losses, by task'], 'Validation': ['sum of the losses', 'accuracy, by task']}
+    """
+    found = [match[1] for name in names if (match := _METRIC.match(name))]
+    metrics = {f"{metric}, by task": f"val/{re.escape(metric)}/" for metric in dict.fromkeys(found)}
+    layout: Layout = {}
+    for category, charts in CHARTS.items():
+        for title, tags in (charts | metrics if category == "Validation" else charts).items():
+            if any(re.match(tags, name) for name in names):
+                layout.setdefault(category, {})[title] = ["Multiline", [tags]]
+    return layout
 
 
 class TensorBoardDashboard(L.Callback):
-    """Write the layout of the Custom Scalars tab: weights, gradient norms, training rates, loss ratios, losses.
+    """Write the layout of the Custom Scalars tab: what the strategy does, the losses and the metrics by task, the monitor.
 
-    TensorBoard reads one layout for each run: do not write another one to the same run. Without a `TensorBoardLogger`
-    it does nothing.
+    A chart is there as soon as something is logged that it shows; see `CHARTS`. TensorBoard reads one layout for each run: do
+    not write another one to the same run. Without a `TensorBoardLogger` it does nothing.
 
     Example:
         >>> import lightning as L
         >>> trainer = L.Trainer(callbacks=[TensorBoardDashboard()], logger=False)
     """
 
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._written: Layout = {}
+        self._first_step = 0
+
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_custom_scalars(LAYOUT)
+        self._names, self._written, self._first_step = set(), {}, trainer.global_step
+
+    @override
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+        if trainer.global_step <= self._first_step + 1:  # what comes later is found at the validations
+            self._update(trainer)
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._update(trainer)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._update(trainer)
+
+    def _update(self, trainer: L.Trainer) -> None:
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if not loggers:
+            return
+        self._names |= trainer.callback_metrics.keys()
+        layout = layout_of(sorted(self._names))
+        if layout != self._written and not trainer.sanity_checking:  # that only tells what will be logged
+            self._written = layout
+            for logger in loggers:
+                logger.experiment.add_custom_scalars(layout)

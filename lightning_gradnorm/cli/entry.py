@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lightning_gradnorm.arguments import is_integer
 from lightning_gradnorm.cli import errors
@@ -32,6 +33,7 @@ def run(task: Callable[[DictConfig], Any], *, command: str, folder: Path, config
         config_name: the one that all others are composed into.
     """
     register()
+    OmegaConf.register_new_resolver("label", _label, replace=True)
 
     def job(config: DictConfig) -> Any:
         with errors.hydra_raises(really=errors_are_raw):  # the processes that a strategy starts are not told of it
@@ -62,6 +64,22 @@ def is_multirun() -> bool:
 def given_overrides() -> list[str]:
     """Return the overrides on the command line."""
     return list(get_args_parser().parse_args().overrides)
+
+
+def swept(overrides: Sequence[str]) -> list[str]:
+    """Return those of a run's overrides that the sweep on the command line varies."""
+    varied = {
+        o.key_or_group for o in OverridesParser.create().parse_overrides(given_overrides()) if o.is_sweep_override()
+    }
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [text for text, one in zip(overrides, parsed, strict=True) if one.key_or_group in varied]
+
+
+def _label(number: int, overrides: Sequence[str]) -> str:
+    """Return what a run of a sweep is called, in its folder's name and so in TensorBoard: ``3_gradnorm_1``."""
+    values = [override.partition("=")[2] for override in swept(list(overrides))]
+    words = [re.sub(r"[^\w.+-]+", "-", value).strip("-") for value in values]
+    return "_".join([str(number), *filter(None, words)])[:80]
 
 
 def value_of(key: str, overrides: list[str]) -> str | None:

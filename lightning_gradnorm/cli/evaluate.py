@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from omegaconf import DictConfig
 from rich.console import Console
 
-from lightning_gradnorm.cli import entry, errors, runs
+from lightning_gradnorm.cli import entry, errors, runs, single_task
 from lightning_gradnorm.cli.build import build, build_model
 from lightning_gradnorm.cli.config import conf_dir
-from lightning_gradnorm.report import (
-    Run,
-    comparison_table,
-    delta_m_or_none,
-    read_runs,
-    single_task_results,
-    task_table,
-    tasks_of,
-)
+from lightning_gradnorm.report import Run, comparison_table, task_table
 
 COMMAND = "gradnorm-eval"
 
@@ -78,7 +68,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         raise ValueError("ckpt_path should be given: gradnorm-eval ckpt_path=RUN/checkpoints/best.ckpt")
     checkpoint = runs.find_checkpoint(config.ckpt_path)
     weights = runs.read_weights(checkpoint)
-    single_task = _single_task_results(config.get("single_task"))
+    baseline = single_task.results_in(config.get("single_task"))
     entry.seed_everything(config.seed)
     data = build(config, "data")
     model = build_model(config)
@@ -89,41 +79,13 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         trainer.test(model, datamodule=data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     console = Console(quiet=not trainer.is_global_zero)
-    if single_task is None:
+    if baseline is None:
         console.print(task_table(metrics))
     else:
-        both = [Run("single-task", single_task), Run("this run", metrics)]
-        console.print(comparison_table(both, single_task=single_task))
-        _refuse_half_a_comparison(metrics, single_task)
+        both = [Run("single-task", baseline), Run("this run", metrics)]
+        console.print(comparison_table(both, single_task=baseline))
+        single_task.refuse_half_a_comparison(metrics, baseline)
     return metrics
-
-
-def _single_task_results(folders: Any) -> dict[str, float] | None:
-    """Return the metrics of the single-task runs in these folders; ``None`` if none are given."""
-    if folders is None:
-        return None
-    given = [folders] if isinstance(folders, str) else list(folders)
-    found = single_task_results(run for folder in given for run in read_runs(folder))
-    if not found:
-        raise ValueError(
-            f"single_task should be the folders of runs of one task each; in {', '.join(given)} there is none. Make some: "
-            "gradnorm-train … 'tasks=[TASK]'."
-        )
-    return found
-
-
-def _refuse_half_a_comparison(metrics: Mapping[str, float], single_task: Mapping[str, float]) -> None:
-    """Say why there is no Δm."""
-    missing = [task for task in tasks_of(metrics) if task not in tasks_of(single_task)]
-    if missing:
-        raise ValueError(
-            f"single_task should have a run of each task, for Δm; there is none of {', '.join(missing)} alone, but of "
-            f"{', '.join(tasks_of(single_task))}."
-        )
-    if delta_m_or_none(metrics, single_task) is None:
-        raise ValueError(
-            "single_task: there is no Δm without metrics of each task, the same ones in both, beside the losses."
-        )
 
 
 if __name__ == "__main__":

@@ -11,20 +11,20 @@ from typing import Any
 import lightning as L
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig
 from rich.console import Console
 
 from lightning_gradnorm import MultiTaskModule
-from lightning_gradnorm.cli import entry, errors, runs
+from lightning_gradnorm.cli import entry, errors, hparams, runs, single_task
 from lightning_gradnorm.cli.build import build, build_model
 from lightning_gradnorm.cli.checkpoints import SaveLast, write_whole
 from lightning_gradnorm.cli.config import conf_dir
 from lightning_gradnorm.cli.interrupt import SaveOnInterrupt
 from lightning_gradnorm.data import RoomsDataModule, TurbofanDataModule
-from lightning_gradnorm.report import task_table, write_metrics
+from lightning_gradnorm.report import delta_m_or_none, task_table, write_metrics
 from lightning_gradnorm.suggestions import did_you_mean
 
 COMMAND = "gradnorm-train"
@@ -99,17 +99,26 @@ def train(config: DictConfig) -> dict[str, float]:
     if resumed_from is not None:
         runs.read_weights(resumed_from)  # before anything is written
     entry.seed_everything(config.seed)
+    single = single_task.results_in(config.get("single_task"))
     data = build(config, "data")
     model = build_model(config)
     if isinstance(model, MultiTaskModule):
         _refuse_flags_that_the_module_has(config.trainer)
+        if single is not None:
+            to_come = {f"test/{name}/{task}": 1.0 for task in model.tasks for name in model.metric_names[task]}
+            single_task.refuse_half_a_comparison(to_come, single)
     alone = _the_only_task(config)
     balancing = build(config, "balancing") if alone is None else None
-    record = runs.RunRecord(run_dir, config, HydraConfig.get().overrides.task if HydraConfig.initialized() else [])
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     weights_record = runs.WeightsRecord(run_dir, balancing)
-    records = (record, weights_record, runs.TimeRecord(run_dir), runs.FailureRecord(run_dir))
+    options = hparams.options(config, alone=alone, overrides=entry.swept(given) if entry.is_multirun() else given)
+    line = hparams.HParamsRecord(options, delta_m=single is not None)
+    its_folder = (runs.RunRecord(run_dir, config, given), runs.TimeRecord(run_dir), runs.FailureRecord(run_dir))
+    records = (*its_folder, weights_record, line)
     callbacks = [one for one in (balancing, *_all_of(config, "callbacks"), *records) if one is not None]
     loggers = _all_of(config, "logger")
+    if not loggers:  # which that of the default callbacks refuses
+        callbacks = [one for one in callbacks if not isinstance(one, LearningRateMonitor)]
     trainer: L.Trainer = build(config, "trainer", callbacks=callbacks, logger=loggers)
     _refuse_processes_that_replay_the_sweep(trainer)
     write_whole(trainer)
@@ -134,17 +143,39 @@ def train(config: DictConfig) -> dict[str, float]:
             trainer.callback_metrics.clear()  # processes that were forked add to them
             trainer.test(model, datamodule=data, ckpt_path=_to_test(trainer), verbose=False)
             tested = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            metrics |= tested
+            gain = _compared(trainer, tested, single)
+            metrics |= tested | gain
     if trainer.is_global_zero:
         if config.test:
             write_metrics(run_dir, tested)
-            console.print(task_table(tested, weights_record.read().get("weights")))
+            console.print(task_table(tested | gain, weights_record.read().get("weights")))
         console.print(f"run folder   {_short(run_dir)}", soft_wrap=True, highlight=False)
         if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
-            console.print(
-                f"look at it   tensorboard --logdir {shlex.quote(_short(run_dir))}", soft_wrap=True, highlight=False
-            )
+            console.print(_how_to_look(run_dir), soft_wrap=True, highlight=False)
     return metrics
+
+
+def _compared(trainer: L.Trainer, tested: dict[str, float], single: dict[str, float] | None) -> dict[str, float]:
+    """Return Δm, if there is any, and log it to TensorBoard."""
+    delta_m = None if single is None else delta_m_or_none(tested, single)
+    if delta_m is None:
+        return {}
+    gain = {hparams.DELTA_M: delta_m}
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):  # a CSVLogger of processes that have ended would begin its file anew
+            logger.log_metrics(gain, step=trainer.global_step)
+            logger.save()
+    return gain
+
+
+def _how_to_look(run_dir: Path) -> str:
+    """Return the command and the address that show the run's dashboard; of a sweep, also the one that compares its runs."""
+    folder = Path(HydraConfig.get().sweep.dir) if entry.is_multirun() else run_dir
+    address = "http://localhost:6006"  # where TensorBoard is by default
+    lines = [f"look at it   tensorboard --logdir {shlex.quote(_short(folder))}", f"{'':13}{address}/#custom_scalars"]
+    if entry.is_multirun():
+        lines.append(f"{'':13}{address}/#hparams compares the runs")
+    return "\n".join(lines)
 
 
 def _experiment() -> str:

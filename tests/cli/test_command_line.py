@@ -112,7 +112,7 @@ def test_a_resume_that_fails_leaves_the_run_as_it_was(call: Call, tmp_path: Path
 def test_a_sweep_makes_a_folder_for_each_run(call: Call, tmp_path: Path) -> None:
     call(train.main, "-m", *SMALL, "trainer.max_epochs=1", "callbacks=none", "seed=0,1")
     (sweep,) = (tmp_path / "outputs" / "toy" / "sweep").iterdir()
-    first, second = read_run(sweep / "0").metrics, read_run(sweep / "1").metrics
+    first, second = read_run(sweep / "0_0").metrics, read_run(sweep / "1_1").metrics
     assert first.keys() == second.keys()
     assert first != second
 
