@@ -3,6 +3,7 @@
     python scripts/benchmark.py                        # GradNorm: writes docs/results/step_time.md
     python scripts/benchmark.py --of aggregation       # UPGrad and others: docs/results/step_time_aggregation.md
     python scripts/benchmark.py --cases segnet:3 engine64:2 engine256:2 --name step_time_real
+    python scripts/benchmark.py --measure memory --rounds 3 --cases conv:10 dense:5 segnet:3     # peak_memory.md
     python scripts/benchmark.py --rounds 1             # shows that it runs
     python scripts/benchmark.py --device cuda --steps 100 --batch-factor 8   # writes docs/results/step_time_cuda.md
 
@@ -19,11 +20,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
 import random
+import resource
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -228,6 +232,9 @@ def of_aggregation(model: Model) -> Configurations:
     }
 
 
+CONFIGURATIONS = {"gradnorm": of_gradnorm, "aggregation": of_aggregation}
+
+
 def step_time(kind: str, tasks: int, run: Run, options: argparse.Namespace) -> tuple[float, float]:
     """Return the time of a step, and of the solver in it."""
     network = NETWORKS[kind]
@@ -252,9 +259,34 @@ def step_time(kind: str, tasks: int, run: Run, options: argparse.Namespace) -> t
     return clock.step_time(), solver.total / solver.calls if solver is not None and solver.calls else 0.0
 
 
+def peak_memory(kind: str, tasks: int, name: str, options: argparse.Namespace) -> float:
+    """Return, in MiB, by how much a run's memory grows beyond what the process has before it; for a process of its own."""
+    be_quiet(options.threads)
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    run = CONFIGURATIONS[options.of](Model(kind, tasks))[name]()
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # Linux
+    step_time(kind, tasks, run, options)
+    if options.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return (1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+
+
+def memory_of(kind: str, tasks: int, names: Sequence[str], options: argparse.Namespace) -> dict[str, list[float]]:
+    """Return the peaks of each configuration, each in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    peaks: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(options.rounds):
+        for name in names:
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                peaks[name].append(pool.submit(peak_memory, kind, tasks, name, options).result())
+    return peaks
+
+
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--of", choices=["gradnorm", "aggregation"], default="gradnorm")
+    parser.add_argument("--of", choices=list(CONFIGURATIONS), default="gradnorm")
+    parser.add_argument("--measure", choices=["time", "memory"], default="time")
     parser.add_argument("--cases", nargs="+", metavar="MODEL:T", help="such as conv:3 conv:10; by default all")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
@@ -286,12 +318,34 @@ def read_options() -> argparse.Namespace:
     return options
 
 
+def write_memory(names: Sequence[str], options: argparse.Namespace) -> None:
+    lines = [
+        f"| model | T | {names[0]}, MiB | " + " | ".join(names[1:]) + " |",
+        "|---|---:" + "|---:" * len(names) + "|",
+    ]
+    for kind, tasks in options.cases:
+        peaks = {name: statistics.median(values) for name, values in memory_of(kind, tasks, names, options).items()}
+        ratios = [f"{peaks[name] / peaks[names[0]]:.3f}" for name in names[1:]]
+        lines.append(f"| {kind} | {tasks} | {peaks[names[0]]:.0f} | " + " | ".join(ratios) + " |")
+        print(lines[-1], flush=True)
+    described = (
+        f", {options.rounds} rounds. Peak of the resident memory (on a GPU: of what is allocated) beyond what the process has "
+        "before the training, each run in a fresh process; median, and ratio to equal weights."
+    )
+    where = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    page = options.output / f"{options.name or 'peak_memory'}.md"
+    write_page(page, "Peak memory of training", described, ["\n".join(lines)], where=where)
+
+
 def main() -> None:
     options = read_options()
     be_quiet(options.threads)
     warnings.simplefilter("ignore")
-    configurations = of_gradnorm if options.of == "gradnorm" else of_aggregation
+    configurations = CONFIGURATIONS[options.of]
     names = list(configurations(Model("mlp", 2)))
+    if options.measure == "memory":
+        write_memory(names, options)
+        return
     lines = [
         f"| model | T | {names[0]}, ms | " + " | ".join(names[1:]) + " |",
         "|---|---:" + "|---:" * len(names) + "|",
