@@ -188,7 +188,13 @@ def test_the_help_explains_every_group_and_names_every_option(call: Call) -> Non
             ["gradnorm-train: GradNorm: shared_layer 'encodr"],
         ),
         (["experiment=nope"], ["there is no experiment 'nope'", "experiment has: cmapss_fd001, "]),
-        (["data=mine"], ["there is no data 'mine'", "data has: cmapss, multimnist, nyuv2, rooms, sinusoids, toy"]),
+        (
+            ["data=mine"],
+            [
+                "there is no data 'mine'",
+                "data has: cmapss, multimnist, nyuv2, rooms, rooms_few, sinusoids, toy, turbofan",
+            ],
+        ),
         (["sed=1"], ["there is no 'sed'; did you mean 'seed'?", "the configuration has:"]),
         (["trainer.max_epoch=1"], ["did you mean 'max_epochs'?"]),
         (["+data.fish=1"], ["data: lightning_gradnorm.data.ToyDataModule has no parameter 'fish'"]),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_gradnorm.cli import train
+from lightning_gradnorm.cli import hparams, train
 from lightning_gradnorm.report import read_run
 
 OPTIONS = [
@@ -47,14 +47,15 @@ def test_two_forked_processes_leave_what_one_process_leaves(call: Callable[..., 
 
 @pytest.mark.slow
 def test_a_sweep_in_two_processes_runs_each_once(call: Callable[..., str], tmp_path: Path) -> None:
-    options = [*OPTIONS, "trainer.max_epochs=1", "callbacks=none", "hydra.sweep.dir=sweep"]
+    options = [*OPTIONS[:-1], "trainer.max_epochs=1", "callbacks=none", "hydra.sweep.dir=sweep"]
     call(train.main, "-m", *options, "balancing=equal,famo")
     runs = sorted(folder.name for folder in (tmp_path / "sweep").iterdir() if folder.is_dir())
-    assert runs == ["0", "1"]
+    assert runs == ["0_equal", "1_famo"]
     assert [(tmp_path / "sweep" / run / "weights.json").exists() for run in runs] == [False, True]
     for run in runs:  # one version of the forked training, one of the forked test
         versions = {folder.name for folder in (tmp_path / "sweep" / run / "csv").iterdir()}
         assert versions == {"version_0", "version_1"}
+        assert (tmp_path / "sweep" / run / "tensorboard" / hparams.FILE).is_file()
 
 
 @pytest.mark.slow

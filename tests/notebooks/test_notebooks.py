@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+Capture = pytest.CaptureFixture[str]
+
 FOLDER = Path(__file__).parents[2] / "notebooks"
 
 
 def _run(path: Path) -> tuple[dict[str, Any], list[Any]]:
-    """Run the code cells in one namespace; return it and each cell's last value."""
+    """Run the code cells in one namespace; return it and the value that each cell shows, if it shows any."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     values = []
     for cell in json.loads(path.read_text())["cells"]:
@@ -24,16 +29,64 @@ def _run(path: Path) -> tuple[dict[str, Any], list[Any]]:
         exec(compile(tree, path.name, "exec"), namespace)
         if isinstance(last, ast.Expr):
             values.append(eval(compile(ast.Expression(last.value), path.name, "eval"), namespace))
-    return namespace, values
+    return namespace, [value for value in values if value is not None]
+
+
+def test_each_notebook_is_run_below_and_opens_with_what_one_will_see() -> None:
+    assert {path.stem for path in FOLDER.glob("*.ipynb")} == {"plug_in", "read_results", "toy_experiment"}
+    for path in FOLDER.glob("*.ipynb"):
+        first = json.loads(path.read_text())["cells"][0]
+        assert "You will see" in "".join(first["source"]), path.stem
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_the_notebook_runs(path: Path) -> None:
-    _run(path)
+def test_the_notebook_names_only_files_that_are_there(path: Path) -> None:
+    prose = "".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "markdown")
+    for target in re.findall(r"\]\(([^)]+)\)", prose):
+        assert "://" in target or (FOLDER / target).exists(), target
 
 
-def test_the_small_task_gains_by_gradnorm_where_a_loss_of_another_scale_stifles_it(capsys) -> None:
-    _, (_, plain, balanced, (weights, _), _) = _run(FOLDER / "plug_in.ipynb")
+def test_the_small_task_gains_by_gradnorm_where_a_loss_of_another_scale_stifles_it(capsys: Capture) -> None:
+    _, (plain, balanced, (weights, _), _) = _run(FOLDER / "plug_in.ipynb")
     assert balanced["kind: accuracy"] > plain["kind: accuracy"]
     assert weights["kind"] > weights["size"]
-    assert "did you mean 'encoder.2'?" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "`size` carries 100 % of the update on `encoder.2`" in said
+    assert "did you mean 'encoder.2'?" in said
+
+
+def test_in_the_toy_experiment_the_smallest_target_gets_the_largest_weight(capsys: Capture) -> None:
+    names, (_, ends, _) = _run(FOLDER / "toy_experiment.ipynb")
+    assert ends["GradNorm"] < ends["equal weights"]
+    assert names["balanced_ten"].ratios[-1] < names["equal_ten"].ratios[-1] < 10
+    weights = list(names["balanced_ten"].weights[-1].values())
+    by_sigma = [weight for _, weight in sorted(zip(names["TEN_SIGMAS"], weights, strict=True))]
+    assert sum(weights) == pytest.approx(10)
+    assert by_sigma[:5] == sorted(by_sigma[:5], reverse=True)
+    assert "task_1: σ =  3" in capsys.readouterr().out
+
+
+def test_the_dashboard_and_the_report_are_read_from_the_runs_own_files(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    names, (folders, picture) = _run(FOLDER / "read_results.ipynb")
+    assert folders == ["0_equal_0", "1_equal_1", "2_gradnorm_0", "3_gradnorm_1"]
+    said = capsys.readouterr().out
+    assert "http://localhost:6006/#custom_scalars" in said
+    assert "2_gradnorm_0" in said.partition("Test metrics")[2], "the table of all runs"
+    curves = names["curves"]
+    _, shares = curves("0_equal_0", "monitor/share/")["task_1"]
+    assert min(shares) > 0.99
+    weights = curves("2_gradnorm_0", "gradnorm/weight/")
+    for one, other in zip(weights["task_0"][1], weights["task_1"][1], strict=True):
+        assert one + other == pytest.approx(2)
+    assert len(picture.axes) == 6
+    names["plt"] = None  # as where matplotlib is not installed
+    title, run, ends = names["draw"]()[0]
+    assert (title, run) == ("task weights w", "2_gradnorm_0")
+    assert ends["task_0"] == (weights["task_0"][1][0], weights["task_0"][1][-1])
+    if importlib.util.find_spec("lightning_gradnorm.cli.report") is not None:
+        assert "4 of 4 runs are finished" in said
+        assert (names["RUNS"] / "report" / "report.html").is_file()
+        assert "| gradnorm | 2 |" in said
