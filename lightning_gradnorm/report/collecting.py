@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -182,7 +183,9 @@ def _is_run(folder: Path, below: Iterable[str], files: Iterable[str]) -> bool:
 
 
 def _by_number(name: str) -> tuple[bool, int, str]:
-    return not name.isdecimal(), int(name) if name.isdecimal() else 0, name
+    """Order the runs of a sweep, ``0_equal_0`` to ``11_upgrad_2``, by their numbers."""
+    number = re.match(r"\d+", name)
+    return number is None, int(number.group()) if number else 0, name
 
 
 def read(folder: Path, name: str) -> CollectedRun:
