@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
