@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py                        # GradNorm: writes docs/results/step_time.md
     python scripts/benchmark.py --of aggregation       # UPGrad and others: docs/results/step_time_aggregation.md
-    python scripts/benchmark.py --cases segnet:3 engine64:2 engine256:2 --name step_time_real
+    python scripts/benchmark.py --cases segnet:3 engine64:2 --ways "with heads" --name step_time_real
     python scripts/benchmark.py --measure memory --rounds 3 --cases conv:10 dense:5 segnet:3     # peak_memory.md
     python scripts/benchmark.py --rounds 1             # shows that it runs
     python scripts/benchmark.py --device cuda --steps 100 --batch-factor 8   # writes docs/results/step_time_cuda.md
@@ -24,6 +24,7 @@ import multiprocessing
 import random
 import resource
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -288,6 +289,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--of", choices=list(CONFIGURATIONS), default="gradnorm")
     parser.add_argument("--measure", choices=["time", "memory"], default="time")
     parser.add_argument("--cases", nargs="+", metavar="MODEL:T", help="such as conv:3 conv:10; by default all")
+    parser.add_argument("--ways", nargs="+", metavar="WAY", help="columns, besides equal weights; by default all")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -342,7 +344,11 @@ def main() -> None:
     be_quiet(options.threads)
     warnings.simplefilter("ignore")
     configurations = CONFIGURATIONS[options.of]
-    names = list(configurations(Model("mlp", 2)))
+    plain, *others = configurations(Model("mlp", 2))
+    for way in options.ways or ():
+        if way not in others:
+            sys.exit(f"--ways: there is no '{way}'; {did_you_mean(way, others)}")
+    names = [plain, *(options.ways or others)]
     if options.measure == "memory":
         write_memory(names, options)
         return
@@ -351,7 +357,7 @@ def main() -> None:
         "|---|---:" + "|---:" * len(names) + "|",
     ]
     for kind, tasks in options.cases:
-        made = configurations(Model(kind, tasks))
+        made = {name: way for name, way in configurations(Model(kind, tasks)).items() if name in names}
         times: dict[str, list[float]] = {name: [] for name in made}
         solvers: dict[str, list[float]] = {name: [] for name in made}
         for _ in range(options.rounds):
@@ -359,14 +365,14 @@ def main() -> None:
                 whole, solver = step_time(kind, tasks, made[name](), options)
                 times[name].append(whole)
                 solvers[name].append(solver)
-        plain = statistics.median(times[names[0]])
-        cells = [f"{1000 * plain:.1f}"]
+        baseline = statistics.median(times[names[0]])
+        cells = [f"{1000 * baseline:.1f}"]
         for name in names[1:]:
             ratios = sorted(ours / equal for ours, equal in zip(times[name], times[names[0]], strict=True))
             low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
-            solver = statistics.median(solvers[name]) / plain
+            solver = statistics.median(solvers[name]) / baseline
             share = f"; {solver:.2f}" if solver else ""
-            cells.append(f"{statistics.median(times[name]) / plain:.2f} ({low:.2f} to {high:.2f}{share})")
+            cells.append(f"{statistics.median(times[name]) / baseline:.2f} ({low:.2f} to {high:.2f}{share})")
         lines.append(f"| {kind} | {tasks} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
     on_gpu = options.device == "cuda"
