@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from lightning_gradnorm.arguments import check, is_integer
 from lightning_gradnorm.callbacks import capture
+from lightning_gradnorm.callbacks.aggregation import Aggregation
 from lightning_gradnorm.callbacks.conflicts import paint_cosines
 from lightning_gradnorm.callbacks.hooks import Undo, shadow
 from lightning_gradnorm.callbacks.naming import plain_name
@@ -106,6 +107,7 @@ class GradientNormMonitor(L.Callback):
         """What the last measured step has shown; among its names is ``rest_of_loss``, if there is any."""
         self._logged_names = dict(losses) if isinstance(losses, Mapping) else None
         self._tally = Tally()
+        self._aggregated = False
         self._steps = 0
         self._trainer: L.Trainer | None = None
         self._undo: Undo | None = None
@@ -143,6 +145,7 @@ class GradientNormMonitor(L.Callback):
         if trainer.global_step == 0:
             self._steps, self._tally, self.last = 0, Tally(), None
         self._trainer = trainer
+        self._aggregated = any(isinstance(callback, Aggregation) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         self._resolve_losses(pl_module)
         self._sought = self._find_parameters(pl_module)
         self._gradients = PartGradients(pl_module.buffers(), asked_by=_NAME)
@@ -446,7 +449,9 @@ class GradientNormMonitor(L.Callback):
         """Return, in a few sentences, what the steps measured so far have shown."""
         encoder = self._declared and self.parameters == "shared"
         shared = "`encoder`" if encoder else "the shared parameters"
-        return self._tally.sentences(_NAME, shared if self.parameters == "shared" else f"`{self.parameters}`")
+        where = shared if self.parameters == "shared" else f"`{self.parameters}`"
+        what = "the sum of the gradients, before they are aggregated," if self._aggregated else "the update"
+        return self._tally.sentences(_NAME, what, where)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -456,6 +461,23 @@ class GradientNormMonitor(L.Callback):
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._take_hooks_away()
+        if trainer.current_epoch == 0 and self._steps and not self._declared:
+            self._warn_of_unseen(pl_module)
+
+    def _warn_of_unseen(self, module: L.LightningModule) -> None:
+        """Say, after the first epoch, which names no measured step has shown: they may come later, or be wrong."""
+        if self._logged_names is not None:
+            missing = [called for called in self._logged_names.values() if called not in self._logged]
+            if missing:
+                rank_zero_warn(
+                    f"{_NAME}: '{missing[0]}' was not logged in the measured steps of the first epoch, which logged "
+                    f"{sorted(self._logged)}. Log the loss in training_step, before its backward, or mend the name in losses."
+                )
+        elif not self._ever_offered and not module.automatic_optimization:
+            rank_zero_warn(
+                f"{_NAME}: no loss was seen in the first epoch. {type(module).__name__} optimizes manually: it should call "
+                f"watch({{'data': loss, …}}) on this callback before manual_backward."
+            )
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -8,6 +8,9 @@ from typing import Any
 
 from lightning_gradnorm.gradients import REST, GradientNorms
 
+_CLEAR = -0.05
+"""A mean cosine above it is no conflict to speak of."""
+
 
 class Tally:
     """Sums over the measured steps. Of a part that was absent from some, means are over the others.
@@ -75,17 +78,20 @@ class Tally:
         inverse = sum(1 / mean for mean in means.values())
         return {name: len(means) / (mean * inverse) for name, mean in means.items()}
 
-    def sentences(self, who: str, where: str) -> str:
-        """Return what a user wants to know, in plain words; ``where`` says of which parameters."""
+    def sentences(self, who: str, what: str, where: str) -> str:
+        """Return what a user wants to know, in plain words; ``what`` is the sum of the parts, ``where`` the parameters."""
         lines = []
         if self._steps:
             steps = f"{self._steps} measured step{'s' if self._steps > 1 else ''}"
-            lines.append(f"{who}, {steps}: {self._who_carries(where)}.")
+            lines.append(f"{who}, {steps}: {self._who_carries(what, where)}.")
             lines.append(self._how_large())
             lines.extend(self._who_conflicts())
             weights = {name: float(f"{weight:.3g}") for name, weight in self.suggested_weights.items()}
             if len(weights) > 1:
-                lines.append(f"Suggested static weights, which make the mean norms equal: FixedWeights({weights}).")
+                lines.append(
+                    f"Suggested static weights, which make the mean norms equal: FixedWeights({weights}). A regularizer is "
+                    f"not to be made as large as a task: if there is one among them, name the others in losses."
+                )
         else:
             lines.append(
                 f"{who}: no step was measured: none of the losses has reached {where}, or all of it is frozen."
@@ -96,13 +102,13 @@ class Tally:
         )
         return "\n".join(lines)
 
-    def _who_carries(self, where: str) -> str:
+    def _who_carries(self, what: str, where: str) -> str:
         shares = sorted(self.shares.items(), key=lambda item: -item[1])
         if not shares:
             return f"nothing moves {where}, all gradients are zero"
         (first, most), *others = [(_called(name), _percent(share)) for name, share in shares]
         return ", ".join(
-            [f"{first} carries {most} of the update on {where}", *(f"{name} {share}" for name, share in others)]
+            [f"{first} carries {most} of {what} on {where}", *(f"{name} {share}" for name, share in others)]
         )
 
     def _how_large(self) -> str:
@@ -119,9 +125,10 @@ class Tally:
             for other, (total, count, against) in row.items()
         ]
         return [
-            f"`{one}` and `{other}` pull against each other in {against} of {count} steps (mean cosine {mean:.2f})."
+            f"`{one}` and `{other}` pull against each other in {against} of {count} step{'s' * (count > 1)} (mean cosine "
+            f"{mean:.2f})."
             for mean, against, count, one, other in sorted(pairs)[:3]
-            if against
+            if against and mean < _CLEAR
         ]
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,11 +19,14 @@ from typing_extensions import override
 from lightning_gradnorm.report.collecting import CONFIG as CONFIG
 from lightning_gradnorm.report.collecting import FAILURE, TIME, WEIGHTS
 from lightning_gradnorm.report.collecting import OVERRIDES as OVERRIDES
+from lightning_gradnorm.report.results import FILE as METRICS
 from lightning_gradnorm.suggestions import nearest
 
 
 class RunRecord(L.Callback):
     """Writes the run's configuration once training really begins: a resume that fails leaves the folder as it was.
+
+    What an earlier training has found out goes then, so that it is not taken for this one's.
 
     Args:
         folder: the run's folder.
@@ -37,6 +41,8 @@ class RunRecord(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for outdated in (METRICS, WEIGHTS, TIME, FAILURE):
+                (self.folder / outdated).unlink(missing_ok=True)
             OmegaConf.save(self.config, self.folder / CONFIG, resolve=True)
             OmegaConf.save(OmegaConf.create(self.overrides), self.folder / OVERRIDES)
 
@@ -128,7 +134,8 @@ class TimeRecord(L.Callback):
 class FailureRecord(L.Callback):
     """Writes ``failure.json`` if the run ends by an error: ``{"error": …, "step": …, "epoch": …}``; Ctrl-C is none.
 
-    A run that goes on removes it.
+    Training that goes on removes it (see `RunRecord`), and so does a test that is done. An error before training leaves the
+    folder of an earlier training as it was.
 
     Args:
         folder: the run's folder.
@@ -136,9 +143,18 @@ class FailureRecord(L.Callback):
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / FAILURE
+        self._is_ours = not (folder / CONFIG).is_file()
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._is_ours = True
+
+    @override
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._is_ours = True
+
+    @override
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             self.file.unlink(missing_ok=True)
 
@@ -146,10 +162,17 @@ class FailureRecord(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, Exception) or not self.file.parent.is_dir() or not trainer.is_global_zero:
             return
+        if not self._is_ours:
+            return
         said = " ".join(str(exception).split())[:500]
         error = f"{type(exception).__name__}: {said}" if said else type(exception).__name__
         record = {"error": error, "step": trainer.global_step, "epoch": trainer.current_epoch}
         self.file.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def quoted(value: str) -> str:
+    """Return the value as Hydra's grammar wants it on the command line."""
+    return value if re.fullmatch(r"[\w./-]+", value) else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def find_checkpoint(path: str | Path) -> Path:

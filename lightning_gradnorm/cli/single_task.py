@@ -18,6 +18,8 @@ def results_in(folders: Any) -> dict[str, float] | None:
     if folders is None:
         return None
     given = [folders] if isinstance(folders, str) else list(folders)
+    if not given or not all(given):
+        raise ValueError("single_task should name the folders of runs of one task each, or be null; got nothing.")
     found = single_task_results(run for folder in given for run in read_runs(folder))
     if not found:
         raise ValueError(

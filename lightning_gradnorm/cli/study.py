@@ -61,16 +61,18 @@ def carry_out(
 
     with ThreadPoolExecutor(at_once) as pool:
         for number, (name, _) in enumerate(zip(waiting, pool.map(run, waiting), strict=True), start=done + 1):
-            print(f"[{number}/{len(jobs)}] {name}", flush=True)
-    failed = {failure.name: failure for failure in failures}
-    finished = [read_run(folder / name, name) for name in jobs if name not in failed]
-    return finished, [failed[name] for name in jobs if name in failed]
+            failed = " failed" if any(failure.name == name for failure in failures) else ""
+            print(f"[{number}/{len(jobs)}] {name}{failed}", flush=True)
+    of_name = {failure.name: failure for failure in failures}
+    finished = [read_run(folder / name, name) for name in jobs if name not in of_name]
+    return finished, [of_name[name] for name in jobs if name in of_name]
 
 
 def _is_finished(folder: Path, overrides: Sequence[str]) -> bool:
     if not (folder / FILE).is_file():
         return False
-    before = [str(override) for override in OmegaConf.load(folder / runs.OVERRIDES)]
+    record = folder / runs.OVERRIDES
+    before = [str(override) for override in OmegaConf.load(record)] if record.is_file() else ["something unknown"]
     if before != list(overrides):
         raise ValueError(
             f"{folder} should be a run of {' '.join(overrides)}; it is one of {' '.join(before)}. Choose another folder for "
@@ -83,7 +85,13 @@ def _run(folder: Path, overrides: Sequence[str], threads: int | None) -> str | N
     """Run one job; return why it failed, or None."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-    command = [sys.executable, "-m", "lightning_gradnorm.cli.train", *overrides, f"hydra.run.dir='{folder}'"]
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_gradnorm.cli.train",
+        *overrides,
+        f"hydra.run.dir={runs.quoted(str(folder))}",
+    ]
     with (folder / LOG).open("w") as log:
         status = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
     if status == 0 and (folder / FILE).is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -65,7 +64,7 @@ def _options_to_go_on_with() -> list[str]:
     is_sweep = get_args_parser().parse_args().multirun
     if is_sweep or entry.value_of("hydra.run.dir", given) is not None:
         return options
-    return [*options, f"hydra.run.dir={_quoted(str(folder))}"]
+    return [*options, f"hydra.run.dir={runs.quoted(str(folder))}"]
 
 
 def _train_and_compare(config: DictConfig) -> float | None:
@@ -241,13 +240,8 @@ def _how_to_go_on(trainer: L.Trainer) -> str:
         return "Interrupted; there is no checkpoint yet."
     config_dir = get_args_parser().parse_args().config_dir
     options = [] if config_dir is None else ["--config-dir", config_dir]
-    words = [COMMAND, *options, f"ckpt_path={_quoted(_short(existing[0]))}"]
+    words = [COMMAND, *options, f"ckpt_path={runs.quoted(_short(existing[0]))}"]
     return f"Interrupted. To go on:\n  {shlex.join(words)}"
-
-
-def _quoted(value: str) -> str:
-    """Return the value as Hydra's grammar wants it on the command line."""
-    return value if re.fullmatch(r"[\w./-]+", value) else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _short(path: Path) -> str:

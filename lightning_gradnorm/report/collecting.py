@@ -225,7 +225,7 @@ def read(folder: Path, name: str) -> CollectedRun:
     if bad:
         problems.append(f"not finite: {', '.join(bad)}")
     failure = _mapping(folder / FAILURE, problems)
-    if failure and not run.metrics:
+    if failure:
         run.failure = str(failure.get("error", "no reason is given"))
     elif not run.metrics and (printed := _last_line(folder / LOG)):
         problems.append(f"its output ends with: {printed}")

@@ -84,6 +84,8 @@ def _seeds_in_words(comparison: Comparison) -> str:
 def _verdict(comparison: Comparison) -> list[str]:
     ranked = sorted((row for row in comparison.rows if row.rank is not None), key=lambda row: row.rank or 0.0)
     lines = []
+    tests = [test for row in comparison.rows for test in row.tests.values() if test is not None and test.p is not None]
+    uncorrected = f"p < 0.05, uncorrected, {len(tests)} {_plural('test', len(tests))}"
     if len(ranked) > 1:
         best = [row.method.name for row in ranked if row.rank == ranked[0].rank]
         lines.append(f"Lowest mean rank: {', '.join(best)} ({ranked[0].rank:.2f} of {len(ranked)}).")
@@ -100,14 +102,14 @@ def _verdict(comparison: Comparison) -> list[str]:
             base = comparison.baselines[row.method.name].name
             pairs = max(test.count for _, test in clear)
             lines.append(
-                f"{row.method.name} is significantly {' and '.join(parts)} than {base} (p < 0.05, {pairs} seeds)."
+                f"{row.method.name} is significantly {' and '.join(parts)} than {base} ({uncorrected}, {pairs} seeds)."
             )
     if comparison.baseline is None:
         lines.append("There are no finished runs with equal weights among them: no differences, no ratio of times.")
-    elif len(comparison.rows) > 1 and not any(
-        test.is_significant for row in comparison.rows for test in row.tests.values()
-    ):
-        lines.append(f"No difference from {comparison.baseline} is significant (p < 0.05).")
+    elif len(comparison.rows) > 1 and not tests:
+        lines.append(f"With one pair of runs no difference from {comparison.baseline} can be tested: give more seeds.")
+    elif len(comparison.rows) > 1 and not any(test.is_significant for test in tests):
+        lines.append(f"No difference from {comparison.baseline} is significant ({uncorrected}).")
     return lines
 
 

@@ -20,6 +20,7 @@ _NOT_OPTIONS = (
     "name",
     "ckpt_path",
     "test",
+    "single_task",
     "optimized_metric",
     "seed",
     "alpha",  # of an experiment, for balancing.alpha
@@ -29,6 +30,8 @@ _NOT_OPTIONS = (
     "data.num_workers",
     "data.pin_memory",
     "data.persistent_workers",
+    "data.folder",  # where simulated files are kept
+    "data.in_memory",
     "trainer.default_root_dir",
     "trainer.enable_autolog_hparams",
     "trainer.enable_checkpointing",
