@@ -1,4 +1,4 @@
-"""What mkdocs asks of us while it builds the site: made pages, the parts of the navigation that list files, links, docstrings."""
+"""What mkdocs asks of us while it builds the site: made pages, the lists in the navigation, links, drawings, docstrings."""
 
 from __future__ import annotations
 
@@ -39,6 +39,16 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Show links to files of the repository that are no part of the site as what they are called."""
     return re.sub(r"\[([^\]]*)\]\((?:\.\./)+(?:tests|scripts|notebooks|lightning_gradnorm)/[^)]*\)", r"\1", markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Put drawings into the page itself, where they have its colours."""
+    return re.sub(r'<img [^>]*src="(\w+\.svg)"[^>]*>', _inlined, html)
+
+
+def _inlined(image: re.Match[str]) -> str:
+    drawing = (site_pages.ROOT / "docs" / image[1]).read_text(encoding="utf-8")
+    return f'<span class="drawing">{drawing}</span>'
 
 
 class PlainDocstrings(griffe.Extension):

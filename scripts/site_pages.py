@@ -133,10 +133,10 @@ def _plain(meaning: str) -> str:
 
 
 def as_markdown(docstring: str) -> str:
-    """Return a docstring in the form that mkdocstrings reads: doctests under ``Examples:``, formulas in plain letters.
+    r"""Return a docstring in the form that mkdocstrings reads: doctests under ``Examples:``, formulas in plain letters.
 
     Example:
-        >>> as_markdown("Regression onto :math:`\\\\sigma_i x`.")
+        >>> as_markdown(r"Regression onto :math:`\sigma_i x`.")
         'Regression onto `σ_i x`.'
     """
     text = re.sub(r"^Example:$", "Examples:", docstring, flags=re.MULTILINE)
@@ -144,16 +144,42 @@ def as_markdown(docstring: str) -> str:
     return re.sub(r"^\.\. math:: *(.*)$", lambda found: f"    {_unicode(found[1])}", text, flags=re.MULTILINE)
 
 
+_LETTERS = {
+    r"\sqrt{1-p^2}": "√(1−p²)",
+    r"\sum_{i=1}^{m}": "Σ_i",
+    r"\hat{\gamma}": "γ",
+    r"\hat{\phi}": "φ",
+    r"\hat{\lambda}": "λ̂",
+    r"\hat w": "ŵ",
+    r"\varepsilon": "ε",
+    r"\epsilon": "ε",
+    r"\ell": "ℓ",
+    r"\lambda": "λ",
+    r"\theta": "θ",
+    r"\mu": "μ",
+    r"\tau": "τ",
+    r"\beta": "β",
+    r"\alpha": "α",
+    r"\gamma": "γ",
+    r"\sigma": "σ",
+    r"\eta": "η",
+    r"\cdot": "·",
+    r"\sim": "~",
+    r"\quad": "  ",
+    r"\,": " ",
+    r"\ ": " ",
+    r"\ldots": "…",
+    r"\in": "∈",
+    r"\geq": "≥",
+    "^T": "ᵀ",
+}
+"""LaTeX → plain, the longer before what they contain: as much of it as the docstrings have."""
+
+
 def _unicode(formula: str) -> str:
     if "begin{bmatrix}" in formula:  # TorchJD's way to write the preference that is no preference
         return "[1/m, …, 1/m]"
-    for latex, plain in {
-        r"\hat{\gamma}": "γ", r"\hat{\phi}": "φ", r"\hat{\lambda}": "λ̂", r"\varepsilon": "ε", r"\ell": "ℓ", r"\lambda": "λ", r"\theta": "θ", r"\mu": "μ", r"\tau": "τ",
-        r"\beta": "β", r"\epsilon": "ε", r"\alpha": "α", r"\gamma": "γ", r"\hat w": "ŵ", r"\{": "{", r"\}": "}",
-        r"\sigma": "σ", r"\sqrt{1-p^2}": "√(1−p²)", r"\cdot": "·", r"\sum_{i=1}^{m}": "Σ_i", r"\sim": "~",
-        r"\quad": "  ", r"\,": " ", r"\ldots": "…", r"\eta": "η",
-        r"\in": "∈", r"\geq": "≥", "^T": "ᵀ", r"\ ": " ",
-    }.items():  # fmt: skip
+    for latex, plain in _LETTERS.items():
         formula = formula.replace(latex, plain)
     return formula.replace("\\", "")
 
@@ -372,10 +398,10 @@ def _dotted(constructor: Constructor) -> str:
 
 def _table(constructor: Constructor) -> list[str]:
     first = _plain(inspect.cleandoc(constructor.__doc__ or ""))
-    rows = [
-        f"| `{one.name}` | {f'`{one.kind}`' if one.kind else ''} | {f'`{one.default}`' if one.default else ''} | {one.meaning} |"
-        for one in parameters_of(constructor)
-    ]
+    rows = []
+    for one in parameters_of(constructor):
+        kind, default = (f"`{text}`" if text else "" for text in (one.kind, one.default))
+        rows.append(f"| `{one.name}` | {kind} | {default} | {one.meaning} |")
     told = [_escaped(first.replace("\\|", "|")), ""] if first else []
     if not rows:
         return [*told, "No options."]
