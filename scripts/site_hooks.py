@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # mkdocs reads a hook by its pat
 
 import site_pages
 
+WIDE = ("strategies.md",)
 RESULTS = site_pages.ROOT / "docs" / "results"
 
 
@@ -36,8 +37,10 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Show links to files of the repository that are no part of the site as what they are called."""
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Show links to files of the repository that are no part of the site as what they are called; make room for wide tables."""
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
     return re.sub(r"\[([^\]]*)\]\((?:\.\./)+(?:tests|scripts|notebooks|lightning_gradnorm)/[^)]*\)", r"\1", markdown)
 
 
