@@ -1,0 +1,68 @@
+"""What mkdocs asks of us while it builds the site: made pages, the lists in the navigation, links, drawings, docstrings."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import griffe
+from mkdocs.structure.files import File
+
+sys.path.insert(0, str(Path(__file__).parent))  # mkdocs reads a hook by its path
+
+import site_pages
+
+WIDE = ("strategies.md",)
+RESULTS = site_pages.ROOT / "docs" / "results"
+
+
+def on_config(config: Any) -> Any:
+    """Fill in what the navigation does not list: groups of the configuration, and results."""
+    groups = [{f"{group}=": f"configuration/{site_pages.page_of(group)}"} for group in site_pages.groups()]
+    results = [{_title(file): f"results/{file.name}"} for file in sorted(RESULTS.glob("*.md"))]
+    for entry in config["nav"]:
+        if "Configuration" in entry:
+            entry["Configuration"] += groups
+        if "Results" in entry:
+            entry["Results"] += results
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages that are made."""
+    for path, text in site_pages.pages().items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Show links to files of the repository that are no part of the site as what they are called; make room for wide tables."""
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
+    return re.sub(r"\[([^\]]*)\]\((?:\.\./)+(?:tests|scripts|notebooks|lightning_gradnorm)/[^)]*\)", r"\1", markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Put drawings into the page itself, where they have its colours."""
+    return re.sub(r'<img [^>]*src="(\w+\.svg)"[^>]*>', _inlined, html)
+
+
+def _inlined(image: re.Match[str]) -> str:
+    drawing = (site_pages.ROOT / "docs" / image[1]).read_text(encoding="utf-8")
+    return f'<span class="drawing">{drawing}</span>'
+
+
+class PlainDocstrings(griffe.Extension):
+    """Let our docstrings be read as they are written: `Example:` with a doctest, a few formulas of Sphinx."""
+
+    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rewrite the docstring of a module, class, function or attribute."""
+        if obj.docstring is not None:
+            obj.docstring.value = site_pages.as_markdown(obj.docstring.value)
+
+
+def _title(file: Path) -> str:
+    first = file.read_text(encoding="utf-8").splitlines()[0]
+    return first.lstrip("# ")

@@ -1,0 +1,424 @@
+"""The pages of the documentation site that are made, not written: the configuration reference and the changelog.
+
+They are made from the yaml files in ``conf``, from the constructors that these name and from their docstrings, each time the
+site is built. `site_hooks` hands them to mkdocs; nothing here needs it.
+
+Example:
+    python scripts/site_pages.py        # prints them
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from lightning_gradnorm.cli.config import AGGREGATORS, GIVEN_BY_US, MADE_FOR_TASKS, SCALARIZERS, WITH_SCHEMA
+
+ROOT = Path(__file__).resolve().parents[1]
+CONF = ROOT / "conf"
+
+Constructor = Callable[..., Any]
+
+_SCHEMAS: dict[str, Constructor] = {
+    **{f"/schema/{one.__name__}": one for one in WITH_SCHEMA},
+    **{f"/schema/scalarization/{one.__name__}": one for one in SCALARIZERS},
+    **{f"/schema/aggregation/{one.__name__}": one for one in AGGREGATORS},
+}
+
+_ABOUT = {
+    "balancing": "How the tasks are balanced. [Strategies](../strategies.md) compares them, [Formulas](../formulas.md) says "
+    "what each computes.",
+    "callbacks": "What else looks on: checkpoints, Ctrl-C, learning rate, the dashboard, pictures.",
+    "data": "What is learned from. [Data](../data.md) describes the files and the batches.",
+    "experiment": "A whole setting at once: data, network, length, learning rates.",
+    "hydra": "Where runs are written and what sweeps name them; Hydra's own options are shown by `--hydra-help`.",
+    "logger": "Where the curves are written.",
+    "model": "Encoder, tasks and optimizer; follows `data` unless it is given.",
+    "paths": "The folders.",
+    "trainer": "Where and how long: the options of Lightning's `Trainer`.",
+}
+"""What a group is for; one that is not here has only what its files say."""
+
+
+# ---- constructors ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a constructor, as a row of a table."""
+
+    name: str
+    kind: str
+    default: str
+    meaning: str
+
+
+def parameters_of(constructor: Constructor) -> list[Parameter]:
+    """Return what can be given to a constructor on the command line, as its signature and docstring have it.
+
+    Example:
+        >>> from lightning_gradnorm import GradNorm
+        >>> alpha = next(one for one in parameters_of(GradNorm) if one.name == "alpha")
+        >>> alpha.kind, alpha.default
+        ('float', '1.5')
+        >>> alpha.meaning.startswith("the asymmetry")
+        True
+    """
+    name = constructor.__name__
+    left_out = {*GIVEN_BY_US.get(name, ()), *MADE_FOR_TASKS.get(name, ())}
+    told = described(constructor)
+    rows = []
+    for parameter in inspect.signature(constructor).parameters.values():
+        if parameter.name in left_out or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        required = parameter.default is parameter.empty
+        default = "" if required else _shown(parameter.default)
+        rows.append(
+            Parameter(parameter.name, _kind(parameter.annotation), default, told.get(parameter.name, "").strip())
+        )
+    return rows
+
+
+def described(constructor: Constructor) -> dict[str, str]:
+    """Return parameter → what the docstrings of a constructor, its ``__init__`` and its bases say of it."""
+    found: dict[str, str] = {}
+    places = [constructor]
+    if inspect.isclass(constructor):
+        places = [place for base in constructor.__mro__ for place in (base, base.__dict__.get("__init__"))]
+    for place in filter(None, places):
+        text = inspect.cleandoc(getattr(place, "__doc__", None) or "")
+        for name, meaning in {**_google(text), **_sphinx(text)}.items():
+            found.setdefault(name, meaning)
+    return found
+
+
+def _google(text: str) -> dict[str, str]:
+    """Read ``Args:`` and what is indented below it."""
+    section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", text, flags=re.MULTILINE)
+    if section is None:
+        return {}
+    lines = inspect.cleandoc("\n" + section[1]).splitlines()
+    found: dict[str, str] = {}
+    name = None
+    for line in lines:
+        if entry := re.match(r"\*{0,2}(\w+)(?: *\([^)]*\))?: *(.*)", line):
+            name, found[entry[1]] = entry[1], entry[2]
+        elif name is not None:
+            found[name] += "\n" + line.strip()
+    return {name: _plain(meaning) for name, meaning in found.items()}
+
+
+def _sphinx(text: str) -> dict[str, str]:
+    """Read ``:param name:`` and the lines that go on."""
+    found = re.findall(r"^:param (\w+): *(.*(?:\n[ \t]+.*)*)", text, flags=re.MULTILINE)
+    return {name: _plain(meaning) for name, meaning in found}
+
+
+def _plain(meaning: str) -> str:
+    """Return the first paragraph in Markdown and on one line, as a cell of a table can have it."""
+    text = " ".join(meaning.strip().split("\n\n")[0].split())
+    text = re.sub(r"\.\. \w+::.*", "", text)  # a directive is more than a cell can show
+    text = re.sub(r":math:`((?:[^`])*)`", lambda found: f"`{_unicode(found[1])}`", text)
+    text = re.sub(r":\w+:`~?([^`<]*?)(?: *<[^`]*>)?`", lambda found: f"`{found[1].rsplit('.', 1)[-1]}`", text)
+    text = re.sub(r"`([^`<]+?) *<(https?://[^>]*)>`_+", r"[\1](\2)", text)
+    return text.replace("``", "`").replace("|", "\\|")
+
+
+def as_markdown(docstring: str) -> str:
+    r"""Return a docstring in the form that mkdocstrings reads: doctests under ``Examples:``, formulas in plain letters.
+
+    Example:
+        >>> as_markdown(r"Regression onto :math:`\sigma_i x`.")
+        'Regression onto `σ_i x`.'
+    """
+    text = re.sub(r"^Example:$", "Examples:", docstring, flags=re.MULTILINE)
+    text = re.sub(r":math:`([^`]*)`", lambda found: f"`{_unicode(found[1])}`", text)
+    return re.sub(r"^\.\. math:: *(.*)$", lambda found: f"    {_unicode(found[1])}", text, flags=re.MULTILINE)
+
+
+_LETTERS = {
+    r"\sqrt{1-p^2}": "√(1−p²)",
+    r"\sum_{i=1}^{m}": "Σ_i",
+    r"\hat{\gamma}": "γ",
+    r"\hat{\phi}": "φ",
+    r"\hat{\lambda}": "λ̂",
+    r"\hat w": "ŵ",
+    r"\varepsilon": "ε",
+    r"\epsilon": "ε",
+    r"\ell": "ℓ",
+    r"\lambda": "λ",
+    r"\theta": "θ",
+    r"\mu": "μ",
+    r"\tau": "τ",
+    r"\beta": "β",
+    r"\alpha": "α",
+    r"\gamma": "γ",
+    r"\sigma": "σ",
+    r"\eta": "η",
+    r"\cdot": "·",
+    r"\sim": "~",
+    r"\quad": "  ",
+    r"\,": " ",
+    r"\ ": " ",
+    r"\ldots": "…",
+    r"\in": "∈",
+    r"\geq": "≥",
+    "^T": "ᵀ",
+}
+"""LaTeX → plain, the longer before what they contain: as much of it as the docstrings have."""
+
+
+def _unicode(formula: str) -> str:
+    if "begin{bmatrix}" in formula:  # TorchJD's way to write the preference that is no preference
+        return "[1/m, …, 1/m]"
+    for latex, plain in _LETTERS.items():
+        formula = formula.replace(latex, plain)
+    return formula.replace("\\", "")
+
+
+def _kind(annotation: Any) -> str:
+    if annotation is inspect.Parameter.empty:
+        return ""
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    if optional := re.fullmatch(r"(?:typing\.)?Optional\[(.*)\]", text):
+        text = f"{optional[1]} | None"
+    if union := re.fullmatch(r"(?:typing\.)?Union\[(.*)\]", text):
+        text = union[1].replace(", ", " | ")
+    text = re.sub(r"(?:\b[a-z_]\w*\.)+(?=[A-Z])", "", text)
+    return text.replace("NoneType", "None").replace(" | ", " or ").replace("|", "\\|")
+
+
+def _shown(value: Any) -> str:
+    """Write a default as one would write it."""
+    if isinstance(value, functools.partial):
+        given = [*map(repr, value.args), *(f"{key}={item!r}" for key, item in value.keywords.items())]
+        return f"{value.func.__name__}({', '.join(given)})" if hasattr(value.func, "__name__") else "…"
+    if callable(value):
+        return str(getattr(value, "__name__", "…"))
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(list(value) if isinstance(value, tuple) else value)
+
+
+# ---- the yaml files --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Option:
+    """One yaml file of a group."""
+
+    group: str
+    name: str
+    told: str
+    """Its comment."""
+    yaml: str
+    """What it sets, without the lines that say where its schema is."""
+    made_by: dict[str, Constructor]
+    """Key, below the group → what is made there."""
+
+
+def groups() -> dict[str, list[Option]]:
+    """Return every group of ``conf`` with its options."""
+    found: dict[str, list[Option]] = {}
+    for file in sorted(CONF.rglob("*.yaml")):
+        group = file.parent.relative_to(CONF).as_posix()
+        if group != ".":
+            found.setdefault(group, []).append(_option(group, file))
+    return found
+
+
+def _option(group: str, file: Path) -> Option:
+    told, yaml = _comment_and_rest(file.read_text(encoding="utf-8"))
+    return Option(group, file.stem, told, _without_schemas(yaml), dict(_makers(file)))
+
+
+def _comment_and_rest(text: str) -> tuple[str, str]:
+    lines = text.splitlines()
+    at = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    told = [line.lstrip("# ").strip() for line in lines[:at] if not line.startswith("# @package")]
+    return " ".join(told), "\n".join(lines[at:]).strip()
+
+
+def _without_schemas(yaml: str) -> str:
+    """Leave out the lines of the defaults list that nobody has to know: schemas, and the file itself."""
+    yaml = re.sub(r"^ +- (?:/schema/\S+|_self_)\n?", "", yaml + "\n", flags=re.MULTILINE)
+    yaml = re.sub(r"^defaults:\n(?! )", "", yaml, flags=re.MULTILINE)
+    return "" if yaml.strip() == "{}" else yaml.strip()
+
+
+def _makers(file: Path) -> Iterator[tuple[str, Constructor]]:
+    """Give each key of a yaml file at which something is built, and what builds it."""
+    content = OmegaConf.load(file)
+    assert isinstance(content, DictConfig)
+    for entry in content.get("defaults", []):
+        name, _, package = str(entry).partition("@")
+        if name in _SCHEMAS:
+            yield package.removeprefix("_here_"), _SCHEMAS[name]
+        elif isinstance(entry, str) and name != "_self_" and (file.parent / f"{name}.yaml").is_file():
+            yield from _makers(file.parent / f"{name}.yaml")
+    yield from _targets(content, "")
+
+
+def _targets(node: Any, path: str) -> Iterator[tuple[str, Constructor]]:
+    if isinstance(node, DictConfig):
+        raw: dict[Any, Any] = OmegaConf.to_container(node, resolve=False)  # type: ignore[assignment]
+        target = raw.get("_target_")
+        if isinstance(target, str):
+            yield path, get_object(target)
+        for key, value in raw.items():
+            if isinstance(value, dict) and key != "defaults":
+                yield from _targets(node._get_node(key), f"{path}.{key}".lstrip("."))
+    elif isinstance(node, ListConfig):
+        return
+
+
+# ---- pages -----------------------------------------------------------------------------------------------------------
+
+
+def pages() -> dict[str, str]:
+    """Return path in the site → Markdown."""
+    made = {"configuration/index.md": _overview()}
+    for group, options in groups().items():
+        made[f"configuration/{page_of(group)}"] = _group_page(group, options)
+    made["changelog.md"] = _changelog()
+    return made
+
+
+def page_of(group: str) -> str:
+    """Return the file name of a group's page."""
+    return f"{group.replace('/', '_')}.md"
+
+
+def _overview() -> str:
+    rows = []
+    for group, options in groups().items():
+        links = [f"[`{one.name}`]({page_of(group)}#{one.name})" for one in options]
+        rows.append(f"| [`{group}`]({page_of(group)}) | {', '.join(links)} |")
+    return "\n".join(
+        [
+            "# Configuration",
+            "",
+            "`gradnorm-train` composes one configuration from groups and single values. A group is chosen, `group=option`; a",
+            "value is set, `group.key=value`. What does not exist is an error that lists what does. These pages are made from",
+            "the configuration files and the constructors' docstrings each time the site is built.",
+            "",
+            "    gradnorm-train experiment=toy_ten balancing=cagrad balancing.aggregator.c=0.3 trainer.max_epochs=5",
+            "    gradnorm-train --cfg job             # shows the configuration and does nothing",
+            "    gradnorm-train --cfg job --resolve   # the same, with every reference replaced by its value",
+            "",
+            "## Groups",
+            "",
+            "| group | options |",
+            "|---|---|",
+            *rows,
+            "",
+            "## Single values of `gradnorm-train`",
+            "",
+            *_values(CONF / "config.yaml"),
+            "",
+            "## Single values of `gradnorm-eval`",
+            "",
+            "Everything that the run's own `config.yaml` has, and:",
+            "",
+            *_values(CONF / "eval.yaml"),
+            "",
+            "## Files of your own",
+            "",
+            "`gradnorm-train --config-dir my_conf data=mine model=mine` finds `my_conf/data/mine.yaml` and",
+            "`my_conf/model/mine.yaml`. With `/schema/GradNorm@_here_` and the like in their `defaults` the options are",
+            "checked; the names are those of the constructors on the groups' pages.",
+            "",
+        ]
+    )
+
+
+def _values(file: Path) -> list[str]:
+    """Make a table of the keys at the top of a file, with the comment above each and the default."""
+    rows, comment, in_defaults = [], [], False
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            comment.append(line.lstrip("# "))
+        elif found := re.match(r"(\w+): *([^#]*)", line):
+            in_defaults = found[1] in ("defaults", "hydra")
+            if not in_defaults:
+                rows.append(f"| `{found[1]}` | `{found[2].strip()}` | {' '.join(comment)} |")
+            comment = []
+    return ["| key | default | |", "|---|---|---|", *rows]
+
+
+def _group_page(group: str, options: list[Option]) -> str:
+    constructors: dict[str, Constructor] = {}
+    for option in options:
+        for one in option.made_by.values():
+            if _has_a_table(one):
+                constructors.setdefault(one.__name__, one)
+    lines = [f"# `{group}`", ""]
+    if group in _ABOUT:
+        lines += [_ABOUT[group], ""]
+    if len(options) > 1:
+        lines += [" · ".join(f"[`{one.name}`](#{one.name})" for one in options)]
+    for option in options:
+        lines += ["", f"## `{group}={option.name}` {{ #{option.name} }}", ""]
+        lines += [_escaped(option.told), ""] if option.told else []
+        places = [_place(group, key, one) for key, one in option.made_by.items()]
+        lines += ["Options: " + "; ".join(places) + ".", ""] if places else []
+        lines += ["```yaml", option.yaml, "```"] if option.yaml else []
+    if constructors:
+        lines += ["", "## What the options are", ""]
+        lines += ["`null` is None. An empty default has to be given, here or by the option."]
+    for name in sorted(constructors, key=str.lower):
+        lines += ["", f"### `{name}` {{ #made-by-{name.lower()} }}", "", *_table(constructors[name])]
+    return "\n".join(lines) + "\n"
+
+
+def _place(group: str, key: str, constructor: Constructor) -> str:
+    where = f"{group}.{key}".rstrip(".")
+    name = constructor.__name__
+    what = f"[`{name}`](#made-by-{name.lower()})" if _has_a_table(constructor) else f"`{_dotted(constructor)}`"
+    return f"`{where}.…` those of {what}"
+
+
+def _has_a_table(constructor: Constructor) -> bool:
+    """Say whether a constructor is ours, or has a schema; torch's own are documented by torch."""
+    return constructor in _SCHEMAS.values() or constructor.__module__.startswith("lightning_gradnorm")
+
+
+def _dotted(constructor: Constructor) -> str:
+    package = constructor.__module__.split(".")[0]
+    return f"{package}.….{constructor.__name__}" if "." in constructor.__module__ else constructor.__name__
+
+
+def _table(constructor: Constructor) -> list[str]:
+    first = _plain(inspect.cleandoc(constructor.__doc__ or ""))
+    rows = []
+    for one in parameters_of(constructor):
+        kind, default = (f"`{text}`" if text else "" for text in (one.kind, one.default))
+        rows.append(f"| `{one.name}` | {kind} | {default} | {one.meaning} |")
+    told = [_escaped(first.replace("\\|", "|")), ""] if first else []
+    if not rows:
+        return [*told, "No options."]
+    return [*told, "| option | type | default | |", "|---|---|---|---|", *rows]
+
+
+def _escaped(text: str) -> str:
+    """Keep Markdown from reading what is meant literally, outside of code and addresses."""
+    parts = re.split(r"(`[^`]*`|\]\([^)]*\))", text)
+    return "".join(part if part.startswith(("`", "](")) else re.sub(r"([*_<])", r"\\\1", part) for part in parts)
+
+
+def _changelog() -> str:
+    """Return the changelog, whose links are seen from the root of the repository."""
+    return (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")
+
+
+if __name__ == "__main__":
+    for path, page in pages().items():
+        print(f"<!-- {path} -->\n{page}")

@@ -1,0 +1,215 @@
+"""The documentation site: its links lead somewhere, its made pages are complete, its examples run. Needs no mkdocs."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import importlib
+import re
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from configurations import compose_run, options
+from omegaconf import DictConfig
+
+import lightning_gradnorm
+from lightning_gradnorm.cli.config import conf_dir
+from lightning_gradnorm.cli.schema import schema_of
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+sys.path.insert(0, str(ROOT / "scripts"))
+try:
+    site_pages = importlib.import_module("site_pages")
+finally:
+    sys.path.remove(str(ROOT / "scripts"))
+
+MADE: dict[str, str] = site_pages.pages()
+WRITTEN = {file.relative_to(DOCS).as_posix(): file.read_text(encoding="utf-8") for file in sorted(DOCS.rglob("*.md"))}
+PAGES = {**WRITTEN, **MADE}
+GROUPS = sorted({file.parent.relative_to(conf_dir()).as_posix() for file in conf_dir().glob("*/**/*.yaml")})
+
+
+def without_code(markdown: str) -> str:
+    markdown = re.sub(r"^```.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"`[^`]*`", "", markdown)
+
+
+def python_blocks(name: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", PAGES[name], flags=re.MULTILINE | re.DOTALL)
+
+
+def navigation(entry: Any) -> list[str]:
+    if isinstance(entry, str):
+        return [entry]
+    inside = entry.values() if isinstance(entry, dict) else entry
+    return [page for part in inside for page in navigation(part)]
+
+
+# ---- links -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_and_pictures_of_a_page_are_there(name: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(PAGES[name])):
+        if target.startswith(("http://", "https://", "#")):
+            continue
+        path = (DOCS / name).parent / target.partition("#")[0]
+        inside = path.resolve().relative_to(ROOT).as_posix().removeprefix("docs/")
+        assert path.resolve().exists() or inside in MADE, f"{name}: {target}"
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_a_page_includes_is_there(name: str) -> None:
+    for included in re.findall(r'^--8<-- "([^":]+)', PAGES[name], flags=re.MULTILINE):
+        assert (DOCS / included).is_file(), f"{name}: {included}"
+
+
+def test_every_page_is_in_the_navigation_and_every_entry_is_a_page() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = navigation(yaml.safe_load(text)["nav"])
+    assert len(listed) == len(set(listed))
+    assert set(listed) <= set(PAGES)
+    by_hook = {name for name in PAGES if name.startswith(("results/", "configuration/"))}
+    assert set(PAGES) - by_hook <= set(listed)
+
+
+# ---- the Python pages ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", lightning_gradnorm.__all__)
+def test_a_public_name_is_explained_on_the_python_pages(name: str) -> None:
+    page = next(page for page, text in WRITTEN.items() if f"::: lightning_gradnorm.{name}\n" in f"{text}\n")
+    assert f"({Path(page).name}#lightning_gradnorm.{name})" in WRITTEN["api/index.md"]
+
+
+def test_the_python_pages_name_what_exists() -> None:
+    named = [name for text in WRITTEN.values() for name in re.findall(r"^::: ([\w.]+)$", text, flags=re.MULTILINE)]
+    assert len(named) > 40
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        found = getattr(importlib.import_module(module), attribute)
+        assert (found.__doc__ or "").strip(), name
+
+
+# ---- the configuration reference -------------------------------------------------------------------------------------
+
+
+def keys_of(node: DictConfig) -> set[str]:
+    """All keys of a composed configuration, without what is between a ``_target_`` of foreign code and its arguments."""
+    found = set()
+    for key in node:
+        if not str(key).startswith("_"):
+            found.add(str(key))
+            child = node._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+                found |= keys_of(child)
+    return found
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_file_of_a_group_is_in_the_reference_with_its_comment(group: str) -> None:
+    page = MADE[f"configuration/{site_pages.page_of(group)}"]
+    for file in (conf_dir() / group).glob("*.yaml"):
+        assert f"\n## `{group}={file.stem}`" in page
+        assert f"[`{file.stem}`]({site_pages.page_of(group)}#{file.stem})" in MADE["configuration/index.md"]
+        first = file.read_text(encoding="utf-8").splitlines()[0]
+        words = re.findall(r"[A-Za-z]{4,}", first.removeprefix("# @package _global_")) if first.startswith("# ") else []
+        assert all(word in page for word in words)
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [
+        (group, one)
+        for group in ("balancing", "data", "callbacks", "logger", "model", "trainer")
+        for one in options(group)
+    ],
+)
+def test_every_key_that_an_option_composes_is_in_the_reference(group: str, option: str, tmp_path: Path) -> None:
+    given = [f"{group}={option}", *([f"model={option}"] if group == "data" else [])]
+    node = compose_run(tmp_path, *given)[group]
+    page = MADE[f"configuration/{site_pages.page_of(group)}"]
+    for key in keys_of(node) if node else ():
+        is_there = f"| `{key}` |" in page or re.search(rf"^ *{key}:|{{ ?{key}:|\.{key}\b|, {key}:", page, re.MULTILINE)
+        assert is_there, f"{group}={option}: {key}"
+
+
+def test_every_parameter_of_every_schema_has_its_row_with_its_default_and_its_meaning() -> None:
+    without_meaning = []
+    for path, constructor in site_pages._SCHEMAS.items():
+        rows = {row.name: row for row in site_pages.parameters_of(constructor)}
+        name = constructor.__name__
+        left_out = {*site_pages.GIVEN_BY_US.get(name, ()), *site_pages.MADE_FOR_TASKS.get(name, ())}
+        fields = dataclasses.fields(schema_of(constructor, leave_out=left_out))
+        names = {field.name for field in fields if not field.name.startswith("_")}
+        assert set(rows) == names, path
+        without_meaning += [f"{name}.{row}" for row in rows if not rows[row].meaning]
+        for field in fields:
+            if isinstance(field.default, int | float) and field.name in rows:
+                assert rows[field.name].default.lower() == repr(field.default).lower()
+    assert without_meaning == []
+
+
+def test_single_values_of_the_commands_have_a_row_and_a_sentence() -> None:
+    page = MADE["configuration/index.md"]
+    for file in ("config.yaml", "eval.yaml"):
+        content = yaml.safe_load((conf_dir() / file).read_text(encoding="utf-8"))
+        for key in content.keys() - {"defaults", "hydra"}:
+            assert re.search(rf"^\| `{key}` \| `[^`]+` \| \S.+\|$", page, re.MULTILINE), key
+
+
+def test_every_strategy_has_a_formula() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", WRITTEN["formulas.md"], flags=re.MULTILINE)
+    assert sorted(rows) == options("balancing")
+
+
+def test_the_examples_of_the_generator_are_right() -> None:
+    failed, tried = doctest.testmod(site_pages)
+    assert failed == 0
+    assert tried >= 4
+
+
+# ---- what the pages say ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in WRITTEN if python_blocks(name)])
+def test_python_on_a_page_can_be_read(name: str) -> None:
+    for block in python_blocks(name):
+        compile(textwrap.dedent(block), name, "exec")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning")
+def test_the_complete_example_for_a_model_of_ones_own_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, *others = python_blocks("plug_in.md")
+    found: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(first, "plug_in.md", "exec"), found)
+    weights = found["gradnorm"].weights
+    assert sum(weights.values()) == pytest.approx(2.0)
+    assert weights["price"] < weights["kind"]  # its targets are a hundred times as large
+    for block in others:
+        exec(compile(block, "plug_in.md", "exec"), found)
+    assert list(found["model"].tasks) == ["price", "kind"]
+
+
+def test_means_and_deviations_on_the_pages_are_those_of_the_readme() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    told = [number for name in WRITTEN if "/" not in name for number in re.findall(r"[\d.]+ ± [\d.]+", WRITTEN[name])]
+    assert len(told) >= 8
+    assert [number for number in told if number not in readme] == []
+
+
+def test_what_builds_the_site_is_pinned() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    wanted = re.findall(r'"([\w-]+)', re.search(r"^docs = \[(.*)\]$", project, re.MULTILINE)[1])  # type: ignore[index]
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert {"mkdocs", "mkdocs-material", "mkdocstrings"} <= set(wanted)
+    assert all(re.search(rf"^{name}==", pinned, re.MULTILINE) for name in wanted)
