@@ -21,7 +21,7 @@ Integers = npt.NDArray[np.int64]
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 
-_FETCH_AGAIN = "Fetch the file again, or take the line out."
+_FETCH_AGAIN = "Fetch the file again."
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _read_table(file: Path, columns: tuple[str, ...]) -> tuple[Array, list[int]]
     if rows and _number(rows[0][1][0]) is None:
         del rows[0]  # a header
     if not rows:
-        wrong(f"{file}", "have a line of numbers for each cycle", "none", "Fetch the file again.")
+        wrong(f"{file}", "have lines of numbers", "none", "Fetch the file again.")
     for number, words in rows:
         if len(words) != len(columns):
             wrong(
