@@ -143,7 +143,7 @@ def test_line_numbers_count_header_and_empty_lines(tmp_path: Path) -> None:
         ("3\n4 5\n", r"line 2 of .*RUL_FD001.txt should have 1 column, separated by blanks; got 2 \(4 5\)"),
         ("3\n-4\n", r"line 2 of .*RUL_FD001.txt should have cycles left, 0 or more; got -4"),
         ("3\nfour\n", r"remaining useful life in line 2 of .*RUL_FD001.txt should be a number; got 'four'"),
-        ("", r"RUL_FD001.txt should have a line of numbers"),
+        ("", r"RUL_FD001.txt should have lines of numbers"),
     ],
 )
 def test_what_is_wrong_in_the_rul_file_is_named_with_its_line(text: str, message: str, tmp_path: Path) -> None:
