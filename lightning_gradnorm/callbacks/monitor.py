@@ -68,6 +68,7 @@ class GradientNormMonitor(L.Callback):
             Or the dotted name of a module, for all of its parameters, or of one parameter.
         every_n_steps: measure in the first of every so many optimizer steps. A measured step takes one pass for each part,
             and memory for as many gradients.
+        prefix: what the logged names begin with. Two monitors in one Trainer, of two layers say, need two of them.
 
     Raises:
         ValueError: an argument out of range; and in training, a loss or a parameter that the model lacks, or a loss that
@@ -93,6 +94,7 @@ class GradientNormMonitor(L.Callback):
         losses: Sequence[str] | Mapping[str, str] | None = None,
         parameters: str = "shared",
         every_n_steps: int = 50,
+        prefix: str = "monitor",
     ) -> None:
         super().__init__()
         if losses is not None:
@@ -100,8 +102,10 @@ class GradientNormMonitor(L.Callback):
         _check(isinstance(parameters, str) and parameters != "", "parameters", "'shared' or a dotted name", parameters)
         is_count = is_integer(every_n_steps) and every_n_steps >= 1
         _check(is_count, "every_n_steps", "an integer, at least 1", every_n_steps)
+        _check(isinstance(prefix, str) and prefix != "", "prefix", "what logged names begin with", prefix)
         self.losses = losses
         self.parameters = parameters
+        self.prefix = prefix
         self.every_n_steps = every_n_steps
         self.last: GradientNorms | None = None
         """What the last measured step has shown; among its names is ``rest_of_loss``, if there is any."""
@@ -424,21 +428,30 @@ class GradientNormMonitor(L.Callback):
         self.last = found
         self._tally.add(found, weights)
         parts = found.of([name for name in found if name != REST])
-        shown = {f"monitor/norm/{name}": norm for name, norm in found.items()}
-        shown |= {f"monitor/share/{name}": share for name, share in found.shares.items()}
-        shown["monitor/imbalance"] = parts.imbalance
+        shown = {f"{self.prefix}/norm/{name}": norm for name, norm in found.items()}
+        shown |= {f"{self.prefix}/share/{name}": share for name, share in found.shares.items()}
+        shown[f"{self.prefix}/imbalance"] = parts.imbalance
         for one, other in itertools.combinations(parts, 2):
-            shown[f"monitor/cosine/{one}/{other}"] = found.cosine(one, other)
-        shown = {tag: value for tag, value in shown.items() if not math.isnan(value) or tag.startswith("monitor/norm/")}
+            shown[f"{self.prefix}/cosine/{one}/{other}"] = found.cosine(one, other)
+        shown = {
+            tag: value
+            for tag, value in shown.items()
+            if not math.isnan(value) or tag.startswith(f"{self.prefix}/norm/")
+        }
         trainer.callback_metrics.update({tag: torch.tensor(value, dtype=torch.float64) for tag, value in shown.items()})
         # Not by self.log: of that Lightning writes the steps of log_every_n_steps, which are others.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
             logger.log_metrics(shown, step=step)
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero and len(parts) > 1:
-                logger.experiment.add_image("monitor/cosine", paint_cosines(list(parts), parts.cosines), step)
+                logger.experiment.add_image(f"{self.prefix}/cosine", paint_cosines(list(parts), parts.cosines), step)
 
     # ---- the end -----------------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(prefix=self.prefix)
 
     @property
     def suggested_weights(self) -> dict[str, float]:

@@ -710,3 +710,16 @@ def test_an_encoder_that_is_frozen_is_said_to_be_in_the_end(quiet_trainer: MakeT
     assert monitor.summary() == (
         "GradientNormMonitor: no step was measured: none of the losses has reached `encoder`, or all of it is frozen."
     )
+
+
+def test_two_layers_are_monitored_side_by_side(quiet_trainer: MakeTrainer) -> None:
+    deep = GradientNormMonitor(None, "encoder.0", every_n_steps=1)
+    last = GradientNormMonitor(None, "encoder", every_n_steps=1, prefix="whole")
+    trainer = quiet_trainer(callbacks=[deep, last], max_steps=2)
+    trainer.fit(multi_task_module(), DataLoader(as_inputs_and_targets(vector_batches(T=3, count=2)), batch_size=None))
+    assert deep.last is not None
+    assert last.last is not None
+    for name in deep.last:
+        assert trainer.callback_metrics[f"monitor/norm/{name}"] == pytest.approx(deep.last[name])
+        assert trainer.callback_metrics[f"whole/norm/{name}"] == pytest.approx(last.last[name])
+        assert last.last[name] > deep.last[name]
