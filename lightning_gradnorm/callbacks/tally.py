@@ -19,10 +19,10 @@ class Tally:
         >>> import torch
         >>> tally = Tally()
         >>> tally.add(GradientNorms(["rul", "hs"], torch.tensor([[16.0, 0.0], [0.0, 1.0]])), {"rul": 1.0, "hs": 1.0})
-        >>> print(tally.sentences("Monitor", "`encoder.fc`"))
+        >>> print(tally.sentences("Monitor", "the update", "`encoder.fc`"))  # doctest: +ELLIPSIS
         Monitor, 1 measured step: `rul` carries 94 % of the update on `encoder.fc`, `hs` 6 %.
         Mean norms: `rul` 4, `hs` 1; the largest is 4 times the smallest.
-        Suggested static weights, which make the mean norms equal: FixedWeights({'rul': 0.4, 'hs': 1.6}).
+        Suggested static weights, which make the mean norms equal: FixedWeights({'rul': 0.4, 'hs': 1.6}). A regularizer ...
     """
 
     def __init__(self) -> None:
