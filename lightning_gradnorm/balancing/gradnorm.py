@@ -277,7 +277,7 @@ class GradNormRule:
         return initial_losses, updates_seen
 
     def _set_initial_losses(self, initial_losses: Tensor, updates_seen: Tensor) -> None:
-        if initial_losses is self.initial_losses and self._initial_known:
+        if self._initial_known:
             return
         self.initial_losses, self._updates_seen = initial_losses, updates_seen
         are_all_in = bool((updates_seen >= self._updates_in_initial).all())

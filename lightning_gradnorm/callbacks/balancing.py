@@ -40,6 +40,7 @@ from lightning_gradnorm.gradients import (
     KeptBuffers,
     WeightGradients,
     branch,
+    check_loss,
 )
 from lightning_gradnorm.suggestions import did_you_mean
 
@@ -337,7 +338,8 @@ class Balancing(Restoring[AnyRule]):
             if loss is None:
                 self._pass.absent |= {task} & set(losses)
             else:
-                self._check_loss(task, loss)
+                asked = f"{self._name}: the loss of task '{task}'"
+                check_loss(loss, asked=asked, otherwise="; or None, if the task is absent")
                 self._watch_one(task, loss)
         if not self._compared >= set(self._pass.losses) and set(self._pass.losses) > known:
             check_apart(self._pass, asked_by=self._name)
@@ -381,20 +383,6 @@ class Balancing(Restoring[AnyRule]):
             rank_zero_warn(
                 f"{self._name}: watch was called, but this callback is not at work: no Trainer has started it. Give it to "
                 f"the Trainer that trains the module, L.Trainer(callbacks=[gradnorm]). The losses are not balanced."
-            )
-
-    def _check_loss(self, task: str, loss: Any) -> None:
-        asked = f"{self._name}: the loss of task '{task}' should be"
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"{asked} a tensor; got {type(loss).__name__}.")
-        if loss.numel() != 1:
-            raise ValueError(f"{asked} a scalar; got shape {tuple(loss.shape)}. Reduce it, for example with .mean().")
-        if loss.is_complex():
-            raise ValueError(f"{asked} a real number; got {loss.dtype}, which is complex.")
-        if not loss.requires_grad:
-            raise ValueError(
-                f"{asked} part of the graph, but it carries no gradient. Give the loss itself, not .detach() or .item(); or "
-                f"None, if the task is absent."
             )
 
     def _is_at_work(self) -> bool:

@@ -20,6 +20,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from typing_extensions import override
 
 from lightning_gradnorm import MultiTaskModule
+from lightning_gradnorm.report.collecting import strategy_of
+from lightning_gradnorm.report.methods import HOUSEKEEPING, is_below
 
 FILE = "events.out.tfevents.0000000000.hparams"
 """Beside the run's other events: one file that is replaced, for TensorBoard keeps of the options what it reads first."""
@@ -28,10 +30,6 @@ DELTA_M = "test/delta_m"
 
 _COLUMNS: dict[str, Any] = {"strategy": "", "alpha": 0.0, "seed": ""}
 """Columns that every run has, filled or not, and their kind: of all runs TensorBoard asks only one which there are."""
-
-_NO_OPTIONS = ("callbacks", "ckpt_path", "hydra", "logger", "name", "optimized_metric", "paths", "single_task", "test")
-_NO_OPTIONS_OF_THE_TRAINER = ("trainer.default_root_dir", "trainer.enable_", "trainer.log_every_n_steps")
-"""What is given on the command line and changes no result."""
 
 
 def options(config: DictConfig, *, alone: str | None, overrides: Sequence[str]) -> dict[str, Any]:
@@ -49,7 +47,7 @@ def options(config: DictConfig, *, alone: str | None, overrides: Sequence[str]) 
     known = {*_COLUMNS, "balancing", "balancing.alpha", *(["tasks"] if alone is not None else [])}
     for one in OverridesParser.create().parse_overrides(list(overrides)):
         key = one.key_or_group
-        if key.split(".")[0] in _NO_OPTIONS or key.startswith(_NO_OPTIONS_OF_THE_TRAINER) or key in known:
+        if is_below(key, HOUSEKEEPING) or key in known:
             continue
         value = OmegaConf.select(config, key) if "." in key else one.value()
         shown[key] = value if isinstance(value, bool | int | float | str) else str(value)
@@ -59,10 +57,7 @@ def options(config: DictConfig, *, alone: str | None, overrides: Sequence[str]) 
 def _strategy(config: DictConfig) -> str:
     """Return the name of the option that was chosen or, where that is not recorded, of the class."""
     chosen = HydraConfig.get().runtime.choices.get("balancing") if HydraConfig.initialized() else None
-    if chosen is not None:
-        return str(chosen)
-    inner = config.balancing.get("scalarizer") or config.balancing.get("aggregator") or config.balancing
-    return str(inner.get("_target_", "equal")).rpartition(".")[2].lower()
+    return str(chosen) if chosen is not None else strategy_of(OmegaConf.to_container(config.balancing))
 
 
 class HParamsRecord(L.Callback):

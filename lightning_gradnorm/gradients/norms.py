@@ -135,8 +135,13 @@ def inner_products(rows: Sequence[Tensor]) -> Tensor:
     return products
 
 
-def check_loss(loss: Any, *, asked: str) -> None:
+def check_loss(loss: Any, *, asked: str, otherwise: str = "") -> None:
     """Refuse what is not a scalar with a gradient; ``asked`` is how the error begins.
+
+    Args:
+        loss: of any kind.
+        asked: names the caller and the loss.
+        otherwise: what else may be given where there is no gradient.
 
     Raises:
         TypeError, ValueError: says what is the matter.
@@ -151,5 +156,6 @@ def check_loss(loss: Any, *, asked: str) -> None:
         raise ValueError(f"{asked} should be a real number; got {loss.dtype}, which is complex.")
     if not loss.requires_grad:
         raise ValueError(
-            f"{asked} should be part of the graph, but it carries no gradient. Give the loss itself, not .detach() or .item()."
+            f"{asked} should be part of the graph, but it carries no gradient. Give the loss itself, not .detach() or "
+            f".item(){otherwise}."
         )

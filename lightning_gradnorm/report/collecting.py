@@ -284,10 +284,19 @@ def _strategy(folder: Path, config: Mapping[str, Any]) -> str:
     chosen = _at(_mapping(folder / HYDRA / "hydra.yaml", []), "hydra", "runtime", "choices", "balancing")
     if isinstance(chosen, str):
         return chosen
-    balancing = config.get("balancing")
+    return strategy_of(config.get("balancing")) if config else "unknown"
+
+
+def strategy_of(balancing: Any) -> str:
+    """Return what a strategy's class is called in a configuration; equal weights have none.
+
+    Example:
+        >>> strategy_of({"_target_": "lightning_gradnorm.Scalarization", "scalarizer": {"_target_": "somewhere.DWA"}})
+        'dwa'
+    """
     places = (("scalarizer", "_target_"), ("aggregator", "_target_"), ("_target_",))
     target = next((found for place in places if isinstance(found := _at(balancing, *place), str)), None)
-    return target.rpartition(".")[2].lower() if target else "equal" if config else "unknown"
+    return target.rpartition(".")[2].lower() if target else "equal"
 
 
 def _at(tree: Any, *keys: str) -> Any:

@@ -11,7 +11,7 @@ from lightning_gradnorm.report.comparison import Comparison, Metric, Row, Spread
 from lightning_gradnorm.report.figures import order
 from lightning_gradnorm.report.methods import is_random
 from lightning_gradnorm.report.results import ALL_TASKS
-from lightning_gradnorm.report.significance import PairedTest
+from lightning_gradnorm.report.significance import LEVEL, PairedTest, holm
 
 
 @dataclass(frozen=True)
@@ -84,32 +84,36 @@ def _seeds_in_words(comparison: Comparison) -> str:
 def _verdict(comparison: Comparison) -> list[str]:
     ranked = sorted((row for row in comparison.rows if row.rank is not None), key=lambda row: row.rank or 0.0)
     lines = []
-    tests = [test for row in comparison.rows for test in row.tests.values() if test is not None and test.p is not None]
-    uncorrected = f"p < 0.05, uncorrected, {len(tests)} {_plural('test', len(tests))}"
     if len(ranked) > 1:
         best = [row.method.name for row in ranked if row.rank == ranked[0].rank]
         lines.append(f"Lowest mean rank: {', '.join(best)} ({ranked[0].rank:.2f} of {len(ranked)}).")
+    tested = [
+        (row, metric, test, test.p)
+        for row in comparison.rows
+        for metric in comparison.counting
+        if (test := row.tests.get(metric.name)) is not None and test.p is not None
+    ]
+    corrected = holm([p for *_, p in tested])
+    how = f"p < {LEVEL:g} after Holm's correction for {len(tested)} {_plural('test', len(tested))}"
+    clear = [one[:3] for one, p in zip(tested, corrected, strict=True) if p < LEVEL]
     for row in comparison.rows:
-        tested = [
-            (metric, row.tests[metric.name]) for metric in comparison.counting if row.tests.get(metric.name) is not None
-        ]
-        clear = [(metric, test) for metric, test in tested if test.is_significant]
-        better = [_name(metric) for metric, test in clear if _is_better(metric, test)]
-        worse = [_name(metric) for metric, test in clear if not _is_better(metric, test)]
-        if clear:
+        own = [(metric, test) for of, metric, test in clear if of is row]
+        better = [_name(metric) for metric, test in own if _is_better(metric, test)]
+        worse = [_name(metric) for metric, test in own if not _is_better(metric, test)]
+        if own:
             parts = [f"better in {', '.join(better)}"] if better else []
             parts += [f"worse in {', '.join(worse)}"] if worse else []
             base = comparison.baselines[row.method.name].name
-            pairs = max(test.count for _, test in clear)
+            pairs = max(test.count for _, test in own)
             lines.append(
-                f"{row.method.name} is significantly {' and '.join(parts)} than {base} ({uncorrected}, {pairs} seeds)."
+                f"{row.method.name} is significantly {' and '.join(parts)} than {base} ({how}, {pairs} seeds)."
             )
     if comparison.baseline is None:
         lines.append("There are no finished runs with equal weights among them: no differences, no ratio of times.")
-    elif len(comparison.rows) > 1 and not tests:
+    elif len(comparison.rows) > 1 and not tested:
         lines.append(f"With one pair of runs no difference from {comparison.baseline} can be tested: give more seeds.")
-    elif len(comparison.rows) > 1 and not any(test.is_significant for test in tests):
-        lines.append(f"No difference from {comparison.baseline} is significant ({uncorrected}).")
+    elif len(comparison.rows) > 1 and not clear:
+        lines.append(f"No difference from {comparison.baseline} is significant ({how}).")
     return lines
 
 
@@ -226,8 +230,9 @@ def _differences(comparison: Comparison) -> Sheet | None:
                 f"significant here is not therefore equal."
             )
         notes.append(
-            f"The p values are not corrected for there being {tests} of them; if nothing differed, about {tests * 0.05:.1f} "
-            "would be below 0.05."
+            f"The p values of this table are not corrected for there being {tests} of them; if nothing differed, about "
+            f"{tests * LEVEL:.1f} would be below {LEVEL:g}. The sentences at the top are: by Holm's method, over the "
+            "metrics that ranks are of."
         )
     header = ["method", "pairs", *(_heading(metric) for metric in comparison.metrics)]
     return Sheet(f"Differences from {comparison.baseline}", header, lines, notes)

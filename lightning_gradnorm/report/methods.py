@@ -13,7 +13,7 @@ from lightning_gradnorm.report.collecting import CollectedRun
 Key = tuple[Any, ...]
 _SEED = "the seed"
 
-_NOT_OPTIONS = (
+HOUSEKEEPING = (
     "paths",
     "logger",
     "callbacks",
@@ -22,11 +22,7 @@ _NOT_OPTIONS = (
     "test",
     "single_task",
     "optimized_metric",
-    "seed",
-    "alpha",  # of an experiment, for balancing.alpha
-    "tasks",
     "hydra",
-    "data.seed",  # with seed, it tells the repetitions of a method apart
     "data.num_workers",
     "data.pin_memory",
     "data.persistent_workers",
@@ -41,7 +37,15 @@ _NOT_OPTIONS = (
     "trainer.num_sanity_val_steps",
     "trainer.profiler",
 )
-"""What says where a run is and what it shows, not how it trains; with all that is below."""
+"""Options that say where a run is and what it shows, not how it trains; with all that is below them."""
+
+_NOT_OF_A_METHOD = (
+    *HOUSEKEEPING,
+    "seed",
+    "data.seed",  # with seed, it tells the repetitions of a method apart
+    "alpha",  # of an experiment, for balancing.alpha
+    "tasks",
+)
 
 _OPTIONS_OF_DATA = ("data.batch_size", "data.drop_last", "data.root", "data.augment")
 """Differ between methods on the same data; every other option of the data makes other data."""
@@ -67,6 +71,16 @@ class Method:
     def finished(self) -> list[CollectedRun]:
         """The runs that have test metrics."""
         return [run for run in self.runs if run.metrics]
+
+
+def is_below(key: str, options: Iterable[str]) -> bool:
+    """Say whether a dotted name is one of the options or lies in one.
+
+    Example:
+        >>> is_below("logger.csv.name", HOUSEKEEPING), is_below("logger_name", HOUSEKEEPING)
+        (True, False)
+    """
+    return any(key == one or key.startswith(f"{one}.") for one in options)
 
 
 def is_random(run: CollectedRun) -> bool:
@@ -150,7 +164,7 @@ def _refuse_different_data(runs: Sequence[CollectedRun]) -> None:
     seen: dict[str, tuple[Any, CollectedRun]] = {}
     for run in runs:
         for key, value in _flat(run.group("data"), "data"):
-            if key in (*_NOT_OPTIONS, *_OPTIONS_OF_DATA):
+            if is_below(key, _NOT_OF_A_METHOD) or key in _OPTIONS_OF_DATA:
                 continue
             before, other = seen.setdefault(key, (value, run))
             if before != value:
@@ -169,7 +183,7 @@ def _options(run: CollectedRun) -> dict[str, Any]:
     own_folder = str(run.group("paths").get("run_dir", "")) or None
     found = {}
     for key, value in _flat(run.config):
-        if any(key == one or key.startswith(f"{one}.") for one in _NOT_OPTIONS):
+        if is_below(key, _NOT_OF_A_METHOD):
             continue
         if key.rpartition(".")[2] == "seed":
             if is_random(run) and key == "balancing.seed":

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+LEVEL = 0.05
+
 
 @dataclass(frozen=True)
 class PairedTest:
@@ -20,8 +22,8 @@ class PairedTest:
 
     @property
     def is_significant(self) -> bool:
-        """Whether p < 0.05."""
-        return self.p is not None and self.p < 0.05
+        """Whether p < 0.05, as if there were no other test."""
+        return self.p is not None and self.p < LEVEL
 
 
 def paired_test(differences: Sequence[float]) -> PairedTest:
@@ -52,6 +54,23 @@ def paired_test(differences: Sequence[float]) -> PairedTest:
     half = t_quantile(0.95, count - 1) * error
     p = t_two_sided(mean / error, count - 1) if error else 0.0
     return PairedTest(mean, count, mean - half, mean + half, p)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return the p values corrected for there being several: Holm, *A simple sequentially rejective multiple test procedure*.
+
+    Where none of the differences exists, the chance that any of these is below 0.05 is at most that.
+
+    Example:
+        >>> [round(p, 3) for p in holm([0.04, 0.01, 0.03])]
+        [0.06, 0.03, 0.06]
+    """
+    ordered = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(ordered):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = largest
+    return corrected
 
 
 def deviation(values: Sequence[float]) -> float:

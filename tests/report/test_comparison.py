@@ -14,6 +14,7 @@ from reporting import measured, write_run
 from lightning_gradnorm.report.collecting import collect
 from lightning_gradnorm.report.comparison import Comparison, compare
 from lightning_gradnorm.report.figures import changes, figures, mean_curve
+from lightning_gradnorm.report.findings import summary
 
 SEEDS = range(4)
 
@@ -239,3 +240,24 @@ def test_a_long_curve_is_thinned_without_losing_its_mean() -> None:
 def test_a_curve_ends_where_the_first_seed_ends_and_passes_over_what_is_not_finite() -> None:
     points = mean_curve([[(0, 1.0), (1, math.nan), (2, 3.0), (3, 4.0)], [(0, 3.0), (1, 2.0), (2, 1.0)], []])
     assert [(point.x, point.y) for point in points] == [(0, 2.0), (2, 2.0)]
+
+
+@pytest.mark.parametrize("is_clear", [True, False])
+def test_a_difference_is_called_significant_only_if_it_stands_up_to_the_number_of_tests(
+    tmp_path: Path, is_clear: bool
+) -> None:
+    # Three seeds; p = 0.04 of the mIoU alone, and of the rmse 0.0001 or 0.03: by Holm's method 0.04, or 0.06 of both.
+    for seed, scatter in enumerate((-1.0, 0.0, 1.0)):
+        write_run(tmp_path / f"equal/{seed}", seed=seed, metrics=measured(1.0, 0.5))
+        better = measured(0.5 + (0.01 if is_clear else 0.15) * scatter, 0.6 + 0.035 * scatter)
+        write_run(tmp_path / f"gradnorm/{seed}", "gradnorm", seed=seed, metrics=better)
+    comparison = compared(tmp_path)
+    (row,) = [row for row in comparison.rows if row.method.name == "gradnorm"]
+    assert all(row.tests[metric.name].is_significant for metric in comparison.counting)  # taken one by one
+    (line,) = [line for line in summary(comparison) if "significant" in line]
+    how = "(p < 0.05 after Holm's correction for 2 tests"
+    assert line == (
+        f"gradnorm is significantly better in depth rmse, seg miou than equal {how}, 3 seeds)."
+        if is_clear
+        else f"No difference from equal is significant {how})."
+    )

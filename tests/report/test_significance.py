@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 
-from lightning_gradnorm.report.significance import deviation, paired_test, t_quantile, t_two_sided
+from lightning_gradnorm.report.significance import deviation, holm, paired_test, t_quantile, t_two_sided
 
 # Two-sided 5 % and 1 % points of Student's t, as printed in every table.
 TABLE = [
@@ -69,3 +70,20 @@ def test_numbers_that_are_not_finite_make_no_verdict() -> None:
     assert math.isnan(test.mean)
     assert test.p is None
     assert math.isnan(deviation([1.0, math.inf]))
+
+
+def test_holms_correction_rejects_what_his_procedure_rejects() -> None:
+    draw = random.Random(0)
+    for count in range(1, 12):
+        p_values = [draw.choice([draw.random(), draw.random() / 50, 0.01]) for _ in range(count)]
+        corrected = holm(p_values)
+        for level in (0.001, 0.01, 0.05, 0.2, 0.9):
+            # In the words of the paper: the smallest p against level / m, the next against level / (m - 1), until one fails.
+            rejected: set[int] = set()
+            for rank, place in enumerate(sorted(range(count), key=p_values.__getitem__)):
+                if p_values[place] * (count - rank) >= level:
+                    break
+                rejected.add(place)
+            assert {place for place in range(count) if corrected[place] < level} == rejected
+        assert all(p <= one <= 1 for p, one in zip(p_values, corrected, strict=True))
+    assert holm([]) == []
