@@ -3,7 +3,7 @@
 from lightning_gradnorm.balancing.amnl import AMNL, FailureBiasedMSE
 from lightning_gradnorm.balancing.db_mtl import DBMTL, DBMTLWeighting, LogSum
 from lightning_gradnorm.balancing.gaba import GABA
-from lightning_gradnorm.balancing.gradnorm import Balance, GradNormRule, Skipped, balance
+from lightning_gradnorm.balancing.gradnorm import Balance, GradNormRule, Step, balance
 from lightning_gradnorm.balancing.preference import with_equal_preferences
 from lightning_gradnorm.balancing.state import restore, state_of
 from lightning_gradnorm.balancing.uncertainty import Uncertainty
@@ -17,7 +17,7 @@ __all__ = [
     "FailureBiasedMSE",
     "GradNormRule",
     "LogSum",
-    "Skipped",
+    "Step",
     "Uncertainty",
     "balance",
     "restore",

@@ -18,23 +18,25 @@ One step of an optimizer along it, then ``w ← T · w / Σ w``.
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-WeightOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+from lightning_gradnorm.balancing.weight_step import WeightOptimizer, weight_step
 
 _VERSION = 1
 """Of the layout of `GradNormRule.state_dict`."""
+_MOST = 1e6
+"""How many times its share of the sum a weight may be before all are scaled."""
+_MOST_OPEN = 1000
+"""After so many steps the host looks in any case."""
 
 
 class Balance(NamedTuple):
-    """What one step of GradNorm looks at; tensors of shape (T,), ``loss`` a scalar."""
+    """What one step of GradNorm looks at; tensors of shape (T,), NaN in the places of absent tasks."""
 
     grad_norms: Tensor
     """``G_i``"""
@@ -42,20 +44,44 @@ class Balance(NamedTuple):
     """``r_i``"""
     targets: Tensor
     """``Ḡ · p_i · r_i^alpha``"""
-    loss: Tensor
-    """``L_grad``"""
     gradient: Tensor
     """``∂L_grad / ∂w_i``"""
 
+    @property
+    def loss(self) -> Tensor:
+        """``L_grad``, a scalar."""
+        return (self.grad_norms - self.targets).abs().nansum()
 
-class Skipped(NamedTuple):
-    """A step that was not taken, because of these tasks' numbers."""
 
-    tasks: tuple[str, ...]
+class Step(NamedTuple):
+    """What one step of the weights was given, and what came of it."""
+
+    norms: Tensor
+    losses: Tensor
+    present: Tensor
+    problems: Tensor
+    """Not 0 where a loss is not finite, or negative where that matters, shape (T,)."""
+    balance: Balance
+    """Of no meaning if the step was not taken."""
+    taken: Tensor
+    """Whether the weights moved: not if there were problems, or a norm or what came of it was not finite; a bool tensor."""
+
+    @property
+    def culprits(self) -> Tensor:
+        """The tasks because of whose numbers the step was not taken, bool of shape (T,)."""
+        bad = self.present & ~((self.problems == 0) & self.norms.isfinite())
+        # Where the numbers given are sound, it is what they led to that is not, and all have a part in it.
+        return torch.where(bad.any(), bad, self.present) & ~self.taken
 
 
 def balance(
-    weights: Tensor, norms: Tensor, losses: Tensor, initial_losses: Tensor, alpha: float, priorities: Tensor
+    weights: Tensor,
+    norms: Tensor,
+    losses: Tensor,
+    initial_losses: Tensor,
+    alpha: float,
+    priorities: Tensor,
+    present: Tensor | None = None,
 ) -> Balance:
     """Return ``G_i``, ``r_i``, the targets, ``L_grad`` and its gradient for the weights.
 
@@ -66,6 +92,8 @@ def balance(
         initial_losses: ``L_i(0)``, shape (T,).
         alpha: the asymmetry; 0 asks for equal gradient norms.
         priorities: ``p_i``, of mean 1; all ones in the paper.
+        present: the tasks that take part, bool of shape (T,): all means are over them, and in the places of the others is
+            NaN. ``None`` for all.
 
     Example:
         Two equally large gradients, but the second task has learnt less, so that its weight is to grow:
@@ -74,32 +102,19 @@ def balance(
         >>> balance(one, one, torch.tensor([0.3, 0.9]), one, 1.0, one).gradient
         tensor([ 1., -1.])
     """
+    if present is not None:
+        norms, losses = (torch.where(present, value, torch.nan) for value in (norms, losses))
+        priorities = priorities / _mean(torch.where(present, priorities, torch.nan), present)
     grad_norms = weights * norms
     ratios = losses / initial_losses
-    rates = ratios / ratios.mean()
-    targets = grad_norms.mean() * priorities * rates**alpha
+    rates = ratios / _mean(ratios, present)
+    targets = _mean(grad_norms, present) * priorities * rates**alpha
     gaps = grad_norms - targets
-    return Balance(grad_norms, rates, targets, gaps.abs().sum(), gaps.sign() * norms)
+    return Balance(grad_norms, rates, targets, gaps.sign() * norms)
 
 
-def _optimizer_of(weights: Tensor, factory: WeightOptimizer) -> torch.optim.Optimizer:
-    """Return the optimizer of the weights, and refuse what would leave them as they are."""
-    asked = "GradNorm: optimizer should make a torch optimizer of the parameters it is given"
-    try:
-        made = factory([weights])
-    except TypeError as reason:
-        raise TypeError(
-            f"{asked}, as partial(torch.optim.Adam, lr=0.025) does; calling it failed: {reason}"
-        ) from reason
-    if not isinstance(made, torch.optim.Optimizer):
-        raise TypeError(f"{asked}, as partial(torch.optim.Adam, lr=0.025) does; it returned {type(made).__name__}")
-    if not (len(made.param_groups) == 1 and [id(p) for p in made.param_groups[0]["params"]] == [id(weights)]):
-        raise ValueError(
-            f"{asked}; it returned {type(made).__name__} with other parameters. Hand on those it is given."
-        )
-    if isinstance(made, torch.optim.LBFGS):
-        raise ValueError(f"{asked} and steps by their gradient alone; LBFGS evaluates the loss again and again.")
-    return made
+def _mean(values: Tensor, present: Tensor | None) -> Tensor:
+    return values.mean() if present is None else torch.where(present, values, 0.0).sum() / present.sum()
 
 
 class GradNormRule:
@@ -148,9 +163,10 @@ class GradNormRule:
         self.min_weight = min_weight
         self._priorities = vector(priorities)
         self._priorities /= self._priorities.mean()
+        self._everybody = torch.ones(len(self.tasks), dtype=torch.bool, device=device)
         weights = vector(initial_weights)
         self.weights = (weights * len(self.tasks) / weights.sum()).requires_grad_()
-        self._optimizer = _optimizer_of(self.weights, optimizer)
+        self._step = weight_step(self.weights, optimizer)
         if isinstance(initial_losses, int):
             self._updates_in_initial = initial_losses
             self.initial_losses = torch.zeros_like(weights)
@@ -163,8 +179,42 @@ class GradNormRule:
         self._weights_mean = self.weights.detach().clone()
         self.steps = 0
         """How many optimizer steps of the network were noted, with and without a step of the weights."""
-        self.skipped = 0
-        """How many steps were not taken because of a number that was not finite."""
+        self._skipped = 0
+        self._culprits: dict[str, float] = {}
+        self._last: Step | None = None
+        self.looks_at_once = self.weights.device.type == "cpu"
+        """Whether the host looks after each step whether it was taken: on a CPU, where there is nothing to wait for."""
+        self._open: list[Step] = []
+        """Steps of which the host does not know yet whether they were taken."""
+
+    @property
+    def skipped(self) -> int:
+        """How many steps were not taken because of a number that was not finite. A look of the host."""
+        self._look()
+        return self._skipped
+
+    @property
+    def culprits(self) -> dict[str, float]:
+        """Tasks because of whose numbers a step was not taken, and their loss in the last such step. A look of the host."""
+        self._look()
+        return self._culprits
+
+    @property
+    def last(self) -> Step | None:
+        """The last step that was taken; ``None`` before it. A look of the host."""
+        self._look()
+        return self._last
+
+    def _look(self) -> None:
+        for step in self._open:
+            if step.taken:
+                self._last = step
+                continue
+            self._skipped += 1
+            losses = dict(zip(self.tasks, step.losses.tolist(), strict=True))
+            culprits = zip(self.tasks, step.culprits.tolist(), strict=True)
+            self._culprits |= {task: losses[task] for task, is_culprit in culprits if is_culprit}
+        self._open.clear()
 
     @property
     def mean_weights(self) -> Tensor:
@@ -174,11 +224,14 @@ class GradNormRule:
     def note_step(self) -> None:
         """Count the weights now in force into their time average."""
         self.steps += 1
-        self._weights_mean += (self.weights.detach() - self._weights_mean) / self.steps
+        self._weights_mean.lerp_(self.weights.detach(), 1 / self.steps)
 
     @torch.no_grad()
-    def step(self, norms: Tensor, losses: Tensor, present: Tensor | None = None) -> Balance | Skipped:
+    def step(self, norms: Tensor, losses: Tensor, present: Tensor | None = None) -> Step:
         """Take one step of the weights (Algorithm 1).
+
+        Once every ``L_i(0)`` is known and with Adam, nothing in it makes the host wait for the device: a step that cannot be
+        taken is computed and thrown away.
 
         Args:
             norms: ``n_i``, shape (T,), of the losses without their weights.
@@ -187,82 +240,51 @@ class GradNormRule:
                 optimizer state; it takes no part in the means, and the others share what is left of the sum T.
 
         Returns:
-            What was looked at, NaN in the places of absent tasks; or `Skipped`, if a number was not finite or a loss
-            negative: then nothing has changed but the counter ``skipped``.
+            What was looked at, and whether the step was taken: not if a number was not finite or a loss negative; then
+            nothing has changed but `skipped` and `culprits`.
 
         Raises:
             ValueError: ``L_i(0)`` is not positive, so that there is no training rate (unless ``alpha`` is 0).
         """
         norms, losses = norms.to(self.weights), losses.to(self.weights)
-        # A number that is not finite leaves its mark on the sum, which is one look instead of many.
-        if not math.isfinite(float(norms.sum() + losses.sum())) or (self.alpha > 0 and float(losses.min()) < 0):
-            usable = norms.isfinite() & losses.isfinite() & ((losses >= 0) | (self.alpha == 0))
-            culprits = ~usable if present is None else present & ~usable
-            if bool(culprits.any()):
-                return self._skip(culprits)
-        if present is not None and bool(present.all()):
-            present = None
-        if present is not None and not bool(present.any()):
-            return self._skip(~present)
-
-        initial_losses, updates_seen = self._initial_losses_with(losses, present)
-        before = self._snapshot()
-        if present is None:
-            seen = balance(self.weights, norms, losses, initial_losses, self.alpha, self._priorities)
-        else:
-            seen = self._balance_of_some(present, norms, losses, initial_losses)
-        # A tensor of its own, which the optimizer may do with as it likes; an absent task has no gradient.
-        self.weights.grad = seen.gradient.clone() if present is None else torch.where(present, seen.gradient, 0.0)
-        self._optimizer.step()
+        # 0 for a finite loss; a norm that is not finite shows in the weights it leads to.
+        problems = losses - losses
+        if self.alpha > 0:
+            problems = problems + losses.clamp(max=0)
         if present is not None:
-            self._keep_absent(before, present)
-        self._renormalise(before[0], present)
-        if not self._all_finite():
-            self._restore(before)
-            return self._skip(torch.ones_like(self.weights, dtype=torch.bool) if present is None else present)
-        self._set_initial_losses(initial_losses, updates_seen)
-        return seen
+            problems = torch.where(present, problems, 0.0)
+            problems = problems.masked_fill_(~present.any(), 1.0)
 
-    def _balance_of_some(self, present: Tensor, norms: Tensor, losses: Tensor, initial_losses: Tensor) -> Balance:
-        """Return `balance` among the tasks that are present, NaN in the places of the others."""
-        priorities = self._priorities[present]
-        seen = balance(
-            self.weights[present],
-            norms[present],
-            losses[present],
-            initial_losses[present],
-            self.alpha,
-            priorities / priorities.mean(),
-        )
+        initial_losses, updates_seen = self.initial_losses, self._updates_seen
+        if not self._initial_known and bool((problems == 0).all()):
+            initial_losses, updates_seen = self._initial_losses_with(losses, present)
+        weights = self.weights.detach()
+        seen = balance(weights, norms, losses, initial_losses, self.alpha, self._priorities, present)
+        gradient = seen.gradient if present is None else torch.where(present, seen.gradient, 0.0)
+        taken = self._step.move(gradient, problems, present, partial(self._renormalised, present))
+        if not self._initial_known and bool(taken):
+            self._set_initial_losses(initial_losses, updates_seen)
+        step = Step(norms, losses, self._everybody if present is None else present, problems, seen, taken)
+        self._open.append(step)
+        if self.looks_at_once or len(self._open) == _MOST_OPEN:
+            self._look()
+        return step
 
-        def spread(part: Tensor) -> Tensor:
-            return torch.full_like(self.weights, torch.nan).masked_scatter_(present, part)
-
-        return Balance(
-            spread(seen.grad_norms), spread(seen.rates), spread(seen.targets), seen.loss, spread(seen.gradient)
-        )
-
-    def _renormalise(self, before: Tensor, present: Tensor | None) -> None:
+    def _renormalised(self, present: Tensor | None, before: Tensor, weights: Tensor) -> Tensor:
         """``w_i ← max(w_i, min_weight)``, then the present tasks share what the absent ones leave of the sum T."""
         T = len(self.tasks)
-        total: float | Tensor = T
-        if present is not None:
-            left, had = T - (before * ~present).sum(), (before * present).sum()
-            # The two are equal but for rounding, which eats up what is left where the absent tasks have nearly all of it.
-            total = torch.where(left > had / 2, left, had)
-        # The second, lower bound touches nothing in ordinary steps. It holds when one weight has shot up so far that
-        # dividing by the sum would push the others to zero, from where no gradient could be measured any more.
-        for least in (self.min_weight, self.min_weight / T):
-            shared = self.weights.clamp(min=least)
-            if present is not None:
-                shared *= present
-            shared *= total / shared.sum()
-            self.weights.copy_(shared if present is None else torch.where(present, shared, self.weights))
+        # The upper bound touches nothing in ordinary steps. It holds when one weight has shot up so far that dividing by the
+        # sum would push the others to zero, from where no gradient could be measured any more.
+        weights = weights.clamp(self.min_weight, _MOST * T)
+        if present is None:
+            return weights * (T / weights.sum())
+        left, had = T - (before * ~present).sum(), (before * present).sum()
+        # The two are equal but for rounding, which eats up what is left where the absent tasks have nearly all of it.
+        total = torch.where(left > had / 2, left, had)
+        return torch.where(present, weights * (total / (weights * present).sum()), before)
 
     def _initial_losses_with(self, losses: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self._initial_known:
-            return self.initial_losses, self._updates_seen
-        present = torch.ones_like(losses, dtype=torch.bool) if present is None else present
+        present = self._everybody if present is None else present
         counts = present & (self._updates_seen < self._updates_in_initial)
         updates_seen = self._updates_seen + counts
         mean = self.initial_losses + (losses - self.initial_losses) / updates_seen.clamp(min=1)
@@ -277,46 +299,9 @@ class GradNormRule:
         return initial_losses, updates_seen
 
     def _set_initial_losses(self, initial_losses: Tensor, updates_seen: Tensor) -> None:
-        if self._initial_known:
-            return
         self.initial_losses, self._updates_seen = initial_losses, updates_seen
         are_all_in = bool((updates_seen >= self._updates_in_initial).all())
         self._initial_known = are_all_in and (self.alpha == 0 or bool((initial_losses > 0).all()))
-
-    def _skip(self, culprits: Tensor) -> Skipped:
-        self.skipped += 1
-        return Skipped(
-            tuple(task for task, is_culprit in zip(self.tasks, culprits.tolist(), strict=True) if is_culprit)
-        )
-
-    # The optimizer is the user's choice, so that what it keeps for each weight is known only by its shape.
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
-        kept = self._optimizer.state.get(self.weights, {})
-        return {name: value for name, value in kept.items() if isinstance(value, Tensor)}
-
-    def _snapshot(self) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.weights.detach().clone(), {name: value.clone() for name, value in self._optimizer_tensors().items()}
-
-    def _restore(self, snapshot: tuple[Tensor, dict[str, Tensor]]) -> None:
-        weights, kept = snapshot
-        self.weights.copy_(weights)
-        if not kept:
-            self._optimizer.state.clear()
-        for name, value in kept.items():
-            self._optimizer_tensors()[name].copy_(value)
-
-    def _keep_absent(self, before: tuple[Tensor, dict[str, Tensor]], present: Tensor) -> None:
-        if bool(present.all()):
-            return
-        weights, kept = before
-        self.weights.copy_(torch.where(present, self.weights, weights))
-        for name, value in self._optimizer_tensors().items():
-            if value.shape == self.weights.shape:
-                value.copy_(torch.where(present, value, kept.get(name, torch.zeros_like(value))))
-
-    def _all_finite(self) -> bool:
-        values = (self.weights.detach(), *self._optimizer_tensors().values())
-        return all(math.isfinite(float(value.sum())) or bool(value.isfinite().all()) for value in values)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all state as plain tensors and numbers, loadable with ``torch.load(weights_only=True)``."""
@@ -324,7 +309,7 @@ class GradNormRule:
             "version": _VERSION,
             "tasks": list(self.tasks),
             "weights": self.weights.detach().clone(),
-            "optimizer": copy.deepcopy(self._optimizer.state_dict()),  # not the tensors that go on changing
+            "optimizer": self._step.state_dict(),
             "initial_losses": self.initial_losses.clone(),
             "updates_seen": self._updates_seen.clone(),
             "weights_mean": self._weights_mean.clone(),
@@ -369,11 +354,11 @@ class GradNormRule:
 
         self.weights.copy_(scaled(state["weights"]))
         kept = state["optimizer"]
-        saved, given = (set(of["param_groups"][0]) for of in (kept, self._optimizer.state_dict()))
+        saved, given = (set(of["param_groups"][0]) for of in (kept, self._step.state_dict()))
         if saved - given and given - saved:  # one of both alone is another version of torch
             raise ValueError(
                 f"GradNorm: the checkpoint is of a weight optimizer with the options {sorted(saved - given)}, which this "
-                f"run's {type(self._optimizer).__name__} does not have. Resume with the same optimizer=…"
+                f"run's {type(self._step.optimizer).__name__} does not have. Resume with the same optimizer=…"
             )
 
         def own(value: Any) -> Any:  # a tensor that the optimizer takes over it would go on to change
@@ -382,7 +367,7 @@ class GradNormRule:
             return by_task(value) if value.shape == (len(known),) else value.clone()
 
         moments = {key: {name: own(value) for name, value in of.items()} for key, of in kept["state"].items()}
-        self._optimizer.load_state_dict({**kept, "state": moments})
+        self._step.load_state_dict({**kept, "state": moments})
         self.initial_losses = torch.where(
             is_new, self.initial_losses, by_task(state["initial_losses"]).to(self.weights)
         )
@@ -390,4 +375,5 @@ class GradNormRule:
         self._initial_known = False
         self._weights_mean = scaled(state["weights_mean"])
         self.steps = state["steps"]
-        self.skipped = state["skipped"]
+        self._skipped = state["skipped"]
+        self._open.clear()

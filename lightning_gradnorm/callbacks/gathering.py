@@ -20,8 +20,8 @@ class Gathered:
 
     losses: Tensor
     """Of each task over those of its losses that were there, shape (T,)."""
-    present: Tensor
-    """Which tasks were there anywhere, bool of shape (T,)."""
+    present: Tensor | None
+    """Which tasks were there anywhere, bool of shape (T,); ``None`` if it is known that all were."""
     norms: Tensor | None
     """Of what was read of each task, shape (T,); ``None`` if nothing was."""
 
@@ -44,21 +44,27 @@ def gather(
     """
     nothing = like.new_zeros(())
     losses = torch.stack([window.losses.get(task, nothing).to(like) for task in tasks])
-    counts = torch.tensor([float(window.counts.get(task, 0)) for task in tasks], dtype=like.dtype)
-    counts = counts.to(like.device, non_blocking=True)
+    counts = [window.counts.get(task, 0) for task in tasks]
     if reader is not None:
         # As if the weight had not been rounded to the loss's precision.
         for task, applied in window.applied.items():
             reader.rescale(task, like[tasks.index(task)] / applied)
-    norms = None
-    if trainer.world_size > 1:
-        table = torch.stack([losses, counts], dim=1)
+    if trainer.world_size == 1:
+        norms = None if reader is None else reader.norms(tasks).to(like)
+        if max(counts) > 1:
+            losses = losses / _on(like, [max(count, 1) for count in counts])
+        present = None if all(counts) else _on(like, counts) > 0
+    else:
+        table = torch.stack([losses, _on(like, counts)], dim=1)
         table = table if reader is None else torch.cat([table, reader.rows(tasks, like)], dim=1)
         table = trainer.strategy.reduce(table, reduce_op="sum")
-        losses, counts = table[:, 0], table[:, 1]
+        losses, present = table[:, 0] / table[:, 1].clamp(min=1), table[:, 1] > 0
         norms = None if reader is None else reader.norms_of(table[:, 2:])
-    elif reader is not None:
-        norms = reader.norms(tasks).to(like)
-    if norms is not None:
-        norms = norms / (unit(window.backwards, trainer) * trainer.world_size)
-    return Gathered(losses / counts.clamp(min=1), counts > 0, norms)
+    return Gathered(
+        losses, present, norms if norms is None else norms / (unit(window.backwards, trainer) * trainer.world_size)
+    )
+
+
+def _on(like: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Return the numbers on the device of ``like``, without waiting for it."""
+    return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)

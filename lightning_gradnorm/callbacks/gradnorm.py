@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_gradnorm.arguments import check, is_integer, is_number
-from lightning_gradnorm.balancing.gradnorm import Balance, GradNormRule, Skipped, WeightOptimizer
+from lightning_gradnorm.balancing.gradnorm import GradNormRule
+from lightning_gradnorm.balancing.weight_step import WeightOptimizer
 from lightning_gradnorm.callbacks.balancing import Balancing
 from lightning_gradnorm.callbacks.gathering import gather
 from lightning_gradnorm.callbacks.naming import find_module, find_shared_layer
@@ -128,7 +129,6 @@ class GradNorm(Balancing[GradNormRule]):
         self.norm_of = norm_of
         self.min_weight = min_weight
         self.on_task_mismatch = on_task_mismatch
-        self._last_balance: tuple[Balance, Tensor] | None = None
         self._warned: set[str] = set()
         if self._names:
             self._check_numbers()
@@ -192,7 +192,6 @@ class GradNorm(Balancing[GradNormRule]):
 
     @override
     def _begin_anew(self) -> None:
-        self._last_balance = None
         self._warned.clear()
 
     @override
@@ -230,24 +229,22 @@ class GradNorm(Balancing[GradNormRule]):
         reader = self._reader if window.measured else None
         assert reader is None or isinstance(reader, RowReader)
         step = gather(self._names, window, reader, self._weights_in_force(), trainer)
-        counts = trainer.world_size == 1 or bool(step.present.any())
+        counts = bool(window.losses) or (step.present is not None and bool(step.present.any()))
         if step.norms is not None and counts:
-            seen = self._known.step(step.norms / self._weights_in_force(), step.losses, step.present)
-            if isinstance(seen, Skipped):
-                self._warn(seen, step.losses)
-            else:
-                self._last_balance = seen, step.losses
+            self._known.step(step.norms / self._weights_in_force(), step.losses, step.present)
+            if self._known.looks_at_once:
+                self._warn()
         return counts
 
     @override
     def _note_step(self) -> None:
         self._known.note_step()
 
-    def _warn(self, skipped: Skipped, losses: Tensor) -> None:
-        for task in skipped.tasks:
+    def _warn(self) -> None:
+        """Say, once for each task, that a step was not taken because of its numbers. A look of the host."""
+        for task, loss in self._known.culprits.items():
             if task not in self._warned:
                 self._warned.add(task)
-                loss = losses[self._names.index(task)].item()
                 reason = f"the loss or the gradient norm of task '{task}' is not finite"
                 if loss < 0 and self.alpha > 0:
                     reason = (
@@ -260,14 +257,15 @@ class GradNorm(Balancing[GradNormRule]):
 
     @override
     def _log(self, module: L.LightningModule) -> None:
+        self._warn()
         rule = self._known
         by_task = {"weight": self._weights_in_force().clone()}
         shown: dict[str, Tensor | float] = {"gradnorm/skipped": float(rule.skipped)}
-        if self._last_balance is not None:
-            seen, losses = self._last_balance
+        if rule.last is not None:
+            seen = rule.last.balance
             shown["gradnorm/loss"] = seen.loss
             by_task["grad_norm"], by_task["rate"] = seen.grad_norms, seen.rates
-            by_task["loss_ratio"] = losses / rule.initial_losses
+            by_task["loss_ratio"] = rule.last.losses / rule.initial_losses
         for what, values in by_task.items():
             shown |= {f"gradnorm/{what}/{task}": value for task, value in zip(self._names, values, strict=True)}
         module.log_dict(shown, on_step=True)
