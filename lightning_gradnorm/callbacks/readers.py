@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_gradnorm.callbacks.compiled import is_compiled
 from lightning_gradnorm.callbacks.hooks import takes_hooks
 from lightning_gradnorm.callbacks.naming import path_to
-from lightning_gradnorm.gradients import GradientReader, ReplayedGradients, WeightGradients
+from lightning_gradnorm.gradients import GradientReader, LinearGradients, ReplayedGradients, WeightGradients
 from lightning_gradnorm.gradients.replay import is_sharded
 
 
@@ -38,7 +38,18 @@ def weight_readers(
         return [_replay(*sharded[0], W)]
     first = next((place for place, (_, module) in enumerate(around) if is_compiled(module)), len(around))
     outside = around[: first + 1]
-    return [WeightGradients(list(W.values())), *(_replay(name, module, W) for name, module in reversed(outside))]
+    return [_on_the_graph(root, W), *(_replay(name, module, W) for name, module in reversed(outside))]
+
+
+def _on_the_graph(root: L.LightningModule, W: Mapping[str, Tensor]) -> WeightGradients:
+    (name, weight), *others = W.items()
+    way = path_to(root, name)
+    _, layer = way[-1]
+    is_hooked_easily = not any(is_compiled(module) for _, module in way) and takes_hooks(layer)
+    if not others and is_hooked_easily and LinearGradients.can_read(layer, weight):
+        assert isinstance(layer, nn.Linear)
+        return LinearGradients(layer)
+    return WeightGradients(list(W.values()))
 
 
 def _replay(name: str, module: nn.Module, W: Mapping[str, Tensor]) -> ReplayedGradients:

@@ -3,6 +3,7 @@
 from lightning_gradnorm.gradients.branch import TAKEN, branch, fan_out
 from lightning_gradnorm.gradients.buffers import KeptBuffers
 from lightning_gradnorm.gradients.joint import JointGradients
+from lightning_gradnorm.gradients.linear import LinearGradients
 from lightning_gradnorm.gradients.norms import GradientNorms, check_loss, gradient_norms, inner_products
 from lightning_gradnorm.gradients.parts import REST, PartGradients
 from lightning_gradnorm.gradients.paths import nodes_between, unwalkable
@@ -24,6 +25,7 @@ __all__ = [
     "GradientReader",
     "JointGradients",
     "KeptBuffers",
+    "LinearGradients",
     "PartGradients",
     "ReplayedGradients",
     "RowReader",

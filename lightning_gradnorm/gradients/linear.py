@@ -1,0 +1,160 @@
+"""The norm of a linear layer's gradient without the gradient, where the batch is smaller than the layer.
+
+With inputs X of shape (B, I) and the task's gradients D at the outputs, shape (B, O), ``∇_W L = Dᵀ X`` and::
+
+    ||Dᵀ X||² = Σ_ab (X Xᵀ)_ab (D Dᵀ)_ab
+
+The left side takes B·I·O products for each task, the right one B²·O, and B²·I once for all tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from lightning_gradnorm.gradients.paths import node_of, nodes_between
+from lightning_gradnorm.gradients.readers import WeightGradients
+
+_LEAST = 1e-4
+"""Of what the terms of the sum can add up to at most; what is smaller has lost too many digits to cancellation."""
+
+
+class _Call(NamedTuple):
+    inputs: Tensor
+    version: int
+    """Of the inputs, which are needed once more when backward is over."""
+    output: GradientEdge
+
+
+class LinearGradients(WeightGradients):
+    """Reads ``∇_W L_i`` as `WeightGradients` does; the norms of small batches it finds from the products of samples.
+
+    On a CPU, where arithmetic is what a step consists of; for gradients of one backward pass that arrive at the layer's
+    outputs. All else is read as it is: several passes of one step, another use of ``W``, other precisions.
+
+    Args:
+        layer: whose ``weight`` is ``W``; each call between `before` and `after`.
+    """
+
+    module: nn.Linear
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__([layer.weight])
+        self.module = layer
+        self._begun: list[Any] = []
+        self._calls: list[_Call] = []
+        self._at_outputs: dict[str, dict[int, Tensor]] = {}
+        """Task → place of a call → the gradient at its output."""
+        self._passes_calls: dict[tuple[str, int], bool] = {}
+        """Whether a task's gradient, with so many calls, comes to ``W`` by them alone."""
+
+    @staticmethod
+    def can_read(layer: nn.Module, weight: Tensor) -> bool:
+        """Say whether this is a plain linear layer of that weight, on a CPU."""
+        is_plain = type(layer) is nn.Linear and "forward" not in vars(layer) and layer.weight is weight
+        return is_plain and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+
+    def before(self, args: Any, kwargs: Any) -> None:
+        """Note the input."""
+        self._begun.append(args[0] if len(args) == 1 and not kwargs else None)
+
+    def after(self, output: Any) -> None:
+        """Note where the gradient at the output will come by."""
+        inputs = self._begun.pop()
+        W = self.module.weight
+        if isinstance(inputs, Tensor) and inputs.dtype == output.dtype == W.dtype and output.requires_grad:
+            rows, (O, I) = inputs.numel() // inputs.shape[-1], W.shape  # noqa: E741
+            if rows * (I + 2 * O) < 2 * O * I:  # pays already with two tasks
+                self._calls.append(_Call(inputs.detach(), inputs._version, get_gradient_edge(output)))
+
+    def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Add the task's contribution to the gradient of ``W``, or to that at the outputs that it is made of."""
+        if not self._calls or not self._comes_by_the_calls(task, outputs):
+            super().read(task, outputs, gradients)
+            return
+        edges = [call.output for call in self._calls]
+        found = torch.autograd.grad(outputs, edges, gradients, retain_graph=True, allow_unused=True)
+        known = self._at_outputs.setdefault(task, {})
+        for place, gradient in enumerate(found):
+            if gradient is not None:
+                known[place] = known[place] + gradient if place in known else gradient
+
+    def _comes_by_the_calls(self, task: str, outputs: Sequence[Tensor]) -> bool:
+        key = (task, len(self._calls))
+        if key not in self._passes_calls:
+            stop = {call.output.node for call in self._calls}
+            around = nodes_between([node_of(output) for output in outputs], self.sought, stop=stop)
+            self._passes_calls[key] = not around
+        return self._passes_calls[key]
+
+    def _factors(self, task: str) -> tuple[Tensor, Tensor]:
+        """Return X and D."""
+        at_outputs = self._at_outputs[task]
+        if any(self._calls[place].inputs._version != self._calls[place].version for place in at_outputs):
+            raise RuntimeError(
+                "the input of the shared layer was changed in place between backward and the optimizer's step, so that its "
+                "gradient's norm cannot be known. Change a copy."
+            )
+        X = [_as_rows(self._calls[place].inputs) for place in at_outputs]
+        D = [_as_rows(gradient) for gradient in at_outputs.values()]
+        return (X[0], D[0]) if len(X) == 1 else (torch.cat(X), torch.cat(D))
+
+    def _multiply(self) -> None:
+        """Turn what is known at the outputs into rows."""
+        for task in list(self._at_outputs):
+            X, D = self._factors(task)
+            del self._at_outputs[task]
+            self._add(task, (D.T @ X).flatten())
+
+    def rows(self, tasks: Sequence[str], like: Tensor) -> Tensor:
+        """Return the sums so far, shape (T, n)."""
+        self._multiply()
+        return super().rows(tasks, like)
+
+    def norms(self, tasks: Sequence[str]) -> Tensor:
+        """Return the norms of the gradients read so far, shape (T,), zero for a task not seen."""
+        if any(task in self._rows for task in self._at_outputs):
+            self._multiply()
+        norms: dict[str, Tensor] = {}
+        products: dict[tuple[int, ...], Tensor] = {}  # of the calls that a task depends on: X Xᵀ
+        for task, at_outputs in list(self._at_outputs.items()):
+            X, D = self._factors(task)
+            key = tuple(at_outputs)
+            if key not in products:
+                products[key] = X @ X.T
+            XX, DD = products[key], D @ D.T
+            square = torch.dot(XX.flatten(), DD.flatten())
+            most = (XX.diagonal() * DD.diagonal()).sqrt().sum().square()
+            if square > _LEAST * most:
+                norms[task] = square.sqrt().reshape(1)
+            else:
+                del self._at_outputs[task]
+                self._add(task, (D.T @ X).flatten())
+        others = [task for task in tasks if task not in norms]
+        if others:
+            norms |= dict(zip(others, super().norms(others).reshape(-1, 1), strict=True))
+        return torch.cat([norms[task] for task in tasks])
+
+    def rescale(self, task: str, factor: Tensor) -> None:
+        """Multiply what was read of a task's gradient by ``factor``."""
+        if task in self._at_outputs:
+            self._at_outputs[task] = {place: part * factor for place, part in self._at_outputs[task].items()}
+        super().rescale(task, factor)
+
+    def forget(self) -> None:
+        """Let go of the current forward pass's tensors; what was read of them stays."""
+        self._multiply()
+        self._begun, self._calls = [], []
+
+    def clear(self) -> None:
+        """Forget what was read: a new optimizer step begins."""
+        self._at_outputs.clear()
+        super().clear()
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])

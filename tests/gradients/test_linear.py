@@ -1,0 +1,164 @@
+"""Norms from the products of samples are those of the gradient itself, whatever the network does with the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from harness import Batches
+from models import TASKS
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_gradnorm import GradNorm
+from lightning_gradnorm.gradients import LinearGradients, WeightGradients, fan_out
+
+F64 = torch.float64
+T, INPUTS, OUTPUTS = 3, 20, 30
+
+
+def networks() -> tuple[nn.Linear, dict[str, nn.Module], Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    torch.manual_seed(5)
+    heads: dict[str, nn.Module] = {task: nn.Linear(OUTPUTS, 2, dtype=F64) for task in TASKS[:T]}
+    return nn.Linear(INPUTS, OUTPUTS, dtype=F64), heads, torch.randn(6, INPUTS, generator=generator, dtype=F64)
+
+
+Encode = Callable[[nn.Linear, Tensor], Tensor]
+ENCODERS: dict[str, tuple[Encode, bool]] = {
+    "the layer": (lambda layer, x: layer(x), True),
+    "relu in place": (lambda layer, x: layer(x).relu_(), True),
+    "a batch of sequences": (lambda layer, x: layer(x.reshape(2, 3, -1)).tanh().reshape(6, -1), True),
+    "two calls": (lambda layer, x: layer(x) * layer(x.flip(0)).sigmoid(), True),
+    "one vector": (lambda layer, x: layer(x[0])[None], True),
+    "the weight once more, by hand": (lambda layer, x: layer(x) + F.linear(x.flip(0), layer.weight), False),
+    "by keyword": (lambda layer, x: layer(input=x), False),
+    "a large batch": (lambda layer, x: layer(x.repeat(20, 1)), False),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_norms_are_those_of_the_gradient(name: str) -> None:
+    encode, is_quick = ENCODERS[name]
+    layer, heads, x = networks()
+    reader, plain = LinearGradients(layer), WeightGradients([layer.weight])
+    layer.register_forward_pre_hook(lambda _, args, kwargs: reader.before(args, kwargs), with_kwargs=True)
+    layer.register_forward_hook(lambda _, args, output: reader.after(output))
+
+    def receive(task: str, outputs: Any, gradients: Any) -> None:
+        reader.read(task, outputs, gradients)
+        plain.read(task, outputs, gradients)
+
+    for _ in range(2):
+        views = fan_out(encode(layer, x), heads, receive)
+        sum(heads[task](views[task]).square().mean() for task in heads).backward()  # type: ignore[union-attr]
+        assert bool(reader._at_outputs) is is_quick
+        torch.testing.assert_close(
+            reader.norms([*heads, "absent"]), plain.norms([*heads, "absent"]), rtol=1e-12, atol=0
+        )
+        assert bool(reader._rows) is not is_quick
+        reader.clear()
+        plain.clear()
+
+
+def test_several_passes_of_one_step_add_up_as_gradients_do() -> None:
+    layer, heads, x = networks()
+    reader, plain = LinearGradients(layer), WeightGradients([layer.weight])
+    for part in x.split(2):
+        reader.before((part,), {})
+        z = layer(part)
+        reader.after(z)
+        views = fan_out(z, heads, lambda *a: (reader.read(*a), plain.read(*a)))  # type: ignore[arg-type, func-returns-value]
+        sum(heads[task](views[task]).square().mean() for task in heads).backward()  # type: ignore[union-attr]
+        reader.rescale(TASKS[0], torch.tensor(0.5))
+        plain.rescale(TASKS[0], torch.tensor(0.5))
+        reader.forget()
+        plain.forget()
+    torch.testing.assert_close(reader.norms(list(heads)), plain.norms(list(heads)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(reader.rows(list(heads), x), plain.rows(list(heads), x), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("difference", [0.0, 1e-6, 1e-3, 1.0])
+def test_samples_that_cancel_each_other_cost_no_digits(difference: float) -> None:
+    """Of single precision: the norm of what is left of gradients that point against each other."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64)
+    x = torch.randn(1, 64).repeat(8, 1)
+    sign = torch.tensor([1.0, -1.0] * 4)
+    sign[0] += difference
+    reader, exact = LinearGradients(layer), layer.double()
+    layer = layer.float()
+    reader.before((x,), {})
+    z = layer(x)
+    reader.after(z)
+    reader.read("a", [z], [sign[:, None] * torch.ones(8, 64)])
+    (expected,) = torch.autograd.grad(
+        F.linear(x.double(), exact.weight.double()), exact.weight, (sign[:, None] * torch.ones(8, 64)).double()
+    )
+    torch.testing.assert_close(reader.norms(["a"])[0].double(), expected.double().norm(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_input_that_is_changed_before_the_step_is_an_error() -> None:
+    layer, heads, x = networks()
+    reader = LinearGradients(layer)
+    reader.before((x,), {})
+    z = layer(x)
+    reader.after(z)
+    views = fan_out(z, heads, reader.read)
+    sum(heads[task](views[task]).sum() for task in heads).backward()  # type: ignore[union-attr]
+    x.zero_()
+    with pytest.raises(RuntimeError, match="changed in place between backward and the optimizer's step"):
+        reader.norms(list(heads))
+
+
+class Wide(L.LightningModule):
+    """A shared layer that is larger than the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.encoder = nn.Sequential(nn.Linear(5, INPUTS), nn.ReLU(), nn.Linear(INPUTS, OUTPUTS), nn.ReLU(inplace=True))
+        self.heads = nn.ModuleDict({task: nn.Linear(OUTPUTS, 2) for task in TASKS[:T]})
+        self.double()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        z = self.encoder(batch)
+        losses = {task: (i + 1) * head(z).square().mean() for i, (task, head) in enumerate(self.heads.items())}
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Reads(L.Callback):
+    """Notes what reads the gradient."""
+
+    def __init__(self, gradnorm: GradNorm) -> None:
+        self.gradnorm, self.found = gradnorm, set[str]()
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        reader = self.gradnorm._reader
+        assert reader is not None
+        self.found.add(type(reader).__name__ + (" at outputs" if getattr(reader, "_at_outputs", None) else ""))
+
+
+@pytest.mark.parametrize("with_heads", [True, False])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_training_is_the_same_with_either_way_of_reading(
+    quiet_trainer: Any, with_heads: bool, accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = list(torch.randn(8, 6, 5, dtype=F64, generator=torch.Generator().manual_seed(2)))
+    heads = {task: f"heads.{task}" for task in TASKS[:T]} if with_heads else None
+    found = {}
+    for is_quick in (True, False):
+        monkeypatch.setattr(LinearGradients, "can_read", staticmethod(lambda *_, is_quick=is_quick: is_quick))
+        model, gradnorm = Wide(), GradNorm(TASKS[:T], shared_layer="encoder.2", heads=heads)
+        reads = Reads(gradnorm)
+        trainer = quiet_trainer(callbacks=[reads, gradnorm], max_epochs=2, accumulate_grad_batches=accumulate)
+        trainer.fit(model, Batches(batches))
+        assert reads.found == {"LinearGradients at outputs" if is_quick else "WeightGradients"}
+        found[is_quick] = [*gradnorm.weights.values(), *(p.detach() for p in model.parameters())]
+    torch.testing.assert_close(found[True], found[False], rtol=1e-9, atol=1e-12)
