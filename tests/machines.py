@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -59,23 +59,35 @@ class Machine:
 
 
 @contextmanager
-def two_machines(
-    folder: Path, *options: str, program: Sequence[str] = MODULE, of_second: Sequence[str] = ()
+def started(
+    folder: Path, commands: Mapping[str, Sequence[str]], environments: Mapping[str, dict[str, str]]
 ) -> Iterator[list[Machine]]:
-    """Start two machines' torchrun with these options; whatever still runs at the end is killed."""
-    port = str(free_port())
-    machines = []
-    for node, zone in enumerate(ZONES):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-        command += ["--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", port]
-        command += ["--local-addr", f"127.0.0.{node + 1}", *program, *options, *(of_second if node == 1 else ())]
-        machines.append(Machine(command, folder, folder / f"machine_{node}.log", environment(TZ=zone)))
+    """Start a machine for each command, by name; whatever still runs at the end is killed."""
+    machines: list[Machine] = []
     try:
+        for name, command in commands.items():
+            machines.append(Machine(command, folder, folder / f"machine_{name}.log", environments[name]))
         yield machines
     finally:
         for machine in machines:
             if machine.launcher.poll() is None:
                 machine.kill()
+
+
+@contextmanager
+def two_machines(
+    folder: Path, *options: str, program: Sequence[str] = MODULE, of_second: Sequence[str] = ()
+) -> Iterator[list[Machine]]:
+    """Start two machines' torchrun with these options, and more for the second."""
+    common = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    common += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    commands = {}
+    for node, more in (("0", ()), ("1", of_second)):
+        own = ["--node-rank", node, "--local-addr", f"127.0.0.{int(node) + 1}"]
+        commands[node] = [*common, *own, *program, *options, *more]
+    own_clocks = {node: environment(TZ=zone) for node, zone in zip(commands, ZONES, strict=True)}
+    with started(folder, commands, own_clocks) as machines:
+        yield machines
 
 
 def train_on_two(folder: Path, *options: str, program: Sequence[str] = MODULE) -> list[str]:
@@ -86,10 +98,10 @@ def train_on_two(folder: Path, *options: str, program: Sequence[str] = MODULE) -
         return [machine.said() for machine in machines]
 
 
-def wait_until(condition: object, machines: Sequence[Machine], seconds: float = 240) -> None:
+def wait_until(condition: Callable[[], bool], machines: Sequence[Machine], seconds: float = 240) -> None:
     """Wait until the condition, a function, holds; all machines are to run all the time."""
     deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+    while not condition():
         for machine in machines:
             assert machine.launcher.poll() is None, machine.said()
         assert time.monotonic() < deadline

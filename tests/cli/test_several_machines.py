@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from checkpoints import assert_same, content
-from machines import MODULE, Machine, environment, free_port, train_on_two, two_machines, wait_until
+from machines import MODULE, environment, free_port, started, train_on_two, two_machines, wait_until
 
 from lightning_gradnorm.cli import evaluate, launched, train
 from lightning_gradnorm.report import read_run
@@ -165,36 +165,36 @@ def test_a_job_of_several_processes_is_called_by_its_number(
 
 
 @pytest.mark.slow
-def test_processes_that_have_what_srun_gives_them_train_in_one_folder(tmp_path: Path) -> None:
+def test_processes_that_have_what_srun_gives_them_train_in_one_folder_and_go_on_there(tmp_path: Path) -> None:
     """SLURM itself is not there: these are the variables that it sets."""
-    port = str(free_port())
+    options = [*TOY, *QUIET, "trainer=slurm", "data.batch_size=16"]
+    run_as_job(tmp_path, *options, "trainer.max_epochs=1")
+    (run,) = (tmp_path / "outputs/toy/gradnorm").iterdir()
+    assert run.name == "job_77_0"
+    assert (run / "test_metrics.json").is_file()
+    assert content(run / LAST)["global_step"] == 15
+    # as a job that was put back into the queue does
+    run_as_job(tmp_path, *options, "trainer.max_epochs=2", f"hydra.run.dir={run}", f"ckpt_path={run / LAST}")
+    assert content(run / LAST)["global_step"] == 30
+
+
+def run_as_job(folder: Path, *options: str) -> None:
+    """Train in two processes that have what srun gives them."""
     job = {
         "SLURM_JOB_ID": "77",
-        "SLURM_JOB_NAME": "rooms",
+        "SLURM_JOB_NAME": "toy",
         "SLURM_STEP_ID": "0",
         "SLURM_NTASKS": "2",
         "SLURM_NNODES": "2",
     }
-    job |= {"SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST": "127.0.0.1", "SLURM_LOCALID": "0", "MASTER_PORT": port}
-    command = [sys.executable, *MODULE, *TOY, *QUIET, "trainer=slurm", "trainer.max_epochs=1"]
-    machines = [
-        Machine(
-            command,
-            tmp_path,
-            tmp_path / f"{node}.log",
-            environment(**job, SLURM_PROCID=node, SLURM_NODEID=node),
-        )
-        for node in ("0", "1")
-    ]
-    try:
-        assert [machine.wait(timeout=200) for machine in machines] == [0, 0], machines[0].said() + machines[1].said()
-    finally:
+    job |= {"SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST": "127.0.0.1", "SLURM_LOCALID": "0"}
+    job |= {"MASTER_PORT": str(free_port())}
+    commands = {node: [sys.executable, *MODULE, *options] for node in ("0", "1")}
+    own = {node: environment(**job, SLURM_PROCID=node, SLURM_NODEID=node) for node in commands}
+    with started(folder, commands, own) as machines:
         for machine in machines:
-            if machine.launcher.poll() is None:
-                machine.kill()
-    assert (tmp_path / "outputs/toy/gradnorm/job_77_0/test_metrics.json").is_file()
-    assert [path.name for path in (tmp_path / "outputs/toy/gradnorm").iterdir()] == ["job_77_0"]
-    assert "MEMBER: 2/2" in machines[1].said()
+            assert machine.wait(timeout=200) == 0, machine.said()
+        assert "MEMBER: 2/2" in machines[1].said()
 
 
 # ---- a machine is killed ---------------------------------------------------------------------------------------------
@@ -204,10 +204,9 @@ OFTEN = ["callbacks.last.every_n_train_steps=3", "test=false"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1], ids=["the first", "the second"])
-@pytest.mark.parametrize("data", [TOY, DIGITS], ids=["toy", "digits"])
+@pytest.mark.parametrize(("data", "killed"), [(TOY, 0), (DIGITS, 1)], ids=["the first", "the second"])
 def test_the_other_machine_ends_and_the_run_goes_on_as_if_nothing_had_been(
-    tmp_path: Path, killed: int, data: list[str]
+    tmp_path: Path, data: list[str], killed: int
 ) -> None:
     """The checkpoints of the resumed and of an uninterrupted run are the same, each tensor, bit by bit."""
     options = [*data, *QUIET, *OFTEN, "data.batch_size=16", "trainer=torchrun"]
