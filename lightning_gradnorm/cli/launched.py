@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
+import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from torch.distributed.rendezvous import rendezvous
@@ -66,14 +67,16 @@ class OneFolder(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if trainer.world_size == 1:
+        if trainer.world_size == 1 or not dist.is_initialized():
             return
-        first = trainer.strategy.broadcast(self.folder)
-        if trainer.strategy.reduce_boolean_decision(self.folder == first):  # all refuse, or none
+        folders = [""] * trainer.world_size
+        dist.all_gather_object(folders, self.folder)
+        other = next((rank for rank, folder in enumerate(folders) if folder != folders[0]), None)
+        if other is None:
             return
         raise ValueError(
-            f"hydra.run.dir should be the same in all processes, in a folder that all machines see; got {first} in the first "
-            f"process, {self.folder} in process {trainer.global_rank}. Give hydra.run.dir=FOLDER, an absolute path."
+            f"hydra.run.dir should be the same in all processes, in a folder that all machines see; got {folders[0]} in the "
+            f"first process, {folders[other]} in process {other}. Give hydra.run.dir=FOLDER, an absolute path."
         )
 
 
