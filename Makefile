@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow docs lint format check clean
+.PHONY: demo test test-slow test-lowest docs build try-wheel format clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py
@@ -25,6 +25,31 @@ docs: .venv/.docs-installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
+# Wheel and sdist in dist/, the wheel made from the sdist; checked, and what is in them.
+build: .venv/.release-installed
+	rm -rf dist
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python scripts/check_build.py dist
+
+# The wheel alone, in an environment and a folder of its own: it trains, evaluates and reports.
+try-wheel: build
+	$(BIN)/python scripts/try_wheel.py dist
+
+.venv/.release-installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[release]"
+	touch $@
+
+# The tests with the lowest versions that pyproject.toml promises; TESTS="tests/cli tests/callbacks" for some of them.
+LOWEST := .venv-lowest
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/pytest -q -m "not slow and not gpu" $(TESTS)
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[dev]"
+	touch $@
+
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -36,4 +61,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf .venv outputs dist site
+	rm -rf .venv $(LOWEST) outputs dist site

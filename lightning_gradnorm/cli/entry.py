@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_gradnorm.arguments import is_integer
-from lightning_gradnorm.cli import errors
+from lightning_gradnorm.cli import errors, launched
 from lightning_gradnorm.cli.config import register
 
 
@@ -34,6 +34,8 @@ def run(task: Callable[[DictConfig], Any], *, command: str, folder: Path, config
     """
     register()
     OmegaConf.register_new_resolver("label", _label, replace=True)
+    began = launched.began()
+    OmegaConf.register_new_resolver("began", lambda: began, replace=True)
 
     def job(config: DictConfig) -> Any:
         with errors.hydra_raises(really=errors_are_raw):  # the processes that a strategy starts are not told of it

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning as L
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lightning_gradnorm.cli import entry, errors, runs, single_task
@@ -29,6 +29,7 @@ def main() -> None:
         return
     # The run's own configuration is the one that is composed, so that data.batch_size=… is an override like any other.
     ours = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "++single_task=null"]
+    ours += _here_alone(folder)
     with entry.more_overrides(ours):
         entry.run(evaluate, command=COMMAND, folder=folder, config_name=Path(runs.CONFIG).stem)
 
@@ -45,6 +46,12 @@ def _run_folder() -> Path | None:
             f"above. Move it back, or use MultiTaskModule.load_from_checkpoint in Python."
         )
     return folder
+
+
+def _here_alone(folder: Path) -> list[str]:
+    """Return what has one process test a run of several machines, which would wait for the others for ever."""
+    nodes = OmegaConf.select(OmegaConf.load(folder / runs.CONFIG), "trainer.num_nodes", default=1)
+    return ["trainer.num_nodes=1", "trainer.devices=1", "trainer.strategy=auto"] if nodes > 1 else []
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from lightning_gradnorm import MultiTaskModule
-from lightning_gradnorm.cli import entry, errors, hparams, runs, single_task
+from lightning_gradnorm.cli import entry, errors, hparams, launched, runs, single_task
 from lightning_gradnorm.cli.build import build, build_model
 from lightning_gradnorm.cli.checkpoints import SaveLast, write_whole
 from lightning_gradnorm.cli.config import conf_dir
@@ -49,7 +49,7 @@ def main() -> None:
         if errors.wants_traceback():
             raise
         errors.leave(COMMAND, error)
-    with entry.more_overrides(more):
+    with entry.more_overrides([*more, *launched.overrides()]):
         entry.run(_train_and_compare, command=COMMAND, folder=conf_dir(), config_name="config")
 
 
@@ -113,7 +113,7 @@ def train(config: DictConfig) -> dict[str, float]:
     options = hparams.options(config, alone=alone, overrides=entry.swept(given) if entry.is_multirun() else given)
     line = hparams.HParamsRecord(options, delta_m=single is not None)
     its_folder = (runs.RunRecord(run_dir, config, given), runs.TimeRecord(run_dir), runs.FailureRecord(run_dir))
-    records = (*its_folder, weights_record, line)
+    records = (launched.OneFolder(run_dir), *its_folder, weights_record, line)
     callbacks = [one for one in (balancing, *_all_of(config, "callbacks"), *records) if one is not None]
     loggers = _all_of(config, "logger")
     if not loggers:  # which that of the default callbacks refuses

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from checkpoints import assert_same, content
 
 from lightning_gradnorm.cli import train
 from lightning_gradnorm.cli.checkpoints import SaveLast
@@ -59,11 +59,6 @@ def start(tmp_path: Path) -> Iterator[Any]:
             process.communicate()
 
 
-def content(checkpoint: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = torch.load(checkpoint, weights_only=True)
-    return loaded
-
-
 def kill_after(process: subprocess.Popen[str], run: Path, steps: int) -> int:
     """Kill the run once its checkpoint is of so many steps or more; return of how many."""
     deadline = time.monotonic() + 300
@@ -77,36 +72,6 @@ def kill_after(process: subprocess.Popen[str], run: Path, steps: int) -> int:
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     return int(content(run / LAST)["global_step"])
-
-
-def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from leaves(value, f"{path}.{key}")
-    elif isinstance(node, list | tuple):
-        for index, value in enumerate(node):
-            yield from leaves(value, f"{path}.{index}")
-    else:
-        yield path, node
-
-
-def assert_same(found: Path, expected: Path) -> None:
-    """All that training depends on: network, its optimizer, GradNorm's state, the places of the loops and the data."""
-
-    def state(checkpoint: Path) -> dict[str, Any]:
-        loaded = content(checkpoint)
-        kept = {key: value for key, value in loaded.items() if key not in ("callbacks", "hyper_parameters")}
-        return dict(leaves({**kept, "GradNorm": loaded["callbacks"]["GradNorm"]}))
-
-    first, second = state(found), state(expected)
-    assert first.keys() == second.keys()
-    for part in ("state_dict.encoder", "optimizer_states.0.state.0.exp_avg_sq", "GradNorm.optimizer.state.0.exp_avg"):
-        assert any(name.startswith(f".{part}") for name in first), part
-    assert {".GradNorm.weights", ".GradNorm.initial_losses", ".GradNorm.weights_mean"} <= first.keys()
-    for name, value in first.items():
-        is_tensor = isinstance(value, torch.Tensor)
-        same = torch.equal(value, second[name]) if is_tensor else value == second[name]
-        assert same, f"{name}: {value} instead of {second[name]}"
 
 
 def assert_ends_as_if_left_alone(call: Any, folder: Path, options: list[str]) -> None:
