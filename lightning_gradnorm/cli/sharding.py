@@ -15,7 +15,7 @@ from lightning_gradnorm import MultiTaskModule
 class FullyShard(ModelParallelStrategy):
     """Shares parameters, gradients and the optimizer's state among all processes: the encoder and each head are a unit.
 
-    A module with a ``configure_model`` of its own says itself what is sharded. Checkpoints are whole files, as without sharding.
+    A module with a ``configure_model`` of its own says itself what is sharded. Checkpoints are whole files, as ever.
 
     Args:
         options: of Lightning's ``ModelParallelStrategy``, but for the sizes of the mesh.
@@ -43,11 +43,13 @@ class FullyShard(ModelParallelStrategy):
         module = self.lightning_module
         if not isinstance(module, MultiTaskModule):
             raise ValueError(
-                f"{type(self).__name__}: {type(module).__name__} should shard itself, for it is no MultiTaskModule, whose parts "
-                f"are known. Give it a configure_model that calls fully_shard, or use trainer=ddp."
+                f"{type(self).__name__}: {type(module).__name__} should shard itself, for it is no MultiTaskModule, whose "
+                f"parts are known. Give it a configure_model that calls fully_shard, or use trainer=ddp."
             )
         units = ["encoder", *module.task_heads.values()]
-        own = [name for name, _ in module.named_parameters() if not name.startswith(tuple(f"{unit}." for unit in units))]
+        own = [
+            name for name, _ in module.named_parameters() if not name.startswith(tuple(f"{unit}." for unit in units))
+        ]
         if own:
             raise ValueError(
                 f"{type(self).__name__}: parameters should be in the encoder or in a head, the rest is left to each process "

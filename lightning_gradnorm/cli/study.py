@@ -82,6 +82,16 @@ def is_finished(folder: Path, overrides: Sequence[str], *, tested: bool = True) 
     """
     if not (folder / (runs.METRICS if tested else runs.LAST_METRICS)).is_file():
         return False
+    refuse_another(folder, overrides)
+    return True
+
+
+def refuse_another(folder: Path, overrides: Sequence[str]) -> None:
+    """Say that what lies in the folder is of a run with other overrides.
+
+    Raises:
+        ValueError: it is.
+    """
     before = runs.overrides_of(folder)
     if before is None or sorted(before) != sorted(overrides):
         known = "something unknown" if before is None else " ".join(before)
@@ -89,7 +99,6 @@ def is_finished(folder: Path, overrides: Sequence[str], *, tested: bool = True) 
             f"{folder} should be a run of {' '.join(overrides)}; it is one of {known}. Choose another folder, or "
             f"remove the run."
         )
-    return True
 
 
 def command(overrides: Sequence[str], folder: Path) -> list[str]:

@@ -54,6 +54,10 @@ class OwnCommandNeededError(Exception):
     """Lightning would start the job's other processes by the command line, and that is the whole sweep's."""
 
 
+class CommandFailedError(ValueError):
+    """A job that was run as a command of its own has failed, and has said why."""
+
+
 def refuse_to_replay(trainer: L.Trainer) -> None:
     """Let no job of a sweep start processes by the command line: each of them would run the whole sweep, out of step.
 
@@ -86,8 +90,8 @@ class EveryRankIsThere(L.Callback):
 def run_job(config: DictConfig, train: Callable[[DictConfig], dict[str, float]]) -> Any:
     """Do one job of a sweep, unless it was done before.
 
-    A job that was interrupted goes on from its last checkpoint, if it has one. One that fails is noted, and the next has its
-    turn.
+    A job that was interrupted goes on from its last checkpoint, if it has one. One that fails is noted, and the next has
+    its turn.
 
     Args:
         config: of the job.
@@ -135,14 +139,21 @@ def _recorded(folder: Path) -> dict[str, float]:
 
 
 def _to_go_on_from(folder: Path, overrides: list[str], config: DictConfig) -> Path | None:
-    """Return the newest checkpoint of this very job from which there is something left to do."""
-    before = runs.overrides_of(folder)
+    """Return the newest checkpoint of this job, if it is one to go on from.
+
+    Raises:
+        ValueError: it is of a run with other overrides.
+    """
     found = [file for name in ("last", "interrupted") if (file := folder / f"checkpoints/{name}.ckpt").is_file()]
-    if not found or before is None or sorted(before) != sorted(overrides):
+    if not found:
         return None
+    study.refuse_another(folder, overrides)
     newest = max(found, key=lambda file: file.stat().st_mtime_ns)
-    # Killed between the last epoch and the test: without what the training has logged last, there is nothing to go on with.
-    return None if _is_of_the_end(newest, config) and not (folder / runs.LAST_METRICS).is_file() else newest
+    if (folder / runs.LAST_METRICS).is_file() or not _is_of_the_end(newest, config):
+        return newest
+    for file in found:  # killed as the training ended: what it logged last is lost, so that it has to begin anew
+        file.unlink()
+    return None
 
 
 def _is_of_the_end(checkpoint: Path, config: DictConfig) -> bool:
@@ -159,7 +170,7 @@ def _run_as_command(folder: Path, overrides: list[str], checkpoint: Path | None,
     """Run the job as if it had been asked for alone.
 
     Raises:
-        RuntimeError: it failed.
+        CommandFailedError: it failed.
         SystemExit: it was interrupted.
     """
     given = HydraConfig.get()
@@ -177,7 +188,7 @@ def _run_as_command(folder: Path, overrides: list[str], checkpoint: Path | None,
         sys.exit(130)
     if process.returncode != 0:
         said = runs.read_whole(folder / runs.FAILURE).get("error", "see what it printed")
-        raise RuntimeError(f"gradnorm-train for this job ended with status {process.returncode}: {said}")
+        raise CommandFailedError(f"gradnorm-train for this job ended with status {process.returncode}: {said}")
 
 
 @contextmanager

@@ -122,7 +122,8 @@ def train(config: DictConfig) -> dict[str, float]:
             console.print(told, highlight=False)
     if alone is not None and "_target_" in config.balancing:
         console.print(f"One task, {alone}: there is nothing to balance.", highlight=False)
-    with entry.without_idle_warnings(in_folder_of_before=_is_inside(resumed_from, run_dir)):
+    in_folder_of_before = entry.is_multirun() or _is_inside(resumed_from, run_dir)
+    with entry.without_idle_warnings(in_folder_of_before=in_folder_of_before):
         try:
             with errors.of_processes(), runs.loading(resumed_from):
                 trainer.fit(model, datamodule=data, ckpt_path=resumed_from)
