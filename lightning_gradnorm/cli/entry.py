@@ -107,9 +107,9 @@ def swept(overrides: Sequence[str]) -> list[str]:
     sweeper = HydraConfig.get().sweeper if HydraConfig.initialized() else {}
     parameters = [f"{name}={values}" for name, values in (sweeper.get("params") or {}).items()]
     asked = OverridesParser.create().parse_overrides([*parameters, *given_overrides()])
-    varied = {one.key_or_group for one in asked if one.is_sweep_override()}
+    varies = {one.key_or_group: one.is_sweep_override() for one in asked}  # what is given last prevails
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return [text for text, one in zip(overrides, parsed, strict=True) if one.key_or_group in varied]
+    return [text for text, one in zip(overrides, parsed, strict=True) if varies.get(one.key_or_group)]
 
 
 def _label(number: int, overrides: Sequence[str]) -> str:

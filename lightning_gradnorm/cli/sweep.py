@@ -176,7 +176,7 @@ def _run_as_command(folder: Path, overrides: list[str], checkpoint: Path | None,
     given = HydraConfig.get()
     ours = [one for one in given.overrides.hydra if one.startswith(("hydra.searchpath", "hydra.job"))]
     more = [] if checkpoint is None else [f"ckpt_path={runs.quoted(str(checkpoint))}"]
-    words = study.command([*entry.config_options(), *ours, *overrides, *more], folder)
+    words = study.command([*entry.config_options(), *ours, "hydra.mode=RUN", *overrides, *more], folder)
     process = subprocess.Popen(words, pass_fds=() if lock is None else (lock,))
     interrupted = False
     while process.returncode is None:

@@ -59,6 +59,8 @@ def _options_to_go_on_with() -> list[str]:
     if folder is None:
         return []
     options = runs.options_of_run(folder, given)
+    if entry.value_of("search", given) is None:
+        options.append("hydra.mode=RUN")  # the run may be one of a search, which would begin anew
     is_sweep = get_args_parser().parse_args().multirun
     if is_sweep or entry.value_of("hydra.run.dir", given) is not None:
         return options

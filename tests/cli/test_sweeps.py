@@ -270,6 +270,7 @@ def test_a_job_whose_processes_would_replay_the_sweep_is_run_as_a_command_of_its
     assert results(tmp_path / "sweep") == {"0_0": {"test/loss": 3.5}}
     assert [words[0] for words in asked] == ["hydra.job.name=mine"] * 2
     assert [words[-1] for words in asked] == ["seed=0", "seed=1"]
+    assert "hydra.mode=RUN" in asked[0]  # also of a search, whose configuration says otherwise
     assert not any("sweep" in word or "MULTIRUN" in word for word in asked[0])
 
 
@@ -368,6 +369,16 @@ def test_a_search_for_the_mean_gain_takes_the_single_tasks_runs(call: Call, tmp_
     alone = {name: value for run in results(tmp_path / "alone").values() for name, value in run.items()}
     gains = [delta_m(metrics, alone) for metrics in results(tmp_path / "gains").values()]
     assert f"best_value: {max(gains)}" in (tmp_path / "gains/optimization_results.yaml").read_text()
+
+
+@pytest.mark.usefixtures("optuna")
+@OPTUNAS_OWN
+def test_a_trial_can_be_carried_on_alone(call: Call, tmp_path: Path) -> None:
+    call(train.main, *TINY, "search=gradnorm", "hydra.sweeper.n_trials=1", "hydra.sweep.dir=sweep")
+    (trial,) = results(tmp_path / "sweep")
+    said = call(train.main, f"ckpt_path=sweep/{trial}/checkpoints/last.ckpt", "trainer.max_epochs=3")
+    assert " job" not in said
+    assert json.loads((tmp_path / "sweep" / trial / "training.json").read_text())["epochs"] == 3
 
 
 @pytest.mark.usefixtures("optuna")
