@@ -43,6 +43,7 @@ _ABOUT = {
     "logger": "Where the curves are written.",
     "model": "Encoder, tasks and optimizer; follows `data` unless it is given.",
     "paths": "The folders.",
+    "search": "What a sweep looks for by itself, with Optuna; see [Command line](../command_line.md#search).",
     "trainer": "Where and how long: the options of Lightning's `Trainer`.",
 }
 """What a group is for; one that is not here has only what its files say."""

@@ -15,12 +15,30 @@ import lightning as L
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.singleton import Singleton
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_gradnorm.arguments import is_integer
 from lightning_gradnorm.cli import errors, launched
 from lightning_gradnorm.cli.config import register
+
+
+class CommandLine(metaclass=Singleton):
+    """What was asked for on the command line; the processes in which Hydra's launchers run the jobs have other ones.
+
+    A singleton of Hydra's, for these it hands to those processes.
+    """
+
+    arguments: Sequence[str] | None = None
+    sweep: Path | None = None
+    """The folder of the sweep, if it is one."""
+
+
+def arguments() -> list[str]:
+    """Return the words after the command's name."""
+    known = CommandLine.instance().arguments
+    return list(sys.argv[1:] if known is None else known)
 
 
 def run(task: Callable[[DictConfig], Any], *, command: str, folder: Path, config_name: str) -> None:
@@ -48,14 +66,19 @@ def run(task: Callable[[DictConfig], Any], *, command: str, folder: Path, config
 
     errors_are_raw = errors.wants_traceback()
     main = hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(job)
-    if errors_are_raw:
-        main()
-        return
+    CommandLine.instance().arguments = sys.argv[1:]
     try:
+        if errors_are_raw:
+            main()
+            return
         with errors.hydra_raises():
             main()
     except errors.WRONG_INPUT as error:
+        if errors_are_raw:
+            raise
         errors.leave(command, error)
+    finally:
+        CommandLine.instance().arguments = None
 
 
 def is_multirun() -> bool:
@@ -65,16 +88,30 @@ def is_multirun() -> bool:
 
 def given_overrides() -> list[str]:
     """Return the overrides on the command line."""
-    return list(get_args_parser().parse_args().overrides)
+    return list(get_args_parser().parse_args(arguments()).overrides)
+
+
+def config_options() -> list[str]:
+    """Return the options of the command line that say where configurations are."""
+    given = get_args_parser().parse_args(arguments())
+    chosen = {"--config-dir": given.config_dir, "--config-path": given.config_path, "--config-name": given.config_name}
+    return [word for option, value in chosen.items() if value is not None for word in (option, value)]
+
+
+def short(path: Path) -> str:
+    """Return the path as seen from the folder where the command was given."""
+    path, here = path.resolve(), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def swept(overrides: Sequence[str]) -> list[str]:
-    """Return those of a run's overrides that the sweep on the command line varies."""
-    varied = {
-        o.key_or_group for o in OverridesParser.create().parse_overrides(given_overrides()) if o.is_sweep_override()
-    }
+    """Return those of a run's overrides that the sweep varies, by the command line or by the sweeper's own parameters."""
+    sweeper = HydraConfig.get().sweeper if HydraConfig.initialized() else {}
+    parameters = [f"{name}={values}" for name, values in (sweeper.get("params") or {}).items()]
+    asked = OverridesParser.create().parse_overrides([*parameters, *given_overrides()])
+    varies = {one.key_or_group: one.is_sweep_override() for one in asked}  # what is given last prevails
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return [text for text, one in zip(overrides, parsed, strict=True) if one.key_or_group in varied]
+    return [text for text, one in zip(overrides, parsed, strict=True) if varies.get(one.key_or_group)]
 
 
 def _label(number: int, overrides: Sequence[str]) -> str:

@@ -41,6 +41,14 @@ WRONG_INPUT = (
 
 _VARIABLE = "HYDRA_FULL_ERROR"
 
+PLUGINS = {
+    "joblib": "hydra-joblib-launcher",
+    "submitit_local": "hydra-submitit-launcher",
+    "submitit_slurm": "hydra-submitit-launcher",
+    **dict.fromkeys(("optuna", "tpe", "random", "cmaes", "nsgaii", "motpe", "grid"), "hydra-optuna-sweeper"),
+}
+"""Options of ``hydra/launcher`` and ``hydra/sweeper`` that Hydra has only with another package."""
+
 
 def wants_traceback() -> bool:
     """Say whether the user asked for tracebacks, as Hydra lets them."""
@@ -145,6 +153,11 @@ def _no_such_option(error: MissingConfigException) -> str:
     group, _, option = str(error.missing_cfg_file).rpartition("/")
     group = group.lstrip("/")
     options = list(error.options or ())
+    if group.split("/")[:2] in (["hydra", "launcher"], ["hydra", "sweeper"]) and option in PLUGINS:
+        return (
+            f"{group}={option} needs {PLUGINS[option]}, which is not installed here. Install it: "
+            f"pip install 'lightning-gradnorm[sweeps]'"
+        )
     if not group:
         return f"there is no configuration '{option}'"
     follows = "\n  The model follows the data: give model=… too." if group == "model" else ""

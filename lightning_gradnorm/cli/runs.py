@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,15 @@ from omegaconf import DictConfig, OmegaConf
 from typing_extensions import override
 
 from lightning_gradnorm.report.collecting import CONFIG as CONFIG
-from lightning_gradnorm.report.collecting import FAILURE, TIME, WEIGHTS
+from lightning_gradnorm.report.collecting import FAILURE as FAILURE
 from lightning_gradnorm.report.collecting import OVERRIDES as OVERRIDES
-from lightning_gradnorm.report.results import FILE as METRICS
+from lightning_gradnorm.report.collecting import TIME, WEIGHTS
+from lightning_gradnorm.report.results import FILE
 from lightning_gradnorm.suggestions import nearest
+
+METRICS = FILE
+LAST_METRICS = "metrics.json"
+"""All that was logged last: of training and validation, and once it is done of the test."""
 
 
 class RunRecord(L.Callback):
@@ -41,7 +46,7 @@ class RunRecord(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for outdated in (METRICS, WEIGHTS, TIME, FAILURE):
+            for outdated in (METRICS, LAST_METRICS, WEIGHTS, TIME, FAILURE):
                 (self.folder / outdated).unlink(missing_ok=True)
             OmegaConf.save(self.config, self.folder / CONFIG, resolve=True)
             OmegaConf.save(OmegaConf.create(self.overrides), self.folder / OVERRIDES)
@@ -164,10 +169,31 @@ class FailureRecord(L.Callback):
             return
         if not self._is_ours:
             return
-        said = " ".join(str(exception).split())[:500]
-        error = f"{type(exception).__name__}: {said}" if said else type(exception).__name__
-        record = {"error": error, "step": trainer.global_step, "epoch": trainer.current_epoch}
-        self.file.write_text(json.dumps(record, indent=2) + "\n")
+        record = {"error": in_one_line(exception), "step": trainer.global_step, "epoch": trainer.current_epoch}
+        write_whole(self.file, record)
+
+
+def in_one_line(error: BaseException) -> str:
+    r"""Return the error's kind and what it says.
+
+    Example:
+        >>> in_one_line(ValueError("alpha should be\n  a number"))
+        'ValueError: alpha should be a number'
+    """
+    said = " ".join(str(error).split())[:500]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def write_whole(file: Path, record: Mapping[str, Any]) -> None:
+    """Write the record as JSON; whoever is killed meanwhile leaves the file as it was, never half of it."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(json.dumps(dict(record), indent=2) + "\n")
+    part.replace(file)
+
+
+def read_whole(file: Path) -> dict[str, Any]:
+    """Return what `write_whole` wrote; nothing if there is no such file."""
+    return dict(json.loads(file.read_text())) if file.is_file() else {}
 
 
 def quoted(value: str) -> str:
@@ -248,11 +274,29 @@ def options_of_run(folder: Path, given: Sequence[str]) -> list[str]:
         ...     options_of_run(Path(folder), given=["seed=4"])
         ['data=toy']
     """
-    record = folder / OVERRIDES
-    if not record.is_file():
+    before = recorded_overrides(folder)
+    if before is None:
         return []
-    before = [str(override) for override in OmegaConf.load(record)]
     parser = OverridesParser.create()
     new = {override.key_or_group for override in parser.parse_overrides(list(given))}
     parsed = zip(before, parser.parse_overrides(before), strict=True)
     return [text for text, override in parsed if override.key_or_group not in new]
+
+
+def recorded_overrides(folder: Path) -> list[str] | None:
+    """Return the overrides that the run in the folder was started with; ``None`` if they are not known."""
+    record = folder / OVERRIDES
+    return [str(override) for override in OmegaConf.load(record)] if record.is_file() else None
+
+
+def overrides_of(folder: Path) -> list[str] | None:
+    """Return them without the checkpoint of its own that a run may have gone on from: it is the same run."""
+    before = recorded_overrides(folder)
+    if before is None:
+        return None
+    own = folder.resolve()
+    return [
+        text
+        for text, override in zip(before, OverridesParser.create().parse_overrides(before), strict=True)
+        if not (override.key_or_group == "ckpt_path" and Path(str(override.value())).resolve().is_relative_to(own))
+    ]

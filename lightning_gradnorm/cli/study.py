@@ -1,4 +1,8 @@
-"""A study: runs of `gradnorm-train`, each in a folder of its own; one that is finished is not run again."""
+"""A study: runs of `gradnorm-train`, each in a folder of its own; one that is finished is not run again.
+
+What a script's study and a sweep on the command line have in common is here: when a run counts as finished, and how one
+is run as a command of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from lightning_gradnorm.arguments import check
 from lightning_gradnorm.cli import runs
 from lightning_gradnorm.report import Run, read_run
-from lightning_gradnorm.report.results import FILE
 
 LOG = "output.txt"
 """What a run printed, in its folder."""
@@ -50,7 +51,7 @@ def carry_out(
     """
     check("carry_out", at_once >= 1, "at_once", "1 or more", at_once)
     folder = Path(folder).resolve()
-    waiting = [name for name, overrides in jobs.items() if not _is_finished(folder / name, overrides)]
+    waiting = [name for name, overrides in jobs.items() if not is_finished(folder / name, overrides)]
     done = len(jobs) - len(waiting)
     failures: list[Failure] = []
 
@@ -68,33 +69,52 @@ def carry_out(
     return finished, [of_name[name] for name in jobs if name in of_name]
 
 
-def _is_finished(folder: Path, overrides: Sequence[str]) -> bool:
-    if not (folder / FILE).is_file():
+def is_finished(folder: Path, overrides: Sequence[str], *, tested: bool = True) -> bool:
+    """Say whether the run with these overrides was done to the end in this folder.
+
+    Args:
+        folder: of the run.
+        overrides: of the command line, in any order.
+        tested: whether the run ends with the test; otherwise with training.
+
+    Raises:
+        ValueError: a run was done to the end there, but with other overrides.
+    """
+    if not (folder / (runs.METRICS if tested else runs.LAST_METRICS)).is_file():
         return False
-    record = folder / runs.OVERRIDES
-    before = [str(override) for override in OmegaConf.load(record)] if record.is_file() else ["something unknown"]
-    if before != list(overrides):
-        raise ValueError(
-            f"{folder} should be a run of {' '.join(overrides)}; it is one of {' '.join(before)}. Choose another folder for "
-            f"the study, or remove the run."
-        )
+    refuse_another(folder, overrides)
     return True
+
+
+def refuse_another(folder: Path, overrides: Sequence[str]) -> None:
+    """Say that what lies in the folder is of a run with other overrides.
+
+    Raises:
+        ValueError: it is.
+    """
+    before = runs.overrides_of(folder)
+    if before is None or sorted(before) != sorted(overrides):
+        known = "something unknown" if before is None else " ".join(before)
+        raise ValueError(
+            f"{folder} should be a run of {' '.join(overrides)}; it is one of {known}. Choose another folder, or "
+            f"remove the run."
+        )
+
+
+def command(overrides: Sequence[str], folder: Path) -> list[str]:
+    """Return the command that trains with these overrides in this folder, whatever the current Python was started with."""
+    module = "lightning_gradnorm.cli.train"
+    return [sys.executable, "-m", module, *overrides, f"hydra.run.dir={runs.quoted(str(folder))}"]
 
 
 def _run(folder: Path, overrides: Sequence[str], threads: int | None) -> str | None:
     """Run one job; return why it failed, or None."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-    command = [
-        sys.executable,
-        "-m",
-        "lightning_gradnorm.cli.train",
-        *overrides,
-        f"hydra.run.dir={runs.quoted(str(folder))}",
-    ]
+    words = command(overrides, folder)
     with (folder / LOG).open("w") as log:
-        status = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-    if status == 0 and (folder / FILE).is_file():
+        status = subprocess.run(words, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    if status == 0 and (folder / runs.METRICS).is_file():
         return None
     printed = [line for line in (folder / LOG).read_text().splitlines() if line.strip() and not line.startswith("(")]
     return f"status {status}: {printed[-1] if printed else 'it printed nothing'} (see {folder / LOG})"

@@ -12,19 +12,17 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig
 from rich.console import Console
 
 from lightning_gradnorm import MultiTaskModule
-from lightning_gradnorm.cli import entry, errors, hparams, launched, runs, single_task
+from lightning_gradnorm.cli import entry, errors, hparams, launched, runs, single_task, sweep
 from lightning_gradnorm.cli.build import build, build_model
 from lightning_gradnorm.cli.checkpoints import SaveLast, write_whole
 from lightning_gradnorm.cli.config import conf_dir
 from lightning_gradnorm.cli.interrupt import SaveOnInterrupt
 from lightning_gradnorm.data import RoomsDataModule, TurbofanDataModule
-from lightning_gradnorm.report import delta_m_or_none, task_table, write_metrics
-from lightning_gradnorm.suggestions import did_you_mean
+from lightning_gradnorm.report import delta_m_or_none, task_table
 
 COMMAND = "gradnorm-train"
 
@@ -49,7 +47,7 @@ def main() -> None:
         if errors.wants_traceback():
             raise
         errors.leave(COMMAND, error)
-    with entry.more_overrides([*more, *launched.overrides()]):
+    with entry.more_overrides([*more, *launched.overrides()]), sweep.told_at_the_end(COMMAND):
         entry.run(_train_and_compare, command=COMMAND, folder=conf_dir(), config_name="config")
 
 
@@ -61,27 +59,24 @@ def _options_to_go_on_with() -> list[str]:
     if folder is None:
         return []
     options = runs.options_of_run(folder, given)
+    if entry.value_of("search", given) is None:
+        options.append("hydra.mode=RUN")  # the run may be one of a search, which would begin anew
     is_sweep = get_args_parser().parse_args().multirun
     if is_sweep or entry.value_of("hydra.run.dir", given) is not None:
         return options
     return [*options, f"hydra.run.dir={runs.quoted(str(folder))}"]
 
 
-def _train_and_compare(config: DictConfig) -> float | None:
-    metrics = train(config)
-    wanted = config.optimized_metric
-    if wanted in metrics:
-        return metrics[wanted]
-    if entry.is_multirun():
-        raise ValueError(f"optimized_metric '{wanted}' is not logged; {did_you_mean(wanted, metrics)}")
-    return None
+def _train_and_compare(config: DictConfig) -> Any:
+    return sweep.run_job(config, train) if entry.is_multirun() else sweep.objective(config, train(config))
 
 
 def train(config: DictConfig) -> dict[str, float]:
     """Train, test and write the run's folder, ``config.paths.run_dir``.
 
     The folder gets ``config.yaml`` (resolved), ``checkpoints/``, what the loggers write, ``training.json`` (seconds,
-    steps, epochs), ``test_metrics.json`` and, of a balancing strategy, ``weights.json``; a run that fails, ``failure.json``.
+    steps, epochs), ``metrics.json``, ``test_metrics.json`` and, of a balancing strategy, ``weights.json``; a run that fails,
+    ``failure.json``.
 
     Args:
         config: as ``conf/config.yaml`` composes it.
@@ -113,13 +108,14 @@ def train(config: DictConfig) -> dict[str, float]:
     options = hparams.options(config, alone=alone, overrides=entry.swept(given) if entry.is_multirun() else given)
     line = hparams.HParamsRecord(options, delta_m=single is not None)
     its_folder = (runs.RunRecord(run_dir, config, given), runs.TimeRecord(run_dir), runs.FailureRecord(run_dir))
-    records = (launched.OneFolder(run_dir), *its_folder, weights_record, line)
-    callbacks = [one for one in (balancing, *_all_of(config, "callbacks"), *records) if one is not None]
+    records = (*its_folder, weights_record, line)
+    guards = (sweep.EveryRankIsThere(), launched.OneFolder(run_dir))
+    callbacks = [one for one in (*guards, balancing, *_all_of(config, "callbacks"), *records) if one is not None]
     loggers = _all_of(config, "logger")
     if not loggers:  # which that of the default callbacks refuses
         callbacks = [one for one in callbacks if not isinstance(one, LearningRateMonitor)]
     trainer: L.Trainer = build(config, "trainer", callbacks=callbacks, logger=loggers)
-    _refuse_processes_that_replay_the_sweep(trainer)
+    sweep.refuse_to_replay(trainer)
     write_whole(trainer)
 
     console = Console(quiet=not trainer.is_global_zero)
@@ -128,7 +124,8 @@ def train(config: DictConfig) -> dict[str, float]:
             console.print(told, highlight=False)
     if alone is not None and "_target_" in config.balancing:
         console.print(f"One task, {alone}: there is nothing to balance.", highlight=False)
-    with entry.without_idle_warnings(in_folder_of_before=_is_inside(resumed_from, run_dir)):
+    in_folder_of_before = entry.is_multirun() or _is_inside(resumed_from, run_dir)
+    with entry.without_idle_warnings(in_folder_of_before=in_folder_of_before):
         try:
             with errors.of_processes(), runs.loading(resumed_from):
                 trainer.fit(model, datamodule=data, ckpt_path=resumed_from)
@@ -138,6 +135,10 @@ def train(config: DictConfig) -> dict[str, float]:
             console.print(_how_to_go_on(trainer), soft_wrap=True, highlight=False)
             sys.exit(130)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if resumed_from is not None and not metrics:  # there was nothing left to train
+            metrics = runs.read_whole(run_dir / runs.LAST_METRICS)
+        if trainer.is_global_zero:
+            runs.write_whole(run_dir / runs.LAST_METRICS, metrics)
         if config.test:
             trainer.callback_metrics.clear()  # processes that were forked add to them
             trainer.test(model, datamodule=data, ckpt_path=_to_test(trainer), verbose=False)
@@ -146,9 +147,10 @@ def train(config: DictConfig) -> dict[str, float]:
             metrics |= tested | gain
     if trainer.is_global_zero:
         if config.test:
-            write_metrics(run_dir, tested)
+            runs.write_whole(run_dir / runs.LAST_METRICS, metrics)
+            runs.write_whole(run_dir / runs.METRICS, tested)  # the last: who has it is finished
             console.print(task_table(tested | gain, weights_record.read().get("weights")))
-        console.print(f"run folder   {_short(run_dir)}", soft_wrap=True, highlight=False)
+        console.print(f"run folder   {entry.short(run_dir)}", soft_wrap=True, highlight=False)
         if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
             console.print(_how_to_look(run_dir), soft_wrap=True, highlight=False)
     return metrics
@@ -171,7 +173,10 @@ def _how_to_look(run_dir: Path) -> str:
     """Return the command and the address that show the run's dashboard; of a sweep, also the one that compares its runs."""
     folder = Path(HydraConfig.get().sweep.dir) if entry.is_multirun() else run_dir
     address = "http://localhost:6006"  # where TensorBoard is by default
-    lines = [f"look at it   tensorboard --logdir {shlex.quote(_short(folder))}", f"{'':13}{address}/#custom_scalars"]
+    lines = [
+        f"look at it   tensorboard --logdir {shlex.quote(entry.short(folder))}",
+        f"{'':13}{address}/#custom_scalars",
+    ]
     if entry.is_multirun():
         lines.append(f"{'':13}{address}/#hparams compares the runs")
     return "\n".join(lines)
@@ -211,14 +216,6 @@ def _the_only_task(config: DictConfig) -> str | None:
     return None if tasks is None or len(set(tasks)) != 1 else str(tasks[0])
 
 
-def _refuse_processes_that_replay_the_sweep(trainer: L.Trainer) -> None:
-    if entry.is_multirun() and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-        raise ValueError(
-            "trainer.strategy should not start processes by the command line in a sweep, each would run the whole sweep; "
-            "got one that does. Give trainer.strategy=ddp_spawn, or trainer.devices=1."
-        )
-
-
 def _refuse_flags_that_the_module_has(flags: DictConfig) -> None:
     """Say which option of the model stands for a flag of the Trainer that manual optimization excludes."""
     for flag, off in (("accumulate_grad_batches", (1,)), ("gradient_clip_val", (None, 0))):
@@ -238,16 +235,10 @@ def _how_to_go_on(trainer: L.Trainer) -> str:
     existing = [path for path in saved if path.is_file()]
     if not existing:
         return "Interrupted; there is no checkpoint yet."
-    config_dir = get_args_parser().parse_args().config_dir
-    options = [] if config_dir is None else ["--config-dir", config_dir]
-    words = [COMMAND, *options, f"ckpt_path={runs.quoted(_short(existing[0]))}"]
+    if entry.is_multirun():
+        return "Interrupted."  # how to go on with the whole sweep is said at its end
+    words = [COMMAND, *entry.config_options(), f"ckpt_path={runs.quoted(entry.short(existing[0]))}"]
     return f"Interrupted. To go on:\n  {shlex.join(words)}"
-
-
-def _short(path: Path) -> str:
-    """Return the path as seen from the folder where the command was given."""
-    path, here = path.resolve(), Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from lightning_gradnorm.gradients.paths import node_of, nodes_between
 from lightning_gradnorm.gradients.readers import WeightGradients
 
 _LEAST = 1e-4
-"""Of what the terms of the sum can add up to at most; what is smaller has lost too many digits to cancellation."""
+"""Of ``||X||² ||D||²``, which bounds the sum; what is smaller has lost too many digits to cancellation."""
 
 
 class _Call(NamedTuple):
@@ -73,7 +73,8 @@ class LinearGradients(WeightGradients):
 
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add the task's contribution to the gradient of ``W``, or to that at the outputs that it is made of."""
-        if not self._calls or not self._comes_by_the_calls(task, outputs):
+        is_changed = self.module.weight._backward_hooks  # by a hook on W, which is asked only by autograd
+        if not self._calls or is_changed or not self._comes_by_the_calls(task, outputs):
             super().read(task, outputs, gradients)
             return
         edges = [call.output for call in self._calls]
@@ -119,25 +120,36 @@ class LinearGradients(WeightGradients):
         """Return the norms of the gradients read so far, shape (T,), zero for a task not seen."""
         if any(task in self._rows for task in self._at_outputs):
             self._multiply()
-        norms: dict[str, Tensor] = {}
-        products: dict[tuple[int, ...], Tensor] = {}  # of the calls that a task depends on: X Xᵀ
-        for task, at_outputs in list(self._at_outputs.items()):
-            X, D = self._factors(task)
-            key = tuple(at_outputs)
-            if key not in products:
-                products[key] = X @ X.T
-            XX, DD = products[key], D @ D.T
-            square = torch.dot(XX.flatten(), DD.flatten())
-            most = (XX.diagonal() * DD.diagonal()).sqrt().sum().square()
-            if square > _LEAST * most:
-                norms[task] = square.sqrt().reshape(1)
-            else:
-                del self._at_outputs[task]
-                self._add(task, (D.T @ X).flatten())
+        norms = self._norms_at_outputs() if self._at_outputs else {}
         others = [task for task in tasks if task not in norms]
         if others:
-            norms |= dict(zip(others, super().norms(others).reshape(-1, 1), strict=True))
-        return torch.cat([norms[task] for task in tasks])
+            norms |= dict(zip(others, super().norms(others).unbind(), strict=True))
+        return torch.stack([norms[task] for task in tasks])
+
+    def _norms_at_outputs(self) -> dict[str, Tensor]:
+        """Return the norms by the right side of the equation; by the left one where that would cost too many digits."""
+        of_inputs: dict[
+            tuple[int, ...], tuple[Tensor, Tensor]
+        ] = {}  # of the calls that a task depends on: X Xᵀ, its trace
+        squares, most = [], []
+        for task, at_outputs in self._at_outputs.items():
+            X, D = self._factors(task)
+            calls = tuple(at_outputs)
+            if calls not in of_inputs:
+                XX = X @ X.T
+                of_inputs[calls] = XX.flatten(), XX.trace()
+            XX, size = of_inputs[calls]
+            DD = D @ D.T
+            squares.append(torch.dot(XX, DD.flatten()))
+            most.append(size * DD.trace())
+        found = torch.stack(squares)
+        is_sound = (found > _LEAST * torch.stack(most)).tolist()
+        norms = dict(zip(self._at_outputs, found.sqrt().unbind(), strict=True))
+        for task in [task for task, sound in zip(norms, is_sound, strict=True) if not sound]:
+            X, D = self._factors(task)
+            del norms[task], self._at_outputs[task]
+            self._add(task, (D.T @ X).flatten())
+        return norms
 
     def rescale(self, task: str, factor: Tensor) -> None:
         """Multiply what was read of a task's gradient by ``factor``."""

@@ -135,7 +135,7 @@ def test_a_users_own_folder_of_options_needs_no_schema(call: Call, tmp_path: Pat
 
 def test_the_help_explains_every_group_and_names_every_option(call: Call) -> None:
     said = call(train.main, "--help").replace("\n      ", " ").splitlines()
-    for group in ("experiment", "data", "model", "balancing", "trainer", "callbacks", "logger", "paths"):
+    for group in ("experiment", "data", "model", "balancing", "trainer", "callbacks", "logger", "paths", "search"):
         (line,) = [line for line in said if line.startswith(f"{group} ")]
         for option in (conf_dir() / group).glob("*.yaml"):
             assert re.search(rf"\b{option.stem}\b", line), option.stem
@@ -212,10 +212,6 @@ def test_the_help_explains_every_group_and_names_every_option(call: Call) -> Non
         (["callbacks.checkpoint=nope"], ["callbacks.checkpoint should be null or name a _target_; got 'nope'"]),
         (["ckpt_path=nope.ckpt"], ["ckpt_path should be a checkpoint file; nope.ckpt is none"]),
         (["--config-dir", "nowhere"], ["nowhere' not found"]),
-        (
-            ["-m", "seed=0,1", "trainer.devices=2", "trainer.strategy=ddp"],
-            ["trainer.strategy should not start processes", "trainer.strategy=ddp_spawn"],
-        ),
         (["-m", "balancing=equal,nope"], ["there is no balancing 'nope'"]),
     ],
     ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else None,
