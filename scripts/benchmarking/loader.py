@@ -8,11 +8,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from benchmarking.plan import Plan, median_and_quartiles, table
-from benchmarking.running import Clock
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.profilers import SimpleProfiler
 
+from benchmarking.plan import Plan, median_and_quartiles, table
+from benchmarking.running import Clock
 from lightning_gradnorm.cli.build import build, build_model
 from lightning_gradnorm.cli.config import conf_dir, register
 

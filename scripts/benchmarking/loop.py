@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
 from benchmarking.models import Model
 from benchmarking.networks import NETWORKS
 from benchmarking.plan import Plan, median_and_quartiles, quartiles, table
 from benchmarking.running import Setting, step_time
 from benchmarking.ways import EQUAL
-from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader
-from typing_extensions import override
 
 BARE = "bare loop"
 WRITE_EVERY = 50
 DESCRIBED = (
-    f"Time of a step of a bare PyTorch loop and of Lightning's, on the same network and batches; all of them write their losses "
+    f"Time of a step of a bare PyTorch loop and of Lightning's, on the same network and batches; all of them write losses "
     f"to a CSV file every {WRITE_EVERY} steps. Median over the rounds, quartiles in brackets; ratio to equal weights: of the "
     "medians, in brackets the quartiles of the ratios round by round."
 )

@@ -10,10 +10,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from pages import be_quiet
+
 from benchmarking.plan import Case, Failures, Plan, table
 from benchmarking.running import Setting, step_time
 from benchmarking.ways import EQUAL, WAYS
-from pages import be_quiet
 
 DESCRIBED = (
     "Peak of the resident memory (on a GPU: of what is allocated) beyond what the process has before the training, each run in "

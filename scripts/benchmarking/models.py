@@ -7,15 +7,15 @@ from typing import Any
 import lightning as L
 import torch
 import torch._functorch.config
-from benchmarking.networks import NETWORKS
 from torch import Tensor, nn
 from typing_extensions import override
 
+from benchmarking.networks import NETWORKS
 from lightning_gradnorm import MultiTaskModule, Task
 
 
 def mean_square(prediction: Tensor, target: Any = None) -> Tensor:
-    """A loss that costs next to nothing."""
+    """Return a loss that costs next to nothing."""
     return prediction.square().mean()
 
 

@@ -11,11 +11,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from benchmarking.models import ByHand
 from torch import Tensor, nn
 from torchjd.aggregation import UPGrad
 from torchjd.autojac import jac_to_grad, mtl_backward
 from typing_extensions import override
+
+from benchmarking.models import ByHand
 
 ALPHA = 1.5
 

@@ -10,47 +10,45 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 # Okabe and Ito's, which the colour-blind tell apart; markers and dashes say the same once more.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MARKERS = "osD^vPX"
-DASHES = ("-", "--", ":")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+MARKERS = "osD^vPX*"
 
 
 @dataclass
 class Line:
-    """A way, and its ratio to equal weights by network and number of tasks."""
+    """A way, whether it is ours, and its ratio to equal weights by network and number of tasks."""
 
     name: str
+    is_ours: bool = True
     ratios: dict[str, dict[int, float]] = field(default_factory=dict)
-
-    @classmethod
-    def empty(cls, names: Sequence[str]) -> list[Line]:
-        """Return lines without points."""
-        return [cls(name) for name in names]
 
     def add(self, kind: str, tasks: int, ratio: float) -> None:
         self.ratios.setdefault(kind, {})[tasks] = ratio
 
 
 def draw_ratios(path: Path, lines: Sequence[Line]) -> bool:
-    """Draw the networks that were measured with more than one T; say whether there is one."""
+    """Draw the networks that were measured with more than one T, ours solid, others' dashed; say whether there is one."""
     kinds = list(dict.fromkeys(kind for line in lines for kind, of_kind in line.ratios.items() if len(of_kind) > 1))
     if not kinds:
         return False
+    places = {line.name: [one.name for one in lines if one.is_ours == line.is_ours].index(line.name) for line in lines}
     figure, panels = plt.subplots(
         1, len(kinds), figsize=(2.4 + 3.2 * len(kinds), 4.4), sharey=True, squeeze=False, layout="constrained"
     )
     for panel, kind in zip(panels[0], kinds, strict=True):
-        for place, line in enumerate(lines):
+        for line in lines:
+            place = places[line.name]
             points = sorted(line.ratios.get(kind, {}).items())
             panel.plot(
                 [tasks for tasks, _ in points],
                 [ratio for _, ratio in points],
                 color=COLOURS[place % len(COLOURS)],
                 marker=MARKERS[place % len(MARKERS)],
-                linestyle=DASHES[place // len(COLOURS) % len(DASHES)],
+                linestyle="-" if line.is_ours else "--",
+                markerfacecolor=None if line.is_ours else "white",
                 markersize=5,
                 label=line.name,
             )
@@ -60,7 +58,7 @@ def draw_ratios(path: Path, lines: Sequence[Line]) -> bool:
         panel.set_yticks([1, 1.5, 2, 3, 5, 10, 20, 50])
         panel.grid(alpha=0.3)
         for axis in (panel.xaxis, panel.yaxis):
-            axis.set_major_formatter(ScalarFormatter())
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
         panel.minorticks_off()
     highest = max(ratio for line in lines for of_kind in line.ratios.values() for ratio in of_kind.values())

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from pages import write_page
+
 from benchmarking.running import Setting
 from benchmarking.ways import EQUAL, WAYS, Way
-from pages import write_page
 
 Case = tuple[str, int]
 Result = TypeVar("Result")

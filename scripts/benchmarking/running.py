@@ -9,10 +9,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from benchmarking.networks import NETWORKS
-from benchmarking.ways import Run
 from torch.utils.data import DataLoader
 from typing_extensions import override
+
+from benchmarking.networks import NETWORKS
+from benchmarking.ways import Run
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
@@ -38,7 +39,7 @@ class Setting:
         return self.steps or NETWORKS[kind].steps
 
     def batch_of(self, kind: str) -> torch.Tensor:
-        """A batch, on the device already: no copy is timed."""
+        """Return a batch that is on the device already, so that no copy is timed."""
         size, *shape = NETWORKS[kind].batch
         return torch.randn(self.batch_size or size, *shape, device=self.device)
 

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 import torch
+
 from benchmarking.models import Model
 from benchmarking.networks import NETWORKS
 from benchmarking.plan import Failures, Plan, median_and_quartiles, table
@@ -14,7 +15,7 @@ from benchmarking.times import Times, times_of
 from benchmarking.ways import EQUAL
 
 DESCRIBED = (
-    "Overhead of a way: its time of a step less that of equal weights in the same round. The line is fitted by least squares to "
+    "Overhead of a way: its time of a step less that of equal weights in the same round. A line is fitted by least squares to "
     "the medians of the overhead against T. One weight-gradient: `torch.autograd.grad` of the representation with respect to "
     "the shared layer's weight alone, in the same process."
 )

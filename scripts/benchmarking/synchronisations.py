@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
-import torch
-from benchmarking.networks import NETWORKS
-from benchmarking.plan import Case, Failures, Plan, table
-from benchmarking.running import train
 from torch.profiler import ProfilerActivity, profile
 from typing_extensions import override
+
+from benchmarking.networks import NETWORKS
+from benchmarking.plan import Case, Failures, Plan, table
+from benchmarking.running import Setting, train
 
 KINDS = {
     "cudaStreamSynchronize": "stream",
@@ -22,23 +22,24 @@ KINDS = {
 }
 DESCRIBED = (
     "What makes the host wait for the device, counted by torch's profiler from the begin of one batch to that of another and "
-    "divided by the steps between: `cudaStreamSynchronize`, `cudaEventSynchronize`, `cudaDeviceSynchronize` (the profiler's own, "
-    "when it stops, may be among them) and copies from the device to the host."
+    "divided by the steps between: `cudaStreamSynchronize`, `cudaEventSynchronize`, `cudaDeviceSynchronize` (the profiler's "
+    "own, when it stops, may be among them) and copies from the device to the host."
 )
 
 
 class Tracer(L.Callback):
     """Profiles the steps behind the warm-up."""
 
-    def __init__(self, first: int, last: int) -> None:
-        self.first, self.last = first, last
-        self.profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+    def __init__(self, first: int, last: int, setting: Setting) -> None:
+        self.first, self.last, self.setting = first, last, setting
+        cuda = [ProfilerActivity.CUDA] if setting.device == "cuda" else []
+        self.profiler = profile(activities=[ProfilerActivity.CPU, *cuda])
         self.begun = 0
 
     @override
     def on_train_batch_start(self, *_: Any) -> None:
         if self.begun == self.first:
-            torch.cuda.synchronize()
+            self.setting.synchronize()
             self.profiler.start()
         elif self.begun == self.last:
             self.profiler.stop()
@@ -64,7 +65,7 @@ def measure(plan: Plan) -> None:
         for name in plan.all_names:
 
             def trace(name: str = name, case: Case = (kind, tasks), first: int = first, last: int = last) -> list[str]:
-                tracer = Tracer(first, last)
+                tracer = Tracer(first, last, plan.setting)
                 train(plan.way(name).start(*case, plan.setting.compiled), case[0], plan.setting, [tracer])
                 return tracer.names()
 

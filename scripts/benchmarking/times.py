@@ -59,7 +59,8 @@ def measure(plan: Plan) -> None:
     """Write the tables of ratios and of milliseconds, and the picture of the ratios against T."""
     failures = Failures()
     of_aggregation = plan.group == "aggregation"
-    ratios, milliseconds, lines = [], [], Line.empty(plan.names)
+    ratios, milliseconds = [], []
+    lines = [Line(name, plan.way(name).is_ours) for name in plan.names]
     for kind, tasks in plan.cases:
         times = times_of(plan, (kind, tasks), failures)
         baseline = statistics.median(times[EQUAL].step)
@@ -73,7 +74,10 @@ def measure(plan: Plan) -> None:
     parts = [table(["model", "T", f"{EQUAL}, ms", *plan.names], ratios)]
     picture = plan.output / f"{plan.name}.png"
     if draw_ratios(picture, lines):
-        parts.append(f"![Ratio to equal weights against the number of tasks]({picture.name})")
+        parts += [
+            f"![Ratio to equal weights against the number of tasks]({picture.name})",
+            "Solid: ours; dashed: others'.",
+        ]
     parts += ["## Milliseconds", "Median, and quartiles.", table(["model", "T", *plan.all_names], milliseconds)]
     solver = (
         "; behind them the part of the ratio that the aggregator's own computation makes up" if of_aggregation else ""

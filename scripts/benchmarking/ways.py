@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
-from benchmarking import peers
-from benchmarking.models import Model, Module
 from torchjd.aggregation import IMTLG, MGDA, Aggregator, AlignedMTL, CAGrad, NashMTL, PCGrad, UPGrad
 
+from benchmarking import peers
+from benchmarking.models import Model, Module
 from lightning_gradnorm import Aggregation, GradNorm
 
 
