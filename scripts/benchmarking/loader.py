@@ -18,7 +18,7 @@ from lightning_gradnorm.cli.config import conf_dir, register
 
 NEXT_BATCH = "[_TrainingEpochLoop].train_dataloader_next"
 WARM_UP = 3
-STEPS = {"rooms": 7, "rooms_few": 7, "nyuv2": 7}
+STEPS = {"rooms": 7, "rooms_few": 7, "nyuv2": 7, "turbofan": 15, "cmapss": 15}
 """Where a step takes seconds; elsewhere it is 60."""
 DESCRIBED = (
     "The share of a training step that Lightning waits for the next batch, as its profiler has it: `gradnorm-train data=…`, "

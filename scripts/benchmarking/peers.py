@@ -81,11 +81,8 @@ class LibMTLGradNorm(ByHand):
         self.weighting = weighting
 
     @override
-    def on_fit_start(self) -> None:
-        self.weighting.device = self.device
-
-    @override
     def differentiate(self, z: Tensor, losses: list[Tensor]) -> None:
+        self.weighting.device = self.device  # which Lightning has moved it to
         held = torch.zeros(len(losses), device=self.device)
         for place, loss in enumerate(losses):
             held[place] = loss
