@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,32 +15,8 @@ from lightning_gradnorm.cli.build import build
 from lightning_gradnorm.data.turbofan import write_turbofan
 from lightning_gradnorm.report import Run
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "reproduce_rul.py"
+SCRIPT = "reproduce_rul"
 Call = Callable[..., str]
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """The script as a module, in an empty folder."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    monkeypatch.chdir(tmp_path)
-    specification = importlib.util.spec_from_file_location("reproduce_rul", SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, "reproduce_rul", module)
-    specification.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-        script.main()
-        return capsys.readouterr().out
-
-    return run
 
 
 @pytest.fixture

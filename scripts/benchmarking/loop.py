@@ -1,0 +1,93 @@
+"""What Lightning's own loop takes in a step: beside a bare loop, and with our callback."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from benchmarking.models import Model
+from benchmarking.networks import NETWORKS
+from benchmarking.plan import Plan, median_and_quartiles, quartiles, table
+from benchmarking.running import Setting, step_time
+from benchmarking.ways import EQUAL
+
+BARE = "bare loop"
+WRITE_EVERY = 50
+DESCRIBED = (
+    f"Time of a step of a bare PyTorch loop and of Lightning's, on the same network and batches; all of them write losses "
+    f"to a CSV file every {WRITE_EVERY} steps. Median over the rounds, quartiles in brackets; ratio to equal weights: of the "
+    "medians, in brackets the quartiles of the ratios round by round."
+)
+
+
+class LogsLosses(L.Callback):
+    """Logs the task losses of the steps that Lightning writes: what else is logged, nobody sees, and it is slow."""
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Our own module returns nothing, and logs its losses itself.
+        if outputs is not None and (batch_idx + 1) % WRITE_EVERY == 0:
+            self.log_dict({f"train/loss/{task}": loss for task, loss in outputs.items() if task != "loss"})
+
+
+def bare_step_time(kind: str, tasks: int, setting: Setting, folder: Path) -> float:
+    """Train without Lightning, with equal weights, and return the time of a step."""
+    model = Model(kind, tasks, setting.compiled).to(setting.device)
+    optimizer = model.configure_optimizers()
+    steps, warm_up = setting.steps_of(kind), NETWORKS[kind].warm_up
+    batch = setting.batch_of(kind)
+    times = []
+    with (folder / "losses.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        for step, x in enumerate(DataLoader([batch] * steps, batch_size=None)):  # type: ignore[arg-type]
+            if step in (warm_up, steps - 1):
+                setting.synchronize()
+                times.append(setting.now())
+            losses = model.training_step(x, step)
+            optimizer.zero_grad()
+            losses["loss"].backward()
+            optimizer.step()
+            if (step + 1) % WRITE_EVERY == 0:
+                writer.writerow([step, *(loss.item() for loss in losses.values())])
+    return (times[1] - times[0]) / (steps - 1 - warm_up)
+
+
+def lightning_step_time(plan: Plan, name: str, kind: str, tasks: int, folder: Path) -> float:
+    run = plan.way(name).start(kind, tasks, plan.setting.compiled)
+    logger = CSVLogger(folder, name="lightning", flush_logs_every_n_steps=WRITE_EVERY)
+    time, _ = step_time(run, kind, plan.setting, [LogsLosses()], logger=logger, log_every_n_steps=WRITE_EVERY)
+    return time
+
+
+def measure(plan: Plan) -> None:
+    """Write the table."""
+    rows = []
+    for kind, tasks in plan.cases:
+        names = [BARE, *plan.all_names]
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for name in plan.interleaved(names):
+            with tempfile.TemporaryDirectory() as folder:
+                if name == BARE:
+                    times[name].append(bare_step_time(kind, tasks, plan.setting, Path(folder)))
+                else:
+                    times[name].append(lightning_step_time(plan, name, kind, tasks, Path(folder)))
+        for name in names:
+            ratios = [ours / equal for ours, equal in zip(times[name], times[EQUAL], strict=True)]
+            low, high = quartiles(ratios)
+            ratio = statistics.median(times[name]) / statistics.median(times[EQUAL])
+            more = 1000 * (statistics.median(times[name]) - statistics.median(times[BARE]))
+            milliseconds = median_and_quartiles([1000 * time for time in times[name]], 3)
+            rows.append([kind, str(tasks), name, milliseconds, f"{more:.3f}", f"{ratio:.2f} ({low:.2f} to {high:.2f})"])
+            print("| " + " | ".join(rows[-1]) + " |", flush=True)
+    columns = ["model", "T", "loop", "ms a step", "ms more than bare", f"ratio to Lightning's, {EQUAL}"]
+    plan.write("Lightning's loop", DESCRIBED, [table(columns, rows, texts=3)])

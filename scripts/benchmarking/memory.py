@@ -1,0 +1,63 @@
+"""The peak of the memory, each run in a fresh process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from pages import be_quiet
+
+from benchmarking.plan import Case, Failures, Plan, table
+from benchmarking.running import Setting, step_time
+from benchmarking.ways import EQUAL, WAYS
+
+DESCRIBED = (
+    "Peak of the resident memory (on a GPU: of what is allocated) beyond what the process has before the training, each run in "
+    "a fresh process; median, and ratio to equal weights."
+)
+
+
+def peak_memory(group: str, name: str, case: Case, setting: Setting) -> float:
+    """Return, in MiB, by how much a run's memory grows beyond what the process has before it; for a process of its own."""
+    be_quiet(setting.threads)
+    warnings.simplefilter("ignore")
+    way = WAYS[group][name]
+    way.what_is_missing()  # imports it: packages are not what is measured
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # Linux
+    kind, tasks = case
+    step_time(way.start(kind, tasks, setting.compiled), kind, setting)
+    if setting.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return (1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+
+
+def peak_in_a_fresh_process(group: str, name: str, case: Case, setting: Setting) -> float:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(peak_memory, group, name, case, setting).result()
+
+
+def measure(plan: Plan) -> None:
+    """Write the table."""
+    failures = Failures()
+    rows = []
+    for case in plan.cases:
+        peaks: dict[str, list[float]] = {name: [] for name in plan.all_names}
+        for name in plan.interleaved(plan.all_names):
+
+            def train(name: str = name, case: Case = case) -> float:
+                return peak_in_a_fresh_process(plan.group, name, case, plan.setting)
+
+            found = failures.attempt(plan, name, case, train)
+            if found is not None:
+                peaks[name].append(found)
+        medians = {name: statistics.median(values) for name, values in peaks.items() if values}
+        ratios = [f"{medians[name] / medians[EQUAL]:.3f}" if name in medians else "fails" for name in plan.names]
+        rows.append([case[0], str(case[1]), f"{medians[EQUAL]:.0f}", *ratios])
+        print("| " + " | ".join(rows[-1]) + " |", flush=True)
+    parts = [table(["model", "T", f"{EQUAL}, MiB", *plan.names], rows), *failures.sentences()]
+    plan.write("Peak memory of training", DESCRIBED, parts)

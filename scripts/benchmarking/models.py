@@ -1,0 +1,108 @@
+"""A network as a LightningModule: with automatic optimization, by hand, and as a `MultiTaskModule`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+import torch._functorch.config
+from torch import Tensor, nn
+from typing_extensions import override
+
+from benchmarking.networks import NETWORKS
+from lightning_gradnorm import MultiTaskModule, Task
+
+
+def mean_square(prediction: Tensor, target: Any = None) -> Tensor:
+    """Return a loss that costs next to nothing."""
+    return prediction.square().mean()
+
+
+def trunk_and_heads(
+    kind: str, tasks: int, compiled: bool, *, walked_once: bool = True
+) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """Return the network's parts, the same at each call; compiled one by one.
+
+    Args:
+        kind: name of the network.
+        tasks: how many.
+        compiled: by `torch.compile`.
+        walked_once: whether a backward pass may leave nothing of a compiled graph, as it does by default.
+    """
+    torch.manual_seed(0)
+    network = NETWORKS[kind]
+    trunk, heads = network.trunk(), {f"task_{i}": network.head(i) for i in range(tasks)}
+    if not compiled:
+        return trunk, heads
+    # What was compiled for the runs before counts towards dynamo's limit, behind which it runs eagerly and says nothing.
+    torch.compiler.reset()
+    torch._functorch.config.donated_buffer = walked_once  # type: ignore[attr-defined]
+    return torch.compile(trunk), {task: torch.compile(head) for task, head in heads.items()}  # type: ignore[return-value]
+
+
+class Model(L.LightningModule):
+    """A trunk, T heads, T losses in the returned mapping: what a user has."""
+
+    walked_once = True
+
+    def __init__(self, kind: str, tasks: int, compiled: bool = False) -> None:
+        super().__init__()
+        self.encoder, heads = trunk_and_heads(kind, tasks, compiled, walked_once=self.walked_once)
+        self.heads = nn.ModuleDict(heads)
+        self.head_names = {task: f"heads.{task}" for task in heads}
+        self.shared_layer = NETWORKS[kind].shared_layer
+
+    @property
+    def shared_weight(self) -> nn.Parameter:
+        return self.get_parameter(f"{self.shared_layer}.weight")
+
+    @override
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        z = self.encoder(batch)
+        losses = {task: mean_square(head(z)) for task, head in self.heads.items()}
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-4)
+
+
+class ByHand(Model):
+    """The same network with manual optimization: `differentiate` leaves a gradient at each of its parameters."""
+
+    walked_once = False
+
+    def __init__(self, kind: str, tasks: int, compiled: bool = False) -> None:
+        super().__init__(kind, tasks, compiled)
+        self.automatic_optimization = False
+
+    @override
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        z = self.encoder(batch)
+        losses = [mean_square(head(z)) for head in self.heads.values()]
+        # A backward pass, and what is computed from its gradients, belongs outside autocast.
+        with torch.autocast(self.device.type, enabled=False):
+            self.differentiate(z, losses)
+        optimizer.step()  # type: ignore[union-attr]
+
+    def differentiate(self, z: Tensor, losses: list[Tensor]) -> None:
+        raise NotImplementedError
+
+
+class Module(MultiTaskModule):
+    """The same network as our own module has it."""
+
+    def __init__(self, kind: str, tasks: int, compiled: bool = False) -> None:
+        encoder, heads = trunk_and_heads(kind, tasks, compiled)
+        super().__init__(
+            encoder,
+            {task: Task(head, mean_square) for task, head in heads.items()},
+            optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-4),
+        )
+
+    @override
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        super().training_step((batch, dict.fromkeys(self.tasks, batch)), batch_idx)

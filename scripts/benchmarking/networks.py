@@ -1,0 +1,104 @@
+"""The networks whose training is timed: a trunk, a head for each task, a batch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_gradnorm.dense_tasks import OUT_CHANNELS
+from lightning_gradnorm.networks import (
+    MLP,
+    ConvHead,
+    EngineEncoder,
+    FCNResNet50,
+    SegNet,
+    health_head,
+    rul_head,
+)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trunk, a head for each task, and a batch of such a size that a step takes a while.
+
+    Args:
+        trunk: makes it.
+        head: makes that of the i-th task.
+        batch: shape of a batch.
+        shared_layer: dotted name of the last shared layer in a model whose trunk is called ``encoder``.
+        steps: of a run, unless the command says otherwise.
+        warm_up: those of them that are not measured.
+    """
+
+    trunk: Callable[[], nn.Module]
+    head: Callable[[int], nn.Module]
+    batch: tuple[int, ...]
+    shared_layer: str
+    steps: int = 25
+    warm_up: int = 8
+
+
+def convolutions() -> nn.Sequential:
+    channels, strides = [3, 16, 32, 32, 64, 64, 64], [1, 2, 1, 2, 1, 1]
+    layers: list[nn.Module] = []
+    for here, there, stride in zip(channels, channels[1:], strides, strict=False):
+        layers += [nn.Conv2d(here, there, 3, padding=1, stride=stride), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class Transformer(nn.TransformerEncoder):
+    """Six layers and the mean over the tokens. Without dropout its attention is torch's fused kernel."""
+
+    def __init__(self, width: int = 128) -> None:
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        super().__init__(layer, 6, enable_nested_tensor=False)
+
+    @override
+    def forward(self, tokens: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(tokens).mean(1)
+
+
+def classifier(task: int) -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def upsampling(task: int) -> nn.Module:
+    up = nn.Upsample(scale_factor=2)
+    first, second, third = (nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise((64, 32, 16, 1)))
+    return nn.Sequential(first, nn.ReLU(), up, second, nn.ReLU(), up, third)
+
+
+def linear(ins: int, outs: int) -> Callable[[int], nn.Module]:
+    return lambda task: nn.Linear(ins, outs)
+
+
+def pixelwise(task: int) -> nn.Module:
+    channels = list(OUT_CHANNELS.values())
+    return ConvHead(128, channels[task % len(channels)])
+
+
+def engine(hidden: int) -> Network:
+    heads = (rul_head, health_head)
+    trunk = partial(EngineEncoder, hidden=hidden)
+    return Network(trunk, lambda task: heads[task % len(heads)](), (256, 30, 17), "encoder.funnel.6")
+
+
+NETWORKS = {
+    "conv": Network(convolutions, classifier, (16, 3, 48, 48), "encoder.10"),
+    "mlp": Network(partial(MLP, 128, hidden=4 * [512]), linear(512, 10), (256, 128), "encoder.layers.6"),
+    "dense": Network(convolutions, upsampling, (16, 3, 48, 48), "encoder.10"),
+    "toy": Network(partial(MLP, 250), linear(100, 100), (100, 250), "encoder.layers.6"),
+    "transformer": Network(Transformer, linear(128, 10), (8, 64, 128), "encoder.layers.5.linear2"),
+    # The paper's two: 320 x 320 to 80 x 80. Seconds a step on a CPU, so a few of them will do.
+    "segnet": Network(SegNet, pixelwise, (2, 3, 320, 320), "encoder.decoder.2.6", steps=6, warm_up=2),
+    "resnet": Network(FCNResNet50, pixelwise, (2, 3, 320, 320), "encoder.gather.0", steps=6, warm_up=2),
+    "engine64": engine(64),
+    "engine256": engine(256),
+}
+TASK_COUNTS = (2, 3, 5, 10, 20, 40)
+"""What a model named without T is measured with."""

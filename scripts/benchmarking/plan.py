@@ -1,0 +1,112 @@
+"""What a command asks for, and the page that answers it."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from pages import write_page
+
+from benchmarking.running import Setting
+from benchmarking.ways import EQUAL, WAYS, Way
+
+Case = tuple[str, int]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Args:
+        group: of the ways.
+        names: of those that are compared with equal weights.
+        cases: networks with their numbers of tasks.
+        data: data sets, for the measure that has no cases.
+        left_out: ways that cannot be tried here, with the reason.
+    """
+
+    group: str
+    names: Sequence[str]
+    cases: Sequence[Case]
+    data: Sequence[str]
+    rounds: int
+    setting: Setting
+    output: Path
+    name: str
+    left_out: Mapping[str, str]
+
+    def way(self, name: str) -> Way:
+        return WAYS[self.group][name]
+
+    @property
+    def all_names(self) -> list[str]:
+        return [EQUAL, *self.names]
+
+    def interleaved(self, names: Sequence[str]) -> Iterator[str]:
+        """Return every name once in each round, in an order that is drawn."""
+        for _ in range(self.rounds):
+            yield from random.sample(list(names), len(names))
+
+    def write(self, title: str, described: str, parts: Sequence[str]) -> Path:
+        """Write the page."""
+        setting = self.setting
+        if setting.device == "cuda":
+            where = torch.cuda.get_device_name()
+        else:
+            where = f"CPU, {setting.threads} thread{'s' if setting.threads > 1 else ''}"
+        said = [where, f"{self.rounds} round{'s' if self.rounds > 1 else ''}"]
+        said += [setting.precision] if setting.precision != "fp32" else []
+        said += ["trunk and heads compiled"] if setting.compiled else []
+        said += [f"batches of {setting.batch_size}"] if setting.batch_size else []
+        clock = " Processor time of the process." if setting.clock == "processor" else ""
+        notes = [f"Left out: {', '.join(f'{name} ({why})' for name, why in self.left_out.items())}."]
+        page = self.output / f"{self.name}.md"
+        everything = [*parts, *(notes if self.left_out else [])]
+        return write_page(page, title, f". {described}{clock}", everything, where=", ".join(said))
+
+
+class Failures:
+    """Keeps what other people's ways cannot do; a defect of ours is raised."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[tuple[str, Case], str] = {}
+
+    def attempt(self, plan: Plan, name: str, case: Case, action: Callable[[], Result]) -> Result | None:
+        """Return what the action returns, ``None`` if it has failed now or before."""
+        if (name, case) in self.reasons:
+            return None
+        try:
+            return action()
+        except Exception as error:
+            if plan.way(name).is_ours:
+                raise
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            self.reasons[name, case] = f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
+            return None
+
+    def sentences(self) -> list[str]:
+        """Return a list for the page, if there is something to list."""
+        lines = [f"- {name} on {kind}, T = {tasks}: {why}" for (name, (kind, tasks)), why in self.reasons.items()]
+        return ["\n".join(["What fails:", "", *lines])] if lines else []
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """Return a table whose first so many columns are text and the others numbers."""
+    rule = "|---" * texts + "|---:" * (len(columns) - texts) + "|"
+    return "\n".join(["| " + " | ".join(columns) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]
+
+
+def median_and_quartiles(values: Sequence[float], digits: int = 2) -> str:
+    low, high = quartiles(values)
+    return f"{statistics.median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"

@@ -1,0 +1,112 @@
+"""One run: a network trained a few steps one way, with a clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from benchmarking.networks import NETWORKS
+from benchmarking.ways import Run
+
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of a measure have in common."""
+
+    device: str = "cpu"
+    threads: int = 2
+    precision: str = "fp32"
+    compiled: bool = False
+    batch_size: int | None = None
+    steps: int | None = None
+    clock: str = "wall"
+
+    @property
+    def now(self) -> Callable[[], float]:
+        return CLOCKS[self.clock]
+
+    def steps_of(self, kind: str) -> int:
+        return self.steps or NETWORKS[kind].steps
+
+    def batch_of(self, kind: str) -> torch.Tensor:
+        """Return a batch that is on the device already, so that no copy is timed."""
+        size, *shape = NETWORKS[kind].batch
+        return torch.randn(self.batch_size or size, *shape, device=self.device)
+
+    def synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def trainer(self, steps: int, callbacks: Sequence[L.Callback], **options: Any) -> L.Trainer:
+        quiet: dict[str, Any] = {
+            "max_steps": steps,
+            "max_epochs": -1,
+            "accelerator": "gpu" if self.device == "cuda" else "cpu",
+            "devices": 1,
+            "precision": PRECISIONS[self.precision],
+            "callbacks": list(callbacks),
+            "logger": False,
+            "limit_val_batches": 0,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        return L.Trainer(**{**quiet, **options})
+
+
+class Clock(L.Callback):
+    """Notes when the first and the last of the measured steps begin, with all work before them done."""
+
+    def __init__(self, steps: int, warm_up: int, setting: Setting) -> None:
+        self.steps, self.warm_up, self.setting = steps, warm_up, setting
+        self.begun = 0
+        self.times: list[float] = []
+
+    @override
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.begun in (self.warm_up, self.steps - 1):
+            self.setting.synchronize()  # at these two places only: between them the host may run ahead
+            self.times.append(self.setting.now())
+        self.begun += 1
+
+    def seconds(self) -> float:
+        """Return the time from the one to the other."""
+        first, last = self.times
+        return last - first
+
+    def step_time(self) -> float:
+        return self.seconds() / (self.steps - 1 - self.warm_up)
+
+
+def train(run: Run, kind: str, setting: Setting, callbacks: Sequence[L.Callback] = (), **options: Any) -> None:
+    """Train as many steps as the network is given.
+
+    Args:
+        run: the model and the callbacks of the way.
+        kind: name of the network.
+        setting: device and so on.
+        callbacks: more of them.
+        options: of the Trainer.
+    """
+    steps = setting.steps_of(kind)
+    trainer = setting.trainer(steps, [*run.callbacks, *callbacks], **options)
+    trainer.fit(run.model, DataLoader([setting.batch_of(kind)] * steps, batch_size=None))  # type: ignore[arg-type]
+
+
+def step_time(
+    run: Run, kind: str, setting: Setting, callbacks: Sequence[L.Callback] = (), **options: Any
+) -> tuple[float, float]:
+    """`train`, and return the time of a step in seconds, and that of the solver in it."""
+    clock = Clock(setting.steps_of(kind), NETWORKS[kind].warm_up, setting)
+    train(run, kind, setting, [clock, *callbacks], **options)
+    return clock.step_time(), run.solver.mean() if run.solver is not None else 0.0

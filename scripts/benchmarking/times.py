@@ -1,0 +1,85 @@
+"""The time of a whole training step: all ways interleaved in one process."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+
+from benchmarking.pictures import Line, draw_ratios
+from benchmarking.plan import Case, Failures, Plan, median_and_quartiles, quartiles, table
+from benchmarking.running import step_time
+from benchmarking.ways import EQUAL
+
+DESCRIBED = (
+    "The time of a whole training step inside the same Lightning loop, all ways interleaved in shuffled order. Ratio to equal "
+    "weights: ratio of the medians over the rounds, and in brackets the quartiles of the ratios round by round"
+)
+
+
+@dataclass
+class Times:
+    """Seconds of a step, and of the solver in it, in each round."""
+
+    step: list[float] = field(default_factory=list)
+    solver: list[float] = field(default_factory=list)
+
+
+def times_of(plan: Plan, case: Case, failures: Failures) -> dict[str, Times]:
+    """Return the times of all ways that can be trained so."""
+    kind, tasks = case
+    times = {name: Times() for name in plan.all_names}
+    for name in plan.interleaved(plan.all_names):
+
+        def train(name: str = name) -> tuple[float, float]:
+            run = plan.way(name).start(kind, tasks, plan.setting.compiled)
+            return step_time(run, kind, plan.setting)
+
+        found = failures.attempt(plan, name, case, train)
+        if found is not None:
+            times[name].step.append(found[0])
+            times[name].solver.append(found[1])
+    return {name: of_way for name, of_way in times.items() if of_way.step}
+
+
+def ratio_cell(times: dict[str, Times], name: str, *, with_solver: bool) -> str:
+    if name not in times:
+        return "fails"
+    baseline = statistics.median(times[EQUAL].step)
+    low, high = quartiles([ours / equal for ours, equal in zip(times[name].step, times[EQUAL].step, strict=True)])
+    solver = statistics.median(times[name].solver) / baseline
+    share = f"; {solver:.2f}" if solver and with_solver else ""
+    return f"{statistics.median(times[name].step) / baseline:.2f} ({low:.2f} to {high:.2f}{share})"
+
+
+def milliseconds_cell(times: dict[str, Times], name: str) -> str:
+    return median_and_quartiles([1000 * step for step in times[name].step]) if name in times else "fails"
+
+
+def measure(plan: Plan) -> None:
+    """Write the tables of ratios and of milliseconds, and the picture of the ratios against T."""
+    failures = Failures()
+    of_aggregation = plan.group == "aggregation"
+    ratios, milliseconds = [], []
+    lines = [Line(name, plan.way(name).is_ours) for name in plan.names]
+    for kind, tasks in plan.cases:
+        times = times_of(plan, (kind, tasks), failures)
+        baseline = statistics.median(times[EQUAL].step)
+        cells = [ratio_cell(times, name, with_solver=of_aggregation) for name in plan.names]
+        ratios.append([kind, str(tasks), f"{1000 * baseline:.1f}", *cells])
+        milliseconds.append([kind, str(tasks), *(milliseconds_cell(times, name) for name in plan.all_names)])
+        for line in lines:
+            if line.name in times:
+                line.add(kind, tasks, statistics.median(times[line.name].step) / baseline)
+        print("| " + " | ".join(ratios[-1]) + " |", flush=True)
+    parts = [table(["model", "T", f"{EQUAL}, ms", *plan.names], ratios)]
+    picture = plan.output / f"{plan.name}.png"
+    if draw_ratios(picture, lines):
+        parts += [
+            f"![Ratio to equal weights against the number of tasks]({picture.name})",
+            "Solid: ours; dashed: others'.",
+        ]
+    parts += ["## Milliseconds", "Median, and quartiles.", table(["model", "T", *plan.all_names], milliseconds)]
+    solver = (
+        "; behind them the part of the ratio that the aggregator's own computation makes up" if of_aggregation else ""
+    )
+    plan.write("Time of a training step", f"{DESCRIBED}{solver}.", [*parts, *failures.sentences()])

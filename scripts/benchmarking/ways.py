@@ -1,0 +1,131 @@
+"""Ways to train a network, by the names that the tables have: equal weights first, then what is compared with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+from torchjd.aggregation import IMTLG, MGDA, Aggregator, AlignedMTL, CAGrad, NashMTL, PCGrad, UPGrad
+
+from benchmarking import peers
+from benchmarking.models import Model, Module
+from lightning_gradnorm import Aggregation, GradNorm
+
+
+class SolverClock:
+    """Adds up the time that an aggregator's own computation takes."""
+
+    def __init__(self, aggregator: Aggregator) -> None:
+        self.total, self.calls, self._began = 0.0, 0, 0.0
+        weighting = getattr(aggregator, "gramian_weighting", None) or getattr(aggregator, "weighting", aggregator)
+        weighting.register_forward_pre_hook(self._begin)
+        weighting.register_forward_hook(self._end)
+
+    def _begin(self, *_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def _end(self, *_: Any) -> None:
+        self.total += time.perf_counter() - self._began
+        self.calls += 1
+
+    def mean(self) -> float:
+        return self.total / self.calls if self.calls else 0.0
+
+
+@dataclass
+class Run:
+    """What one training is made of."""
+
+    model: L.LightningModule
+    callbacks: list[L.Callback] = field(default_factory=list)
+    solver: SolverClock | None = None
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train.
+
+    Args:
+        start: makes a run of the network's name, the number of tasks, and whether it is compiled.
+        package: imports what the way needs besides our own dependencies.
+        is_ours: if it fails, it is a defect; if another's fails, that is a result.
+        compiles: whether it goes with a compiled trunk and compiled heads; ours says so itself where it does not.
+    """
+
+    start: Callable[[str, int, bool], Run]
+    package: Callable[[], Any] | None = None
+    is_ours: bool = True
+    compiles: bool = True
+
+    def what_is_missing(self) -> str | None:
+        """Return what the way lacks here, if so; what it needs is imported by then."""
+        try:
+            if self.package is not None:
+                self.package()
+        except ImportError as error:
+            return f"{error}; it is in the extra `bench`"
+        return None
+
+
+def plain(kind: str, tasks: int, compiled: bool) -> Run:
+    return Run(Model(kind, tasks, compiled))
+
+
+def gradnorm(*, with_heads: bool = True, **options: Any) -> Way:
+    def start(kind: str, tasks: int, compiled: bool) -> Run:
+        model = Model(kind, tasks, compiled)
+        heads = model.head_names if with_heads else None
+        return Run(model, [GradNorm(list(model.heads), shared_layer=model.shared_layer, heads=heads, **options)])
+
+    # Without heads= each head is passed twice, which a compiled graph does not allow.
+    return Way(start, compiles=with_heads)
+
+
+def of_our_module(kind: str, tasks: int, compiled: bool) -> Run:
+    shared_layer = Model(kind, 1).shared_layer
+    return Run(Module(kind, tasks, compiled), [GradNorm(shared_layer=shared_layer)])
+
+
+def another(model: type[Model], package: Callable[[], Any] | None = None) -> Way:
+    return Way(lambda kind, tasks, compiled: Run(model(kind, tasks, compiled)), package, is_ours=False)
+
+
+def aggregation(make: Callable[[int], Aggregator], compiles: bool = True, **options: Any) -> Way:
+    def start(kind: str, tasks: int, compiled: bool) -> Run:
+        model, aggregator = Model(kind, tasks, compiled), make(tasks)
+        callback = Aggregation(aggregator, list(model.heads), heads=model.head_names, **options)
+        return Run(model, [callback], SolverClock(aggregator))
+
+    return Way(start, compiles=compiles)
+
+
+EQUAL = "equal weights"
+OF_GRADNORM = {
+    EQUAL: Way(plain),
+    "with heads": gradnorm(),
+    "without heads": gradnorm(with_heads=False),
+    "MultiTaskModule": Way(of_our_module),
+    "every 8th step": gradnorm(update_every=8),
+    "activation": gradnorm(norm_of="activation"),
+    "textbook": another(peers.Textbook),
+    "gradnorm-pytorch": another(peers.GradNormPytorch, peers.gradnorm_pytorch),
+    "LibMTL GradNorm": another(peers.LibMTLGradNorm, peers.libmtl_gradnorm),
+    "UPGrad": aggregation(lambda tasks: UPGrad()),
+    "UPGrad by hand": another(peers.TorchJD),
+}
+OF_AGGREGATION = {
+    EQUAL: Way(plain),
+    "UPGrad": OF_GRADNORM["UPGrad"],
+    "PCGrad": aggregation(lambda tasks: PCGrad()),
+    "MGDA": aggregation(lambda tasks: MGDA()),
+    "IMTL-G": aggregation(lambda tasks: IMTLG()),
+    "Aligned-MTL": aggregation(lambda tasks: AlignedMTL()),
+    "CAGrad": aggregation(lambda tasks: CAGrad(c=0.5)),
+    "Nash-MTL": aggregation(lambda tasks: NashMTL(n_tasks=tasks)),
+    "UPGrad at parameters": aggregation(lambda tasks: UPGrad(), compiles=False, at="parameters"),
+    "UPGrad by hand": OF_GRADNORM["UPGrad by hand"],
+}
+WAYS: Mapping[str, Mapping[str, Way]] = {"gradnorm": OF_GRADNORM, "aggregation": OF_AGGREGATION}
