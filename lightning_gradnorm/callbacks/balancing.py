@@ -462,13 +462,19 @@ class Balancing(Restoring[AnyRule]):
         self._reading = True
         try:
             with self._buffers.through_reading(task):
-                return self._reader.read(task, outputs, gradients)
+                answer = self._reader.read(task, outputs, gradients)
+            if self._pass.is_whole_step and self._pass.is_read_once(task, at_heads=self._at_heads):
+                self._reader.close(task)
+            return answer
         finally:
             self._reading = False
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         self._pass.in_backward = True
+        self._pass.is_whole_step = (
+            pl_module.automatic_optimization and trainer.accumulate_grad_batches == 1 and trainer.world_size == 1
+        )
         if self._window.measured and not self._told_apart >= set(self._pass.branches):
             check_heads_apart(loss, self._pass, asked_by=self._name)
             self._told_apart |= set(self._pass.branches)

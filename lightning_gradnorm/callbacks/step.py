@@ -48,6 +48,8 @@ class Pass:
     """The task whose head was called last."""
     in_backward: bool = False
     """Whether a backward pass is on its way: what is called now is called by a checkpoint, once more."""
+    is_whole_step: bool = False
+    """Whether the optimizer will step on this backward pass and no other, here or on another rank."""
     backwards: int = 0
     """How many backward passes there were."""
     steps: int = 0
@@ -62,6 +64,10 @@ class Pass:
         watched.append(loss)
         self.owners[id(loss)] = task
         return len(watched) - 1
+
+    def is_read_once(self, task: str, *, at_heads: bool) -> bool:
+        """Say whether the task's gradient comes by in one piece: by one branch of its head, or from one loss."""
+        return len(self.branches.get(task, ()) if at_heads else self.losses[task]) == 1
 
     def task_of(self, loss: Tensor) -> str | None:
         """Return the task that this very tensor was watched for."""

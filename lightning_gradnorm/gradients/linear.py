@@ -49,6 +49,8 @@ class LinearGradients(WeightGradients):
         self._calls: list[_Call] = []
         self._at_outputs: dict[str, dict[int, Tensor]] = {}
         """Task → place of a call → the gradient at its output."""
+        self._of_inputs: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        """Of calls that a task depends on: X Xᵀ, and its trace."""
         self._passes_calls: dict[tuple[str, int], bool] = {}
         """Whether a task's gradient, with so many calls, comes to ``W`` by them alone."""
 
@@ -117,39 +119,32 @@ class LinearGradients(WeightGradients):
         return super().rows(tasks, like)
 
     def norms(self, tasks: Sequence[str]) -> Tensor:
-        """Return the norms of the gradients read so far, shape (T,), zero for a task not seen."""
-        if any(task in self._rows for task in self._at_outputs):
-            self._multiply()
-        norms = self._norms_at_outputs() if self._at_outputs else {}
-        others = [task for task in tasks if task not in norms]
-        if others:
-            norms |= dict(zip(others, super().norms(others).unbind(), strict=True))
-        return torch.stack([norms[task] for task in tasks])
+        """Return the norms of the gradients read so far, shape (T,), zero for a task not seen; nothing more can be read."""
+        for task in list(self._at_outputs):
+            self.close(task)
+        return super().norms(tasks)
 
-    def _norms_at_outputs(self) -> dict[str, Tensor]:
-        """Return the norms by the right side of the equation; by the left one where that would cost too many digits."""
-        of_inputs: dict[
-            tuple[int, ...], tuple[Tensor, Tensor]
-        ] = {}  # of the calls that a task depends on: X Xᵀ, its trace
-        squares, most = [], []
-        for task, at_outputs in self._at_outputs.items():
-            X, D = self._factors(task)
-            calls = tuple(at_outputs)
-            if calls not in of_inputs:
-                XX = X @ X.T
-                of_inputs[calls] = XX.flatten(), XX.trace()
-            XX, size = of_inputs[calls]
-            DD = D @ D.T
-            squares.append(torch.dot(XX, DD.flatten()))
-            most.append(size * DD.trace())
-        found = torch.stack(squares)
-        is_sound = (found > _LEAST * torch.stack(most)).tolist()
-        norms = dict(zip(self._at_outputs, found.sqrt().unbind(), strict=True))
-        for task in [task for task, sound in zip(norms, is_sound, strict=True) if not sound]:
-            X, D = self._factors(task)
-            del norms[task], self._at_outputs[task]
+    def close(self, task: str) -> None:
+        """Find the norm by the right side of the equation; by the left one where that would cost too many digits."""
+        if task in self._rows:
+            self._multiply()
+        if task not in self._at_outputs:
+            super().close(task)
+            return
+        calls = tuple(self._at_outputs[task])
+        X, D = self._factors(task)
+        if calls not in self._of_inputs:
+            XX = X @ X.T
+            self._of_inputs[calls] = XX.flatten(), XX.trace()
+        XX, size = self._of_inputs[calls]
+        DD = D @ D.T
+        square = torch.dot(XX, DD.flatten())
+        del self._at_outputs[task]
+        if square > _LEAST * size * DD.trace():
+            self._closed[task] = square.sqrt()
+        else:
             self._add(task, (D.T @ X).flatten())
-        return norms
+            super().close(task)
 
     def rescale(self, task: str, factor: Tensor) -> None:
         """Multiply what was read of a task's gradient by ``factor``."""
@@ -160,7 +155,7 @@ class LinearGradients(WeightGradients):
     def forget(self) -> None:
         """Let go of the current forward pass's tensors; what was read of them stays."""
         self._multiply()
-        self._begun, self._calls = [], []
+        self._begun, self._calls, self._of_inputs = [], [], {}
 
     def clear(self) -> None:
         """Forget what was read: a new optimizer step begins."""

@@ -72,6 +72,10 @@ class GradientReader(ABC):
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> object:
         """Take this task's gradients, which have just arrived at ``outputs``; the answer is that of a `Receive`."""
 
+    def close(self, task: str) -> None:
+        """Take note that nothing more of this task will be read in this optimizer step."""
+        return
+
     def before(self, args: Any, kwargs: Any) -> None:
         """See the arguments with which `module` is called."""
         return
@@ -102,6 +106,8 @@ class RowReader(GradientReader):
 
     def __init__(self) -> None:
         self._rows: dict[str, Tensor] = {}
+        self._closed: dict[str, Tensor] = {}
+        """The norms of tasks whose rows are not kept."""
 
     def norms_of(self, rows: Tensor) -> Tensor:
         """Return the T norms that belong to rows of shape (T, n), which may have been summed over ranks."""
@@ -113,7 +119,11 @@ class RowReader(GradientReader):
         """Return n, the number of values that a task's row has."""
 
     def rows(self, tasks: Sequence[str], like: Tensor) -> Tensor:
-        """Return the sums so far, shape (T, n), zero for a task not seen, in the dtype and on the device of ``like``."""
+        """Return the sums so far, shape (T, n), zero for a task not seen, in the dtype and on the device of ``like``.
+
+        Tasks that were closed have none any more.
+        """
+        assert not self._closed
         rows = like.new_zeros(len(tasks), self.width())
         for row, task in zip(rows, tasks, strict=True):
             if task in self._rows:
@@ -122,21 +132,32 @@ class RowReader(GradientReader):
 
     def norms(self, tasks: Sequence[str]) -> Tensor:
         """Return the norms of the gradients read so far, shape (T,), zero for a task not seen."""
-        nothing = next(iter(self._rows.values()), torch.zeros(())).new_zeros(1)
         # Row by row: a table of T copies of W would take longer to fill than the norms to compute.
-        return torch.cat([self.norms_of(self._rows.get(task, nothing)[None]) for task in tasks])
+        known = self._closed | {task: self.norms_of(row[None]).squeeze(0) for task, row in self._rows.items()}
+        nothing = next(iter(known.values()), torch.zeros(())).new_zeros(())
+        return torch.stack([known.get(task, nothing) for task in tasks])
+
+    def close(self, task: str) -> None:
+        """Keep the norm of what was read of the task, and not the T-th copy of ``W``."""
+        if task in self._rows:
+            self._closed[task] = self.norms_of(self._rows.pop(task)[None]).squeeze(0)
 
     def rescale(self, task: str, factor: Tensor) -> None:
         """Multiply what was read of a task's gradient by ``factor``."""
         if task in self._rows:
             self._rows[task] = self._rows[task] * factor
+        if task in self._closed:
+            self._closed[task] = self._closed[task] * factor
 
     def clear(self) -> None:
         """Forget what was read: a new optimizer step begins."""
         super().clear()
         self._rows.clear()
+        self._closed.clear()
 
     def _add(self, task: str, row: Tensor) -> None:
+        if task in self._closed:
+            raise RuntimeError(f"the gradient of task '{task}' is read again after it was said to be complete")
         self._rows[task] = self._rows[task] + row if task in self._rows else row
 
 
@@ -233,6 +254,10 @@ class ActivationGradients(RowReader):
             if squares:
                 self._add(task, torch.stack(squares).sum().reshape(1))
         self._arrived = {}
+
+    def close(self, task: str) -> None:
+        """Keep what is there: it is small once it is squared, and only then to be added up."""
+        return
 
     def rows(self, tasks: Sequence[str], like: Tensor) -> Tensor:
         """Return the sums of squares so far, shape (T, 1)."""

@@ -142,7 +142,10 @@ class Reads(L.Callback):
     def on_before_optimizer_step(self, *_: Any) -> None:
         reader = self.gradnorm._reader
         assert reader is not None
-        self.found.add(type(reader).__name__ + (" at outputs" if getattr(reader, "_at_outputs", None) else ""))
+        self.found.add(
+            type(reader).__name__
+            + (" at outputs" if vars(reader).get("_at_outputs") or vars(reader).get("_of_inputs") else "")
+        )
 
 
 @pytest.mark.parametrize("with_heads", [True, False])
@@ -162,3 +165,19 @@ def test_a_training_is_the_same_with_either_way_of_reading(
         assert reads.found == {"LinearGradients at outputs" if is_quick else "WeightGradients"}
         found[is_quick] = [*gradnorm.weights.values(), *(p.detach() for p in model.parameters())]
     torch.testing.assert_close(found[True], found[False], rtol=1e-9, atol=1e-12)
+
+
+def test_a_gradient_that_is_read_after_it_was_complete_is_an_error() -> None:
+    layer, _, x = networks()
+    reader = WeightGradients([layer.weight])
+    z = layer(x)
+    reader.read("a", [z], [torch.ones_like(z)])
+    before = reader.norms(["a"])
+    reader.close("a")
+    assert torch.equal(reader.norms(["a"]), before)
+    reader.rescale("a", torch.tensor(2.0, dtype=F64))
+    assert torch.equal(reader.norms(["a", "b"]), torch.stack([2 * before[0], torch.zeros((), dtype=F64)]))
+    with pytest.raises(RuntimeError, match="read again after it was said to be complete"):
+        reader.read("a", [z], [torch.ones_like(z)])
+    reader.clear()
+    reader.read("a", [z], [torch.ones_like(z)])
