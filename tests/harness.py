@@ -14,6 +14,7 @@ from lightning.pytorch.loggers.logger import Logger
 from models import Automatic
 from textbook import Trajectory
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradnorm import MultiTaskModule
 from lightning_gradnorm.callbacks.balancing import Balancing
@@ -216,3 +217,12 @@ def assert_says(error: BaseException, *expected: str) -> None:
     """The message of the error has all of `expected` in it."""
     for part in expected:
         assert part in str(error), f"{part!r} is not in the message: {error}"
+
+
+class NoNumberIsAskedFor(TorchDispatchMode):
+    """What would make the host wait on a GPU is an error on the CPU too: `float(tensor)`, `bool(tensor)`, `tensor.item()`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            raise AssertionError(f"{func} makes the host wait for the device")
+        return func(*args, **(kwargs or {}))

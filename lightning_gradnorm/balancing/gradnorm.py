@@ -182,10 +182,13 @@ class GradNormRule:
         self._skipped = 0
         self._culprits: dict[str, float] = {}
         self._last: Step | None = None
-        self.looks_at_once = self.weights.device.type == "cpu"
-        """Whether the host looks after each step whether it was taken: on a CPU, where there is nothing to wait for."""
         self._open: list[Step] = []
         """Steps of which the host does not know yet whether they were taken."""
+
+    @property
+    def looks_at_once(self) -> bool:
+        """Whether the host looks after each step whether it was taken: on a CPU, where there is nothing to wait for."""
+        return self.weights.device.type == "cpu"
 
     @property
     def skipped(self) -> int:

@@ -15,7 +15,7 @@ import lightning as L
 import pytest
 import textbook
 import torch
-from harness import Batches, Overflows, Recorder, Shares, assert_agrees, state_by_part
+from harness import Batches, NoNumberIsAskedFor, Overflows, Recorder, Shares, assert_agrees, state_by_part
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from models import (
@@ -29,12 +29,12 @@ from models import (
     vector_batches,
 )
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchjd import aggregation as A
 from torchjd import scalarization as S
 
 from lightning_gradnorm import Aggregation, FixedWeights, GradNorm, Scalarization
-from lightning_gradnorm.balancing import DBMTL, LogSum
+from lightning_gradnorm.balancing import DBMTL, GradNormRule, LogSum
+from lightning_gradnorm.gradients import LinearGradients
 
 STEPS = 24
 T = 3
@@ -219,19 +219,18 @@ def test_the_weights_are_on_the_device_and_shown_as_floats(mode: str, make_train
 # ---- the host does not wait for the device ---------------------------------------------------------------------------
 
 
-class _NoNumberIsAskedFor(TorchDispatchMode):
-    """What would make the host wait on a GPU is an error on the CPU too: `float(tensor)`, `bool(tensor)`, `tensor.item()`."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            raise AssertionError(f"{func} makes the host wait for the device")
-        return func(*args, **(kwargs or {}))
+@pytest.fixture
+def as_on_a_gpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a CPU do as a GPU does: what is done for the sake of its arithmetic or because it need not wait is left."""
+    if device == "cpu":
+        monkeypatch.setattr(LinearGradients, "can_read", staticmethod(lambda *_: False))
+        monkeypatch.setattr(GradNormRule, "looks_at_once", False)
 
 
 @contextmanager
 def waiting_is_an_error(device: str) -> Iterator[None]:
     if device == "cpu":
-        with _NoNumberIsAskedFor():
+        with NoNumberIsAskedFor():
             yield
         return
     torch.cuda.set_sync_debug_mode("error")
@@ -277,6 +276,7 @@ class Watched(L.Callback):
     ["automatic", "automatic with heads", "manual", "activation with heads"],
     quick=["automatic", "automatic with heads"],
 )
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_no_backward_pass_waits_for_the_device(mode: str, make_trainer: MakeTrainer, device: str) -> None:
     model, gradnorm, batches = make(mode)
     watched = Watched(device, backward=True)
@@ -284,16 +284,19 @@ def test_no_backward_pass_waits_for_the_device(mode: str, make_trainer: MakeTrai
     assert watched.watched == STEPS
 
 
-@pytest.mark.parametrize("mode", ["automatic with heads", "manual with heads"])
-def test_a_step_in_which_nothing_is_measured_never_waits(mode: str, make_trainer: MakeTrainer, device: str) -> None:
+@pytest.mark.parametrize("update_every", [1, 4])
+@pytest.mark.parametrize("mode", ["automatic", "automatic with heads", "activation with heads", "manual with heads"])
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_no_step_waits_for_the_device(mode: str, update_every: int, make_trainer: MakeTrainer, device: str) -> None:
+    """But the first, in which L_i(0) is looked at, and the last of an epoch, which is logged."""
     model, gradnorm, batches = make(mode)
-    gradnorm.update_every = 4
-    unmeasured = {index for index in range(STEPS - 1) if index % 4}  # the last batch of an epoch is logged
-    watched = Watched(device, batches=unmeasured)
+    gradnorm.update_every = update_every
+    watched = Watched(device, batches=range(1, STEPS - 1))
     if isinstance(model, Manual):
         model.gradnorm = [gradnorm]
     make_trainer(callbacks=[watched, gradnorm], log_every_n_steps=2 * STEPS).fit(model, Batches(batches))
-    assert watched.watched == len(unmeasured)
+    assert watched.watched == STEPS - 2
+    assert gradnorm.weights != dict.fromkeys(NAMES, 1.0)
 
 
 # ---- mixed precision -------------------------------------------------------------------------------------------------
