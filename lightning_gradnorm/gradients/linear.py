@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn.modules.module import _global_forward_pre_hooks
 
-from lightning_gradnorm.gradients.paths import node_of, nodes_between
+from lightning_gradnorm.gradients.paths import node_of, nodes_behind
 from lightning_gradnorm.gradients.readers import WeightGradients
 
 _LEAST = 1e-4
@@ -51,8 +52,6 @@ class LinearGradients(WeightGradients):
         """Task → place of a call → the gradient at its output."""
         self._of_inputs: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         """Of calls that a task depends on: X Xᵀ, and its trace."""
-        self._passes_calls: dict[tuple[str, int], bool] = {}
-        """Whether a task's gradient, with so many calls, comes to ``W`` by them alone."""
 
     @staticmethod
     def can_read(layer: nn.Module, weight: Tensor) -> bool:
@@ -66,19 +65,24 @@ class LinearGradients(WeightGradients):
 
     def after(self, output: Any) -> None:
         """Note where the gradient at the output will come by."""
-        inputs = self._begun.pop()
-        W = self.module.weight
-        if isinstance(inputs, Tensor) and inputs.dtype == output.dtype == W.dtype and output.requires_grad:
-            rows, (O, I) = inputs.numel() // inputs.shape[-1], W.shape  # noqa: E741
-            if rows * (I + 2 * O) < 2 * O * I:  # pays already with two tasks
-                self._calls.append(_Call(inputs.detach(), inputs._version, get_gradient_edge(output)))
+        inputs, W = self._begun.pop(), self.module.weight
+        if not (isinstance(inputs, Tensor) and inputs.dtype == output.dtype == W.dtype and output.requires_grad):
+            return
+        rows, (O, I) = inputs.numel() // inputs.shape[-1], W.shape  # noqa: E741
+        pays = rows * (I + 2 * O) < 2 * O * I  # already with two tasks
+        edge = get_gradient_edge(output)
+        # Of somebody else's hooks, one before the call may change the input, one after it the output.
+        is_alone = len(self.module._forward_pre_hooks) <= 1 and not _global_forward_pre_hooks
+        if pays and is_alone and _is_product_with(W, edge.node):
+            self._calls.append(_Call(inputs.detach(), inputs._version, edge))
 
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add the task's contribution to the gradient of ``W``, or to that at the outputs that it is made of."""
         is_changed = self.module.weight._backward_hooks  # by a hook on W, which is asked only by autograd
-        if not self._calls or is_changed or not self._comes_by_the_calls(task, outputs):
+        if not self._calls or is_changed or not self._comes_by_the_calls(outputs):
             super().read(task, outputs, gradients)
             return
+        self._refuse_if_closed(task)
         edges = [call.output for call in self._calls]
         found = torch.autograd.grad(outputs, edges, gradients, retain_graph=True, allow_unused=True)
         known = self._at_outputs.setdefault(task, {})
@@ -86,13 +90,10 @@ class LinearGradients(WeightGradients):
             if gradient is not None:
                 known[place] = known[place] + gradient if place in known else gradient
 
-    def _comes_by_the_calls(self, task: str, outputs: Sequence[Tensor]) -> bool:
-        key = (task, len(self._calls))
-        if key not in self._passes_calls:
-            stop = {call.output.node for call in self._calls}
-            around = nodes_between([node_of(output) for output in outputs], self.sought, stop=stop)
-            self._passes_calls[key] = not around
-        return self._passes_calls[key]
+    def _comes_by_the_calls(self, outputs: Sequence[Tensor]) -> bool:
+        """Say whether the way from ``outputs`` to ``W`` leads by the noted calls alone; asked each time, for it may change."""
+        calls = {call.output.node for call in self._calls}
+        return node_of(self.module.weight) not in nodes_behind(map(node_of, outputs), stop=calls)
 
     def _factors(self, task: str) -> tuple[Tensor, Tensor]:
         """Return X and D."""
@@ -161,6 +162,17 @@ class LinearGradients(WeightGradients):
         """Forget what was read: a new optimizer step begins."""
         self._at_outputs.clear()
         super().clear()
+
+
+def _is_product_with(W: Tensor, node: Node) -> bool:
+    """Say whether this node is that of a product of W itself, as it is or with its sequences laid end to end."""
+    while "View" in node.name() and node.next_functions[0][0] is not None:
+        node = node.next_functions[0][0]
+    if node.name() not in ("AddmmBackward0", "MmBackward0", "LinearBackward0"):
+        return False
+    factors = [factor for factor, _ in node.next_functions if factor is not None]
+    transposed = [factor.next_functions[0][0] for factor in factors if factor.name() == "TBackward0"]
+    return node_of(W) in (*factors, *transposed)
 
 
 def _as_rows(tensor: Tensor) -> Tensor:

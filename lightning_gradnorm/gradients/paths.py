@@ -15,7 +15,8 @@ def node_of(tensor: Tensor) -> Node:
 
 def nodes_behind(start: Iterable[Node], *, stop: Collection[Node] = ()) -> set[Node]:
     """Return the nodes that a gradient starting at ``start`` comes to, ``start`` included; none behind ``stop``."""
-    found, to_visit = set(start), list(start)
+    to_visit = list(start)
+    found = set(to_visit)
     while to_visit:
         node = to_visit.pop()
         if node in stop:

@@ -155,9 +155,12 @@ class RowReader(GradientReader):
         self._rows.clear()
         self._closed.clear()
 
-    def _add(self, task: str, row: Tensor) -> None:
+    def _refuse_if_closed(self, task: str) -> None:
         if task in self._closed:
             raise RuntimeError(f"the gradient of task '{task}' is read again after it was said to be complete")
+
+    def _add(self, task: str, row: Tensor) -> None:
+        self._refuse_if_closed(task)
         self._rows[task] = self._rows[task] + row if task in self._rows else row
 
 

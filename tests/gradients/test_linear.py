@@ -64,6 +64,58 @@ def test_norms_are_those_of_the_gradient(name: str) -> None:
         plain.clear()
 
 
+def changed_by_hooks(where: str, layer: nn.Linear) -> None:
+    def double_output(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return 2 * output
+
+    def double_input(_: nn.Module, args: Any) -> Any:
+        return (2 * args[0],)
+
+    if where == "output":
+        layer.register_forward_hook(double_output)
+    elif where == "weight":
+        layer.weight.register_hook(lambda gradient: 3 * gradient)
+    else:
+        layer.register_forward_pre_hook(double_input)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("where", ["input", "output", "weight"])
+def test_what_somebody_elses_hook_changes_is_read_as_it_is(where: str, is_first: bool) -> None:
+    layer, heads, x = networks()
+    reader = LinearGradients(layer)
+    if is_first:
+        changed_by_hooks(where, layer)
+    layer.register_forward_pre_hook(lambda _, args, kwargs: reader.before(args, kwargs), with_kwargs=True)
+    layer.register_forward_hook(lambda _, args, output: reader.after(output))
+    if not is_first:
+        changed_by_hooks(where, layer)
+    views = fan_out(layer(x), heads, reader.read)
+    losses = {task: heads[task](views[task]).square().mean() for task in heads}
+    expected = [torch.autograd.grad(loss, layer.weight, retain_graph=True)[0].norm() for loss in losses.values()]
+    reader.clear()  # what was read on the way to the expected numbers
+    reader._calls = []
+    views = fan_out(layer(x), heads, reader.read)
+    sum(heads[task](views[task]).square().mean() for task in heads).backward()  # type: ignore[union-attr]
+    torch.testing.assert_close(reader.norms(list(heads)), torch.stack(expected), rtol=1e-12, atol=0)
+
+
+def test_a_second_use_of_the_weight_in_a_later_step_is_seen() -> None:
+    layer, heads, x = networks()
+    reader, plain = LinearGradients(layer), WeightGradients([layer.weight])
+    for step in range(4):
+        reader.before((x,), {})
+        z = layer(x)
+        reader.after(z)
+        z = z + F.linear(x.flip(0), layer.weight) if step % 2 else z
+        views = fan_out(z, heads, lambda *a: (reader.read(*a), plain.read(*a)))  # type: ignore[arg-type, func-returns-value]
+        sum(heads[task](views[task]).square().mean() for task in heads).backward()  # type: ignore[union-attr]
+        assert bool(reader._at_outputs) is not bool(step % 2)
+        torch.testing.assert_close(reader.norms(list(heads)), plain.norms(list(heads)), rtol=1e-12, atol=0)
+        reader.clear()
+        plain.clear()
+
+
 def test_several_passes_of_one_step_add_up_as_gradients_do() -> None:
     layer, heads, x = networks()
     reader, plain = LinearGradients(layer), WeightGradients([layer.weight])
@@ -134,14 +186,16 @@ class Wide(L.LightningModule):
 
 
 class Reads(L.Callback):
-    """Notes what reads the gradient."""
+    """Notes what reads the gradient, but in the first step, when other readers still have their hooks on the layer."""
 
     def __init__(self, gradnorm: GradNorm) -> None:
         self.gradnorm, self.found = gradnorm, set[str]()
 
-    def on_before_optimizer_step(self, *_: Any) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
         reader = self.gradnorm._reader
         assert reader is not None
+        if trainer.global_step == 0:
+            return
         self.found.add(
             type(reader).__name__
             + (" at outputs" if vars(reader).get("_at_outputs") or vars(reader).get("_of_inputs") else "")
