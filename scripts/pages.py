@@ -20,7 +20,8 @@ import lightning as L
 import torch
 
 from lightning_gradnorm.cli.study import carry_out
-from lightning_gradnorm.report import Run
+from lightning_gradnorm.report import PAPER, Run, by_task, higher_is_better
+from lightning_gradnorm.report.results import ALL_TASKS
 
 
 def be_quiet(threads: int = 1) -> None:
@@ -60,6 +61,20 @@ def finished_runs(
     if failed:
         sys.exit(f"{len(failed)} of {len(jobs)} runs failed; the command, given again, runs them once more.")
     return finished
+
+
+def errors(run: Run) -> dict[str, float]:
+    """Return an error of each task, lower is better: the paper's on NYUv2, elsewhere the loss."""
+    tasks = {task: row for task, row in by_task(run.metrics).items() if task != ALL_TASKS}
+    found = {task: PAPER[task][0] if task in PAPER and PAPER[task][0] in row else "loss" for task, row in tasks.items()}
+    assert not any(higher_is_better(metric) for metric in found.values())
+    return {task: tasks[task][metric] for task, metric in found.items()}
+
+
+def error_ratio(run: Run, reference: Run) -> float:
+    """Return the run's errors divided by the reference's, the mean over the tasks."""
+    ours, theirs = errors(run), errors(reference)
+    return statistics.mean(ours[task] / theirs[task] for task in theirs)
 
 
 def write_page(path: Path, title: str, described: str, parts: Sequence[str], *, where: str = "CPU") -> Path:

@@ -16,9 +16,9 @@ import statistics
 from pathlib import Path
 
 import matplotlib as mpl
-from pages import finished_runs, mean_and_spread, write_page
+from pages import error_ratio, errors, finished_runs, mean_and_spread, write_page
 
-from lightning_gradnorm.report import PAPER, Run, by_task, delta_m
+from lightning_gradnorm.report import PAPER, Run, delta_m
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -56,18 +56,13 @@ def gradnorm(alpha: float) -> str:
     return f"GradNorm α = {alpha:g}"
 
 
-def errors(run: Run) -> dict[str, float]:
-    """Return the paper's error of each task that the run has."""
-    return {task: row[PAPER[task][0]] for task, row in by_task(run.metrics).items() if task in PAPER}
-
-
 def table(found: dict[str, dict[int, Run]], tasks: list[str]) -> list[str]:
     """Return the rows: errors, change against equal weights and Δm against single-task networks, mean ± std over seeds."""
     lines = [
         "| method | " + " | ".join(SYMBOLS[task] for task in tasks) + " | error ÷ equal weights | lower in | Δm, % |",
         "|---|" + "---:|" * (len(tasks) + 3),
     ]
-    equal = {seed: errors(run) for seed, run in found["equal weights"].items()}
+    equal = found["equal weights"]
     single: dict[int, dict[str, float]] = {}
     for method, by_seed in found.items():
         for seed, run in by_seed.items():
@@ -81,10 +76,7 @@ def table(found: dict[str, dict[int, Run]], tasks: list[str]) -> list[str]:
         if method.startswith("single-task"):
             lines.append(f"| {method} | " + " | ".join(cells) + " | – | – | – |")
             continue
-        ratios = [
-            statistics.mean(value / equal[seed][task] for task, value in errors(run).items())
-            for seed, run in by_seed.items()
-        ]
+        ratios = [error_ratio(run, equal[seed]) for seed, run in by_seed.items()]
         gains = [delta_m(run.metrics, single[seed], PAPER) for seed, run in by_seed.items()]
         wins = "–" if method == "equal weights" else f"{sum(r < 1 for r in ratios)} of {len(ratios)}"
         lines.append(

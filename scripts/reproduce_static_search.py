@@ -19,9 +19,10 @@ import statistics
 from pathlib import Path
 
 import matplotlib as mpl
-from pages import finished_runs, write_page
+from pages import error_ratio, finished_runs, write_page
 
-from lightning_gradnorm.report import PAPER, Run, by_task, higher_is_better
+from lightning_gradnorm.cli.runs import quoted
+from lightning_gradnorm.report import Run
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -29,18 +30,9 @@ import matplotlib.pyplot as plt
 GRADNORM, STATIC = "gradnorm", "gradnorm_static"
 
 
-def errors(run: Run) -> dict[str, float]:
-    """Return an error of each task: the paper's on NYUv2, elsewhere the loss."""
-    tasks = {task: row for task, row in by_task(run.metrics).items() if task != "all"}
-    found = {task: PAPER[task][0] if task in PAPER and PAPER[task][0] in row else "loss" for task, row in tasks.items()}
-    assert not any(higher_is_better(metric) for metric in found.values())
-    return {task: tasks[task][metric] for task, metric in found.items()}
-
-
 def change(run: Run, reference: Run) -> float:
     """Return by how many percent the errors are larger than the reference's, the mean over the tasks."""
-    ours, theirs = errors(run), errors(reference)
-    return statistics.mean(100 * (ours[task] / theirs[task] - 1) for task in theirs)
+    return 100 * (error_ratio(run, reference) - 1)
 
 
 def correlation(points: list[tuple[float, float]]) -> float:
@@ -85,7 +77,7 @@ def main() -> None:
         {GRADNORM: [*shared, "balancing=gradnorm", "callbacks.checkpoint=null"]}, folder, **order
     )
     shared += ["callbacks=none"]
-    from_run = f"balancing.from_run='{folder / GRADNORM}'"
+    from_run = f"balancing.from_run={quoted(str(folder / GRADNORM))}"
     jobs = {STATIC: [*shared, "balancing=gradnorm_static", from_run]}
     jobs |= {f"random {i}": [*shared, "balancing=random_static", f"balancing.seed={i}"] for i in range(options.count)}
     static, *others = finished_runs(jobs, folder, **order)

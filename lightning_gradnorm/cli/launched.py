@@ -67,9 +67,9 @@ class OneFolder(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if trainer.world_size == 1 or not dist.is_initialized():
+        if not (dist.is_available() and dist.is_initialized()):
             return
-        folders = [""] * trainer.world_size
+        folders = [""] * dist.get_world_size()
         dist.all_gather_object(folders, self.folder)
         other = next((rank for rank, folder in enumerate(folders) if folder != folders[0]), None)
         if other is None:
