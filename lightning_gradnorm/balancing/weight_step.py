@@ -114,10 +114,8 @@ class AdamStep(WeightStep):
     @override
     def move(self, gradient: Tensor, problems: Tensor, present: Tensor | None, constrain: Constrain) -> Tensor:
         weights, (group,) = self.weights.detach(), self.optimizer.param_groups
-        if (
-            group["betas"] != self._betas
-        ):  # a scheduler has changed them, as it may change lr; torch's βᵗ is of the new ones
-            self._read_betas()
+        if group["betas"] != self._betas:  # by a scheduler, which may change lr, too
+            self._read_betas()  # and torch takes βᵗ of the new ones
             self._averages[2:] = 1 - (1 - self._share_of_the_new[2:]) ** self._steps
         new = torch.stack((gradient, gradient * gradient, self._ones, self._ones))
         averages = torch.lerp(self._averages, new, self._share_of_the_new)

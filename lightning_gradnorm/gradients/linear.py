@@ -72,9 +72,9 @@ class LinearGradients(WeightGradients):
         inputs, (W,) = self._begun.pop(), self._parameters  # the module may have been lent another for this call
         if not (isinstance(inputs, Tensor) and isinstance(output, Tensor) and W.requires_grad and output.requires_grad):
             return
-        if not inputs.dtype == output.dtype == W.dtype:
+        if not inputs.dtype == output.dtype == W.dtype or _is_transformed():
             return
-        rows, (O, I) = inputs.numel() // inputs.shape[-1], W.shape  # noqa: E741
+        rows, (O, I) = inputs.shape[:-1].numel(), W.shape  # noqa: E741
         pays = rows * (I + 2 * O) < 2 * O * I  # already with two tasks
         edge = get_gradient_edge(output)
         if pays and self._is_left_alone() and _is_product_with(W, edge.node):
@@ -179,6 +179,11 @@ class LinearGradients(WeightGradients):
         """Forget what was read: a new optimizer step begins."""
         self._at_outputs.clear()
         super().clear()
+
+
+def _is_transformed() -> bool:
+    """Say whether a transform of `torch.func` is at work, inside of which tensors do not show their graph."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _is_product_with(W: Tensor, node: Node) -> bool:

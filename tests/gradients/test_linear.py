@@ -45,6 +45,10 @@ ENCODERS: dict[str, tuple[Encode, bool]] = {
         lambda layer, x: torch.func.functional_call(layer, {"weight": layer.weight * layer.weight.detach().sign()}, x),
         False,
     ),
+    "beside what it is differentiated by": (
+        lambda layer, x: layer(x) + torch.func.grad(lambda x: layer(x).square().sum())(x).repeat(1, 2)[:, :OUTPUTS],
+        False,
+    ),
     "by keyword": (lambda layer, x: layer(input=x), False),
     "a large batch": (lambda layer, x: layer(x.repeat(20, 1)), False),
 }
@@ -257,6 +261,25 @@ def test_a_training_is_the_same_with_either_way_of_reading(
         assert reads.found == {"LinearGradients at outputs" if is_quick else "WeightGradients"}
         found[is_quick] = [*gradnorm.weights.values(), *(p.detach() for p in model.parameters())]
     torch.testing.assert_close(found[True], found[False], rtol=1e-9, atol=1e-12)
+
+
+class PassesTwice(Wide):
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+
+@pytest.mark.parametrize("with_heads", [True, False])
+def test_a_module_may_pass_its_losses_twice_in_its_own_backward(quiet_trainer: Any, with_heads: bool) -> None:
+    """As the same training with losses of twice the size, of which each has twice the gradient."""
+    batches = list(torch.randn(4, 6, 5, dtype=F64, generator=torch.Generator().manual_seed(2)))
+    heads = {task: f"heads.{task}" for task in TASKS[:T]} if with_heads else None
+    norms = []
+    for kind in (Wide, PassesTwice):
+        gradnorm = GradNorm(TASKS[:T], shared_layer="encoder.2", heads=heads)
+        quiet_trainer(callbacks=[gradnorm], max_steps=1).fit(kind(), Batches(batches))
+        norms.append(gradnorm._known.last.norms)  # type: ignore[union-attr]
+    torch.testing.assert_close(norms[1], 2 * norms[0], rtol=1e-12, atol=0)
 
 
 def test_a_gradient_that_is_read_after_it_was_complete_is_an_error() -> None:
