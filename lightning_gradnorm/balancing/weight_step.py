@@ -92,11 +92,10 @@ class AdamStep(WeightStep):
         """Of the gradient, its square, and of ones with the factors of both."""
         self._steps = torch.zeros((), dtype=weights.dtype, device=weights.device)
         self._ones = torch.ones_like(weights, requires_grad=False)
-        self._read_options()
+        self._read_betas()
 
-    def _read_options(self) -> None:
-        (group,) = self.optimizer.param_groups
-        self._lr, self._eps, self._betas = group["lr"], group["eps"], group["betas"]
+    def _read_betas(self) -> None:
+        self._betas = self.optimizer.param_groups[0]["betas"]
         self._share_of_the_new = 1 - self._ones.new_tensor([*self._betas, *self._betas], dtype=torch.float64)[:, None]
         self._share_of_the_new = self._share_of_the_new.to(self._ones)
 
@@ -114,14 +113,17 @@ class AdamStep(WeightStep):
 
     @override
     def move(self, gradient: Tensor, problems: Tensor, present: Tensor | None, constrain: Constrain) -> Tensor:
-        weights = self.weights.detach()
+        weights, (group,) = self.weights.detach(), self.optimizer.param_groups
+        if group["betas"] != self._betas:  # by a scheduler, which may change lr, too
+            self._read_betas()  # and torch takes βᵗ of the new ones
+            self._averages[2:] = 1 - (1 - self._share_of_the_new[2:]) ** self._steps
         new = torch.stack((gradient, gradient * gradient, self._ones, self._ones))
         averages = torch.lerp(self._averages, new, self._share_of_the_new)
         if present is not None:
             averages[:2] = torch.where(present, averages[:2], self._averages[:2])
         m, v, of_ones, of_ones_slow = averages.unbind()
-        direction = (m / of_ones).div_((v / of_ones_slow).sqrt_().add_(self._eps))
-        moved = torch.sub(weights, direction, alpha=self._lr)
+        direction = (m / of_ones).div_((v / of_ones_slow).sqrt_().add_(group["eps"]))
+        moved = torch.sub(weights, direction, alpha=float(group["lr"]))
         if present is not None:
             moved = torch.where(present, moved, weights)
         # What is not finite has a difference from itself that is not 0.
@@ -143,7 +145,7 @@ class AdamStep(WeightStep):
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._read_options()
+        self._read_betas()
         kept = self.optimizer.state.pop(self.weights, {})
         self._averages.zero_()
         self._steps.zero_()

@@ -20,6 +20,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from typing_extensions import override
@@ -473,7 +474,10 @@ class Balancing(Restoring[AnyRule]):
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         self._pass.in_backward = True
         self._pass.is_whole_step = (
-            pl_module.automatic_optimization and trainer.accumulate_grad_batches == 1 and trainer.world_size == 1
+            pl_module.automatic_optimization
+            and not is_overridden("backward", pl_module)  # which may pass a loss as often as it likes
+            and trainer.accumulate_grad_batches == 1
+            and trainer.world_size == 1
         )
         if self._window.measured and not self._told_apart >= set(self._pass.branches):
             check_heads_apart(loss, self._pass, asked_by=self._name)

@@ -93,12 +93,17 @@ def refuse_another(folder: Path, overrides: Sequence[str]) -> None:
         ValueError: it is.
     """
     before = runs.overrides_of(folder)
-    if before is None or sorted(before) != sorted(overrides):
+    if before is None or _of_the_run(before) != _of_the_run(overrides):
         known = "something unknown" if before is None else " ".join(before)
         raise ValueError(
             f"{folder} should be a run of {' '.join(overrides)}; it is one of {known}. Choose another folder, or "
             f"remove the run."
         )
+
+
+def _of_the_run(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides in order, without that which only says what a search looks at afterwards."""
+    return sorted(override for override in overrides if not override.startswith("optimized_metric="))
 
 
 def command(overrides: Sequence[str], folder: Path) -> list[str]:

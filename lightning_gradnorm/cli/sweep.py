@@ -299,7 +299,7 @@ def told_at_the_end(command: str) -> Iterator[None]:
         if isinstance(left, SystemExit) and left.code != 130:
             _tell(command, line.sweep)
             raise
-        _tell(command, line.sweep)
+        _tell(command, line.sweep, " so far")
         print(f"Interrupted. To go on:\n  {again(command, line.sweep)}", flush=True)
         sys.exit(130)
     except BaseException:
@@ -316,7 +316,7 @@ def again(command: str, folder: Path) -> str:
     return shlex.join([command, *words, f"hydra.sweep.dir={runs.quoted(entry.short(folder))}"])
 
 
-def _tell(command: str, folder: Path) -> bool:
+def _tell(command: str, folder: Path, so_far: str = "") -> bool:
     """Print how many jobs were done and which failed; return whether any did."""
     notes = sorted((folder / JOBS).glob("*.json"), key=lambda file: int(file.stem))
     jobs = [runs.read_whole(file) for file in notes]
@@ -325,7 +325,7 @@ def _tell(command: str, folder: Path) -> bool:
         return False
     of_state = {state: [job for job in jobs if job["state"] == state] for state in (DONE, BEFORE, FAILED)}
     counts = ", ".join(f"{len(found)} {state}" for state, found in of_state.items() if found)
-    print(f"sweep folder {entry.short(folder)}: {len(jobs)} job{'s' * (len(jobs) != 1)}, {counts}", flush=True)
+    print(f"sweep folder {entry.short(folder)}: {len(jobs)} job{'s' * (len(jobs) != 1)}{so_far}, {counts}", flush=True)
     failed = of_state[FAILED]
     if failed:
         lines = [f"  {job['job']}: {job['error']}" for job in failed]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-from torch.nn.modules.module import _global_forward_pre_hooks
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from lightning_gradnorm.gradients.paths import node_of, nodes_behind
 from lightning_gradnorm.gradients.readers import WeightGradients
@@ -29,6 +29,8 @@ class _Call(NamedTuple):
     version: int
     """Of the inputs, which are needed once more when backward is over."""
     output: GradientEdge
+    behind: Node | None
+    """Where the gradient of the inputs goes on to."""
 
 
 class LinearGradients(WeightGradients):
@@ -52,6 +54,8 @@ class LinearGradients(WeightGradients):
         """Task → place of a call → the gradient at its output."""
         self._of_inputs: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         """Of calls that a task depends on: X Xᵀ, and its trace."""
+        self._is_used_before: bool | None = None
+        """Whether inputs of the calls depend on ``W`` in another way than by calls; ``None`` if nobody has asked."""
 
     @staticmethod
     def can_read(layer: nn.Module, weight: Tensor) -> bool:
@@ -65,20 +69,30 @@ class LinearGradients(WeightGradients):
 
     def after(self, output: Any) -> None:
         """Note where the gradient at the output will come by."""
-        inputs, W = self._begun.pop(), self.module.weight
-        if not (isinstance(inputs, Tensor) and inputs.dtype == output.dtype == W.dtype and output.requires_grad):
+        inputs, (W,) = self._begun.pop(), self._parameters  # the module may have been lent another for this call
+        if not (isinstance(inputs, Tensor) and isinstance(output, Tensor) and W.requires_grad and output.requires_grad):
             return
-        rows, (O, I) = inputs.numel() // inputs.shape[-1], W.shape  # noqa: E741
+        if not inputs.dtype == output.dtype == W.dtype or _is_transformed():
+            return
+        rows, (O, I) = inputs.shape[:-1].numel(), W.shape  # noqa: E741
         pays = rows * (I + 2 * O) < 2 * O * I  # already with two tasks
         edge = get_gradient_edge(output)
-        # Of somebody else's hooks, one before the call may change the input, one after it the output.
-        is_alone = len(self.module._forward_pre_hooks) <= 1 and not _global_forward_pre_hooks
-        if pays and is_alone and _is_product_with(W, edge.node):
-            self._calls.append(_Call(inputs.detach(), inputs._version, edge))
+        if pays and self._is_left_alone() and _is_product_with(W, edge.node):
+            behind = node_of(inputs) if inputs.requires_grad else None
+            self._calls.append(_Call(inputs.detach(), inputs._version, edge, behind))
+            self._is_used_before = None
+
+    def _is_left_alone(self) -> bool:
+        """Say whether the call was that of a linear layer and no more: somebody else's hooks may change input and output."""
+        layer = self.module
+        has_own_hooks_only = len(layer._forward_pre_hooks) <= 1 and len(layer._forward_hooks) <= 1
+        return has_own_hooks_only and not (
+            _global_forward_pre_hooks or _global_forward_hooks or "forward" in vars(layer)
+        )
 
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add the task's contribution to the gradient of ``W``, or to that at the outputs that it is made of."""
-        is_changed = self.module.weight._backward_hooks  # by a hook on W, which is asked only by autograd
+        is_changed = self._parameters[0]._backward_hooks  # by a hook on W, which is asked only by autograd
         if not self._calls or is_changed or not self._comes_by_the_calls(outputs):
             super().read(task, outputs, gradients)
             return
@@ -92,8 +106,11 @@ class LinearGradients(WeightGradients):
 
     def _comes_by_the_calls(self, outputs: Sequence[Tensor]) -> bool:
         """Say whether the way from ``outputs`` to ``W`` leads by the noted calls alone; asked each time, for it may change."""
-        calls = {call.output.node for call in self._calls}
-        return node_of(self.module.weight) not in nodes_behind(map(node_of, outputs), stop=calls)
+        calls, W = {call.output.node for call in self._calls}, node_of(self._parameters[0])
+        if self._is_used_before is None:
+            before = (call.behind for call in self._calls if call.behind is not None)
+            self._is_used_before = W in nodes_behind(before, stop=calls)
+        return not self._is_used_before and W not in nodes_behind(map(node_of, outputs), stop=calls)
 
     def _factors(self, task: str) -> tuple[Tensor, Tensor]:
         """Return X and D."""
@@ -156,12 +173,17 @@ class LinearGradients(WeightGradients):
     def forget(self) -> None:
         """Let go of the current forward pass's tensors; what was read of them stays."""
         self._multiply()
-        self._begun, self._calls, self._of_inputs = [], [], {}
+        self._begun, self._calls, self._of_inputs, self._is_used_before = [], [], {}, None
 
     def clear(self) -> None:
         """Forget what was read: a new optimizer step begins."""
         self._at_outputs.clear()
         super().clear()
+
+
+def _is_transformed() -> bool:
+    """Say whether a transform of `torch.func` is at work, inside of which tensors do not show their graph."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _is_product_with(W: Tensor, node: Node) -> bool:

@@ -157,7 +157,11 @@ class RowReader(GradientReader):
 
     def _refuse_if_closed(self, task: str) -> None:
         if task in self._closed:
-            raise RuntimeError(f"the gradient of task '{task}' is read again after it was said to be complete")
+            raise RuntimeError(
+                f"the gradient of task '{task}' is read again after it was said to be complete: the task's loss was "
+                f"back-propagated twice for one optimizer step, in on_before_backward, say. Do it once, or in the module's own "
+                f"backward(), or optimize manually."
+            )
 
     def _add(self, task: str, row: Tensor) -> None:
         self._refuse_if_closed(task)

@@ -63,6 +63,33 @@ def test_the_state_of_torchs_adam_and_of_ours_can_take_each_others_place() -> No
         torch.testing.assert_close(other, first, rtol=1e-11, atol=0.0)
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.8),
+        partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=40),  # of the betas, too
+    ],
+)
+def test_what_a_scheduler_changes_is_in_force_in_the_next_step(scheduler: Any) -> None:
+    weights = {}
+    for maker in (torch.optim.Adam, General):
+        schedulers = []
+
+        def make(parameters: Any, maker: Any = maker, schedulers: list[Any] = schedulers) -> torch.optim.Optimizer:
+            optimizer: torch.optim.Optimizer = maker(parameters, lr=0.1)
+            schedulers.append(scheduler(optimizer))
+            return optimizer
+
+        rule = GradNormRule("abc", optimizer=make, dtype=F64)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(30):
+            rule.step(*torch.rand(2, 3, dtype=F64, generator=generator) + 0.1)
+            schedulers[0].step()
+        weights[type(rule._step)] = rule.weights.detach()
+    torch.testing.assert_close(weights[AdamStep], weights[WeightStep], rtol=1e-11, atol=0.0)
+
+
 @pytest.mark.parametrize("option", ["weight_decay", "amsgrad", "maximize"])
 def test_an_adam_with_more_to_it_is_left_to_torch(option: str) -> None:
     made = weight_step(torch.ones(2).requires_grad_(), partial(torch.optim.Adam, **{option: True}))

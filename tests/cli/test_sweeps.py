@@ -120,6 +120,7 @@ def test_a_sweep_that_was_interrupted_goes_on_with_the_same_command(
     call(train.main, *asked, "hydra.sweep.dir=whole")
     interrupting(8 + 6)  # in the second job's second epoch
     said = call(train.main, *asked, "hydra.sweep.dir=parts", status=130)
+    assert "1 job so far, 1 done" in said
     assert f"Interrupted. To go on:\n  gradnorm-train {' '.join(asked)} hydra.sweep.dir=parts\n" in said
     assert "ckpt_path" not in said
     assert list(results(tmp_path / "parts")) == ["0_0"]
@@ -391,7 +392,10 @@ def test_a_search_for_what_is_not_logged_says_what_is(call: Call) -> None:
 
 
 def test_a_sweep_that_looks_for_nothing_needs_no_metric(call: Call) -> None:
-    assert "2 jobs, 2 done" in call(train.main, "-m", *QUICK, "optimized_metric=nope", "seed=0,1")
+    asked = ["-m", *QUICK, "seed=0,1", "hydra.sweep.dir=sweep"]
+    assert "2 jobs, 2 done" in call(train.main, *asked, "optimized_metric=nope")
+    # Nor does it make another run of it: what was mistyped is mended without training again.
+    assert "2 jobs, 2 finished before" in call(train.main, *asked, "optimized_metric=val/loss")
 
 
 @pytest.mark.parametrize(

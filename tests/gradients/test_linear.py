@@ -35,6 +35,20 @@ ENCODERS: dict[str, tuple[Encode, bool]] = {
     "two calls": (lambda layer, x: layer(x) * layer(x.flip(0)).sigmoid(), True),
     "one vector": (lambda layer, x: layer(x[0])[None], True),
     "the weight once more, by hand": (lambda layer, x: layer(x) + F.linear(x.flip(0), layer.weight), False),
+    "the weight before the call, by hand": (
+        lambda layer, x: layer(F.linear(x, layer.weight)[:, :INPUTS].tanh()),
+        False,
+    ),
+    "before the call, a large batch": (lambda layer, x: layer(layer(x.repeat(20, 1))[:6, :INPUTS].tanh()), False),
+    "twice, one after the other": (lambda layer, x: layer(layer(x)[:, :INPUTS].tanh()), True),
+    "with a weight made of its own": (
+        lambda layer, x: torch.func.functional_call(layer, {"weight": layer.weight * layer.weight.detach().sign()}, x),
+        False,
+    ),
+    "beside what it is differentiated by": (
+        lambda layer, x: layer(x) + torch.func.grad(lambda x: layer(x).square().sum())(x).repeat(1, 2)[:, :OUTPUTS],
+        False,
+    ),
     "by keyword": (lambda layer, x: layer(input=x), False),
     "a large batch": (lambda layer, x: layer(x.repeat(20, 1)), False),
 }
@@ -68,11 +82,25 @@ def changed_by_hooks(where: str, layer: nn.Linear) -> None:
     def double_output(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         return 2 * output
 
+    def divide(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output.view(-1, 5, OUTPUTS // 5)
+
+    def of_another_input(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return F.linear(2 * args[0], layer.weight, layer.bias)
+
+    def with_something(_: nn.Module, args: Any, output: Tensor) -> Any:
+        return output, None
+
     def double_input(_: nn.Module, args: Any) -> Any:
         return (2 * args[0],)
 
     if where == "output":
         layer.register_forward_hook(double_output)
+    elif where in ("a view", "another product", "a tuple"):
+        hooks: dict[str, Any] = {"a view": divide, "another product": of_another_input, "a tuple": with_something}
+        layer.register_forward_hook(hooks[where])
+    elif where == "forward":
+        layer.forward = lambda x: F.linear(2 * x, layer.weight)  # type: ignore[method-assign, assignment]
     elif where == "weight":
         layer.weight.register_hook(lambda gradient: 3 * gradient)
     else:
@@ -80,7 +108,7 @@ def changed_by_hooks(where: str, layer: nn.Linear) -> None:
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-@pytest.mark.parametrize("where", ["input", "output", "weight"])
+@pytest.mark.parametrize("where", ["input", "output", "weight", "a view", "another product", "a tuple", "forward"])
 def test_what_somebody_elses_hook_changes_is_read_as_it_is(where: str, is_first: bool) -> None:
     layer, heads, x = networks()
     reader = LinearGradients(layer)
@@ -90,14 +118,28 @@ def test_what_somebody_elses_hook_changes_is_read_as_it_is(where: str, is_first:
     layer.register_forward_hook(lambda _, args, output: reader.after(output))
     if not is_first:
         changed_by_hooks(where, layer)
-    views = fan_out(layer(x), heads, reader.read)
+
+    def encode() -> Tensor:
+        z = layer(x)
+        return (z[0] if isinstance(z, tuple) else z).reshape(-1, OUTPUTS)
+
+    views = fan_out(encode(), heads, reader.read)
     losses = {task: heads[task](views[task]).square().mean() for task in heads}
     expected = [torch.autograd.grad(loss, layer.weight, retain_graph=True)[0].norm() for loss in losses.values()]
     reader.clear()  # what was read on the way to the expected numbers
     reader._calls = []
-    views = fan_out(layer(x), heads, reader.read)
+    views = fan_out(encode(), heads, reader.read)
     sum(heads[task](views[task]).square().mean() for task in heads).backward()  # type: ignore[union-attr]
     torch.testing.assert_close(reader.norms(list(heads)), torch.stack(expected), rtol=1e-12, atol=0)
+
+
+def test_a_weight_that_is_frozen_in_the_course_of_the_training_is_no_error_of_torch() -> None:
+    layer, _, x = networks()
+    reader = LinearGradients(layer)
+    layer.weight.requires_grad_(False)
+    reader.before((x,), {})
+    reader.after(layer(x))  # the callback says what is the matter
+    assert not reader._calls
 
 
 def test_a_second_use_of_the_weight_in_a_later_step_is_seen() -> None:
@@ -219,6 +261,25 @@ def test_a_training_is_the_same_with_either_way_of_reading(
         assert reads.found == {"LinearGradients at outputs" if is_quick else "WeightGradients"}
         found[is_quick] = [*gradnorm.weights.values(), *(p.detach() for p in model.parameters())]
     torch.testing.assert_close(found[True], found[False], rtol=1e-9, atol=1e-12)
+
+
+class PassesTwice(Wide):
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+
+@pytest.mark.parametrize("with_heads", [True, False])
+def test_a_module_may_pass_its_losses_twice_in_its_own_backward(quiet_trainer: Any, with_heads: bool) -> None:
+    """As the same training with losses of twice the size, of which each has twice the gradient."""
+    batches = list(torch.randn(4, 6, 5, dtype=F64, generator=torch.Generator().manual_seed(2)))
+    heads = {task: f"heads.{task}" for task in TASKS[:T]} if with_heads else None
+    norms = []
+    for kind in (Wide, PassesTwice):
+        gradnorm = GradNorm(TASKS[:T], shared_layer="encoder.2", heads=heads)
+        quiet_trainer(callbacks=[gradnorm], max_steps=1).fit(kind(), Batches(batches))
+        norms.append(gradnorm._known.last.norms)  # type: ignore[union-attr]
+    torch.testing.assert_close(norms[1], 2 * norms[0], rtol=1e-12, atol=0)
 
 
 def test_a_gradient_that_is_read_after_it_was_complete_is_an_error() -> None:
