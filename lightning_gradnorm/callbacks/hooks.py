@@ -85,18 +85,34 @@ def around_call(
             return output if changed is None else changed
 
         return shadow(module, "_compiled_call_impl", not_traced(call, recursive=False))
-    # A copy of the module, of a teacher say, has the hooks too, and calls them: that is none of our business.
     hooks = ExitStack()
     if before is not None:
-        handle = module.register_forward_pre_hook(
-            not_traced(lambda called, args, kwargs: before(args, kwargs) if called is module else None),
-            prepend=first,
-            with_kwargs=True,
-        )
+        handle = module.register_forward_pre_hook(_Hook(module, before), prepend=first, with_kwargs=True)
         hooks.callback(handle.remove)
     if after is not None:
-        handle = module.register_forward_hook(
-            not_traced(lambda called, args, output: after(output) if called is module else None)
-        )
+        handle = module.register_forward_hook(_Hook(module, lambda args, output: after(output)))
         hooks.callback(handle.remove)
     return hooks.close
+
+
+class _Hook:
+    """Calls ``call`` for one module. A copy of the module, of a teacher say, or a pickled one, has a hook of no effect."""
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        self.module = module
+        self.call = call
+
+    @not_traced  # type: ignore[untyped-decorator]
+    def __call__(self, called: nn.Module, *args: Any) -> Any:
+        return self.call(*args) if called is self.module else None
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return _do_nothing
+
+
+def _do_nothing(*args: Any) -> None:
+    return
