@@ -23,6 +23,9 @@ from lightning_gradnorm.cli.study import carry_out
 from lightning_gradnorm.report import PAPER, Run, by_task, higher_is_better
 from lightning_gradnorm.report.results import ALL_TASKS
 
+QUIET = ("trainer.enable_progress_bar=false", "trainer.enable_model_summary=false")
+"""Of `gradnorm-train`, whose output nobody watches."""
+
 
 def be_quiet(threads: int = 1) -> None:
     """Leave the terminal to the script, and torch so many threads."""

@@ -16,7 +16,7 @@ import statistics
 from pathlib import Path
 
 import matplotlib as mpl
-from pages import error_ratio, errors, finished_runs, mean_and_spread, write_page
+from pages import QUIET, error_ratio, errors, finished_runs, mean_and_spread, write_page
 
 from lightning_gradnorm.report import PAPER, Run, delta_m
 
@@ -35,11 +35,7 @@ QUICK = ["trainer.max_epochs=1", "data.train_size=8", "data.val_size=2", "data.t
 def jobs(options: argparse.Namespace) -> dict[str, list[str]]:
     """Return the runs, named method/seed."""
     shared = [f"experiment={options.experiment}", "logger=csv", "callbacks=none", *options.overrides]
-    shared += [
-        "trainer.enable_progress_bar=false",
-        "trainer.enable_model_summary=false",
-        "trainer.check_val_every_n_epoch=5",
-    ]
+    shared += [*QUIET, "trainer.check_val_every_n_epoch=5"]
     methods = {f"single-task {task}": ["balancing=equal", f"tasks=[{task}]"] for task in options.tasks}
     methods["equal weights"] = ["balancing=equal"]
     methods |= {gradnorm(alpha): ["balancing=gradnorm", f"alpha={alpha:g}"] for alpha in options.alphas}

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pages import finished_runs, mean_and_spread, write_page
+from pages import QUIET, finished_runs, mean_and_spread, write_page
 
 from lightning_gradnorm.cli.runs import TIME, quoted
 
@@ -94,12 +94,11 @@ def overrides(method: str, subset: str, seed: int, options: argparse.Namespace) 
     """Return what ``gradnorm-train`` is given; of a run nothing but the best checkpoint is kept."""
     setting = [f"experiment=cmapss_{subset.lower()}"] if options.full else ["experiment=cmapss_small"]
     engines = [] if options.full else ["data.engines=100", "data.test_engines=100"]
-    engines.append(
-        f"data.folder={quoted(str(options.runs / 'engines'))}"
-    )  # not those that an earlier simulator has left
+    # Not those that an earlier simulator has left.
+    engines.append(f"data.folder={quoted(str(options.runs / 'engines'))}")
     data = engines if options.root is None else ["data=cmapss", f"data.root={quoted(str(options.root))}"]
     quiet = [f"callbacks.{one}=null" for one in ("last", "interrupt", "learning_rate", "dashboard")]
-    quiet += ["logger=csv", "trainer.enable_progress_bar=false", "trainer.enable_model_summary=false"]
+    quiet += ["logger=csv", *QUIET]
     best = "callbacks.checkpoint.monitor=val/rmse/rul"
     chosen = [f"data.subset={subset}", "data.seed=0", *data, *METHODS[method], f"seed={seed}"]
     return [*setting, *chosen, *quiet, best, *options.set]

@@ -19,7 +19,7 @@ import statistics
 from pathlib import Path
 
 import matplotlib as mpl
-from pages import error_ratio, finished_runs, write_page
+from pages import QUIET, error_ratio, finished_runs, write_page
 
 from lightning_gradnorm.cli.runs import quoted
 from lightning_gradnorm.report import Run
@@ -69,7 +69,7 @@ def main() -> None:
         options.count, options.overrides = 3, [*small, "trainer.limit_test_batches=1", *options.overrides]
     folder = (options.runs or Path("outputs") / options.name).resolve()
     shared = [f"experiment={options.experiment}", "logger=csv", *options.overrides]
-    shared += ["trainer.enable_progress_bar=false", "trainer.enable_model_summary=false", "seed=0"]
+    shared += [*QUIET, "seed=0"]
     order = {"at_once": options.at_once, "threads": options.threads}
 
     # All are tested as they are at the end; only of GradNorm's run a checkpoint is needed, for its weights.

@@ -104,7 +104,7 @@ def balance(
     """
     if present is not None:
         norms, losses = (torch.where(present, value, torch.nan) for value in (norms, losses))
-        priorities = priorities / _mean(torch.where(present, priorities, torch.nan), present)
+        priorities = priorities / _mean(priorities, present)
     grad_norms = weights * norms
     ratios = losses / initial_losses
     rates = ratios / _mean(ratios, present)

@@ -110,6 +110,11 @@ class _Hook:
         return _no_hook, ()
 
 
+def is_ours(hook: Any) -> bool:
+    """Say whether `around_call` has placed this hook."""
+    return isinstance(hook, _Hook)
+
+
 def _no_hook() -> Callable[..., None]:
     return _do_nothing
 

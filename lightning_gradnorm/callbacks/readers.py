@@ -8,7 +8,7 @@ import lightning as L
 from torch import Tensor, nn
 
 from lightning_gradnorm.callbacks.compiled import is_compiled
-from lightning_gradnorm.callbacks.hooks import takes_hooks
+from lightning_gradnorm.callbacks.hooks import is_ours, takes_hooks
 from lightning_gradnorm.callbacks.naming import path_to
 from lightning_gradnorm.gradients import GradientReader, LinearGradients, ReplayedGradients, WeightGradients
 from lightning_gradnorm.gradients.replay import is_sharded
@@ -48,7 +48,7 @@ def _on_the_graph(root: L.LightningModule, W: Mapping[str, Tensor]) -> WeightGra
     is_hooked_easily = not any(is_compiled(module) for _, module in way) and takes_hooks(layer)
     if not others and is_hooked_easily and LinearGradients.can_read(layer, weight):
         assert isinstance(layer, nn.Linear)
-        return LinearGradients(layer)
+        return LinearGradients(layer, is_ours)
     return WeightGradients(list(W.values()))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from lightning_gradnorm.report.collecting import FAILURE as FAILURE
 from lightning_gradnorm.report.collecting import OVERRIDES as OVERRIDES
 from lightning_gradnorm.report.collecting import TIME, WEIGHTS
 from lightning_gradnorm.report.results import FILE
+from lightning_gradnorm.report.results import write_whole as write_whole
 from lightning_gradnorm.suggestions import nearest
 
 METRICS = FILE
@@ -70,12 +71,11 @@ class WeightsRecord(L.Callback):
         found = {name: getattr(self.balancing, name, None) for name in ("weights", "mean_weights")}
         weights = {name: dict(value) for name, value in found.items() if value}
         if trainer.is_global_zero and weights:
-            self.file.write_text(json.dumps(weights, indent=2) + "\n")
+            write_whole(self.file, weights)
 
     def read(self) -> dict[str, dict[str, float]]:
         """Return what was written."""
-        is_there = self.balancing is not None and self.file.is_file()
-        return json.loads(self.file.read_text()) if is_there else {}
+        return {} if self.balancing is None else read_whole(self.file)
 
 
 CLOCKS = {"seconds": time.perf_counter, "processor_seconds": time.process_time}
@@ -125,7 +125,7 @@ class TimeRecord(L.Callback):
         self._stop()
         if trainer.is_global_zero:
             record = {**self._so_far, "steps": trainer.global_step, "epochs": trainer.current_epoch}
-            self.file.write_text(json.dumps(record, indent=2) + "\n")
+            write_whole(self.file, record)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -182,13 +182,6 @@ def in_one_line(error: BaseException) -> str:
     """
     said = " ".join(str(error).split())[:500]
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
-
-
-def write_whole(file: Path, record: Mapping[str, Any]) -> None:
-    """Write the record as JSON; whoever is killed meanwhile leaves the file as it was, never half of it."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(json.dumps(dict(record), indent=2) + "\n")
-    part.replace(file)
 
 
 def read_whole(file: Path) -> dict[str, Any]:

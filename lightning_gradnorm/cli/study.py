@@ -53,20 +53,18 @@ def carry_out(
     folder = Path(folder).resolve()
     waiting = [name for name, overrides in jobs.items() if not is_finished(folder / name, overrides)]
     done = len(jobs) - len(waiting)
-    failures: list[Failure] = []
+    failures: dict[str, Failure] = {}
 
-    def run(name: str) -> None:
-        reason = _run(folder / name, jobs[name], threads)
-        if reason is not None:
-            failures.append(Failure(name, reason))
+    def run(name: str) -> str | None:
+        return _run(folder / name, jobs[name], threads)
 
     with ThreadPoolExecutor(at_once) as pool:
-        for number, (name, _) in enumerate(zip(waiting, pool.map(run, waiting), strict=True), start=done + 1):
-            failed = " failed" if any(failure.name == name for failure in failures) else ""
-            print(f"[{number}/{len(jobs)}] {name}{failed}", flush=True)
-    of_name = {failure.name: failure for failure in failures}
-    finished = [read_run(folder / name, name) for name in jobs if name not in of_name]
-    return finished, [of_name[name] for name in jobs if name in of_name]
+        for number, (name, reason) in enumerate(zip(waiting, pool.map(run, waiting), strict=True), start=done + 1):
+            if reason is not None:
+                failures[name] = Failure(name, reason)
+            print(f"[{number}/{len(jobs)}] {name}{'' if reason is None else ' failed'}", flush=True)
+    finished = [read_run(folder / name, name) for name in jobs if name not in failures]
+    return finished, list(failures.values())
 
 
 def is_finished(folder: Path, overrides: Sequence[str], *, tested: bool = True) -> bool:

@@ -22,7 +22,7 @@ from lightning_gradnorm.cli.checkpoints import SaveLast, write_whole
 from lightning_gradnorm.cli.config import conf_dir
 from lightning_gradnorm.cli.interrupt import SaveOnInterrupt
 from lightning_gradnorm.data import RoomsDataModule, TurbofanDataModule
-from lightning_gradnorm.report import delta_m_or_none, task_table
+from lightning_gradnorm.report import delta_m_or_none, task_table, write_metrics
 
 COMMAND = "gradnorm-train"
 
@@ -148,7 +148,7 @@ def train(config: DictConfig) -> dict[str, float]:
     if trainer.is_global_zero:
         if config.test:
             runs.write_whole(run_dir / runs.LAST_METRICS, metrics)
-            runs.write_whole(run_dir / runs.METRICS, tested)  # the last: who has it is finished
+            write_metrics(run_dir, tested)  # the last: who has it is finished
             console.print(task_table(tested | gain, weights_record.read().get("weights")))
         console.print(f"run folder   {entry.short(run_dir)}", soft_wrap=True, highlight=False)
         if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):

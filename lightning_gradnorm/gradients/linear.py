@@ -9,7 +9,7 @@ The left side takes B·I·O products for each task, the right one B²·O, and B�
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,13 +41,16 @@ class LinearGradients(WeightGradients):
 
     Args:
         layer: whose ``weight`` is ``W``; each call between `before` and `after`.
+        is_ours: says of a hook of the layer that it comes from a reader. Any other may change what the layer is given, or
+            returns; where there is one, the gradient is read as it is.
     """
 
     module: nn.Linear
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, is_ours: Callable[[Any], bool] = lambda hook: False) -> None:
         super().__init__([layer.weight])
         self.module = layer
+        self._is_ours = is_ours
         self._begun: list[Any] = []
         self._calls: list[_Call] = []
         self._at_outputs: dict[str, dict[int, Tensor]] = {}
@@ -75,9 +78,10 @@ class LinearGradients(WeightGradients):
         if not inputs.dtype == output.dtype == W.dtype or _is_transformed():
             return
         rows, (O, I) = inputs.shape[:-1].numel(), W.shape  # noqa: E741
-        pays = rows * (I + 2 * O) < 2 * O * I  # already with two tasks
+        if not (rows * (I + 2 * O) < 2 * O * I and self._is_left_alone()):  # it pays already with two tasks
+            return
         edge = get_gradient_edge(output)
-        if pays and self._is_left_alone() and _is_product_with(W, edge.node):
+        if _is_product_with(W, edge.node):
             behind = node_of(inputs) if inputs.requires_grad else None
             self._calls.append(_Call(inputs.detach(), inputs._version, edge, behind))
             self._is_used_before = None
@@ -85,10 +89,9 @@ class LinearGradients(WeightGradients):
     def _is_left_alone(self) -> bool:
         """Say whether the call was that of a linear layer and no more: somebody else's hooks may change input and output."""
         layer = self.module
-        has_own_hooks_only = len(layer._forward_pre_hooks) <= 1 and len(layer._forward_hooks) <= 1
-        return has_own_hooks_only and not (
-            _global_forward_pre_hooks or _global_forward_hooks or "forward" in vars(layer)
-        )
+        hooks = (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values())
+        has_own_hooks_only = not (_global_forward_pre_hooks or _global_forward_hooks) and all(map(self._is_ours, hooks))
+        return has_own_hooks_only and "forward" not in vars(layer)
 
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add the task's contribution to the gradient of ``W``, or to that at the outputs that it is made of."""

@@ -137,11 +137,6 @@ class RowReader(GradientReader):
         nothing = next(iter(known.values()), torch.zeros(())).new_zeros(())
         return torch.stack([known.get(task, nothing) for task in tasks])
 
-    def close(self, task: str) -> None:
-        """Keep the norm of what was read of the task, and not the T-th copy of ``W``."""
-        if task in self._rows:
-            self._closed[task] = self.norms_of(self._rows.pop(task)[None]).squeeze(0)
-
     def rescale(self, task: str, factor: Tensor) -> None:
         """Multiply what was read of a task's gradient by ``factor``."""
         if task in self._rows:
@@ -207,6 +202,11 @@ class WeightGradients(RowReader):
         found = torch.autograd.grad(outputs, self._parameters, gradients, retain_graph=True, allow_unused=True)
         self._add(task, flat_row(found, self._parameters))
 
+    def close(self, task: str) -> None:
+        """Keep the norm of what was read of the task, and not the T-th copy of ``W``."""
+        if task in self._rows:
+            self._closed[task] = self.norms_of(self._rows.pop(task)[None]).squeeze(0)
+
     def width(self) -> int:
         """Return the number of values in ``W``."""
         return row_width(self._parameters)
@@ -261,10 +261,6 @@ class ActivationGradients(RowReader):
             if squares:
                 self._add(task, torch.stack(squares).sum().reshape(1))
         self._arrived = {}
-
-    def close(self, task: str) -> None:
-        """Keep what is there: it is small once it is squared, and only then to be added up."""
-        return
 
     def rows(self, tasks: Sequence[str], like: Tensor) -> Tensor:
         """Return the sums of squares so far, shape (T, 1)."""

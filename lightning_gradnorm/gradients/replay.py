@@ -145,10 +145,6 @@ class ReplayedGradients(RowReader):
                 self._run_again(call, tensors)
                 call.arrived = {}
 
-    def close(self, task: str) -> None:
-        """Keep what has arrived: what ``W`` gets of it is known when the module has run again."""
-        return
-
     def forget(self) -> None:
         """Let go of the current forward pass."""
         self._calls, self._begun = [], []

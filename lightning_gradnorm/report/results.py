@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 FILE = "test_metrics.json"
 """Name of the file in the run's folder: ``{"test/loss": …, "test/<metric>/<task>": …}``."""
@@ -22,10 +23,17 @@ class Run:
     metrics: dict[str, float]
 
 
+def write_whole(file: Path, record: Mapping[str, Any]) -> None:
+    """Write the record as JSON; whoever is killed meanwhile leaves the file as it was, never half of it."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(json.dumps(dict(record), indent=2) + "\n")
+    part.replace(file)
+
+
 def write_metrics(folder: str | Path, metrics: Mapping[str, float]) -> Path:
     """Write the metrics into the run's folder; return the file."""
     path = Path(folder) / FILE
-    path.write_text(json.dumps(dict(metrics), indent=2) + "\n")
+    write_whole(path, metrics)
     return path
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.profilers import SimpleProfiler
 
-from benchmarking.plan import Plan, median_and_quartiles, table
+from benchmarking.plan import Plan, median_and_quartiles, table, table_line
 from benchmarking.running import Clock
 from lightning_gradnorm.cli.build import build, build_model
 from lightning_gradnorm.cli.config import conf_dir, register
@@ -64,6 +64,6 @@ def measure(plan: Plan) -> None:
             steps.append(1000 * step)
         described = [str(getattr(data, option)) for option in ("batch_size", "num_workers")]
         rows.append([name, *described, f"{statistics.median(steps):.1f}", median_and_quartiles(shares)])
-        print("| " + " | ".join(rows[-1]) + " |", flush=True)
+        print(table_line(rows[-1]), flush=True)
     columns = ["data", "batch size", "workers", "ms a step", "of these waiting for the loader, %"]
     plan.write("Waiting for the loader", DESCRIBED, [table(columns, rows)])

@@ -15,8 +15,8 @@ from typing_extensions import override
 
 from benchmarking.models import Model
 from benchmarking.networks import NETWORKS
-from benchmarking.plan import Plan, median_and_quartiles, quartiles, table
-from benchmarking.running import Setting, step_time
+from benchmarking.plan import Plan, median_and_quartiles, ratio_and_quartiles, table, table_line
+from benchmarking.running import Clock, Setting, step_time
 from benchmarking.ways import EQUAL
 
 BARE = "bare loop"
@@ -44,22 +44,19 @@ def bare_step_time(kind: str, tasks: int, setting: Setting, folder: Path) -> flo
     """Train without Lightning, with equal weights, and return the time of a step."""
     model = Model(kind, tasks, setting.compiled).to(setting.device)
     optimizer = model.configure_optimizers()
-    steps, warm_up = setting.steps_of(kind), NETWORKS[kind].warm_up
-    batch = setting.batch_of(kind)
-    times = []
+    steps, batch = setting.steps_of(kind), setting.batch_of(kind)
+    clock = Clock(steps, NETWORKS[kind].warm_up, setting)
     with (folder / "losses.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         for step, x in enumerate(DataLoader([batch] * steps, batch_size=None)):  # type: ignore[arg-type]
-            if step in (warm_up, steps - 1):
-                setting.synchronize()
-                times.append(setting.now())
+            clock.on_train_batch_start()
             losses = model.training_step(x, step)
             optimizer.zero_grad()
             losses["loss"].backward()
             optimizer.step()
             if (step + 1) % WRITE_EVERY == 0:
                 writer.writerow([step, *(loss.item() for loss in losses.values())])
-    return (times[1] - times[0]) / (steps - 1 - warm_up)
+    return clock.step_time()
 
 
 def lightning_step_time(plan: Plan, name: str, kind: str, tasks: int, folder: Path) -> float:
@@ -82,12 +79,10 @@ def measure(plan: Plan) -> None:
                 else:
                     times[name].append(lightning_step_time(plan, name, kind, tasks, Path(folder)))
         for name in names:
-            ratios = [ours / equal for ours, equal in zip(times[name], times[EQUAL], strict=True)]
-            low, high = quartiles(ratios)
-            ratio = statistics.median(times[name]) / statistics.median(times[EQUAL])
             more = 1000 * (statistics.median(times[name]) - statistics.median(times[BARE]))
             milliseconds = median_and_quartiles([1000 * time for time in times[name]], 3)
-            rows.append([kind, str(tasks), name, milliseconds, f"{more:.3f}", f"{ratio:.2f} ({low:.2f} to {high:.2f})"])
-            print("| " + " | ".join(rows[-1]) + " |", flush=True)
+            to_equal = ratio_and_quartiles(times[name], times[EQUAL])
+            rows.append([kind, str(tasks), name, milliseconds, f"{more:.3f}", to_equal])
+            print(table_line(rows[-1]), flush=True)
     columns = ["model", "T", "loop", "ms a step", "ms more than bare", f"ratio to Lightning's, {EQUAL}"]
     plan.write("Lightning's loop", DESCRIBED, [table(columns, rows, texts=3)])

@@ -15,7 +15,7 @@ import torch
 from pages import be_quiet
 
 from benchmarking.networks import NETWORKS
-from benchmarking.plan import Case, Failures, Plan, table
+from benchmarking.plan import Case, Failures, Plan, table, table_line
 from benchmarking.running import Setting, step_time
 from benchmarking.ways import EQUAL, WAYS
 
@@ -69,6 +69,6 @@ def measure(plan: Plan) -> None:
         medians = {name: statistics.median(values) for name, values in peaks.items() if values}
         ratios = [f"{medians[name] / medians[EQUAL]:.3f}" if name in medians else "fails" for name in plan.names]
         rows.append([case[0], str(case[1]), f"{medians[EQUAL]:.0f}", *ratios])
-        print("| " + " | ".join(rows[-1]) + " |", flush=True)
+        print(table_line(rows[-1]), flush=True)
     parts = [table(["model", "T", f"{EQUAL}, MiB", *plan.names], rows), *failures.sentences()]
     plan.write("Peak memory of training", DESCRIBED, parts)

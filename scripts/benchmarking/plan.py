@@ -99,7 +99,11 @@ class Failures:
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
     """Return a table whose first so many columns are text and the others numbers."""
     rule = "|---" * texts + "|---:" * (len(columns) - texts) + "|"
-    return "\n".join(["| " + " | ".join(columns) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
+    return "\n".join([table_line(columns), rule, *map(table_line, rows)])
+
+
+def table_line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
@@ -110,3 +114,14 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 def median_and_quartiles(values: Sequence[float], digits: int = 2) -> str:
     low, high = quartiles(values)
     return f"{statistics.median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def ratio(times: Sequence[float], reference: Sequence[float]) -> float:
+    """Return the ratio of the medians over the rounds."""
+    return statistics.median(times) / statistics.median(reference)
+
+
+def ratio_and_quartiles(times: Sequence[float], reference: Sequence[float], more: str = "") -> str:
+    """Return `ratio`, with the quartiles of the ratios round by round in brackets, and what else is to stand there."""
+    low, high = quartiles([ours / theirs for ours, theirs in zip(times, reference, strict=True)])
+    return f"{ratio(times, reference):.2f} ({low:.2f} to {high:.2f}{more})"

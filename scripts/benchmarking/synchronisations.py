@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from typing_extensions import override
 
 from benchmarking.networks import NETWORKS
-from benchmarking.plan import Case, Failures, Plan, table
+from benchmarking.plan import Case, Failures, Plan, table, table_line
 from benchmarking.running import Setting, train
 
 KINDS = {
@@ -73,6 +73,6 @@ def measure(plan: Plan) -> None:
             counts = counted(names or ())
             cells = ["fails" if names is None else f"{counts[each] / (last - first):.2f}" for each in KINDS.values()]
             rows.append([kind, str(tasks), name, *cells])
-            print("| " + " | ".join(rows[-1]) + " |", flush=True)
+            print(table_line(rows[-1]), flush=True)
     parts = [table(["model", "T", "way", *KINDS.values()], rows, texts=3), *failures.sentences()]
     plan.write("Synchronisations of a training step", DESCRIBED, parts)

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass, field
 
 from benchmarking.pictures import Line, draw_ratios
-from benchmarking.plan import Case, Failures, Plan, median_and_quartiles, quartiles, table
+from benchmarking.plan import Case, Failures, Plan, median_and_quartiles, ratio, ratio_and_quartiles, table, table_line
 from benchmarking.running import step_time
 from benchmarking.ways import EQUAL
 
@@ -44,11 +44,9 @@ def times_of(plan: Plan, case: Case, failures: Failures) -> dict[str, Times]:
 def ratio_cell(times: dict[str, Times], name: str, *, with_solver: bool) -> str:
     if name not in times:
         return "fails"
-    baseline = statistics.median(times[EQUAL].step)
-    low, high = quartiles([ours / equal for ours, equal in zip(times[name].step, times[EQUAL].step, strict=True)])
-    solver = statistics.median(times[name].solver) / baseline
+    solver = ratio(times[name].solver, times[EQUAL].step)
     share = f"; {solver:.2f}" if solver and with_solver else ""
-    return f"{statistics.median(times[name].step) / baseline:.2f} ({low:.2f} to {high:.2f}{share})"
+    return ratio_and_quartiles(times[name].step, times[EQUAL].step, share)
 
 
 def milliseconds_cell(times: dict[str, Times], name: str) -> str:
@@ -69,8 +67,8 @@ def measure(plan: Plan) -> None:
         milliseconds.append([kind, str(tasks), *(milliseconds_cell(times, name) for name in plan.all_names)])
         for line in lines:
             if line.name in times:
-                line.add(kind, tasks, statistics.median(times[line.name].step) / baseline)
-        print("| " + " | ".join(ratios[-1]) + " |", flush=True)
+                line.add(kind, tasks, ratio(times[line.name].step, times[EQUAL].step))
+        print(table_line(ratios[-1]), flush=True)
     parts = [table(["model", "T", f"{EQUAL}, ms", *plan.names], ratios)]
     picture = plan.output / f"{plan.name}.png"
     if draw_ratios(picture, lines):

@@ -12,6 +12,7 @@ from torchjd.aggregation import IMTLG, MGDA, Aggregator, AlignedMTL, CAGrad, Nas
 
 from benchmarking import peers
 from benchmarking.models import Model, Module
+from benchmarking.networks import NETWORKS
 from lightning_gradnorm import Aggregation, GradNorm
 
 
@@ -85,8 +86,7 @@ def gradnorm(*, with_heads: bool = True, **options: Any) -> Way:
 
 
 def of_our_module(kind: str, tasks: int, compiled: bool) -> Run:
-    shared_layer = Model(kind, 1).shared_layer
-    return Run(Module(kind, tasks, compiled), [GradNorm(shared_layer=shared_layer)])
+    return Run(Module(kind, tasks, compiled), [GradNorm(shared_layer=NETWORKS[kind].shared_layer)])
 
 
 def another(model: type[Model], package: Callable[[], Any] | None = None) -> Way:

@@ -1,16 +1,19 @@
-"""The commands, as a shell would call them, in this process."""
+"""The commands, as a shell would call them: in this process, and in one of their own."""
 
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 Call = Callable[..., str]
+Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
@@ -36,3 +39,32 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         return seen.out + seen.err
 
     return run
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """`start(*arguments, **environment)` starts Python in ``tmp_path``; what still runs at the end is killed.
+
+    What it prints is in ``stdout``. It has a session of its own, as a command in a terminal has: Ctrl-C there is for all
+    processes of the session's group.
+    """
+    started = []
+
+    def run(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from machines import MODULE
 
 from lightning_gradnorm.cli import evaluate, train
 from lightning_gradnorm.cli.config import conf_dir
@@ -258,13 +258,9 @@ def test_weights_of_another_network_are_told_by_what_differs_first(call: Call, m
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_leaves_a_checkpoint_that_goes_on_exactly(call: Call, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_a_checkpoint_that_goes_on_exactly(start: Any, call: Call, tmp_path: Path) -> None:
     options = [*SMALL, "test=false", "data.train_size=2000", "trainer.max_epochs=150"]
-    command = [sys.executable, "-m", "lightning_gradnorm.cli.train", *options, "hydra.run.dir=parts"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = start(*MODULE, *options, "hydra.run.dir=parts")
     metrics = tmp_path / "parts" / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 120
     while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:

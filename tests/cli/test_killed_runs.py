@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import assert_same, content
+from machines import MODULE
 
 from lightning_gradnorm.cli import train
 from lightning_gradnorm.cli.checkpoints import SaveLast
@@ -31,32 +31,6 @@ OPTIONS = [
 ]
 LAST = "checkpoints/last.ckpt"
 ENDLESS = "trainer.max_epochs=100000"  # whoever kills it need not hurry; how long it is to be is said afterwards
-COMMAND = ["-m", "lightning_gradnorm.cli.train"]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Any]:
-    """`start(*arguments)` starts Python in ``tmp_path``; what still runs at the end is killed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    started = []
-
-    def run(*arguments: str, **more: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=tmp_path,
-            env={**environment, **more},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
 
 
 def kill_after(process: subprocess.Popen[str], run: Path, steps: int) -> int:
@@ -64,7 +38,7 @@ def kill_after(process: subprocess.Popen[str], run: Path, steps: int) -> int:
     deadline = time.monotonic() + 300
     seen = -1
     while seen < steps:
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         # Read again and again while it is being replaced: a checkpoint that is not whole would show here, too.
         seen = content(run / LAST)["global_step"] if (run / LAST).exists() else -1
@@ -103,7 +77,7 @@ def test_a_run_killed_at_random_steps_ends_bit_identical(
     draw, options = random.Random(kills), [*OPTIONS, *more]
     arguments, reached = [*options, "hydra.run.dir=parts"], 0
     for _ in range(kills):
-        process = start(*COMMAND, *arguments, ENDLESS)
+        process = start(*MODULE, *arguments, ENDLESS)
         now = kill_after(process, tmp_path / "parts", reached + draw.randint(1, 25))
         arguments, reached = [f"ckpt_path=parts/{LAST}"], now
     assert_ends_as_if_left_alone(call, tmp_path, options)

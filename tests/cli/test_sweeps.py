@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hydra.errors import MissingConfigException
+from machines import MODULE
 from torch import distributed
 
 from lightning_gradnorm.cli import errors, report, study, sweep, train
@@ -166,31 +167,6 @@ def test_two_processes_do_not_run_one_job_at_once(tmp_path: Path) -> None:
     assert inside == ["first", "second"]
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """`start(*arguments)` runs gradnorm-train in ``tmp_path``; what still runs at the end is killed."""
-    started = []
-
-    def run(*arguments: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "lightning_gradnorm.cli.train", *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-
-
 def stop(process: subprocess.Popen[str], folder: Path, how: signal.Signals, draw: random.Random) -> dict[str, int]:
     """Send the signal at a random moment, once some more jobs are done; return when the results were written."""
     wanted = len(written(folder)) + draw.randint(1, 3)
@@ -217,7 +193,7 @@ def test_twelve_jobs_interrupted_and_killed_at_random_times_are_each_done_once(
     draw.shuffle(ends)
     done: list[dict[str, int]] = []
     for how in ends:
-        done.append(stop(start(*asked, "hydra.sweep.dir=parts"), tmp_path / "parts", how, draw))
+        done.append(stop(start(*MODULE, *asked, "hydra.sweep.dir=parts"), tmp_path / "parts", how, draw))
     assert 0 < len(done[0]) < len(done[1]) < 12
     said = call(train.main, *asked, "hydra.sweep.dir=parts")
     assert f"12 jobs, {12 - len(done[1])} done, {len(done[1])} finished before" in said
@@ -316,7 +292,7 @@ def test_the_jobs_of_a_launcher_know_what_the_configurations_use(
     """In their processes nothing has registered resolvers and schemas, and the command line is another."""
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
     asked = ["-m", *QUICK, "data.sigmas=[1, 5, 9]", "balancing=gradnorm,dwa", "alpha=1,-1"]
-    process = start(*asked, f"hydra/launcher={launcher}", "hydra.sweep.dir=there")
+    process = start(*MODULE, *asked, f"hydra/launcher={launcher}", "hydra.sweep.dir=there")
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "4 jobs, 3 done, 1 failed" in said

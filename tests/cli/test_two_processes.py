@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from machines import MODULE
 
 from lightning_gradnorm.cli import hparams, train
 from lightning_gradnorm.report import read_run
@@ -59,27 +59,14 @@ def test_a_sweep_in_two_processes_runs_each_once(call: Callable[..., str], tmp_p
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_the_terminal_ends_all_processes_and_says_how_to_go_on(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lightning_gradnorm.cli.train", *OPTIONS, "trainer.max_epochs=100000"]
-    process = subprocess.Popen(
-        [*command, "hydra.run.dir=run"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # a terminal sends Ctrl-C to all processes of the session's group
-    )
+def test_ctrl_c_in_the_terminal_ends_all_processes_and_says_how_to_go_on(start: Any, tmp_path: Path) -> None:
+    process = start(*MODULE, *OPTIONS, "trainer.max_epochs=100000", "hydra.run.dir=run")
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/checkpoints/last.ckpt").exists() and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    try:
-        said, _ = process.communicate(timeout=120)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "gradnorm-train ckpt_path=run/checkpoints/last.ckpt" in said
     with pytest.raises(ProcessLookupError):

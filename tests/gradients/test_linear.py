@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_gradnorm import GradNorm
+from lightning_gradnorm.callbacks.hooks import around_call, is_ours
 from lightning_gradnorm.gradients import LinearGradients, WeightGradients, fan_out
 
 F64 = torch.float64
@@ -58,9 +59,8 @@ ENCODERS: dict[str, tuple[Encode, bool]] = {
 def test_norms_are_those_of_the_gradient(name: str) -> None:
     encode, is_quick = ENCODERS[name]
     layer, heads, x = networks()
-    reader, plain = LinearGradients(layer), WeightGradients([layer.weight])
-    layer.register_forward_pre_hook(lambda _, args, kwargs: reader.before(args, kwargs), with_kwargs=True)
-    layer.register_forward_hook(lambda _, args, output: reader.after(output))
+    reader, plain = LinearGradients(layer, is_ours), WeightGradients([layer.weight])
+    around_call(layer, before=reader.before, after=reader.after)
 
     def receive(task: str, outputs: Any, gradients: Any) -> None:
         reader.read(task, outputs, gradients)
@@ -111,11 +111,10 @@ def changed_by_hooks(where: str, layer: nn.Linear) -> None:
 @pytest.mark.parametrize("where", ["input", "output", "weight", "a view", "another product", "a tuple", "forward"])
 def test_what_somebody_elses_hook_changes_is_read_as_it_is(where: str, is_first: bool) -> None:
     layer, heads, x = networks()
-    reader = LinearGradients(layer)
+    reader = LinearGradients(layer, is_ours)
     if is_first:
         changed_by_hooks(where, layer)
-    layer.register_forward_pre_hook(lambda _, args, kwargs: reader.before(args, kwargs), with_kwargs=True)
-    layer.register_forward_hook(lambda _, args, output: reader.after(output))
+    around_call(layer, before=reader.before, after=reader.after)
     if not is_first:
         changed_by_hooks(where, layer)
 
@@ -228,7 +227,7 @@ class Wide(L.LightningModule):
 
 
 class Reads(L.Callback):
-    """Notes what reads the gradient, but in the first step, when other readers still have their hooks on the layer."""
+    """Notes what reads the gradient."""
 
     def __init__(self, gradnorm: GradNorm) -> None:
         self.gradnorm, self.found = gradnorm, set[str]()
@@ -236,8 +235,6 @@ class Reads(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
         reader = self.gradnorm._reader
         assert reader is not None
-        if trainer.global_step == 0:
-            return
         self.found.add(
             type(reader).__name__
             + (" at outputs" if vars(reader).get("_at_outputs") or vars(reader).get("_of_inputs") else "")
