@@ -55,10 +55,10 @@ class LinearGradients(WeightGradients):
         self._calls: list[_Call] = []
         self._at_outputs: dict[str, dict[int, Tensor]] = {}
         """Task → place of a call → the gradient at its output."""
-        self._of_inputs: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-        """Of calls that a task depends on: X Xᵀ, and its trace."""
-        self._is_used_before: bool | None = None
-        """Whether inputs of the calls depend on ``W`` in another way than by calls; ``None`` if nobody has asked."""
+        self._of_inputs: dict[tuple[int, ...], tuple[Tensor, float]] = {}
+        """Of calls that a task depends on: X Xᵀ, laid end to end, and its trace."""
+        self._ways: dict[tuple[Node, ...], bool] = {}
+        """Whether the calls are the only way from these nodes to ``W``, as far as it was asked in this pass."""
 
     @staticmethod
     def can_read(layer: nn.Module, weight: Tensor) -> bool:
@@ -84,7 +84,7 @@ class LinearGradients(WeightGradients):
         if _is_product_with(W, edge.node):
             behind = node_of(inputs) if inputs.requires_grad else None
             self._calls.append(_Call(inputs.detach(), inputs._version, edge, behind))
-            self._is_used_before = None
+            self._ways.clear()
 
     def _is_left_alone(self) -> bool:
         """Say whether the call was that of a linear layer and no more: somebody else's hooks may change input and output."""
@@ -108,24 +108,24 @@ class LinearGradients(WeightGradients):
                 known[place] = known[place] + gradient if place in known else gradient
 
     def _comes_by_the_calls(self, outputs: Sequence[Tensor]) -> bool:
-        """Say whether the way from ``outputs`` to ``W`` leads by the noted calls alone; asked each time, for it may change."""
-        calls, W = {call.output.node for call in self._calls}, node_of(self._parameters[0])
-        if self._is_used_before is None:
-            before = (call.behind for call in self._calls if call.behind is not None)
-            self._is_used_before = W in nodes_behind(before, stop=calls)
-        return not self._is_used_before and W not in nodes_behind(map(node_of, outputs), stop=calls)
+        """Say whether the way from ``outputs`` to ``W`` leads by the noted calls alone; asked in each pass: it may change."""
+        ends = tuple(map(node_of, outputs))
+        if ends not in self._ways:
+            calls, W = {call.output.node for call in self._calls}, node_of(self._parameters[0])
+            before = [call.behind for call in self._calls if call.behind is not None]
+            self._ways[ends] = W not in nodes_behind([*before, *ends], stop=calls)
+        return self._ways[ends]
 
     def _factors(self, task: str) -> tuple[Tensor, Tensor]:
         """Return X and D."""
         at_outputs = self._at_outputs[task]
-        if any(self._calls[place].inputs._version != self._calls[place].version for place in at_outputs):
+        calls = [self._calls[place] for place in at_outputs]
+        if any(call.inputs._version != call.version for call in calls):
             raise RuntimeError(
                 "the input of the shared layer was changed in place between backward and the optimizer's step, so that its "
                 "gradient's norm cannot be known. Change a copy."
             )
-        X = [_as_rows(self._calls[place].inputs) for place in at_outputs]
-        D = [_as_rows(gradient) for gradient in at_outputs.values()]
-        return (X[0], D[0]) if len(X) == 1 else (torch.cat(X), torch.cat(D))
+        return _as_rows([call.inputs for call in calls]), _as_rows(list(at_outputs.values()))
 
     def _multiply(self) -> None:
         """Turn what is known at the outputs into rows."""
@@ -152,16 +152,15 @@ class LinearGradients(WeightGradients):
         if task not in self._at_outputs:
             super().close(task)
             return
-        calls = tuple(self._at_outputs[task])
         X, D = self._factors(task)
+        calls = tuple(self._at_outputs.pop(task))
         if calls not in self._of_inputs:
             XX = X @ X.T
-            self._of_inputs[calls] = XX.flatten(), XX.trace()
+            self._of_inputs[calls] = XX.flatten(), float(XX.trace())
         XX, size = self._of_inputs[calls]
         DD = D @ D.T
         square = torch.dot(XX, DD.flatten())
-        del self._at_outputs[task]
-        if square > _LEAST * size * DD.trace():
+        if float(square) > _LEAST * size * float(DD.trace()):
             self._closed[task] = square.sqrt()
         else:
             self._add(task, (D.T @ X).flatten())
@@ -176,7 +175,7 @@ class LinearGradients(WeightGradients):
     def forget(self) -> None:
         """Let go of the current forward pass's tensors; what was read of them stays."""
         self._multiply()
-        self._begun, self._calls, self._of_inputs, self._is_used_before = [], [], {}, None
+        self._begun, self._calls, self._of_inputs, self._ways = [], [], {}, {}
 
     def clear(self) -> None:
         """Forget what was read: a new optimizer step begins."""
@@ -200,5 +199,6 @@ def _is_product_with(W: Tensor, node: Node) -> bool:
     return node_of(W) in (*factors, *transposed)
 
 
-def _as_rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+def _as_rows(tensors: Sequence[Tensor]) -> Tensor:
+    rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
