@@ -12,8 +12,9 @@
     python scripts/benchmark.py --rounds 1             # shows that it runs
     python scripts/benchmark.py --device cuda --steps 100 --batch-size 128   # docs/gpu.md has the commands for a GPU
 
-In each round every way trains one short run, in shuffled order; the figure is the median over the rounds of a run's mean
-step time, first steps left out. The ways that are compared with equal weights:
+In each round every way trains one short run, in shuffled order, and equal weights train one right before each of them, for a
+machine that is fast for some seconds is slow for the next. A run's figure is its mean step time, first steps left out; the
+ratio is the median over the rounds of a run's to that of the run before. The ways that are compared with equal weights:
 
     with heads, without heads     our callback on a LightningModule with automatic optimization
     MultiTaskModule               our callback on our module

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +41,11 @@ class _Meeting:
     """The gate of one forward pass, and what has come to it."""
 
     def __init__(
-        self, below: list[Tensor], hand_on: Callable[[_Meeting, Sequence[Tensor | None]], Any], T: int
+        self, below: list[Tensor], hand_on: Callable[[ReferenceType[_Meeting], Sequence[Tensor | None]], Any], T: int
     ) -> None:
         self.below = below
-        self.views: list[Tensor] = list(_Gate.apply(partial(hand_on, self), *below))  # type: ignore[no-untyped-call]
+        # The graph must not hold who holds the graph: nothing of it would go before the garbage collector comes.
+        self.views: list[Tensor] = list(_Gate.apply(partial(hand_on, ref(self)), *below))  # type: ignore[no-untyped-call]
         self.around: set[Node] = set()
         """The way of what comes here besides the tasks' gradients."""
         self.was_passed = False
@@ -244,8 +246,9 @@ class JointGradients(GradientReader):
         """Let go of the current forward pass."""
         self._meeting, self._in_backward = None, False
 
-    def _hand_on(self, meeting: _Meeting, arrived: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        if not self._in_backward or meeting is not self._meeting:
+    def _hand_on(self, of: ReferenceType[_Meeting], arrived: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        meeting = of()
+        if not self._in_backward or meeting is None or meeting is not self._meeting:
             return arrived
         with torch.no_grad(), torch.autocast(meeting.views[0].device.type, enabled=False):
             return self._combined(meeting, arrived)

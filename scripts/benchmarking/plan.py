@@ -117,11 +117,15 @@ def median_and_quartiles(values: Sequence[float], digits: int = 2) -> str:
 
 
 def ratio(times: Sequence[float], reference: Sequence[float]) -> float:
-    """Return the ratio of the medians over the rounds."""
-    return statistics.median(times) / statistics.median(reference)
+    """Return the median of the ratios round by round."""
+    return statistics.median(ratios(times, reference))
+
+
+def ratios(times: Sequence[float], reference: Sequence[float]) -> list[float]:
+    return [ours / theirs for ours, theirs in zip(times, reference, strict=True)]
 
 
 def ratio_and_quartiles(times: Sequence[float], reference: Sequence[float], more: str = "") -> str:
-    """Return `ratio`, with the quartiles of the ratios round by round in brackets, and what else is to stand there."""
-    low, high = quartiles([ours / theirs for ours, theirs in zip(times, reference, strict=True)])
+    """Return `ratio`, with the quartiles in brackets, and what else is to stand there."""
+    low, high = quartiles(ratios(times, reference))
     return f"{ratio(times, reference):.2f} ({low:.2f} to {high:.2f}{more})"

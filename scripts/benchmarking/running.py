@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -108,5 +109,6 @@ def step_time(
 ) -> tuple[float, float]:
     """`train`, and return the time of a step in seconds, and that of the solver in it."""
     clock = Clock(setting.steps_of(kind), NETWORKS[kind].warm_up, setting)
+    gc.collect()  # what runs before have left: a quarter of a second, in the midst of whichever run it comes
     train(run, kind, setting, [clock, *callbacks], **options)
     return clock.step_time(), run.solver.mean() if run.solver is not None else 0.0

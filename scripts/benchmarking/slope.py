@@ -15,9 +15,9 @@ from benchmarking.times import Times, times_of
 from benchmarking.ways import EQUAL
 
 DESCRIBED = (
-    "Overhead of a way: its time of a step less that of equal weights in the same round. A line is fitted by least squares to "
-    "the medians of the overhead against T. One weight-gradient: `torch.autograd.grad` of the representation with respect to "
-    "the shared layer's weight alone, in the same process."
+    "Overhead of a way: its time of a step less that of equal weights in the run before it. A line is fitted by least squares "
+    "to the medians of the overhead against T. One weight-gradient: `torch.autograd.grad` of the representation with respect "
+    "to the shared layer's weight alone, in the same process."
 )
 REPETITIONS = 20
 
@@ -39,7 +39,7 @@ def weight_gradient_times(kind: str, setting: Setting) -> list[float]:
 
 
 def overheads(times: dict[str, Times], name: str) -> list[float]:
-    return [ours - equal for ours, equal in zip(times[name].step, times[EQUAL].step, strict=True)]
+    return [ours - equal for ours, equal in zip(times[name].step, times[name].equal, strict=True)]
 
 
 def fitted(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
