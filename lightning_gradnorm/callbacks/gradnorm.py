@@ -22,7 +22,7 @@ from lightning_gradnorm.callbacks.naming import find_module, find_shared_layer
 from lightning_gradnorm.callbacks.readers import weight_readers
 from lightning_gradnorm.callbacks.step import Window
 from lightning_gradnorm.callbacks.task_names import check_positive_by_task
-from lightning_gradnorm.gradients import ActivationGradients, GradientReader, RowReader
+from lightning_gradnorm.gradients import ActivationGradients, GradientReader, RowReader, WeightGradients
 
 _check = partial(check, "GradNorm")
 
@@ -228,6 +228,8 @@ class GradNorm(Balancing[GradNormRule]):
             return True  # there is nobody to agree with
         reader = self._reader if window.measured else None
         assert reader is None or isinstance(reader, RowReader)
+        if isinstance(reader, WeightGradients) and window.losses and reader.unreached >= set(window.losses):
+            self._check_still_there(reader, module)
         step = gather(self._names, window, reader, self._weights_in_force(), trainer)
         counts = bool(window.losses) or (step.present is not None and bool(step.present.any()))
         if step.norms is not None and counts:
@@ -235,6 +237,16 @@ class GradNorm(Balancing[GradNormRule]):
             if self._known.looks_at_once:
                 self._warn()
         return counts
+
+    def _check_still_there(self, reader: WeightGradients, module: L.LightningModule) -> None:
+        """Refuse to balance by a layer that the module has no more; one that it leaves out of a step has norms of 0."""
+        own = {id(parameter) for parameter in module.parameters()}
+        if not all(id(W) in own for W in reader.sought):
+            raise ValueError(
+                f"GradNorm: the shared layer that {type(module).__name__} had when the training began has been replaced, so "
+                f"that no gradient arrives there. Replace it in configure_model, or train in two runs, the second from the "
+                f"checkpoint of the first."
+            )
 
     @override
     def _note_step(self) -> None:

@@ -176,6 +176,8 @@ class WeightGradients(RowReader):
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__()
         self._parameters = list(parameters)
+        self.unreached: set[str] = set()
+        """Tasks from which no way led to ``W`` in this optimizer step."""
 
     @property
     def where(self) -> str:
@@ -200,12 +202,19 @@ class WeightGradients(RowReader):
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add the task's contribution to the gradient of ``W``."""
         found = torch.autograd.grad(outputs, self._parameters, gradients, retain_graph=True, allow_unused=True)
+        if all(part is None for part in found):
+            self.unreached.add(task)
         self._add(task, flat_row(found, self._parameters))
 
     def close(self, task: str) -> None:
         """Keep the norm of what was read of the task, and not the T-th copy of ``W``."""
         if task in self._rows:
             self._closed[task] = self.norms_of(self._rows.pop(task)[None]).squeeze(0)
+
+    def clear(self) -> None:
+        """Forget what was read: a new optimizer step begins."""
+        super().clear()
+        self.unreached.clear()
 
     def width(self) -> int:
         """Return the number of values in ``W``."""

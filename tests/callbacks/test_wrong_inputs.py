@@ -6,6 +6,7 @@ a `MultiTaskModule` are in `tests/test_module_wrong_inputs.py`.
 
 from __future__ import annotations
 
+import functools
 import math
 import pickle
 from collections.abc import Callable
@@ -20,6 +21,8 @@ import torch
 from harness import Batches, assert_clean, assert_says, case, traces
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from models import (
+    FEATURES,
+    HIDDEN,
     Automatic,
     Convolutional,
     Manual,
@@ -415,6 +418,45 @@ def test_a_shared_layer_frozen_later_is_named(frozen: str, heads: bool, quiet_tr
         "shared layer",
         error=(ValueError, TypeError, RuntimeError),
     )
+
+
+class ReplacesLater(Automatic):
+    """Has another shared layer from the third batch on, as a network that is grown or quantized has."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            self.encoder[2] = nn.Linear(HIDDEN, FEATURES, dtype=torch.float64)
+
+
+class LeavesOut(Automatic):
+    """Passes by the shared layer in every other batch."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        layer = self.encoder[2]
+        own = functools.partial(type(layer).forward, layer)
+        layer.forward = (lambda z: z[..., :FEATURES]) if batch_idx % 2 else own
+
+
+@pytest.mark.parametrize("heads", [False, True], ids=["no-heads", "heads"])
+def test_a_shared_layer_that_is_replaced_later_is_an_error(heads: bool, quiet_trainer: MakeTrainer) -> None:
+    callback = GradNorm(TASKS, shared_layer="encoder.2", heads=HEADS if heads else None)
+    fails(
+        quiet_trainer, ReplacesLater(3), callback, "GradNorm", "ReplacesLater had when the training began", "replaced"
+    )
+
+
+@pytest.mark.parametrize("heads", [False, True], ids=["no-heads", "heads"])
+def test_a_shared_layer_that_is_left_out_of_a_step_has_norms_of_0(heads: bool, quiet_trainer: MakeTrainer) -> None:
+    callback = GradNorm(TASKS, shared_layer="encoder.2", heads=HEADS if heads else None)
+    found = []
+
+    class Looks(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            assert callback._known.last is not None
+            found.append(callback._known.last.norms.any().item())
+
+    quiet_trainer(callbacks=[callback, Looks()]).fit(LeavesOut(3), Batches(vector_batches(3, 4)))
+    assert found == [True, False, True, False]
 
 
 # losses that training_step returns -----------------------------------------------------------------------------------
