@@ -23,8 +23,8 @@ BARE = "bare loop"
 WRITE_EVERY = 50
 DESCRIBED = (
     f"Time of a step of a bare PyTorch loop and of Lightning's, on the same network and batches; all of them write losses "
-    f"to a CSV file every {WRITE_EVERY} steps. Median over the rounds, quartiles in brackets; ratio to equal weights: of the "
-    "medians, in brackets the quartiles of the ratios round by round."
+    f"to a CSV file every {WRITE_EVERY} steps. Median over the rounds, quartiles in brackets, of the times and of the ratios "
+    "round by round."
 )
 
 
