@@ -8,7 +8,7 @@ the norm of a sum is not the sum of norms.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -137,6 +137,11 @@ class RowReader(GradientReader):
         nothing = next(iter(known.values()), torch.zeros(())).new_zeros(())
         return torch.stack([known.get(task, nothing) for task in tasks])
 
+    def close(self, task: str) -> None:
+        """Keep the norm of what was read of the task, and not its row."""
+        if task in self._rows:
+            self._closed[task] = self.norms_of(self._rows.pop(task)[None]).squeeze(0)
+
     def rescale(self, task: str, factor: Tensor) -> None:
         """Multiply what was read of a task's gradient by ``factor``."""
         if task in self._rows:
@@ -206,11 +211,6 @@ class WeightGradients(RowReader):
             self.unreached.add(task)
         self._add(task, flat_row(found, self._parameters))
 
-    def close(self, task: str) -> None:
-        """Keep the norm of what was read of the task, and not the T-th copy of ``W``."""
-        if task in self._rows:
-            self._closed[task] = self.norms_of(self._rows.pop(task)[None]).squeeze(0)
-
     def clear(self) -> None:
         """Forget what was read: a new optimizer step begins."""
         super().clear()
@@ -260,16 +260,22 @@ class ActivationGradients(RowReader):
 
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add the task's gradient at the representation."""
+        self._refuse_if_closed(task)
         found = torch.autograd.grad(outputs, self._sought, gradients, retain_graph=True, allow_unused=True)
         self._arrived[task] = add_up(self._arrived.get(task), list(found))
 
-    def _square(self) -> None:
-        """Turn the gradients of this pass, which may have arrived in parts (a head called twice), into their squares."""
-        for task, gradients in self._arrived.items():
+    def _square(self, tasks: Iterable[str] | None = None) -> None:
+        """Turn the gradients of this pass into their squares, those of all tasks: they have arrived in all their parts."""
+        for task in list(self._arrived if tasks is None else tasks):
+            gradients = self._arrived.pop(task, [])
             squares = [_at_least_float32(part).square().sum() for part in gradients if part is not None]
             if squares:
                 self._add(task, torch.stack(squares).sum().reshape(1))
-        self._arrived = {}
+
+    def close(self, task: str) -> None:
+        """Keep the norm of what was read of the task, and not the T-th copy of the representation."""
+        self._square([task])
+        super().close(task)
 
     def rows(self, tasks: Sequence[str], like: Tensor) -> Tensor:
         """Return the sums of squares so far, shape (T, 1)."""
@@ -283,8 +289,8 @@ class ActivationGradients(RowReader):
 
     def rescale(self, task: str, factor: Tensor) -> None:
         """Multiply what was read of a task's gradient by ``factor``: the squares by its square."""
-        self._square()
-        super().rescale(task, factor.square())
+        self._square([task])
+        super().rescale(task, factor if task in self._closed else factor.square())
 
     def norms_of(self, rows: Tensor) -> Tensor:
         """Return the root of each row's sum of squares."""

@@ -76,6 +76,25 @@ def test_norms_at_the_representation_equal_those_of_separate_passes(pyramid) -> 
     torch.testing.assert_close(reader.norms(list(heads)), torch.stack(expected), rtol=1e-12, atol=0)
 
 
+def test_a_task_at_the_representation_that_is_complete_leaves_the_others_parts_to_meet() -> None:
+    """Of a comes the norm when it is complete; of b one part has come before and one comes after, as of a head called twice."""
+    torch.manual_seed(0)
+    z = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    of_a, first, second = torch.randn(3, 3, 4, dtype=torch.float64)
+    reader = ActivationGradients()
+    reader.after(z)
+    reader.read("b", [z], [first])
+    reader.read("a", [z], [of_a])
+    reader.close("a")
+    assert set(reader._arrived) == {"b"}, "a's gradient at z is let go"
+    reader.rescale("a", torch.tensor(0.5))
+    reader.read("b", [z], [second])
+    expected = torch.stack([0.5 * of_a.norm(), (first + second).norm(), z.new_zeros(())])
+    torch.testing.assert_close(reader.norms(["a", "b", "c"]), expected.detach(), rtol=1e-12, atol=0)
+    with pytest.raises(RuntimeError, match="read again after it was said to be complete"):
+        reader.read("a", [z], [of_a])
+
+
 def test_the_network_gets_the_gradient_it_would_get_without_branches(pyramid) -> None:
     encoder, heads, x = pyramid
     sum(_losses(dict.fromkeys(heads, encoder(x)), heads).values()).backward()
