@@ -265,7 +265,7 @@ class ActivationGradients(RowReader):
         self._arrived[task] = add_up(self._arrived.get(task), list(found))
 
     def _square(self, tasks: Iterable[str] | None = None) -> None:
-        """Turn the gradients of this pass into their squares, those of all tasks: they have arrived in all their parts."""
+        """Turn these tasks' gradients, all of them by default, into squares: they have arrived in all their parts."""
         for task in list(self._arrived if tasks is None else tasks):
             gradients = self._arrived.pop(task, [])
             squares = [_at_least_float32(part).square().sum() for part in gradients if part is not None]
