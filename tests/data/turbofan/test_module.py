@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -92,8 +93,14 @@ def test_files_are_never_left_half_written(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_several_that_write_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    at_once = threading.Barrier(4)  # who came when another is done would find the folder there
+
+    def write(_: int) -> Path:
+        at_once.wait()
+        return write_turbofan(tmp_path / "made", "FD001", 3, 3)
+
     with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda _: write_turbofan(tmp_path / "made", "FD001", 3, 3), range(4)))
+        made = list(pool.map(write, range(4)))
     alone = write_turbofan(tmp_path / "alone", "FD001", 3, 3)
     assert set(made) == {tmp_path / "made"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "made"]
