@@ -111,9 +111,10 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
     return ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]
 
 
-def median_and_quartiles(values: Sequence[float], digits: int = 2) -> str:
+def median_and_quartiles(values: Sequence[float], digits: int = 2, more: str = "") -> str:
+    """Return the median, and in brackets the quartiles and what else is to stand there."""
     low, high = quartiles(values)
-    return f"{statistics.median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    return f"{statistics.median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f}{more})"
 
 
 def ratio(times: Sequence[float], reference: Sequence[float]) -> float:
@@ -127,5 +128,4 @@ def ratios(times: Sequence[float], reference: Sequence[float]) -> list[float]:
 
 def ratio_and_quartiles(times: Sequence[float], reference: Sequence[float], more: str = "") -> str:
     """Return `ratio`, with the quartiles in brackets, and what else is to stand there."""
-    low, high = quartiles(ratios(times, reference))
-    return f"{ratio(times, reference):.2f} ({low:.2f} to {high:.2f}{more})"
+    return median_and_quartiles(ratios(times, reference), more=more)
