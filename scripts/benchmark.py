@@ -13,8 +13,9 @@
     python scripts/benchmark.py --device cuda --steps 100 --batch-size 128   # docs/gpu.md has the commands for a GPU
 
 In each round every way trains one short run, in shuffled order, and equal weights train one right before each of them, for a
-machine that is fast for some seconds is slow for the next. A run's figure is its mean step time, first steps left out; the
-ratio is the median over the rounds of a run's to that of the run before. The ways that are compared with equal weights:
+machine that is fast for some seconds is slow for the next. A run's figure is the median over its blocks of eight
+steps, the first steps left out; the ratio is the median over the rounds of a run's to that of the run before. The ways that
+are compared with equal weights:
 
     with heads, without heads     our callback on a LightningModule with automatic optimization
     MultiTaskModule               our callback on our module
@@ -106,7 +107,7 @@ def read_plan() -> tuple[Measure, Plan]:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="of the Trainer; bf16 is mixed")
     parser.add_argument("--compile", action="store_true", help="trunk and heads, by torch.compile, of all ways")
-    parser.add_argument("--steps", type=int, help="of each run; by default as many as suit the model, 25 or fewer")
+    parser.add_argument("--steps", type=int, help="of each run; by default as many as suit the model, 33 or fewer")
     parser.add_argument(
         "--clock",
         choices=list(CLOCKS),

@@ -163,7 +163,7 @@ class Aggregation(OfLosses):
 
     @override
     def _readers(
-        self, module: L.LightningModule, heads: Mapping[str, str], opened: Collection[nn.Module]
+        self, module: L.LightningModule, W: Mapping[str, nn.Parameter], opened: Collection[nn.Module]
     ) -> list[GradientReader]:
         encoder = find_module(module, self.representation, asked_by=f"{self._name}: representation")
         return [JointGradients(encoder, f"'{self.representation}'", self._names, self._combine)]

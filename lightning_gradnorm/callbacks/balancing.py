@@ -96,8 +96,12 @@ class Balancing(Restoring[AnyRule]):
         """Return the weights of the losses, shape (T,)."""
         return self._known.weights
 
+    def _shared_layer(self, module: L.LightningModule, heads: Mapping[str, str]) -> Mapping[str, nn.Parameter]:
+        """Return the parameters whose gradients are read, by name; none if it is not those of parameters."""
+        return {}
+
     def _readers(
-        self, module: L.LightningModule, heads: Mapping[str, str], opened: Collection[nn.Module]
+        self, module: L.LightningModule, W: Mapping[str, nn.Parameter], opened: Collection[nn.Module]
     ) -> list[GradientReader]:
         """Return what can read the gradients, in order of preference; none for a strategy that needs none."""
         return []
@@ -185,9 +189,10 @@ class Balancing(Restoring[AnyRule]):
 
     def _place_hooks(self, module: L.LightningModule, heads: Mapping[str, str] | None, hooks: ExitStack) -> None:
         by_module = {} if heads is None else self._find_heads(module, heads)
-        opened, undo = open_compiled(module, (heads or {}).values())
+        W = self._shared_layer(module, heads or {})
+        opened, undo = open_compiled(module, (heads or {}).values(), W)
         hooks.callback(undo)
-        readers = self._readers(module, heads or {}, opened)
+        readers = self._readers(module, W, opened)
         self._reader = readers[0] if readers else None
         self._at_heads = bool(readers) and heads is not None
         self._audit = Audit(self._name, readers, at_heads=self._at_heads)

@@ -164,13 +164,9 @@ class GradNorm(Balancing[GradNormRule]):
     # ---- the strategy's answers --------------------------------------------------------------------------------------
 
     @override
-    def _readers(
-        self, module: L.LightningModule, heads: Mapping[str, str], opened: Collection[nn.Module]
-    ) -> list[GradientReader]:
-        if self.norm_of == "activation" or self.representation != "encoder":
-            encoder = find_module(module, self.representation, asked_by=f"{self._name}: representation")
+    def _shared_layer(self, module: L.LightningModule, heads: Mapping[str, str]) -> Mapping[str, nn.Parameter]:
         if self.norm_of == "activation":
-            return [ActivationGradients(encoder, f"'{self.representation}'")]
+            return {}
         W = find_shared_layer(module, self.shared_layer, asked_by=self._name)
         for task, head in heads.items():
             inside = [name for name in W if name.startswith(f"{head}.")]
@@ -179,6 +175,16 @@ class GradNorm(Balancing[GradNormRule]):
                     f"GradNorm: the shared layer '{inside[0]}' is in '{head}', which task '{task}' has as its head. Name the "
                     f"last layer that all tasks share, and as heads what reads its output. Leave heads out if there is none."
                 )
+        return W
+
+    @override
+    def _readers(
+        self, module: L.LightningModule, W: Mapping[str, nn.Parameter], opened: Collection[nn.Module]
+    ) -> list[GradientReader]:
+        if self.norm_of == "activation" or self.representation != "encoder":
+            encoder = find_module(module, self.representation, asked_by=f"{self._name}: representation")
+        if self.norm_of == "activation":
+            return [ActivationGradients(encoder, f"'{self.representation}'")]
         return weight_readers(module, W, opened)
 
     @override

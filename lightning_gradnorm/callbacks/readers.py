@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_gradnorm.callbacks.compiled import is_compiled
 from lightning_gradnorm.callbacks.hooks import is_ours, takes_hooks
-from lightning_gradnorm.callbacks.naming import path_to
+from lightning_gradnorm.callbacks.naming import modules_around, path_to
 from lightning_gradnorm.gradients import GradientReader, LinearGradients, ReplayedGradients, WeightGradients
 from lightning_gradnorm.gradients.replay import is_sharded
 
@@ -28,25 +28,20 @@ def weight_readers(
         W: the shared layer's parameters by name.
         opened: modules whose own code runs eagerly although they were compiled.
     """
-    around = [
-        (name, module)
-        for name, module in path_to(root, next(iter(W)))[1:]
-        if all(parameter.startswith(f"{name}.") for parameter in W) and module not in opened and takes_hooks(module)
-    ]
+    around = [(name, module) for name, module in modules_around(root, W) if takes_hooks(module)]
     sharded = [(name, module) for name, module in around if is_sharded(module)][:1]
     if sharded:
         return [_replay(*sharded[0], W)]
-    first = next((place for place, (_, module) in enumerate(around) if is_compiled(module)), len(around))
-    outside = around[: first + 1]
-    return [_on_the_graph(root, W), *(_replay(name, module, W) for name, module in reversed(outside))]
+    closed = [place for place, (_, module) in enumerate(around) if is_compiled(module) and module not in opened]
+    outside = around[: closed[0] + 1] if closed else around
+    on_the_graph = _on_the_graph(root, W, is_hooked_easily=not closed)
+    return [on_the_graph, *(_replay(name, module, W) for name, module in reversed(outside))]
 
 
-def _on_the_graph(root: L.LightningModule, W: Mapping[str, Tensor]) -> WeightGradients:
+def _on_the_graph(root: L.LightningModule, W: Mapping[str, Tensor], *, is_hooked_easily: bool) -> WeightGradients:
     (name, weight), *others = W.items()
-    way = path_to(root, name)
-    _, layer = way[-1]
-    is_hooked_easily = not any(is_compiled(module) for _, module in way) and takes_hooks(layer)
-    if not others and is_hooked_easily and LinearGradients.can_read(layer, weight):
+    _, layer = path_to(root, name)[-1]
+    if is_hooked_easily and not others and takes_hooks(layer) and LinearGradients.can_read(layer, weight):
         assert isinstance(layer, nn.Linear)
         return LinearGradients(layer, is_ours)
     return WeightGradients(list(W.values()))

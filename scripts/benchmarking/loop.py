@@ -45,7 +45,7 @@ def bare_step_time(kind: str, tasks: int, setting: Setting, folder: Path) -> flo
     model = Model(kind, tasks, setting.compiled).to(setting.device)
     optimizer = model.configure_optimizers()
     steps, batch = setting.steps_of(kind), setting.batch_of(kind)
-    clock = Clock(steps, NETWORKS[kind].warm_up, setting)
+    clock = Clock(steps, NETWORKS[kind].warm_up, setting, block=WRITE_EVERY)
     with (folder / "losses.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         for step, x in enumerate(DataLoader([batch] * steps, batch_size=None)):  # type: ignore[arg-type]
@@ -62,7 +62,8 @@ def bare_step_time(kind: str, tasks: int, setting: Setting, folder: Path) -> flo
 def lightning_step_time(plan: Plan, name: str, kind: str, tasks: int, folder: Path) -> float:
     run = plan.way(name).start(kind, tasks, plan.setting.compiled)
     logger = CSVLogger(folder, name="lightning", flush_logs_every_n_steps=WRITE_EVERY)
-    time, _ = step_time(run, kind, plan.setting, [LogsLosses()], logger=logger, log_every_n_steps=WRITE_EVERY)
+    options = {"logger": logger, "log_every_n_steps": WRITE_EVERY}
+    time, _ = step_time(run, kind, plan.setting, [LogsLosses()], block=WRITE_EVERY, **options)
     return time
 
 

@@ -39,7 +39,7 @@ class Network:
     head: Callable[[int], nn.Module]
     batch: tuple[int, ...]
     shared_layer: str
-    steps: int = 25
+    steps: int = 33
     warm_up: int = 8
 
 
@@ -95,8 +95,8 @@ NETWORKS = {
     "toy": Network(partial(MLP, 250), linear(100, 100), (100, 250), "encoder.layers.6"),
     "transformer": Network(Transformer, linear(128, 10), (8, 64, 128), "encoder.layers.5.linear2"),
     # The paper's two: 320 x 320 to 80 x 80. Seconds a step on a CPU, so a few of them will do.
-    "segnet": Network(SegNet, pixelwise, (2, 3, 320, 320), "encoder.decoder.2.6", steps=6, warm_up=2),
-    "resnet": Network(FCNResNet50, pixelwise, (2, 3, 320, 320), "encoder.gather.0", steps=6, warm_up=2),
+    "segnet": Network(SegNet, pixelwise, (2, 3, 320, 320), "encoder.decoder.2.6", steps=7, warm_up=2),
+    "resnet": Network(FCNResNet50, pixelwise, (2, 3, 320, 320), "encoder.gather.0", steps=7, warm_up=2),
     "engine64": engine(64),
     "engine256": engine(256),
 }

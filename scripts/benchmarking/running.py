@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import lightning as L
@@ -65,28 +67,36 @@ class Setting:
         return L.Trainer(**{**quiet, **options})
 
 
-class Clock(L.Callback):
-    """Notes when the first and the last of the measured steps begin, with all work before them done."""
+BLOCK = 8
+"""Steps that are timed together, one of which measures with ``update_every=8``."""
 
-    def __init__(self, steps: int, warm_up: int, setting: Setting) -> None:
+
+class Clock(L.Callback):
+    """Notes when each block of the measured steps begins, and the last step, with all work before them done."""
+
+    def __init__(self, steps: int, warm_up: int, setting: Setting, block: int = BLOCK) -> None:
         self.steps, self.warm_up, self.setting = steps, warm_up, setting
+        self.block = min(block, steps - 1 - warm_up)
         self.begun = 0
         self.times: list[float] = []
 
     @override
     def on_train_batch_start(self, *_: Any) -> None:
-        if self.begun in (self.warm_up, self.steps - 1):
-            self.setting.synchronize()  # at these two places only: between them the host may run ahead
+        since = self.begun - self.warm_up
+        if since >= 0 and (since % self.block == 0 or self.begun == self.steps - 1):
+            self.setting.synchronize()  # at these places only: between them the host may run ahead
             self.times.append(self.setting.now())
         self.begun += 1
 
     def seconds(self) -> float:
-        """Return the time from the one to the other."""
-        first, last = self.times
-        return last - first
+        """Return the time from the first of the measured steps to the last."""
+        return self.times[-1] - self.times[0]
 
     def step_time(self) -> float:
-        return self.seconds() / (self.steps - 1 - self.warm_up)
+        """Return the time of a step: the median over whole blocks, for the sake of a machine that is interrupted."""
+        whole = 1 + (self.steps - 1 - self.warm_up) // self.block
+        blocks = [end - begin for begin, end in pairwise(self.times[:whole])]
+        return statistics.median(blocks) / self.block
 
 
 def train(run: Run, kind: str, setting: Setting, callbacks: Sequence[L.Callback] = (), **options: Any) -> None:
@@ -105,10 +115,10 @@ def train(run: Run, kind: str, setting: Setting, callbacks: Sequence[L.Callback]
 
 
 def step_time(
-    run: Run, kind: str, setting: Setting, callbacks: Sequence[L.Callback] = (), **options: Any
+    run: Run, kind: str, setting: Setting, callbacks: Sequence[L.Callback] = (), block: int = BLOCK, **options: Any
 ) -> tuple[float, float]:
     """`train`, and return the time of a step in seconds, and that of the solver in it."""
-    clock = Clock(setting.steps_of(kind), NETWORKS[kind].warm_up, setting)
+    clock = Clock(setting.steps_of(kind), NETWORKS[kind].warm_up, setting, block)
     gc.collect()  # what runs before have left: a quarter of a second, in the midst of whichever run it comes
     train(run, kind, setting, [clock, *callbacks], **options)
     return clock.step_time(), run.solver.mean() if run.solver is not None else 0.0

@@ -1,7 +1,8 @@
-"""A model, or any part of it, compiled by torch.compile trains as the textbook says."""
+"""A model, or any part of it, compiled by torch.compile trains as the textbook says, and no part of it is run twice."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from lightning_gradnorm import GradNorm
+from lightning_gradnorm.gradients import ReplayedGradients
 
 T, STEPS = 3, 10
 NAMES = ["seg", "depth", "normal"]
@@ -72,6 +74,23 @@ class Called(Automatic):
         return {task: F.mse_loss(outputs[task], batch[task]) for task in NAMES}
 
 
+class Functional(Automatic):
+    """The encoder uses its last layer's weight without calling the layer."""
+
+    def build(self) -> None:
+        class Encoder(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first = nn.Linear(5, 7)
+                self.last = nn.Linear(7, 6)
+
+            def forward(self, x):
+                return torch.tanh(F.linear(torch.tanh(self.first(x)), self.last.weight, self.last.bias))
+
+        super().build()
+        self.encoder = Encoder()
+
+
 def _own_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     return super(type(self), self).forward(x)
 
@@ -116,6 +135,7 @@ CASES: dict[str, tuple[type[Automatic], str, Callable[[Any, str], Any]]] = {
     "what follows the shared layer": (Automatic, "encoder.2", _wrap("encoder.3")),
     "what precedes the shared layer": (Automatic, "encoder.2", _wrap("encoder.0")),
     "convolutions with BatchNorm": (Convolutional, "encoder.3", _wrap("encoder")),
+    "a layer that is never called": (Functional, "encoder.last", _wrap("encoder")),
     "all of the encoder is shared layer": (Automatic, "encoder", _wrap("encoder")),
     "one network of encoder and heads": (Nested, "network.encoder.2", _in_place("network")),
     "one network, torch.compile": (Nested, "network.encoder.2", _wrap("network")),
@@ -128,6 +148,24 @@ CASES: dict[str, tuple[type[Automatic], str, Callable[[Any, str], Any]]] = {
         lambda model, backend: model.compile(backend=backend) or model,
     ),
 }
+
+
+REPLAYED = {"what follows the shared layer"}
+"""Where the gradients of the tasks cannot be followed to the shared layer: a module around it is run again."""
+
+
+@pytest.fixture
+def replays(monkeypatch) -> list[str]:
+    """The names of modules that were run again, each time one more."""
+    names: list[str] = []
+    run_again = ReplayedGradients._run_again
+
+    def noted(reader: ReplayedGradients, *args: Any) -> None:
+        names.append(reader._name)
+        run_again(reader, *args)
+
+    monkeypatch.setattr(ReplayedGradients, "_run_again", noted)
+    return names
 
 
 def _shared(model: Automatic, name: str) -> list[nn.Parameter]:
@@ -151,7 +189,7 @@ def _assert_same(recorder: Recorder, model: nn.Module, trajectory: textbook.Traj
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
-def test_it_agrees_with_the_textbook_where_this_is_compiled(quiet_trainer, case: str, backend: str) -> None:
+def test_it_agrees_with_the_textbook_where_this_is_compiled(quiet_trainer, replays, case: str, backend: str) -> None:
     kind, shared_layer, compiled = CASES[case]
     batches = (image_batches if kind is Convolutional else vector_batches)(T, STEPS)
     twin, trajectory = _textbook(lambda: kind(T), shared_layer, batches)
@@ -170,6 +208,7 @@ def test_it_agrees_with_the_textbook_where_this_is_compiled(quiet_trainer, case:
         quiet_trainer(callbacks=[gradnorm, recorder]).fit(given, Batches(batches))
         _assert_same(recorder, model, trajectory, twin)
     assert traces(model) == before
+    assert bool(replays) == (case in REPLAYED)
     if "whole" in case or "one network" in case:
         assert counters["stats"]["unique_graphs"] >= graphs + 2, "encoder and heads should be compiled one by one"
 
@@ -245,15 +284,124 @@ def test_a_compiled_trunk_with_plain_heads_needs_no_heads_named(quiet_trainer) -
     assert_agrees(recorder, model, trajectory, twin, 1e-8)
 
 
+def test_a_whole_module_needs_no_heads_named(quiet_trainer) -> None:
+    batches = vector_batches(T, STEPS)
+    twin, trajectory = _textbook(lambda: Called(T), "encoder.2", batches)
+    model = Called(T)
+    gradnorm = GradNorm(NAMES, shared_layer="encoder.2")
+    recorder = Recorder(gradnorm)
+    quiet_trainer(callbacks=[gradnorm, recorder]).fit(torch.compile(model, backend="aot_eager"), Batches(batches))
+    assert_agrees(recorder, model, trajectory, twin, 1e-8)
+
+
+def test_all_of_many_heads_are_compiled(quiet_trainer) -> None:
+    """torch.compile keeps no more than eight versions of one function, and runs what comes then eagerly."""
+    names = [f"task{i}" for i in range(12)]
+
+    class Many(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Linear(5, 6)
+            self.heads = nn.ModuleDict({name: nn.Linear(6, 2 + i) for i, name in enumerate(names)})
+
+        def training_step(self, batch, batch_idx):
+            z = self.encoder(batch)
+            losses = {name: head(z).square().mean() for name, head in self.heads.items()}
+            return {"loss": sum(losses.values()), **losses}
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    gradnorm = GradNorm(names, shared_layer="encoder", heads={name: f"heads.{name}" for name in names})
+    model = torch.compile(Many(), backend="eager")
+    quiet_trainer(callbacks=[gradnorm]).fit(model, Batches([torch.randn(4, 5)] * 2))
+    assert counters["stats"]["unique_graphs"] == len(names), "the heads, each by itself"
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(7, 7)
+        self.norm = nn.LayerNorm(7)
+        self.two = nn.Linear(7, 7)
+
+    def forward(self, x):
+        return x + self.two(self.norm(torch.tanh(self.one(x))))
+
+
+class Trunk(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(5, 7), nn.Tanh())
+        self.blocks = nn.Sequential(Residual(), nn.Tanh(), Residual())
+        self.neck = nn.Linear(7, 6)
+
+    def forward(self, x):
+        return self.neck(self.blocks(self.stem(x)))
+
+
+class Deep(Automatic):
+    def build(self) -> None:
+        self.encoder = Trunk()
+        for task in NAMES:
+            setattr(self, f"{task}_head", nn.Linear(6, 3))
+
+
+BEFORE_THE_LAYER = ["stem", "blocks.0 and blocks.1 together", "blocks.2.one", "blocks.2.norm"]
+
+
+@pytest.mark.parametrize(
+    ("compiled", "graphs"),
+    [
+        (_wrap("encoder"), BEFORE_THE_LAYER),
+        (_in_place("encoder", *HEADS), [*BEFORE_THE_LAYER, *HEADS]),
+        (_whole, [*BEFORE_THE_LAYER, "the heads, which are alike"]),
+    ],
+)
+def test_what_precedes_a_layer_deep_inside_stays_compiled_and_is_not_run_again(
+    quiet_trainer, replays, compiled: Callable[[Any, str], Any], graphs: list[str]
+) -> None:
+    batches = vector_batches(T, STEPS)
+    twin, trajectory = _textbook(lambda: Deep(T), "encoder.blocks.2.two", batches)
+    model = Deep(T)
+    given = compiled(model, "aot_eager")
+    gradnorm = GradNorm(NAMES, shared_layer="encoder.blocks.2.two", heads=model.heads())
+    recorder = Recorder(gradnorm)
+    quiet_trainer(callbacks=[gradnorm, recorder]).fit(given, Batches(batches))
+    _assert_same(recorder, model, trajectory, twin)
+    assert not replays
+    assert counters["stats"]["unique_graphs"] == len(graphs)
+
+
+class Copies(L.Callback):
+    """Takes a copy of the model in the middle of training, as an average of weights or a teacher does."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.encoder = copy.deepcopy(pl_module.encoder)
+        self.told = {name: value.clone() for name, value in pl_module.encoder.state_dict().items()}
+
+
+def test_a_copy_made_in_mid_training_is_a_network_of_its_own(quiet_trainer) -> None:
+    model = _in_place("encoder")(Automatic(T), "aot_eager")
+    gradnorm = GradNorm(NAMES, shared_layer="encoder.2", heads=model.heads())
+    copies, batches = Copies(), vector_batches(T, 3)
+    quiet_trainer(callbacks=[gradnorm, copies]).fit(model, Batches(batches))
+    expected = Automatic(T).encoder
+    expected.load_state_dict(copies.told)
+    for parameter in model.encoder.parameters():
+        parameter.data.zero_()
+    torch.testing.assert_close(copies.encoder(batches[0]["x"]), expected(batches[0]["x"]))
+
+
 class DropsOut(Automatic):
     def build(self) -> None:
         super().build()
-        self.encoder.append(nn.Dropout(0.3))
+        self.encoder[3] = nn.Sequential(nn.Tanh(), nn.Dropout(0.3))
 
 
 @pytest.mark.slow
 def test_a_compiled_dropout_whose_mask_cannot_be_drawn_again_is_refused(quiet_trainer) -> None:
-    model = _in_place("encoder")(DropsOut(T), "inductor")
+    model = _wrap("encoder.3")(DropsOut(T), "inductor")
     gradnorm = GradNorm(NAMES, shared_layer="encoder.2", heads=model.heads())
     with pytest.raises(RuntimeError, match="running 'encoder' again did not give what it gave in the forward pass"):
         quiet_trainer(callbacks=[gradnorm]).fit(model, Batches(vector_batches(T, 3)))
@@ -274,7 +422,7 @@ def test_the_mask_of_a_dropout_is_drawn_again_when_the_encoder_is_run_again(quie
         network_sgd(twin.parameters()),
         before_micro_batch=seeded,
     )
-    model = _in_place("encoder")(DropsOut(T), "eager")  # traced, but with torch's own random numbers
+    model = _wrap("encoder.3")(DropsOut(T), "eager")  # traced, but with torch's own random numbers
     gradnorm = GradNorm(NAMES, shared_layer="encoder.2", heads=model.heads())
     recorder = Recorder(gradnorm)
     quiet_trainer(callbacks=[gradnorm, recorder, BeforeBatch(seeded)]).fit(model, Batches(batches))
