@@ -86,6 +86,11 @@ def is_multirun() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def chosen(group: str) -> str | None:
+    """Return the name of the option that was chosen of a group; ``None`` if there is none, or outside the commands."""
+    return HydraConfig.get().runtime.choices.get(group) if HydraConfig.initialized() else None
+
+
 def given_overrides() -> list[str]:
     """Return the overrides on the command line."""
     return list(get_args_parser().parse_args(arguments()).overrides)

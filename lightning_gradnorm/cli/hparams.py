@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +19,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from typing_extensions import override
 
 from lightning_gradnorm import MultiTaskModule
+from lightning_gradnorm.cli import entry
 from lightning_gradnorm.report.collecting import strategy_of
 from lightning_gradnorm.report.methods import HOUSEKEEPING, is_below
 
@@ -56,8 +56,7 @@ def options(config: DictConfig, *, alone: str | None, overrides: Sequence[str]) 
 
 def _strategy(config: DictConfig) -> str:
     """Return the name of the option that was chosen or, where that is not recorded, of the class."""
-    chosen = HydraConfig.get().runtime.choices.get("balancing") if HydraConfig.initialized() else None
-    return str(chosen) if chosen is not None else strategy_of(OmegaConf.to_container(config.balancing))
+    return entry.chosen("balancing") or strategy_of(OmegaConf.to_container(config.balancing))
 
 
 class HParamsRecord(L.Callback):

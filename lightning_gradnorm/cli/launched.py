@@ -55,6 +55,24 @@ def _slurm_job() -> str | None:
     return f"job_{job}_{os.environ.get('SLURM_STEP_ID', 0)}"  # a job may train several times, each time a step
 
 
+def refuse_without_launcher(trainer: str | None) -> None:
+    """Refuse to train as one process what was meant for as many as torchrun or srun starts.
+
+    Args:
+        trainer: the option of that group that was chosen.
+
+    Raises:
+        ValueError: it is ``torchrun`` or ``slurm``, which has not started this process.
+    """
+    is_started = {"torchrun": TorchElasticEnvironment.detect(), "slurm": SLURMEnvironment.job_id() is not None}
+    by = {"torchrun": "torchrun --nproc-per-node 2 --no-python gradnorm-train", "slurm": "srun gradnorm-train"}
+    if trainer in by and not is_started[trainer]:
+        raise ValueError(
+            f"trainer={trainer} is for processes that {by[trainer].split()[0]} has started, and it has not started this one. "
+            f"Give the command as `{by[trainer]} trainer={trainer} …`, or another trainer: cpu, gpu, ddp or ddp_cpu."
+        )
+
+
 class OneFolder(L.Callback):
     """Refuses to train in processes that would write into several folders.
 

@@ -93,6 +93,7 @@ def train(config: DictConfig) -> dict[str, float]:
     if resumed_from is not None:
         runs.read_weights(resumed_from)  # before anything is written
     entry.seed_everything(config.seed)
+    launched.refuse_without_launcher(entry.chosen("trainer"))
     single = single_task.results_in(config.get("single_task"))
     data = build(config, "data")
     model = build_model(config)
@@ -120,7 +121,7 @@ def train(config: DictConfig) -> dict[str, float]:
 
     console = Console(quiet=not trainer.is_global_zero)
     for stand_in, (prefix, told) in STAND_INS.items():
-        if isinstance(data, stand_in) and _experiment().startswith(prefix):
+        if isinstance(data, stand_in) and (entry.chosen("experiment") or "").startswith(prefix):
             console.print(told, highlight=False)
     if alone is not None and "_target_" in config.balancing:
         console.print(f"One task, {alone}: there is nothing to balance.", highlight=False)
@@ -180,12 +181,6 @@ def _how_to_look(run_dir: Path) -> str:
     if entry.is_multirun():
         lines.append(f"{'':13}{address}/#hparams compares the runs")
     return "\n".join(lines)
-
-
-def _experiment() -> str:
-    """Return the experiment's name; empty if there is none."""
-    chosen = HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else None
-    return chosen or ""
 
 
 def _is_inside(checkpoint: Path | None, folder: Path) -> bool:

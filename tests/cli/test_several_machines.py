@@ -163,6 +163,19 @@ def test_a_job_of_several_processes_is_called_by_its_number(
     assert launched.overrides() == (["hydra.output_subdir=null"] if rank else [])
 
 
+@pytest.mark.parametrize(("trainer", "launcher"), [("torchrun", "torchrun --nproc-per-node 2"), ("slurm", "srun")])
+def test_a_command_that_its_launcher_has_not_started_is_refused(
+    call: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trainer: str, launcher: str
+) -> None:
+    for key in os.environ:
+        if key.startswith(("SLURM_", "TORCHELASTIC_")):
+            monkeypatch.delenv(key)
+    said = call(train.main, *TOY, *QUIET, f"trainer={trainer}", status=1)
+    assert f"trainer={trainer} is for processes that {launcher.split()[0]} has started" in said
+    assert f"`{launcher}" in said
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 @pytest.mark.slow
 def test_processes_that_have_what_srun_gives_them_train_in_one_folder_and_go_on_there(tmp_path: Path) -> None:
     """SLURM itself is not there: these are the variables that it sets."""

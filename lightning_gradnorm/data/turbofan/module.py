@@ -107,7 +107,7 @@ class TurbofanDataModule(CMAPSS):
 
     def prepare_data(self) -> None:
         """Write the files, unless they are there."""
-        if not (self.root / f"RUL_{self.subset}.txt").is_file():
+        if not self._is_written():
             rank_zero_info(
                 f"TurbofanDataModule: these engines are simulated and stand in for NASA's {self.subset}; "
                 f"writing {self.engines} training and {self.test_engines} test engines to {self.root}, once."
@@ -119,6 +119,12 @@ class TurbofanDataModule(CMAPSS):
                     f"TurbofanDataModule: folder should be one that can be written to; {error.filename} cannot. "
                     "Name another: folder=..."
                 ) from error
+            except FileExistsError:
+                if not self._is_written():  # by another process, since we looked
+                    raise
+
+    def _is_written(self) -> bool:
+        return (self.root / f"RUL_{self.subset}.txt").is_file()
 
     def make_splits(self) -> dict[str, Windows]:
         """Write the files, unless they are there, and read them."""

@@ -18,7 +18,7 @@ from torch import nn
 from lightning_gradnorm import MultiTaskModule, Task
 from lightning_gradnorm.data import TurbofanDataModule
 from lightning_gradnorm.data.cmapss import CMAPSS, Windows
-from lightning_gradnorm.data.turbofan import write_turbofan
+from lightning_gradnorm.data.turbofan import module, write_turbofan
 
 
 def engines(folder: Path, **options: Any) -> TurbofanDataModule:
@@ -106,6 +106,17 @@ def test_several_that_write_at_once_do_not_disturb_each_other(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "made"]
     for file in alone.iterdir():
         assert (tmp_path / "made" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_files_that_another_process_finishes_just_before_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_late(folder: Path, *args: Any) -> Path:
+        write_turbofan(folder, *args)  # the other one's
+        return write_turbofan(folder, *args)
+
+    monkeypatch.setattr(module, "write_turbofan", too_late)
+    assert len(engines(tmp_path).test_data) == 4
 
 
 def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
