@@ -27,7 +27,7 @@ from typing_extensions import override
 
 from lightning_gradnorm.callbacks import capture
 from lightning_gradnorm.callbacks.audit import Audit, check_apart, check_heads_apart
-from lightning_gradnorm.callbacks.compiled import open_compiled
+from lightning_gradnorm.callbacks.compiled import OpenedCode
 from lightning_gradnorm.callbacks.hooks import Undo, around_call, takes_hooks
 from lightning_gradnorm.callbacks.logging import is_logged_step
 from lightning_gradnorm.callbacks.naming import find_module
@@ -77,6 +77,7 @@ class Balancing(Restoring[AnyRule]):
         self._buffers = KeptBuffers([])
         self._reader: GradientReader | None = None
         self._hooks: ExitStack | None = None
+        self._opened: OpenedCode | None = None
         self._spare_hooks: dict[GradientReader, Undo] = {}
         self._trainer: L.Trainer | None = None
         self._was_started = self._warned_of_idling = False
@@ -190,9 +191,9 @@ class Balancing(Restoring[AnyRule]):
     def _place_hooks(self, module: L.LightningModule, heads: Mapping[str, str] | None, hooks: ExitStack) -> None:
         by_module = {} if heads is None else self._find_heads(module, heads)
         W = self._shared_layer(module, heads or {})
-        opened, undo = open_compiled(module, (heads or {}).values(), W)
-        hooks.callback(undo)
-        readers = self._readers(module, W, opened)
+        self._opened = OpenedCode(module, (heads or {}).values(), W)
+        hooks.callback(self._opened.close)
+        readers = self._readers(module, W, self._opened.modules)
         self._reader = readers[0] if readers else None
         self._at_heads = bool(readers) and heads is not None
         self._audit = Audit(self._name, readers, at_heads=self._at_heads)
@@ -260,7 +261,7 @@ class Balancing(Restoring[AnyRule]):
     def _remove_hooks(self) -> None:
         if self._hooks is not None:
             self._hooks.close()
-            self._hooks = self._trainer = None
+            self._hooks = self._trainer = self._opened = None
             self._spare_hooks.clear()
         self._forget_pass()
         self._audit, self._reader = Audit(self._name, [], at_heads=False), None
@@ -310,6 +311,8 @@ class Balancing(Restoring[AnyRule]):
     def _forget_pass(self) -> None:
         """Let go of all that belongs to one forward and backward pass."""
         self._pass = Pass()
+        if self._opened is not None:
+            self._opened.begin_pass()
         for reader in self._audit.readers:
             reader.forget()
 

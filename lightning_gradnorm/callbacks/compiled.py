@@ -2,31 +2,32 @@
 
 A hook on a module inside a compiled one is ignored if it comes after compilation, and outlives its removal if it comes
 before; and a compiled graph cannot be walked twice. So what stands around the heads and around the shared layer runs
-eagerly while we train, and its parts are compiled one by one: what comes before the shared layer, and the heads. From
-the shared layer to the heads, where each task's gradient is followed, nothing is compiled.
+eagerly while we train, and the modules that it calls are compiled one by one: those before the shared layer, and the
+heads. Behind the shared layer, where each task's gradient is followed, a training step compiles nothing but the heads.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from types import CodeType, FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import lightning as L
+import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_gradnorm.callbacks.hooks import Undo, around_call, shadow, takes_hooks
-from lightning_gradnorm.callbacks.naming import modules_around, path_to
+from lightning_gradnorm.callbacks.naming import path_to
 from lightning_gradnorm.gradients.replay import is_sharded
 
 Call = Callable[..., Any]
 Compiler = Callable[[Call], Call]
-CompilePart = Callable[[Call, nn.Module], Call]
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -38,63 +39,75 @@ def is_compiled(module: nn.Module) -> bool:
     )
 
 
-def open_compiled(
-    root: L.LightningModule, heads: Collection[str], W: Collection[str]
-) -> tuple[Collection[nn.Module], Undo]:
-    """Take apart what is compiled as a whole around heads and the shared layer.
+class OpenedCode:
+    """Takes apart what is compiled as a whole around heads and the shared layer, until `close` undoes it.
 
     Args:
         root: the LightningModule; it is opened if it is compiled itself, for its losses are to be seen one by one too.
         heads: names of the modules that must be got at.
         W: names of the shared layer's parameters; empty if their gradients are not asked for.
 
-    Returns:
-        The modules that were opened, whose own code runs eagerly, and how to undo it.
-
     Raises:
         ValueError: it is not known how a module was compiled.
     """
-    undo = ExitStack()
-    way_to_W = _way_to_layer(root, W)
-    to_open = _with_compilers([root]) | _with_compilers(way_to_W)
-    for head in heads:
-        to_open |= _with_compilers([module for _, module in path_to(root, head)])
-    heads_themselves = [root.get_submodule(head) for head in heads]
-    course, frames = _Course(), _Frames()
-    if way_to_W and way_to_W[-1] in to_open:
-        undo.callback(around_call(way_to_W[-1], before=course.reach))
-    for module, compiler in to_open.items():
-        undo.callback(_run_eagerly(module))
-        if way_to_W and module is way_to_W[-1]:
-            continue
-        bare = _bare(module)
-        if module in way_to_W and _is_plain_sequence(bare):
-            undo.callback(_compile_beginning(bare, to_open, partial(frames.compiled, compiler)))
-            continue
-        for part in _parts(bare, to_open):
-            if not is_compiled(part):
-                compiled = partial(frames.compiled, compiler)
-                call = _Part(part, compiled, _Course() if part in heads_themselves else course)
-                undo.callback(shadow(part, "_compiled_call_impl", call))
-    return {_bare(module) for module in to_open} | set(to_open), undo.close
+
+    def __init__(self, root: L.LightningModule, heads: Collection[str], W: Collection[str]) -> None:
+        self._course = _Course()
+        ways: list[list[nn.Module]] = [[root], *(_way_to(root, head) for head in heads)]
+        ways_to_W = [_way_to(root, name) for name in W]
+        if any(is_sharded(module) or not takes_hooks(module) for way in ways_to_W for module in way):
+            ways_to_W = []
+        compilers = {module: of_it for way in ways + ways_to_W for module, of_it in _compilers_on(way)}
+        self.modules = {one for module in compilers for one in (module, _bare(module))}
+        """Those that were opened: their own code runs eagerly."""
+        around_W = dict.fromkeys(module for way in ways_to_W for module in way[1:] if module in compilers)
+        heads_themselves = [root.get_submodule(head) for head in heads]
+        with ExitStack() as undo:  # if anything fails on the way, what was placed is taken away again
+            for module, compiler in compilers.items():
+                undo.callback(_run_eagerly(module))
+                if module in around_W and _is_plain_sequence(_bare(module)):
+                    undo.callback(self._compile_beginning(_bare(module), compiler))
+                    continue
+                for part in _parts(_bare(module), self.modules):
+                    if not is_compiled(part):
+                        course = _Course() if part in heads_themselves else self._course
+                        undo.callback(shadow(part, "_compiled_call_impl", _Part(part, compiler, course)))
+            # Whatever uses W is over when a module that contains W returns; the layer itself may be used without being called.
+            for module in around_W:
+                undo.callback(around_call(module, after=self._course.note_passed))
+            self._undo = undo.pop_all()
+
+    def _compile_beginning(self, sequence: nn.Module, compiler: Compiler) -> Undo:
+        """Compile what an `nn.Sequential` calls before the first module that was opened, all together."""
+        assert isinstance(sequence, nn.Sequential)
+        parts = list(sequence)
+        at = next(place for place, part in enumerate(parts) if part in self.modules)
+        if not any(map(_has_weights, parts[:at])):
+            return ExitStack().close
+        return shadow(sequence, "forward", _InTwo(sequence, at, compiler, self._course))
+
+    def begin_pass(self) -> None:
+        """Take note that the next batch's forward pass begins."""
+        self._course.has_passed_layer = False
+
+    def close(self) -> None:
+        """Put everything together again."""
+        self._undo.close()
 
 
-def _way_to_layer(root: L.LightningModule, W: Collection[str]) -> list[nn.Module]:
-    """Return the modules from ``root`` to the innermost that contains all of ``W``; none if they are to be left alone."""
-    way = [root, *(module for _, module in modules_around(root, W))]
-    is_left_alone = any(is_sharded(module) or not takes_hooks(module) for module in way)
-    return [] if len(way) == 1 or is_left_alone else way
+def _way_to(root: L.LightningModule, name: str) -> list[nn.Module]:
+    """Return the modules on the way from ``root`` to a module or parameter, itself excluded."""
+    # A parametrization is called whenever somebody looks at the weight.
+    return [module for _, module in path_to(root, name) if not isinstance(module, ParametrizationList)]
 
 
-def _with_compilers(way: Sequence[nn.Module]) -> dict[nn.Module, Compiler]:
-    """Return, of the modules on a way inwards, those that are compiled or within one that is, with what compiled it."""
-    found: dict[nn.Module, Compiler] = {}
+def _compilers_on(way: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, Compiler]]:
+    """Yield, of the modules on a way inwards, those that are compiled or within one that is, with what compiled it."""
     compiler = None
     for module in way:
         compiler = compiler or _compiler_of(module)
         if compiler is not None:
-            found[module] = compiler
-    return found
+            yield module, compiler
 
 
 def _compiler_of(module: nn.Module) -> Compiler | None:
@@ -120,8 +133,8 @@ def _run_eagerly(module: nn.Module) -> Undo:
     undo = ExitStack()
     if isinstance(module, OptimizedModule):
         undo.callback(shadow(module, "forward", module._orig_mod))
-    if module._compiled_call_impl is not None:
-        undo.callback(shadow(module, "_compiled_call_impl", None))
+    if _bare(module)._compiled_call_impl is not None:
+        undo.callback(shadow(_bare(module), "_compiled_call_impl", None))
     whole = getattr(module, "_compiler_ctx", None)
     if whole is not None:
         for name in ("training_step", "forward"):
@@ -137,7 +150,7 @@ def _parts(module: nn.Module, opened: Collection[nn.Module]) -> Iterator[nn.Modu
     for part in module.children():
         if isinstance(part, nn.ModuleList | nn.ModuleDict):  # which are never called
             yield from _parts(part, opened)
-        elif part not in opened and _has_weights(part):
+        elif part not in opened and _has_weights(part) and not isinstance(part, ParametrizationList):
             yield part
 
 
@@ -147,81 +160,76 @@ def _has_weights(module: nn.Module) -> bool:
 
 @dataclass
 class _Course:
-    """How far the first forward pass has come."""
+    """How far the forward pass of a training batch has come."""
 
-    reached: bool = False
-    """Whether the shared layer has been called."""
+    has_passed_layer: bool = False
 
-    def reach(self, args: Any, kwargs: Any) -> None:
-        self.reached = True
+    def note_passed(self, output: Any) -> None:
+        """Take note that the shared layer has been used."""
+        self.has_passed_layer = self.has_passed_layer or torch.is_grad_enabled()
 
-
-class _Frames:
-    """Gives torch.compile functions in whose frame it can begin, for it passes by those of torch.nn.
-
-    Of one code object it keeps eight versions, and runs a ninth eagerly. So modules that are not alike get one each.
-    """
-
-    def __init__(self) -> None:
-        self._codes: dict[Hashable, CodeType] = {}
-
-    def compiled(self, compiler: Compiler, function: Call, module: nn.Module) -> Call:
-        """Return ``function``, which calls what ``module`` consists of, compiled."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return function(*args, **kwargs)
-
-        likeness = type(module), *(parameter.shape for parameter in module.parameters())
-        code = self._codes.setdefault(likeness, call.__code__.replace())
-        return compiler(FunctionType(code, call.__globals__, call.__name__, None, call.__closure__))
+    def runs_eagerly(self) -> bool:
+        """Say whether a gradient that is followed from a head to W may pass what is called now."""
+        return self.has_passed_layer and torch.is_grad_enabled()
 
 
 class _Part:
-    """The call of a part of what was opened: compiled, unless the shared layer is called before it."""
+    """The call of a part of what was opened: compiled, unless W has been used before it."""
 
-    def __init__(self, module: nn.Module, compiled: CompilePart, course: _Course) -> None:
+    def __init__(self, module: nn.Module, compiler: Compiler, course: _Course) -> None:
         self._module = module
-        self._compiled = compiled
         self._course = course
-        self._call: Call | None = None
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+        self._compiled = compiler(_of_its_own(call, module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._call is None:
-            eager: Call = self._module._call_impl
-            self._call = eager if self._course.reached else self._compiled(eager, self._module)
-        return self._call(*args, **kwargs)
+        if self._course.runs_eagerly():
+            return self._module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self._compiled(*args, **kwargs)
 
 
 def _is_plain_sequence(module: nn.Module) -> bool:
     return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
 
 
-def _compile_beginning(sequence: nn.Module, opened: Collection[nn.Module], compiled: CompilePart) -> Undo:
-    """Compile what an `nn.Sequential` calls before the first module that was opened, all together."""
-    assert isinstance(sequence, nn.Sequential)
-    parts = list(sequence)
-    at = next(place for place, part in enumerate(parts) if part in opened)
-    if not any(map(_has_weights, parts[:at])):
-        return ExitStack().close
-    return shadow(sequence, "forward", _InTwo(sequence, at, compiled))
-
-
 class _InTwo:
     """The forward of an `nn.Sequential` whose first modules are compiled together."""
 
-    def __init__(self, sequence: nn.Sequential, at: int, compiled: CompilePart) -> None:
+    def __init__(self, sequence: nn.Sequential, at: int, compiler: Compiler, course: _Course) -> None:
         self._sequence = sequence
         self._at = at
-        self._beginning = compiled(partial(_run, sequence, slice(at)), sequence)
+        self._course = course
+
+        def beginning(value: Any) -> Any:
+            for module in list(sequence)[:at]:
+                value = module(value)
+            return value
+
+        self._compiled = compiler(_of_its_own(beginning, sequence))
 
     def __call__(self, input: Any) -> Any:
-        return _run(self._sequence, slice(self._at, None), self._beginning(input))
+        if self._course.runs_eagerly():
+            return nn.Sequential.forward(self._sequence, input)  # type: ignore[no-untyped-call]
+        value = self._compiled(input)
+        for module in list(self._sequence)[self._at :]:
+            value = module(value)
+        return value
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial, (nn.Sequential.forward, self._sequence)  # of a copy, which is not taken apart
+        return getattr, (self._sequence, "forward")  # of a copy, which is not taken apart: that of its class
 
 
-def _run(sequence: nn.Sequential, stretch: slice, input: Any) -> Any:
-    for module in list(sequence)[stretch]:
-        input = module(input)
-    return input
+_codes: WeakKeyDictionary[nn.Module, dict[CodeType, CodeType]] = WeakKeyDictionary()
+
+
+def _of_its_own(function: Any, module: nn.Module) -> Call:
+    """Return ``function`` with a code object that it shares only with others of the same purpose and module.
+
+    torch.compile begins in a function's frame, for it passes by those of torch.nn, and keeps eight versions of a code: of
+    one code for all modules a ninth would run eagerly.
+    """
+    code = _codes.setdefault(module, {}).setdefault(function.__code__, function.__code__.replace())
+    return FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from lightning_gradnorm.gradients.paths import node_of, nodes_between
 from lightning_gradnorm.gradients.readers import RowReader, add_up, flat_row, row_width
 
 
@@ -67,6 +69,8 @@ class _Call:
 
     arguments: Any
     surroundings: _Surroundings
+    before: set[Node]
+    """Where the gradients of its arguments go on to."""
     outputs: list[Tensor] = field(default_factory=list)
     arrived: dict[str, list[Tensor | None]] = field(default_factory=dict)
     """Task → its gradient at each of the outputs."""
@@ -105,14 +109,27 @@ class ReplayedGradients(RowReader):
 
     def width(self) -> int:
         """Return the number of values in ``W``."""
-        parameters = dict(self._module.named_parameters(remove_duplicate=False))
-        return row_width([parameters[name] for name in self._parameters])
+        return row_width(self._shared())
+
+    def _shared(self) -> list[nn.Parameter]:
+        return [self._module.get_parameter(name) for name in self._parameters]
 
     def before(self, args: Any, kwargs: Any) -> None:
         """Note how the module is called."""
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        before = {node_of(tensor) for tensor in given if tensor.requires_grad}
         detached = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-        tensors = [leaf for leaf in pytree.tree_leaves(detached) if isinstance(leaf, Tensor)]
-        self._begun.append(_Call(detached, _Surroundings.now(tensors)))
+        self._begun.append(_Call(detached, _Surroundings.now(given), before))
+
+    def objection(self, loss: Tensor) -> str | None:
+        """Object where what the module is given has come by ``W`` already, and not by another call of the module."""
+        calls = {node_of(tensor) for tensor in self.sought}
+        before = {node for call in self._calls for node in call.before}
+        if nodes_between(before, self._shared(), stop=calls):
+            return (
+                f"reaches the shared layer by a way that does not pass {self.where}, but what '{self._name}' is given."
+            )
+        return None
 
     def after(self, output: Any) -> Any:
         """Note what the module returns; return views of it to be handed on in its place.
@@ -139,24 +156,37 @@ class ReplayedGradients(RowReader):
         Raises:
             RuntimeError: the second run gives something else than the first.
         """
-        tensors = self._whole_tensors()  # may be a collective: on every rank, whichever tasks are present here
+        tensors, W = self._whole_tensors()  # may be a collective: on every rank, whichever tasks are present here
         for call in self._calls:
             if call.arrived:
-                self._run_again(call, tensors)
+                self._run_again(call, tensors, W)
                 call.arrived = {}
 
     def forget(self) -> None:
         """Let go of the current forward pass."""
         self._calls, self._begun = [], []
 
-    def _whole_tensors(self) -> dict[str, Tensor]:
-        tensors = {name: _whole(p).detach() for name, p in self._module.named_parameters()}
-        for name in self._parameters:
-            tensors[name].requires_grad_()
-        # Buffers are copied: running statistics are not to see the batch twice.
-        return tensors | {name: b.detach().clone() for name, b in self._module.named_buffers()}
+    def _whole_tensors(self) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Return what stands for each parameter and buffer in the second run, by the place where it is; and those for ``W``.
 
-    def _run_again(self, call: _Call, tensors: Mapping[str, Tensor]) -> None:
+        A module that has two names has its places once, a parameter that is in two modules is one tensor in two places.
+        """
+        W = [id(parameter) for parameter in self._shared()]
+        stands_for: dict[int, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
+        for prefix, module in self._module.named_modules():
+            for name, own in (*module._parameters.items(), *module._buffers.items()):
+                if own is None:
+                    continue
+                if id(own) not in stands_for:
+                    # Buffers are copied: running statistics are not to see the batch twice.
+                    is_parameter = isinstance(own, nn.Parameter)
+                    tensor = _whole(own).detach() if is_parameter else own.detach().clone()
+                    stands_for[id(own)] = tensor.requires_grad_(id(own) in W)
+                tensors[f"{prefix}.{name}" if prefix else name] = stands_for[id(own)]
+        return tensors, [stands_for[parameter] for parameter in W]
+
+    def _run_again(self, call: _Call, tensors: Mapping[str, Tensor], W: Sequence[Tensor]) -> None:
         args, kwargs = call.arguments
         with (
             torch.enable_grad(),
@@ -165,10 +195,9 @@ class ReplayedGradients(RowReader):
             torch.compiler.set_stance("force_eager"),
         ):
             inside = {f"module.{name}": tensor for name, tensor in tensors.items()}
-            again = functional_call(_Forward(self._module), inside, args, kwargs)
+            again = functional_call(_Forward(self._module), inside, args, kwargs, tie_weights=False)
         outputs = [leaf for leaf in pytree.tree_leaves(again) if isinstance(leaf, Tensor)]
         self._verify(call.outputs, outputs)
-        W = [tensors[name] for name in self._parameters]
         for task, gradients in call.arrived.items():
             pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
             if pairs:

@@ -355,7 +355,7 @@ BEFORE_THE_LAYER = ["stem", "blocks.0 and blocks.1 together", "blocks.2.one", "b
     [
         (_wrap("encoder"), BEFORE_THE_LAYER),
         (_in_place("encoder", *HEADS), [*BEFORE_THE_LAYER, *HEADS]),
-        (_whole, [*BEFORE_THE_LAYER, "the heads, which are alike"]),
+        (_whole, [*BEFORE_THE_LAYER, *HEADS]),
     ],
 )
 def test_what_precedes_a_layer_deep_inside_stays_compiled_and_is_not_run_again(
@@ -373,19 +373,153 @@ def test_what_precedes_a_layer_deep_inside_stays_compiled_and_is_not_run_again(
     assert counters["stats"]["unique_graphs"] == len(graphs)
 
 
+def _blocks(count: int) -> list[nn.Module]:
+    """Alike but for a number that their code is compiled for."""
+
+    class Block(nn.Module):
+        def __init__(self, power: int) -> None:
+            super().__init__()
+            self.layer = nn.Linear(7, 7)
+            self.power = power
+
+        def forward(self, x):
+            return x + torch.tanh(self.layer(x)) ** self.power
+
+    return [Block(1 + power) for power in range(count)]
+
+
+class Stack(nn.Module):
+    """Ten blocks, of which torch.compile would run the ninth and tenth eagerly, or refuse them with ``fullgraph``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 7)
+        self.blocks = nn.ModuleList(_blocks(10))
+        self.last = nn.Linear(7, 6)
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+class Recurrent(nn.Module):
+    """From the fifth batch on, which is larger, the first layers are called once more behind the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 7)
+        self.before = nn.Sequential(nn.Linear(7, 7), nn.GELU(), nn.Linear(7, 7))
+        self.last = nn.Linear(7, 7)
+        self.end = nn.Linear(7, 6)
+
+    def forward(self, x):
+        z = self.first(x)
+        for _ in range(1 if len(x) == 4 else 2):
+            z = torch.tanh(self.last(torch.tanh(self.before(z))))
+        return self.end(z)
+
+
+class Tied(nn.Module):
+    """The last layer's weight is that of another, which is called before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.other, self.last = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.last.weight = self.other.weight
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.other(self.first(x))))
+
+
+class OfTwoNames(nn.Module):
+    """A layer norm, of which the encoder and one of its modules know; behind the last layer there is a module to compile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(7)
+        self.first = nn.Sequential(nn.Linear(5, 7), self.norm, nn.Tanh())
+        self.last = nn.Linear(7, 6)
+        self.behind = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.behind(torch.tanh(self.last(self.norm(self.first(x)))))
+
+
+class Attends(nn.Module):
+    """The last layer is one that torch uses without calling it; another follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 6)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.behind = nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = self.first(x)[None]
+        return torch.tanh(self.behind(x + self.attention(x, x, x, need_weights=False)[0])).squeeze(0)
+
+
+def _both(model: Any, backend: str) -> Any:
+    model.encoder.compile(backend=backend)
+    return _wrap("encoder")(model, backend)
+
+
+def _full(model: Any, backend: str) -> Any:
+    model.encoder = torch.compile(model.encoder, backend=backend, fullgraph=True)
+    return model
+
+
+ENCODERS: dict[str, tuple[type[nn.Module], str, Callable[[Any, str], Any], list[str]]] = {
+    "many blocks": (Stack, "encoder.last", _full, []),
+    "a depth that changes": (Recurrent, "encoder.last", _wrap("encoder"), []),
+    "tied weights": (Tied, "encoder.last", _wrap("encoder"), ["encoder"]),
+    "tied weights, one compiled": (Tied, "encoder.last", _wrap("encoder.other"), ["encoder"]),
+    "a module of two names": (OfTwoNames, "encoder.last", _wrap("encoder.behind"), ["encoder"]),
+    "a last layer that is not called": (Attends, "encoder.attention.out_proj", _wrap("encoder"), []),
+    "two kinds of compilation": (Trunk, "encoder.neck", _both, []),
+}
+
+
+@pytest.mark.parametrize("case", ENCODERS)
+def test_a_compiled_encoder_may_have(quiet_trainer, replays, case: str) -> None:
+    encoder, shared_layer, compiled, run_again = ENCODERS[case]
+
+    class Model(Automatic):
+        def build(self) -> None:
+            super().build()
+            self.encoder = encoder()
+
+    batches = [*vector_batches(T, 4), *vector_batches(T, 4, size=6)]
+    twin, trajectory = _textbook(lambda: Model(T), shared_layer, batches)
+    model = Model(T)
+    parameters = dict(model.named_parameters())
+    given = compiled(model, "aot_eager")
+    gradnorm = GradNorm(NAMES, shared_layer=shared_layer, heads=model.heads())
+    recorder = Recorder(gradnorm)
+    quiet_trainer(callbacks=[gradnorm, recorder]).fit(given, Batches(batches))
+    _assert_same(recorder, model, trajectory, twin)
+    assert sorted(set(replays)) == run_again
+    for name, parameter in model.named_parameters():
+        assert parameter is parameters[name.replace("_orig_mod.", "")]
+
+
 class Copies(L.Callback):
     """Takes a copy of the model in the middle of training, as an average of weights or a teacher does."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.encoder = copy.deepcopy(pl_module.encoder)
-        self.told = {name: value.clone() for name, value in pl_module.encoder.state_dict().items()}
+        encoder = pl_module.encoder._orig_mod
+        self.encoder = copy.deepcopy(encoder)
+        self.told = {name: value.clone() for name, value in encoder.state_dict().items()}
 
 
 def test_a_copy_made_in_mid_training_is_a_network_of_its_own(quiet_trainer) -> None:
-    model = _in_place("encoder")(Automatic(T), "aot_eager")
+    model = _wrap("encoder")(Automatic(T), "aot_eager")
     gradnorm = GradNorm(NAMES, shared_layer="encoder.2", heads=model.heads())
     copies, batches = Copies(), vector_batches(T, 3)
     quiet_trainer(callbacks=[gradnorm, copies]).fit(model, Batches(batches))
+    assert copies.encoder.forward == nn.Sequential.forward.__get__(copies.encoder)
     expected = Automatic(T).encoder
     expected.load_state_dict(copies.told)
     for parameter in model.encoder.parameters():
