@@ -61,30 +61,31 @@ class OpenedCode:
         self.modules = {one for module in compilers for one in (module, _bare(module))}
         """Those that were opened: their own code runs eagerly."""
         around_W = dict.fromkeys(module for way in ways_to_W for module in way[1:] if module in compilers)
+        names = {module: name for name, module in root.named_modules()}
         heads_themselves = [root.get_submodule(head) for head in heads]
         with ExitStack() as undo:  # if anything fails on the way, what was placed is taken away again
             for module, compiler in compilers.items():
                 undo.callback(_run_eagerly(module))
                 if module in around_W and _is_plain_sequence(_bare(module)):
-                    undo.callback(self._compile_beginning(_bare(module), compiler))
+                    undo.callback(self._compile_beginning(_bare(module), names[_bare(module)], compiler))
                     continue
                 for part in _parts(_bare(module), self.modules):
                     if not is_compiled(part):
                         course = _Course() if part in heads_themselves else self._course
-                        undo.callback(shadow(part, "_compiled_call_impl", _Part(part, compiler, course)))
+                        undo.callback(shadow(part, "_compiled_call_impl", _Part(part, names[part], compiler, course)))
             # Whatever uses W is over when a module that contains W returns; the layer itself may be used without being called.
             for module in around_W:
                 undo.callback(around_call(module, after=self._course.note_passed))
             self._undo = undo.pop_all()
 
-    def _compile_beginning(self, sequence: nn.Module, compiler: Compiler) -> Undo:
+    def _compile_beginning(self, sequence: nn.Module, name: str, compiler: Compiler) -> Undo:
         """Compile what an `nn.Sequential` calls before the first module that was opened, all together."""
         assert isinstance(sequence, nn.Sequential)
         parts = list(sequence)
         at = next(place for place, part in enumerate(parts) if part in self.modules)
         if not any(map(_has_weights, parts[:at])):
             return ExitStack().close
-        return shadow(sequence, "forward", _InTwo(sequence, at, compiler, self._course))
+        return shadow(sequence, "forward", _InTwo(sequence, name, at, compiler, self._course))
 
     def begin_pass(self) -> None:
         """Take note that the next batch's forward pass begins."""
@@ -176,14 +177,14 @@ class _Course:
 class _Part:
     """The call of a part of what was opened: compiled, unless W has been used before it."""
 
-    def __init__(self, module: nn.Module, compiler: Compiler, course: _Course) -> None:
+    def __init__(self, module: nn.Module, name: str, compiler: Compiler, course: _Course) -> None:
         self._module = module
         self._course = course
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-        self._compiled = compiler(_of_its_own(call, module))
+        self._compiled = compiler(_of_its_own(call, module, name))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._course.runs_eagerly():
@@ -198,7 +199,7 @@ def _is_plain_sequence(module: nn.Module) -> bool:
 class _InTwo:
     """The forward of an `nn.Sequential` whose first modules are compiled together."""
 
-    def __init__(self, sequence: nn.Sequential, at: int, compiler: Compiler, course: _Course) -> None:
+    def __init__(self, sequence: nn.Sequential, name: str, at: int, compiler: Compiler, course: _Course) -> None:
         self._sequence = sequence
         self._at = at
         self._course = course
@@ -208,7 +209,7 @@ class _InTwo:
                 value = module(value)
             return value
 
-        self._compiled = compiler(_of_its_own(beginning, sequence))
+        self._compiled = compiler(_of_its_own(beginning, sequence, name))
 
     def __call__(self, input: Any) -> Any:
         if self._course.runs_eagerly():
@@ -225,11 +226,13 @@ class _InTwo:
 _codes: WeakKeyDictionary[nn.Module, dict[CodeType, CodeType]] = WeakKeyDictionary()
 
 
-def _of_its_own(function: Any, module: nn.Module) -> Call:
-    """Return ``function`` with a code object that it shares only with others of the same purpose and module.
+def _of_its_own(function: Any, module: nn.Module, name: str) -> Call:
+    """Return ``function`` with a code object, and a name of it, that it shares only with others of its purpose and module.
 
-    torch.compile begins in a function's frame, for it passes by those of torch.nn, and keeps eight versions of a code: of
-    one code for all modules a ninth would run eagerly.
+    torch.compile begins in a function's frame, for it passes by those of torch.nn. It keeps eight versions of a code: of
+    one for all modules a ninth would run eagerly. And what has another shape than before under the same name it compiles
+    for all shapes, which is slower.
     """
-    code = _codes.setdefault(module, {}).setdefault(function.__code__, function.__code__.replace())
-    return FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+    named = f"{function.__name__}_{name.replace('.', '_')}"
+    code = _codes.setdefault(module, {}).setdefault(function.__code__, function.__code__.replace(co_name=named))
+    return FunctionType(code, function.__globals__, named, None, function.__closure__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -38,7 +39,9 @@ def trunk_and_heads(
     # What was compiled for the runs before counts towards dynamo's limit, behind which it runs eagerly and says nothing.
     torch.compiler.reset()
     torch._functorch.config.donated_buffer = walked_once  # type: ignore[attr-defined]
-    return torch.compile(trunk), {task: torch.compile(head) for task, head in heads.items()}  # type: ignore[return-value]
+    # For the shapes that come: after another network's, which it remembers, it would compile for all shapes.
+    of_these_shapes: Any = partial(torch.compile, dynamic=False)
+    return of_these_shapes(trunk), {task: of_these_shapes(head) for task, head in heads.items()}
 
 
 class Model(L.LightningModule):
