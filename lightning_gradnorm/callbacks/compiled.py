@@ -82,7 +82,7 @@ class OpenedCode:
         """Compile what an `nn.Sequential` calls before the first module that was opened, all together."""
         assert isinstance(sequence, nn.Sequential)
         parts = list(sequence)
-        at = next(place for place, part in enumerate(parts) if part in self.modules)
+        at = next((place for place, part in enumerate(parts) if part in self.modules), len(parts))
         if not any(map(_has_weights, parts[:at])):
             return ExitStack().close
         return shadow(sequence, "forward", _InTwo(sequence, name, at, compiler, self._course))
