@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lightning_gradnorm.callbacks.step import Pass
-from lightning_gradnorm.gradients import GradientReader, ReplayedGradients, WeightGradients, nodes_between, unwalkable
+from lightning_gradnorm.gradients import GradientReader, ReplayedGradients, nodes_between, unwalkable
 from lightning_gradnorm.gradients.paths import node_of, nodes_behind
 
 
@@ -28,7 +28,6 @@ class Audit:
         self._asked_by = asked_by
         self.readers = list(readers)
         """Those among which the first task is still to choose; then the chosen one."""
-        self._shared = [tensor for reader in readers if isinstance(reader, WeightGradients) for tensor in reader.sought]
         self._at_heads = at_heads
         self._chosen = False
         self._passed: set[str] = set()
@@ -87,7 +86,9 @@ class Audit:
                 return f"reaches {where} by a way that does not pass its head. {leave_out}"
         if cause := unwalkable(nodes_between(own if self._at_heads else [node_of(loss)], sought) - ends):
             return f"reaches {where} through {cause}"
-        if isinstance(reader, ReplayedGradients) and nodes_between([node_of(loss)], self._shared, stop=ends):
+        if isinstance(reader, ReplayedGradients) and nodes_between(
+            [node_of(loss), *reader.before_calls], reader.shared, stop=ends
+        ):
             return f"reaches the shared layer by a way that does not pass {where}."
         return None
 

@@ -72,7 +72,7 @@ class OpenedCode:
                 for part in _parts(_bare(module), self.modules):
                     if not is_compiled(part):
                         course = _Course() if part in heads_themselves else self._course
-                        undo.callback(shadow(part, "_compiled_call_impl", _Part(part, names[part], compiler, course)))
+                        undo.callback(shadow(part, "_compiled_call_impl", _part(part, names[part], compiler, course)))
             # Whatever uses W is over when a module that contains W returns; the layer itself may be used without being called.
             for module in around_W:
                 undo.callback(around_call(module, after=self._course.note_passed))
@@ -174,24 +174,6 @@ class _Course:
         return self.has_passed_layer and torch.is_grad_enabled()
 
 
-class _Part:
-    """The call of a part of what was opened: compiled, unless W has been used before it."""
-
-    def __init__(self, module: nn.Module, name: str, compiler: Compiler, course: _Course) -> None:
-        self._module = module
-        self._course = course
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-        self._compiled = compiler(_of_its_own(call, module, name))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._course.runs_eagerly():
-            return self._module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        return self._compiled(*args, **kwargs)
-
-
 def _is_plain_sequence(module: nn.Module) -> bool:
     return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
 
@@ -200,27 +182,42 @@ class _InTwo:
     """The forward of an `nn.Sequential` whose first modules are compiled together."""
 
     def __init__(self, sequence: nn.Sequential, name: str, at: int, compiler: Compiler, course: _Course) -> None:
-        self._sequence = sequence
-        self._at = at
-        self._course = course
-
         def beginning(value: Any) -> Any:
             for module in list(sequence)[:at]:
                 value = module(value)
             return value
 
-        self._compiled = compiler(_of_its_own(beginning, sequence, name))
+        self._sequence = sequence
+        self._at = at
+        self._beginning = _before_layer(beginning, sequence, name, compiler, course)
 
     def __call__(self, input: Any) -> Any:
-        if self._course.runs_eagerly():
-            return nn.Sequential.forward(self._sequence, input)  # type: ignore[no-untyped-call]
-        value = self._compiled(input)
+        value = self._beginning(input)
         for module in list(self._sequence)[self._at :]:
             value = module(value)
         return value
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self._sequence, "forward")  # of a copy, which is not taken apart: that of its class
+
+
+def _part(module: nn.Module, name: str, compiler: Compiler, course: _Course) -> Call:
+    """Return the call of a part of what was opened."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    return _before_layer(call, module, name, compiler, course)
+
+
+def _before_layer(function: Call, module: nn.Module, name: str, compiler: Compiler, course: _Course) -> Call:
+    """Return ``function``, a call in ``module``: compiled, unless the shared layer has been used before it."""
+    compiled = compiler(_of_its_own(function, module, name))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (function if course.runs_eagerly() else compiled)(*args, **kwargs)
+
+    return call
 
 
 _codes: WeakKeyDictionary[nn.Module, dict[CodeType, CodeType]] = WeakKeyDictionary()

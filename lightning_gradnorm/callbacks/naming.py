@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -32,17 +30,6 @@ def path_to(root: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
     parts = name.split(".")
     names = [".".join(parts[:depth]) for depth in range(len(parts))]
     return [(name, root.get_submodule(name)) for name in names]
-
-
-def modules_around(root: nn.Module, parameters: Collection[str]) -> list[tuple[str, nn.Module]]:
-    """Return the modules inside ``root`` that contain all of these parameters, the outermost first."""
-    if not parameters:
-        return []
-    return [
-        (name, module)
-        for name, module in path_to(root, next(iter(parameters)))[1:]
-        if all(parameter.startswith(f"{name}.") for parameter in parameters)
-    ]
 
 
 def plain_name(name: str) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_gradnorm.callbacks.compiled import is_compiled
 from lightning_gradnorm.callbacks.hooks import is_ours, takes_hooks
-from lightning_gradnorm.callbacks.naming import modules_around, path_to
+from lightning_gradnorm.callbacks.naming import path_to
 from lightning_gradnorm.gradients import GradientReader, LinearGradients, ReplayedGradients, WeightGradients
 from lightning_gradnorm.gradients.replay import is_sharded
 
@@ -28,7 +28,11 @@ def weight_readers(
         W: the shared layer's parameters by name.
         opened: modules whose own code runs eagerly although they were compiled.
     """
-    around = [(name, module) for name, module in modules_around(root, W) if takes_hooks(module)]
+    around = [
+        (name, module)
+        for name, module in path_to(root, next(iter(W)))[1:]
+        if all(parameter.startswith(f"{name}.") for parameter in W) and takes_hooks(module)
+    ]
     sharded = [(name, module) for name, module in around if is_sharded(module)][:1]
     if sharded:
         return [_replay(*sharded[0], W)]

@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from lightning_gradnorm.gradients.paths import node_of, nodes_between
+from lightning_gradnorm.gradients.paths import node_of
 from lightning_gradnorm.gradients.readers import RowReader, add_up, flat_row, row_width
 
 
@@ -109,10 +109,17 @@ class ReplayedGradients(RowReader):
 
     def width(self) -> int:
         """Return the number of values in ``W``."""
-        return row_width(self._shared())
+        return row_width(self.shared)
 
-    def _shared(self) -> list[nn.Parameter]:
+    @property
+    def shared(self) -> list[nn.Parameter]:
+        """The parameters that ``W`` consists of."""
         return [self._module.get_parameter(name) for name in self._parameters]
+
+    @property
+    def before_calls(self) -> set[Node]:
+        """Where gradients go on to from what the module was given in this forward pass."""
+        return set().union(*(call.before for call in self._calls))
 
     def before(self, args: Any, kwargs: Any) -> None:
         """Note how the module is called."""
@@ -120,16 +127,6 @@ class ReplayedGradients(RowReader):
         before = {node_of(tensor) for tensor in given if tensor.requires_grad}
         detached = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         self._begun.append(_Call(detached, _Surroundings.now(given), before))
-
-    def objection(self, loss: Tensor) -> str | None:
-        """Object where what the module is given has come by ``W`` already, and not by another call of the module."""
-        calls = {node_of(tensor) for tensor in self.sought}
-        before = {node for call in self._calls for node in call.before}
-        if nodes_between(before, self._shared(), stop=calls):
-            return (
-                f"reaches the shared layer by a way that does not pass {self.where}, but what '{self._name}' is given."
-            )
-        return None
 
     def after(self, output: Any) -> Any:
         """Note what the module returns; return views of it to be handed on in its place.
@@ -171,7 +168,7 @@ class ReplayedGradients(RowReader):
 
         A module that has two names has its places once, a parameter that is in two modules is one tensor in two places.
         """
-        W = [id(parameter) for parameter in self._shared()]
+        W = [id(parameter) for parameter in self.shared]
         stands_for: dict[int, Tensor] = {}
         tensors: dict[str, Tensor] = {}
         for prefix, module in self._module.named_modules():

@@ -1,4 +1,4 @@
-"""A model, or any part of it, compiled by torch.compile trains as the textbook says, and no part of it is run twice."""
+"""A model compiled by torch.compile, or any part of it, trains as the textbook says; as a whole, it is not run twice for it."""
 
 from __future__ import annotations
 
@@ -95,12 +95,12 @@ def _own_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     return super(type(self), self).forward(x)
 
 
-def _wrap(*names: str) -> Callable[[Any, str], Any]:
+def _wrap(*names: str, **options: Any) -> Callable[[Any, str], Any]:
     def compiled(model: Any, backend: str) -> Any:
         for name in names:
             parent, _, attribute = name.rpartition(".")
             owner = model.get_submodule(parent)
-            setattr(owner, attribute, torch.compile(getattr(owner, attribute), backend=backend))
+            setattr(owner, attribute, torch.compile(getattr(owner, attribute), backend=backend, **options))
         return model
 
     return compiled
@@ -342,9 +342,8 @@ class Trunk(nn.Module):
 
 class Deep(Automatic):
     def build(self) -> None:
+        super().build()
         self.encoder = Trunk()
-        for task in NAMES:
-            setattr(self, f"{task}_head", nn.Linear(6, 3))
 
 
 BEFORE_THE_LAYER = ["stem", "blocks.0 and blocks.1 together", "blocks.2.one", "blocks.2.norm"]
@@ -373,19 +372,16 @@ def test_what_precedes_a_layer_deep_inside_stays_compiled_and_is_not_run_again(
     assert counters["stats"]["unique_graphs"] == len(graphs)
 
 
-def _blocks(count: int) -> list[nn.Module]:
-    """Alike but for a number that their code is compiled for."""
+class Block(nn.Module):
+    """One is like another but for a number that its code is compiled for."""
 
-    class Block(nn.Module):
-        def __init__(self, power: int) -> None:
-            super().__init__()
-            self.layer = nn.Linear(7, 7)
-            self.power = power
+    def __init__(self, power: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(7, 7)
+        self.power = power
 
-        def forward(self, x):
-            return x + torch.tanh(self.layer(x)) ** self.power
-
-    return [Block(1 + power) for power in range(count)]
+    def forward(self, x):
+        return x + torch.tanh(self.layer(x)) ** self.power
 
 
 class Stack(nn.Module):
@@ -394,7 +390,7 @@ class Stack(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(5, 7)
-        self.blocks = nn.ModuleList(_blocks(10))
+        self.blocks = nn.ModuleList(Block(1 + power) for power in range(10))
         self.last = nn.Linear(7, 6)
 
     def forward(self, x):
@@ -466,13 +462,8 @@ def _both(model: Any, backend: str) -> Any:
     return _wrap("encoder")(model, backend)
 
 
-def _full(model: Any, backend: str) -> Any:
-    model.encoder = torch.compile(model.encoder, backend=backend, fullgraph=True)
-    return model
-
-
 ENCODERS: dict[str, tuple[type[nn.Module], str, Callable[[Any, str], Any], list[str]]] = {
-    "many blocks": (Stack, "encoder.last", _full, []),
+    "many blocks": (Stack, "encoder.last", _wrap("encoder", fullgraph=True), []),
     "a depth that changes": (Recurrent, "encoder.last", _wrap("encoder"), []),
     "tied weights": (Tied, "encoder.last", _wrap("encoder"), ["encoder"]),
     "tied weights, one compiled": (Tied, "encoder.last", _wrap("encoder.other"), ["encoder"]),
