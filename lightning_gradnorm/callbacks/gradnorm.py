@@ -185,7 +185,7 @@ class GradNorm(Balancing[GradNormRule]):
             encoder = find_module(module, self.representation, asked_by=f"{self._name}: representation")
         if self.norm_of == "activation":
             return [ActivationGradients(encoder, f"'{self.representation}'")]
-        return weight_readers(module, W, opened)
+        return weight_readers(module, W, opened, len(self._names))
 
     @override
     def _measures(self) -> bool:

@@ -10,12 +10,18 @@ from torch import Tensor, nn
 from lightning_gradnorm.callbacks.compiled import is_compiled
 from lightning_gradnorm.callbacks.hooks import is_ours, takes_hooks
 from lightning_gradnorm.callbacks.naming import path_to
-from lightning_gradnorm.gradients import GradientReader, LinearGradients, ReplayedGradients, WeightGradients
+from lightning_gradnorm.gradients import (
+    GradientReader,
+    LinearGradients,
+    PooledGradients,
+    ReplayedGradients,
+    WeightGradients,
+)
 from lightning_gradnorm.gradients.replay import is_sharded
 
 
 def weight_readers(
-    root: L.LightningModule, W: Mapping[str, Tensor], opened: Collection[nn.Module]
+    root: L.LightningModule, W: Mapping[str, Tensor], opened: Collection[nn.Module], tasks: int
 ) -> list[GradientReader]:
     """Return readers of ``∇_W L_i`` in order of preference.
 
@@ -27,6 +33,7 @@ def weight_readers(
         root: the LightningModule.
         W: the shared layer's parameters by name.
         opened: modules whose own code runs eagerly although they were compiled.
+        tasks: how many there are.
     """
     around = [
         (name, module)
@@ -38,16 +45,20 @@ def weight_readers(
         return [_replay(*sharded[0], W)]
     closed = [place for place, (_, module) in enumerate(around) if is_compiled(module) and module not in opened]
     outside = around[: closed[0] + 1] if closed else around
-    on_the_graph = _on_the_graph(root, W, is_hooked_easily=not closed)
+    on_the_graph = _on_the_graph(root, W, tasks, is_hooked_easily=not closed)
     return [on_the_graph, *(_replay(name, module, W) for name, module in reversed(outside))]
 
 
-def _on_the_graph(root: L.LightningModule, W: Mapping[str, Tensor], *, is_hooked_easily: bool) -> WeightGradients:
+def _on_the_graph(
+    root: L.LightningModule, W: Mapping[str, Tensor], tasks: int, *, is_hooked_easily: bool
+) -> WeightGradients:
     (name, weight), *others = W.items()
     _, layer = path_to(root, name)[-1]
-    if is_hooked_easily and not others and takes_hooks(layer) and LinearGradients.can_read(layer, weight):
-        assert isinstance(layer, nn.Linear)
-        return LinearGradients(layer, is_ours)
+    if is_hooked_easily and not others and takes_hooks(layer):
+        if LinearGradients.can_read(layer, weight):
+            return LinearGradients(layer, is_ours)
+        if PooledGradients.can_read(layer, weight):
+            return PooledGradients(layer, tasks, is_ours)
     return WeightGradients(list(W.values()))
 
 

@@ -7,6 +7,7 @@ from lightning_gradnorm.gradients.linear import LinearGradients
 from lightning_gradnorm.gradients.norms import GradientNorms, check_loss, gradient_norms, inner_products
 from lightning_gradnorm.gradients.parts import REST, PartGradients
 from lightning_gradnorm.gradients.paths import nodes_between, unwalkable
+from lightning_gradnorm.gradients.pooled import PooledGradients
 from lightning_gradnorm.gradients.readers import (
     ActivationGradients,
     GradientReader,
@@ -27,6 +28,7 @@ __all__ = [
     "KeptBuffers",
     "LinearGradients",
     "PartGradients",
+    "PooledGradients",
     "ReplayedGradients",
     "RowReader",
     "WeightGradients",

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from lightning_gradnorm import GradNorm
 from lightning_gradnorm.callbacks.hooks import around_call, is_ours
-from lightning_gradnorm.gradients import LinearGradients, WeightGradients, fan_out
+from lightning_gradnorm.gradients import LinearGradients, PooledGradients, WeightGradients, fan_out
+from lightning_gradnorm.gradients.readers import norms_of_rows
 
 F64 = torch.float64
 T, INPUTS, OUTPUTS = 3, 20, 30
@@ -293,3 +294,25 @@ def test_a_gradient_that_is_read_after_it_was_complete_is_an_error() -> None:
         reader.read("a", [z], [torch.ones_like(z)])
     reader.clear()
     reader.read("a", [z], [torch.ones_like(z)])
+
+
+@pytest.mark.parametrize("kind", [LinearGradients, PooledGradients])
+def test_a_task_that_does_not_come_by_the_layer_has_a_norm_of_zero(kind: Any) -> None:
+    torch.manual_seed(0)
+    is_linear = kind is LinearGradients
+    layer, other = (nn.Linear(20, 30) if is_linear else nn.Conv2d(2, 3, 3) for _ in range(2))
+    x = torch.randn(6, 20) if is_linear else torch.randn(6, 2, 12, 12)
+    reader = kind(layer) if is_linear else kind(layer, 5)
+    around_call(layer, before=reader.before, after=reader.after)
+    by_the_layer, past_it = layer(x), other(x)
+    reader.read("past it", [past_it], [torch.ones_like(past_it)])
+    reader.read("by it", [by_the_layer], [torch.ones_like(by_the_layer)])
+    (expected,) = torch.autograd.grad(by_the_layer.sum(), layer.weight)
+    torch.testing.assert_close(reader.norms(["past it", "by it"]), torch.stack([torch.zeros(()), expected.norm()]))
+    assert reader.unreached == {"past it"}
+
+
+@pytest.mark.parametrize("length", [1, 1024, 2047, 2048, 100_001, 4_000_003])
+def test_the_norm_of_a_long_row_has_all_digits_of_its_precision(length: int) -> None:
+    rows = torch.randn(2, length, generator=torch.Generator().manual_seed(0)).pow(3)
+    torch.testing.assert_close(norms_of_rows(rows).double(), rows.double().norm(dim=1), rtol=3e-7, atol=0)

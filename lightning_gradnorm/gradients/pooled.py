@@ -1,0 +1,257 @@
+"""The norms of a convolution's gradients where its output comes to the heads by way of a mean over the positions.
+
+Behind such a pooling, the tasks' gradients at the layer's outputs differ in no more than one number for each sample b and
+channel o, whatever the position p::
+
+    D_i[b, o, p] = S[b, o, p] · v_i[b, o]
+
+S is what lies between layer and pooling: zeros and ones for a ReLU. With the patches U of the input,
+``∇_W L_i[o] = Σ_bp D_i[b, o, p] U[b, p]`` becomes::
+
+    ∇_W L_i[o] = Σ_b v_i[b, o] M[b, o],   M[b, o] = Σ_p S[b, o, p] U[b, p]
+
+M takes the products of one task's gradient, and then each task a P-th of them, P being the number of positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.nn import functional as F
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+
+from lightning_gradnorm.gradients.layer import LayerGradients
+from lightning_gradnorm.gradients.paths import node_of
+
+Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+_PRODUCTS: Mapping[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Conv1d: conv1d_weight,
+    nn.Conv2d: conv2d_weight,
+    nn.Conv3d: conv3d_weight,
+}
+
+_AT_ONCE = 8 * 2**20
+"""Bytes of M that are made at a time: they fit into a processor's cache."""
+
+
+class _Pattern:
+    """S, shape (B, O, P), as far as the tasks have shown it; its largest value for each sample and channel is 1."""
+
+    def __init__(self, D: Tensor) -> None:
+        self.S = torch.zeros_like(D)
+        self._where = torch.zeros(*D.shape[:2], 1, dtype=torch.long)
+        """The position of the largest value, shape (B, O, 1)."""
+
+    def numbers_of(self, D: Tensor) -> Tensor | None:
+        """Return v_i, shape (B, O), with which S gives this gradient but for rounding; ``None`` if there is none."""
+        v = D.gather(2, self._where)
+        if not self._fits(D, v):
+            self._learn(D)
+            v = D.gather(2, self._where)
+            if not self._fits(D, v):
+                return None
+        return v.squeeze(2)
+
+    def _fits(self, D: Tensor, v: Tensor) -> bool:
+        off = torch.linalg.vector_norm(torch.addcmul(D, self.S, v, value=-1))
+        return bool(off <= 8 * torch.finfo(D.dtype).eps * torch.linalg.vector_norm(D))  # no if anything is not finite
+
+    def _learn(self, D: Tensor) -> None:
+        """Take S from this gradient where no task before has had one."""
+        is_known = self.S.gather(2, self._where) != 0
+        self._where = torch.where(is_known, self._where, D.abs().argmax(dim=2, keepdim=True))
+        self.S = torch.where(is_known, self.S, (D / D.gather(2, self._where)).nan_to_num_(0.0))
+
+
+class PooledGradients(LayerGradients):
+    """Reads ``∇_W L_i`` of a convolution; the norms of several tasks it finds from what their gradients have in common.
+
+    That they have it is not taken from the network: it is seen in the numbers, of each task in each pass. Where it is not
+    so, the gradients are read as they are, from then on without another try.
+
+    Args:
+        layer: whose ``weight`` is ``W``; each call between `before` and `after`.
+        tasks: how many there are.
+        is_ours: says of a hook of the layer that it comes from a reader; see `LayerGradients`.
+    """
+
+    module: Convolution
+
+    def __init__(self, layer: Convolution, tasks: int, is_ours: Callable[[Any], bool] = lambda hook: False) -> None:
+        super().__init__(layer, is_ours)
+        self._tasks = tasks
+        self._has_failed = False
+        self._pattern: _Pattern | None = None
+        self._numbers: dict[str, Tensor] = {}
+        """Task → v_i."""
+        self._complete: set[str] = set()
+        """Tasks of which nothing more will be read."""
+        self._alone: Tensor | None = None
+        """The gradient of the only task so far: what a second one has in common with it is still to be seen."""
+
+    @staticmethod
+    def can_read(layer: nn.Module, weight: Tensor) -> TypeGuard[Convolution]:
+        """Say whether this is a plain convolution of that weight, on a CPU."""
+        return (
+            isinstance(layer, Convolution)
+            and type(layer) in _PRODUCTS
+            and layer.groups == 1
+            and layer.padding_mode == "zeros"
+            and not isinstance(layer.padding, str)  # 'same' pads by itself
+            and LayerGradients.is_plain(layer, weight)
+        )
+
+    def _pays(self, inputs: Tensor, output: Tensor) -> bool:
+        """Reckon with all but the tasks' own products at what four gradients cost, and these at what memory costs."""
+        P = output.shape[2:].numel()
+        return not self._has_failed and self._tasks * P > 4 * (P + self._tasks)
+
+    def _is_product_with(self, W: Tensor, node: Node) -> bool:
+        return node.name() == "ConvolutionBackward0" and any(of is node_of(W) for of, _ in node.next_functions)
+
+    def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Add the task's contribution to the gradient of ``W``, or note the numbers that it is made of."""
+        if len(self._calls) > 1:  # each has a pattern of its own
+            self._calls.clear()
+        super().read(task, outputs, gradients)
+
+    def _take(self, task: str, found: Sequence[Tensor | None]) -> None:
+        (D,) = found
+        assert D is not None
+        self._pattern = self._pattern or _Pattern(D.flatten(2))
+        v = self._pattern.numbers_of(D.flatten(2))
+        if v is None:
+            self._read_as_it_is(task, D)
+            return
+        self._numbers[task] = self._numbers[task] + v if task in self._numbers else v
+        if len(self._numbers) > 1:
+            self._alone = None
+        else:
+            self._alone = D if self._alone is None else self._alone + D
+
+    def _read_as_it_is(self, task: str, D: Tensor) -> None:
+        row = self._product(D)
+        if bool(D.isfinite().all()):
+            self._multiply()
+            self._calls.clear()
+            self._has_failed = True
+        self._add(task, row)
+
+    def _product(self, D: Tensor) -> Tensor:
+        """Return ``∇_W L`` for a gradient at the output."""
+        layer, inputs = self.module, self._inputs_of(self._calls[0])
+        product = _PRODUCTS[type(layer)]
+        return product(inputs, layer.weight.shape, D, layer.stride, layer.padding, layer.dilation).flatten()
+
+    def _products(self, tasks: Sequence[str]) -> Iterator[Tensor]:
+        """Yield the gradients of these tasks, of one piece of the input channels after another, as (O, T, values)."""
+        assert self._pattern is not None
+        inputs, S = self._inputs_of(self._calls[0]), self._pattern.S
+        v = torch.stack([self._numbers[task] for task in tasks]).permute(2, 0, 1).contiguous()  # for the sake of bmm
+        of_one_channel = S.shape[:2].numel() * self.module.weight[0, 0].numel() * S.element_size()
+        for piece in torch.split(inputs, max(1, _AT_ONCE // of_one_channel), dim=1):
+            M = torch.bmm(S, patches(piece, self.module))
+            yield torch.bmm(v, M.transpose(0, 1))
+
+    def _multiply(self) -> None:
+        """Turn what is known at the output into rows; of a task of which nothing more is read, into its norm."""
+        if self._alone is not None:
+            self._multiply_alone(self._alone)
+        complete = [task for task in self._numbers if task in self._complete]
+        if complete:
+            norms = [torch.linalg.vector_norm(part, dim=2) for part in self._products(complete)]
+            self._closed |= zip(complete, torch.linalg.vector_norm(torch.cat(norms), dim=0).unbind(), strict=True)
+        to_come = [task for task in self._numbers if task not in self._complete]
+        if to_come:
+            gradients = torch.cat(list(self._products(to_come)), dim=2)
+            for task, gradient in zip(to_come, gradients.unbind(1), strict=True):
+                self._add(task, gradient.flatten())
+        self._numbers.clear()
+        self._complete.clear()
+
+    def _multiply_alone(self, D: Tensor) -> None:
+        """Read the only task as it is: to the bit as if there had been nothing to note."""
+        (task,), is_complete = self._numbers, bool(self._complete)
+        row = self._product(D)
+        self._numbers.clear()
+        self._complete.clear()
+        self._alone = None
+        self._add(task, row)
+        if is_complete:
+            super().close(task)
+
+    def close(self, task: str) -> None:
+        """Take note that nothing more of this task will be read: its norm will do."""
+        if task in self._rows and task in self._numbers:
+            self._multiply()
+        if task in self._numbers:
+            self._complete.add(task)
+        else:
+            super().close(task)
+
+    def _is_closed(self, task: str) -> bool:
+        return task in self._complete or super()._is_closed(task)
+
+    def finish(self) -> None:
+        """Find the norms, if nothing more is to come of any task."""
+        if self._complete >= set(self._numbers):
+            self._multiply()
+
+    def norms(self, tasks: Sequence[str]) -> Tensor:
+        """Return the norms of the gradients read so far, shape (T,), zero for a task not seen; nothing more can be read."""
+        for task in list(self._numbers):
+            self.close(task)
+        self._multiply()
+        return super().norms(tasks)
+
+    def rescale(self, task: str, factor: Tensor) -> None:
+        """Multiply what was read of a task's gradient by ``factor``."""
+        self._multiply()
+        super().rescale(task, factor)
+
+    def forget(self) -> None:
+        """Let go of the current forward pass's tensors; what was read of them stays."""
+        super().forget()
+        self._pattern = None
+
+    def clear(self) -> None:
+        """Forget what was read: a new optimizer step begins."""
+        self._numbers.clear()
+        self._complete.clear()
+        self._alone = None
+        super().clear()
+
+
+def patches(inputs: Tensor, layer: Convolution) -> Tensor:
+    """Return U, shape (B, P, channels · kernel), such that the convolution's output is a product of it with ``W``.
+
+    Example:
+        >>> layer, x = nn.Conv2d(3, 4, (3, 2), stride=2, padding=1, bias=False), torch.randn(5, 3, 8, 8)
+        >>> product = patches(x, layer) @ layer.weight.flatten(1).T
+        >>> bool(torch.allclose(product, layer(x).flatten(2).mT, atol=1e-6))
+        True
+    """
+    assert not isinstance(layer.padding, str)
+    padded = F.pad(inputs, [size for padding in reversed(layer.padding) for size in (padding, padding)])
+    kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
+    positions = [
+        (size - wide * (of - 1) - 1) // step + 1
+        for size, of, step, wide in zip(padded.shape[2:], kernel, stride, dilation, strict=True)
+    ]
+    of_sample, of_channel, *of_place = padded.stride()
+    U = padded.as_strided(
+        (*inputs.shape[:2], *kernel, *positions),
+        (
+            of_sample,
+            of_channel,
+            *(step * wide for step, wide in zip(of_place, dilation, strict=True)),
+            *(step * far for step, far in zip(of_place, stride, strict=True)),
+        ),
+    )
+    return U.reshape(inputs.shape[0], -1, math.prod(positions)).mT

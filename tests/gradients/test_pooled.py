@@ -1,0 +1,337 @@
+"""Norms from what pooled gradients have in common are those of the gradients themselves; others are read as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from harness import Batches
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_gradnorm import GradNorm
+from lightning_gradnorm.callbacks.hooks import around_call, is_ours
+from lightning_gradnorm.gradients import PooledGradients, WeightGradients, fan_out, pooled
+
+F64 = torch.float64
+TASKS = ["seg", "depth", "normals", "edges", "pose", "time"]
+INPUTS, OUTPUTS = 3, 7
+
+Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Encode = Callable[[Layer, Tensor], Tensor]
+
+
+def averaged(z: Tensor) -> Tensor:
+    return z.flatten(2).mean(2)
+
+
+def flat(**options: Any) -> Layer:
+    return nn.Conv2d(INPUTS, OUTPUTS, 3, dtype=F64, **options)
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(5))
+
+
+norm = nn.BatchNorm2d(OUTPUTS, dtype=F64)
+
+ENCODERS: dict[str, tuple[Callable[[], Layer], Encode, bool]] = {
+    "a relu": (flat, lambda layer, x: averaged(layer(x).relu()), True),
+    "a relu in place": (flat, lambda layer, x: averaged(layer(x).relu_()), True),
+    "nothing": (flat, lambda layer, x: averaged(layer(x)), True),
+    "a gelu": (flat, lambda layer, x: averaged(F.gelu(layer(x))), True),
+    "dropout": (flat, lambda layer, x: averaged(F.dropout(layer(x).tanh())), True),
+    "statistics at rest": (flat, lambda layer, x: averaged(norm.eval()(layer(x)).relu()), True),
+    "the largest value": (flat, lambda layer, x: layer(x).flatten(2).amax(2), True),
+    "pooling in the heads": (flat, lambda layer, x: layer(x).relu(), True),
+    "a sum with what is before": (flat, lambda layer, x: averaged((layer(x)[:, :3] + x[..., 2:, 2:]).relu()), True),
+    "strides": (lambda: flat(stride=(2, 1), padding=(0, 2)), lambda layer, x: averaged(layer(x).relu()), True),
+    "holes": (lambda: flat(dilation=(1, 3), padding=3), lambda layer, x: averaged(layer(x).relu()), True),
+    "pixels first": (
+        flat,
+        lambda layer, x: averaged(layer(x.to(memory_format=torch.channels_last)).relu()),
+        True,
+    ),
+    "sequences": (
+        lambda: nn.Conv1d(INPUTS, OUTPUTS, 4, stride=2, padding=1, dtype=F64),
+        lambda layer, x: averaged(layer(x.flatten(2)).relu()),
+        True,
+    ),
+    "volumes": (
+        lambda: nn.Conv3d(INPUTS, OUTPUTS, (2, 3, 1), padding=1, dtype=F64),
+        lambda layer, x: averaged(layer(x.unflatten(3, (2, 5))).relu()),
+        True,
+    ),
+    "statistics of the batch": (flat, lambda layer, x: averaged(norm.train()(layer(x)).relu()), False),
+    "every position": (flat, lambda layer, x: layer(x).flatten(2)[..., :OUTPUTS].mean(1), False),
+    "two calls": (flat, lambda layer, x: averaged(layer(x) * layer(x.flip(0)).sigmoid()), False),
+    "the weight once more, by hand": (
+        flat,
+        lambda layer, x: averaged(layer(x).relu() + F.conv2d(x, layer.weight, padding=1)[..., 2:, 2:]),
+        False,
+    ),
+    "groups": (lambda: nn.Conv2d(3, 6, 3, groups=3, dtype=F64), lambda layer, x: averaged(layer(x)), False),
+    "circles": (lambda: flat(padding_mode="circular", padding=1), lambda layer, x: averaged(layer(x)), False),
+    "the same size": (lambda: flat(padding="same"), lambda layer, x: averaged(layer(x)), False),
+    "one image": (flat, lambda layer, x: layer(x[0]).flatten(1).mean(1)[None], False),
+    "few positions": (flat, lambda layer, x: averaged(layer(x[..., :4, :5])), False),
+}
+
+
+class Head(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.last = nn.Linear(width, 2, dtype=F64)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.last(averaged(z) if z.ndim > 2 else z)
+
+
+def heads_for(z: Tensor) -> dict[str, nn.Module]:
+    torch.manual_seed(7)
+    return {task: Head(z.shape[1]) for task in TASKS}
+
+
+@contextmanager
+def both_readers(layer: Layer, tasks: int = len(TASKS)) -> Iterator[tuple[Any, WeightGradients]]:
+    """A reader at work on the layer, if it can be, and a plain one."""
+    plain = WeightGradients([layer.weight])
+    if not PooledGradients.can_read(layer, layer.weight):
+        yield None, plain
+        return
+    reader = PooledGradients(layer, tasks, is_ours)
+    undo = around_call(layer, before=reader.before, after=reader.after)
+    yield reader, plain
+    undo()
+
+
+def to_both(*readers: Any) -> Callable[..., None]:
+    def receive(*arrived: Any) -> None:
+        for reader in readers:
+            reader.read(*arrived)
+
+    return receive
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+@pytest.mark.parametrize("at_once", [1, 2000, 8 * 2**20])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_norms_and_rows_are_those_of_the_gradient(
+    name: str, at_once: int, is_complete: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pooled, "_AT_ONCE", at_once)
+    torch.manual_seed(1)
+    make, encode, is_quick = ENCODERS[name]
+    layer, x = make(), noise(4, INPUTS, 9, 10)
+    with both_readers(layer) as (reader, plain):
+        if reader is None:
+            assert not is_quick
+            return
+        for step in range(3):
+            z = encode(layer, x + step)
+            heads = heads_for(z)
+            views = fan_out(z, heads, to_both(reader, plain))
+            sum(heads[task](views[task]).square().mean() for task in heads).backward()
+            assert bool(reader._numbers) is is_quick
+            tasks = [*heads, "absent"]
+            if is_complete:
+                for task in heads:
+                    reader.close(task)
+                reader.finish()
+                assert set(reader._closed) == set(heads)
+            else:
+                rows = reader.rows(tasks, x), plain.rows(tasks, x)
+                torch.testing.assert_close(*rows, rtol=1e-12, atol=1e-15)
+            torch.testing.assert_close(reader.norms(tasks), plain.norms(tasks), rtol=1e-12, atol=0)
+            assert is_quick or all(torch.equal(reader.norms([task]), plain.norms([task])) for task in heads)
+            reader.clear()
+            plain.clear()
+
+
+def test_norms_are_found_without_a_row_for_each_task() -> None:
+    layer, x = flat(), noise(4, INPUTS, 9, 10)
+    with both_readers(layer) as (reader, plain):
+        z = averaged(layer(x).relu())
+        heads = heads_for(z)
+        views = fan_out(z, heads, to_both(reader, plain))
+        sum(heads[task](views[task]).square().mean() for task in heads).backward()
+        torch.testing.assert_close(reader.norms(TASKS), plain.norms(TASKS), rtol=1e-12, atol=0)
+        assert not reader._rows
+
+
+def test_what_is_no_longer_the_same_pattern_is_read_as_it_is_from_then_on() -> None:
+    """To the bit, also the task that came before it; and no later pass is tried again."""
+    layer, x = flat(), noise(4, INPUTS, 9, 10)
+    with both_readers(layer) as (reader, plain):
+        for step, tasks in enumerate([["seg"], TASKS, TASKS]):
+            z = layer(x).relu()
+            views = fan_out(z, tasks, to_both(reader, plain))
+            sum(view.pow(2 + place).mean() for place, view in enumerate(views.values())).backward()
+            for task in tasks:
+                reader.close(task)
+            reader.finish()
+            assert torch.equal(reader.norms(tasks), plain.norms(tasks))
+            assert reader._has_failed is (step > 0)
+            assert bool(reader._calls) is (step == 0)
+            reader.clear()
+            plain.clear()
+
+
+def test_a_pattern_may_be_seen_by_pieces_and_end_in_the_midst_of_a_pass() -> None:
+    """One task has no loss for the first half of the batch, another not by way of the pooling."""
+    layer, x = flat(), noise(4, INPUTS, 9, 10)
+    with both_readers(layer) as (reader, plain):
+        z = layer(x).relu()
+        views = fan_out(z, ["late", "early", "all", "none", "dense", "after"], to_both(reader, plain))
+        pooled_views = {task: averaged(view) for task, view in views.items()}
+        for loss in (
+            pooled_views["late"][2:].square().mean(),
+            pooled_views["early"][:2].square().mean(),
+            pooled_views["all"].exp().mean(),
+            0 * pooled_views["none"].sum(),
+            views["dense"].pow(3).mean(),
+            pooled_views["after"].sin().sum(),
+        ):
+            assert not reader._has_failed or loss.grad_fn.name() == "SumBackward0"
+            loss.backward(retain_graph=True)
+        tasks = list(views)
+        torch.testing.assert_close(reader.norms(tasks), plain.norms(tasks), rtol=1e-12, atol=0)
+        assert reader._has_failed
+
+
+def test_a_loss_that_is_not_finite_shows_and_ends_nothing() -> None:
+    layer, x = flat(), noise(4, INPUTS, 9, 10)
+    with both_readers(layer) as (reader, plain):
+        for factor in (torch.nan, torch.inf, 1.0):
+            z = averaged(layer(x).relu())
+            heads = heads_for(z)
+            views = fan_out(z, heads, to_both(reader, plain))
+            losses = [heads[task](views[task]).square().mean() for task in heads]
+            (sum(losses[1:]) + factor * losses[0]).backward()  # type: ignore[union-attr]
+            found = reader.norms(TASKS)
+            assert bool(found[0].isfinite()) is (factor == 1.0)
+            torch.testing.assert_close(found, plain.norms(TASKS), rtol=1e-12, atol=0, equal_nan=True)
+            assert not reader._has_failed
+            reader.clear()
+            plain.clear()
+
+
+def test_several_passes_of_one_step_add_up_as_gradients_do() -> None:
+    layer, x = flat(), noise(4, INPUTS, 9, 10)
+    with both_readers(layer) as (reader, plain):
+        for part in x.split(2):
+            z = averaged(layer(part).relu())
+            heads = heads_for(z)
+            for again in (True, False):
+                views = fan_out(z, heads, to_both(reader, plain))
+                sum(heads[task](views[task]).square().mean() for task in heads).backward(retain_graph=again)
+            reader.rescale("seg", torch.tensor(0.5))
+            plain.rescale("seg", torch.tensor(0.5))
+            reader.forget()
+            plain.forget()
+        torch.testing.assert_close(reader.norms(TASKS), plain.norms(TASKS), rtol=1e-12, atol=0)
+        torch.testing.assert_close(reader.rows(TASKS, x), plain.rows(TASKS, x), rtol=1e-12, atol=1e-15)
+
+
+def test_a_gradient_that_is_read_after_it_was_complete_is_an_error() -> None:
+    layer, x = flat(), noise(4, INPUTS, 9, 10)
+    with both_readers(layer) as (reader, _):
+        z = averaged(layer(x))
+        reader.read("seg", [z], [torch.ones_like(z)])
+        reader.close("seg")
+        with pytest.raises(RuntimeError, match="read again after it was said to be complete"):
+            reader.read("seg", [z], [torch.ones_like(z)])
+
+
+def test_single_precision_loses_no_more_digits_than_the_gradient_itself() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(16, 32, 3, padding=1), torch.randn(8, 16, 14, 14).relu()
+    exact = nn.Conv2d(16, 32, 3, padding=1, dtype=F64)
+    exact.load_state_dict(layer.state_dict())
+    with both_readers(layer) as (reader, _):
+        z = averaged(F.gelu(layer(x)))
+        v = torch.randn(len(TASKS), *z.shape)
+        for task, of_task in zip(TASKS, v, strict=True):
+            reader.read(task, [z], [of_task])
+        assert len(reader._numbers) == len(TASKS)
+        exact_z = averaged(F.gelu(exact(x.double())))
+        expected = [
+            torch.autograd.grad(exact_z, exact.weight, of_task.double(), retain_graph=True)[0].norm() for of_task in v
+        ]
+        torch.testing.assert_close(reader.norms(TASKS).double(), torch.stack(expected), rtol=1e-6, atol=0)
+
+
+class Pictures(L.LightningModule):
+    """A convolution whose output the heads read by way of a mean, or a flat picture."""
+
+    def __init__(self, is_pooled: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(inplace=True))
+        last = (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))) if is_pooled else None
+        self.heads = nn.ModuleDict({task: last() if last else nn.Conv2d(6, 1, 1) for task in TASKS})
+        self.double()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        z = self.encoder(batch)
+        losses = {task: (i + 1) * head(z).square().mean() for i, (task, head) in enumerate(self.heads.items())}
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Reads(L.Callback):
+    """Notes which tasks' numbers are known when a backward pass is over."""
+
+    def __init__(self, gradnorm: GradNorm) -> None:
+        self.gradnorm, self.were_pooled = gradnorm, list[bool]()
+
+    def on_after_backward(self, *_: Any) -> None:
+        reader: Any = self.gradnorm._reader
+        self.were_pooled.append(isinstance(reader, PooledGradients) and reader._pattern is not None)
+
+
+def pictures() -> list[Tensor]:
+    return list(noise(8, 6, 3, 10, 10))
+
+
+@pytest.mark.parametrize("is_pooled", [True, False])
+@pytest.mark.parametrize("with_heads", [True, False])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_training_is_the_same_with_either_way_of_reading(
+    quiet_trainer: Any, with_heads: bool, accumulate: int, is_pooled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads = {task: f"heads.{task}" for task in TASKS} if with_heads else None
+    found = {}
+    for is_quick in (True, False):
+        if not is_quick:
+            monkeypatch.setattr(PooledGradients, "can_read", staticmethod(lambda *_: False))
+        model, gradnorm = Pictures(is_pooled), GradNorm(TASKS, shared_layer="encoder.2", heads=heads)
+        reads = Reads(gradnorm)
+        trainer = quiet_trainer(callbacks=[reads, gradnorm], max_epochs=2, accumulate_grad_batches=accumulate)
+        trainer.fit(model, Batches(pictures()))
+        assert any(reads.were_pooled) is is_quick
+        assert all(reads.were_pooled) is (is_quick and is_pooled)
+        found[is_quick] = [*gradnorm.weights.values(), *(p.detach() for p in model.parameters())]
+    exact = {"rtol": 1e-9, "atol": 1e-12} if is_pooled else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(found[True], found[False], **exact)
+
+
+@pytest.mark.parametrize("is_pooled", [True, False])
+def test_a_resumed_training_goes_on_to_the_bit(quiet_trainer: Any, is_pooled: bool, tmp_path: Any) -> None:
+    def train(epochs: int, **options: Any) -> list[Any]:
+        model, gradnorm = Pictures(is_pooled), GradNorm(TASKS, shared_layer="encoder.2")
+        trainer = quiet_trainer(callbacks=[gradnorm], max_epochs=epochs)
+        trainer.fit(model, Batches(pictures()), **options)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return [*gradnorm.weights.values(), *(p.detach() for p in model.parameters())]
+
+    whole = train(3)
+    train(1)
+    resumed = train(3, ckpt_path=tmp_path / "1.ckpt")
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
