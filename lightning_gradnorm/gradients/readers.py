@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 _PIECE = 1024
-"""Numbers whose norm is taken at once."""
+"""Numbers of a longer row whose norm is taken at once."""
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def norms_of_rows(rows: Tensor) -> Tensor:
     Of a million float32 numbers at once torch's norm has lost three digits on a CPU, where it adds them up one by one.
     """
     pieces = rows.shape[1] // _PIECE
-    if pieces < 2:
+    if pieces < 16:  # six digits; a network of short rows has better things to do
         whole: Tensor = torch.linalg.vector_norm(rows, dim=1)
         return whole
     end = pieces * _PIECE
