@@ -92,8 +92,8 @@ class PooledGradients(LayerGradients):
         """Task → v_i."""
         self._complete: set[str] = set()
         """Tasks of which nothing more will be read."""
-        self._alone: Tensor | None = None
-        """The gradient of the only task so far: what a second one has in common with it is still to be seen."""
+        self._alone: tuple[str, Tensor] | None = None
+        """The only task so far and its gradient: what a second one has in common with it is still to be seen."""
 
     @staticmethod
     def can_read(layer: nn.Module, weight: Tensor) -> TypeGuard[Convolution]:
@@ -124,24 +124,45 @@ class PooledGradients(LayerGradients):
     def _take(self, task: str, found: Sequence[Tensor | None]) -> None:
         (D,) = found
         assert D is not None
-        self._pattern = self._pattern or _Pattern(D.flatten(2))
-        v = self._pattern.numbers_of(D.flatten(2))
-        if v is None:
-            self._read_as_it_is(task, D)
+        alone, self._alone = self._alone, None
+        if self._pattern is None and (alone is None or alone[0] == task):
+            self._alone = task, D if alone is None else alone[1] + D
             return
-        self._numbers[task] = self._numbers[task] + v if task in self._numbers else v
-        if len(self._numbers) > 1:
-            self._alone = None
-        else:
-            self._alone = D if self._alone is None else self._alone + D
+        arrived = [(task, D)] if alone is None else [alone, (task, D)]
+        numbers = self._numbers_of([gradient.flatten(2) for _, gradient in arrived])
+        if numbers is None:
+            self._read_as_they_are(arrived)
+            return
+        for (one, _), v in zip(arrived, numbers, strict=True):
+            self._numbers[one] = self._numbers[one] + v if one in self._numbers else v
 
-    def _read_as_it_is(self, task: str, D: Tensor) -> None:
-        row = self._product(D)
-        if bool(D.isfinite().all()):
+    def _numbers_of(self, gradients: Sequence[Tensor]) -> list[Tensor] | None:
+        """Return v_i of each of them; ``None`` unless all are of one pattern."""
+        if self._pattern is None:
+            of_one_sample = _Pattern(gradients[0][:1])  # it tells most that are not, and takes no memory
+            if any(of_one_sample.numbers_of(D[:1]) is None for D in gradients):
+                return None
+            self._pattern = _Pattern(gradients[0])
+        numbers = [self._pattern.numbers_of(D) for D in gradients]
+        found = [v for v in numbers if v is not None]
+        return found if len(found) == len(numbers) else None
+
+    def _read_as_they_are(self, arrived: Sequence[tuple[str, Tensor]]) -> None:
+        rows = [(task, self._product(D)) for task, D in arrived]
+        if all(bool(D.isfinite().all()) for _, D in arrived):
             self._multiply()
             self._calls.clear()
             self._has_failed = True
+        for task, row in rows:
+            self._settle(task, row)
+
+    def _settle(self, task: str, row: Tensor) -> None:
+        """Add what was read of the task as it is; keep its norm alone if nothing more will be read of it."""
+        is_complete = task in self._complete
+        self._complete.discard(task)
         self._add(task, row)
+        if is_complete:
+            super().close(task)
 
     def _product(self, D: Tensor) -> Tensor:
         """Return ``∇_W L`` for a gradient at the output."""
@@ -162,7 +183,8 @@ class PooledGradients(LayerGradients):
     def _multiply(self) -> None:
         """Turn what is known at the output into rows; of a task of which nothing more is read, into its norm."""
         if self._alone is not None:
-            self._multiply_alone(self._alone)
+            (task, D), self._alone = self._alone, None
+            self._settle(task, self._product(D))
         complete = [task for task in self._numbers if task in self._complete]
         if complete:
             norms = [torch.linalg.vector_norm(part, dim=2) for part in self._products(complete)]
@@ -172,40 +194,35 @@ class PooledGradients(LayerGradients):
             gradients = torch.cat(list(self._products(to_come)), dim=2)
             for task, gradient in zip(to_come, gradients.unbind(1), strict=True):
                 self._add(task, gradient.flatten())
+        self._complete.difference_update(self._numbers)
         self._numbers.clear()
-        self._complete.clear()
 
-    def _multiply_alone(self, D: Tensor) -> None:
-        """Read the only task as it is: to the bit as if there had been nothing to note."""
-        (task,), is_complete = self._numbers, bool(self._complete)
-        row = self._product(D)
-        self._numbers.clear()
-        self._complete.clear()
-        self._alone = None
-        self._add(task, row)
-        if is_complete:
-            super().close(task)
+    @property
+    def _pending(self) -> set[str]:
+        """Tasks of which something is known at the output."""
+        return {*self._numbers, *([] if self._alone is None else [self._alone[0]])}
 
     def close(self, task: str) -> None:
         """Take note that nothing more of this task will be read: its norm will do."""
-        if task in self._rows and task in self._numbers:
+        is_pending = task in self._pending
+        if is_pending and task in self._rows:
             self._multiply()
-        if task in self._numbers:
+        elif is_pending:
             self._complete.add(task)
-        else:
-            super().close(task)
+            return
+        super().close(task)
 
     def _is_closed(self, task: str) -> bool:
         return task in self._complete or super()._is_closed(task)
 
     def finish(self) -> None:
         """Find the norms, if nothing more is to come of any task."""
-        if self._complete >= set(self._numbers):
+        if self._complete >= self._pending:
             self._multiply()
 
     def norms(self, tasks: Sequence[str]) -> Tensor:
         """Return the norms of the gradients read so far, shape (T,), zero for a task not seen; nothing more can be read."""
-        for task in list(self._numbers):
+        for task in self._pending:
             self.close(task)
         self._multiply()
         return super().norms(tasks)
