@@ -118,8 +118,8 @@ class LayerGradients(WeightGradients):
         found = torch.autograd.grad(outputs, edges, gradients, retain_graph=True, allow_unused=True)
         if all(part is None for part in found):
             super().read(task, outputs, gradients)
-        else:
-            self._take(task, found)
+        else:  # what was only handed on may have a graph of its own (create_graph)
+            self._take(task, [None if part is None else part.detach() for part in found])
 
     def _comes_by_the_calls(self, outputs: Sequence[Tensor]) -> bool:
         """Say whether the way from ``outputs`` to ``W`` leads by the noted calls alone; asked in each pass: it may change."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any, TypeAlias, TypeGuard
 
 import torch
@@ -37,7 +38,7 @@ _PRODUCTS: Mapping[type[nn.Module], Callable[..., Tensor]] = {
 }
 
 _AT_ONCE = 8 * 2**20
-"""Bytes of M that are made at a time: they fit into a processor's cache."""
+"""Bytes of M and U that are made at a time: they fit into a processor's cache."""
 
 
 class _Pattern:
@@ -59,11 +60,12 @@ class _Pattern:
         return v.squeeze(2)
 
     def _fits(self, D: Tensor, v: Tensor) -> bool:
-        off = torch.linalg.vector_norm(torch.addcmul(D, self.S, v, value=-1))
-        return bool(off <= 8 * torch.finfo(D.dtype).eps * torch.linalg.vector_norm(D))  # no if anything is not finite
+        """Ask it of each channel of each sample: a large gradient may belong to a sample that is all black."""
+        off = torch.addcmul(D, self.S, v, value=-1).abs_().amax(dim=2, keepdim=True)
+        return bool((off <= 8 * torch.finfo(D.dtype).eps * v.abs()).all())  # no where something is not finite
 
     def _learn(self, D: Tensor) -> None:
-        """Take S from this gradient where no task before has had one."""
+        """Take S from this gradient where no task before has had one; what is not finite leaves zeros there."""
         is_known = self.S.gather(2, self._where) != 0
         self._where = torch.where(is_known, self._where, D.abs().argmax(dim=2, keepdim=True))
         self.S = torch.where(is_known, self.S, (D / D.gather(2, self._where)).nan_to_num_(0.0))
@@ -73,7 +75,10 @@ class PooledGradients(LayerGradients):
     """Reads ``∇_W L_i`` of a convolution; the norms of several tasks it finds from what their gradients have in common.
 
     That they have it is not taken from the network: it is seen in the numbers, of each task in each pass. Where it is not
-    so, the gradients are read as they are, from then on without another try.
+    so, the gradients are read as they are; if it is not so from the beginning, without another try.
+
+    A task is pending while something is known of it at the output alone, until the backward pass is over. It may be complete
+    by then: nothing more will be read of it, and its norm will do.
 
     Args:
         layer: whose ``weight`` is ``W``; each call between `before` and `after`.
@@ -86,12 +91,14 @@ class PooledGradients(LayerGradients):
     def __init__(self, layer: Convolution, tasks: int, is_ours: Callable[[Any], bool] = lambda hook: False) -> None:
         super().__init__(layer, is_ours)
         self._tasks = tasks
-        self._has_failed = False
+        self._is_given_up: bool | None = None
+        """``None`` until two tasks have been compared. What comes later does not change it: a training that is resumed
+        there would not know of it."""
         self._pattern: _Pattern | None = None
         self._numbers: dict[str, Tensor] = {}
-        """Task → v_i."""
+        """Task → v_i, of those that are pending and no longer alone."""
         self._complete: set[str] = set()
-        """Tasks of which nothing more will be read."""
+        """Those of the pending tasks of which nothing more will be read."""
         self._alone: tuple[str, Tensor] | None = None
         """The only task so far and its gradient: what a second one has in common with it is still to be seen."""
 
@@ -110,14 +117,16 @@ class PooledGradients(LayerGradients):
     def _pays(self, inputs: Tensor, output: Tensor) -> bool:
         """Reckon with all but the tasks' own products at what four gradients cost, and these at what memory costs."""
         P = output.shape[2:].numel()
-        return not self._has_failed and self._tasks * P > 4 * (P + self._tasks)
+        is_worth_it = inputs.numel() > 0 and self._tasks * P > 4 * (P + self._tasks)
+        return is_worth_it and not self._is_given_up and self.can_read(self.module, self._parameters[0])
 
     def _is_product_with(self, W: Tensor, node: Node) -> bool:
         return node.name() == "ConvolutionBackward0" and any(of is node_of(W) for of, _ in node.next_functions)
 
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add the task's contribution to the gradient of ``W``, or note the numbers that it is made of."""
-        if len(self._calls) > 1:  # each has a pattern of its own
+        if len(self._calls) > 1:  # each has a pattern of its own; what is pending is of the first
+            self._multiply()
             self._calls.clear()
         super().read(task, outputs, gradients)
 
@@ -133,6 +142,7 @@ class PooledGradients(LayerGradients):
         if numbers is None:
             self._read_as_they_are(arrived)
             return
+        self._is_given_up = False
         for (one, _), v in zip(arrived, numbers, strict=True):
             self._numbers[one] = self._numbers[one] + v if one in self._numbers else v
 
@@ -152,7 +162,7 @@ class PooledGradients(LayerGradients):
         if all(bool(D.isfinite().all()) for _, D in arrived):
             self._multiply()
             self._calls.clear()
-            self._has_failed = True
+            self._is_given_up = self._is_given_up is None
         for task, row in rows:
             self._settle(task, row)
 
@@ -174,11 +184,20 @@ class PooledGradients(LayerGradients):
         """Yield the gradients of these tasks, of one piece of the input channels after another, as (O, T, values)."""
         assert self._pattern is not None
         inputs, S = self._inputs_of(self._calls[0]), self._pattern.S
-        v = torch.stack([self._numbers[task] for task in tasks]).permute(2, 0, 1).contiguous()  # for the sake of bmm
-        of_one_channel = S.shape[:2].numel() * self.module.weight[0, 0].numel() * S.element_size()
-        for piece in torch.split(inputs, max(1, _AT_ONCE // of_one_channel), dim=1):
-            M = torch.bmm(S, patches(piece, self.module))
-            yield torch.bmm(v, M.transpose(0, 1))
+        v = torch.stack([self._numbers[task] for task in tasks])
+        B, O, P = S.shape  # noqa: E741
+        of_one = (O + P) * self.module.weight[0, 0].numel() * S.element_size()  # channel of one sample, in M and U
+        samples = max(1, min(B, _AT_ONCE // of_one))
+        for channels in torch.split(inputs, max(1, _AT_ONCE // (of_one * samples)), dim=1):
+            parts = zip(
+                torch.split(channels, samples), torch.split(S, samples), torch.split(v, samples, dim=1), strict=True
+            )
+            yield reduce(torch.add, (self._product_of_part(*part) for part in parts))
+
+    def _product_of_part(self, inputs: Tensor, S: Tensor, v: Tensor) -> Tensor:
+        """Return what some samples contribute; ``v`` is of shape (T, B, O)."""
+        M = torch.bmm(S, patches(inputs, self.module))
+        return torch.bmm(v.permute(2, 0, 1).contiguous(), M.transpose(0, 1))  # contiguous for the sake of speed
 
     def _multiply(self) -> None:
         """Turn what is known at the output into rows; of a task of which nothing more is read, into its norm."""
@@ -216,9 +235,8 @@ class PooledGradients(LayerGradients):
         return task in self._complete or super()._is_closed(task)
 
     def finish(self) -> None:
-        """Find the norms, if nothing more is to come of any task."""
-        if self._complete >= self._pending:
-            self._multiply()
+        """Turn what is pending into rows and norms: nobody knows what becomes of the layer's input after the backward pass."""
+        self._multiply()
 
     def norms(self, tasks: Sequence[str]) -> Tensor:
         """Return the norms of the gradients read so far, shape (T,), zero for a task not seen; nothing more can be read."""
