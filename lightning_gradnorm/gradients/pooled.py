@@ -42,33 +42,51 @@ _AT_ONCE = 8 * 2**20
 
 
 class _Pattern:
-    """S, shape (B, O, P), as far as the tasks have shown it; its largest value for each sample and channel is 1."""
+    """S, shape (B, O, P): the first task's gradient itself, and where that is nothing, the next one's."""
 
     def __init__(self, D: Tensor) -> None:
-        self.S = torch.zeros_like(D)
-        self._where = torch.zeros(*D.shape[:2], 1, dtype=torch.long)
-        """The position of the largest value, shape (B, O, 1)."""
+        self.S = D
+        self._where = self._peaks_of(D)
+        """The position of the largest value for each sample and channel, shape (B, O, 1)."""
+
+    @staticmethod
+    def _peaks_of(D: Tensor) -> Tensor:
+        return torch.cat([part.abs().argmax(dim=2, keepdim=True) for part in _pieces(D)])
 
     def numbers_of(self, D: Tensor) -> Tensor | None:
         """Return v_i, shape (B, O), with which S gives this gradient but for rounding; ``None`` if there is none."""
-        v = D.gather(2, self._where)
+        v = self._ratios(D)
         if not self._fits(D, v):
+            if not D.isfinite().all():
+                return None
             self._learn(D)
-            v = D.gather(2, self._where)
+            v = self._ratios(D)
             if not self._fits(D, v):
                 return None
         return v.squeeze(2)
 
+    def _ratios(self, D: Tensor) -> Tensor:
+        of_S = self.S.gather(2, self._where)
+        return torch.where(of_S == 0, 0.0, D.gather(2, self._where) / of_S)
+
     def _fits(self, D: Tensor, v: Tensor) -> bool:
         """Ask it of each channel of each sample: a large gradient may belong to a sample that is all black."""
-        off = torch.addcmul(D, self.S, v, value=-1).abs_().amax(dim=2, keepdim=True)
-        return bool((off <= 8 * torch.finfo(D.dtype).eps * v.abs()).all())  # no where something is not finite
+        most = 8 * torch.finfo(D.dtype).eps * D.gather(2, self._where).abs()
+        for D, S, v, bound in zip(*map(_pieces, (D, self.S, v, most)), strict=True):  # noqa: B020
+            off = torch.addcmul(D, S, v, value=-1).abs_().amax(dim=2, keepdim=True)
+            if not (off <= bound).all():  # as where something is not finite
+                return False
+        return True
 
     def _learn(self, D: Tensor) -> None:
-        """Take S from this gradient where no task before has had one; what is not finite leaves zeros there."""
+        """Take S from this gradient where no task before has had one."""
         is_known = self.S.gather(2, self._where) != 0
-        self._where = torch.where(is_known, self._where, D.abs().argmax(dim=2, keepdim=True))
-        self.S = torch.where(is_known, self.S, (D / D.gather(2, self._where)).nan_to_num_(0.0))
+        self._where = torch.where(is_known, self._where, self._peaks_of(D))
+        self.S = torch.where(is_known, self.S, D)
+
+
+def _pieces(values: Tensor) -> Sequence[Tensor]:
+    return torch.split(values, 4)
 
 
 class PooledGradients(LayerGradients):
@@ -159,6 +177,8 @@ class PooledGradients(LayerGradients):
 
     def _read_as_they_are(self, arrived: Sequence[tuple[str, Tensor]]) -> None:
         rows = [(task, self._product(D)) for task, D in arrived]
+        if not self._numbers:
+            self._pattern = None
         if all(bool(D.isfinite().all()) for _, D in arrived):
             self._multiply()
             self._calls.clear()

@@ -226,6 +226,23 @@ def test_a_loss_that_is_not_finite_shows_and_ends_nothing() -> None:
             plain.clear()
 
 
+@pytest.mark.parametrize("ill", [0, 1, 2, 5])
+@pytest.mark.parametrize("sample", [0, 1])
+def test_one_sample_that_is_not_finite_spoils_its_task_alone(ill: int, sample: int) -> None:
+    layer, x = flat(), noise(4, INPUTS, 9, 10)
+    with both_readers(layer) as (reader, plain):
+        z = averaged(layer(x))
+        for place, task in enumerate(TASKS):
+            D = z.detach() ** (1 + place)
+            D[1] *= place == ill  # of this sample the others tell nothing
+            D[sample] *= torch.nan if place == ill else 1.0
+            to_both(reader, plain)(task, [z], [D])
+        found = reader.norms(TASKS)
+        assert found.isfinite().tolist() == [place != ill for place in range(len(TASKS))]
+        torch.testing.assert_close(found, plain.norms(TASKS), rtol=1e-12, atol=0, equal_nan=True)
+        assert reader._is_given_up is False
+
+
 def test_several_passes_of_one_step_add_up_as_gradients_do() -> None:
     layer, x = flat(), noise(4, INPUTS, 9, 10)
     with both_readers(layer) as (reader, plain):
