@@ -101,6 +101,21 @@ class Automatic(L.LightningModule):
         return Forward(losses, representation=[z])
 
 
+class WithoutTargets(L.LightningModule):
+    """An encoder and heads that a test makes; each task's loss is the mean square of what its head says."""
+
+    encoder: nn.Module
+    heads: nn.ModuleDict
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        z = self.encoder(batch)
+        losses = {task: (i + 1) * head(z).square().mean() for i, (task, head) in enumerate(self.heads.items())}
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
 class WithCoefficients(Automatic):
     """`loss` has the user's own coefficient on each task, and a regularizer that is no task."""
 

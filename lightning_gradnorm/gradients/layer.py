@@ -7,7 +7,7 @@ alone, `LinearGradients` and `PooledGradients` find cheaper ways than the produc
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +56,11 @@ class LayerGradients(WeightGradients):
 
     # ---- what a kind of layer answers --------------------------------------------------------------------------------
 
+    @staticmethod
+    @abstractmethod
+    def can_read(layer: nn.Module, weight: Tensor) -> bool:
+        """Say whether this is a layer of that kind, as it comes, with that weight."""
+
     @abstractmethod
     def _pays(self, inputs: Tensor, output: Tensor) -> bool:
         """Say whether the cheaper way is cheaper for a call of these shapes."""
@@ -67,6 +72,11 @@ class LayerGradients(WeightGradients):
     @abstractmethod
     def _take(self, task: str, found: Sequence[Tensor | None]) -> None:
         """Take the task's gradients at the outputs of `_calls`; at least one is there."""
+
+    @property
+    @abstractmethod
+    def _pending(self) -> Collection[str]:
+        """Tasks of which something is known at the outputs alone."""
 
     @abstractmethod
     def _multiply(self) -> None:
@@ -92,7 +102,8 @@ class LayerGradients(WeightGradients):
             return
         if not inputs.dtype == output.dtype == W.dtype or _is_transformed():
             return
-        if not (self._pays(inputs, output) and self._is_left_alone()):
+        # Asked at each call: what the layer is, and what hangs on it, may have changed since it was chosen.
+        if not (self._pays(inputs, output) and self.can_read(self.module, W) and self._has_own_hooks_only()):
             return
         edge = get_gradient_edge(output)
         if self._is_product_with(W, edge.node):
@@ -100,12 +111,10 @@ class LayerGradients(WeightGradients):
             self._calls.append(Call(inputs.detach(), inputs._version, edge, behind))
             self._ways.clear()
 
-    def _is_left_alone(self) -> bool:
+    def _has_own_hooks_only(self) -> bool:
         """Say whether the call was that of the layer and no more: somebody else's hooks may change input and output."""
-        layer = self.module
-        hooks = (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values())
-        has_own_hooks_only = not (_global_forward_pre_hooks or _global_forward_hooks) and all(map(self._is_ours, hooks))
-        return has_own_hooks_only and "forward" not in vars(layer)
+        hooks = (*self.module._forward_pre_hooks.values(), *self.module._forward_hooks.values())
+        return not (_global_forward_pre_hooks or _global_forward_hooks) and all(map(self._is_ours, hooks))
 
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add the task's contribution to the gradient of ``W``, or to that at the outputs that it is made of."""
@@ -142,6 +151,13 @@ class LayerGradients(WeightGradients):
         """Return the sums so far, shape (T, n)."""
         self._multiply()
         return super().rows(tasks, like)
+
+    def norms(self, tasks: Sequence[str]) -> Tensor:
+        """Return the norms of the gradients read so far, shape (T,), zero for a task not seen; nothing more can be read."""
+        for task in list(self._pending):
+            self.close(task)
+        self._multiply()
+        return super().norms(tasks)
 
     def forget(self) -> None:
         """Let go of the current forward pass's tensors; what was read of them stays."""

@@ -9,7 +9,7 @@ The left side takes B·I·O products for each task, the right one B²·O, and B�
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -72,17 +72,15 @@ class LinearGradients(LayerGradients):
         inputs = [self._inputs_of(self._calls[place]) for place in at_outputs]
         return _as_rows(inputs), _as_rows(list(at_outputs.values()))
 
+    @property
+    def _pending(self) -> Collection[str]:
+        return self._at_outputs.keys()
+
     def _multiply(self) -> None:
         for task in list(self._at_outputs):
             X, D = self._factors(task)
             del self._at_outputs[task]
             self._add(task, (D.T @ X).flatten())
-
-    def norms(self, tasks: Sequence[str]) -> Tensor:
-        """Return the norms of the gradients read so far, shape (T,), zero for a task not seen; nothing more can be read."""
-        for task in list(self._at_outputs):
-            self.close(task)
-        return super().norms(tasks)
 
     def close(self, task: str) -> None:
         """Find the norm by the right side of the equation; by the left one where that would cost too many digits."""

@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 from harness import Batches
-from models import TASKS
+from models import TASKS, WithoutTargets
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -208,7 +208,7 @@ def test_an_input_that_is_changed_before_the_step_is_an_error() -> None:
         reader.norms(list(heads))
 
 
-class Wide(L.LightningModule):
+class Wide(WithoutTargets):
     """A shared layer that is larger than the batch."""
 
     def __init__(self) -> None:
@@ -217,14 +217,6 @@ class Wide(L.LightningModule):
         self.encoder = nn.Sequential(nn.Linear(5, INPUTS), nn.ReLU(), nn.Linear(INPUTS, OUTPUTS), nn.ReLU(inplace=True))
         self.heads = nn.ModuleDict({task: nn.Linear(OUTPUTS, 2) for task in TASKS[:T]})
         self.double()
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
-        z = self.encoder(batch)
-        losses = {task: (i + 1) * head(z).square().mean() for i, (task, head) in enumerate(self.heads.items())}
-        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 class Reads(L.Callback):

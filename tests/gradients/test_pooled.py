@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from harness import Batches
+from models import WithoutTargets
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -355,7 +356,7 @@ def test_a_backward_pass_that_is_to_be_differentiated_leaves_no_graph_in_the_nor
         torch.testing.assert_close(norms, plain.norms(TASKS).detach(), rtol=1e-12, atol=0)
 
 
-class Pictures(L.LightningModule):
+class Pictures(WithoutTargets):
     """A convolution whose output the heads read by way of a mean, or a flat picture."""
 
     def __init__(self, is_pooled: bool) -> None:
@@ -365,14 +366,6 @@ class Pictures(L.LightningModule):
         last = (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))) if is_pooled else None
         self.heads = nn.ModuleDict({task: last() if last else nn.Conv2d(6, 1, 1) for task in TASKS})
         self.double()
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
-        z = self.encoder(batch)
-        losses = {task: (i + 1) * head(z).square().mean() for i, (task, head) in enumerate(self.heads.items())}
-        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 class Reads(L.Callback):
