@@ -70,8 +70,8 @@ class LayerGradients(WeightGradients):
         """Say whether this node is that of the layer itself, with ``W`` as it is."""
 
     @abstractmethod
-    def _take(self, task: str, found: Sequence[Tensor | None]) -> None:
-        """Take the task's gradients at the outputs of `_calls`; at least one is there."""
+    def _take(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
+        """Take the task's gradients by way of the outputs of `_calls`; say whether that could be done."""
 
     @property
     @abstractmethod
@@ -117,18 +117,13 @@ class LayerGradients(WeightGradients):
         return not (_global_forward_pre_hooks or _global_forward_hooks) and all(map(self._is_ours, hooks))
 
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Add the task's contribution to the gradient of ``W``, or to that at the outputs that it is made of."""
+        """Add the task's contribution to the gradient of ``W``, or what it is made of at the layer's outputs."""
         is_changed = self._parameters[0]._backward_hooks  # by a hook on W, which is asked only by autograd
-        if not self._calls or is_changed or not self._comes_by_the_calls(outputs):
-            super().read(task, outputs, gradients)
-            return
-        self._refuse_if_closed(task)
-        edges = [call.output for call in self._calls]
-        found = torch.autograd.grad(outputs, edges, gradients, retain_graph=True, allow_unused=True)
-        if all(part is None for part in found):
-            super().read(task, outputs, gradients)
-        else:  # what was only handed on may have a graph of its own (create_graph)
-            self._take(task, [None if part is None else part.detach() for part in found])
+        if self._calls and not is_changed and self._comes_by_the_calls(outputs):
+            self._refuse_if_closed(task)
+            if self._take(task, outputs, gradients):
+                return
+        super().read(task, outputs, gradients)
 
     def _comes_by_the_calls(self, outputs: Sequence[Tensor]) -> bool:
         """Say whether the way from ``outputs`` to ``W`` leads by the noted calls alone; asked in each pass: it may change."""

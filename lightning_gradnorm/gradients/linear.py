@@ -60,11 +60,16 @@ class LinearGradients(LayerGradients):
         transposed = [factor.next_functions[0][0] for factor in factors if factor.name() == "TBackward0"]
         return node_of(W) in (*factors, *transposed)
 
-    def _take(self, task: str, found: Sequence[Tensor | None]) -> None:
-        known = self._at_outputs.setdefault(task, {})
-        for place, gradient in enumerate(found):
-            if gradient is not None:
+    def _take(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
+        edges = [call.output for call in self._calls]
+        found = torch.autograd.grad(outputs, edges, gradients, retain_graph=True, allow_unused=True)
+        # What was only handed on may have a graph of its own (create_graph).
+        arrived = {place: part.detach() for place, part in enumerate(found) if part is not None}
+        if arrived:
+            known = self._at_outputs.setdefault(task, {})
+            for place, gradient in arrived.items():
                 known[place] = known[place] + gradient if place in known else gradient
+        return bool(arrived)
 
     def _factors(self, task: str) -> tuple[Tensor, Tensor]:
         """Return X and D."""

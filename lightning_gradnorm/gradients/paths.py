@@ -68,6 +68,27 @@ def nodes_between(start: Iterable[Node], targets: Iterable[Tensor], *, stop: Col
     return found
 
 
+def chain_above(node: Node, ends: Collection[Node]) -> list[Node]:
+    """Return ``node``, and upwards from it those that every way from ``ends`` to it passes one after another.
+
+    Example:
+        >>> import torch
+        >>> y = torch.ones(2, requires_grad=True).exp()
+        >>> z = y.relu()
+        >>> [above.name() for above in chain_above(node_of(y), [node_of(z.sum() * z.mean())])]
+        ['ExpBackward0', 'ReluBackward0']
+    """
+    above: dict[Node, set[Node]] = {}
+    for one in nodes_behind(ends, stop=[node]) - {node}:
+        for following, _ in one.next_functions:
+            if following is not None:
+                above.setdefault(following, set()).add(one)
+    chain = [node]
+    while chain[-1] not in ends and len(above.get(chain[-1], ())) == 1:
+        chain.extend(above[chain[-1]])
+    return chain
+
+
 def leaves_behind(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return the parameters that ``tensors`` depend on, in the order in which their graph comes to them.
 

@@ -1,12 +1,11 @@
 """The norms of a convolution's gradients where its output comes to the heads by way of a mean over the positions.
 
-Behind such a pooling, the tasks' gradients at the layer's outputs differ in no more than one number for each sample b and
-channel o, whatever the position p::
+Behind such a pooling, a task's gradient is the same at all positions p: one number v_i for each sample b and channel o. If
+what lies between there and the layer's output keeps samples and channels apart, as a ReLU does, it arrives as::
 
     D_i[b, o, p] = S[b, o, p] · v_i[b, o]
 
-S is what lies between layer and pooling: zeros and ones for a ReLU. With the patches U of the input,
-``∇_W L_i[o] = Σ_bp D_i[b, o, p] U[b, p]`` becomes::
+with one S for all tasks. With the patches U of the input, ``∇_W L_i[o] = Σ_bp D_i[b, o, p] U[b, p]`` becomes::
 
     ∇_W L_i[o] = Σ_b v_i[b, o] M[b, o],   M[b, o] = Σ_p S[b, o, p] U[b, p]
 
@@ -17,17 +16,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import reduce
-from typing import Any, TypeAlias, TypeGuard
+from itertools import takewhile
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from lightning_gradnorm.gradients.layer import LayerGradients
-from lightning_gradnorm.gradients.paths import node_of
+from lightning_gradnorm.gradients.paths import chain_above, node_of
 
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -41,57 +40,75 @@ _AT_ONCE = 8 * 2**20
 """Bytes of M and U that are made at a time: they fit into a processor's cache."""
 
 
-class _Pattern:
-    """S, shape (B, O, P): the first task's gradient itself, and where that is nothing, the next one's."""
-
-    def __init__(self, D: Tensor) -> None:
-        self.S = D
-        self._where = self._peaks_of(D)
-        """The position of the largest value for each sample and channel, shape (B, O, 1)."""
-
-    @staticmethod
-    def _peaks_of(D: Tensor) -> Tensor:
-        return torch.cat([part.abs().argmax(dim=2, keepdim=True) for part in _pieces(D)])
-
-    def numbers_of(self, D: Tensor) -> Tensor | None:
-        """Return v_i, shape (B, O), with which S gives this gradient but for rounding; ``None`` if there is none."""
-        v = self._ratios(D)
-        if v is None and bool(D.isfinite().all()):
-            self._learn(D)
-            v = self._ratios(D)
-        return v
-
-    def _ratios(self, D: Tensor) -> Tensor | None:
-        """Ask it of each channel of each sample: a large gradient may belong to a sample that is all black."""
-        of_S, of_D = (gradient.gather(2, self._where) for gradient in (self.S, D))
-        ratios = torch.where(of_S == 0, 0.0, of_D / of_S)
-        most = 8 * torch.finfo(D.dtype).eps * of_D.abs()
-        for part, S, v, bound in zip(*map(_pieces, (D, self.S, ratios, most)), strict=True):
-            off = torch.addcmul(part, S, v, value=-1).abs_().amax(dim=2, keepdim=True)
-            if not (off <= bound).all():  # as where something is not finite
-                return None
-        return ratios.squeeze(2)
-
-    def _learn(self, D: Tensor) -> None:
-        """Take S from this gradient where no task before has had one."""
-        is_known = self.S.gather(2, self._where) != 0
-        self._where = torch.where(is_known, self._where, self._peaks_of(D))
-        self.S = torch.where(is_known, self.S, D)
+_BY_NUMBER = frozenset(
+    f"{name}Backward0"
+    for name in (
+        "Relu",
+        "LeakyRelu",
+        "Elu",
+        "Gelu",
+        "Silu",
+        "Mish",
+        "Hardtanh",
+        "Hardswish",
+        "Softplus",
+        "Tanh",
+        "Sigmoid",
+    )
+)
+"""Nodes of the autograd graph that mix nothing, whatever state they are in."""
 
 
-def _pieces(values: Tensor) -> Sequence[Tensor]:
-    """Return a few samples at a time: no copy of a whole gradient is made to look at it, and one piece tells most apart."""
-    return torch.split(values, 4)
+class _Way(NamedTuple):
+    """From where the tasks' gradients are seen, in one forward pass, to the layer's output."""
+
+    seen: GradientEdge
+    output: GradientEdge
+    names: tuple[str, ...]
+    """Of the nodes that it passes."""
+
+    def carry(self, gradient: Tensor) -> Tensor:
+        """Return what arrives; a hook on the way may change the gradient that it is given."""
+        (arrived,) = torch.autograd.grad([self.seen], [self.output], [gradient], retain_graph=True)
+        return arrived.detach()
+
+    def keeps_apart(self, S: Tensor) -> bool:
+        """Say whether of numbers that have nothing in common each comes out of it as ones do, as ``S``.
+
+        Then samples and channels are kept apart, for the way is linear.
+        """
+        unlike = _unlike(S)
+        everywhere = unlike.expand_as(S)
+        # A hook on the place itself, that changes what comes there, would be asked twice.
+        (passed,) = torch.autograd.grad([self.seen], [self.seen], [everywhere.contiguous()], retain_graph=True)
+        if not torch.equal(passed, everywhere):
+            return False
+        of_parts = (torch.split(values, 8) for values in (self.carry(everywhere.contiguous()), S, unlike))
+        return all(_are_products(*parts) for parts in zip(*of_parts, strict=True))
+
+
+def _unlike(like: Tensor) -> Tensor:
+    """Return numbers between 1 and 2 that have nothing in common, one for each sample and channel."""
+    shape = (*like.shape[:2], *(1 for _ in like.shape[2:]))
+    turns = torch.arange(math.prod(shape), dtype=torch.float64, device=like.device) * (math.sqrt(5) / 2)
+    return (1 + turns.frac()).to(like.dtype).view(shape)
+
+
+def _are_products(values: Tensor, S: Tensor, v: Tensor) -> bool:
+    """Say whether each channel of each sample is ``S · v``, but for rounding."""
+    off = torch.addcmul(values, S, v, value=-1).flatten(2).abs_().amax(2)
+    return bool((off <= 8 * torch.finfo(values.dtype).eps * values.flatten(2).abs().amax(2)).all())
 
 
 class PooledGradients(LayerGradients):
     """Reads ``∇_W L_i`` of a convolution; the norms of several tasks it finds from what their gradients have in common.
 
-    That they have it is not taken from the network: it is seen in the numbers, of each task in each pass. Where it is not
-    so, the gradients are read as they are; if it is not so from the beginning, without another try.
+    That they have it is not taken from the network. It is seen in the numbers, in each pass: that the task's gradient is the
+    same at all positions, and that the way on to the layer's output keeps samples and channels apart. Where it is not so, the
+    gradient is read as it is; if the way mixes them (as statistics of the batch do), in all later passes, too.
 
-    A task is pending while something is known of it at the output alone, until the backward pass is over. It may be complete
-    by then: nothing more will be read of it, and its norm will do.
+    A task is pending while only its numbers are known, until the backward pass is over. It may be complete by then: nothing
+    more will be read of it, and its norm will do.
 
     Args:
         layer: whose ``weight`` is ``W``; each call between `before` and `after`.
@@ -104,16 +121,18 @@ class PooledGradients(LayerGradients):
     def __init__(self, layer: Convolution, tasks: int, is_ours: Callable[[Any], bool] = lambda hook: False) -> None:
         super().__init__(layer, is_ours)
         self._tasks = tasks
-        self._is_given_up: bool | None = None
-        """``None`` until two tasks have been compared. What comes later does not change it: a training that is resumed
-        there would not know of it."""
-        self._pattern: _Pattern | None = None
+        self._is_given_up = False
+        self._keep_apart: set[tuple[str, ...]] = set()
+        """Names of nodes on ways that were seen to keep samples and channels apart, and always will."""
+        self._chains: dict[Node, list[Node]] = {}
+        """By the node from which a gradient comes: the last nodes on its way, where its shape is that of the layer's output."""
+        self._way: _Way | None = None
+        """That of the current forward pass, and what it makes of ones:"""
+        self._S: Tensor | None = None
         self._numbers: dict[str, Tensor] = {}
-        """Task → v_i, of those that are pending and no longer alone."""
+        """Pending task → v_i, shape (B, O)."""
         self._complete: set[str] = set()
         """Those of the pending tasks of which nothing more will be read."""
-        self._alone: tuple[str, Tensor] | None = None
-        """The only task so far and its gradient: what a second one has in common with it is still to be seen."""
 
     @staticmethod
     def can_read(layer: nn.Module, weight: Tensor) -> TypeGuard[Convolution]:
@@ -128,13 +147,12 @@ class PooledGradients(LayerGradients):
         )
 
     def _pays(self, inputs: Tensor, output: Tensor) -> bool:
-        """Reckon with all but the tasks' own products at what four gradients cost, and these at what memory costs."""
-        P = output.shape[2:].numel()
-        is_worth_it = inputs.numel() > 0 and self._tasks * P > 4 * (P + self._tasks)
-        return is_worth_it and not self._is_given_up
+        return inputs.numel() > 0 and not self._is_given_up and _pays(self._tasks, output.shape[2:].numel())
 
     def _is_product_with(self, W: Tensor, node: Node) -> bool:
         return node.name() == "ConvolutionBackward0" and any(of is node_of(W) for of, _ in node.next_functions)
+
+    # ---- what is seen of a task --------------------------------------------------------------------------------------
 
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add the task's contribution to the gradient of ``W``, or note the numbers that it is made of."""
@@ -143,101 +161,125 @@ class PooledGradients(LayerGradients):
             self._calls.clear()
         super().read(task, outputs, gradients)
 
-    def _take(self, task: str, found: Sequence[Tensor | None]) -> None:
-        (D,) = found
-        assert D is not None
-        alone, self._alone = self._alone, None
-        if self._pattern is None and (alone is None or alone[0] == task):
-            self._alone = task, D if alone is None else alone[1] + D
-            return
-        arrived = [(task, D)] if alone is None else [alone, (task, D)]
-        numbers = self._numbers_of([gradient.flatten(2) for _, gradient in arrived])
-        if numbers is None:
-            self._read_as_they_are(arrived)
-            return
-        self._is_given_up = False
-        for (one, _), v in zip(arrived, numbers, strict=True):
-            self._numbers[one] = self._numbers[one] + v if one in self._numbers else v
+    def _take(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
+        way = self._way_from(outputs)
+        if way is None:
+            return False
+        if node_of(outputs[0]) is way.seen.node and not outputs[0]._backward_hooks:
+            (arrived,) = gradients
+        else:
+            (arrived,) = torch.autograd.grad(outputs, [way.seen], gradients, retain_graph=True)
+        v = _one_for_all_positions(arrived.detach())
+        if v is None or not self._settle(way, arrived):
+            return False
+        self._numbers[task] = self._numbers[task] + v if task in self._numbers else v
+        return True
 
-    def _numbers_of(self, gradients: Sequence[Tensor]) -> list[Tensor] | None:
-        """Return v_i of each of them; ``None`` unless all are of one pattern."""
-        if self._pattern is None:
-            self._pattern = _Pattern(gradients[0])
-        numbers = [self._pattern.numbers_of(D) for D in gradients]
-        found = [v for v in numbers if v is not None]
-        return found if len(found) == len(numbers) else None
+    def _way_from(self, outputs: Sequence[Tensor]) -> _Way | None:
+        """Return the way of this pass, if it is one that the gradient takes: settled by the first task, as long as may be."""
+        if len(outputs) > 1:
+            return None
+        (call,), end = self._calls, node_of(outputs[0])
+        if end not in self._chains:
+            shape = _shape_at(call.output.node)
+            above = chain_above(call.output.node, [end])[1:]
+            self._chains[end] = list(takewhile(lambda node: _shape_at(node) == shape, above))
+        chain = self._chains[end]
+        if self._way is not None:
+            return self._way if self._way.seen.node in (call.output.node, *chain) else None
+        seen = GradientEdge(chain[-1], 0) if chain else call.output
+        return _Way(seen, call.output, tuple(node.name() for node in chain))
 
-    def _read_as_they_are(self, arrived: Sequence[tuple[str, Tensor]]) -> None:
-        rows = [(task, self._product(D)) for task, D in arrived]
-        if not self._numbers:
-            self._pattern = None
-        if all(bool(D.isfinite().all()) for _, D in arrived):
-            self._multiply()
-            self._calls.clear()
-            self._is_given_up = self._is_given_up is None
-        for task, row in rows:
-            self._settle(task, row)
+    def _settle(self, way: _Way, like: Tensor) -> bool:
+        """Let this be the way of the pass, unless it mixes samples or channels."""
+        if self._way is None:
+            S = way.carry(torch.ones_like(like))
+            if way.names not in self._keep_apart:
+                if not way.keeps_apart(S):
+                    self._calls.clear()
+                    self._is_given_up = True
+                    return False
+                if _BY_NUMBER.issuperset(way.names):
+                    self._keep_apart.add(way.names)
+            self._way, self._S = way, S
+        return True
 
-    def _settle(self, task: str, row: Tensor) -> None:
-        """Add what was read of the task as it is; keep its norm alone if nothing more will be read of it."""
-        is_complete = task in self._complete
-        self._complete.discard(task)
-        self._add(task, row)
-        if is_complete:
-            super().close(task)
-
-    def _product(self, D: Tensor) -> Tensor:
-        """Return ``∇_W L`` for a gradient at the output."""
-        layer, inputs = self.module, self._inputs_of(self._calls[0])
-        product = _PRODUCTS[type(layer)]
-        return product(inputs, layer.weight.shape, D, layer.stride, layer.padding, layer.dilation).flatten()
-
-    def _products(self, tasks: Sequence[str]) -> Iterator[Tensor]:
-        """Yield the gradients of these tasks, of one piece of the input channels after another, as (O, T, values)."""
-        assert self._pattern is not None
-        inputs, S = self._inputs_of(self._calls[0]), self._pattern.S
-        v = torch.stack([self._numbers[task] for task in tasks])
-        B, O, P = S.shape  # noqa: E741
-        of_one = (O + P) * self.module.weight[0, 0].numel() * S.element_size()  # channel of one sample, in M and U
-        samples = max(1, min(B, _AT_ONCE // of_one))
-        for channels in torch.split(inputs, max(1, _AT_ONCE // (of_one * samples)), dim=1):
-            parts = zip(
-                torch.split(channels, samples), torch.split(S, samples), torch.split(v, samples, dim=1), strict=True
-            )
-            yield reduce(torch.add, (self._product_of_part(*part) for part in parts))
-
-    def _product_of_part(self, inputs: Tensor, S: Tensor, v: Tensor) -> Tensor:
-        """Return what some samples contribute; ``v`` is of shape (T, B, O)."""
-        M = torch.bmm(S, patches(inputs, self.module))
-        return torch.bmm(v.permute(2, 0, 1).contiguous(), M.transpose(0, 1))  # contiguous for the sake of speed
+    # ---- products ----------------------------------------------------------------------------------------------------
 
     def _multiply(self) -> None:
-        """Turn what is known at the output into rows; of a task of which nothing more is read, into its norm."""
-        if self._alone is not None:
-            (task, D), self._alone = self._alone, None
-            self._settle(task, self._product(D))
+        """Turn the numbers into rows; those of a task of which nothing more is read, into its norm."""
+        if not self._numbers:
+            return
+        assert self._S is not None
         complete = [task for task in self._numbers if task in self._complete]
-        if complete:
-            norms = [torch.linalg.vector_norm(part, dim=2) for part in self._products(complete)]
-            self._closed |= zip(complete, torch.linalg.vector_norm(torch.cat(norms), dim=0).unbind(), strict=True)
         to_come = [task for task in self._numbers if task not in self._complete]
-        if to_come:
-            gradients = torch.cat(list(self._products(to_come)), dim=2)
-            for task, gradient in zip(to_come, gradients.unbind(1), strict=True):
-                self._add(task, gradient.flatten())
-        self._complete.difference_update(self._numbers)
+        self._complete.difference_update(complete)
+        if not _pays(len(self._numbers), self._S[0, 0].numel()):
+            for task, v in self._numbers.items():
+                self._add(task, self._product(v))
+            for task in complete:
+                super().close(task)
+        else:
+            if complete:
+                of_parts = [
+                    torch.linalg.vector_norm(part.flatten(2), dim=2)
+                    for parts in self._products(complete)
+                    for part in parts
+                ]
+                norms = torch.linalg.vector_norm(torch.cat(of_parts), dim=0)
+                self._closed |= zip(complete, norms.unbind(), strict=True)
+            if to_come:
+                gradients = torch.cat(
+                    [torch.stack(parts, dim=3).flatten(2) for parts in self._products(to_come)], dim=2
+                )
+                for task, gradient in zip(to_come, gradients.unbind(1), strict=True):
+                    self._add(task, gradient.flatten())
         self._numbers.clear()
+
+    def _product(self, v: Tensor) -> Tensor:
+        """Return the gradient that these numbers stand for, as it is computed without them."""
+        assert self._S is not None
+        layer, S = self.module, self._S
+        D = S * v.view(*v.shape, *(1 for _ in S.shape[2:]))
+        product = _PRODUCTS[type(layer)]
+        inputs = self._inputs_of(self._calls[0])
+        return product(inputs, layer.weight.shape, D, layer.stride, layer.padding, layer.dilation).flatten()
+
+    def _products(self, tasks: Sequence[str]) -> Iterator[list[Tensor]]:
+        """Yield the gradients of these tasks, of a piece of the input channels at a time.
+
+        Each as a list by the first dimension of the kernel, of tensors of shape (O, T, channels, rest of the kernel).
+        """
+        assert self._S is not None
+        inputs, S = self._inputs_of(self._calls[0]), self._S.flatten(2)
+        v = torch.stack([self._numbers[task] for task in tasks])
+        B, O, P = S.shape  # noqa: E741
+        of_one = (O + 2 * P) * self.module.weight[0, 0, 0].numel() * S.element_size()  # channel of a sample, in M and U
+        samples = max(1, min(B, _AT_ONCE // of_one))
+        for channels in torch.split(inputs, max(1, _AT_ONCE // (of_one * samples)), dim=1):
+            sums: list[Tensor] = []
+            for some, S_of_some, v_of_some in zip(
+                torch.split(channels, samples), torch.split(S, samples), torch.split(v, samples, dim=1), strict=True
+            ):
+                of_tasks = v_of_some.permute(2, 0, 1).contiguous()  # for the sake of speed
+                parts = [
+                    torch.bmm(of_tasks, torch.bmm(S_of_some, U).transpose(0, 1)).view(O, len(tasks), some.shape[1], -1)
+                    for U in patches(some, self.module)
+                ]
+                sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+            yield sums
+
+    # ---- what becomes of the tasks -----------------------------------------------------------------------------------
 
     @property
     def _pending(self) -> Collection[str]:
-        return {*self._numbers, *([] if self._alone is None else [self._alone[0]])}
+        return self._numbers.keys()
 
     def close(self, task: str) -> None:
         """Take note that nothing more of this task will be read: its norm will do."""
-        is_pending = task in self._pending
-        if is_pending and task in self._rows:
+        if task in self._numbers and task in self._rows:
             self._multiply()
-        elif is_pending:
+        elif task in self._numbers:
             self._complete.add(task)
             return
         super().close(task)
@@ -257,42 +299,69 @@ class PooledGradients(LayerGradients):
     def forget(self) -> None:
         """Let go of the current forward pass's tensors; what was read of them stays."""
         super().forget()
-        self._pattern = None
+        self._way = self._S = None
+        self._chains.clear()
 
     def clear(self) -> None:
         """Forget what was read: a new optimizer step begins."""
         self._numbers.clear()
         self._complete.clear()
-        self._alone = None
         super().clear()
 
 
-def patches(inputs: Tensor, layer: Convolution) -> Tensor:
-    """Return U, shape (B, P, channels · kernel), such that the convolution's output is a product of it with ``W``.
+def _pays(tasks: int, positions: int) -> bool:
+    """Reckon with all but the tasks' own products at what two gradients cost, and these at what memory costs."""
+    return tasks * positions > 2 * (positions + tasks)
 
-    `torch.nn.functional.unfold` does it for pictures alone, and on a CPU takes three times as long.
+
+def _shape_at(node: Node) -> tuple[int, ...] | None:
+    """Return the shape of a gradient that arrives there, if it is one."""
+    arriving = node._input_metadata
+    return tuple(arriving[0].shape) if len(arriving) == 1 else None
+
+
+def _one_for_all_positions(gradient: Tensor) -> Tensor | None:
+    """Return the number, shape (B, O), that this gradient is at all positions, if it is one, and finite."""
+    at_first = (slice(None), slice(None), *(slice(1) for _ in gradient.shape[2:]))
+    first = gradient[at_first]
+    is_one = torch.equal(gradient, first.expand_as(gradient)) and bool(first.isfinite().all())
+    return (
+        first.flatten(1).clone() if is_one else None
+    )  # the gradient itself goes its way, and may be added to in place
+
+
+def patches(inputs: Tensor, layer: Convolution) -> Iterator[Tensor]:
+    """Yield U, of shape (B, P, channels · rest of the kernel), for each step along the first dimension of the kernel.
+
+    The convolution's output is the sum of their products with ``W``. One step from the other they are shifted by a row, so
+    that with a stride of 1 they are views of the same memory.
 
     Example:
         >>> layer, x = nn.Conv2d(3, 4, (3, 2), stride=2, padding=1, bias=False), torch.randn(5, 3, 8, 8)
-        >>> product = patches(x, layer) @ layer.weight.flatten(1).T
+        >>> W = layer.weight.unbind(2)
+        >>> product = sum(U @ W[step].flatten(1).T for step, U in enumerate(patches(x, layer)))
         >>> bool(torch.allclose(product, layer(x).flatten(2).mT, atol=1e-6))
         True
     """
     assert not isinstance(layer.padding, str)
     padded = F.pad(inputs, [size for padding in reversed(layer.padding) for size in (padding, padding)])
     kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
-    positions = [
+    rows, *positions = [
         (size - wide * (of - 1) - 1) // step + 1
         for size, of, step, wide in zip(padded.shape[2:], kernel, stride, dilation, strict=True)
     ]
-    of_sample, of_channel, *of_place = padded.stride()
-    U = padded.as_strided(
-        (*inputs.shape[:2], *kernel, *positions),
+    of_sample, of_channel, of_row, *of_place = padded.stride()
+    by_row = padded.as_strided(
+        (*inputs.shape[:2], *kernel[1:], padded.shape[2], *positions),
         (
             of_sample,
             of_channel,
-            *(step * wide for step, wide in zip(of_place, dilation, strict=True)),
-            *(step * far for step, far in zip(of_place, stride, strict=True)),
+            *(step * wide for step, wide in zip(of_place, dilation[1:], strict=True)),
+            of_row,
+            *(step * far for step, far in zip(of_place, stride[1:], strict=True)),
         ),
     )
-    return U.reshape(inputs.shape[0], -1, math.prod(positions)).mT
+    by_row = by_row.reshape(inputs.shape[0], -1, padded.shape[2], math.prod(positions))
+    for step in range(kernel[0]):
+        first = step * dilation[0]
+        yield by_row[:, :, first : first + stride[0] * (rows - 1) + 1 : stride[0]].flatten(2).mT
