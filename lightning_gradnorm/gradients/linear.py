@@ -61,10 +61,8 @@ class LinearGradients(LayerGradients):
         return node_of(W) in (*factors, *transposed)
 
     def _take(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
-        edges = [call.output for call in self._calls]
-        found = torch.autograd.grad(outputs, edges, gradients, retain_graph=True, allow_unused=True)
-        # What was only handed on may have a graph of its own (create_graph).
-        arrived = {place: part.detach() for place, part in enumerate(found) if part is not None}
+        found = self._carried(outputs, gradients)
+        arrived = {place: part for place, part in enumerate(found) if part is not None}
         if arrived:
             known = self._at_outputs.setdefault(task, {})
             for place, gradient in arrived.items():

@@ -16,17 +16,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from itertools import takewhile
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from lightning_gradnorm.gradients.layer import LayerGradients
-from lightning_gradnorm.gradients.paths import chain_above, node_of
+from lightning_gradnorm.gradients.paths import node_of
+from lightning_gradnorm.gradients.way import Way
 
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -40,51 +40,19 @@ _AT_ONCE = 8 * 2**20
 """Bytes of M and U that are made at a time: they fit into a processor's cache."""
 
 
-_BY_NUMBER = frozenset(
-    f"{name}Backward0"
-    for name in (
-        "Relu",
-        "LeakyRelu",
-        "Elu",
-        "Gelu",
-        "Silu",
-        "Mish",
-        "Hardtanh",
-        "Hardswish",
-        "Softplus",
-        "Tanh",
-        "Sigmoid",
-    )
-)
-"""Nodes of the autograd graph that mix nothing, whatever state they are in."""
+def _keeps_apart(way: Way, S: Tensor) -> bool:
+    """Say whether the way, of numbers that have nothing in common, makes of each what it makes of a one, which is ``S``.
 
-
-class _Way(NamedTuple):
-    """From where the tasks' gradients are seen, in one forward pass, to the layer's output."""
-
-    seen: GradientEdge
-    output: GradientEdge
-    names: tuple[str, ...]
-    """Of the nodes that it passes."""
-
-    def carry(self, gradient: Tensor) -> Tensor:
-        """Return what arrives; a hook on the way may change the gradient that it is given."""
-        (arrived,) = torch.autograd.grad([self.seen], [self.output], [gradient], retain_graph=True)
-        return arrived.detach()
-
-    def keeps_apart(self, S: Tensor) -> bool:
-        """Say whether of numbers that have nothing in common each comes out of it as ones do, as ``S``.
-
-        Then samples and channels are kept apart, for the way is linear.
-        """
-        unlike = _unlike(S)
-        everywhere = unlike.expand_as(S)
-        # A hook on the place itself, that changes what comes there, would be asked twice.
-        (passed,) = torch.autograd.grad([self.seen], [self.seen], [everywhere.contiguous()], retain_graph=True)
-        if not torch.equal(passed, everywhere):
-            return False
-        of_parts = (torch.split(values, 8) for values in (self.carry(everywhere.contiguous()), S, unlike))
-        return all(_are_products(*parts) for parts in zip(*of_parts, strict=True))
+    Then it keeps samples and channels apart, for it is linear.
+    """
+    unlike = _unlike(S)
+    everywhere = unlike.expand_as(S)
+    # A hook where it begins, that changes what comes there, would be asked twice.
+    (passed,) = torch.autograd.grad([way.seen], [way.seen], [everywhere.contiguous()], retain_graph=True)
+    if not torch.equal(passed, everywhere):
+        return False
+    of_parts = (torch.split(values, 8) for values in (way.carry(everywhere.contiguous()), S, unlike))
+    return all(_are_products(*parts) for parts in zip(*of_parts, strict=True))
 
 
 def _unlike(like: Tensor) -> Tensor:
@@ -124,9 +92,7 @@ class PooledGradients(LayerGradients):
         self._is_given_up = False
         self._keep_apart: set[tuple[str, ...]] = set()
         """Names of nodes on ways that were seen to keep samples and channels apart, and always will."""
-        self._chains: dict[Node, list[Node]] = {}
-        """By the node from which a gradient comes: the last nodes on its way, where its shape is that of the layer's output."""
-        self._way: _Way | None = None
+        self._way: Way | None = None
         """That of the current forward pass, and what it makes of ones:"""
         self._S: Tensor | None = None
         self._numbers: dict[str, Tensor] = {}
@@ -162,10 +128,10 @@ class PooledGradients(LayerGradients):
         super().read(task, outputs, gradients)
 
     def _take(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
-        way = self._way_from(outputs)
+        way = self._common_way(outputs)
         if way is None:
             return False
-        if node_of(outputs[0]) is way.seen.node and not outputs[0]._backward_hooks:
+        if way.begins_at(outputs[0]):
             (arrived,) = gradients
         else:
             (arrived,) = torch.autograd.grad(outputs, [way.seen], gradients, retain_graph=True)
@@ -175,31 +141,23 @@ class PooledGradients(LayerGradients):
         self._numbers[task] = self._numbers[task] + v if task in self._numbers else v
         return True
 
-    def _way_from(self, outputs: Sequence[Tensor]) -> _Way | None:
-        """Return the way of this pass, if it is one that the gradient takes: settled by the first task, as long as may be."""
-        if len(outputs) > 1:
-            return None
-        (call,), end = self._calls, node_of(outputs[0])
-        if end not in self._chains:
-            shape = _shape_at(call.output.node)
-            above = chain_above(call.output.node, [end])[1:]
-            self._chains[end] = list(takewhile(lambda node: _shape_at(node) == shape, above))
-        chain = self._chains[end]
-        if self._way is not None:
-            return self._way if self._way.seen.node in (call.output.node, *chain) else None
-        seen = GradientEdge(chain[-1], 0) if chain else call.output
-        return _Way(seen, call.output, tuple(node.name() for node in chain))
+    def _common_way(self, outputs: Sequence[Tensor]) -> Way | None:
+        """Return the way that the first task has settled in this pass, if this gradient takes it, too."""
+        own = self._way_from(outputs)
+        if own is None or self._way is None:
+            return own
+        return self._way if self._way.seen.node in (own.output.node, *own.nodes) else None
 
-    def _settle(self, way: _Way, like: Tensor) -> bool:
+    def _settle(self, way: Way, like: Tensor) -> bool:
         """Let this be the way of the pass, unless it mixes samples or channels."""
         if self._way is None:
             S = way.carry(torch.ones_like(like))
             if way.names not in self._keep_apart:
-                if not way.keeps_apart(S):
+                if not _keeps_apart(way, S):
                     self._calls.clear()
                     self._is_given_up = True
                     return False
-                if _BY_NUMBER.issuperset(way.names):
+                if way.acts_by_number:
                     self._keep_apart.add(way.names)
             self._way, self._S = way, S
         return True
@@ -300,7 +258,6 @@ class PooledGradients(LayerGradients):
         """Let go of the current forward pass's tensors; what was read of them stays."""
         super().forget()
         self._way = self._S = None
-        self._chains.clear()
 
     def clear(self) -> None:
         """Forget what was read: a new optimizer step begins."""
@@ -312,12 +269,6 @@ class PooledGradients(LayerGradients):
 def _pays(tasks: int, positions: int) -> bool:
     """Reckon with all but the tasks' own products at what two gradients cost, and these at what memory costs."""
     return tasks * positions > 2 * (positions + tasks)
-
-
-def _shape_at(node: Node) -> tuple[int, ...] | None:
-    """Return the shape of a gradient that arrives there, if it is one."""
-    arriving = node._input_metadata
-    return tuple(arriving[0].shape) if len(arriving) == 1 else None
 
 
 def _one_for_all_positions(gradient: Tensor) -> Tensor | None:
