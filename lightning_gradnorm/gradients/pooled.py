@@ -36,8 +36,8 @@ _PRODUCTS: Mapping[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv3d: conv3d_weight,
 }
 
-_AT_ONCE = 8 * 2**20
-"""Bytes of M and U that are made at a time: they fit into a processor's cache."""
+_AT_ONCE = 3 * 2**20
+"""Bytes of M and U that are made at a time, while all of the trunk's activations are still there."""
 
 
 def _keeps_apart(way: Way, S: Tensor) -> bool:
@@ -214,7 +214,8 @@ class PooledGradients(LayerGradients):
         B, O, P = S.shape  # noqa: E741
         of_one = (O + 2 * P) * self.module.weight[0, 0, 0].numel() * S.element_size()  # channel of a sample, in M and U
         samples = max(1, min(B, _AT_ONCE // of_one))
-        for channels in torch.split(inputs, max(1, _AT_ONCE // (of_one * samples)), dim=1):
+        channels_at_once = max(1, _AT_ONCE // (of_one * samples))
+        for channels in inputs.chunk(math.ceil(inputs.shape[1] / channels_at_once), dim=1):
             sums: list[Tensor] = []
             for some, S_of_some, v_of_some in zip(
                 torch.split(channels, samples), torch.split(S, samples), torch.split(v, samples, dim=1), strict=True
@@ -239,6 +240,9 @@ class PooledGradients(LayerGradients):
             self._multiply()
         elif task in self._numbers:
             self._complete.add(task)
+            if len(self._complete) == self._tasks:  # the way down the trunk, where memory is short, is still to come
+                self._multiply()
+                self._let_go()
             return
         super().close(task)
 
@@ -257,6 +261,10 @@ class PooledGradients(LayerGradients):
     def forget(self) -> None:
         """Let go of the current forward pass's tensors; what was read of them stays."""
         super().forget()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._calls.clear()
         self._way = self._S = None
 
     def clear(self) -> None:

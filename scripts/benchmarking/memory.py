@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import resource
@@ -14,19 +15,18 @@ from pathlib import Path
 import torch
 from pages import be_quiet
 
-from benchmarking.networks import NETWORKS
 from benchmarking.plan import Case, Failures, Plan, table, table_line
 from benchmarking.running import Setting, step_time
 from benchmarking.ways import EQUAL, WAYS
 
 DESCRIBED = (
-    "Peak of the resident memory (on a GPU: of what is allocated) beyond what the process has after a few steps of the toy "
-    "network, trained the same way, each run in a fresh process whose allocator gives back at once what is freed "
-    "(MALLOC_MMAP_THRESHOLD_): what is alive, and not what it keeps in reserve. Median, and ratio to equal weights."
+    "Peak of the resident memory (on a GPU: of what is allocated) beyond what the process has after a few steps with batches of "
+    "one, of the same network, trained the same way; each run in a fresh process whose allocator gives back at once what is "
+    "freed (MALLOC_MMAP_THRESHOLD_): what is alive, and neither what it keeps in reserve nor the operators' own code. Median, and "
+    "ratio to equal weights."
 )
 _GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """For glibc, whose reserve depends on the order in which tensors come and go."""
-_SMALL = "toy"
 
 
 def peak_memory(group: str, name: str, case: Case, setting: Setting) -> float:
@@ -36,10 +36,10 @@ def peak_memory(group: str, name: str, case: Case, setting: Setting) -> float:
     way = WAYS[group][name]
     # Packages and the code of operators, which is loaded when they are first called, are not what is measured.
     way.what_is_missing()
-    a_few_steps = replace(setting, steps=NETWORKS[_SMALL].warm_up + 2, batch_size=None)
-    step_time(way.start(_SMALL, 2, compiled=False), _SMALL, a_few_steps)
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # Linux
     kind, tasks = case
+    step_time(way.start(kind, tasks, setting.compiled), kind, replace(setting, steps=None, batch_size=1))
+    gc.collect()
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # Linux
     step_time(way.start(kind, tasks, setting.compiled), kind, setting)
     if setting.device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
