@@ -14,8 +14,8 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_gradnorm.gradients.paths import chain_above, node_of
 
-_ACTIVATIONS = "Relu LeakyRelu Elu Gelu Silu Mish Hardtanh Hardswish Softplus Tanh Sigmoid"
-_BY_NUMBER = frozenset(f"{name}Backward0" for name in _ACTIVATIONS.split())
+_BY_NUMBER_ALONE = "Relu LeakyRelu Elu Gelu Silu Mish Hardtanh Hardswish Softplus Tanh Sigmoid"
+_BY_NUMBER = frozenset(f"{name}Backward0" for name in _BY_NUMBER_ALONE.split())
 
 
 class Way(NamedTuple):

@@ -20,10 +20,10 @@ from benchmarking.running import Setting, step_time
 from benchmarking.ways import EQUAL, WAYS
 
 DESCRIBED = (
-    "Peak of the resident memory (on a GPU: of what is allocated) beyond what the process has after a few steps with batches of "
-    "one, of the same network, trained the same way; each run in a fresh process whose allocator gives back at once what is "
-    "freed (MALLOC_MMAP_THRESHOLD_): what is alive, and neither what it keeps in reserve nor the operators' own code. Median, and "
-    "ratio to equal weights."
+    "Peak of the resident memory (on a GPU: of what is allocated) beyond what the process has after a few steps of the same "
+    "network, trained the same way with batches of one; each run in a fresh process whose allocator gives back at once what is "
+    "freed (MALLOC_MMAP_THRESHOLD_): what is alive, and neither what it keeps in reserve nor the operators' own code. Median, "
+    "and ratio to equal weights."
 )
 _GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """For glibc, whose reserve depends on the order in which tensors come and go."""
