@@ -17,7 +17,6 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from lightning_gradnorm.gradients.paths import node_of, nodes_behind
 from lightning_gradnorm.gradients.readers import WeightGradients
-from lightning_gradnorm.gradients.way import Way, way_to
 
 
 class Call(NamedTuple):
@@ -54,10 +53,6 @@ class LayerGradients(WeightGradients):
         self._calls: list[Call] = []
         self._is_all: dict[tuple[Node, ...], bool] = {}
         """Whether the calls are all that leads from these nodes to ``W``, as far as it was asked in this pass."""
-        self._ways: dict[Node, Way] = {}
-        """From a node to the only call, as far as it was asked in this pass."""
-        self._unhooked: dict[tuple[str, ...], bool] = {}
-        """By the names of a way's nodes: whether a gradient that is carried by hand comes out as with all hooks."""
 
     # ---- what a kind of layer answers --------------------------------------------------------------------------------
 
@@ -115,7 +110,6 @@ class LayerGradients(WeightGradients):
             behind = node_of(inputs) if inputs.requires_grad else None
             self._calls.append(Call(inputs.detach(), inputs._version, edge, behind))
             self._is_all.clear()
-            self._ways.clear()
 
     def _has_own_hooks_only(self) -> bool:
         """Say whether the call was that of the layer and no more: somebody else's hooks may change input and output."""
@@ -140,29 +134,6 @@ class LayerGradients(WeightGradients):
             self._is_all[ends] = W not in nodes_behind([*before, *ends], stop=calls)
         return self._is_all[ends]
 
-    def _way_from(self, outputs: Sequence[Tensor]) -> Way | None:
-        """Return the last piece of the way from one output to one call."""
-        if len(outputs) != 1 or len(self._calls) != 1:
-            return None
-        end = node_of(outputs[0])
-        if end not in self._ways:
-            self._ways[end] = way_to(self._calls[0].output, end)
-        return self._ways[end]
-
-    def _carried(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Return the task's gradients at the outputs of the calls."""
-        way = self._way_from(outputs)
-        if way is not None and way.begins_at(outputs[0]) and way.acts_by_number:
-            (gradient,) = gradients
-            if way.names not in self._unhooked:
-                self._unhooked[way.names] = torch.equal(way.carry(gradient.clone()), way.carry_by_hand(gradient))
-            if self._unhooked[way.names]:
-                return [way.carry_by_hand(gradient)]
-        edges = [call.output for call in self._calls]
-        found = torch.autograd.grad(outputs, edges, gradients, retain_graph=True, allow_unused=True)
-        # What was only handed on may have a graph of its own (create_graph).
-        return [None if part is None else part.detach() for part in found]
-
     def _inputs_of(self, call: Call) -> Tensor:
         if call.inputs._version != call.version:
             raise RuntimeError(
@@ -186,7 +157,12 @@ class LayerGradients(WeightGradients):
     def forget(self) -> None:
         """Let go of the current forward pass's tensors; what was read of them stays."""
         self._multiply()
-        self._begun, self._calls, self._is_all, self._ways = [], [], {}, {}
+        self._begun, self._calls, self._is_all = [], [], {}
+
+
+def exactly() -> torch.autocast:
+    """Return a context in which products are of the precision of their factors, as those of a backward pass are."""
+    return torch.autocast("cpu", enabled=False)
 
 
 def _is_transformed() -> bool:

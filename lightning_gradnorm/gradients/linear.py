@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from lightning_gradnorm.gradients.layer import LayerGradients
+from lightning_gradnorm.gradients.layer import LayerGradients, exactly
 from lightning_gradnorm.gradients.paths import node_of
 
 _LEAST = 1e-4
@@ -61,8 +61,10 @@ class LinearGradients(LayerGradients):
         return node_of(W) in (*factors, *transposed)
 
     def _take(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
-        found = self._carried(outputs, gradients)
-        arrived = {place: part for place, part in enumerate(found) if part is not None}
+        edges = [call.output for call in self._calls]
+        found = torch.autograd.grad(outputs, edges, gradients, retain_graph=True, allow_unused=True)
+        # What was only handed on may have a graph of its own (create_graph).
+        arrived = {place: part.detach() for place, part in enumerate(found) if part is not None}
         if arrived:
             known = self._at_outputs.setdefault(task, {})
             for place, gradient in arrived.items():
@@ -83,7 +85,8 @@ class LinearGradients(LayerGradients):
         for task in list(self._at_outputs):
             X, D = self._factors(task)
             del self._at_outputs[task]
-            self._add(task, (D.T @ X).flatten())
+            with exactly():
+                self._add(task, (D.T @ X).flatten())
 
     def close(self, task: str) -> None:
         """Find the norm by the right side of the equation; by the left one where that would cost too many digits."""
@@ -94,17 +97,18 @@ class LinearGradients(LayerGradients):
             return
         X, D = self._factors(task)
         calls = tuple(self._at_outputs.pop(task))
-        if calls not in self._of_inputs:
-            XX = X @ X.T
-            self._of_inputs[calls] = XX.flatten(), float(XX.trace())
-        XX, size = self._of_inputs[calls]
-        DD = D @ D.T
-        square = torch.dot(XX, DD.flatten())
-        if float(square) > _LEAST * size * float(DD.trace()):
-            self._closed[task] = square.sqrt()
-        else:
-            self._add(task, (D.T @ X).flatten())
-            super().close(task)
+        with exactly():
+            if calls not in self._of_inputs:
+                XX = X @ X.T
+                self._of_inputs[calls] = XX.flatten(), float(XX.trace())
+            XX, size = self._of_inputs[calls]
+            DD = D @ D.T
+            square = torch.dot(XX, DD.flatten())
+            if float(square) > _LEAST * size * float(DD.trace()):
+                self._closed[task] = square.sqrt()
+            else:
+                self._add(task, (D.T @ X).flatten())
+                super().close(task)
 
     def rescale(self, task: str, factor: Tensor) -> None:
         """Multiply what was read of a task's gradient by ``factor``."""

@@ -1,11 +1,12 @@
 """The norms of a convolution's gradients where its output comes to the heads by way of a mean over the positions.
 
-Behind such a pooling, a task's gradient is the same at all positions p: one number v_i for each sample b and channel o. If
-what lies between there and the layer's output keeps samples and channels apart, as a ReLU does, it arrives as::
+Behind such a pooling, a task's gradient is the same at all positions p: one number v_i for each sample b and channel o. Where
+nothing on the way from there to the layer's output mixes samples or channels, as no activation does, it arrives as::
 
     D_i[b, o, p] = S[b, o, p] · v_i[b, o]
 
-with one S for all tasks. With the patches U of the input, ``∇_W L_i[o] = Σ_bp D_i[b, o, p] U[b, p]`` becomes::
+with one S for all tasks: what becomes of ones. With the patches U of the input, ``∇_W L_i[o] = Σ_bp D_i[b, o, p] U[b, p]``
+becomes::
 
     ∇_W L_i[o] = Σ_b v_i[b, o] M[b, o],   M[b, o] = Σ_p S[b, o, p] U[b, p]
 
@@ -24,9 +25,10 @@ from torch.autograd.graph import Node
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from lightning_gradnorm.gradients.layer import LayerGradients
+from lightning_gradnorm.gradients.layer import LayerGradients, exactly
 from lightning_gradnorm.gradients.paths import node_of
-from lightning_gradnorm.gradients.way import Way
+from lightning_gradnorm.gradients.readers import flat_row
+from lightning_gradnorm.gradients.way import Way, way_to
 
 Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -40,43 +42,15 @@ _AT_ONCE = 3 * 2**20
 """Bytes of M and U that are made at a time, while all of the trunk's activations are still there."""
 
 
-def _keeps_apart(way: Way, S: Tensor) -> bool:
-    """Say whether the way, of numbers that have nothing in common, makes of each what it makes of a one, which is ``S``.
-
-    Then it keeps samples and channels apart, for it is linear.
-    """
-    unlike = _unlike(S)
-    everywhere = unlike.expand_as(S)
-    # A hook where it begins, that changes what comes there, would be asked twice.
-    (passed,) = torch.autograd.grad([way.seen], [way.seen], [everywhere.contiguous()], retain_graph=True)
-    if not torch.equal(passed, everywhere):
-        return False
-    of_parts = (torch.split(values, 8) for values in (way.carry(everywhere.contiguous()), S, unlike))
-    return all(_are_products(*parts) for parts in zip(*of_parts, strict=True))
-
-
-def _unlike(like: Tensor) -> Tensor:
-    """Return numbers between 1 and 2 that have nothing in common, one for each sample and channel."""
-    shape = (*like.shape[:2], *(1 for _ in like.shape[2:]))
-    turns = torch.arange(math.prod(shape), dtype=torch.float64, device=like.device) * (math.sqrt(5) / 2)
-    return (1 + turns.frac()).to(like.dtype).view(shape)
-
-
-def _are_products(values: Tensor, S: Tensor, v: Tensor) -> bool:
-    """Say whether each channel of each sample is ``S · v``, but for rounding."""
-    off = torch.addcmul(values, S, v, value=-1).flatten(2).abs_().amax(2)
-    return bool((off <= 8 * torch.finfo(values.dtype).eps * values.flatten(2).abs().amax(2)).all())
-
-
 class PooledGradients(LayerGradients):
     """Reads ``∇_W L_i`` of a convolution; the norms of several tasks it finds from what their gradients have in common.
 
-    That they have it is not taken from the network. It is seen in the numbers, in each pass: that the task's gradient is the
-    same at all positions, and that the way on to the layer's output keeps samples and channels apart. Where it is not so, the
-    gradient is read as it is; if the way mixes them (as statistics of the batch do), in all later passes, too.
+    That they have it is seen in the numbers, in each pass: a task's gradient is looked at as far above the layer's output as it
+    has the same shape. Where nothing but an activation, without hooks, lies between, it is known what becomes of it on the way;
+    else it is compared with what arrives. Where it is not so, the gradient is read as it is.
 
-    A task is pending while only its numbers are known, until the backward pass is over. It may be complete by then: nothing
-    more will be read of it, and its norm will do.
+    A task is pending while only its numbers are known, until all are complete or the backward pass is over. Complete is a task
+    of which nothing more will be read: its norm will do.
 
     Args:
         layer: whose ``weight`` is ``W``; each call between `before` and `after`.
@@ -89,11 +63,10 @@ class PooledGradients(LayerGradients):
     def __init__(self, layer: Convolution, tasks: int, is_ours: Callable[[Any], bool] = lambda hook: False) -> None:
         super().__init__(layer, is_ours)
         self._tasks = tasks
-        self._is_given_up = False
-        self._keep_apart: set[tuple[str, ...]] = set()
-        """Names of nodes on ways that were seen to keep samples and channels apart, and always will."""
+        self._hooks: Mapping[int, Any] = {}
+        """Those at the layer's output."""
         self._way: Way | None = None
-        """That of the current forward pass, and what it makes of ones:"""
+        """On which the gradients of the current pass come, and what becomes of ones:"""
         self._S: Tensor | None = None
         self._numbers: dict[str, Tensor] = {}
         """Pending task → v_i, shape (B, O)."""
@@ -113,54 +86,70 @@ class PooledGradients(LayerGradients):
         )
 
     def _pays(self, inputs: Tensor, output: Tensor) -> bool:
-        return inputs.numel() > 0 and not self._is_given_up and _pays(self._tasks, output.shape[2:].numel())
+        return inputs.numel() > 0 and _is_worth_it(self._tasks, output.shape[2:].numel())
 
     def _is_product_with(self, W: Tensor, node: Node) -> bool:
         return node.name() == "ConvolutionBackward0" and any(of is node_of(W) for of, _ in node.next_functions)
 
     # ---- what is seen of a task --------------------------------------------------------------------------------------
 
+    def after(self, output: Any) -> None:
+        """Note where the gradient at the output will come by, and where hooks will be that somebody hangs there later."""
+        noted = len(self._calls)
+        super().after(output)
+        if len(self._calls) > noted:
+            output.register_hook(lambda gradient: None).remove()  # which leaves the place of all that follow
+            self._hooks = output._backward_hooks
+
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add the task's contribution to the gradient of ``W``, or note the numbers that it is made of."""
-        if len(self._calls) > 1:  # each has a pattern of its own; what is pending is of the first
+        if len(self._calls) > 1:  # each has an S of its own; what is pending is of the first
             self._multiply()
             self._calls.clear()
         super().read(task, outputs, gradients)
 
     def _take(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
-        way = self._common_way(outputs)
+        way = None if self._hooks else self._common_way(outputs)
         if way is None:
             return False
-        if way.begins_at(outputs[0]):
-            (arrived,) = gradients
-        else:
-            (arrived,) = torch.autograd.grad(outputs, [way.seen], gradients, retain_graph=True)
-        v = _one_for_all_positions(arrived.detach())
-        if v is None or not self._settle(way, arrived):
+        is_seen = way.begins_at(outputs[0]) and not outputs[0]._backward_hooks
+        if is_seen and way.is_short:
+            return self._note(task, way, gradients[0].detach())
+        if is_seen and _one_for_all_positions(gradients[0]) is None:
             return False
+        seen, D = torch.autograd.grad(outputs, [way.seen, way.output], gradients, retain_graph=True, allow_unused=True)
+        if seen is None or D is None:  # the task leaves the layer out
+            return False
+        if not self._note(task, way, seen.detach(), D.detach()):
+            found = torch.autograd.grad([way.output], self._parameters, [D.detach()], retain_graph=True)
+            self._add(task, flat_row(found, self._parameters))
+            if self._way is None:
+                self._calls.clear()  # nor will it be otherwise with the tasks to come in this pass
+        return True
+
+    def _note(self, task: str, way: Way, seen: Tensor, D: Tensor | None = None) -> bool:
+        """Note the numbers of a gradient, if that is all it is, and all that arrives at the layer's output as ``D``."""
+        v = _one_for_all_positions(seen)
+        if v is None:
+            return False
+        S = way.carry(torch.ones_like(seen)) if self._S is None else self._S
+        if D is not None and not _are_products(D, S, v):
+            return False
+        self._way, self._S = way, S
         self._numbers[task] = self._numbers[task] + v if task in self._numbers else v
         return True
 
     def _common_way(self, outputs: Sequence[Tensor]) -> Way | None:
-        """Return the way that the first task has settled in this pass, if this gradient takes it, too."""
-        own = self._way_from(outputs)
-        if own is None or self._way is None:
+        """Return the way of the tasks before in this pass, if this task takes it, too; the longest if it is the first."""
+        if len(outputs) > 1:
+            return None
+        end = node_of(outputs[0])
+        if self._way is not None and end is self._way.seen.node:
+            return self._way
+        own = way_to(self._calls[0].output, end)
+        if self._way is None:
             return own
         return self._way if self._way.seen.node in (own.output.node, *own.nodes) else None
-
-    def _settle(self, way: Way, like: Tensor) -> bool:
-        """Let this be the way of the pass, unless it mixes samples or channels."""
-        if self._way is None:
-            S = way.carry(torch.ones_like(like))
-            if way.names not in self._keep_apart:
-                if not _keeps_apart(way, S):
-                    self._calls.clear()
-                    self._is_given_up = True
-                    return False
-                if way.acts_by_number:
-                    self._keep_apart.add(way.names)
-            self._way, self._S = way, S
-        return True
 
     # ---- products ----------------------------------------------------------------------------------------------------
 
@@ -172,27 +161,31 @@ class PooledGradients(LayerGradients):
         complete = [task for task in self._numbers if task in self._complete]
         to_come = [task for task in self._numbers if task not in self._complete]
         self._complete.difference_update(complete)
-        if not _pays(len(self._numbers), self._S[0, 0].numel()):
-            for task, v in self._numbers.items():
-                self._add(task, self._product(v))
-            for task in complete:
-                super().close(task)
-        else:
-            if complete:
-                of_parts = [
-                    torch.linalg.vector_norm(part.flatten(2), dim=2)
-                    for parts in self._products(complete)
-                    for part in parts
-                ]
-                norms = torch.linalg.vector_norm(torch.cat(of_parts), dim=0)
-                self._closed |= zip(complete, norms.unbind(), strict=True)
-            if to_come:
-                gradients = torch.cat(
-                    [torch.stack(parts, dim=3).flatten(2) for parts in self._products(to_come)], dim=2
-                )
-                for task, gradient in zip(to_come, gradients.unbind(1), strict=True):
-                    self._add(task, gradient.flatten())
+        with exactly():
+            if _is_worth_it(len(self._numbers), self._S[0, 0].numel()):
+                self._closed |= zip(complete, self._norms_of(complete), strict=True)
+                rows = dict(zip(to_come, self._rows_of(to_come), strict=True))
+            else:
+                rows = {task: self._product(v) for task, v in self._numbers.items()}
         self._numbers.clear()
+        for task, row in rows.items():
+            self._add(task, row)
+            if task in complete:
+                super().close(task)
+
+    def _norms_of(self, tasks: Sequence[str]) -> Sequence[Tensor]:
+        if not tasks:
+            return ()
+        parts = [part.flatten(2) for of_channels in self._products(tasks) for part in of_channels]
+        of_parts = torch.cat([torch.linalg.vector_norm(part, dim=2) for part in parts])
+        norms: Tensor = torch.linalg.vector_norm(of_parts, dim=0)
+        return norms.unbind()
+
+    def _rows_of(self, tasks: Sequence[str]) -> Sequence[Tensor]:
+        if not tasks:
+            return ()
+        of_channels = [torch.stack(parts, dim=3).flatten(2) for parts in self._products(tasks)]
+        return torch.cat(of_channels, dim=2).transpose(0, 1).flatten(1).unbind()
 
     def _product(self, v: Tensor) -> Tensor:
         """Return the gradient that these numbers stand for, as it is computed without them."""
@@ -212,7 +205,11 @@ class PooledGradients(LayerGradients):
         inputs, S = self._inputs_of(self._calls[0]), self._S.flatten(2)
         v = torch.stack([self._numbers[task] for task in tasks])
         B, O, P = S.shape  # noqa: E741
-        of_one = (O + 2 * P) * self.module.weight[0, 0, 0].numel() * S.element_size()  # channel of a sample, in M and U
+        of_kernel = self.module.weight[0, 0, 0].numel()  # but for its first dimension
+        padded = (
+            P // self._S.shape[2] * (inputs.shape[2] + 2 * int(self.module.padding[0]))
+        )  # positions in all its rows
+        of_one = (O + P + padded) * of_kernel * S.element_size()  # channel of a sample, in M and U
         samples = max(1, min(B, _AT_ONCE // of_one))
         channels_at_once = max(1, _AT_ONCE // (of_one * samples))
         for channels in inputs.chunk(math.ceil(inputs.shape[1] / channels_at_once), dim=1):
@@ -238,13 +235,13 @@ class PooledGradients(LayerGradients):
         """Take note that nothing more of this task will be read: its norm will do."""
         if task in self._numbers and task in self._rows:
             self._multiply()
-        elif task in self._numbers:
-            self._complete.add(task)
-            if len(self._complete) == self._tasks:  # the way down the trunk, where memory is short, is still to come
-                self._multiply()
-                self._let_go()
+        if task not in self._numbers:
+            super().close(task)
             return
-        super().close(task)
+        self._complete.add(task)
+        if len(self._complete) == self._tasks:  # the way down the trunk, where memory is short, is still to come
+            self._multiply()
+            self._let_go()
 
     def _is_closed(self, task: str) -> bool:
         return task in self._complete or super()._is_closed(task)
@@ -274,9 +271,20 @@ class PooledGradients(LayerGradients):
         super().clear()
 
 
-def _pays(tasks: int, positions: int) -> bool:
+def _is_worth_it(tasks: int, positions: int) -> bool:
     """Reckon with all but the tasks' own products at what two gradients cost, and these at what memory costs."""
     return tasks * positions > 2 * (positions + tasks)
+
+
+def _are_products(D: Tensor, S: Tensor, v: Tensor) -> bool:
+    """Say whether each channel of each sample of ``D`` is ``S · v``, but for rounding."""
+    few = 8  # samples at a time: no copy of a whole gradient is made to look at it
+    for part, S_of_part, v_of_part in zip(*(torch.split(values, few) for values in (D, S, v)), strict=True):
+        of_positions = v_of_part.view(*v_of_part.shape, *(1 for _ in S.shape[2:]))
+        off = torch.addcmul(part, S_of_part, of_positions, value=-1).flatten(2).abs_().amax(2)
+        if not (off <= 8 * torch.finfo(D.dtype).eps * part.flatten(2).abs().amax(2)).all():
+            return False
+    return True
 
 
 def _one_for_all_positions(gradient: Tensor) -> Tensor | None:

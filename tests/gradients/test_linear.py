@@ -208,6 +208,24 @@ def test_an_input_that_is_changed_before_the_step_is_an_error() -> None:
         reader.norms(list(heads))
 
 
+def test_products_are_as_exact_within_autocast_as_without() -> None:
+    """A manual backward pass is begun within Lightning's, where torch's own product is one of bfloat16."""
+    layer, heads, x = networks()
+    layer, x = layer.float(), x.float()
+    reader = LinearGradients(layer, is_ours)
+    around_call(layer, before=reader.before, after=reader.after)
+    norms = []
+    for is_cast in (False, True):
+        views = fan_out(layer(x), heads, reader.read)
+        loss = sum((i + 1) * views[task].square().mean() for i, task in enumerate(heads))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_cast):
+            loss.backward()  # type: ignore[union-attr]
+            assert reader._at_outputs
+            norms.append(reader.norms(list(heads)))
+        reader.clear()
+    torch.testing.assert_close(*norms, rtol=1e-6, atol=0)
+
+
 class Wide(WithoutTargets):
     """A shared layer that is larger than the batch."""
 
@@ -294,9 +312,10 @@ def test_a_task_that_does_not_come_by_the_layer_has_a_norm_of_zero(kind: Any) ->
     is_linear = kind is LinearGradients
     layer, other = (nn.Linear(20, 30) if is_linear else nn.Conv2d(2, 3, 3) for _ in range(2))
     x = torch.randn(6, 20) if is_linear else torch.randn(6, 2, 12, 12)
-    reader = kind(layer) if is_linear else kind(layer, 5)
+    reader = kind(layer, is_ours) if is_linear else kind(layer, 5, is_ours)
     around_call(layer, before=reader.before, after=reader.after)
     by_the_layer, past_it = layer(x), other(x)
+    assert reader._calls
     reader.read("past it", [past_it], [torch.ones_like(past_it)])
     reader.read("by it", [by_the_layer], [torch.ones_like(by_the_layer)])
     (expected,) = torch.autograd.grad(by_the_layer.sum(), layer.weight)
