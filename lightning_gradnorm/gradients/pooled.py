@@ -176,9 +176,8 @@ class PooledGradients(LayerGradients):
     def _norms_of(self, tasks: Sequence[str]) -> Sequence[Tensor]:
         if not tasks:
             return ()
-        parts = [part.flatten(2) for of_channels in self._products(tasks) for part in of_channels]
-        of_parts = torch.cat([torch.linalg.vector_norm(part, dim=2) for part in parts])
-        norms: Tensor = torch.linalg.vector_norm(of_parts, dim=0)
+        of_parts = [torch.linalg.vector_norm(part.flatten(2), dim=2) for of in self._products(tasks) for part in of]
+        norms: Tensor = torch.linalg.vector_norm(torch.cat(of_parts), dim=0)
         return norms.unbind()
 
     def _rows_of(self, tasks: Sequence[str]) -> Sequence[Tensor]:
@@ -205,11 +204,10 @@ class PooledGradients(LayerGradients):
         inputs, S = self._inputs_of(self._calls[0]), self._S.flatten(2)
         v = torch.stack([self._numbers[task] for task in tasks])
         B, O, P = S.shape  # noqa: E741
-        of_kernel = self.module.weight[0, 0, 0].numel()  # but for its first dimension
-        padded = (
-            P // self._S.shape[2] * (inputs.shape[2] + 2 * int(self.module.padding[0]))
-        )  # positions in all its rows
-        of_one = (O + P + padded) * of_kernel * S.element_size()  # channel of a sample, in M and U
+        # Of a channel of a sample, in M and in what U is made of: all rows of the padded input.
+        rows = inputs.shape[2] + 2 * int(self.module.padding[0])
+        numbers = O + P + rows * (P // self._S.shape[2])
+        of_one = numbers * self.module.weight[0, 0, 0].numel() * S.element_size()
         samples = max(1, min(B, _AT_ONCE // of_one))
         channels_at_once = max(1, _AT_ONCE // (of_one * samples))
         for channels in inputs.chunk(math.ceil(inputs.shape[1] / channels_at_once), dim=1):
