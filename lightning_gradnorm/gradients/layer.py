@@ -161,7 +161,7 @@ class LayerGradients(WeightGradients):
 
 
 def exactly() -> torch.autocast:
-    """Return a context in which products are of the precision of their factors, as those of a backward pass are."""
+    """Return a context in which products are of the precision of their factors, whatever autocast a backward pass runs in."""
     return torch.autocast("cpu", enabled=False)
 
 

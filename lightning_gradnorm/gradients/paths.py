@@ -28,6 +28,24 @@ def nodes_behind(start: Iterable[Node], *, stop: Collection[Node] = ()) -> set[N
     return found
 
 
+def _sources(start: Iterable[Node], stop: Collection[Node]) -> dict[Node, list[Node]]:
+    """Return the nodes of `nodes_behind`, each with those from which a gradient comes to it."""
+    sources: dict[Node, list[Node]] = {node: [] for node in start}
+    to_visit = list(sources)
+    while to_visit:
+        node = to_visit.pop()
+        if node in stop:
+            continue
+        for following, _ in node.next_functions:
+            if following is None:
+                continue
+            if following not in sources:
+                sources[following] = []
+                to_visit.append(following)
+            sources[following].append(node)
+    return sources
+
+
 def nodes_between(start: Iterable[Node], targets: Iterable[Tensor], *, stop: Collection[Node] = ()) -> set[Node]:
     """Return the nodes on any path from ``start`` to ``targets``, both ends included; empty if there is no path.
 
@@ -45,19 +63,7 @@ def nodes_between(start: Iterable[Node], targets: Iterable[Tensor], *, stop: Col
         >>> nodes_between([node_of(loss)], [torch.ones(2, requires_grad=True)])
         set()
     """
-    sources: dict[Node, list[Node]] = {node: [] for node in start}
-    to_visit = list(sources)
-    while to_visit:
-        node = to_visit.pop()
-        if node in stop:
-            continue
-        for following, _ in node.next_functions:
-            if following is None:
-                continue
-            if following not in sources:
-                sources[following] = []
-                to_visit.append(following)
-            sources[following].append(node)
+    sources = _sources(start, stop)
     found: set[Node] = set()
     to_visit = [node for node in map(node_of, targets) if node in sources]
     while to_visit:
@@ -78,14 +84,10 @@ def chain_above(node: Node, ends: Collection[Node]) -> list[Node]:
         >>> [above.name() for above in chain_above(node_of(y), [node_of(z.sum() * z.mean())])]
         ['ExpBackward0', 'ReluBackward0']
     """
-    above: dict[Node, set[Node]] = {}
-    for one in nodes_behind(ends, stop=[node]) - {node}:
-        for following, _ in one.next_functions:
-            if following is not None:
-                above.setdefault(following, set()).add(one)
+    sources = _sources(ends, [node])
     chain = [node]
-    while chain[-1] not in ends and len(above.get(chain[-1], ())) == 1:
-        chain.extend(above[chain[-1]])
+    while chain[-1] not in ends and len(above := set(sources.get(chain[-1], ()))) == 1:
+        chain.extend(above)
     return chain
 
 

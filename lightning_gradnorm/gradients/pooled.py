@@ -289,10 +289,9 @@ def _one_for_all_positions(gradient: Tensor) -> Tensor | None:
     """Return the number, shape (B, O), that this gradient is at all positions, if it is one, and finite."""
     at_first = (slice(None), slice(None), *(slice(1) for _ in gradient.shape[2:]))
     first = gradient[at_first]
-    is_one = torch.equal(gradient, first.expand_as(gradient)) and bool(first.isfinite().all())
-    return (
-        first.flatten(1).clone() if is_one else None
-    )  # the gradient itself goes its way, and may be added to in place
+    if not (torch.equal(gradient, first.expand_as(gradient)) and bool(first.isfinite().all())):
+        return None
+    return first.flatten(1).clone()  # the gradient itself goes its way, and may be added to in place
 
 
 def patches(inputs: Tensor, layer: Convolution) -> Iterator[Tensor]:

@@ -11,10 +11,8 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_gradnorm.gradients.paths import chain_above, node_of
 
-_ACTIVATIONS = frozenset(
-    f"{name}Backward0"
-    for name in "Relu LeakyRelu Elu Gelu Silu Mish Hardtanh Hardswish Softplus Tanh Sigmoid".split()  # noqa: SIM905
-)
+_NAMES = "Relu LeakyRelu Elu Gelu Silu Mish Hardtanh Hardswish Softplus Tanh Sigmoid"
+_ACTIVATIONS = frozenset(f"{name}Backward0" for name in _NAMES.split())
 
 
 class Way(NamedTuple):
