@@ -1,17 +1,17 @@
 """Loss balancing for Lightning: GradNorm, and every other strategy, as a callback."""
 
+from lightning_gradnorm import _moved
 from lightning_gradnorm.callbacks import (
     Aggregation,
     FixedWeights,
-    GradientNormMonitor,
     GradNorm,
     GradNormStatic,
     RandomWeights,
     Scalarization,
 )
 from lightning_gradnorm.gradients import gradient_norms
-from lightning_gradnorm.module import MultiTaskModule
-from lightning_gradnorm.tasks import Task
+from lightning_gradnorm.monitor import GradientNormMonitor
+from lightning_gradnorm.multitask import MultiTaskModule, Task
 
 __all__ = [
     "Aggregation",
@@ -27,3 +27,5 @@ __all__ = [
 ]
 
 __version__ = "0.1.0.dev0"
+
+_moved.install()

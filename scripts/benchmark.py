@@ -50,7 +50,7 @@ from benchmarking.running import CLOCKS, PRECISIONS, Setting
 from benchmarking.ways import EQUAL, WAYS
 from pages import be_quiet
 
-from lightning_gradnorm.suggestions import did_you_mean
+from lightning_gradnorm._messages import did_you_mean
 
 SIX = (("conv", 3), ("conv", 10), ("mlp", 3), ("mlp", 10), ("dense", 3), ("dense", 5))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lightning_gradnorm.report import comparison_table, read_run
+from lightning_gradnorm.experiments.report import comparison_table, read_run
 
 STRATEGIES = ("equal", "gradnorm")
 # In so small a network threads wait for each other more than they compute, above all beside other work.
@@ -33,7 +33,7 @@ def main() -> None:
         ]
         console.rule(f"gradnorm-train {' '.join(options)}")
         trained = subprocess.run(
-            [sys.executable, "-m", "lightning_gradnorm.cli.train", *options], check=False, env=ENVIRONMENT
+            [sys.executable, "-m", "lightning_gradnorm.experiments.cli.train", *options], check=False, env=ENVIRONMENT
         )
         if trained.returncode:
             sys.exit(trained.returncode)

@@ -19,9 +19,9 @@ from typing import Any
 import lightning as L
 import torch
 
-from lightning_gradnorm.cli.study import carry_out
-from lightning_gradnorm.report import PAPER, Run, by_task, higher_is_better
-from lightning_gradnorm.report.results import ALL_TASKS
+from lightning_gradnorm.experiments.cli.job_runner import carry_out
+from lightning_gradnorm.experiments.report import PAPER, Run, by_task, higher_is_better
+from lightning_gradnorm.experiments.report.results import ALL_TASKS
 
 QUIET = ("trainer.enable_progress_bar=false", "trainer.enable_model_summary=false")
 """Of `gradnorm-train`, whose output nobody watches."""

@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from lightning_gradnorm.data.rooms import CLASSES, View, render
+from lightning_gradnorm.experiments.problems.dense.rooms import CLASSES, View, render
 
 ROWS, COLUMNS, FAR, GAP = 4, 6, 7.0, 4
 

@@ -14,9 +14,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from lightning_gradnorm.data.nyuv2.prepared import Prepared
-from lightning_gradnorm.data.nyuv2.preparing import prepare
-from lightning_gradnorm.data.nyuv2.source import FORMS, describe, find_source
+from lightning_gradnorm.experiments.problems.dense.nyuv2.convert import prepare
+from lightning_gradnorm.experiments.problems.dense.nyuv2.prepared import Prepared
+from lightning_gradnorm.experiments.problems.dense.nyuv2.source import FORMS, describe, find_source
 
 
 def main(arguments: list[str] | None = None) -> None:

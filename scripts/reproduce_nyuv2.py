@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib as mpl
 from pages import QUIET, error_ratio, errors, finished_runs, mean_and_spread, write_page
 
-from lightning_gradnorm.report import PAPER, Run, delta_m
+from lightning_gradnorm.experiments.report import PAPER, Run, delta_m
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -24,7 +24,7 @@ from typing import Any
 
 from pages import QUIET, finished_runs, mean_and_spread, write_page
 
-from lightning_gradnorm.cli.runs import TIME, quoted
+from lightning_gradnorm.experiments.cli.run_folder import TIME, quoted
 
 METHODS = {
     "fixed": ["balancing=fixed", "balancing.weights={rul: 0.5, health: 0.5}"],

@@ -23,8 +23,8 @@ from pages import be_quiet, kept, write_page
 from typing_extensions import override
 
 from lightning_gradnorm import GradNorm
-from lightning_gradnorm.cli.build import build
-from lightning_gradnorm.cli.config import conf_dir, register
+from lightning_gradnorm.experiments.cli.build import build
+from lightning_gradnorm.experiments.cli.config import conf_dir, register
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

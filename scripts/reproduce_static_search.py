@@ -21,8 +21,8 @@ from pathlib import Path
 import matplotlib as mpl
 from pages import QUIET, error_ratio, finished_runs, write_page
 
-from lightning_gradnorm.cli.runs import quoted
-from lightning_gradnorm.report import Run
+from lightning_gradnorm.experiments.cli.run_folder import quoted
+from lightning_gradnorm.experiments.report import Run
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -23,10 +23,9 @@ from pages import be_quiet, kept, mean_and_spread, write_page
 from typing_extensions import override
 
 from lightning_gradnorm import GradNorm, MultiTaskModule, Scalarization
-from lightning_gradnorm.balancing import Uncertainty
-from lightning_gradnorm.data import TEN_SIGMAS, ToyDataModule
-from lightning_gradnorm.networks import MLP
-from lightning_gradnorm.tasks import regression_tasks
+from lightning_gradnorm.experiments.problems.small import MLP, TEN_SIGMAS, ToyDataModule
+from lightning_gradnorm.experiments.problems.small.tasks import regression_tasks
+from lightning_gradnorm.strategies import Uncertainty
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

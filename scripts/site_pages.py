@@ -20,7 +20,7 @@ from typing import Any
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from lightning_gradnorm.cli.config import AGGREGATORS, GIVEN_BY_US, MADE_FOR_TASKS, SCALARIZERS, WITH_SCHEMA
+from lightning_gradnorm.experiments.cli.config import AGGREGATORS, GIVEN_BY_US, MADE_FOR_TASKS, SCALARIZERS, WITH_SCHEMA
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"

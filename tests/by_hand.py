@@ -17,7 +17,7 @@ from textbook import Forward
 from torch import Tensor, nn
 from torchjd.scalarization import DWA, FAMO
 
-from lightning_gradnorm.balancing.randomness import own_randomness
+from lightning_gradnorm.strategies.rng import own_randomness
 
 Learner = Callable[[list[Tensor]], torch.optim.Optimizer]
 learner = partial(torch.optim.Adam, lr=0.025)

@@ -7,7 +7,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from lightning_gradnorm.cli.config import conf_dir, register
+from lightning_gradnorm.experiments.cli.config import conf_dir, register
 
 QUICK = [
     "trainer.max_epochs=1",

@@ -19,9 +19,9 @@ from configurations import options, tiny
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from lightning_gradnorm.balancing import GradNormRule
-from lightning_gradnorm.cli.config import conf_dir, register
-from lightning_gradnorm.cli.train import train
+from lightning_gradnorm.experiments.cli.config import conf_dir, register
+from lightning_gradnorm.experiments.cli.train import train
+from lightning_gradnorm.strategies import GradNormRule
 
 SETTINGS = {
     "toy": ["task_0", "task_1"],

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradnorm import MultiTaskModule
-from lightning_gradnorm.callbacks.balancing import Balancing
+from lightning_gradnorm.callbacks.base import Balancing
 
 
 class Batches:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_gradnorm.data.nyuv2.frame import Frame
+from lightning_gradnorm.experiments.problems.dense.nyuv2.frame import Frame
 
 SIZE = (48, 64)
 SCENES = ["attic_0001", "attic_0001", "hall_0002", "hall_0002", "hall_0003", "cellar_0001", "cellar_0001"]

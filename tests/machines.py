@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-MODULE = ("-m", "lightning_gradnorm.cli.train")
+MODULE = ("-m", "lightning_gradnorm.experiments.cli.train")
 ZONES = ("UTC-9", "UTC+5")  # clocks that no time stamp survives
 
 

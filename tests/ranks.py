@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_gradnorm.callbacks.balancing import Balancing
+from lightning_gradnorm.callbacks.base import Balancing
 
 Step = list[list[Any]]
 """The batches of one optimizer step: of each rank, one for each micro-batch. The last step may have fewer."""

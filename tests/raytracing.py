@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightning_gradnorm.data.rooms.camera import Camera
-from lightning_gradnorm.data.rooms.primitives import Primitive
-from lightning_gradnorm.data.rooms.scene import Scene, draw_scene
-from lightning_gradnorm.data.rooms.viewpoint import draw_camera
+from lightning_gradnorm.experiments.problems.dense.rooms.camera import Camera
+from lightning_gradnorm.experiments.problems.dense.rooms.primitives import Primitive
+from lightning_gradnorm.experiments.problems.dense.rooms.scene import Scene, draw_scene
+from lightning_gradnorm.experiments.problems.dense.rooms.viewpoint import draw_camera
 
 SURFACES = ("low x", "high x", "floor", "ceiling", "low z", "high z")
 

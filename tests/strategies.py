@@ -12,7 +12,7 @@ from torchjd import aggregation as A
 from torchjd import scalarization as S
 
 from lightning_gradnorm import Aggregation, Scalarization
-from lightning_gradnorm.balancing import AMNL, DBMTL, GABA, DBMTLWeighting, LogSum, Uncertainty
+from lightning_gradnorm.strategies import AMNL, DBMTL, GABA, DBMTLWeighting, LogSum, Uncertainty
 
 Make = Callable[[int], nn.Module]
 """Makes a strategy from the number of tasks."""

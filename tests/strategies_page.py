@@ -10,7 +10,7 @@ import torchjd.aggregation
 import torchjd.scalarization
 
 import lightning_gradnorm
-import lightning_gradnorm.balancing
+import lightning_gradnorm.strategies
 
 PAGE = Path(__file__).parents[1] / "docs" / "strategies.md"
 TEXT = PAGE.read_text()
@@ -53,7 +53,7 @@ LEFT_OUT = {name.strip("`"): reason for names, reason in table("## What TorchJD 
 _NAMES: dict[str, Any] = {
     **{name: getattr(torchjd.scalarization, name) for name in torchjd.scalarization.__all__},
     **{name: getattr(torchjd.aggregation, name) for name in torchjd.aggregation.__all__},
-    **{name: getattr(lightning_gradnorm.balancing, name) for name in lightning_gradnorm.balancing.__all__},
+    **{name: getattr(lightning_gradnorm.strategies, name) for name in lightning_gradnorm.strategies.__all__},
     **{name: getattr(lightning_gradnorm, name) for name in lightning_gradnorm.__all__},
     "scalarization": torchjd.scalarization,
     "aggregation": torchjd.aggregation,

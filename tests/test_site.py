@@ -17,8 +17,8 @@ from configurations import compose_run, options
 from omegaconf import DictConfig
 
 import lightning_gradnorm
-from lightning_gradnorm.cli.config import conf_dir
-from lightning_gradnorm.cli.schema import schema_of
+from lightning_gradnorm.experiments.cli.config import conf_dir
+from lightning_gradnorm.experiments.cli.schema import schema_of
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -1,25 +1,31 @@
 """The Lightning side: what plugs balancing strategies into a LightningModule, and shows what they do."""
 
+from typing import Any
+
+from lightning_gradnorm._moved import find_moved
 from lightning_gradnorm.callbacks.aggregation import Aggregation
-from lightning_gradnorm.callbacks.balancing import Balancing
+from lightning_gradnorm.callbacks.base import Balancing
+from lightning_gradnorm.callbacks.dashboard import TensorBoardDashboard
 from lightning_gradnorm.callbacks.fixed_weights import FixedWeights, GradNormStatic, RandomWeights
 from lightning_gradnorm.callbacks.gradnorm import GradNorm
-from lightning_gradnorm.callbacks.monitor import GradientNormMonitor
-from lightning_gradnorm.callbacks.pictures import DensePredictions
 from lightning_gradnorm.callbacks.scalarization import Scalarization
-from lightning_gradnorm.callbacks.task_names import DeclaresTasks
-from lightning_gradnorm.callbacks.tensorboard import TensorBoardDashboard
+from lightning_gradnorm.engine.task_names import DeclaresTasks
 
 __all__ = [
     "Aggregation",
     "Balancing",
     "DeclaresTasks",
-    "DensePredictions",
     "FixedWeights",
     "GradNorm",
     "GradNormStatic",
-    "GradientNormMonitor",
     "RandomWeights",
     "Scalarization",
     "TensorBoardDashboard",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    homes = {"DensePredictions": "callbacks.pictures", "GradientNormMonitor": "callbacks.monitor"}
+    if name in homes:
+        return find_moved(homes[name], name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from torchjd.aggregation import Aggregator, Weighting
 from typing_extensions import override
 
-from lightning_gradnorm.arguments import check
-from lightning_gradnorm.balancing.aggregation import AggregationRule
-from lightning_gradnorm.balancing.scalarization import OptimizerFactory
-from lightning_gradnorm.callbacks.agreement import SideChannel, of_first_rank
-from lightning_gradnorm.callbacks.naming import find_module
+from lightning_gradnorm._messages import check
 from lightning_gradnorm.callbacks.of_losses import Made, OfLosses, check_made
-from lightning_gradnorm.callbacks.precision import have_scaler_skip, unit
-from lightning_gradnorm.callbacks.shared_parameters import SharedParameters
-from lightning_gradnorm.callbacks.step import Window
+from lightning_gradnorm.engine.layers import find_module
+from lightning_gradnorm.engine.loss_scale import have_scaler_skip, unit
+from lightning_gradnorm.engine.ranks import SideChannel, of_first_rank
+from lightning_gradnorm.engine.shared_parameters import SharedParameters
+from lightning_gradnorm.engine.step_state import Window
 from lightning_gradnorm.gradients import GradientReader, JointGradients
-from lightning_gradnorm.gradients.paths import node_of
+from lightning_gradnorm.gradients.graph import node_of
+from lightning_gradnorm.strategies.aggregation import AggregationRule
+from lightning_gradnorm.strategies.scalarization import OptimizerFactory
 
 
 class Aggregation(OfLosses):

@@ -13,16 +13,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_gradnorm.arguments import check, is_integer, is_number
-from lightning_gradnorm.balancing.gradnorm import GradNormRule
-from lightning_gradnorm.balancing.weight_step import WeightOptimizer
-from lightning_gradnorm.callbacks.balancing import Balancing
-from lightning_gradnorm.callbacks.gathering import gather
-from lightning_gradnorm.callbacks.naming import find_module, find_shared_layer
-from lightning_gradnorm.callbacks.readers import weight_readers
-from lightning_gradnorm.callbacks.step import Window
-from lightning_gradnorm.callbacks.task_names import check_positive_by_task
+from lightning_gradnorm._messages import check, is_integer, is_number
+from lightning_gradnorm.callbacks.base import Balancing
+from lightning_gradnorm.engine.gathering import gather
+from lightning_gradnorm.engine.layers import find_module, find_shared_layer
+from lightning_gradnorm.engine.reader_choice import weight_readers
+from lightning_gradnorm.engine.step_state import Window
+from lightning_gradnorm.engine.task_names import check_positive_by_task
 from lightning_gradnorm.gradients import ActivationGradients, GradientReader, RowReader, WeightGradients
+from lightning_gradnorm.strategies.gradnorm import GradNormRule
+from lightning_gradnorm.strategies.weight_optimizer import WeightOptimizer
 
 _check = partial(check, "GradNorm")
 
@@ -185,7 +185,7 @@ class GradNorm(Balancing[GradNormRule]):
             encoder = find_module(module, self.representation, asked_by=f"{self._name}: representation")
         if self.norm_of == "activation":
             return [ActivationGradients(encoder, f"'{self.representation}'")]
-        return weight_readers(module, W, opened, len(self._names))
+        return weight_readers(module, W, opened)
 
     @override
     def _measures(self) -> bool:

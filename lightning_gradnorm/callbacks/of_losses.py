@@ -11,14 +11,14 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_gradnorm.arguments import check
-from lightning_gradnorm.balancing.making import made_for
-from lightning_gradnorm.balancing.scalarization import OptimizerFactory, ScalarizationRule
-from lightning_gradnorm.balancing.state import restore, state_of
-from lightning_gradnorm.callbacks.agreement import common_seed, mean_losses
-from lightning_gradnorm.callbacks.balancing import Balancing
-from lightning_gradnorm.callbacks.second_look import SecondLook
-from lightning_gradnorm.callbacks.step import Window
+from lightning_gradnorm._messages import check
+from lightning_gradnorm.callbacks.base import Balancing
+from lightning_gradnorm.callbacks.recompute import SecondLook
+from lightning_gradnorm.engine.ranks import common_seed, mean_losses
+from lightning_gradnorm.engine.step_state import Window
+from lightning_gradnorm.strategies.factory import made_for
+from lightning_gradnorm.strategies.scalarization import OptimizerFactory, ScalarizationRule
+from lightning_gradnorm.strategies.snapshot import restore, state_of
 
 Made = nn.Module | Callable[[int], nn.Module]
 """A module, or what makes one from the number of tasks."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_gradnorm.balancing.scalarization import OptimizerFactory, ScalarizationRule
 from lightning_gradnorm.callbacks.of_losses import Made, OfLosses, check_made
+from lightning_gradnorm.strategies.scalarization import OptimizerFactory, ScalarizationRule
 
 
 class Scalarization(OfLosses):

@@ -2,12 +2,10 @@
 
 from lightning_gradnorm.gradients.branch import TAKEN, branch, fan_out
 from lightning_gradnorm.gradients.buffers import KeptBuffers
-from lightning_gradnorm.gradients.joint import JointGradients
-from lightning_gradnorm.gradients.linear import LinearGradients
+from lightning_gradnorm.gradients.gate import JointGradients
+from lightning_gradnorm.gradients.graph import nodes_between, unwalkable
+from lightning_gradnorm.gradients.loss_terms import REST, PartGradients
 from lightning_gradnorm.gradients.norms import GradientNorms, check_loss, gradient_norms, inner_products
-from lightning_gradnorm.gradients.parts import REST, PartGradients
-from lightning_gradnorm.gradients.paths import nodes_between, unwalkable
-from lightning_gradnorm.gradients.pooled import PooledGradients
 from lightning_gradnorm.gradients.readers import (
     ActivationGradients,
     GradientReader,
@@ -26,9 +24,7 @@ __all__ = [
     "GradientReader",
     "JointGradients",
     "KeptBuffers",
-    "LinearGradients",
     "PartGradients",
-    "PooledGradients",
     "ReplayedGradients",
     "RowReader",
     "WeightGradients",

@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from lightning_gradnorm.gradients.paths import node_of
+from lightning_gradnorm.gradients.graph import node_of
 from lightning_gradnorm.gradients.readers import RowReader, add_up, flat_row, row_width
 
 

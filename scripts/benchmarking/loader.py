@@ -13,8 +13,8 @@ from lightning.pytorch.profilers import SimpleProfiler
 
 from benchmarking.plan import Plan, median_and_quartiles, table, table_line
 from benchmarking.running import Clock
-from lightning_gradnorm.cli.build import build, build_model
-from lightning_gradnorm.cli.config import conf_dir, register
+from lightning_gradnorm.experiments.cli.build import build, build_model
+from lightning_gradnorm.experiments.cli.config import conf_dir, register
 
 NEXT_BATCH = "[_TrainingEpochLoop].train_dataloader_next"
 WARM_UP = 3

@@ -10,16 +10,10 @@ from functools import partial
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_gradnorm.dense_tasks import OUT_CHANNELS
-from lightning_gradnorm.networks import (
-    MLP,
-    ConvHead,
-    EngineEncoder,
-    FCNResNet50,
-    SegNet,
-    health_head,
-    rul_head,
-)
+from lightning_gradnorm.experiments.problems.dense.networks import ConvHead, FCNResNet50, SegNet
+from lightning_gradnorm.experiments.problems.dense.tasks import OUT_CHANNELS
+from lightning_gradnorm.experiments.problems.engines.network import EngineEncoder, health_head, rul_head
+from lightning_gradnorm.experiments.problems.small import MLP
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_gradnorm import Aggregation
-from lightning_gradnorm.balancing import DBMTL, GABA, DBMTLWeighting, LogSum
+from lightning_gradnorm.strategies import DBMTL, GABA, DBMTLWeighting, LogSum
 
 MakeTrainer = Callable[..., L.Trainer]
 T, STEPS = 3, 12

@@ -1,6 +1,6 @@
 """Trainings with losses as bad as they come: the callback does what the bare rule does with the numbers the test took.
 
-The rule itself is held against double backward in `tests/balancing/test_rule_fuzzed.py`. Here the test takes each task's
+The rule itself is held against double backward in `tests/strategies/test_rule_fuzzed.py`. Here the test takes each task's
 gradient on its own, before the callback has seen the loss, and asks a `GradNormRule` what ought to happen.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_gradnorm import GradNorm
-from lightning_gradnorm.balancing.gradnorm import Balance, GradNormRule
+from lightning_gradnorm.strategies.gradnorm import Balance, GradNormRule
 
 BATCHES, INPUTS, FEATURES, OUTPUTS = 40, 4, 5, 2
 MakeTrainer = Callable[..., L.Trainer]

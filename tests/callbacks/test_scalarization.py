@@ -28,8 +28,8 @@ from models import (
 from torch import Tensor, nn
 
 from lightning_gradnorm import Scalarization
-from lightning_gradnorm.balancing import AMNL, LogSum, Uncertainty, with_equal_preferences
-from lightning_gradnorm.balancing.making import NamesTasks
+from lightning_gradnorm.strategies import AMNL, LogSum, Uncertainty, with_equal_preferences
+from lightning_gradnorm.strategies.factory import NamesTasks
 
 MakeTrainer = Callable[..., L.Trainer]
 T, STEPS = 3, 12

@@ -20,7 +20,7 @@ from models import Automatic, Manual, vector_batches
 from torch import Tensor, nn
 
 from lightning_gradnorm import Aggregation, FixedWeights, GradNorm, Scalarization
-from lightning_gradnorm.balancing import AMNL, DBMTL, GABA, Uncertainty
+from lightning_gradnorm.strategies import AMNL, DBMTL, GABA, Uncertainty
 
 MakeTrainer = Callable[..., L.Trainer]
 T, STEPS = 3, 12

@@ -1,7 +1,7 @@
 """Wrong input gets an error that names the culprit, what was expected and what was found; the model is left as it was.
 
 Each row of a table is one mistake that a user makes, in a sentence, with what has to be in the message. The mistakes around
-a `MultiTaskModule` are in `tests/test_module_wrong_inputs.py`.
+a `MultiTaskModule` are in `tests/multitask/test_module_wrong_inputs.py`.
 """
 
 from __future__ import annotations

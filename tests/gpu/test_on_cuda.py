@@ -33,8 +33,7 @@ from torchjd import aggregation as A
 from torchjd import scalarization as S
 
 from lightning_gradnorm import Aggregation, FixedWeights, GradNorm, Scalarization
-from lightning_gradnorm.balancing import DBMTL, GradNormRule, LogSum
-from lightning_gradnorm.gradients import LinearGradients
+from lightning_gradnorm.strategies import DBMTL, GradNormRule, LogSum
 
 STEPS = 24
 T = 3
@@ -221,9 +220,8 @@ def test_the_weights_are_on_the_device_and_shown_as_floats(mode: str, make_train
 
 @pytest.fixture
 def as_on_a_gpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a CPU do as a GPU does: what is done for the sake of its arithmetic or because it need not wait is left."""
+    """Have a CPU do as a GPU does: do not look at each weight update at once."""
     if device == "cpu":
-        monkeypatch.setattr(LinearGradients, "can_read", staticmethod(lambda *_: False))
         monkeypatch.setattr(GradNormRule, "looks_at_once", False)
 
 

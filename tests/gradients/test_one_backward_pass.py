@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradnorm.gradients import ActivationGradients, WeightGradients, branch, fan_out, nodes_between
-from lightning_gradnorm.gradients.paths import node_of
+from lightning_gradnorm.gradients.graph import node_of
 
 
 class Pyramid(nn.Module):

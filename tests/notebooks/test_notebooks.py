@@ -86,7 +86,7 @@ def test_the_dashboard_and_the_report_are_read_from_the_runs_own_files(
     title, run, ends = names["draw"]()[0]
     assert (title, run) == ("task weights w", "2_gradnorm_0")
     assert ends["task_0"] == (weights["task_0"][1][0], weights["task_0"][1][-1])
-    if importlib.util.find_spec("lightning_gradnorm.cli.report") is not None:
+    if importlib.util.find_spec("lightning_gradnorm.experiments.cli.report") is not None:
         assert "4 of 4 runs are finished" in said
         assert (names["RUNS"] / "report" / "report.html").is_file()
         assert "| gradnorm | 2 |" in said

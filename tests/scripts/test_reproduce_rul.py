@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from configurations import compose_run
 
-from lightning_gradnorm.cli.build import build
-from lightning_gradnorm.data.turbofan import write_turbofan
-from lightning_gradnorm.report import Run
+from lightning_gradnorm.experiments.cli.build import build
+from lightning_gradnorm.experiments.problems.engines.turbofan import write_turbofan
+from lightning_gradnorm.experiments.report import Run
 
 SCRIPT = "reproduce_rul"
 Call = Callable[..., str]

@@ -1,0 +1,106 @@
+"""The losses of a batch once more, after the network's step: what FAMO asks for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_gradnorm.engine.module_hooks import shadow
+from lightning_gradnorm.engine.task_names import DeclaresTasks
+from lightning_gradnorm.gradients import KeptBuffers
+
+_METRICS_OWN = ("_update_count", "_computed", "_forward_cache", "_is_synced")
+
+
+class SecondLook:
+    """Computes the losses of the last batch again, and leaves no trace of it.
+
+    Random numbers are those of the first time, so that a dropout mask is the same; running statistics and metrics are put
+    back, and nothing is logged.
+
+    Args:
+        module: one that declares its tasks, as `MultiTaskModule` does; or one with automatic optimization, whose
+            ``training_step`` can be called again.
+        asked_by: the callback's name.
+
+    Raises:
+        ValueError: the module optimizes manually, so that another call would be another step.
+    """
+
+    def __init__(self, module: L.LightningModule, *, asked_by: str) -> None:
+        if not module.automatic_optimization and not isinstance(module, DeclaresTasks):
+            raise ValueError(
+                f"{asked_by}: FAMO asks for the losses after the step, but to call {type(module).__name__}.training_step again "
+                f"would be another step, since it optimizes manually. Use automatic optimization, or MultiTaskModule."
+            )
+        self._module = module
+        self._random: list[Tensor] = []
+
+    @property
+    def _devices(self) -> list[torch.device]:
+        return [self._module.device] if self._module.device.type == "cuda" else []
+
+    def begin_batch(self) -> None:
+        """Note the random state with which the batch begins."""
+        self._random = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._devices)]
+
+    def losses(
+        self, trainer: L.Trainer, batch: Any, batch_idx: int, logged_names: Mapping[str, str] | None
+    ) -> Mapping[str, Any]:
+        """Return the losses by task: as the module declares, logs or returns them."""
+        module = self._module
+        tasks = {logged: task for task, logged in (logged_names or {}).items()}
+        logged: dict[str, Any] = {}
+
+        def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+            if name in tasks:
+                logged[tasks[name]] = value
+
+        with ExitStack() as stack:
+            for context in (
+                torch.no_grad(),
+                isolate_rng(include_cuda=False),
+                self._same_randomness(),
+                KeptBuffers(module.buffers()).through_reading(""),
+                _kept_metrics(module),
+                trainer.precision_plugin.train_step_context(),
+            ):
+                stack.enter_context(context)
+            stack.callback(shadow(module, "log", log))
+            if isinstance(module, DeclaresTasks):
+                return module.task_losses(batch)
+            takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+            output = module.training_step(*([batch, batch_idx] if takes_index else [batch]))
+        return logged if logged_names is not None else output if isinstance(output, Mapping) else {}
+
+    @contextmanager
+    def _same_randomness(self) -> Iterator[None]:
+        with torch.random.fork_rng(self._devices, device_type="cuda"):
+            cpu, *of_devices = self._random
+            torch.set_rng_state(cpu)
+            for device, state in zip(self._devices, of_devices, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+
+@contextmanager
+def _kept_metrics(module: nn.Module) -> Iterator[None]:
+    metrics = [part for part in module.modules() if isinstance(part, Metric)]
+    before = [
+        copy.deepcopy({k: v for k, v in vars(one).items() if k in _METRICS_OWN or k in one._defaults})
+        for one in metrics
+    ]
+    try:
+        yield
+    finally:
+        for metric, kept in zip(metrics, before, strict=True):
+            vars(metric).update(kept)

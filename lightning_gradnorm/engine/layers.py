@@ -1,0 +1,120 @@
+"""Finds the layers that a user names, and says what exists where a name does not."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from lightning_gradnorm._messages import did_you_mean
+
+
+def find_module(root: nn.Module, name: str, *, asked_by: str) -> nn.Module:
+    """Return the submodule ``name`` of ``root``.
+
+    Args:
+        root: the LightningModule.
+        name: dotted name, for example ``"encoder.4"``.
+        asked_by: what the name was given as, the beginning of the error: ``"GradNorm: heads['seg']"``.
+
+    Raises:
+        ValueError: there is no such module; says which there are.
+    """
+    modules = _modules(root)
+    if plain_name(name) not in modules:
+        raise ValueError(f"{asked_by} '{name}' is not in {type(root).__name__}; {did_you_mean(name, modules)}")
+    return modules[plain_name(name)]
+
+
+def path_to(root: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    """Return the modules on the way from ``root`` (named "") to the module or parameter ``name``, itself excluded."""
+    parts = name.split(".")
+    names = [".".join(parts[:depth]) for depth in range(len(parts))]
+    return [(name, root.get_submodule(name)) for name in names]
+
+
+def plain_name(name: str) -> str:
+    """Return a module's or parameter's name without what `torch.compile` puts into it."""
+    return name.replace("._orig_mod", "").removeprefix("_orig_mod.")
+
+
+def _modules(root: nn.Module) -> dict[str, nn.Module]:
+    modules: dict[str, nn.Module] = {}
+    for name, module in root.named_modules(remove_duplicate=False):
+        modules.setdefault(plain_name(name), module)  # the compiled module comes before what it wraps
+    modules.pop("")
+    return modules
+
+
+def find_shared_layer(root: nn.Module, name: str | None, *, asked_by: str) -> dict[str, nn.Parameter]:
+    """Return the parameters ``W`` by name.
+
+    Args:
+        root: the LightningModule.
+        name: dotted name of a module (its ``weight``; all its parameters if it has none) or of a parameter. ``None``
+            stands for the last module with a weight of two or more dimensions inside ``root.encoder``.
+        asked_by: the beginning of the error, ``"GradNorm"``.
+
+    Raises:
+        ValueError: no such layer, or it has nothing to train.
+    """
+    if name is None:
+        name = _last_layer_of_encoder(root, asked_by=asked_by)
+    name, modules = plain_name(name), _modules(root)
+    parameters = {plain_name(n): p for n, p in root.named_parameters(remove_duplicate=False)}
+    if name in parameters:
+        found = {name: parameters[name]}
+    elif name and name in modules:
+        # A weight that is parametrized, by weight norm say, is computed from parameters of its own; in the older
+        # torch.nn.utils.weight_norm and spectral_norm these stand beside the bias.
+        inside = {n: p for n, p in parameters.items() if n.startswith(f"{name}.")}
+        parametrized = {n: p for n, p in inside.items() if n.startswith(f"{name}.parametrizations.weight.")}
+        weight = {n: p for n, p in inside.items() if n == f"{name}.weight"}
+        older = {
+            n: p for n, p in inside.items() if n.removeprefix(f"{name}.") in ("weight_g", "weight_v", "weight_orig")
+        }
+        found = weight or parametrized or older or inside
+        if not found:
+            raise ValueError(
+                f"{asked_by}: shared_layer '{name}' of {type(root).__name__} is a {type(modules[name]).__name__}, which has no "
+                f"parameters. Name the last layer that all tasks share and that has: {_with_weights(modules)}."
+            )
+    else:
+        raise ValueError(
+            f"{asked_by}: shared_layer '{name}' is not in {type(root).__name__}; "
+            f"{did_you_mean(name, [*modules, *parameters])}"
+        )
+    frozen = [n for n, p in found.items() if not p.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"{asked_by}: shared_layer '{name}' is frozen ({', '.join(frozen)} should have requires_grad=True; got "
+            f"False). Name the last shared layer that is trained."
+        )
+    return found
+
+
+def _with_weights(modules: dict[str, nn.Module]) -> str:
+    found = [name for name, module in modules.items() if any(True for _ in module.parameters(recurse=False))]
+    return ", ".join(f"'{name}'" for name in found[:20]) + (", …" if len(found) > 20 else "") or "there is none"
+
+
+def _last_layer_of_encoder(root: nn.Module, *, asked_by: str) -> str:
+    encoder = getattr(root, "encoder", None)
+    how = "Name the last layer that all tasks share, for example shared_layer='encoder.layer4'"
+    if not isinstance(encoder, nn.Module):
+        raise ValueError(
+            f"{asked_by}: shared_layer=None looks inside 'encoder', which {type(root).__name__} lacks. {how}."
+        )
+    # Asked of the parameters: to ask a parametrized module for its weight would compute it (and change spectral norm's
+    # state). The weights of recurrent layers have longer names, weight_ih_l0 and so on.
+    layers: list[str] = [
+        name
+        for name, module in encoder.named_modules(prefix="encoder")
+        if any(n.startswith("weight") and p.ndim >= 2 for n, p in module.named_parameters(recurse=False))
+        or (is_parametrized(module, "weight") and any(p.ndim >= 2 for p in module.parametrizations.weight.parameters()))
+    ]
+    if not layers:
+        raise ValueError(
+            f"{asked_by}: shared_layer=None found no module with a weight of two or more dimensions in "
+            f"{type(root).__name__}.encoder. {how}."
+        )
+    return layers[-1]

@@ -1,0 +1,1 @@
+"""Experiments: the command line, the report, data sets, networks. Needs ``lightning-gradnorm[experiments]``."""

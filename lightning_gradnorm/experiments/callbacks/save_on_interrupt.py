@@ -1,0 +1,67 @@
+"""Ctrl-C between two optimizer steps, with a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+from lightning_gradnorm.experiments.callbacks.save_last import BetweenSteps
+
+
+class SaveOnInterrupt(BetweenSteps):
+    """At the first Ctrl-C, finish the optimizer step, save ``interrupted.ckpt`` and stop; at the second, stop at once.
+
+    A checkpoint that is taken in the middle of a batch cannot be resumed exactly: the optimizer may have stepped and the
+    counters not. One that is taken here can. On several processes the ranks would stop at different batches; there
+    Lightning's own way of stopping remains.
+
+    Args:
+        dirpath: folder of the checkpoint.
+
+    Example:
+        >>> callback = SaveOnInterrupt(dirpath="checkpoints")
+    """
+
+    def __init__(self, dirpath: str | Path) -> None:
+        self.checkpoint = Path(dirpath) / "interrupted.ckpt"
+        self.interrupted = False
+        self._previous: Any = None
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.interrupted = False
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.interrupted = True
+        self._restore()
+        rank_zero_info("Stopping after this step (Ctrl-C again: at once, without a checkpoint).")
+
+    def _restore(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.interrupted and self._can_be_resumed(trainer):
+            trainer.save_checkpoint(self.checkpoint)
+            raise KeyboardInterrupt
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._restore()
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._restore()

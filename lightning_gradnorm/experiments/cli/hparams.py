@@ -1,0 +1,126 @@
+"""TensorBoard's HPARAMS tab: one line for each run of a sweep, its options beside what came of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import api_pb2, metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionStartInfo
+from tensorboard.summary.writer.record_writer import RecordWriter
+from typing_extensions import override
+
+from lightning_gradnorm import MultiTaskModule
+from lightning_gradnorm.experiments.cli import hydra_entry
+from lightning_gradnorm.experiments.report.collect import strategy_of
+from lightning_gradnorm.experiments.report.methods import HOUSEKEEPING, is_below
+
+FILE = "events.out.tfevents.0000000000.hparams"
+"""Beside the run's other events: one file that is replaced, for TensorBoard keeps of the options what it reads first."""
+
+DELTA_M = "test/delta_m"
+
+_COLUMNS: dict[str, Any] = {"strategy": "", "alpha": 0.0, "seed": ""}
+"""Columns that every run has, filled or not, and their kind: of all runs TensorBoard asks only one which there are."""
+
+
+def options(config: DictConfig, *, alone: str | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the options by which a run is told from others, as plain values.
+
+    Args:
+        config: the whole configuration.
+        alone: the only task, if there is one only.
+        overrides: what the command line gave, in a sweep what it varied; all but the housekeeping is added.
+    """
+    shown: dict[str, Any] = {"strategy": _strategy(config) if alone is None else f"{alone} alone"}
+    if alone is None and "GradNorm" in str(config.balancing.get("_target_")) and "alpha" in config.balancing:
+        shown["alpha"] = config.balancing.alpha
+    shown["seed"] = str(config.seed)  # a name rather than a number: TensorBoard writes 1.0000
+    known = {*_COLUMNS, "balancing", "balancing.alpha", *(["tasks"] if alone is not None else [])}
+    for one in OverridesParser.create().parse_overrides(list(overrides)):
+        key = one.key_or_group
+        if is_below(key, HOUSEKEEPING) or key in known:
+            continue
+        value = OmegaConf.select(config, key) if "." in key else one.value()
+        shown[key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return shown
+
+
+def _strategy(config: DictConfig) -> str:
+    """Return the name of the option that was chosen or, where that is not recorded, of the class."""
+    return hydra_entry.chosen("balancing") or strategy_of(OmegaConf.to_container(config.balancing))
+
+
+class HParamsRecord(L.Callback):
+    """Writes a line of the HPARAMS tab when training begins; its numbers are the scalars that are logged.
+
+    A run that goes on replaces its own line, so that it is of the options that it goes on with.
+
+    Args:
+        options: name → value.
+        delta_m: whether Δm will be logged, as `DELTA_M`.
+    """
+
+    def __init__(self, options: Mapping[str, Any], *, delta_m: bool = False) -> None:
+        self.options, self.delta_m = dict(options), delta_m
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folders = [Path(one.log_dir) for one in trainer.loggers if isinstance(one, TensorBoardLogger)]
+        if trainer.is_global_zero:
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._write(folder / FILE, ["val/loss", *self._results(pl_module)])
+
+    def _results(self, module: L.LightningModule) -> Iterable[str]:
+        """Return the names of what the test will log, of all tasks, chosen or not. Only the first five are seen at once."""
+        found = module.metric_names if isinstance(module, MultiTaskModule) else {}
+        if self.delta_m:
+            yield DELTA_M
+        of_tasks = [[f"test/{metric}/{task}" for metric in metrics] for task, metrics in found.items()]
+        yield from (names[0] for names in of_tasks if names)
+        yield "test/loss"
+        yield from (name for names in of_tasks for name in names[1:])
+        yield from (f"test/loss/{task}" for task in found)
+
+    def _write(self, file: Path, results: Iterable[str]) -> None:
+        names = dict.fromkeys([*_COLUMNS, *self.options])
+        columns = [
+            api_pb2.HParamInfo(name=name, type=_type_of(self.options.get(name, _COLUMNS.get(name))), differs=True)
+            for name in names
+        ]
+        metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in results]
+        now = time.time()
+        session = SessionStartInfo(start_time_secs=now)
+        for name, value in self.options.items():
+            kind = {str: "string_value", bool: "bool_value"}.get(type(value), "number_value")
+            setattr(session.hparams[name], kind, value)
+        content = {
+            metadata.EXPERIMENT_TAG: HParamsPluginData(
+                experiment=api_pb2.Experiment(hparam_infos=columns, metric_infos=metrics, time_created_secs=now)
+            ),
+            metadata.SESSION_START_INFO_TAG: HParamsPluginData(session_start_info=session),
+        }
+        part = file.with_name("hparams.part")  # not yet a file that TensorBoard reads
+        with part.open("wb") as lines:
+            writer = RecordWriter(lines)
+            writer.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+            for tag, data in content.items():
+                value = Summary.Value(
+                    tag=tag, metadata=metadata.create_summary_metadata(data), tensor=metadata.NULL_TENSOR
+                )
+                writer.write(Event(wall_time=now, summary=Summary(value=[value])).SerializeToString())
+        part.replace(file)
+
+
+def _type_of(value: Any) -> Any:
+    kinds = {str: api_pb2.DATA_TYPE_STRING, bool: api_pb2.DATA_TYPE_BOOL}
+    return kinds.get(type(value), api_pb2.DATA_TYPE_FLOAT64)

@@ -1,0 +1,178 @@
+"""What both commands share: Hydra with our configurations, and errors in one sentence."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.singleton import Singleton
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_gradnorm._messages import is_integer
+from lightning_gradnorm.experiments.cli import errors, launch
+from lightning_gradnorm.experiments.cli.config import register
+
+
+class CommandLine(metaclass=Singleton):
+    """What was asked for on the command line; the processes in which Hydra's launchers run the jobs have other ones.
+
+    A singleton of Hydra's, for these it hands to those processes.
+    """
+
+    arguments: Sequence[str] | None = None
+    sweep: Path | None = None
+    """The folder of the sweep, if it is one."""
+
+
+def arguments() -> list[str]:
+    """Return the words after the command's name."""
+    known = CommandLine.instance().arguments
+    return list(sys.argv[1:] if known is None else known)
+
+
+def run(task: Callable[[DictConfig], Any], *, command: str, folder: Path, config_name: str) -> None:
+    """Run ``task`` with the configuration that the command line asks for.
+
+    Args:
+        task: what to do with it.
+        command: the command's name, in errors.
+        folder: of the configurations.
+        config_name: the one that all others are composed into.
+    """
+    register()
+    OmegaConf.register_new_resolver("label", _label, replace=True)
+    began = launch.began()
+    OmegaConf.register_new_resolver("began", lambda: began, replace=True)
+
+    def job(config: DictConfig) -> Any:
+        with errors.hydra_raises(really=errors_are_raw):  # the processes that a strategy starts are not told of it
+            try:
+                return task(config)
+            except errors.WRONG_INPUT as error:
+                if errors_are_raw or is_multirun():  # in a sweep, Hydra says which of the runs it was
+                    raise
+                errors.leave(command, error)
+
+    errors_are_raw = errors.wants_traceback()
+    main = hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(job)
+    CommandLine.instance().arguments = sys.argv[1:]
+    try:
+        if errors_are_raw:
+            main()
+            return
+        with errors.hydra_raises():
+            main()
+    except errors.WRONG_INPUT as error:
+        if errors_are_raw:
+            raise
+        errors.leave(command, error)
+    finally:
+        CommandLine.instance().arguments = None
+
+
+def is_multirun() -> bool:
+    """Say whether this is one run of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def chosen(group: str) -> str | None:
+    """Return the name of the option that was chosen of a group; ``None`` if there is none, or outside the commands."""
+    return HydraConfig.get().runtime.choices.get(group) if HydraConfig.initialized() else None
+
+
+def given_overrides() -> list[str]:
+    """Return the overrides on the command line."""
+    return list(get_args_parser().parse_args(arguments()).overrides)
+
+
+def config_options() -> list[str]:
+    """Return the options of the command line that say where configurations are."""
+    given = get_args_parser().parse_args(arguments())
+    chosen = {"--config-dir": given.config_dir, "--config-path": given.config_path, "--config-name": given.config_name}
+    return [word for option, value in chosen.items() if value is not None for word in (option, value)]
+
+
+def short(path: Path) -> str:
+    """Return the path as seen from the folder where the command was given."""
+    path, here = path.resolve(), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def swept(overrides: Sequence[str]) -> list[str]:
+    """Return those of a run's overrides that the sweep varies, by the command line or by the sweeper's own parameters."""
+    sweeper = HydraConfig.get().sweeper if HydraConfig.initialized() else {}
+    parameters = [f"{name}={values}" for name, values in (sweeper.get("params") or {}).items()]
+    asked = OverridesParser.create().parse_overrides([*parameters, *given_overrides()])
+    varies = {one.key_or_group: one.is_sweep_override() for one in asked}  # what is given last prevails
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [text for text, one in zip(overrides, parsed, strict=True) if varies.get(one.key_or_group)]
+
+
+def _label(number: int, overrides: Sequence[str]) -> str:
+    """Return what a run of a sweep is called, in its folder's name and so in TensorBoard: ``3_gradnorm_1``."""
+    values = [override.partition("=")[2] for override in swept(list(overrides))]
+    words = [re.sub(r"[^\w.+-]+", "-", value).strip("-") for value in values]
+    return "_".join([str(number), *filter(None, words)])[:80]
+
+
+def value_of(key: str, overrides: list[str]) -> str | None:
+    """Return the value that the overrides give ``key``, or None.
+
+    Example:
+        >>> value_of("ckpt_path", ["seed=1", "ckpt_path=runs/last.ckpt"])
+        'runs/last.ckpt'
+    """
+    values = [o.value() for o in OverridesParser.create().parse_overrides(overrides) if o.key_or_group == key]
+    return None if not values or values[-1] is None else str(values[-1])
+
+
+def seed_everything(seed: Any) -> None:
+    """Seed the generators of Python, NumPy and torch, also those of worker processes.
+
+    Raises:
+        ValueError: the seed is not an integer.
+    """
+    if not is_integer(seed):
+        raise ValueError(f"seed should be an integer, at least 0; got {seed!r}")
+    L.seed_everything(seed, workers=True, verbose=False)
+
+
+@contextmanager
+def more_overrides(first: list[str]) -> Iterator[None]:
+    """Put overrides before those on the command line, which prevail."""
+    before = list(sys.argv)
+    given = given_overrides()
+    place = sys.argv.index(given[0]) if given else len(sys.argv)
+    sys.argv[place:place] = first
+    try:
+        yield
+    finally:
+        sys.argv[:] = before
+
+
+@contextmanager
+def without_idle_warnings(*, in_folder_of_before: bool = False) -> Iterator[None]:
+    """Leave out warnings that everybody would see and nobody could mend.
+
+    Args:
+        in_folder_of_before: a run goes on in its own folder, which of course is not empty.
+    """
+    with warnings.catch_warnings():
+        # Our data lie in memory, where worker processes only cost; of other data num_workers is an option.
+        warnings.filterwarnings("ignore", message=".* does not have many workers", category=UserWarning)
+        # Lightning's own use of torch's pytrees.
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
+        if in_folder_of_before:
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists", category=UserWarning)
+        yield

@@ -1,0 +1,295 @@
+"""A run's folder: what it was started with, and the checkpoints in it."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from typing_extensions import override
+
+from lightning_gradnorm._messages import nearest
+from lightning_gradnorm.experiments.report.collect import CONFIG as CONFIG
+from lightning_gradnorm.experiments.report.collect import FAILURE as FAILURE
+from lightning_gradnorm.experiments.report.collect import OVERRIDES as OVERRIDES
+from lightning_gradnorm.experiments.report.collect import TIME, WEIGHTS
+from lightning_gradnorm.experiments.report.results import FILE
+from lightning_gradnorm.experiments.report.results import write_whole as write_whole
+
+METRICS = FILE
+LAST_METRICS = "metrics.json"
+"""All that was logged last: of training and validation, and once it is done of the test."""
+
+
+class RunRecord(L.Callback):
+    """Writes the run's configuration once training really begins: a resume that fails leaves the folder as it was.
+
+    What an earlier training has found out goes then, so that it is not taken for this one's.
+
+    Args:
+        folder: the run's folder.
+        config: the whole configuration.
+        overrides: what the command line gave.
+    """
+
+    def __init__(self, folder: Path, config: DictConfig, overrides: Sequence[str]) -> None:
+        self.folder, self.config, self.overrides = folder, config, list(overrides)
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for outdated in (METRICS, LAST_METRICS, WEIGHTS, TIME, FAILURE):
+                (self.folder / outdated).unlink(missing_ok=True)
+            OmegaConf.save(self.config, self.folder / CONFIG, resolve=True)
+            OmegaConf.save(OmegaConf.create(self.overrides), self.folder / OVERRIDES)
+
+
+class WeightsRecord(L.Callback):
+    """Writes ``weights.json``: the task weights at the end and their mean over training, as far as the strategy has them.
+
+    It is written where the training ends, which need not be the process that has read the configuration.
+
+    Args:
+        folder: the run's folder.
+        balancing: the strategy; ``None`` if there is none.
+    """
+
+    def __init__(self, folder: Path, balancing: Any) -> None:
+        self.file, self.balancing = folder / WEIGHTS, balancing
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        found = {name: getattr(self.balancing, name, None) for name in ("weights", "mean_weights")}
+        weights = {name: dict(value) for name, value in found.items() if value}
+        if trainer.is_global_zero and weights:
+            write_whole(self.file, weights)
+
+    def read(self) -> dict[str, dict[str, float]]:
+        """Return what was written."""
+        return {} if self.balancing is None else read_whole(self.file)
+
+
+CLOCKS = {"seconds": time.perf_counter, "processor_seconds": time.process_time}
+"""What passes, and what the processor works for this process, all threads added up: on a busy machine the fairer measure."""
+
+
+class TimeRecord(L.Callback):
+    """Writes ``training.json``: ``{"seconds": …, "processor_seconds": …, "steps": …, "epochs": …}``.
+
+    Validation is left out; a resumed run adds up.
+
+    Args:
+        folder: the run's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / TIME
+        self._so_far = dict.fromkeys(CLOCKS, 0.0)
+        self._began: dict[str, float] | None = None
+
+    def _go(self) -> None:
+        self._began = {name: now() for name, now in CLOCKS.items()}
+
+    def _stop(self) -> None:
+        self._so_far, self._began = self._until_now(), None
+
+    def _until_now(self) -> dict[str, float]:
+        if self._began is None:
+            return self._so_far
+        return {name: self._so_far[name] + CLOCKS[name]() - began for name, began in self._began.items()}
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._go()
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop()
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._go()
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop()
+        if trainer.is_global_zero:
+            record = {**self._so_far, "steps": trainer.global_step, "epochs": trainer.current_epoch}
+            write_whole(self.file, record)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self._until_now()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._so_far = {name: float(state_dict[name]) for name in CLOCKS}
+
+
+class FailureRecord(L.Callback):
+    """Writes ``failure.json`` if the run ends by an error: ``{"error": …, "step": …, "epoch": …}``; Ctrl-C is none.
+
+    Training that goes on removes it (see `RunRecord`), and so does a test that is done. An error before training leaves the
+    folder of an earlier training as it was.
+
+    Args:
+        folder: the run's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / FAILURE
+        self._is_ours = not (folder / CONFIG).is_file()
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._is_ours = True
+
+    @override
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._is_ours = True
+
+    @override
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.file.unlink(missing_ok=True)
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, Exception) or not self.file.parent.is_dir() or not trainer.is_global_zero:
+            return
+        if not self._is_ours:
+            return
+        record = {"error": in_one_line(exception), "step": trainer.global_step, "epoch": trainer.current_epoch}
+        write_whole(self.file, record)
+
+
+def in_one_line(error: BaseException) -> str:
+    r"""Return the error's kind and what it says.
+
+    Example:
+        >>> in_one_line(ValueError("alpha should be\n  a number"))
+        'ValueError: alpha should be a number'
+    """
+    said = " ".join(str(error).split())[:500]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def read_whole(file: Path) -> dict[str, Any]:
+    """Return what `write_whole` wrote; nothing if there is no such file."""
+    return dict(json.loads(file.read_text())) if file.is_file() else {}
+
+
+def quoted(value: str) -> str:
+    """Return the value as Hydra's grammar wants it on the command line."""
+    return value if re.fullmatch(r"[\w./-]+", value) else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return the checkpoint's path.
+
+    Raises:
+        FileNotFoundError: there is no such file; says which checkpoints are there.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    # Someone who names the run or a misspelt file is shown what lies there.
+    folder = path if path.is_dir() else path.parent
+    found = sorted(str(file) for file in folder.rglob("*.ckpt"))[:20] if folder.is_dir() else []
+    near = nearest(str(path), found) or next(iter(found), None)
+    there = f"did you mean {near}?\n  There are: {', '.join(found)}" if near else f"there is none in {folder} either"
+    raise FileNotFoundError(f"ckpt_path should be a checkpoint file; {path} is none; {there}")
+
+
+def read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Return the model's weights in a checkpoint.
+
+    Raises:
+        ValueError: the file is no checkpoint of Lightning.
+    """
+    try:
+        content: Any = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        weights: dict[str, torch.Tensor] = content["state_dict"]
+    except Exception as reason:  # whatever the unpickler makes of a foreign file
+        raise ValueError(
+            f"ckpt_path should be a checkpoint that gradnorm-train wrote; {checkpoint} cannot be read as one "
+            f"({type(reason).__name__})."
+        ) from reason
+    return weights
+
+
+@contextmanager
+def loading(checkpoint: Path | None) -> Iterator[None]:
+    """Have torch's error about weights that do not fit the network say what to do.
+
+    Args:
+        checkpoint: what is loaded inside; ``None`` if nothing is.
+
+    Raises:
+        ValueError: the weights are of another network.
+    """
+    try:
+        yield
+    except RuntimeError as mismatch:
+        title, *differences = str(mismatch).splitlines()
+        if checkpoint is None or "in loading state_dict" not in title:
+            raise
+        raise ValueError(
+            f"ckpt_path: the weights in {checkpoint} are of another network than the options describe "
+            f"({' '.join(differences[0].split()) if differences else title}). Give the options of its run, or none: they are "
+            f"taken from its folder."
+        ) from mismatch
+
+
+def run_folder(checkpoint: Path) -> Path | None:
+    """Return the folder of the run that the checkpoint is of: the nearest above it that has a ``config.yaml``."""
+    near = list(checkpoint.resolve().parents)[:2]
+    return next((folder for folder in near if (folder / CONFIG).is_file()), None)
+
+
+def options_of_run(folder: Path, given: Sequence[str]) -> list[str]:
+    r"""Return the overrides that a run was started with, without those that are ``given`` anew.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = (Path(folder) / "overrides.yaml").write_text("- seed=3\n- data=toy\n")
+        ...     options_of_run(Path(folder), given=["seed=4"])
+        ['data=toy']
+    """
+    before = recorded_overrides(folder)
+    if before is None:
+        return []
+    parser = OverridesParser.create()
+    new = {override.key_or_group for override in parser.parse_overrides(list(given))}
+    parsed = zip(before, parser.parse_overrides(before), strict=True)
+    return [text for text, override in parsed if override.key_or_group not in new]
+
+
+def recorded_overrides(folder: Path) -> list[str] | None:
+    """Return the overrides that the run in the folder was started with; ``None`` if they are not known."""
+    record = folder / OVERRIDES
+    return [str(override) for override in OmegaConf.load(record)] if record.is_file() else None
+
+
+def overrides_of(folder: Path) -> list[str] | None:
+    """Return them without the checkpoint of its own that a run may have gone on from: it is the same run."""
+    before = recorded_overrides(folder)
+    if before is None:
+        return None
+    own = folder.resolve()
+    return [
+        text
+        for text, override in zip(before, OverridesParser.create().parse_overrides(before), strict=True)
+        if not (override.key_or_group == "ckpt_path" and Path(str(override.value())).resolve().is_relative_to(own))
+    ]

@@ -1,0 +1,75 @@
+"""A configuration's schema, derived from the constructor that it is for: names, types and defaults are written once."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import typing
+from collections.abc import Callable, Collection, Mapping
+from types import UnionType
+from typing import Any, Union
+
+from omegaconf import MISSING
+
+_PLAIN = (bool, int, float, str)
+
+
+def schema_of(constructor: Callable[..., Any], *, leave_out: Collection[str] = (), partial: bool = False) -> type:
+    """Return a dataclass with the constructor's parameters, of which Hydra builds it again.
+
+    Plain types (bool, int, float, str, their unions, with or without None) are checked; all others are ``Any``. A default
+    that a yaml can express is taken over; any other parameter is missing, and left to the constructor.
+
+    Args:
+        constructor: a class or function.
+        leave_out: parameters that are given in another way.
+        partial: make a factory, which is called with what is left out (Hydra's ``_partial_``).
+
+    Example:
+        >>> from lightning_gradnorm.experiments.problems.small import MLP
+        >>> [(field.name, field.type) for field in dataclasses.fields(schema_of(MLP, leave_out=["activation"]))][1:]
+        [('in_features', <class 'int'>), ('hidden', typing.Any), ('out_features', typing.Optional[int])]
+        >>> schema_of(MLP)(in_features=250).hidden
+        [100, 100, 100, 100]
+    """
+    hints = typing.get_type_hints(constructor.__init__ if inspect.isclass(constructor) else constructor)
+    fields: list[Any] = [("_target_", str, _dotted_name(constructor))]
+    if partial:
+        fields.append(("_partial_", bool, True))
+    for name, parameter in inspect.signature(constructor).parameters.items():
+        if name in leave_out or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        fields.append((name, _checkable(hints.get(name, Any)), _default(parameter.default)))
+    return dataclasses.make_dataclass(constructor.__name__, fields)
+
+
+def _dotted_name(constructor: Callable[..., Any]) -> str:
+    """Return the shortest public name, ``lightning_gradnorm.GradNorm`` rather than the module it is written in."""
+    package = constructor.__module__.split(".")
+    for depth in range(1, len(package) + 1):
+        module = importlib.import_module(".".join(package[:depth]))
+        if getattr(module, constructor.__name__, None) is constructor:
+            return f"{module.__name__}.{constructor.__name__}"
+    raise ValueError(f"{constructor!r} is not a name of the module {constructor.__module__}")
+
+
+def _checkable(hint: Any) -> Any:
+    if hint in _PLAIN:
+        return hint
+    if typing.get_origin(hint) not in (Union, UnionType):
+        return Any
+    kinds = typing.get_args(hint)
+    if not all(kind in (*_PLAIN, type(None)) for kind in kinds):
+        return Any
+    return Union[kinds]  # noqa: UP007  OmegaConf knows this spelling, not `int | float`
+
+
+def _default(value: Any) -> Any:
+    if value is None or isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, list | tuple) and all(isinstance(item, _PLAIN) for item in value):
+        return dataclasses.field(default_factory=lambda: list(value))
+    if isinstance(value, Mapping) and not value:
+        return dataclasses.field(default_factory=dict)
+    return MISSING

@@ -1,0 +1,1 @@
+"""Problems: a data set, its networks, losses and metrics together. Batches are ``(inputs, {task: target})``."""

@@ -1,0 +1,1 @@
+"""Dense prediction on images of rooms: segmentation, depth, surface normals, keypoints."""

@@ -1,0 +1,14 @@
+"""Image encoders that tasks share, and heads; any ``torch.nn.Module`` works."""
+
+from lightning_gradnorm.experiments.problems.dense.networks.dilated_resnet import DilatedResNet50
+from lightning_gradnorm.experiments.problems.dense.networks.fcn_resnet import FCNResNet50
+from lightning_gradnorm.experiments.problems.dense.networks.heads import ConvHead, DeepLabHead
+from lightning_gradnorm.experiments.problems.dense.networks.segnet import SegNet
+
+__all__ = [
+    "ConvHead",
+    "DeepLabHead",
+    "DilatedResNet50",
+    "FCNResNet50",
+    "SegNet",
+]

@@ -1,0 +1,12 @@
+"""Rooms: rendered indoor scenes with exact depth, normals, classes and layout keypoints.
+
+`primitives`, `furniture` and `scene` say what is in a room, `camera` and `layout` how it is seen, `casting` and
+`shading` make pixels of it, `render` is one picture from a seed and a number, `module` the data set.
+"""
+
+from lightning_gradnorm.experiments.problems.dense.rooms.layout import KEYPOINTS, LAYOUTS
+from lightning_gradnorm.experiments.problems.dense.rooms.module import RoomsDataModule, RoomViews
+from lightning_gradnorm.experiments.problems.dense.rooms.primitives import CLASSES
+from lightning_gradnorm.experiments.problems.dense.rooms.render import View, render
+
+__all__ = ["CLASSES", "KEYPOINTS", "LAYOUTS", "RoomViews", "RoomsDataModule", "View", "render"]

@@ -1,0 +1,89 @@
+"""Where to take a picture of a room from."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from lightning_gradnorm.experiments.problems.dense.rooms.camera import FX, FY, Camera, rotations
+from lightning_gradnorm.experiments.problems.dense.rooms.furniture import Random
+from lightning_gradnorm.experiments.problems.dense.rooms.layout import LAYOUTS, VIEWS, LayoutViews
+from lightning_gradnorm.experiments.problems.dense.rooms.primitives import Booleans, Floats, Primitive
+from lightning_gradnorm.experiments.problems.dense.rooms.scene import Scene
+
+CLEARANCE = 0.45
+"""No camera is nearer than this to anything, in metres, so that no depth is below 0.3."""
+
+AHEAD = 2.0
+"""The end of the room is at least this far ahead, in metres."""
+
+LOWEST, HIGHEST = 1.1, 1.8
+"""A camera's height above the floor, in metres."""
+
+MIN_ANGLES, MAX_ANGLES = (0.0, -0.45, -0.05), (2 * math.pi, 0.2, 0.05)
+"""Yaw, pitch and roll, in radians: any direction, more down than up, nearly upright."""
+
+
+def draw_camera(rng: Random, scene: Scene, tries: int = 64, rounds: int = 20) -> tuple[Camera, Floats] | None:
+    """Draw a camera that a person could hold, and the view's keypoints, ``(48, 3)``, as shares of the image.
+
+    It is clear of everything in the room and sees one of the eleven layouts. Of the poses drawn, those that have much
+    of the furniture in view are kept, and among these a layout that is rare has the same chance as a common one.
+
+    Args:
+        rng: Source of the poses.
+        scene: The room.
+        tries: Poses drawn at once.
+        rounds: How often that is done until one of them will do.
+
+    Returns:
+        The camera and the keypoints; ``None`` if the room is too full for any pose.
+    """
+    low = np.array([CLEARANCE, LOWEST, CLEARANCE])
+    high = np.array([scene.size[0] - CLEARANCE, HIGHEST, scene.size[2] - CLEARANCE])
+    for _ in range(rounds):
+        positions = rng.uniform(low, high, size=(tries, 3))
+        turned = rotations(*rng.uniform(MIN_ANGLES, MAX_ANGLES, size=(tries, 3)).T)
+        preference = rng.permutation(len(LAYOUTS))
+        views = LayoutViews(scene.size, positions, turned)
+        fits = (views.view >= 0) & (_distance_ahead(scene.size, positions, -turned[:, 2]) > AHEAD)
+        fits[fits] &= _is_clear(scene.primitives, positions[fits])
+        if fits.any():
+            area = np.where(fits, _area_in_view(scene.primitives, positions, turned), -1.0)
+            layouts = np.array([layout for layout, _ in VIEWS])[views.view]
+            worthy = fits & (area >= 0.4 * area.max())
+            chosen = int(np.where(worthy, preference[layouts], len(LAYOUTS)).argmin())
+            return Camera(positions[chosen], turned[chosen]), views.keypoints(chosen)
+    return None
+
+
+def _area_in_view(primitives: tuple[Primitive, ...], positions: Floats, turned: Floats) -> Floats:
+    """Add up the largest faces of the primitives whose centres each camera has in its image, ``(n,)``."""
+    centres = np.array([part.centre for part in primitives]).reshape(-1, 3)
+    halves = np.array([part.half for part in primitives]).reshape(-1, 3)
+    areas = np.sort(halves, axis=1)[:, 1:].prod(axis=1)
+    offsets = centres - positions[:, None]
+    x, y, z = (np.sum(offsets * turned[:, None, axis], axis=-1) for axis in range(3))
+    inside = (z < 0) & (np.abs(FX * x) < -0.5 * z) & (np.abs(FY * y) < -0.5 * z)
+    area: Floats = np.sum(inside * areas, axis=1)
+    return area
+
+
+def _distance_ahead(size: Floats, positions: Floats, directions: Floats) -> Floats:
+    """Measure how far it is to the end of the room, ``(n,)``."""
+    with np.errstate(divide="ignore"):
+        distances: Floats = (np.where(directions > 0, size - positions, -positions) / directions).min(axis=1)
+    return distances
+
+
+def _is_clear(primitives: tuple[Primitive, ...], positions: Floats) -> Booleans:
+    """Say which positions, ``(n, 3)``, are at least `CLEARANCE` away from all primitives."""
+    centres = np.array([part.centre for part in primitives]).reshape(-1, 3)
+    halves = np.array([part.half for part in primitives]).reshape(-1, 3)
+    cos, sin = (np.array([f(part.yaw) for part in primitives]) for f in (math.cos, math.sin))
+    x, y, z = np.moveaxis(positions[:, None] - centres, -1, 0)
+    own = np.stack([cos * x - sin * z, y, sin * x + cos * z], axis=-1)
+    beyond = np.maximum(np.abs(own) - halves, 0.0)
+    clear: Booleans = (np.sum(beyond**2, axis=-1) >= CLEARANCE**2).all(axis=1)
+    return clear

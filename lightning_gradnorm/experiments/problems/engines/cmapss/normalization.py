@@ -1,0 +1,93 @@
+"""Takes the operating conditions out of the features: mean 0 and standard deviation 1 within each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_gradnorm.experiments.problems.engines.cmapss.files import Array, Integers
+
+
+@dataclass(frozen=True)
+class Standardisation:
+    """``(x - mean) / std``, with mean and standard deviation of the operating condition that the cycle was flown in.
+
+    In FD002 and FD004, nearly all of a sensor's variance is between conditions; what wear does is seen within one only.
+
+    Attributes:
+        centres: Settings of the conditions, by altitude, then Mach number, then throttle, shape ``(conditions, 3)``.
+        scale: What each setting is divided by before distances are taken, shape ``(3,)``.
+        mean: Shape ``(conditions, features)``.
+        std: The same shape; 1 for a feature that does not change within a condition.
+
+    Example:
+        >>> settings = np.array([[0, 0, 100], [0, 0, 100], [0, 0, 100.0]])
+        >>> standardise = Standardisation.fit(settings, np.array([[1.0], [2.0], [3.0]]), conditions=1)
+        >>> standardise(settings[:1], np.array([[2.0]])).tolist()
+        [[0.0]]
+    """
+
+    centres: Array
+    scale: Array
+    mean: Array
+    std: Array
+
+    @classmethod
+    def fit(cls, settings: Array, features: Array, conditions: int) -> Standardisation:
+        """Find the conditions and take the statistics.
+
+        Args:
+            settings: Shape ``(cycles, 3)``.
+            features: Shape ``(cycles, features)``.
+            conditions: How many conditions to look for, by k-means on the settings, each divided by its range.
+
+        Raises:
+            ValueError: The settings have fewer different values than there should be conditions.
+            ModuleNotFoundError: Several conditions are looked for, and scikit-learn is not installed.
+        """
+        ranges = np.ptp(settings, axis=0)
+        scale = np.where(ranges > 0, ranges, 1.0)
+        labels = _clusters(settings / scale, conditions)
+        groups = [labels == number for number in range(conditions)]
+        centres = np.stack([settings[group].mean(axis=0) for group in groups])
+        order = np.lexsort(centres.T[::-1])
+        means, stds = [], []
+        for number in order:
+            own = features[groups[number]]
+            means.append(own.mean(axis=0))
+            # The rounding errors of a constant's mean must not be blown up to standard deviation 1.
+            stds.append(np.where(np.ptp(own, axis=0) > 0, own.std(axis=0), 1.0))
+        return cls(centres[order], scale, np.stack(means), np.stack(stds))
+
+    def conditions_of(self, settings: Array) -> Integers:
+        """Return the number of the nearest condition of each cycle: ``(cycles, 3)`` to ``(cycles,)``."""
+        differences = (settings[:, None] - self.centres) / self.scale
+        nearest: Integers = (differences**2).sum(axis=2).argmin(axis=1)
+        return nearest
+
+    def __call__(self, settings: Array, features: Array) -> npt.NDArray[np.float32]:
+        """Standardise ``features``, shape ``(cycles, features)``, flown at ``settings``, shape ``(cycles, 3)``."""
+        condition = self.conditions_of(settings)
+        return ((features - self.mean[condition]) / self.std[condition]).astype(np.float32)
+
+
+def _clusters(points: Array, count: int) -> Integers:
+    """Return a number of 0 to ``count - 1`` for each point, shape ``(points, dimensions)`` to ``(points,)``."""
+    if count == 1:
+        return np.zeros(len(points), dtype=np.int64)
+    different = len(np.unique(points, axis=0))
+    if different < count:
+        raise ValueError(
+            f"CMAPSS: conditions should be at most the {different} different settings of the training engines; got {count}."
+        )
+    try:
+        from sklearn.cluster import KMeans
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "CMAPSS: the package scikit-learn, whose k-means finds the operating conditions, should be installed; it was "
+            "not found. Install it with: pip install 'lightning-gradnorm[cmapss]'"
+        ) from None
+    labels: Integers = KMeans(count, n_init=10, random_state=0).fit(points).labels_.astype(np.int64)
+    return labels

@@ -1,0 +1,137 @@
+"""Simulated engines as a data module: C-MAPSS's tasks without a download."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_gradnorm.experiments.problems.engines.cmapss.columns import SENSORS, SUBSETS
+from lightning_gradnorm.experiments.problems.engines.cmapss.module import CMAPSS
+from lightning_gradnorm.experiments.problems.engines.cmapss.windows import Windows
+from lightning_gradnorm.experiments.problems.engines.turbofan.files import write_turbofan
+
+VERSION = 1
+"""Goes up whenever the simulator writes other bytes, so that no files of an earlier one are read."""
+
+
+class TurbofanDataModule(CMAPSS):
+    """Simulated turbofan engines with C-MAPSS's files, sensors and tasks, and nothing to download.
+
+    Engines that show nothing for some time, then wear faster and faster, by one of two fault modes in FD003 and FD004,
+    and fail after 128 to 362 cycles. They fly in one operating condition, or in FD002 and FD004 in six that change from
+    cycle to cycle. Sensors answer to the wear with noise, each engine's a little in its own way. The files are written
+    once, by one process, and read as NASA's are: see `CMAPSS` for the batches and the other arguments.
+
+    It is no model of an engine, and figures on it are not comparable with published ones, though of their order: on the
+    default FD001, ridge regression on the windows has a root mean square error of 15 cycles on the test engines, a small
+    convolutional and recurrent network 15, and the best constant 40.
+
+    Args:
+        subset: ``"FD001"`` to ``"FD004"``.
+        engines: Training engines, those held out for validation among them; None for as many as NASA's subset has.
+        test_engines: Test engines; None for as many as NASA's subset has.
+        folder: Where the files are kept, in a folder of their own for each subset, numbers of engines and seed; None for
+            ``lightning_gradnorm/turbofan`` in the user's cache (``$XDG_CACHE_HOME`` or ``~/.cache``).
+        window: See `CMAPSS`.
+        cap: See `CMAPSS`.
+        cap_test: See `CMAPSS`.
+        health_thresholds: See `CMAPSS`.
+        sensors: See `CMAPSS`.
+        conditions: See `CMAPSS`.
+        val_fraction: See `CMAPSS`.
+        short_engines: See `CMAPSS`. Simulated test engines have at least 31 cycles.
+        batch_size: Windows per batch and rank.
+        num_workers: Worker processes per loader; the data are in memory, so 0 is the fastest.
+        seed: Seed of the engines, of which are held out, and of the order of the training batches.
+
+    Raises:
+        TypeError: An argument is not an integer that should be one.
+        PermissionError: At ``setup``: ``folder`` cannot be written to.
+        FileExistsError: At ``setup``: the files' own folder is there, with other things in it.
+        ValueError: An argument out of range, or at ``setup``: a window is longer than the shortest engine's record.
+        ModuleNotFoundError: At ``setup``, with several conditions, if scikit-learn is not installed.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     data = TurbofanDataModule(engines=4, test_engines=3, folder=folder, batch_size=8)
+        ...     data.setup()
+        >>> windows, targets = next(iter(data.train_dataloader()))
+        >>> windows.shape, targets["rul"].shape, targets["health"].shape
+        (torch.Size([8, 30, 17]), torch.Size([8, 1]), torch.Size([8]))
+    """
+
+    def __init__(
+        self,
+        subset: str = "FD001",
+        engines: int | None = None,
+        test_engines: int | None = None,
+        folder: str | Path | None = None,
+        window: int = 30,
+        cap: float = 125,
+        cap_test: bool = True,
+        health_thresholds: Sequence[float] = (80, 30),
+        sensors: Sequence[int] = SENSORS,
+        conditions: int | None = None,
+        val_fraction: float = 0.15,
+        short_engines: str = "error",
+        batch_size: int = 256,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            root=_cache() if folder is None else folder,
+            subset=subset,
+            window=window,
+            cap=cap,
+            cap_test=cap_test,
+            health_thresholds=health_thresholds,
+            sensors=sensors,
+            conditions=conditions,
+            val_fraction=val_fraction,
+            short_engines=short_engines,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        counts = {"engines": engines, "test_engines": test_engines}
+        for parameter, count in counts.items():
+            if count is not None:
+                self._check_integer(parameter, count, at_least=1)
+        self.engines = SUBSETS[subset].train_engines if engines is None else engines
+        self.test_engines = SUBSETS[subset].test_engines if test_engines is None else test_engines
+        self.root /= f"{subset}-{self.engines}-{self.test_engines}-seed{seed}-v{VERSION}"
+
+    def prepare_data(self) -> None:
+        """Write the files, unless they are there."""
+        if not self._is_written():
+            rank_zero_info(
+                f"TurbofanDataModule: these engines are simulated and stand in for NASA's {self.subset}; "
+                f"writing {self.engines} training and {self.test_engines} test engines to {self.root}, once."
+            )
+            try:
+                write_turbofan(self.root, self.subset, self.engines, self.test_engines, self.seed)
+            except PermissionError as error:
+                raise PermissionError(
+                    f"TurbofanDataModule: folder should be one that can be written to; {error.filename} cannot. "
+                    "Name another: folder=..."
+                ) from error
+            except FileExistsError:
+                if not self._is_written():  # by another process, since we looked
+                    raise
+
+    def _is_written(self) -> bool:
+        return (self.root / f"RUL_{self.subset}.txt").is_file()
+
+    def make_splits(self) -> dict[str, Windows]:
+        """Write the files, unless they are there, and read them."""
+        self.prepare_data()
+        return super().make_splits()
+
+
+def _cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "lightning_gradnorm" / "turbofan"

@@ -1,0 +1,105 @@
+"""Flies engines until they fail and records what the sensors show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_gradnorm.experiments.problems.engines.cmapss.columns import SUBSETS
+from lightning_gradnorm.experiments.problems.engines.cmapss.files import Engines
+from lightning_gradnorm.experiments.problems.engines.turbofan.engine import (
+    ANSWER,
+    BUILT,
+    CONDITIONS,
+    CORE_ANSWER,
+    CORE_SPEEDS,
+    DECIMALS,
+    HEALTHY,
+    NOISE,
+    RELATIVE,
+    SETTING_NOISE,
+    WORN,
+)
+from lightning_gradnorm.experiments.problems.engines.turbofan.wear import Array, Integers, Lives, draw_lives
+
+SHORTEST_RECORD = 31
+"""Cycles that are recorded of a test engine, at least."""
+MOST_LEFT = {1: 145, 6: 194}
+"""Cycles left to a test engine, at most, by number of conditions; at least `LEAST_LEFT`."""
+LEAST_LEFT = 6
+
+
+@dataclass(frozen=True)
+class Flights:
+    """Engines flown until they failed.
+
+    Attributes:
+        engines: What was recorded.
+        lives: What decided the lives.
+        conditions: Number of the condition of each cycle, shape ``(cycles,)``.
+        wear: Of each cycle, shape ``(cycles,)``.
+    """
+
+    engines: Engines
+    lives: Lives
+    conditions: Integers
+    wear: Array
+
+
+def simulate(subset: str, engines: int, seed: int = 0, kind: str = "train") -> Flights:
+    """Fly engines to failure.
+
+    Args:
+        subset: ``"FD001"`` to ``"FD004"``, which says how many conditions and fault modes there are.
+        engines: How many.
+        seed: Seed of all that is drawn.
+        kind: ``"train"`` or ``"test"``: other engines with the same seed.
+
+    Example:
+        >>> flights = simulate("FD002", engines=3)
+        >>> flights.engines.sensors.shape == (flights.lives.cycles.sum(), 21)
+        True
+    """
+    part = SUBSETS[subset]
+    lives = draw_lives(engines, part.faults, _stream(subset, seed, kind, "lives"))
+    engine = np.repeat(np.arange(engines), lives.cycles)
+    cycle = np.arange(len(engine)) - np.repeat(np.cumsum(lives.cycles) - lives.cycles, lives.cycles) + 1
+    flown = _stream(subset, seed, kind, "conditions")
+    conditions = flown.integers(part.conditions, size=len(engine))
+    settings = CONDITIONS[conditions] + SETTING_NOISE * flown.normal(size=(len(engine), 3))
+    wear = lives.wear(engine, cycle)
+    sensors = _show(lives, engine, conditions, wear, _stream(subset, seed, kind, "sensors"))
+    recorded = Engines(np.arange(1, engines + 1), lives.cycles, settings, sensors)
+    return Flights(recorded, lives, conditions, wear)
+
+
+def _show(lives: Lives, engine: Integers, conditions: Integers, wear: Array, stream: np.random.Generator) -> Array:
+    """Return what the sensors show, shape ``(cycles, 21)``, rounded as in NASA's files."""
+    engines, sensors = len(lives.cycles), HEALTHY.shape[1]
+    # No two engines are built alike, nor do their sensors answer to wear in quite the same way.
+    built = BUILT * NOISE * stream.normal(size=(engines, sensors))
+    answer = WORN[lives.fault] * stream.normal(1.0, ANSWER, size=(engines, sensors))
+    answer[:, CORE_SPEEDS] *= stream.normal(*CORE_ANSWER, size=(engines, 1))
+    moved = built[engine] + answer[engine] * wear[:, None] + NOISE * stream.normal(size=(len(engine), sensors))
+    shown = HEALTHY[conditions] + RELATIVE[conditions] * moved
+    return np.stack([np.round(column, digits) for column, digits in zip(shown.T, DECIMALS, strict=True)], axis=1)
+
+
+def cut_short(flights: Flights, subset: str, seed: int = 0) -> tuple[Engines, Integers]:
+    """End each engine's record at a random cycle before its failure, as in the test files.
+
+    Returns:
+        What is recorded of the engines, and how many cycles each would have gone on, shape ``(engines,)``.
+    """
+    engines = flights.engines
+    most = np.minimum(MOST_LEFT[SUBSETS[subset].conditions], engines.lengths - SHORTEST_RECORD)
+    left = _stream(subset, seed, "test", "cuts").integers(LEAST_LEFT, most, endpoint=True)
+    lengths = engines.lengths - left
+    kept = np.arange(len(engines.settings)) < engines.of_rows(engines.starts + lengths)
+    return Engines(engines.units, lengths, engines.settings[kept], engines.sensors[kept]), left
+
+
+def _stream(subset: str, seed: int, *names: str) -> np.random.Generator:
+    """Give each thing that is drawn a generator of its own, so that no draw depends on how much others drew."""
+    return np.random.default_rng([seed, *(int.from_bytes(name.encode(), "little") for name in (subset, *names))])

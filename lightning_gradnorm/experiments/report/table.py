@@ -1,0 +1,143 @@
+"""Tables for the terminal: one run by task, several runs side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+
+from lightning_gradnorm.experiments.report.delta_m import Chosen, delta_m_or_none, single_task_results
+from lightning_gradnorm.experiments.report.metric_direction import higher_is_better
+from lightning_gradnorm.experiments.report.results import ALL_TASKS, Run, by_task, tasks_of
+
+_WIDEST = 8
+"""Columns of metrics that a terminal has room for."""
+
+
+def task_table(
+    metrics: Mapping[str, float], weights: Mapping[str, float] | None = None, *, title: str = "Test metrics by task"
+) -> Table:
+    """Return a table with a row for each task and a column for each metric; the other way round if there are many metrics.
+
+    Args:
+        metrics: ``test/<metric>/<task>`` → value.
+        weights: loss weight by task, the last column.
+        title: what stands above.
+
+    Example:
+        >>> table = task_table({"test/loss/left": 1.0, "test/loss/right": 2.0}, weights={"left": 0.8, "right": 1.2})
+        >>> [column.header for column in table.columns], table.row_count
+        (['task', 'loss', 'weight'], 2)
+    """
+    rows = by_task(metrics)
+    names = list(dict.fromkeys(metric for row in rows.values() for metric in row))
+    lines = {task: [_number(row.get(name)) for name in names] for task, row in rows.items()}
+    if weights:
+        names.append("weight")
+        lines = {task: [*line, _number(weights.get(task))] for task, line in lines.items()}
+    corner = "task"
+    if len(names) > max(_WIDEST, len(lines)):
+        corner, names, lines = (
+            "metric",
+            list(lines),
+            {name: [*line] for name, line in zip(names, zip(*lines.values(), strict=True), strict=True)},
+        )
+    table = Table(title=title, title_justify="left")
+    table.add_column(corner)
+    for name in names:
+        table.add_column(name, justify="right")
+    for name, line in lines.items():
+        if name == ALL_TASKS:
+            table.add_section()
+        table.add_row(name, *line)
+    return table
+
+
+def comparison_table(
+    runs: Sequence[Run],
+    *,
+    title: str = "Test metrics",
+    single_task: Mapping[str, float] | None = None,
+    chosen: Chosen | None = None,
+) -> Table:
+    """Return a table with a row for each task and metric and a column for each run; ``*`` marks the best.
+
+    Which way is better is known of common metrics; of others none is marked, nor where all runs are equal. The last row is
+    Δm against single-task networks, if it is known of any run: see `delta_m`.
+
+    Args:
+        runs: the columns.
+        title: what stands above.
+        single_task: metrics of networks for one task each; by default those of the runs that have one task alone, which
+            then have no Δm themselves.
+        chosen: the metrics that count for Δm, such as `COMMUNITY`; by default all but the losses.
+
+    Raises:
+        ValueError: no run.
+
+    Example:
+        >>> equal, gradnorm = Run("equal", {"test/loss/left": 1.0}), Run("gradnorm", {"test/loss/left": 0.5})
+        >>> table = comparison_table([equal, gradnorm])
+        >>> [[str(cell) for cell in column.cells] for column in table.columns]
+        [['left'], ['loss ↓'], ['1'], ['[bold green]0.5 *[/]']]
+    """
+    if not runs:
+        raise ValueError("comparison_table: runs should be one or more; got none.")
+    table = Table(title=title, title_justify="left")
+    table.add_column("task")
+    table.add_column("metric")
+    for run in runs:
+        table.add_column(run.name, justify="right")
+    by_run = [by_task(run.metrics) for run in runs]
+    rows = dict.fromkeys((task, metric) for run in by_run for task, row in run.items() for metric in row)
+    last = None
+    for task, metric in rows:
+        if last not in (None, task):
+            table.add_section()
+        values = [run.get(task, {}).get(metric) for run in by_run]
+        table.add_row(task if task != last else "", f"{metric}{_arrow(metric)}", *_cells(metric, values))
+        last = task
+    _add_delta_m(table, runs, single_task, chosen)
+    return table
+
+
+def _add_delta_m(
+    table: Table, runs: Sequence[Run], single_task: Mapping[str, float] | None, chosen: Chosen | None
+) -> None:
+    baseline = single_task_results(runs) if single_task is None else single_task
+    values = [
+        None
+        if single_task is None and len(tasks_of(run.metrics)) == 1
+        else delta_m_or_none(run.metrics, baseline, chosen)
+        for run in runs
+    ]
+    if any(value is not None for value in values):
+        table.add_section()
+        table.add_row("Δm", f"%{_arrow('delta_m')}", *_cells("delta_m", values, form="+.2f"))
+
+
+def _cells(metric: str, values: Sequence[float | None], form: str = ".4g") -> list[str]:
+    """Return the values as they are printed, the best one marked."""
+    best = _best(metric, values)
+    shown = [_number(value, form) for value in values]
+    return [
+        cell if best is None or value != best else f"[bold green]{cell} *[/]"
+        for cell, value in zip(shown, values, strict=True)
+    ]
+
+
+def _best(metric: str, values: Sequence[float | None]) -> float | None:
+    """Return the best value; ``None`` if all are equal, or if it is not known which way is better."""
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    if len(set(known)) < 2 or not _arrow(metric):
+        return None
+    return max(known) if higher_is_better(metric) else min(known)
+
+
+def _arrow(metric: str) -> str:
+    return {True: " ↑", False: " ↓", None: ""}[higher_is_better(metric)]
+
+
+def _number(value: float | None, form: str = ".4g") -> str:
+    return "" if value is None else f"{value:{form}}"

@@ -1,0 +1,117 @@
+"""Which way a gradient will take: asked of the autograd graph before backward, so that a wrong reading is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+
+
+def node_of(tensor: Tensor) -> Node:
+    """Return the node of the autograd graph at which the gradient of ``tensor`` arrives."""
+    return get_gradient_edge(tensor).node
+
+
+def nodes_behind(start: Iterable[Node], *, stop: Collection[Node] = ()) -> set[Node]:
+    """Return the nodes that a gradient starting at ``start`` comes to, ``start`` included; none behind ``stop``."""
+    to_visit = list(start)
+    found = set(to_visit)
+    while to_visit:
+        node = to_visit.pop()
+        if node in stop:
+            continue
+        for following, _ in node.next_functions:
+            if following is not None and following not in found:
+                found.add(following)
+                to_visit.append(following)
+    return found
+
+
+def _sources(start: Iterable[Node], stop: Collection[Node]) -> dict[Node, list[Node]]:
+    """Return the nodes of `nodes_behind`, each with those from which a gradient comes to it."""
+    sources: dict[Node, list[Node]] = {node: [] for node in start}
+    to_visit = list(sources)
+    while to_visit:
+        node = to_visit.pop()
+        if node in stop:
+            continue
+        for following, _ in node.next_functions:
+            if following is None:
+                continue
+            if following not in sources:
+                sources[following] = []
+                to_visit.append(following)
+            sources[following].append(node)
+    return sources
+
+
+def nodes_between(start: Iterable[Node], targets: Iterable[Tensor], *, stop: Collection[Node] = ()) -> set[Node]:
+    """Return the nodes on any path from ``start`` to ``targets``, both ends included; empty if there is no path.
+
+    Args:
+        start: where the gradient comes from, for example ``[node_of(loss)]``.
+        targets: tensors, parameters or intermediate results, whose gradient is sought.
+        stop: nodes that no path may pass. A path may end there if the node belongs to a target.
+
+    Example:
+        >>> import torch
+        >>> w, x = torch.ones(2, requires_grad=True), torch.ones(2)
+        >>> loss = (w * x).sum()
+        >>> sorted(node.name() for node in nodes_between([node_of(loss)], [w]))
+        ['MulBackward0', 'SumBackward0', 'torch::autograd::AccumulateGrad']
+        >>> nodes_between([node_of(loss)], [torch.ones(2, requires_grad=True)])
+        set()
+    """
+    sources = _sources(start, stop)
+    found: set[Node] = set()
+    to_visit = [node for node in map(node_of, targets) if node in sources]
+    while to_visit:
+        node = to_visit.pop()
+        if node not in found:
+            found.add(node)
+            to_visit.extend(sources[node])
+    return found
+
+
+def leaves_behind(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the parameters that ``tensors`` depend on, in the order in which their graph comes to them.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> [tuple(leaf.shape) for leaf in leaves_behind([layer(torch.ones(1, 2))])]
+        [(2,), (2, 2)]
+    """
+    leaves: dict[Tensor, None] = {}
+    seen: set[Node] = set()
+    to_visit = [node_of(tensor) for tensor in tensors]
+    while to_visit:
+        node = to_visit.pop(0)
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor) and leaf.is_leaf:
+            leaves[leaf] = None
+        to_visit.extend(following for following, _ in node.next_functions if following is not None)
+    return list(leaves)
+
+
+def unwalkable(nodes: Iterable[Node]) -> str | None:
+    """Say what in these nodes forbids to walk them a second time beside the ordinary backward pass, and how to mend it.
+
+    ``None``: nothing does.
+
+    A compiled graph frees its buffers (or, out of the compiler's cache, silently gives other numbers); FSDP's nodes gather
+    and free weights when they are passed; a reentrant checkpoint refuses to be asked for a gradient.
+    """
+    causes = {
+        "Compiled": "a module compiled with torch.compile, whose graph cannot be walked twice. Name the heads with heads=, and "
+        "a shared_layer in the last module that is compiled before them",
+        "RegisterPostBackward": "a module sharded by FSDP, which cannot be passed twice. Name the heads with heads=, and a "
+        "shared_layer in the last module that is sharded before them",
+        "CheckpointFunction": "an activation checkpoint that cannot be passed twice. Call it with use_reentrant=False",
+    }
+    names = {node.name() for node in nodes}
+    return next((f"{cause}." for word, cause in causes.items() if any(word in name for name in names)), None)

@@ -1,0 +1,397 @@
+"""One shared encoder, several heads, manual optimization."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from typing_extensions import Self, override
+
+from lightning_gradnorm._messages import check, did_you_mean, is_integer, is_number
+from lightning_gradnorm.callbacks.base import Balancing
+from lightning_gradnorm.callbacks.logging import is_logged_step
+from lightning_gradnorm.monitor.callback import GradientNormMonitor
+from lightning_gradnorm.multitask import architecture
+from lightning_gradnorm.multitask.task import Task
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Scheduler = torch.optim.lr_scheduler.LRScheduler | torch.optim.lr_scheduler.ReduceLROnPlateau
+SchedulerFactory = Callable[[torch.optim.Optimizer], Scheduler]
+
+_check = partial(check, "MultiTaskModule")
+
+
+class MultiTaskModule(L.LightningModule):
+    """A network trained on several losses: ``prediction_i = head_i(encoder(inputs))``.
+
+    A batch is ``(inputs, targets)``, ``targets`` a dict by task; a task that is not in it, or is ``None``, is absent from
+    that step. Without a balancing callback all losses count equally; with one (`GradNorm`, `FixedWeights`) it still is one
+    backward pass for each batch. The module optimizes manually and owns what the Trainer refuses there: accumulation,
+    clipping, schedulers.
+
+    Args:
+        encoder: module from the inputs to the representation: a tensor or a nested structure of tensors.
+        tasks: `Task` by name.
+        optimizer: makes the optimizer from the parameters.
+        lr_scheduler: makes the scheduler from the optimizer, stepped at the end of each epoch; or a dict as Lightning has
+            it: ``{"scheduler": partial(…), "interval": "step" | "epoch", "frequency": 1, "monitor": "val/loss"}``. A
+            `ReduceLROnPlateau` is stepped at the end of the epoch with the monitored metric (default ``val/loss``).
+        accumulate_grad_batches: batches of which one optimizer step takes the mean gradient; the last of an epoch may
+            have fewer (of a loader without a length their sum is still divided by the full number, as Lightning does).
+        gradient_clip_val: largest 2-norm of the whole gradient, taken of the unscaled gradient.
+        only: names of the tasks to train, ``None`` for all. The others' heads are no part of the module, their targets in
+            a batch are ignored.
+
+    Raises:
+        TypeError, ValueError: an argument out of range, or a batch that is not ``(inputs, targets)``.
+
+    Logs ``train/loss``, ``train/loss/<task>``, ``val/loss``, ``val/loss/<task>``, ``val/<metric>/<task>`` and the same for
+    ``test``; ``loss`` is the plain sum over the tasks.
+
+    Example:
+        >>> import torch
+        >>> model = MultiTaskModule(
+        ...     encoder=nn.Linear(4, 8),
+        ...     tasks={"a": Task(nn.Linear(8, 1), nn.MSELoss()), "b": Task(nn.Linear(8, 3), nn.CrossEntropyLoss())},
+        ...     optimizer=partial(torch.optim.Adam, lr=1e-3),
+        ... )
+        >>> {task: tuple(prediction.shape) for task, prediction in model(torch.zeros(2, 4)).items()}
+        {'a': (2, 1), 'b': (2, 3)}
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        tasks: Mapping[str, Task],
+        optimizer: OptimizerFactory = partial(torch.optim.Adam, lr=1e-3),
+        lr_scheduler: SchedulerFactory | Mapping[str, Any] | None = None,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: float | None = None,
+        only: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.save_hyperparameters("accumulate_grad_batches", "gradient_clip_val", "only")
+        _check(isinstance(encoder, nn.Module), "encoder", "a module", encoder)
+        _check(isinstance(tasks, Mapping) and len(tasks) > 0, "tasks", "a mapping from name to Task", tasks)
+        for name, task in tasks.items():
+            _check(isinstance(task, Task), f"tasks['{name}']", "a Task", task)
+            _check(isinstance(name, str), "tasks", "named by strings", name)
+            taken = "." in name or not name or hasattr(nn.ModuleDict, name)
+            _check(not taken, "tasks", "named without dots, and not like a method of ModuleDict", name)
+        _check(callable(optimizer), "optimizer", "a callable such as partial(torch.optim.Adam, lr=1e-3)", optimizer)
+        is_count = is_integer(accumulate_grad_batches) and accumulate_grad_batches >= 1
+        _check(is_count, "accumulate_grad_batches", "an integer, at least 1", accumulate_grad_batches)
+        clips = gradient_clip_val is None or (is_number(gradient_clip_val) and gradient_clip_val > 0)
+        _check(clips, "gradient_clip_val", "None or a positive number", gradient_clip_val)
+        every, tasks = tasks, _chosen(tasks, only)
+        self.encoder = encoder
+        self.tasks = nn.ModuleDict(tasks)
+        self._left_out = frozenset(every) - frozenset(tasks)
+        self.metric_names = {name: list(task.metrics) for name, task in every.items()}
+        """The metrics' names of every task, also of those that ``only`` leaves out."""
+        self.optimizer = optimizer
+        self._schedule = _schedule(lr_scheduler)
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.gradient_clip_val = gradient_clip_val
+        self._trained_in_epoch = False
+        # Taken now, while the modules carry no hook of anybody's.
+        self._architecture = architecture.pack(
+            {"encoder": encoder, "tasks": dict(every), "optimizer": optimizer, "lr_scheduler": lr_scheduler}
+        )
+        self.metrics = nn.ModuleDict(
+            {
+                stage: nn.ModuleDict(
+                    {
+                        name: nn.ModuleDict({metric: pattern.clone() for metric, pattern in task.metrics.items()})
+                        for name, task in tasks.items()
+                    }
+                )
+                for stage in ("val", "test")
+            }
+        )
+
+    @property
+    def task_heads(self) -> dict[str, str]:
+        """Task → dotted name of its head, for balancing callbacks."""
+        return {name: f"tasks.{name}.head" for name in self.tasks}
+
+    # ---- forward -----------------------------------------------------------------------------------------------------
+
+    @override
+    def forward(self, inputs: Any) -> dict[str, Any]:
+        """Return the prediction of each task."""
+        return self._predict(inputs, list(self.tasks))
+
+    def _predict(self, inputs: Any, names: Iterable[str]) -> dict[str, Any]:
+        representation = self.encoder(inputs)
+        return {name: self._task(name).head(representation) for name in names}
+
+    def _task(self, name: str) -> Task:
+        task = self.tasks[name]
+        assert isinstance(task, Task)
+        return task
+
+    def _step(self, batch: Any) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any], int]:
+        inputs, targets = self._unpack(batch)
+        present = {name: targets[name] for name in self.tasks if targets.get(name) is not None}
+        predictions = self._predict(inputs, present)
+        losses = {name: self._task(name).loss(predictions[name], target) for name, target in present.items()}
+        for name, loss in losses.items():
+            if not (isinstance(loss, Tensor) and loss.numel() == 1):
+                found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise ValueError(
+                    f"MultiTaskModule: the loss of task '{name}' should return a scalar tensor, for example by .mean(); "
+                    f"got {found}"
+                )
+        return predictions, losses, present, _batch_size(inputs)
+
+    def _unpack(self, batch: Any) -> tuple[Any, Mapping[str, Any]]:
+        expected = "MultiTaskModule: a batch should be (inputs, targets) with targets a dict by task"
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            found = (
+                f"{type(batch).__name__} of length {len(batch)}"
+                if isinstance(batch, tuple | list)
+                else type(batch).__name__
+            )
+            raise TypeError(f"{expected}; got {found}")
+        inputs, targets = batch
+        if not isinstance(targets, Mapping):
+            raise TypeError(
+                f"{expected} such as {{'{next(iter(self.tasks))}': …}}; got targets of type {type(targets).__name__}"
+            )
+        for name in targets:
+            if name not in self.tasks and name not in self._left_out:
+                raise ValueError(
+                    f"MultiTaskModule: there is no task '{name}', of which the batch has targets; "
+                    f"{did_you_mean(name, self.tasks)}"
+                )
+        return inputs, targets
+
+    def task_losses(self, batch: Any) -> dict[str, Tensor]:
+        """Return the loss of each task that the batch has targets of."""
+        return self._step(batch)[1]
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        _, losses, _, batch_size = self._step(batch)
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        micro_batches, is_last = self._place_in_window(batch_idx)
+        strategy = self.trainer.strategy
+        waits = isinstance(strategy, ParallelStrategy) and not is_last
+        if losses:
+            self._trained_in_epoch = True
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, Balancing | GradientNormMonitor):
+                    callback.watch(losses)
+            loss = _total(losses)
+            with strategy.block_backward_sync() if waits else nullcontext():  # type: ignore[attr-defined]
+                self.manual_backward(loss / micro_batches)
+            if is_logged_step(self.trainer):
+                self._log_losses("train", loss, losses, batch_size)
+        elif isinstance(strategy, ParallelStrategy):
+            # The other ranks, which may have tasks, wait for this one's part of the gradient and of what balances it.
+            with strategy.block_backward_sync() if waits else nullcontext():
+                self.manual_backward(
+                    _total({name: 0 * p.sum() for name, p in self.encoder.named_parameters() if p.requires_grad})
+                )
+        if is_last:
+            optimizer.step()
+            optimizer.zero_grad()
+            self._step_schedulers("step")
+
+    def _place_in_window(self, batch_idx: int) -> tuple[int, bool]:
+        """Return how many batches this optimizer step is made of, and whether this is the last of them."""
+        size, batches = self.accumulate_grad_batches, self.trainer.num_training_batches
+        start = batch_idx - batch_idx % size
+        end = int(min(start + size, batches))
+        return end - start, batch_idx == end - 1 or self.trainer.is_last_batch
+
+    @override
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # Here, not after manual_backward: a loss scaler has unscaled the gradients by now.
+        if self.gradient_clip_val is not None:
+            self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip_val, gradient_clip_algorithm="norm")
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        self._trained_in_epoch = False
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        if not self._trained_in_epoch:
+            warnings.warn(
+                f"MultiTaskModule: no batch of this epoch had targets of any task, so that nothing was trained; a batch is "
+                f"(inputs, targets), targets a dict with keys among {list(self.tasks)}.",
+                stacklevel=2,
+            )
+        self._step_schedulers("epoch")
+
+    def _step_schedulers(self, interval: str) -> None:
+        schedule = self._schedule
+        count = self.trainer.global_step if interval == "step" else self.trainer.current_epoch + 1
+        if schedule is None or schedule["interval"] != interval or count % schedule["frequency"]:
+            return
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            monitor, logged = schedule["monitor"], self.trainer.callback_metrics
+            if monitor not in logged:
+                raise ValueError(
+                    f"MultiTaskModule: lr_scheduler monitors '{monitor}', which is not logged; "
+                    f"{did_you_mean(monitor, sorted(logged))}"
+                )
+            scheduler.step(logged[monitor])
+        elif scheduler is not None:
+            cast(torch.optim.lr_scheduler.LRScheduler, scheduler).step()
+
+    @override
+    def configure_callbacks(self) -> list[L.Callback]:
+        # The last that Lightning asks before it refuses these flags itself, with advice that does not fit this module.
+        for flag, off in (("gradient_clip_val", (None, 0)), ("accumulate_grad_batches", (1,))):
+            value = getattr(self.trainer, flag)
+            if self.trainer.state.fn == TrainerFn.FITTING and value not in off:
+                raise ValueError(
+                    f"MultiTaskModule: Trainer({flag}={value}) has no effect on a module that optimizes manually. "
+                    f"Remove it, and give MultiTaskModule({flag}={value}), which does the same."
+                )
+        return []
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.optimizer(self.parameters())
+        _check(isinstance(optimizer, torch.optim.Optimizer), "optimizer", "what makes a torch optimizer", optimizer)
+        if self._schedule is None:
+            return optimizer
+        # Lightning ignores interval, frequency and monitor in manual optimization: `_step_schedulers` follows them.
+        scheduler = self._schedule["scheduler"](optimizer)
+        _check(isinstance(scheduler, Scheduler), "lr_scheduler", "what makes a scheduler of torch", scheduler)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    # ---- evaluation --------------------------------------------------------------------------------------------------
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    @override
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def _evaluate(self, stage: str, batch: Any) -> None:
+        predictions, losses, targets, batch_size = self._step(batch)
+        if not losses:
+            return
+        self._log_losses(stage, _total(losses), losses, batch_size)
+        of_stage = self.metrics[stage]
+        assert isinstance(of_stage, nn.ModuleDict)
+        for name, target in targets.items():
+            for metric_name, metric in of_stage[name].items():  # type: ignore[operator]
+                metric.update(predictions[name], target)
+                self.log(f"{stage}/{metric_name}/{name}", metric, on_step=False, on_epoch=True, batch_size=batch_size)
+
+    @override
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Return the predictions by task; the batch is ``(inputs, targets)`` or the inputs alone."""
+        is_pair = isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Mapping)
+        predictions: dict[str, Any] = self(batch[0] if is_pair else batch)
+        return predictions
+
+    def _log_losses(self, stage: str, loss: Tensor, losses: Mapping[str, Tensor], batch_size: int) -> None:
+        named = {f"{stage}/loss": loss, **{f"{stage}/loss/{name}": value for name, value in losses.items()}}
+        in_training = stage == "train"
+        self.log_dict(
+            {name: value.detach() for name, value in named.items()},
+            on_step=in_training,
+            on_epoch=not in_training,
+            sync_dist=not in_training,
+            batch_size=batch_size,
+        )
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[architecture.KEY] = self._architecture
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Return the model of a checkpoint, with its weights.
+
+        The checkpoint holds the architecture beside the weights, so that nothing else need be given if encoder, heads and
+        losses are made of what torch, torchmetrics and this package provide. Modules of your own are loaded if you give
+        them again as ``encoder=`` and ``tasks=``, or vouch for the file by ``weights_only=False``.
+
+        Args:
+            checkpoint_path: the file.
+            args: as for `lightning.LightningModule.load_from_checkpoint`.
+            kwargs: likewise; among them arguments of the constructor, which take precedence over the checkpoint's.
+
+        Raises:
+            ValueError: the architecture has classes of other packages in it; says which.
+        """
+        if not {"encoder", "tasks"} <= set(kwargs):
+            trusted = kwargs.get("weights_only") is False
+            checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=not trusted)
+            try:
+                parts = architecture.unpack(checkpoint.get(architecture.KEY, "none saved"), trusted=trusted)
+            except ValueError as reason:
+                raise ValueError(
+                    f"MultiTaskModule: the architecture in {checkpoint_path} cannot be rebuilt: {reason}. Give encoder= and "
+                    f"tasks= again or, if you trust the file, weights_only=False."
+                ) from None
+            kwargs = {**parts, **kwargs}
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+
+def _chosen(tasks: Mapping[str, Task], only: Sequence[str] | None) -> Mapping[str, Task]:
+    """Return the tasks to train, in the order of all of them."""
+    if only is None:
+        return tasks
+    is_list = isinstance(only, Sequence) and not isinstance(only, str) and len(only) > 0
+    _check(is_list, "only", "None or a list of tasks, such as ['depth']", only)
+    _check(len(set(only)) == len(only), "only", "a list of different tasks", only)
+    for name in only:
+        if name not in tasks:
+            raise ValueError(f"MultiTaskModule: there is no task '{name}' to train; {did_you_mean(name, tasks)}")
+    return {name: task for name, task in tasks.items() if name in only}
+
+
+def _schedule(given: SchedulerFactory | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the schedule with all its keys, or None if there is none."""
+    if given is None:
+        return None
+    default = {"interval": "epoch", "frequency": 1, "monitor": "val/loss"}
+    schedule = {**default, **(given if isinstance(given, Mapping) else {"scheduler": given})}
+    for key in schedule:
+        known = ["scheduler", *default]
+        _check(key in known, "lr_scheduler", f"a dict with keys among {known}", key)
+    _check(callable(schedule.get("scheduler")), "lr_scheduler", "a callable, or a dict with one as 'scheduler'", given)
+    _check(
+        schedule["interval"] in ("step", "epoch"), "lr_scheduler interval", "'step' or 'epoch'", schedule["interval"]
+    )
+    is_count = is_integer(schedule["frequency"]) and schedule["frequency"] >= 1
+    _check(is_count, "lr_scheduler frequency", "an integer, at least 1", schedule["frequency"])
+    return schedule
+
+
+def _total(losses: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([loss.reshape(()) for loss in losses.values()]).sum()
+
+
+def _batch_size(inputs: Any) -> int:
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.ndim]
+    return tensors[0].shape[0] if tensors else 1

@@ -1,0 +1,61 @@
+"""A task: a head, the loss it is trained on, the metrics it is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Task(nn.Module):
+    """One task of a `MultiTaskModule`.
+
+    Args:
+        head: module from the representation to the prediction.
+        loss: function or module from (prediction, target) to a scalar.
+        metrics: a metric of torchmetrics, or several by name; each is updated with (prediction, target).
+
+    Raises:
+        TypeError: an argument is of another kind.
+
+    Example:
+        >>> from torchmetrics.classification import MulticlassAccuracy
+        >>> seg = Task(nn.Linear(16, 10), nn.CrossEntropyLoss(), metrics={"accuracy": MulticlassAccuracy(num_classes=10)})
+        >>> sorted(seg.metrics)
+        ['accuracy']
+    """
+
+    def __init__(
+        self, head: nn.Module, loss: Loss, metrics: Mapping[str, Metric] | MetricCollection | Metric | None = None
+    ) -> None:
+        super().__init__()
+        if not isinstance(head, nn.Module):
+            raise TypeError(f"Task: head should be a module; got {type(head).__name__}")
+        if isinstance(loss, type):
+            raise TypeError(
+                f"Task: loss should be a function of (prediction, target); got the class {loss.__name__}. "
+                f"Give an object of it: {loss.__name__}()"
+            )
+        if not callable(loss):
+            raise TypeError(f"Task: loss should be a function of (prediction, target); got {type(loss).__name__}")
+        self.head = head
+        self.loss = loss
+        self.metrics = _by_name(metrics)
+
+
+def _by_name(metrics: Mapping[str, Metric] | MetricCollection | Metric | None) -> dict[str, Metric]:
+    """Return the metrics by name. They are patterns: a `MultiTaskModule` clones them for validation and test."""
+    if isinstance(metrics, Metric):
+        return {type(metrics).__name__.lower(): metrics}
+    if not (metrics is None or isinstance(metrics, Mapping | MetricCollection)):
+        shown = f"the class {metrics.__name__}" if isinstance(metrics, type) else type(metrics).__name__
+        raise TypeError(f"Task: metrics should be a torchmetrics.Metric, or a mapping from name to Metric; got {shown}")
+    found = dict(metrics.items() if metrics is not None else {})
+    for name, metric in found.items():
+        if not isinstance(metric, Metric):
+            shown = f"the class {metric.__name__}" if isinstance(metric, type) else type(metric).__name__
+            raise TypeError(f"Task: metrics['{name}'] should be a torchmetrics.Metric; got {shown}")
+    return found

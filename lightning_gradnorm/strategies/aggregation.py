@@ -1,0 +1,293 @@
+"""Aggregations: strategies that make one gradient of the T task gradients, which are the rows of the matrix J.
+
+Most of them are weightings, ``λ @ J`` with weights that depend on J through its Gramian ``J Jᵀ`` alone. Of several ranks the
+Gramians of the gradients at the representation, whose rows belong to one rank each, may simply be added up: so T² numbers
+make all ranks come to the same weights, exactly. Which aggregator needs what is found out here; the formulas are TorchJD's,
+or a file each beside this one.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchjd import Stateful
+from torchjd import aggregation as jd
+
+from lightning_gradnorm.strategies.db_mtl import DBMTL
+from lightning_gradnorm.strategies.factory import NamesTasks, placed
+from lightning_gradnorm.strategies.rng import own_randomness
+from lightning_gradnorm.strategies.scalarization import OptimizerFactory, ScalarizationRule
+from lightning_gradnorm.strategies.snapshot import restore, state_of
+
+Stat = Literal["gramian", "root", "matrix"]
+
+_TWO_BATCHES = (jd.SDMGradWeighting, jd.MoDoWeighting)
+"""They weight by the product of the gradients of two independent batches."""
+_OF_THE_ROOT = (jd.NashMTL, jd.Mean, jd.Sum, jd.Constant, jd.Random)
+"""They take the matrix, but turn with it: for any root S of the Gramian, ``S Sᵀ = J Jᵀ``, their weights are the same."""
+
+
+class AggregationRule(ScalarizationRule):
+    """An aggregator with all that it remembers, and what it needs to know of the task gradients.
+
+    Args:
+        tasks: the tasks' names; their order is that of the rows.
+        aggregator: a `torchjd.aggregation.Aggregator`, or a `Weighting` of the Gramian.
+        scalarizer: what the losses are weighted by before their gradients are taken; ``None`` for not at all.
+        of_parameters: whether the gradients are those of parameters, and keep their places from step to step.
+        optimizer: of the scalarizer's parameters.
+        seed: of the random numbers that the aggregator may draw.
+        dtype: of the weights.
+        device: of the gradients.
+
+    Raises:
+        ValueError: the aggregator cannot be used here, or not for so many tasks.
+
+    Example:
+        >>> from torchjd.aggregation import MGDA
+        >>> rule = AggregationRule(["seg", "depth"], MGDA())
+        >>> J = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        >>> rule.weigh_gradients(J @ J.T)
+        tensor([0.2000, 0.8000])
+    """
+
+    name = "Aggregation"
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        aggregator: nn.Module,
+        scalarizer: nn.Module | None = None,
+        *,
+        of_parameters: bool = False,
+        optimizer: OptimizerFactory = partial(torch.optim.Adam, lr=0.025),
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self._check_usable(aggregator, of_parameters)
+        if isinstance(aggregator, jd.Weighting) and _any(aggregator, jd.ExcessMTLWeighting):
+            aggregator = jd.WeightedAggregator(aggregator)
+        self.stat = _stat(aggregator)
+        """What of J the aggregator is given: its Gramian, a root of it, or J itself."""
+        # A T × T matrix is dealt with faster on the CPU, and by many a solver there alone.
+        self._works_on = torch.device(device or "cpu") if self.stat == "matrix" else torch.device("cpu")
+        self.aggregator = placed(aggregator, device=self._works_on, dtype=dtype)
+        self.gradient_weights = torch.ones(len(tasks), dtype=dtype, device=device)
+        """The weights λ that were last given, shape (T,)."""
+        self._drawn = 0
+        self.has_weights = _weights_of(aggregator) is not None
+        """Whether the aggregation is a weighted sum of the rows."""
+        super().__init__(tasks, scalarizer, optimizer=optimizer, seed=seed, dtype=dtype, device=device)
+        self._goes_by_place = isinstance(aggregator, NamesTasks) or any(
+            isinstance(part, Stateful)
+            or any(_is_by_task(value, len(tasks)) for value in (vars(part) | part._buffers | part._parameters).values())
+            for part in aggregator.modules()
+        )
+        self._try_out_aggregator()
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights that the tasks' gradients had last at the representation, those of the losses included, (T,)."""
+        return self.loss_weights * self.gradient_weights
+
+    def _kind(self) -> str:
+        kinds = [type(self.aggregator).__name__] + ([] if self.scalarizer is None else [super()._kind()])
+        return " of ".join(kinds)
+
+    def _check_usable(self, aggregator: nn.Module, of_parameters: bool) -> None:
+        if not isinstance(aggregator, jd.Aggregator | jd.Weighting):
+            raise TypeError(
+                f"{self.name}: aggregator should be a torchjd.aggregation.Aggregator or Weighting; got "
+                f"{type(aggregator).__name__}. (A function of the losses is a Scalarization.)"
+            )
+        kind = type(aggregator).__name__
+        if _any(aggregator, *_TWO_BATCHES):
+            raise ValueError(
+                f"{self.name}: {kind} weights by the gradients of two independent batches, which one training step does not "
+                f"have. Use MGDA or UPGrad, whose weights are those of one."
+            )
+        remembers_places = _any(aggregator, jd.ExcessMTLWeighting) or (
+            isinstance(aggregator, DBMTL) and aggregator.beta > 0
+        )
+        if remembers_places and not of_parameters:
+            raise ValueError(
+                f"{self.name}: {kind} averages gradients over steps, for which they should be those of the same numbers: at "
+                f"the representation each batch has others. Use at='parameters'."
+            )
+
+    def _try_out_aggregator(self) -> None:
+        T = len(self.tasks)
+        rows = torch.eye(T, 2 * T, dtype=self.loss_weights.dtype)
+        asked = f"{self.name}: {type(self.aggregator).__name__}, asked to aggregate the gradients of {T} tasks,"
+        tried = copy.copy(self)
+        tried.aggregator = copy.deepcopy(self.aggregator).to(device="cpu")
+        for part in tried.aggregator.modules():
+            if isinstance(part, Stateful):
+                part.reset()  # what a used one remembers is of gradients of another size
+        try:
+            found = tried._ask_aggregator(tried._stat_of(rows @ rows.T, rows))
+        except Exception as reason:
+            raise ValueError(f"{asked} failed: {reason}") from reason
+        expected = T if self.has_weights else 2 * T
+        if not _is_vector(found, expected):
+            raise ValueError(f"{asked} should return {expected} finite numbers; got {_shown(found)}")
+
+    def _stat_of(self, gramian: Tensor, matrix: Tensor | None) -> Tensor:
+        if self.stat == "matrix":
+            assert matrix is not None
+            return matrix
+        if self.stat == "gramian":
+            return gramian
+        values, vectors = torch.linalg.eigh(gramian)
+        root: Tensor = vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T
+        return root
+
+    def _ask_aggregator(self, stat: Tensor, rank: int = 0) -> Tensor:
+        weights_of: Any = _weights_of(self.aggregator)
+        stat = stat.to(self.loss_weights.dtype)  # in which the aggregator remembers and has its options
+        with torch.no_grad(), own_randomness(self._seed + rank, self._drawn, stat.device), warnings.catch_warnings():
+            # cvxpy's, of every NashMTL: it says that solving the same problem again is not faster.
+            warnings.filterwarnings("ignore", message="You are solving a parameterized problem that is not DPP")
+            answer: Tensor = self.aggregator(stat) if weights_of is None else weights_of(stat)
+        return answer
+
+    def weigh_gradients(self, gramian: Tensor, present: Tensor | None = None, matrix: Tensor | None = None) -> Tensor:
+        """Return the weights λ of the rows, shape (T,).
+
+        Args:
+            gramian: ``J Jᵀ``, shape (T, T), of the mean losses' gradients, zero for an absent task.
+            present: which tasks take part, bool of shape (T,); all by default. The others are left out of what the
+                aggregator sees; one that knows the tasks by their place is not asked, and the weights stay.
+            matrix: J itself, for an aggregator that needs it (`stat`).
+
+        Returns:
+            The weights; equal ones, of the sum that they had last, if the Gramian is not finite or the aggregator fails:
+            ``fallbacks`` counts it.
+        """
+        T = len(self.tasks)
+        here = torch.ones(T, dtype=torch.bool) if present is None else present.cpu()
+        if not bool(here.any()):
+            return self.gradient_weights
+        if self._goes_by_place and not bool(here.all()):
+            return self.gradient_weights * here.to(self.gradient_weights)
+        if not bool(gramian.isfinite().all()):
+            self.reason = "a gradient is not finite"
+            return self._fall_back_to_equal()
+        some = here.nonzero().squeeze(1)
+        try:
+            stat = self._stat_of(
+                gramian.cpu()[some][:, some], None if matrix is None else matrix[some.to(matrix.device)]
+            )
+            weights = self._ask_aggregator(stat)
+        except Exception as reason:
+            self.reason = f"{type(reason).__name__}: {reason}"
+            return self._fall_back_to_equal()
+        self._drawn += 1
+        if not _is_vector(weights, len(some)):
+            self.reason = f"it returned {_shown(weights)}"
+            return self._fall_back_to_equal()
+        spread = torch.zeros(T, dtype=weights.dtype).index_copy(0, some, weights.cpu())
+        self.gradient_weights = spread.to(self.gradient_weights)
+        return self.gradient_weights
+
+    def _fall_back_to_equal(self) -> Tensor:
+        self.fallbacks += 1
+        self.gradient_weights = torch.full_like(self.gradient_weights, float(self.gradient_weights.mean()))
+        return self.gradient_weights
+
+    def aggregate(self, matrix: Tensor, present: Tensor, rank: int = 0) -> Tensor:
+        """Return what an aggregator without weights makes of J, shape (n,); the mean of the rows if it fails.
+
+        Args:
+            matrix: J, shape (T, n).
+            present: which tasks take part.
+            rank: draws other random numbers on each rank, where each has other columns of J.
+        """
+        rows = matrix[present.to(matrix.device)]
+        if not len(rows):
+            return matrix.new_zeros(matrix.shape[1])
+        if self._goes_by_place and len(rows) < len(matrix):
+            return rows.mean(dim=0)
+        try:
+            answer = self._ask_aggregator(rows, rank)
+        except Exception as reason:
+            self.reason, answer = f"{type(reason).__name__}: {reason}", None
+        else:
+            self.reason = f"it returned {_shown(answer)}" if bool(rows.isfinite().all()) else "a gradient is not finite"
+        self._drawn += 1
+        if answer is None or not _is_vector(answer, rows.shape[1]):
+            self.fallbacks += 1
+            return rows.mean(dim=0)
+        return answer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all state as plain tensors and numbers, loadable with ``torch.load(weights_only=True)``."""
+        return {
+            **super().state_dict(),
+            "gradient_weights": self.gradient_weights.clone(),
+            "drawn": self._drawn,
+            "aggregator": state_of(self.aggregator),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the state of another rule for the same tasks in the same order.
+
+        Raises:
+            ValueError: the state is that of other tasks, another strategy, or another version.
+        """
+        super().load_state_dict(state)
+        self.gradient_weights = state["gradient_weights"].to(self.gradient_weights)
+        self._drawn = state["drawn"]
+        restore(self.aggregator, state["aggregator"], device=self._works_on)
+
+
+def _is_vector(found: Any, length: int) -> bool:
+    return isinstance(found, Tensor) and tuple(found.shape) == (length,) and bool(found.isfinite().all())
+
+
+def _shown(found: Any) -> str:
+    """Return what was found, in a few words."""
+    if isinstance(found, Tensor):
+        return (
+            str(found.tolist())
+            if found.numel() <= 12
+            else f"shape {tuple(found.shape)}, or numbers that are not finite"
+        )
+    return f"a {type(found).__name__}, {found!r}"
+
+
+def _any(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    return any(isinstance(part, kinds) for part in module.modules())
+
+
+def _is_by_task(value: Any, T: int) -> bool:
+    """Say whether this may be a number for each task."""
+    return T in value.shape if isinstance(value, Tensor) else isinstance(value, list | tuple) and len(value) == T
+
+
+def _stat(aggregator: nn.Module) -> Stat:
+    if isinstance(aggregator, jd.GramianWeightedAggregator | jd.Weighting):
+        return "gramian"
+    return "root" if isinstance(aggregator, (*_OF_THE_ROOT, jd.ConFIG)) else "matrix"
+
+
+def _weights_of(aggregator: Any) -> Callable[[Tensor], Tensor] | None:
+    """Return what gives the weights of the rows from the `Stat` that the aggregator needs, if it has weights."""
+    if isinstance(aggregator, jd.Weighting):
+        return aggregator
+    if isinstance(aggregator, jd.GramianWeightedAggregator):
+        return aggregator.gramian_weighting
+    if isinstance(aggregator, jd.WeightedAggregator):
+        return aggregator.weighting
+    if isinstance(aggregator, jd.ConFIG):  # its result lies in the span of the rows: these are the coefficients
+        # Not by lstsq, which does not give the same bits each time.
+        return lambda root: torch.linalg.pinv(root.T) @ aggregator(root)
+    return None

@@ -1,0 +1,148 @@
+"""AMNL, which two editions of its source, a book on predictive maintenance (book-ai.org), define differently.
+
+First edition, section 10.2 — the losses are normalised, so that each counts by its *relative* change::
+
+    Σ_i λ_i L_i / μ_i        λ_i = 1/T        μ_i = L_i, detached
+
+Its value is always 1, and its gradient that of ``Σ_i λ_i log L_i``. Section 10.6 takes for ``μ_i`` the moving average of
+``L_i`` with ``beta=0.99``, divided by ``1 − beta^t`` as Adam does.
+
+Second edition, sections 13.4 to 15.1 — the weights are fixed, nothing is normalised, and samples near a failure count more::
+
+    Σ_i λ_i L_i              λ_i = 1/T        L_RUL = mean_b w(y_b) (ŷ_b − y_b)²
+    w(y) = 1 + clip(1 − y/125, 0, 1)
+
+a plain mean over the batch (14.1); section 10.3 of the first edition divides by ``Σ_b w(y_b)`` instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchjd import Stateful
+from torchjd.scalarization import Scalarizer
+
+from lightning_gradnorm._messages import did_you_mean
+from lightning_gradnorm.strategies.snapshot import GrowingBuffers
+
+
+class AMNL(GrowingBuffers, Scalarizer, Stateful):
+    """``Σ_i λ_i L_i / μ_i`` (edition 1) or ``Σ_i λ_i L_i`` (edition 2, to be used with `FailureBiasedMSE`).
+
+    A loss of exactly zero has nothing to be divided by and nothing to improve: in edition 1 its weight is 0 as long as its
+    ``μ_i`` is. A loss that is not finite is not hidden: its term is ``λ_i L_i``, and no moving average takes it in.
+
+    Args:
+        edition: of the book.
+        weights: ``λ_i`` by task, not negative and of sum 1; needs `name_tasks`. Equal by default.
+        beta: of the moving average that edition 1 divides by, 0.99 in its section 10.6; ``None``: it divides by the loss.
+
+    Example:
+        However different the losses, equal relative improvements count the same:
+
+        >>> losses = torch.tensor([2000.0, 2.0], requires_grad=True)
+        >>> total = AMNL()(losses)
+        >>> total.backward()
+        >>> total.item(), (losses * losses.grad).tolist()
+        (1.0, [0.5, 0.5])
+    """
+
+    means: Tensor
+    updates: Tensor
+
+    def __init__(
+        self, edition: Literal[1, 2] = 1, weights: Mapping[str, float] | None = None, beta: float | None = None
+    ) -> None:
+        super().__init__()
+        if edition not in (1, 2):
+            raise ValueError(f"AMNL: edition should be 1 or 2; got {edition!r}.")
+        if beta is not None and edition == 2:
+            raise ValueError("AMNL: beta is of edition 1's moving average; edition 2 does not normalise. Leave it out.")
+        if beta is not None and not 0.0 <= beta < 1.0:
+            raise ValueError(f"AMNL: beta should be at least 0 and less than 1; got {beta}.")
+        if weights is not None and not (
+            all(weight >= 0 for weight in weights.values()) and math.isclose(sum(weights.values()), 1.0, rel_tol=1e-6)
+        ):
+            raise ValueError(f"AMNL: the weights should not be negative and should sum to 1; got {dict(weights)}.")
+        self.edition = edition
+        self.weights = None if weights is None else dict(weights)
+        self.beta = beta
+        self.tasks: tuple[str, ...] = ()
+        self.register_buffer("means", torch.empty(0))  # without the correction for their start at zero
+        self.register_buffer("updates", torch.empty(0))
+
+    def name_tasks(self, tasks: Sequence[str]) -> None:
+        """Say which tasks' losses it will be called with, in their order.
+
+        Raises:
+            ValueError: ``weights`` are of other tasks.
+        """
+        for task in self.weights or {}:
+            if task not in tasks:
+                raise ValueError(f"AMNL: weights names '{task}', which is no task; {did_you_mean(task, tasks)}")
+        for task in tasks:
+            if self.weights is not None and task not in self.weights:
+                raise ValueError(f"AMNL: weights should name every task; '{task}' is missing. Add '{task}': 0.0.")
+        self.tasks = tuple(tasks)
+
+    def forward(self, values: Tensor, /) -> Tensor:
+        """Return the total loss of the tasks' losses, shape (T,).
+
+        Raises:
+            ValueError: in edition 1, a loss is negative: dividing by it would turn its descent into an ascent.
+        """
+        weights = self._weights_for(values)
+        if self.edition == 2:
+            return (weights * values).sum()
+        if bool((values < 0).any()):
+            raise ValueError(
+                f"AMNL: edition 1 divides by the losses, so that none may be negative; got {values.tolist()}"
+                f"{f' for {list(self.tasks)}' if self.tasks else ''}. Use edition=2, or a loss bounded below by zero."
+            )
+        normalisers = self._normalisers(values.detach())
+        # What is not divided is divided by 1: a zero in the denominator would make the gradient NaN even if masked later.
+        usable = (normalisers > 0) & values.detach().isfinite()
+        terms = values / torch.where(usable, normalisers, 1.0).to(values)
+        return (weights * torch.where(usable | ~values.detach().isfinite(), terms, 0.0)).sum()
+
+    def _weights_for(self, values: Tensor) -> Tensor:
+        if self.weights is None:
+            return torch.full_like(values, 1 / values.numel())
+        if values.shape != (len(self.tasks),):
+            raise ValueError(
+                f"AMNL: weights are by task, but it was told of {list(self.tasks)}, and got losses of shape "
+                f"{tuple(values.shape)}. Call name_tasks(['seg', 'depth', …]) with the tasks in their order."
+            )
+        return values.new_tensor([self.weights[task] for task in self.tasks])
+
+    def _normalisers(self, values: Tensor) -> Tensor:
+        if self.beta is None:
+            return values
+        if self.means.numel() == 0:
+            self.means, self.updates = (
+                torch.zeros_like(values, dtype=torch.float32),
+                torch.zeros_like(values, dtype=torch.float32),
+            )
+        if self.means.shape != values.shape:
+            raise ValueError(
+                f"AMNL: the moving averages are of shape {tuple(self.means.shape)}, the losses of shape "
+                f"{tuple(values.shape)}. Call reset() before the tasks change."
+            )
+        dtype = torch.promote_types(values.dtype, self.means.dtype)  # never in half precision
+        means, now = self.means.to(values.device, dtype), values.to(dtype)
+        finite = now.isfinite()
+        self.means = torch.where(finite, self.beta * means + (1 - self.beta) * now, means)
+        self.updates = self.updates.to(values.device) + finite
+        corrections = 1 - self.beta ** self.updates.to(dtype)
+        return self.means / torch.where(corrections > 0, corrections, 1.0)
+
+    def reset(self) -> None:
+        """Forget the moving averages."""
+        self.means, self.updates = self.means.new_empty(0), self.updates.new_empty(0)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(edition={self.edition}, weights={self.weights}, beta={self.beta})"

@@ -1,0 +1,86 @@
+"""GABA, of a book on predictive maintenance (book-ai.org), second edition, sections 17.1 and 18.2 to 18.4.
+
+With ``g_i = ||∇L_i||₂`` over the shared parameters, K tasks and ``S = Σ_i g_i``::
+
+    λ_i = (S − g_i) / ((K − 1) S)                   its Equation 4; for two tasks λ_1 = g_2 / (g_1 + g_2)
+    λ̄_i ← beta · λ̄_i + (1 − beta) · λ_i             its Equation 5; begins at 1/K
+    w_i = max(λ̄_i, floor) / Σ_j max(λ̄_j, floor)     its Equation 6
+
+The first ``warmup`` calls are ``w_i = 1/K``, and what they see is not averaged (18.4). Section 13.4 writes ``λ_i ∝ 1/g_i``
+instead, which is the same for two tasks alone. What the book leaves open is decided so: ``λ_i = 1/K`` if all norms are zero;
+norms that are not finite are not averaged.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchjd import Stateful
+from torchjd.aggregation import Weighting
+from torchjd.linalg import PSDMatrix
+
+from lightning_gradnorm.strategies.snapshot import GrowingBuffers
+
+
+class GABA(GrowingBuffers, Weighting[PSDMatrix], Stateful):
+    """The weights ``w_i`` of the Gramian of the tasks' gradients, whose diagonal is ``g_i²``.
+
+    Args:
+        beta: of the moving average.
+        floor: the least weight, before they are scaled to sum 1 again; at most 1/K.
+        warmup: how many calls begin with equal weights.
+
+    Example:
+        The smaller gradient gets the larger weight:
+
+        >>> GABA(beta=0.0, warmup=0)(torch.diag(torch.tensor([1.0, 3.0]) ** 2))
+        tensor([0.7500, 0.2500])
+    """
+
+    average: Tensor
+    calls: Tensor
+
+    def __init__(self, beta: float = 0.99, floor: float = 0.05, warmup: int = 100) -> None:
+        super().__init__()
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"GABA: beta should be at least 0 and less than 1; got {beta}.")
+        if not floor >= 0.0:
+            raise ValueError(f"GABA: floor should not be negative; got {floor}.")
+        if warmup < 0:
+            raise ValueError(f"GABA: warmup should not be negative; got {warmup}.")
+        self.beta, self.floor, self.warmup = beta, floor, warmup
+        self.register_buffer("average", torch.empty(0))
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, gramian: PSDMatrix, /) -> Tensor:
+        """Return the weights, shape (K,)."""
+        K = gramian.shape[0]
+        if self.average.numel() == 0:
+            if self.floor * K > 1:
+                raise ValueError(
+                    f"GABA: {K} weights of sum 1 cannot all be {self.floor} or more. Use floor={1 / K:.3g} or less."
+                )
+            self.average = gramian.new_full((K,), 1 / K, dtype=torch.promote_types(gramian.dtype, torch.float32))
+        if len(self.average) != K:
+            raise ValueError(
+                f"GABA: the moving average is of {len(self.average)} tasks, the Gramian of {K}. "
+                f"Call reset() before the number of tasks changes."
+            )
+        self.average = self.average.to(gramian.device)
+        self.calls = self.calls + 1
+        if int(self.calls) <= self.warmup or K == 1:
+            return torch.full_like(gramian[0], 1 / K)
+        norms = gramian.detach().diagonal().to(self.average).clamp(min=0).sqrt()
+        if bool(norms.isfinite().all()):
+            total = norms.sum()
+            shares = (total - norms) / ((K - 1) * total) if bool(total > 0) else torch.full_like(norms, 1 / K)
+            self.average = self.beta * self.average + (1 - self.beta) * shares
+        weights = self.average.clamp(min=self.floor)
+        return (weights / weights.sum()).to(gramian)
+
+    def reset(self) -> None:
+        """Forget the moving average, and begin with the warm-up again."""
+        self.average, self.calls = self.average.new_empty(0), torch.zeros_like(self.calls)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(beta={self.beta}, floor={self.floor}, warmup={self.warmup})"

