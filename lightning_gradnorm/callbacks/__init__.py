@@ -4,16 +4,16 @@ from typing import Any
 
 from lightning_gradnorm._moved import find_moved
 from lightning_gradnorm.callbacks.aggregation import Aggregation
-from lightning_gradnorm.callbacks.base import Balancing
+from lightning_gradnorm.callbacks.base import BalancingCallback
 from lightning_gradnorm.callbacks.dashboard import TensorBoardDashboard
 from lightning_gradnorm.callbacks.fixed_weights import FixedWeights, GradNormStatic, RandomWeights
 from lightning_gradnorm.callbacks.gradnorm import GradNorm
 from lightning_gradnorm.callbacks.scalarization import Scalarization
-from lightning_gradnorm.engine.task_names import DeclaresTasks
+from lightning_gradnorm.engine.rule import DeclaresTasks
 
 __all__ = [
     "Aggregation",
-    "Balancing",
+    "BalancingCallback",
     "DeclaresTasks",
     "FixedWeights",
     "GradNorm",

@@ -1,54 +1,48 @@
-"""The adapter that plugs a balancing strategy into any LightningModule: capture, hooks, optimizer steps, ranks, state.
-
-How a weight reaches the network: each task's scalar loss ``L_i`` gets a hook that multiplies its gradient by ``w_i`` in
-backward. What was ``Σ c_i L_i + rest`` in the user's ``loss`` becomes ``Σ w_i c_i ∇L_i + ∇rest`` in the network, in
-automatic and in manual optimization, whatever scaler or accumulation stands between.
-
-How a task's gradient is read: with ``heads``, from the branch of the representation that each head gets
-(`lightning_gradnorm.gradients`); without, by one first-order pass from the loss, inside that same hook. What is read is
-the task's actual contribution to the step, ``scale · w_i · c_i · ∇L_i / accumulation``.
-"""
+"""Base of the balancing callbacks: maps the hooks of Lightning's Trainer to calls of the engine."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Generic, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_gradnorm._messages import did_you_mean
-from lightning_gradnorm.callbacks import losses
-from lightning_gradnorm.callbacks.checkpoint import AnyRule, Restoring
-from lightning_gradnorm.callbacks.logging import is_logged_step
-from lightning_gradnorm.engine.compiled import OpenedCode
-from lightning_gradnorm.engine.graph_checks import Audit, check_apart, check_heads_apart
-from lightning_gradnorm.engine.layers import find_module
-from lightning_gradnorm.engine.loss_scale import scaler_skips
-from lightning_gradnorm.engine.module_hooks import Undo, around_call, takes_hooks
-from lightning_gradnorm.engine.step_state import Pass, Window
-from lightning_gradnorm.engine.task_names import DeclaresTasks, check_by_task, checked_names
-from lightning_gradnorm.engine.usage_checks import Omissions
-from lightning_gradnorm.gradients import GradientReader, KeptBuffers, WeightGradients, branch, check_loss
+from lightning_gradnorm.callbacks.logging import is_logged_step, log_step_metrics
+from lightning_gradnorm.callbacks.losses import LossSource, explain_errors
+from lightning_gradnorm.callbacks.packages import is_one_of, overrides, works_in_both_packages
+from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop, scaler_skips
+from lightning_gradnorm.callbacks.usage_checks import UsageChecks
+from lightning_gradnorm.engine.engine import Engine
+from lightning_gradnorm.engine.measurement import AnyRule, Setting
+from lightning_gradnorm.engine.ranks import Ranks
+from lightning_gradnorm.engine.task_names import check_by_task
 
 
-class Balancing(Restoring[AnyRule]):
-    """Base of all balancing callbacks. A strategy says what the weights are and, if it reads gradients, how.
+@works_in_both_packages
+class BalancingCallback(L.Callback, Generic[AnyRule]):
+    """Plugs a balancing rule into any LightningModule, unchanged.
+
+    A strategy overrides `_build_rule`, and where it differs `_load_rule`, `_on_new_training` and `_step_metrics`. Lightning may
+    restore a checkpoint before or after ``on_fit_start``, and for validation too: its state is kept until training starts.
 
     Args:
-        tasks: keys of the mapping that ``training_step`` returns; or a mapping from task to the name under which the
-            module logs its loss; or ``None`` for all tasks of a module that declares them (`MultiTaskModule`).
+        tasks: keys of the mapping that ``training_step`` returns; or task → name under which the module logs its loss; or
+            ``None`` for all tasks of a module that declares them (`MultiTaskModule`).
         heads: task → dotted name of its head module.
         representation: dotted name of the module whose output the heads read.
+        shared_layer: dotted name of the last shared layer.
+        norm_of: where norms are taken, for rules that need them.
     """
+
+    update_is_weighted_sum: ClassVar[bool] = True
+    """Whether the network's gradient is a weighted sum of the task gradients."""
+    _state_description: str | None = None
+    """What is lost if a checkpoint lacks it, in words; ``None`` if nothing is."""
 
     def __init__(
         self,
@@ -56,209 +50,168 @@ class Balancing(Restoring[AnyRule]):
         *,
         heads: Mapping[str, str] | None = None,
         representation: str = "encoder",
+        shared_layer: str | None = None,
+        norm_of: Literal["weight", "activation"] = "weight",
     ) -> None:
-        super().__init__()
         if heads is not None and not (isinstance(heads, Mapping) and all(isinstance(h, str) for h in heads.values())):
             raise TypeError(f"{self._name}: heads should be a mapping from task to the name of its head; got {heads!r}")
         self.tasks = tasks
         self.heads = None if heads is None else dict(heads)
         self.representation = representation
-        self._names = () if tasks is None else checked_names(tasks, asked_by=self._name)
-        self._logged_names = dict(tasks) if isinstance(tasks, Mapping) else None
-        if self.heads is not None and self._names:
+        self.shared_layer = shared_layer
+        self.norm_of = norm_of
+        self._source = LossSource(self._name, tasks)
+        self._names = self._source.names
+        if self._names:
             self._check_heads()
-        self._audit = Audit(self._name, [], at_heads=False)
-        self._buffers = KeptBuffers([])
-        self._reader: GradientReader | None = None
-        self._hooks: ExitStack | None = None
-        self._opened: OpenedCode | None = None
-        self._spare_hooks: dict[GradientReader, Undo] = {}
+        self._usage = UsageChecks(self._name)
+        self._rule: AnyRule | None = None
+        self._engine: Engine[AnyRule] | None = None
+        self._hooks = ExitStack()
         self._trainer: L.Trainer | None = None
+        self._loop: TrainerLoop | None = None
         self._was_started = self._warned_of_idling = False
-        self._declared = False
-        self._at_heads = False
-        self._window = Window(measured=False, weights={})
-        self._pass = Pass()
         self._shown = True
-        self._omissions = Omissions(self._name)
-        self._compared: set[str] = set()
-        self._told_apart: set[str] = set()
-        self._reading = False
+        self._restored: dict[str, Any] | None = None
+        self._restored_by: str | None = None
+        self._stage: str | None = None
 
-    # ---- what a strategy answers, besides what `Restoring` asks ------------------------------------------------------
+    # ---- what a strategy overrides -----------------------------------------------------------------------------------
 
-    def _weights_in_force(self) -> Tensor:
-        """Return the weights of the losses, shape (T,)."""
-        return self._known.weights
+    def _build_rule(self) -> AnyRule:
+        """Return a new rule for the tasks ``self._names``. Called when a training starts."""
+        raise NotImplementedError
 
-    def _shared_layer(self, module: L.LightningModule, heads: Mapping[str, str]) -> Mapping[str, nn.Parameter]:
-        """Return the parameters whose gradients are read, by name; none if it is not those of parameters."""
+    def _load_rule(self, rule: AnyRule, state: Mapping[str, Any]) -> None:
+        """Load a checkpoint's state into a new rule."""
+        rule.load_state_dict(state)
+
+    def _on_new_training(self) -> None:
+        """Called when a training starts without any state."""
+
+    def _step_metrics(self) -> Mapping[str, Tensor | float]:
+        """Return what to log of the last optimizer step. Called in the steps that Lightning writes."""
         return {}
 
-    def _readers(
-        self, module: L.LightningModule, W: Mapping[str, nn.Parameter], opened: Collection[nn.Module]
-    ) -> list[GradientReader]:
-        """Return what can read the gradients, in order of preference; none for a strategy that needs none."""
-        return []
+    def _task_heads(self, module: L.LightningModule, declared: Mapping[str, str] | None) -> Mapping[str, str] | None:
+        """Return the heads at which gradients are read. Called when a training starts."""
+        if declared is None:
+            return self.heads
+        own = {module.get_submodule(name) for name in declared.values()}
+        return self.heads or (declared if len(own) == len(declared) else None)  # no heads where two tasks share one
 
-    def _measures(self) -> bool:
-        """Say whether the gradients of the coming optimizer step are to be read."""
-        return self._reader is not None
+    # ------------------------------------------------------------------------------------------------------------------
 
-    def _weigh(self, trainer: L.Trainer, module: L.LightningModule, back_propagated: Tensor) -> None:
-        """Settle the weights of the backward pass that is about to begin, if they depend on its losses."""
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
 
-    def _take_in(self, window: Window, trainer: L.Trainer, module: L.LightningModule) -> bool:
-        """Take in what one optimizer step has shown; say whether any task took part in it."""
-        return bool(window.losses)
-
-    def _note_step(self) -> None:
-        """Take note that the network's optimizer makes a step, measured or not."""
-
-    def _drop_step(self) -> None:
-        """Take note that the loss scaler skips the network's step."""
-
-    def _log(self, module: L.LightningModule) -> None:
-        """Log what the strategy has to show of the last optimizer step."""
-
-    # ---- the names ---------------------------------------------------------------------------------------------------
+    @property
+    def _known_rule(self) -> AnyRule:
+        assert self._rule is not None
+        return self._rule
 
     def _check_heads(self) -> None:
         if self.heads is not None:
-            check_by_task(self.heads, self._names, asked_by=self._name, parameter="heads")
+            check_by_task(self.heads, self._names, caller=self._name, parameter="heads")
 
-    def _resolve_tasks(self, module: L.LightningModule) -> Mapping[str, str] | None:
-        """Set the names; return the heads."""
-        declared = dict(module.task_heads) if isinstance(module, DeclaresTasks) else None
-        self._declared = declared is not None
-        if self.tasks is None:
-            if declared is None:
-                raise ValueError(
-                    f"{self._name}: tasks=None takes all tasks of a MultiTaskModule; {type(module).__name__} should have its "
-                    f"losses named: tasks=['seg', 'depth'] for keys of what training_step returns, or "
-                    f"tasks={{'seg': 'train/seg_loss', …}} for what it logs."
-                )
-            self._names = checked_names(list(declared), asked_by=self._name)
-            self._check_heads()
-        if declared is None:
-            return self.heads
-        if self._logged_names is not None:
-            raise ValueError(
-                f"{self._name}: tasks names the losses as they are logged, {sorted(self._logged_names.values())}, but "
-                f"{type(module).__name__} shows them itself. Use tasks=None for all of its tasks, or a list of their names."
-            )
-        unknown = [name for name in self._names if name not in declared]
-        if unknown:
-            raise ValueError(
-                f"{self._name}: task '{unknown[0]}' is not in {type(module).__name__}; {did_you_mean(unknown[0], declared)}"
-            )
-        heads = {name: declared[name] for name in self._names}
-        own = {module.get_submodule(name) for name in heads.values()}
-        return self.heads or (heads if len(own) == len(heads) else None)  # without heads where two tasks share one
-
-    # ---- hooks, placed for the time of training ----------------------------------------------------------------------
+    # ---- the start and the end ---------------------------------------------------------------------------------------
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        others = [c for c in trainer.callbacks if isinstance(c, Balancing) and c is not self]  # type: ignore[attr-defined]
+        self._refuse_unsupported(trainer)
+        self._begin(trainer)
+        declared = self._source.resolve(pl_module)
+        self._names = self._source.names
+        self._check_heads()
+        self._remove_hooks()
+        self._trainer, self._was_started = trainer, True
+        self._loop = TrainerLoop(trainer, self)
+        self._usage = UsageChecks(
+            self._name,
+            self._names,
+            self._source.logged_names,
+            declared=self._source.declared,
+            ranks=self._loop.ranks,
+        )
+        # Every rank takes part in sums over the ranks, also one that never sees a loss: all agree on the dtype beforehand.
+        parameter = next((p for p in pl_module.parameters() if p.is_floating_point()), torch.zeros(()))
+        self._start_rule(torch.zeros((), dtype=parameter.dtype, device=pl_module.device))
+        setting = Setting(
+            self._name,
+            pl_module,
+            self._loop,
+            self._names,
+            self.shared_layer,
+            self._task_heads(pl_module, declared),
+            self.representation,
+            self.norm_of,
+            {"timeout": getattr(trainer.strategy, "_timeout", None)},  # the user's, if DDPStrategy was given one
+        )
+        with ExitStack() as hooks:  # if anything fails, what was placed is removed again
+            engine = Engine(self._known_rule, setting)
+            hooks.callback(engine.close)
+            hooks.callback(self._source.capture(pl_module, self.watch, self._usage.logged))
+            if engine.plan.candidates:
+                hooks.callback(explain_errors(pl_module, engine.explain_inplace_error))
+            self._engine, self._hooks = engine, hooks.pop_all()
+
+    def _refuse_unsupported(self, trainer: L.Trainer) -> None:
+        others = [c for c in trainer.callbacks if isinstance(c, BalancingCallback) and c is not self]  # type: ignore[attr-defined]
         if others:
             raise ValueError(
                 f"{self._name}: a Trainer should have one balancing callback; got {self._name} and "
                 f"{type(others[0]).__name__}. Remove one: both would weight the same losses."
             )
-        self._refuse_sharded(trainer)
-        self._refuse_line_search(trainer)
-        self._begin(trainer)
-        heads = self._resolve_tasks(pl_module)
-        self._remove_hooks()
-        self._trainer, self._was_started = trainer, True
-        self._omissions = Omissions(self._name, self._names, self._logged_names, declared=self._declared)
-        self._compared, self._told_apart = set(), set()
-        # All ranks take part in the sum over ranks, also one that never sees a loss: they agree on the state beforehand.
-        parameter = next((p for p in pl_module.parameters() if p.is_floating_point()), torch.zeros(()))
-        self._prepare(torch.zeros((), dtype=parameter.dtype, device=pl_module.device))
-        with ExitStack() as hooks:  # if anything fails on the way, what was placed is taken away again
-            self._place_hooks(pl_module, heads, hooks)
-            self._hooks = hooks.pop_all()
-        self._open_window()
-
-    def _place_hooks(self, module: L.LightningModule, heads: Mapping[str, str] | None, hooks: ExitStack) -> None:
-        by_module = {} if heads is None else self._find_heads(module, heads)
-        W = self._shared_layer(module, heads or {})
-        self._opened = OpenedCode(module, (heads or {}).values(), W)
-        hooks.callback(self._opened.close)
-        readers = self._readers(module, W, self._opened.modules)
-        self._reader = readers[0] if readers else None
-        self._at_heads = bool(readers) and heads is not None
-        self._audit = Audit(self._name, readers, at_heads=self._at_heads)
-        self._buffers = KeptBuffers(module.buffers() if readers else [])
-        if self._logged_names is not None:
-            hooks.callback(losses.logged_losses(module, self._logged_names, self.watch, self._omissions.logged))
-        elif module.automatic_optimization:
-            hooks.callback(losses.returned_losses(module, self.watch, asked_by=self._name))
-        if self._at_heads or any(reader.module is not None for reader in readers):
-            hooks.callback(losses.explained(module, self._explain))
-        if self._at_heads:
-            for head, task in by_module.items():
-                hooks.callback(around_call(head, before=partial(self._before_head, task), first=True))
-        for reader in readers:
-            if reader.module is not None:
-                before, after = partial(self._before_call, reader), partial(self._after_call, reader)
-                self._spare_hooks[reader] = around_call(reader.module, before=before, after=after)
-                hooks.callback(self._spare_hooks[reader])
-
-    def _open_window(self) -> None:
-        if self._reader is not None:
-            self._reader.clear()
-        self._window = Window(self._measures(), self._weights_by_task())
-
-    def _weights_by_task(self) -> dict[str, Tensor]:
-        return dict(zip(self._names, self._weights_in_force().unbind(), strict=True))
-
-    def _refuse_sharded(self, trainer: L.Trainer) -> None:
-        strategy = trainer.strategy
-        if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
+        strategy: Any = trainer.strategy
+        if is_one_of(strategy, "FSDPStrategy", "DeepSpeedStrategy"):
             raise ValueError(
                 f"{self._name}: {type(strategy).__name__} keeps only a piece of the shared layer on each rank, in a form that "
                 f"cannot be put together for one layer alone. Use strategy='ddp', or ModelParallelStrategy with fully_shard."
             )
-        if isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
+        if is_one_of(strategy, "ModelParallelStrategy") and strategy.device_mesh["tensor_parallel"].size() > 1:
             raise ValueError(
                 f"{self._name}: tensor parallelism cuts the representation into pieces, which is not supported. Use "
                 f"ModelParallelStrategy(tensor_parallel_size=1), or strategy='ddp'."
             )
-
-    def _refuse_line_search(self, trainer: L.Trainer) -> None:
-        if self._remembers and any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
+        if self._state_description and any(isinstance(one, torch.optim.LBFGS) for one in trainer.optimizers):
             raise ValueError(
                 f"{self._name}: torch.optim.LBFGS evaluates the losses several times within one step, between which their "
                 f"weights should not change. Use another optimizer for the network, or FixedWeights."
             )
 
-    def _find_heads(self, module: L.LightningModule, heads: Mapping[str, str]) -> dict[nn.Module, str]:
-        by_module: dict[nn.Module, str] = {}
-        for task in self._names:
-            head = find_module(module, heads[task], asked_by=f"{self._name}: heads['{task}']")
-            if head in by_module:
-                raise ValueError(
-                    f"{self._name}: heads should name one module for each task; '{heads[task]}' is named by both "
-                    f"'{by_module[head]}' and '{task}'. Leave heads out: then each loss gets a pass of its own."
+    def _begin(self, trainer: L.Trainer) -> None:
+        """Decide whether this training starts from the state of a checkpoint, of an earlier training, or from scratch."""
+        if self._restored_by in ("validate", "test", "predict"):
+            self._restored = None  # a checkpoint that was evaluated is not one to resume from
+        if self._restored is None and (trainer.global_step == 0 or trainer.ckpt_path is not None):
+            self._rule = None
+            self._on_new_training()
+            if trainer.global_step > 0 and self._state_description:
+                TrainerLoop(trainer, self).ranks.warn(
+                    f"{self._name}: the checkpoint {trainer.ckpt_path} has no state of {self._name}; {self._state_description} "
+                    f"start anew. To keep them, resume from a checkpoint of a run that had {self._name} among its callbacks."
                 )
-            if not takes_hooks(head):
-                raise ValueError(
-                    f"{self._name}: heads['{task}'] '{heads[task]}' was made by torch.jit.script, which allows no hooks. Leave "
-                    f"heads out: then each loss gets a first-order pass of its own."
-                )
-            by_module[head] = task
-        return by_module
+
+    def _start_rule(self, like: Tensor) -> None:
+        """Make the rule, if there is none for these tasks, and put it on the device of ``like``."""
+        if self._rule is not None and set(self._rule.tasks) != set(self._names):
+            self._rule = None  # the same Trainer continues with another model
+            self._on_new_training()
+        if self._rule is None or self._restored is not None or self._rule.tasks != self._names:
+            state = self._restored or (None if self._rule is None else self._rule.state_dict())
+            rule = self._build_rule()
+            values = [like, *(state or {}).values()]
+            is_double = any(isinstance(one, Tensor) and one.dtype == torch.float64 for one in values)
+            rule.to(dtype=torch.float64 if is_double else torch.float32, device=like.device)
+            if state is not None:
+                self._load_rule(rule, state)
+            self._rule, self._restored = rule, None
+        self._rule.to(dtype=torch.float64 if like.dtype == torch.float64 else None, device=like.device)
 
     def _remove_hooks(self) -> None:
-        if self._hooks is not None:
-            self._hooks.close()
-            self._hooks = self._trainer = self._opened = None
-            self._spare_hooks.clear()
-        self._forget_pass()
-        self._audit, self._reader = Audit(self._name, [], at_heads=False), None
+        self._hooks.close()
+        self._engine = self._trainer = None
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -269,260 +222,122 @@ class Balancing(Restoring[AnyRule]):
         self._remove_hooks()
 
     @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._stage = stage
+
+    @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
+        self._stage = None
         self._remove_hooks()
 
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self._hooks is not None and self._restored is not None:
-            # In mid-training: a LearningRateFinder takes back its trial steps.
-            self._prepare(self._weights_in_force())
-            self._open_window()
-
-    # ---- forward: losses and branches --------------------------------------------------------------------------------
-
-    @override
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._forget_pass()
-
-    @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
-    ) -> None:
-        self._omissions.end_batch(pl_module, self._pass)
-        if not self._shown and is_logged_step(trainer):  # in a batch that Lightning writes, but no optimizer step
-            self._show(pl_module)
-        self._forget_pass()
-
-    @override
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._omissions.end_epoch(pl_module)
-
-    def _forget_pass(self) -> None:
-        """Let go of all that belongs to one forward and backward pass."""
-        self._pass = Pass()
-        if self._opened is not None:
-            self._opened.begin_pass()
-        for reader in self._audit.readers:
-            reader.forget()
+    # ---- the losses --------------------------------------------------------------------------------------------------
 
     def watch(self, losses: Mapping[str, Tensor | None]) -> None:
         """Balance these losses in the backward pass that follows.
 
         A module with manual optimization calls it in ``training_step``, before its own ``manual_backward``; for the
-        others it is called by the callback.
+        others the callback calls it.
 
         Args:
-            losses: task → scalar loss, the very tensors of which the back-propagated loss is made. Names that are not
-                among the tasks are left alone; ``None`` says that the task is absent from this batch.
+            losses: task → scalar loss, the very tensors that make up the back-propagated loss. Names that are not among
+                the tasks are ignored; ``None``: the task is absent from this batch.
 
         Raises:
-            ValueError: a task is not there, or its loss is not a scalar, carries no gradient, or does not depend on the
+            ValueError: a task is missing, or its loss is not a scalar, carries no gradient, or does not depend on the
                 shared layer.
         """
         if not isinstance(losses, Mapping):
             raise TypeError(f"{self._name}: watch takes a mapping from task to loss; got {type(losses).__name__}.")
         if not torch.is_grad_enabled():
             return
-        if self._hooks is None:
+        if self._engine is None:
             self._warn_if_idle(losses)
             return
-        if self._pass.in_backward or not self._is_at_work():
-            return
         assert self._trainer is not None
-        self._omissions.show(losses, self._trainer.lightning_module)
-        known = set(self._pass.losses)
-        for task in self._names:
-            loss = losses.get(task)
-            if loss is None:
-                self._pass.absent |= {task} & set(losses)
-            else:
-                asked = f"{self._name}: the loss of task '{task}'"
-                check_loss(loss, asked=asked, otherwise="; or None, if the task is absent")
-                self._watch_one(task, loss)
-        if not self._compared >= set(self._pass.losses) and set(self._pass.losses) > known:
-            check_apart(self._pass, asked_by=self._name)
-            self._compared |= set(self._pass.losses)
-
-    def _watch_one(self, task: str, loss: Tensor) -> None:
-        if loss.dtype == torch.float64 != self._weights_in_force().dtype:
-            self._prepare(self._weights_in_force().double())
-            self._window.weights = self._weights_by_task()
-        owner = self._pass.task_of(loss)
-        if owner == task:
-            return  # logged twice, or both returned and watched: a second hook would apply the weight twice
-        if owner is not None:
-            raise ValueError(f"{self._name}: tasks '{owner}' and '{task}' have the same tensor as their loss.")
-        if self._window.measured:
-            self._choose(self._audit.examine(task, loss, self._pass))
-            self._check_trained()
-        self._omissions.seen.add(task)
-        place = self._pass.add(task, loss)
-        # The hook must not hold the tensor that holds the hook: it finds it by its place.
-        loss.register_hook(partial(self._on_loss_gradient, task, place))  # type: ignore[no-untyped-call]
-
-    def _check_trained(self) -> None:
-        if isinstance(self._reader, WeightGradients) and not all(W.requires_grad for W in self._reader.sought):
-            raise ValueError(
-                f"{self._name}: the shared layer has been frozen (requires_grad=False) in the course of the training. Name the "
-                f"last shared layer that is trained to the end, or use stop_after."
-            )
-
-    def _choose(self, reader: GradientReader | None) -> None:
-        """Read with this one from now on, and take away what was placed for the others."""
-        self._reader = reader
-        for other in [other for other in self._spare_hooks if other is not reader]:
-            self._spare_hooks.pop(other)()
+        assert self._loop is not None
+        if self._engine.batch.in_backward or not self._loop.is_training():
+            return
+        self._usage.on_losses(losses, self._trainer.lightning_module)
+        self._engine.watch(losses)
+        self._usage.seen |= set(self._engine.batch.losses)
 
     def _warn_if_idle(self, losses: Mapping[str, Any]) -> None:
-        """Say so, once, if nobody has ever plugged this callback into the Trainer that is training."""
+        """Warn once if `watch` is called but the callback was never added to the Trainer."""
         trains = any(isinstance(loss, Tensor) and loss.requires_grad for loss in losses.values())
         if trains and not self._was_started and not self._warned_of_idling:
             self._warned_of_idling = True
-            rank_zero_warn(
+            Ranks.current().warn(
                 f"{self._name}: watch was called, but this callback is not at work: no Trainer has started it. Give it to "
                 f"the Trainer that trains the module, L.Trainer(callbacks=[gradnorm]). The losses are not balanced."
             )
 
-    def _is_at_work(self) -> bool:
-        """Say whether the steps that are made now are the training's, not trial steps such as the LearningRateFinder's."""
-        trainer = self._trainer
-        return trainer is not None and trainer.training and any(one is self for one in trainer.callbacks)  # type: ignore[attr-defined]
+    # ---- one batch ---------------------------------------------------------------------------------------------------
 
-    def _notes_calls(self) -> bool:
-        """Say whether what is called now belongs to a forward pass whose gradients will be read."""
-        return self._window.measured and not self._pass.in_backward and self._is_at_work()
-
-    def _before_head(self, task: str, args: Any, kwargs: Any) -> Any:
-        if not self._notes_calls() or not torch.is_grad_enabled():
-            return None
-        self._pass.in_head = task
-        receive = partial(self._read_at_head, task)
-        if not kwargs and len(args) == 1:
-            view, node = branch(args[0], receive)
-            inputs: Any = (view,), kwargs
-        else:
-            inputs, node = branch((args, kwargs), receive)
-        if node is not None:
-            self._pass.branches.setdefault(task, set()).add(node)
-        return inputs
-
-    # A reentrant checkpoint calls its modules without gradients and makes their output part of the graph afterwards.
-
-    def _before_call(self, reader: GradientReader, args: Any, kwargs: Any) -> None:
-        if self._notes_calls():
-            reader.before(args, kwargs)
-
-    def _after_call(self, reader: GradientReader, output: Any) -> Any:
-        return reader.after(output) if self._notes_calls() else None
-
-    def _explain(self, error: RuntimeError) -> str | None:
-        if ("of _Branch" in str(error) or "of _Gate" in str(error)) and "inplace" in str(error):
-            if self._pass.in_head is None:
-                first = "before the heads read it" if self._at_heads else "by what reads it"
-                return (
-                    f"{self._name}: the representation is changed in place, as relu_(z) and ReLU(inplace=True) do, {first}. "
-                    f"Use relu(z)."
-                )
-            return (
-                f"{self._name}: the head of task '{self._pass.in_head}' changes the representation in place, as "
-                f"ReLU(inplace=True) does, and with it what the other heads read. Make its first operation "
-                f"inplace=False, or leave heads out: then each loss gets a first-order pass of its own."
-            )
-        return None
-
-    # ---- backward ----------------------------------------------------------------------------------------------------
-
-    def _on_loss_gradient(self, task: str, place: int, seed: Tensor) -> Tensor | None:
-        if self._reading or not self._pass.in_backward:
-            return None  # our own pass from this loss, with the weight already in it; or one that the user makes for himself
-        window, loss = self._window, self._pass.losses[task][place]
-        self._pass.fired.add(task)
-        window.add(task, loss)
-        weight = window.weights[task]
-        applied = weight
-        if seed.dtype != weight.dtype or seed.device != weight.device:
-            applied = weight.to(seed)
-            if torch.finfo(applied.dtype).bits < torch.finfo(weight.dtype).bits:
-                window.applied[task] = applied.to(weight)
-        weighted = seed * applied
-        if window.measured and not self._at_heads:
-            self._read(task, [loss], [weighted])
-        return weighted
-
-    def _read_at_head(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> object:
-        if self._pass.in_backward:  # and not a gradient that the user takes for himself
-            return self._read(task, outputs, gradients)
-        return None
-
-    def _read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> object:
-        if self._reader is None or self._reading:
-            return None
-        self._reading = True
-        try:
-            with self._buffers.through_reading(task):
-                answer = self._reader.read(task, outputs, gradients)
-            if self._pass.is_whole_step and self._pass.is_read_once(task, at_heads=self._at_heads):
-                self._reader.close(task)
-            return answer
-        finally:
-            self._reading = False
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._engine is not None:
+            self._engine.start_batch()
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        self._pass.in_backward = True
-        self._pass.is_whole_step = (
-            pl_module.automatic_optimization
-            and not is_overridden("backward", pl_module)  # which may pass a loss as often as it likes
-            and trainer.accumulate_grad_batches == 1
-            and trainer.world_size == 1
-        )
-        if self._window.measured and not self._told_apart >= set(self._pass.branches):
-            check_heads_apart(loss, self._pass, asked_by=self._name)
-            self._told_apart |= set(self._pass.branches)
-        self._weigh(trainer, pl_module, loss)
-        self._window.weights = self._weights_by_task()
+        if self._engine is not None:
+            is_whole_step = (
+                pl_module.automatic_optimization
+                and not overrides(pl_module, "backward")  # which may pass a loss as often as it likes
+                and trainer.accumulate_grad_batches == 1
+            )
+            self._engine.before_backward(loss, is_whole_step=is_whole_step)
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._window.backwards += 1
-        self._pass.backwards += 1
-        self._pass.in_backward = False
-        if self._window.measured and self._reader is not None:
-            self._reader.finish()
-
-    # ---- the optimizer step ------------------------------------------------------------------------------------------
+        if self._engine is not None:
+            self._engine.after_backward()
 
     @override
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        window = self._window
-        self._pass.steps += 1
-        self._omissions.stepped = True
-        if trainer.world_size == 1 and not window.losses:  # another optimizer's step, or no task was present
-            window.backwards = 0
+        if self._engine is None:
             return
-        if self._pass.fired:
-            self._omissions.check_back_propagated(self._pass)
-        if scaler_skips(trainer, optimizer):
-            self._drop_step()
-            self._forget_pass()
-            self._open_window()
-            return
-        if self._take_in(window, trainer, pl_module):
-            self._note_step()
+        self._usage.stepped = True
+        if self._engine.finish_step(skipped=scaler_skips(trainer, optimizer)):
             self._shown = False
-            if is_logged_step(trainer):
-                self._show(pl_module)
-        self._open_window()
+            self._show_if_logged(trainer)
 
-    def _show(self, module: L.LightningModule) -> None:
-        by_the_model = set(self._omissions.logged)
-        self._log(module)
-        self._omissions.logged &= by_the_model
-        self._shown = True
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        if self._engine is None:
+            return
+        self._usage.on_batch_end(pl_module, self._engine.batch)
+        self._show_if_logged(trainer)  # in a batch that Lightning writes, but without an optimizer step
+        self._engine.start_batch()
+
+    def _show_if_logged(self, trainer: L.Trainer) -> None:
+        if not self._shown and is_logged_step(trainer):
+            log_step_metrics(trainer, self._step_metrics())
+            self._shown = True
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._usage.on_epoch_end(pl_module)
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._rule is not None and self._restored is None:
+            return self._rule.state_dict()
+        return self._restored or {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored, self._restored_by = dict(state_dict) or None, self._stage
+        if self._engine is not None and self._rule is not None and self._restored is not None:
+            # During training: a LearningRateFinder takes back its trial steps.
+            self._load_rule(self._rule, self._restored)
+            self._restored = None
+            self._engine.start_step()

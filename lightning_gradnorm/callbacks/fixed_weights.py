@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -13,42 +11,28 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_gradnorm._messages import check, is_integer
-from lightning_gradnorm.callbacks.base import Balancing
-from lightning_gradnorm.engine.task_names import DeclaresTasks, check_positive_by_task
+from lightning_gradnorm.callbacks.base import BalancingCallback
+from lightning_gradnorm.engine.rule import DeclaresTasks
+from lightning_gradnorm.engine.task_names import check_positive_by_task
+from lightning_gradnorm.strategies.fixed import FixedRule
 
 
-@dataclass(frozen=True)
-class FixedRule:
-    """Weights of which a checkpoint need not tell."""
-
-    tasks: tuple[str, ...]
-    weights: Tensor
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing."""
-        return {}
-
-
-class StaticWeights(Balancing[FixedRule]):
+class StaticWeights(BalancingCallback[FixedRule]):
     """Base of the strategies that multiply each task's gradient by a number that does not change.
 
     Logs ``balancing/weight/<task>``.
     """
 
     weights: dict[str, float]
-    """By task; empty as long as it is not known of which tasks."""
+    """By task; empty as long as the tasks are unknown."""
 
     @override
-    def _new_rule(self, like: Tensor) -> FixedRule:
-        return FixedRule(self._names, like.new_tensor([self.weights[task] for task in self._names]))
+    def _build_rule(self) -> FixedRule:
+        return FixedRule({task: self.weights[task] for task in self._names})
 
     @override
-    def _load(self, rule: FixedRule, state: Mapping[str, Any]) -> None:
-        """There is nothing to take over: the weights are those that were given."""
-
-    @override
-    def _log(self, module: L.LightningModule) -> None:
-        module.log_dict({f"balancing/weight/{task}": weight for task, weight in self.weights.items()}, on_step=True)
+    def _step_metrics(self) -> dict[str, Tensor | float]:
+        return {f"balancing/weight/{task}": weight for task, weight in self.weights.items()}
 
 
 class FixedWeights(StaticWeights):
@@ -58,7 +42,7 @@ class FixedWeights(StaticWeights):
         weights: task → weight ``w_i > 0``, used as given (they need not sum to T).
         tasks: where the losses are found, as for `GradNorm`; by default the names in ``weights`` (keys of what
             ``training_step`` returns, tasks of a `MultiTaskModule`).
-        heads: taken as by every strategy, so that one can be exchanged for another; no gradient is read.
+        heads: accepted by every strategy, so that one can be exchanged for another; no gradient is read.
 
     Raises:
         ValueError: fewer than two tasks, a weight that is not positive and finite, or a task without a weight.
@@ -81,7 +65,7 @@ class FixedWeights(StaticWeights):
         if not (isinstance(weights, Mapping) and all(isinstance(task, str) for task in weights)):
             raise TypeError(f"{self._name}: weights should be a mapping from task's name to number; got {weights!r}")
         super().__init__(list(weights) if tasks is None else tasks, heads=heads)
-        check_positive_by_task(weights, self._names, asked_by=self._name, parameter="weights")
+        check_positive_by_task(weights, self._names, caller=self._name, parameter="weights")
         self.weights = {task: float(weights[task]) for task in self._names}
 
 
@@ -92,7 +76,7 @@ class GradNormStatic(FixedWeights):
         from_run: folder of a run of ``gradnorm-train``, whose ``checkpoints/last.ckpt`` is read; or any checkpoint of a
             Trainer that had `GradNorm` among its callbacks. The weights are the mean over all its steps, by task name.
         tasks: where the losses are found, as for `GradNorm`; by default the names in the checkpoint.
-        heads: taken as by every strategy, so that one can be exchanged for another; no gradient is read.
+        heads: accepted by every strategy, so that one can be exchanged for another; no gradient is read.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
@@ -115,10 +99,10 @@ class GradNormStatic(FixedWeights):
         super().__init__(weights, tasks=tasks, heads=heads)
 
     @override
-    def _resolve_tasks(self, module: L.LightningModule) -> Mapping[str, str] | None:
-        if isinstance(module, DeclaresTasks) and self._logged_names is None:
-            self._check_same(self.weights, module.task_heads)
-        return super()._resolve_tasks(module)
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if isinstance(pl_module, DeclaresTasks) and self._source.logged_names is None:
+            self._check_same(self.weights, pl_module.task_heads)
+        super().on_train_start(trainer, pl_module)
 
     def _check_same(self, weights: Mapping[str, float], tasks: Collection[str]) -> None:
         if set(tasks) != set(weights):
@@ -137,7 +121,7 @@ class RandomWeights(StaticWeights):
     Args:
         seed: at least 0; the same seed gives the same weights everywhere. Torch's own generator is left alone.
         tasks: as for `GradNorm`.
-        heads: taken as by every strategy, so that one can be exchanged for another; no gradient is read.
+        heads: accepted by every strategy, so that one can be exchanged for another; no gradient is read.
 
     Raises:
         ValueError: fewer than two tasks, or a seed that is no integer.
@@ -159,18 +143,18 @@ class RandomWeights(StaticWeights):
         super().__init__(tasks, heads=heads)
         check(self._name, is_integer(seed) and seed >= 0, "seed", "an integer, at least 0", seed)
         self.seed = seed
-        self.weights = self._drawn()
+        self.weights = self._draw()
 
-    def _drawn(self) -> dict[str, float]:
+    def _draw(self) -> dict[str, float]:
         T = len(self._names)
         numbers = 1 - torch.rand(T, dtype=torch.float64, generator=torch.Generator().manual_seed(self.seed))  # never 0
         by_name = dict(zip(sorted(self._names), (T * numbers / numbers.sum()).tolist(), strict=True))
         return {task: by_name[task] for task in self._names}
 
     @override
-    def _new_rule(self, like: Tensor) -> FixedRule:
-        self.weights = self._drawn()  # tasks=None: whose they are is known by now
-        return super()._new_rule(like)
+    def _build_rule(self) -> FixedRule:
+        self.weights = self._draw()  # with tasks=None the tasks are known only now
+        return super()._build_rule()
 
 
 def _checkpoint_of(path: Path) -> Path:

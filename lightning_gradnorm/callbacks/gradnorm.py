@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_gradnorm._messages import check, is_integer, is_number
-from lightning_gradnorm.callbacks.base import Balancing
-from lightning_gradnorm.engine.gathering import gather
-from lightning_gradnorm.engine.layers import find_module, find_shared_layer
-from lightning_gradnorm.engine.reader_choice import weight_readers
-from lightning_gradnorm.engine.step_state import Window
+from lightning_gradnorm.callbacks.base import BalancingCallback
+from lightning_gradnorm.engine.ranks import Ranks
 from lightning_gradnorm.engine.task_names import check_positive_by_task
-from lightning_gradnorm.gradients import ActivationGradients, GradientReader, RowReader, WeightGradients
 from lightning_gradnorm.strategies.gradnorm import GradNormRule
 from lightning_gradnorm.strategies.weight_optimizer import WeightOptimizer
 
 _check = partial(check, "GradNorm")
 
 
-class GradNorm(Balancing[GradNormRule]):
+class GradNorm(BalancingCallback[GradNormRule]):
     """Give every task's gradient at the last shared layer the size that its training rate deserves.
 
     Chen et al., *GradNorm*, ICML 2018 (arXiv 1711.02257), Algorithm 1; the maths is in `balancing.gradnorm`. The model is
@@ -76,7 +70,7 @@ class GradNorm(Balancing[GradNormRule]):
         {'seg': 1.0, 'depth': 1.0}
     """
 
-    _remembers = "its weights and L_i(0)"
+    _state_description = "its weights and L_i(0)"
 
     def __init__(
         self,
@@ -96,7 +90,9 @@ class GradNorm(Balancing[GradNormRule]):
         representation: str = "encoder",
         on_task_mismatch: Literal["error", "adapt"] = "error",
     ) -> None:
-        super().__init__(tasks, heads=heads, representation=representation)
+        super().__init__(
+            tasks, heads=heads, representation=representation, shared_layer=shared_layer, norm_of=norm_of
+        )
         is_name = shared_layer is None or isinstance(shared_layer, str)
         _check(is_name, "shared_layer", "a dotted name such as 'encoder.4', or None", shared_layer)
         _check(isinstance(representation, str), "representation", "a dotted name such as 'encoder'", representation)
@@ -118,7 +114,6 @@ class GradNorm(Balancing[GradNormRule]):
         )
         for parameter, numbers in (("initial_weights", initial_weights), ("priorities", priorities)):
             _check(numbers is None or isinstance(numbers, Mapping), parameter, "a mapping from task to number", numbers)
-        self.shared_layer = shared_layer
         self.alpha = float(alpha)
         self.optimizer = optimizer
         self.initial_losses = initial_losses
@@ -126,10 +121,8 @@ class GradNorm(Balancing[GradNormRule]):
         self.priorities = priorities
         self.update_every = update_every
         self.stop_after = stop_after
-        self.norm_of = norm_of
         self.min_weight = min_weight
         self.on_task_mismatch = on_task_mismatch
-        self._warned: set[str] = set()
         if self._names:
             self._check_numbers()
 
@@ -137,7 +130,7 @@ class GradNorm(Balancing[GradNormRule]):
         for parameter in ("initial_losses", "initial_weights", "priorities"):
             numbers = getattr(self, parameter)
             if isinstance(numbers, Mapping):
-                check_positive_by_task(numbers, self._names, asked_by=self._name, parameter=parameter)
+                check_positive_by_task(numbers, self._names, caller=self._name, parameter=parameter)
 
     # ---- what the user reads -----------------------------------------------------------------------------------------
 
@@ -159,49 +152,12 @@ class GradNorm(Balancing[GradNormRule]):
             return dict(zip(self._restored["tasks"], self._restored[key].tolist(), strict=True))
         if not self._names:
             raise RuntimeError("GradNorm: the tasks of the MultiTaskModule are known once training has started")
-        return dict(zip(self._names, self._new_rule(torch.zeros(())).weights.tolist(), strict=True))
+        return dict(zip(self._names, self._build_rule().weights.tolist(), strict=True))
 
-    # ---- the strategy's answers --------------------------------------------------------------------------------------
-
-    @override
-    def _shared_layer(self, module: L.LightningModule, heads: Mapping[str, str]) -> Mapping[str, nn.Parameter]:
-        if self.norm_of == "activation":
-            return {}
-        W = find_shared_layer(module, self.shared_layer, asked_by=self._name)
-        for task, head in heads.items():
-            inside = [name for name in W if name.startswith(f"{head}.")]
-            if inside:
-                raise ValueError(
-                    f"GradNorm: the shared layer '{inside[0]}' is in '{head}', which task '{task}' has as its head. Name the "
-                    f"last layer that all tasks share, and as heads what reads its output. Leave heads out if there is none."
-                )
-        return W
+    # ---- what the base asks -------------------------------------------------------------------------------------------
 
     @override
-    def _readers(
-        self, module: L.LightningModule, W: Mapping[str, nn.Parameter], opened: Collection[nn.Module]
-    ) -> list[GradientReader]:
-        if self.norm_of == "activation" or self.representation != "encoder":
-            encoder = find_module(module, self.representation, asked_by=f"{self._name}: representation")
-        if self.norm_of == "activation":
-            return [ActivationGradients(encoder, f"'{self.representation}'")]
-        return weight_readers(module, W, opened)
-
-    @override
-    def _measures(self) -> bool:
-        step = self._known.steps
-        return step % self.update_every == 0 and (self.stop_after is None or step < self.stop_after)
-
-    @override
-    def _weights_in_force(self) -> Tensor:
-        return self._known.weights.detach()
-
-    @override
-    def _begin_anew(self) -> None:
-        self._warned.clear()
-
-    @override
-    def _new_rule(self, like: Tensor) -> GradNormRule:
+    def _build_rule(self) -> GradNormRule:
         self._check_numbers()
         return GradNormRule(
             self._names,
@@ -210,80 +166,34 @@ class GradNorm(Balancing[GradNormRule]):
             initial_losses=self.initial_losses,
             initial_weights=self.initial_weights,
             priorities=self.priorities,
+            update_every=self.update_every,
+            stop_after=self.stop_after,
             min_weight=self.min_weight,
-            dtype=like.dtype,
-            device=like.device,
         )
 
     @override
-    def _load(self, rule: GradNormRule, state: Mapping[str, Any]) -> None:
-        self._warn_of_other_tasks(state["tasks"])
-        rule.load_state_dict(state, adapt=self.on_task_mismatch == "adapt")
-
-    def _warn_of_other_tasks(self, known: Sequence[str]) -> None:
-        if set(known) != set(self._names) and self.on_task_mismatch == "adapt":
-            new, gone = sorted(set(self._names) - set(known)), sorted(set(known) - set(self._names))
-            rank_zero_warn(
+    def _load_rule(self, rule: GradNormRule, state: Mapping[str, Any]) -> None:
+        known = set(state["tasks"])
+        if known != set(self._names) and self.on_task_mismatch == "adapt":
+            new, gone = sorted(set(self._names) - known), sorted(known - set(self._names))
+            Ranks.current().warn(
                 f"GradNorm: the checkpoint is of tasks {sorted(known)}: {new or 'no task'} is new and begins with their mean "
                 f"weight, {gone or 'no task'} is gone; the weights are scaled to sum {len(self._names)}."
             )
+        rule.load_state_dict(state, adapt=self.on_task_mismatch == "adapt")
 
     @override
-    def _take_in(self, window: Window, trainer: L.Trainer, module: L.LightningModule) -> bool:
-        if trainer.world_size == 1 and not window.measured:
-            return True  # there is nobody to agree with
-        reader = self._reader if window.measured else None
-        assert reader is None or isinstance(reader, RowReader)
-        if isinstance(reader, WeightGradients) and window.losses and reader.unreached >= set(window.losses):
-            self._check_still_there(reader, module)
-        step = gather(self._names, window, reader, self._weights_in_force(), trainer)
-        counts = bool(window.losses) or (step.present is not None and bool(step.present.any()))
-        if step.norms is not None and counts:
-            self._known.step(step.norms / self._weights_in_force(), step.losses, step.present)
-            if self._known.looks_at_once:
-                self._warn()
-        return counts
-
-    def _check_still_there(self, reader: WeightGradients, module: L.LightningModule) -> None:
-        """Refuse to balance by a layer that the module has no more; one that it leaves out of a step has norms of 0."""
-        own = {id(parameter) for parameter in module.parameters()}
-        if not all(id(W) in own for W in reader.sought):
-            raise ValueError(
-                f"GradNorm: the shared layer that {type(module).__name__} had when the training began has been replaced, so "
-                f"that no gradient arrives there. Replace it in configure_model, or train in two runs, the second from the "
-                f"checkpoint of the first."
-            )
-
-    @override
-    def _note_step(self) -> None:
-        self._known.note_step()
-
-    def _warn(self) -> None:
-        """Say, once for each task, that a step was not taken because of its numbers. A look of the host."""
-        for task, loss in self._known.culprits.items():
-            if task not in self._warned:
-                self._warned.add(task)
-                reason = f"the loss or the gradient norm of task '{task}' is not finite"
-                if loss < 0 and self.alpha > 0:
-                    reason = (
-                        f"the loss of task '{task}' is negative ({loss:g}), so that it has no training rate (add a constant "
-                        f"that keeps it positive, or use alpha=0)"
-                    )
-                rank_zero_warn(
-                    f"GradNorm: {reason}; the weights stay as they are. Further such steps are counted in gradnorm/skipped."
-                )
-
-    @override
-    def _log(self, module: L.LightningModule) -> None:
-        self._warn()
-        rule = self._known
-        by_task = {"weight": self._weights_in_force().clone()}
+    def _step_metrics(self) -> dict[str, Tensor | float]:
+        rule = self._known_rule
+        if self._engine is not None:
+            self._engine.measurement.warn()
+        by_task = {"weight": rule.loss_weights.clone()}
         shown: dict[str, Tensor | float] = {"gradnorm/skipped": float(rule.skipped)}
         if rule.last is not None:
-            seen = rule.last.balance
-            shown["gradnorm/loss"] = seen.loss
-            by_task["grad_norm"], by_task["rate"] = seen.grad_norms, seen.rates
+            terms = rule.last.terms
+            shown["gradnorm/loss"] = terms.loss
+            by_task["grad_norm"], by_task["rate"] = terms.grad_norms, terms.rates
             by_task["loss_ratio"] = rule.last.losses / rule.initial_losses
         for what, values in by_task.items():
             shown |= {f"gradnorm/{what}/{task}": value for task, value in zip(self._names, values, strict=True)}
-        module.log_dict(shown, on_step=True)
+        return shown

@@ -1,48 +1,121 @@
-"""Gets hold of the task losses of a model that knows nothing of us, while they still are part of the graph.
+"""Where the task losses of a LightningModule come from, while they are still part of the graph.
 
-Each function shadows one method of the LightningModule with an instance attribute and returns how to undo it.
+Three sources: the mapping that ``training_step`` returns, the values that the module logs, or a module that declares its tasks
+and calls `watch` itself. The methods that see a loss are replaced on the module instance for the duration of a training.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
 
-from lightning_gradnorm.engine.module_hooks import Undo, not_traced, shadow
+from lightning_gradnorm._messages import did_you_mean
+from lightning_gradnorm.engine.module_hooks import Remove, not_traced, patch_attribute
+from lightning_gradnorm.engine.rule import DeclaresTasks
+from lightning_gradnorm.engine.task_names import checked_names
 
 Watch = Callable[[Mapping[str, Any]], None]
 
 
-def _in_place_of(method: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """`functools.wraps` of what is innermost: Lightning looks behind one wrapper for whether batch_idx is wanted."""
+class LossSource:
+    """Finds the losses that a user names, in a module that knows nothing of us.
+
+    Args:
+        caller: the callback's name; begins each error.
+        tasks: keys of what ``training_step`` returns; task → name under which the module logs its loss; or ``None`` for all
+            tasks of a module that declares them.
+
+    Raises:
+        TypeError, ValueError: not at least two different names.
+    """
+
+    def __init__(self, caller: str, tasks: Sequence[str] | Mapping[str, str] | None) -> None:
+        self._caller = caller
+        self._given = tasks
+        self.names: tuple[str, ...] = () if tasks is None else checked_names(tasks, caller=caller)
+        """The tasks; unknown before `resolve` if they are the module's own."""
+        self.logged_names = dict(tasks) if isinstance(tasks, Mapping) else None
+        """Task → name under which its loss is logged, if that is where losses are found."""
+        self.declared = False
+        """Whether the module declares its tasks."""
+
+    def resolve(self, module: L.LightningModule) -> dict[str, str] | None:
+        """Find the tasks in a module. Return task → head if the module declares them, else None.
+
+        Raises:
+            ValueError: the module has no such task, or none at all.
+        """
+        declared = dict(module.task_heads) if isinstance(module, DeclaresTasks) else None
+        self.declared = declared is not None
+        name = type(module).__name__
+        if self._given is None:
+            if declared is None:
+                raise ValueError(
+                    f"{self._caller}: tasks=None takes all tasks of a MultiTaskModule; {name} should have its losses named: "
+                    f"tasks=['seg', 'depth'] for keys of what training_step returns, or tasks={{'seg': 'train/seg_loss', …}} "
+                    f"for what it logs."
+                )
+            self.names = checked_names(list(declared), caller=self._caller)
+        if declared is None:
+            return None
+        if self.logged_names is not None:
+            raise ValueError(
+                f"{self._caller}: tasks names the losses as they are logged, {sorted(self.logged_names.values())}, but {name} "
+                f"shows them itself. Use tasks=None for all of its tasks, or a list of their names."
+            )
+        unknown = [task for task in self.names if task not in declared]
+        if unknown:
+            raise ValueError(
+                f"{self._caller}: task '{unknown[0]}' is not in {name}; {did_you_mean(unknown[0], declared)}"
+            )
+        return {task: declared[task] for task in self.names}
+
+    def capture(self, module: L.LightningModule, watch: Watch, logged: set[str]) -> Remove:
+        """Hand the losses to ``watch`` in each training step, until the returned function is called.
+
+        Args:
+            module: the module.
+            watch: is called before the backward pass.
+            logged: every name that the module logs in training is added to it.
+        """
+        if self.logged_names is not None:
+            return capture_logged(module, self.logged_names, watch, logged)
+        if module.automatic_optimization:
+            return capture_returned(module, watch, caller=self._caller)
+        return ExitStack().close
+
+
+def _wraps_innermost(method: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`functools.wraps` of the innermost function: Lightning looks behind one wrapper for a ``batch_idx`` parameter."""
     return functools.wraps(inspect.unwrap(method))
 
 
-def returned_losses(module: L.LightningModule, watch: Watch, *, asked_by: str) -> Undo:
+def capture_returned(module: L.LightningModule, watch: Watch, *, caller: str) -> Remove:
     """Hand the mapping that ``training_step`` returns to ``watch``."""
     training_step = module.training_step
 
-    @_in_place_of(training_step)
+    @_wraps_innermost(training_step)
     def step(*args: Any, **kwargs: Any) -> Any:
         output = training_step(*args, **kwargs)
         if output is not None:
             if not isinstance(output, Mapping):
                 raise TypeError(
-                    f"{asked_by}: {type(module).__name__}.training_step should return a mapping with 'loss' and the task "
+                    f"{caller}: {type(module).__name__}.training_step should return a mapping with 'loss' and the task "
                     f"losses; got {type(output).__name__}. Return {{'loss': loss, 'seg': seg, …}}, or name the losses as "
                     f"they are logged: tasks={{'seg': 'train/seg_loss', …}}."
                 )
             watch({name: value for name, value in output.items() if name != "loss"})
         return output
 
-    return shadow(module, "training_step", step)
+    return patch_attribute(module, "training_step", step)
 
 
-def logged_losses(module: L.LightningModule, names: Mapping[str, str], watch: Watch, all_names: set[str]) -> Undo:
+def capture_logged(module: L.LightningModule, names: Mapping[str, str], watch: Watch, all_names: set[str]) -> Remove:
     """Hand what the module logs under ``names`` (task → logged name) to ``watch``, before Lightning detaches it.
 
     Every name it logs in training is added to ``all_names``.
@@ -50,7 +123,7 @@ def logged_losses(module: L.LightningModule, names: Mapping[str, str], watch: Wa
     log = module.log
     tasks = {logged: task for task, logged in names.items()}
 
-    @_in_place_of(log)
+    @_wraps_innermost(log)
     def log_and_watch(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         if module.trainer.training:
             all_names.add(name)
@@ -58,14 +131,14 @@ def logged_losses(module: L.LightningModule, names: Mapping[str, str], watch: Wa
                 watch({tasks[name]: value})
         log(name, value, *args, **kwargs)
 
-    return shadow(module, "log", not_traced(log_and_watch))
+    return patch_attribute(module, "log", not_traced(log_and_watch))
 
 
-def explained(module: L.LightningModule, explain: Callable[[RuntimeError], str | None]) -> Undo:
-    """Have a ``RuntimeError`` that comes out of ``training_step`` say what ``explain`` says of it."""
+def explain_errors(module: L.LightningModule, explain: Callable[[RuntimeError], str | None]) -> Remove:
+    """Turn a ``RuntimeError`` of ``training_step`` into a ``ValueError`` with the message of ``explain``, if it has one."""
     training_step = module.training_step
 
-    @_in_place_of(training_step)
+    @_wraps_innermost(training_step)
     def step(*args: Any, **kwargs: Any) -> Any:
         try:
             return training_step(*args, **kwargs)
@@ -75,4 +148,4 @@ def explained(module: L.LightningModule, explain: Callable[[RuntimeError], str |
                 raise
             raise ValueError(message) from error
 
-    return shadow(module, "training_step", step)
+    return patch_attribute(module, "training_step", step)

@@ -1,4 +1,4 @@
-"""The losses of a batch once more, after the network's step: what FAMO asks for."""
+"""Computes the losses of a batch again after the network's step, for strategies that need them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_gradnorm.engine.module_hooks import shadow
-from lightning_gradnorm.engine.task_names import DeclaresTasks
-from lightning_gradnorm.gradients import KeptBuffers
+from lightning_gradnorm.engine.module_hooks import patch_attribute
+from lightning_gradnorm.engine.rule import DeclaresTasks
+from lightning_gradnorm.gradients import BufferGuard
 
 _METRICS_OWN = ("_update_count", "_computed", "_forward_cache", "_is_synced")
 
 
-class SecondLook:
+class LossRecomputer:
     """Computes the losses of the last batch again, and leaves no trace of it.
 
     Random numbers are those of the first time, so that a dropout mask is the same; running statistics and metrics are put
@@ -30,16 +30,17 @@ class SecondLook:
     Args:
         module: one that declares its tasks, as `MultiTaskModule` does; or one with automatic optimization, whose
             ``training_step`` can be called again.
-        asked_by: the callback's name.
+        caller: the callback's name.
+        strategy: the strategy that needs the losses.
 
     Raises:
         ValueError: the module optimizes manually, so that another call would be another step.
     """
 
-    def __init__(self, module: L.LightningModule, *, asked_by: str) -> None:
+    def __init__(self, module: L.LightningModule, *, caller: str, strategy: str) -> None:
         if not module.automatic_optimization and not isinstance(module, DeclaresTasks):
             raise ValueError(
-                f"{asked_by}: FAMO asks for the losses after the step, but to call {type(module).__name__}.training_step again "
+                f"{caller}: {strategy} asks for the losses after the step, but to call {type(module).__name__}.training_step again "
                 f"would be another step, since it optimizes manually. Use automatic optimization, or MultiTaskModule."
             )
         self._module = module
@@ -49,8 +50,8 @@ class SecondLook:
     def _devices(self) -> list[torch.device]:
         return [self._module.device] if self._module.device.type == "cuda" else []
 
-    def begin_batch(self) -> None:
-        """Note the random state with which the batch begins."""
+    def record_random_state(self) -> None:
+        """Record the random state. Called when a batch begins."""
         self._random = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._devices)]
 
     def losses(
@@ -70,12 +71,12 @@ class SecondLook:
                 torch.no_grad(),
                 isolate_rng(include_cuda=False),
                 self._same_randomness(),
-                KeptBuffers(module.buffers()).through_reading(""),
+                BufferGuard(module.buffers()).preserved(""),
                 _kept_metrics(module),
                 trainer.precision_plugin.train_step_context(),
             ):
                 stack.enter_context(context)
-            stack.callback(shadow(module, "log", log))
+            stack.callback(patch_attribute(module, "log", log))
             if isinstance(module, DeclaresTasks):
                 return module.task_losses(batch)
             takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)

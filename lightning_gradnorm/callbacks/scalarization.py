@@ -1,19 +1,164 @@
-"""Any scalarization of the losses as a Lightning callback."""
+"""Scalarizations as a Lightning callback, and the base of all callbacks whose rule sees the losses."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any, TypeVar
 
+import lightning as L
 import torch
-from torch import Tensor
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_gradnorm.callbacks.of_losses import Made, OfLosses, check_made
+from lightning_gradnorm._messages import check
+from lightning_gradnorm.callbacks.base import BalancingCallback
+from lightning_gradnorm.callbacks.recompute import LossRecomputer
+from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
+from lightning_gradnorm.strategies.factory import made_for
 from lightning_gradnorm.strategies.scalarization import OptimizerFactory, ScalarizationRule
+from lightning_gradnorm.strategies.snapshot import restore, state_of
+
+Made = nn.Module | Callable[[int], nn.Module]
+"""A module, or what makes one from the number of tasks."""
+
+AnyLossRule = TypeVar("AnyLossRule", bound=ScalarizationRule)
 
 
-class Scalarization(OfLosses):
+class LossWeightingCallback(BalancingCallback[AnyLossRule]):
+    """Base of the callbacks whose rule may weight the losses by a function of them: `Scalarization` and `Aggregation`.
+
+    Args:
+        tasks: as for `GradNorm`.
+        scalarizer: weights the losses; ``None`` for not at all.
+        optimizer: makes the optimizer of the scalarizer's parameters.
+        heads: task → dotted name of its head module.
+        representation: dotted name of the module whose output the heads read.
+    """
+
+    _state_description: str | None = "its weights and everything it has learnt"
+
+    def __init__(
+        self,
+        tasks: Sequence[str] | Mapping[str, str] | None,
+        scalarizer: Made | None,
+        optimizer: OptimizerFactory,
+        *,
+        heads: Mapping[str, str] | None,
+        representation: str,
+    ) -> None:
+        super().__init__(tasks, heads=heads, representation=representation)
+        is_factory = callable(optimizer)
+        check(self._name, is_factory, "optimizer", "a callable such as partial(torch.optim.Adam, lr=0.025)", optimizer)
+        self._scalarizer = scalarizer
+        self.optimizer = optimizer
+        self._pristine: dict[str, dict[str, Any]] = {}
+        self._seed = 0
+        self._recomputer: LossRecomputer | None = None
+        self._needs_losses_now = False
+
+    # ---- what the user reads -----------------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights that were last in force, by task; none before training, and none of a strategy without weights."""
+        if self._rule is None or not self._rule.has_weights:
+            return {}
+        return dict(zip(self._rule.tasks, self._rule.weights.tolist(), strict=True))
+
+    @property
+    def scalarizer(self) -> nn.Module | None:
+        """The scalarizer in use."""
+        if self._rule is not None:
+            return self._rule.scalarizer
+        return self._scalarizer if isinstance(self._scalarizer, nn.Module) else None
+
+    # ---- the rule ----------------------------------------------------------------------------------------------------
+
+    def _pristine_copy(self, parameter: str, given: Made) -> nn.Module:
+        """Return the module in the state in which it was given, or make it."""
+        made = made_for(self._names, given, asked_by=f"{self._name}: {parameter}")
+        if isinstance(given, nn.Module):
+            if parameter in self._pristine:
+                restore(made, self._pristine[parameter])
+            else:
+                self._pristine[parameter] = state_of(made)
+        return made
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._seed = TrainerLoop(trainer, self).ranks.broadcast_object(torch.initial_seed() % 2**62)
+        super().on_train_start(trainer, pl_module)
+        if self._known_rule.needs_losses_after_step:
+            self._recomputer = LossRecomputer(pl_module, caller=self._name, strategy=self._known_rule.kind)
+
+    @override
+    def _start_rule(self, like: Tensor) -> None:
+        known = self._restored["tasks"] if self._restored else () if self._rule is None else self._rule.tasks
+        if set(known) == set(self._names):
+            self._names = tuple(known)  # a strategy that knows tasks by position keeps the order in which it learnt them
+        super()._start_rule(like)
+
+    @override
+    def _step_metrics(self) -> dict[str, Tensor | float]:
+        rule = self._known_rule
+        shown: dict[str, Tensor | float] = {"balancing/fallbacks": float(rule.fallbacks)}
+        if rule.has_weights:
+            weights = rule.weights.clone()
+            shown |= {f"balancing/weight/{task}": w for task, w in zip(self._names, weights, strict=True)}
+        return shown
+
+    # ---- one batch ---------------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._recomputer is not None:
+            self._recomputer.record_random_state()
+
+    @override
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        if self._engine is not None:
+            self._known_rule.begin_epoch(trainer.current_epoch)
+        super().on_before_backward(trainer, pl_module, loss)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self._engine is not None and self._engine.step_was_taken:
+            self._needs_losses_now = self._recomputer is not None
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._needs_losses_now and self._recomputer is not None and self._engine is not None:
+            self._needs_losses_now = False
+            found = self._recomputer.losses(trainer, batch, batch_idx, self._source.logged_names)
+            here = {task: [found[task]] for task in self._names if isinstance(found.get(task), Tensor)}
+            self._engine.measurement.update_after_step(here)
+
+    @override
+    def _remove_hooks(self) -> None:
+        super()._remove_hooks()
+        self._recomputer, self._needs_losses_now = None, False
+
+
+def check_made(name: str, parameter: str, given: Any) -> None:
+    """Refuse what is neither a module nor can make one."""
+    if not (isinstance(given, nn.Module) or callable(given)):
+        raise TypeError(
+            f"{name}: {parameter} should be a module, or what makes one from the number of tasks; got {given!r}"
+        )
+
+
+class Scalarization(LossWeightingCallback[ScalarizationRule]):
     """Train on any function of the losses: each task's gradient is weighted by the function's derivative at its loss.
 
     The weights are those of the losses of the very batch, averaged over the ranks. With accumulation each batch is
@@ -58,13 +203,11 @@ class Scalarization(OfLosses):
         check_made(self._name, "scalarizer", scalarizer)
 
     @override
-    def _new_rule(self, like: Tensor) -> ScalarizationRule:
+    def _build_rule(self) -> ScalarizationRule:
         assert self._scalarizer is not None
         return ScalarizationRule(
             self._names,
-            self._fresh("scalarizer", self._scalarizer),
+            self._pristine_copy("scalarizer", self._scalarizer),
             optimizer=self.optimizer,
             seed=self._seed,
-            dtype=like.dtype,
-            device=like.device,
         )

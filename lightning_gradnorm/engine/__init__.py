@@ -1,1 +1,5 @@
-"""Runs a balancing strategy in a training loop. Pure torch: knows no Lightning."""
+"""Runs a balancing rule in a training loop. Pure torch: knows no Lightning."""
+
+from lightning_gradnorm.engine.balancer import Balancer
+
+__all__ = ["Balancer"]

@@ -1,9 +1,9 @@
-"""What `torch.compile` was given as a whole, taken apart for the time of training where it must be looked into.
+"""Splits compiled modules for the duration of training, where their heads or their shared layer must be accessible.
 
-A hook on a module inside a compiled one is ignored if it comes after compilation, and outlives its removal if it comes
-before; and a compiled graph cannot be walked twice. So what stands around the heads and around the shared layer runs
-eagerly while we train, and the modules that it calls are compiled one by one: those before the shared layer, and the
-heads. Behind the shared layer, where each task's gradient is followed, a training step compiles nothing but the heads.
+A hook on a module inside a compiled one is ignored if it is registered after compilation, and stays in the compiled code if
+it was registered before. And a compiled graph cannot be traversed twice. So the modules that contain a head or the shared
+layer run eagerly during training, and the modules they call are compiled one by one: those before the shared layer, and the
+heads. After the shared layer, on the path of the task gradients, only the heads are compiled.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import lightning as L
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_gradnorm.engine.layers import path_to
-from lightning_gradnorm.engine.module_hooks import Undo, around_call, shadow, takes_hooks
+from lightning_gradnorm.engine.module_hooks import Remove, wrap_call, patch_attribute, supports_hooks
 from lightning_gradnorm.gradients.replay import is_sharded
 
 Call = Callable[..., Any]
@@ -31,7 +30,7 @@ Compiler = Callable[[Call], Call]
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Say whether this very module was given to ``torch.compile``."""
+    """Return True if this very module was given to ``torch.compile``."""
     return (
         isinstance(module, OptimizedModule)
         or module._compiled_call_impl is not None
@@ -39,80 +38,80 @@ def is_compiled(module: nn.Module) -> bool:
     )
 
 
-class OpenedCode:
-    """Takes apart what is compiled as a whole around heads and the shared layer, until `close` undoes it.
+class UncompiledDuringTraining:
+    """Splits what is compiled as a whole around the heads and the shared layer, until `close` undoes it.
 
     Args:
-        root: the LightningModule; it is opened if it is compiled itself, for its losses are to be seen one by one too.
-        heads: names of the modules that must be got at.
-        W: names of the shared layer's parameters; empty if their gradients are not asked for.
+        root: the model; if it is compiled itself it is split too, so that its losses are accessible one by one.
+        heads: names of the modules that must be accessible.
+        W: names of the shared layer's parameters; empty if their gradients are not read.
 
     Raises:
-        ValueError: it is not known how a module was compiled.
+        ValueError: a module was compiled in an unknown way.
     """
 
-    def __init__(self, root: L.LightningModule, heads: Collection[str], W: Collection[str]) -> None:
-        self._course = _Course()
-        ways: list[list[nn.Module]] = [[root], *(_way_to(root, head) for head in heads)]
-        ways_to_W = [_way_to(root, name) for name in W]
-        if any(is_sharded(module) or not takes_hooks(module) for way in ways_to_W for module in way):
-            ways_to_W = []
-        compilers = {module: of_it for way in ways + ways_to_W for module, of_it in _compilers_on(way)}
-        self.modules = {one for module in compilers for one in (module, _bare(module))}
-        """Those that were opened: their own code runs eagerly."""
-        around_W = dict.fromkeys(module for way in ways_to_W for module in way[1:] if module in compilers)
+    def __init__(self, root: nn.Module, heads: Collection[str], W: Collection[str]) -> None:
+        self._course = _ForwardProgress()
+        paths: list[list[nn.Module]] = [[root], *(_modules_on_path(root, head) for head in heads)]
+        paths_to_W = [_modules_on_path(root, name) for name in W]
+        if any(is_sharded(module) or not supports_hooks(module) for path in paths_to_W for module in path):
+            paths_to_W = []
+        compilers = {module: of_it for path in paths + paths_to_W for module, of_it in _compilers_on(path)}
+        self.modules = {one for module in compilers for one in (module, _unwrap(module))}
+        """The modules that were split: their own code runs eagerly."""
+        around_W = dict.fromkeys(module for path in paths_to_W for module in path[1:] if module in compilers)
         names = {module: name for name, module in root.named_modules()}
         heads_themselves = [root.get_submodule(head) for head in heads]
-        with ExitStack() as undo:  # if anything fails on the way, what was placed is taken away again
+        with ExitStack() as undo:  # if anything fails, what was placed is removed again
             for module, compiler in compilers.items():
                 undo.callback(_run_eagerly(module))
-                if module in around_W and _is_plain_sequence(_bare(module)):
-                    undo.callback(self._compile_beginning(_bare(module), names[_bare(module)], compiler))
+                if module in around_W and _is_plain_sequence(_unwrap(module)):
+                    undo.callback(self._compile_beginning(_unwrap(module), names[_unwrap(module)], compiler))
                     continue
-                for part in _parts(_bare(module), self.modules):
+                for part in _parts(_unwrap(module), self.modules):
                     if not is_compiled(part):
-                        course = _Course() if part in heads_themselves else self._course
-                        undo.callback(shadow(part, "_compiled_call_impl", _part(part, names[part], compiler, course)))
+                        course = _ForwardProgress() if part in heads_themselves else self._course
+                        undo.callback(patch_attribute(part, "_compiled_call_impl", _compiled_child(part, names[part], compiler, course)))
             # Whatever uses W is over when a module that contains W returns; the layer itself may be used without being called.
             for module in around_W:
-                undo.callback(around_call(module, after=self._course.note_passed))
+                undo.callback(wrap_call(module, after=self._course.note_passed))
             self._undo = undo.pop_all()
 
-    def _compile_beginning(self, sequence: nn.Module, name: str, compiler: Compiler) -> Undo:
-        """Compile what an `nn.Sequential` calls before the first module that was opened, all together."""
+    def _compile_beginning(self, sequence: nn.Module, name: str, compiler: Compiler) -> Remove:
+        """Compile what an `nn.Sequential` calls before the first split module, as one graph."""
         assert isinstance(sequence, nn.Sequential)
         parts = list(sequence)
         at = next((place for place, part in enumerate(parts) if part in self.modules), len(parts))
         if not any(map(_has_weights, parts[:at])):
             return ExitStack().close
-        return shadow(sequence, "forward", _InTwo(sequence, name, at, compiler, self._course))
+        return patch_attribute(sequence, "forward", _SplitSequential(sequence, name, at, compiler, self._course))
 
     def begin_pass(self) -> None:
-        """Take note that the next batch's forward pass begins."""
+        """Called before each batch's forward pass."""
         self._course.has_passed_layer = False
 
     def close(self) -> None:
-        """Put everything together again."""
+        """Restore the compiled modules."""
         self._undo.close()
 
 
-def _way_to(root: L.LightningModule, name: str) -> list[nn.Module]:
-    """Return the modules on the way from ``root`` to a module or parameter, itself excluded."""
-    # A parametrization is called whenever somebody looks at the weight.
+def _modules_on_path(root: nn.Module, name: str) -> list[nn.Module]:
+    """Return the modules on the path from ``root`` to a module or parameter, itself excluded."""
+    # A parametrization is called whenever the weight is accessed.
     return [module for _, module in path_to(root, name) if not isinstance(module, ParametrizationList)]
 
 
-def _compilers_on(way: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, Compiler]]:
-    """Yield, of the modules on a way inwards, those that are compiled or within one that is, with what compiled it."""
+def _compilers_on(path: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, Compiler]]:
+    """Yield the modules on a path inwards that are compiled, or inside one that is, each with its compiler."""
     compiler = None
-    for module in way:
+    for module in path:
         compiler = compiler or _compiler_of(module)
         if compiler is not None:
             yield module, compiler
 
 
 def _compiler_of(module: nn.Module) -> Compiler | None:
-    """Return what compiles a function in the way this very module was compiled; ``None`` if it was not."""
+    """Return the compiler that this very module was given to, or None."""
     if isinstance(module, OptimizedModule):
         return module.dynamo_ctx
     if module._compiled_call_impl is not None:
@@ -126,28 +125,28 @@ def _compiler_of(module: nn.Module) -> Compiler | None:
     return None if whole is None else whole["dynamo_ctx"]
 
 
-def _bare(module: nn.Module) -> nn.Module:
+def _unwrap(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
-def _run_eagerly(module: nn.Module) -> Undo:
+def _run_eagerly(module: nn.Module) -> Remove:
     undo = ExitStack()
     if isinstance(module, OptimizedModule):
-        undo.callback(shadow(module, "forward", module._orig_mod))
-    if _bare(module)._compiled_call_impl is not None:
-        undo.callback(shadow(_bare(module), "_compiled_call_impl", None))
+        undo.callback(patch_attribute(module, "forward", module._orig_mod))
+    if _unwrap(module)._compiled_call_impl is not None:
+        undo.callback(patch_attribute(_unwrap(module), "_compiled_call_impl", None))
     whole = getattr(module, "_compiler_ctx", None)
     if whole is not None:
         for name in ("training_step", "forward"):
             method = whole[f"original_{name}"]
             while hasattr(method, "_torchdynamo_orig_callable"):  # Lightning wraps it anew with each fit
                 method = method._torchdynamo_orig_callable
-            undo.callback(shadow(module, name, method))
+            undo.callback(patch_attribute(module, name, method))
     return undo.close
 
 
 def _parts(module: nn.Module, opened: Collection[nn.Module]) -> Iterator[nn.Module]:
-    """Yield what ``module`` calls and has weights, but for the modules that are opened themselves."""
+    """Yield the submodules that ``module`` calls and that have weights, except those that are split themselves."""
     for part in module.children():
         if isinstance(part, nn.ModuleList | nn.ModuleDict):  # which are never called
             yield from _parts(part, opened)
@@ -160,17 +159,17 @@ def _has_weights(module: nn.Module) -> bool:
 
 
 @dataclass
-class _Course:
-    """How far the forward pass of a training batch has come."""
+class _ForwardProgress:
+    """Whether the forward pass of a training batch has passed the shared layer."""
 
     has_passed_layer: bool = False
 
     def note_passed(self, output: Any) -> None:
-        """Take note that the shared layer has been used."""
+        """Called when the shared layer has been used."""
         self.has_passed_layer = self.has_passed_layer or torch.is_grad_enabled()
 
     def runs_eagerly(self) -> bool:
-        """Say whether a gradient that is followed from a head to W may pass what is called now."""
+        """Return True if a gradient on its path from a head to W may pass what is called now."""
         return self.has_passed_layer and torch.is_grad_enabled()
 
 
@@ -178,10 +177,10 @@ def _is_plain_sequence(module: nn.Module) -> bool:
     return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
 
 
-class _InTwo:
-    """The forward of an `nn.Sequential` whose first modules are compiled together."""
+class _SplitSequential:
+    """The forward method of an `nn.Sequential` whose first modules are compiled together."""
 
-    def __init__(self, sequence: nn.Sequential, name: str, at: int, compiler: Compiler, course: _Course) -> None:
+    def __init__(self, sequence: nn.Sequential, name: str, at: int, compiler: Compiler, course: _ForwardProgress) -> None:
         def beginning(value: Any) -> Any:
             for module in list(sequence)[:at]:
                 value = module(value)
@@ -198,11 +197,11 @@ class _InTwo:
         return value
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._sequence, "forward")  # of a copy, which is not taken apart: that of its class
+        return getattr, (self._sequence, "forward")  # a copy is not split: it gets the method of its class
 
 
-def _part(module: nn.Module, name: str, compiler: Compiler, course: _Course) -> Call:
-    """Return the call of a part of what was opened."""
+def _compiled_child(module: nn.Module, name: str, compiler: Compiler, course: _ForwardProgress) -> Call:
+    """Return the call of a submodule of a split module."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -210,9 +209,9 @@ def _part(module: nn.Module, name: str, compiler: Compiler, course: _Course) -> 
     return _before_layer(call, module, name, compiler, course)
 
 
-def _before_layer(function: Call, module: nn.Module, name: str, compiler: Compiler, course: _Course) -> Call:
+def _before_layer(function: Call, module: nn.Module, name: str, compiler: Compiler, course: _ForwardProgress) -> Call:
     """Return ``function``, a call in ``module``: compiled, unless the shared layer has been used before it."""
-    compiled = compiler(_of_its_own(function, module, name))
+    compiled = compiler(_with_own_code_object(function, module, name))
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return (function if course.runs_eagerly() else compiled)(*args, **kwargs)
@@ -223,7 +222,7 @@ def _before_layer(function: Call, module: nn.Module, name: str, compiler: Compil
 _codes: WeakKeyDictionary[nn.Module, dict[CodeType, CodeType]] = WeakKeyDictionary()
 
 
-def _of_its_own(function: Any, module: nn.Module, name: str) -> Call:
+def _with_own_code_object(function: Any, module: nn.Module, name: str) -> Call:
     """Return ``function`` with a code object, and a name of it, that it shares only with others of its purpose and module.
 
     torch.compile begins in a function's frame, for it passes by those of torch.nn. It keeps eight versions of a code: of

@@ -1,7 +1,7 @@
-"""Looks along the autograd graph, before the first backward pass, whether what will be read is the task's gradient.
+"""Checks on the autograd graph, before the first backward pass, that the gradient we would read belongs to that task alone.
 
-A head that another task reads too, a loss that goes around its head, a shared layer behind a compiled graph: each would
-give plausible numbers and a wrong balance. Here each is an error that says what to do.
+A head that another task reads too, a loss that bypasses its head, a shared layer behind a compiled graph: each would give
+plausible numbers and a wrong balance. Here each is an error that says what to do.
 """
 
 from __future__ import annotations
@@ -10,119 +10,141 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lightning_gradnorm.engine.step_state import Pass
-from lightning_gradnorm.gradients import GradientReader, ReplayedGradients, nodes_between, unwalkable
-from lightning_gradnorm.gradients.graph import node_of, nodes_behind
+from lightning_gradnorm.engine.step_state import BatchState
+from lightning_gradnorm.gradients import GradientReader, ReplayedGradients, nodes_on_paths, reason_not_retraversable
+from lightning_gradnorm.gradients.graph import node_of, reachable_nodes
 
 
-class Audit:
-    """Chooses, with the first task that comes, the first reader that can read it, and checks all tasks against it.
+class GraphChecks:
+    """Selects, with the first task of the first batch, the first reader that can read it; checks all tasks against it.
 
     Args:
-        asked_by: the callback's name, the beginning of each error.
-        readers: in order of preference; empty for a strategy that reads nothing.
+        caller: begins each error.
+        candidates: readers in order of preference; empty for a rule that reads no gradients.
         at_heads: whether gradients are read at the branches of heads, or else at the losses.
     """
 
-    def __init__(self, asked_by: str, readers: Sequence[GradientReader], *, at_heads: bool) -> None:
-        self._asked_by = asked_by
-        self.readers = list(readers)
-        """Those among which the first task is still to choose; then the chosen one."""
+    def __init__(self, caller: str, candidates: Sequence[GradientReader], *, at_heads: bool) -> None:
+        self._caller = caller
+        self.readers = list(candidates)
+        """The candidates; once one is selected, that one."""
         self._at_heads = at_heads
-        self._chosen = False
+        self._selected = False
         self._passed: set[str] = set()
+        self._disjoint: set[str] = set()
+        self._separate: set[str] = set()
 
-    def examine(self, task: str, loss: Tensor, current: Pass) -> GradientReader | None:
-        """Return the reader that is to read this task, after a look at the graph the first time the task comes.
+    def select_reader(self, task: str, loss: Tensor, batch: BatchState) -> GradientReader | None:
+        """Return the reader of this task; look at the graph the first time the task appears.
 
         Raises:
-            ValueError: its gradient would not be what is read.
+            ValueError: what would be read is not the task's gradient.
         """
         if task in self._passed:
             return self.readers[0] if self.readers else None
         self._passed.add(task)
         if not self.readers:
             return None
-        if not self._chosen:
-            # If there is none, the first one's objection is the one to be understood.
-            able = (reader for reader in self.readers if not self._objection(reader, task, loss, current))
+        if not self._selected:
+            # If none can read it, the error of the most preferred one is the one to understand.
+            able = (reader for reader in self.readers if not self._why_unreadable(reader, task, loss, batch))
             self.readers = [next(able, self.readers[0])]
-            self._chosen = True
+            self._selected = True
         (reader,) = self.readers
-        if objection := self._objection(reader, task, loss, current):
-            raise ValueError(f"{self._asked_by}: the loss of task '{task}' {objection}")
+        if reason := self._why_unreadable(reader, task, loss, batch):
+            raise ValueError(f"{self._caller}: the loss of task '{task}' {reason}")
         return reader
 
-    def _objection(self, reader: GradientReader, task: str, loss: Tensor, current: Pass) -> str | None:
-        """Return what speaks against reading the task with this reader, the end of a sentence."""
-        if objection := reader.objection(loss):
-            return objection
-        sought, where = reader.sought, reader.where
-        if not nodes_between([node_of(loss)], sought):
+    def require_disjoint_losses(self, batch: BatchState) -> None:
+        """Check, once for each task, that no loss contains that of another task.
+
+        Raises:
+            ValueError: the weight of one task would act on two.
+        """
+        if self._disjoint >= set(batch.losses):
+            return
+        self._disjoint |= set(batch.losses)
+        losses = [(task, loss) for task, losses in batch.losses.items() for loss in losses]
+        nodes = {node_of(loss): task for task, loss in losses}  # several losses may be outputs of one node, as of unbind
+        for task, loss in losses:
+            others = [other for _, other in losses if node_of(other) is not node_of(loss)]
+            for node in nodes_on_paths([node_of(loss)], others):
+                if nodes.get(node, task) != task:
+                    raise ValueError(
+                        f"{self._caller}: the loss of task '{task}' contains that of task '{nodes[node]}', so that the weight "
+                        f"of '{task}' would act on both. Give each task a loss of its own, and add them up in 'loss'."
+                    )
+
+    def require_separate_heads(self, backpropagated: Tensor, batch: BatchState) -> None:
+        """Check, once for each task, that nothing but its loss reaches its head, no regularizer of the head's output say.
+
+        Raises:
+            ValueError: the gradient at the head would not be the loss's alone.
+        """
+        if self._separate >= set(batch.branches):
+            return
+        self._separate |= set(batch.branches)
+        losses = {node_of(loss) for losses in batch.losses.values() for loss in losses}
+        reached = reachable_nodes([node_of(backpropagated)], stop=losses)
+        for task, branches in batch.branches.items():
+            if task in batch.losses and branches & reached:
+                raise ValueError(
+                    f"{self._caller}: what is back-propagated reads the head of task '{task}' besides the task's loss (a "
+                    f"regularizer of its output, say; and the loss given must be the very tensor, not a copy), so that the "
+                    f"loss's own gradient cannot be told apart at the head. Leave heads out: then each loss gets a pass of its "
+                    f"own."
+                )
+
+    def _why_unreadable(self, reader: GradientReader, task: str, loss: Tensor, batch: BatchState) -> str | None:
+        """Return why this reader cannot read the task (the end of an error message), or None."""
+        if reason := reader.why_unreadable(loss):
+            return reason
+        targets, label = reader.targets, reader.label
+        if not nodes_on_paths([node_of(loss)], targets):
             return (
-                f"does not depend on {where}. Name a layer that all tasks share. (Activation checkpointing hides it, unless "
+                f"does not depend on {label}. Name a layer that all tasks share. (Activation checkpointing hides it, unless "
                 f"it is called with use_reentrant=False.)"
             )
-        ends = {node_of(tensor) for tensor in sought}  # a gradient arrives there without passing it
-        own = current.branches.get(task, set())
+        ends = {node_of(tensor) for tensor in targets}  # a gradient that ends there does not pass the node
+        own = batch.branches.get(task, set())
         if self._at_heads:
             leave_out = "Leave heads out: then each loss gets a first-order pass of its own."
-            others = {node: other for other, nodes in current.branches.items() if other != task for node in nodes}
-            reached = sorted({others[node] for node in nodes_behind([node_of(loss)]) if node in others})
+            others = {node: other for other, nodes in batch.branches.items() if other != task for node in nodes}
+            reached = sorted({others[node] for node in reachable_nodes([node_of(loss)]) if node in others})
             if reached:
                 return (
                     f"also reads the head of '{reached[0]}' and not its head alone, so that their gradients cannot be told "
                     f"apart at the heads. Are the names in heads exchanged? Are the losses pieces of one tensor? {leave_out}"
                 )
-            around = nodes_between([node_of(loss)], sought, stop=own)
-            if around and (cause := unwalkable(around - ends)):
-                return f"reaches {where} through {cause}"
+            around = nodes_on_paths([node_of(loss)], targets, stop=own)
+            if around and (cause := reason_not_retraversable(around - ends)):
+                return f"reaches {label} through {cause}"
             if around and not own:
                 return (
                     f"does not pass its head as far as one can see: a head is seen when it is called (itself, not its forward) "
                     f"with tensors, or with tuples, lists and dicts of tensors. {leave_out}"
                 )
             if around:
-                return f"reaches {where} by a way that does not pass its head. {leave_out}"
-        if cause := unwalkable(nodes_between(own if self._at_heads else [node_of(loss)], sought) - ends):
-            return f"reaches {where} through {cause}"
-        if isinstance(reader, ReplayedGradients) and nodes_between(
+                return f"reaches {label} by a way that does not pass its head. {leave_out}"
+        if cause := reason_not_retraversable(nodes_on_paths(own if self._at_heads else [node_of(loss)], targets) - ends):
+            return f"reaches {label} through {cause}"
+        if isinstance(reader, ReplayedGradients) and nodes_on_paths(
             [node_of(loss), *reader.before_calls], reader.shared, stop=ends
         ):
-            return f"reaches the shared layer by a way that does not pass {where}."
+            return f"reaches the shared layer by a way that does not pass {label}."
         return None
 
 
-def check_heads_apart(back_propagated: Tensor, current: Pass, *, asked_by: str) -> None:
-    """Refuse to read at heads what comes to a head from elsewhere than its task's loss, from a regularizer of its output say.
+def require_backpropagated(batch: BatchState, *, caller: str) -> None:
+    """Check that every loss that was shown took part in the backward pass.
 
     Raises:
-        ValueError: names the head's task.
+        ValueError: one did not.
     """
-    losses = {node_of(loss) for losses in current.losses.values() for loss in losses}
-    behind = nodes_behind([node_of(back_propagated)], stop=losses)
-    for task, branches in current.branches.items():
-        if task in current.losses and branches & behind:
-            raise ValueError(
-                f"{asked_by}: what the backward pass begins with reads the head of task '{task}' besides the task's loss (in a "
-                f"regularizer of its output, say; and the loss given should be the very tensor, not a copy), so that the "
-                f"loss's own gradient cannot be told apart at the head. Leave heads out: then each loss gets a pass of its own."
-            )
-
-
-def check_apart(current: Pass, *, asked_by: str) -> None:
-    """Refuse a loss of which another task's loss is a part.
-
-    Raises:
-        ValueError: the weight of one task would act on two.
-    """
-    losses = [(task, loss) for task, losses in current.losses.items() for loss in losses]
-    nodes = {node_of(loss): task for task, loss in losses}  # several losses may be outputs of one node, as of unbind
-    for task, loss in losses:
-        others = [other for _, other in losses if node_of(other) is not node_of(loss)]
-        for node in nodes_between([node_of(loss)], others):
-            if nodes.get(node, task) != task:
-                raise ValueError(
-                    f"{asked_by}: the loss of task '{task}' contains that of task '{nodes[node]}', so that the weight of "
-                    f"'{task}' would act on both. Give each task a loss of its own, and add them up in 'loss'."
-                )
+    missed = [task for task in batch.losses if task not in batch.backpropagated]
+    if missed:
+        raise ValueError(
+            f"{caller}: what was given as the loss of task '{missed[0]}' took no part in the backward pass. Add it to what is "
+            f"back-propagated; give the very tensor, not a copy of it, and give it before backward (in manual optimization, "
+            f"before manual_backward)."
+        )

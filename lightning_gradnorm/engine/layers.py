@@ -1,4 +1,4 @@
-"""Finds the layers that a user names, and says what exists where a name does not."""
+"""Finds the layers that a user names, with suggestions for names that do not exist."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_gradnorm._messages import did_you_mean
 
 
-def find_module(root: nn.Module, name: str, *, asked_by: str) -> nn.Module:
+def find_module(root: nn.Module, name: str, *, caller: str) -> nn.Module:
     """Return the submodule ``name`` of ``root``.
 
     Args:
         root: the LightningModule.
         name: dotted name, for example ``"encoder.4"``.
-        asked_by: what the name was given as, the beginning of the error: ``"GradNorm: heads['seg']"``.
+        caller: what the name was given as, the beginning of the error: ``"GradNorm: heads['seg']"``.
 
     Raises:
         ValueError: there is no such module; says which there are.
     """
     modules = _modules(root)
     if plain_name(name) not in modules:
-        raise ValueError(f"{asked_by} '{name}' is not in {type(root).__name__}; {did_you_mean(name, modules)}")
+        raise ValueError(f"{caller} '{name}' is not in {type(root).__name__}; {did_you_mean(name, modules)}")
     return modules[plain_name(name)]
 
 
@@ -45,20 +45,20 @@ def _modules(root: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
-def find_shared_layer(root: nn.Module, name: str | None, *, asked_by: str) -> dict[str, nn.Parameter]:
+def find_shared_layer(root: nn.Module, name: str | None, *, caller: str) -> dict[str, nn.Parameter]:
     """Return the parameters ``W`` by name.
 
     Args:
         root: the LightningModule.
         name: dotted name of a module (its ``weight``; all its parameters if it has none) or of a parameter. ``None``
             stands for the last module with a weight of two or more dimensions inside ``root.encoder``.
-        asked_by: the beginning of the error, ``"GradNorm"``.
+        caller: the beginning of the error, ``"GradNorm"``.
 
     Raises:
         ValueError: no such layer, or it has nothing to train.
     """
     if name is None:
-        name = _last_layer_of_encoder(root, asked_by=asked_by)
+        name = _last_layer_of_encoder(root, caller=caller)
     name, modules = plain_name(name), _modules(root)
     parameters = {plain_name(n): p for n, p in root.named_parameters(remove_duplicate=False)}
     if name in parameters:
@@ -75,18 +75,18 @@ def find_shared_layer(root: nn.Module, name: str | None, *, asked_by: str) -> di
         found = weight or parametrized or older or inside
         if not found:
             raise ValueError(
-                f"{asked_by}: shared_layer '{name}' of {type(root).__name__} is a {type(modules[name]).__name__}, which has no "
+                f"{caller}: shared_layer '{name}' of {type(root).__name__} is a {type(modules[name]).__name__}, which has no "
                 f"parameters. Name the last layer that all tasks share and that has: {_with_weights(modules)}."
             )
     else:
         raise ValueError(
-            f"{asked_by}: shared_layer '{name}' is not in {type(root).__name__}; "
+            f"{caller}: shared_layer '{name}' is not in {type(root).__name__}; "
             f"{did_you_mean(name, [*modules, *parameters])}"
         )
     frozen = [n for n, p in found.items() if not p.requires_grad]
     if frozen:
         raise ValueError(
-            f"{asked_by}: shared_layer '{name}' is frozen ({', '.join(frozen)} should have requires_grad=True; got "
+            f"{caller}: shared_layer '{name}' is frozen ({', '.join(frozen)} should have requires_grad=True; got "
             f"False). Name the last shared layer that is trained."
         )
     return found
@@ -97,12 +97,12 @@ def _with_weights(modules: dict[str, nn.Module]) -> str:
     return ", ".join(f"'{name}'" for name in found[:20]) + (", …" if len(found) > 20 else "") or "there is none"
 
 
-def _last_layer_of_encoder(root: nn.Module, *, asked_by: str) -> str:
+def _last_layer_of_encoder(root: nn.Module, *, caller: str) -> str:
     encoder = getattr(root, "encoder", None)
     how = "Name the last layer that all tasks share, for example shared_layer='encoder.layer4'"
     if not isinstance(encoder, nn.Module):
         raise ValueError(
-            f"{asked_by}: shared_layer=None looks inside 'encoder', which {type(root).__name__} lacks. {how}."
+            f"{caller}: shared_layer=None looks inside 'encoder', which {type(root).__name__} lacks. {how}."
         )
     # Asked of the parameters: to ask a parametrized module for its weight would compute it (and change spectral norm's
     # state). The weights of recurrent layers have longer names, weight_ih_l0 and so on.
@@ -114,7 +114,7 @@ def _last_layer_of_encoder(root: nn.Module, *, asked_by: str) -> str:
     ]
     if not layers:
         raise ValueError(
-            f"{asked_by}: shared_layer=None found no module with a weight of two or more dimensions in "
+            f"{caller}: shared_layer=None found no module with a weight of two or more dimensions in "
             f"{type(root).__name__}.encoder. {how}."
         )
     return layers[-1]

@@ -1,4 +1,4 @@
-"""Hooks on modules and methods, placed where `torch.compile` does not trace them, each with how to undo it."""
+"""Hooks on modules and methods that `torch.compile` does not trace, each with a function that removes it."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ import torch
 from torch import nn
 
 not_traced: Any = torch.compiler.disable
-Undo = Callable[[], None]
+Remove = Callable[[], None]
 Before = Callable[[Any, Any], Any]
 After = Callable[[Any], Any]
 
 
 @dataclass(eq=False)
-class _Shadow:
-    """What stands before an attribute, and what stood there when it came: another shadow, or the owner's own value."""
+class _Patch:
+    """A replaced attribute, and what it replaced: another patch, or the owner's own value."""
 
     replacement: Any
-    below: _Shadow | None
+    below: _Patch | None
     own: dict[str, Any]
     undone: bool = False
 
 
-_shadows: WeakKeyDictionary[Any, dict[str, _Shadow]] = WeakKeyDictionary()
-"""Owner → attribute → the uppermost shadow."""
+_patches: WeakKeyDictionary[Any, dict[str, _Patch]] = WeakKeyDictionary()
+"""Owner → attribute → the topmost patch."""
 
 
-def shadow(owner: Any, name: str, replacement: Any) -> Undo:
-    """Put ``replacement`` before the attribute ``name`` of ``owner``, and what was there before back when undone.
+def patch_attribute(owner: Any, name: str, replacement: Any) -> Remove:
+    """Replace the attribute ``name`` of ``owner``; return a function that restores it.
 
-    Shadows of several owners of their own may be undone in any order: one that lies below others goes when they do.
+    Patches of the same attribute may be undone in any order: one below others disappears when they do.
     """
-    of_owner = _shadows.setdefault(owner, {})
+    of_owner = _patches.setdefault(owner, {})
     top = of_owner.get(name)
     is_top = top is not None and vars(owner).get(name) is top.replacement
     own = {name: vars(owner)[name]} if not is_top and name in vars(owner) else {}
-    mine = of_owner[name] = _Shadow(replacement, top if is_top else None, own)
+    mine = of_owner[name] = _Patch(replacement, top if is_top else None, own)
     owner.__dict__[name] = replacement
 
     def undo() -> None:
         mine.undone = True
-        now = _shadows.get(owner, {}).get(name)
+        now = _patches.get(owner, {}).get(name)
         while now is not None and now.undone and vars(owner).get(name) is now.replacement:
             if now.below is not None:
                 owner.__dict__[name] = now.below.replacement
@@ -53,30 +53,30 @@ def shadow(owner: Any, name: str, replacement: Any) -> Undo:
                 del owner.__dict__[name]
                 owner.__dict__.update(now.own)
             now = now.below
-        # Else somebody who does not use this function shadowed it after us, and is to undo that himself.
+        # Otherwise other code has replaced the attribute after us. Restoring it is up to that code.
         if now is None:
-            _shadows.get(owner, {}).pop(name, None)
+            _patches.get(owner, {}).pop(name, None)
         else:
-            _shadows[owner][name] = now
+            _patches[owner][name] = now
 
     return undo
 
 
-def takes_hooks(module: nn.Module) -> bool:
-    """Say whether hooks can be registered on ``module``: what `torch.jit.script` has made takes none."""
+def supports_hooks(module: nn.Module) -> bool:
+    """Return True if hooks can be registered on ``module``; modules from `torch.jit.script` do not allow them."""
     return not isinstance(module, torch.jit.RecursiveScriptModule)  # type: ignore[attr-defined]
 
 
-def around_call(
+def wrap_call(
     module: nn.Module, *, before: Before | None = None, after: After | None = None, first: bool = False
-) -> Undo:
-    """Have ``before(args, kwargs)`` and ``after(output)`` called with each call of ``module``, outside compiled code.
+) -> Remove:
+    """Call ``before(args, kwargs)`` and ``after(output)`` around each call of ``module``, outside compiled code.
 
-    They may return other arguments, another output; ``None`` leaves them as they are. ``first`` puts ``before`` in front of
-    the pre-hooks that are there.
+    They may return other arguments or another output; ``None`` leaves them as they are. ``first`` puts ``before`` in front
+    of existing pre-hooks.
     """
     compiled = module._compiled_call_impl
-    if compiled is not None:  # by module.compile(): registered hooks would be part of what is compiled
+    if compiled is not None:  # by module.compile(): registered hooks would be compiled with the module
 
         def call(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = (before(args, kwargs) if before else None) or (args, kwargs)
@@ -84,7 +84,7 @@ def around_call(
             changed = after(output) if after else None
             return output if changed is None else changed
 
-        return shadow(module, "_compiled_call_impl", not_traced(call, recursive=False))
+        return patch_attribute(module, "_compiled_call_impl", not_traced(call, recursive=False))
     hooks = ExitStack()
     if before is not None:
         handle = module.register_forward_pre_hook(_Hook(module, before), prepend=first, with_kwargs=True)
@@ -96,7 +96,7 @@ def around_call(
 
 
 class _Hook:
-    """Calls ``call`` for one module. A copy of the module, of a teacher say, or a pickled one, has a hook of no effect."""
+    """Calls ``call`` for one module. In a copy of the module (a teacher, say) or a pickled one the hook does nothing."""
 
     def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
         self.module = module

@@ -1,89 +1,187 @@
-"""What several ranks have to agree on before or within a backward pass."""
+"""Sums and broadcasts over the ranks of a distributed training, and the means of one optimizer step that they give."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
-import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_gradnorm.engine.module_hooks import Undo
+from lightning_gradnorm.engine.step_state import OptimizerStepState
+from lightning_gradnorm.gradients import RowReader
+
+Value = TypeVar("Value")
 
 
-def mean_losses(
-    tasks: Sequence[str], losses: Mapping[str, Sequence[Tensor]], like: Tensor, trainer: L.Trainer
-) -> tuple[Tensor, Tensor]:
-    """Return the mean over all ranks of each task's losses in this batch, and which tasks have one, each of shape (T,).
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train together, in torch.distributed's default group."""
 
-    One sum over the ranks of 2 T numbers, made before backward: all ranks have to come here together.
-    """
-    table = like.new_zeros(2, len(tasks))
-    for place, task in enumerate(tasks):
-        for loss in losses.get(task, ()):
-            table[0, place] += loss.detach().reshape(()).to(like)
-            table[1, place] += 1
-    if trainer.world_size > 1:
-        table = trainer.strategy.reduce(table, reduce_op="sum")
-    return table[0] / table[1].clamp(min=1), table[1] > 0
+    size: int = 1
+    index: int = 0
 
-
-class SideChannel:
-    """Sums over the ranks in the midst of a backward pass, beside whatever DDP is reducing at that moment.
-
-    Collectives of one process group have to be called in the same order on all ranks, which nobody can promise in backward,
-    where a group's reductions begin as the gradients become ready. This is a group of its own, on the CPU, in which nothing
-    else is ever called.
-
-    Args:
-        trainer: knows the ranks. With one rank there is nothing to agree on.
-    """
-
-    def __init__(self, trainer: L.Trainer) -> None:
-        self._group: dist.ProcessGroup | None = None
-        if trainer.world_size > 1:
-            timeout = getattr(trainer.strategy, "_timeout", None)  # the user's, if he gave DDPStrategy one
-            self._group = dist.new_group(backend="gloo", timeout=timeout if isinstance(timeout, timedelta) else None)
+    @classmethod
+    def current(cls) -> Ranks:
+        """Return those of the running process."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_world_size(), dist.get_rank())
+        return cls()
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of a tensor on the CPU over the ranks."""
+        """Return the sum of a tensor over the ranks."""
+        if self.size > 1:
+            values = values.contiguous().clone()
+            dist.all_reduce(values)
+        return values
+
+    def broadcast_from_rank0(self, values: Tensor) -> Tensor:
+        """Return rank 0's tensor, of the same shape on all ranks."""
+        if self.size > 1:
+            values = values.contiguous().clone()
+            dist.broadcast(values, src=0)
+        return values
+
+    def broadcast_object(self, value: Value) -> Value:
+        """Return rank 0's value."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def require_agreement(self, caller: str, values: Mapping[str, str]) -> None:
+        """Compare what each rank was given.
+
+        Raises:
+            ValueError: the ranks disagree; raised on all of them.
+        """
+        if self.size == 1:
+            return
+        of_all: list[Mapping[str, str]] = [{}] * self.size
+        dist.all_gather_object(of_all, dict(values))
+        for what in values:
+            for rank, other in enumerate(of_all):
+                if other.get(what) != of_all[0].get(what):
+                    raise ValueError(
+                        f"{caller}: all ranks should have the same {what}; rank 0 has {of_all[0].get(what)}, rank {rank} has "
+                        f"{other.get(what)}. Build the model and the rule in the same way on every rank."
+                    )
+
+    def warn(self, message: str) -> None:
+        """Warn on rank 0."""
+        if self.index == 0:
+            warnings.warn(message, stacklevel=3)
+
+
+class CpuProcessGroup:
+    """A gloo group for sums in the middle of a backward pass, beside whatever DDP is reducing at that moment.
+
+    Collectives of one group must be called in the same order on all ranks. Nobody can promise that in backward, where DDP's
+    reductions start as gradients become ready. Nothing else is ever called in this group.
+
+    Args:
+        ranks: with one rank there is no group.
+        timeout: of its collectives; torch's default if ``None``.
+    """
+
+    def __init__(self, ranks: Ranks, timeout: timedelta | None = None) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if ranks.size > 1 else None
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of a CPU tensor over the ranks."""
         if self._group is not None:
             values = values.contiguous().clone()
             dist.all_reduce(values, group=self._group)
         return values
 
-    def of_first_rank(self, values: Tensor) -> Tensor:
-        """Return rank 0's tensor of this shape, on the CPU, on all ranks.
+    def broadcast_from_rank0(self, values: Tensor) -> Tensor:
+        """Return rank 0's CPU tensor, of the same shape on all ranks.
 
-        What a solver makes of the same numbers may differ in the last bit from process to process, by where in memory they lie.
+        A solver may give different last bits for the same numbers, depending on how they are aligned in memory.
         """
         if self._group is not None:
             values = values.contiguous().clone()
             dist.broadcast(values, src=0, group=self._group)
         return values
 
-    @property
-    def close(self) -> Undo:
-        """What gives the group back."""
-
-        def give_back() -> None:
-            group, self._group = self._group, None
-            if group is not None and dist.is_initialized():
-                dist.destroy_process_group(group)
-
-        return give_back
+    def close(self) -> None:
+        """Destroy the group."""
+        group, self._group = self._group, None
+        if group is not None and dist.is_initialized():
+            dist.destroy_process_group(group)
 
 
-def of_first_rank(values: Tensor, trainer: L.Trainer) -> Tensor:
-    """Return rank 0's tensor of this shape on all ranks, in the group in which the gradients are reduced."""
-    if trainer.world_size > 1:
-        values = values.contiguous()
-        dist.broadcast(values, src=0)
-    return values
+def all_reduce_losses(
+    tasks: Sequence[str], losses: Mapping[str, Sequence[Tensor]], like: Tensor, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """Return the mean over all ranks of each task's losses in this batch, and which tasks have one, each of shape (T,).
+
+    One sum of 2 T numbers, before backward: all ranks must call it together.
+    """
+    table = like.new_zeros(2, len(tasks))
+    for row, task in enumerate(tasks):
+        for loss in losses.get(task, ()):
+            table[0, row] += loss.detach().reshape(()).to(like)
+            table[1, row] += 1
+    table = ranks.sum(table)
+    return table[0] / table[1].clamp(min=1), table[1] > 0
 
 
-def common_seed(trainer: L.Trainer) -> int:
-    """Return rank 0's seed."""
-    return int(trainer.strategy.broadcast(torch.initial_seed() % 2**62))
+@dataclass(frozen=True)
+class StepMeans:
+    """Means over the micro-batches and ranks of one optimizer step."""
+
+    losses: Tensor
+    """Mean of each task's losses, shape (T,)."""
+    present: Tensor | None
+    """Which tasks were present on any rank, bool of shape (T,); ``None`` if all of them."""
+    norms: Tensor | None
+    """``G_i``, shape (T,); ``None`` if the step was not measured."""
+
+
+def reduce_step(
+    tasks: Sequence[str],
+    step: OptimizerStepState,
+    reader: RowReader | None,
+    like: Tensor,
+    ranks: Ranks,
+    scale: float | Tensor,
+) -> StepMeans:
+    """Return the step's mean losses and norms ``G_i``, from one fused sum over the ranks: T gradients, losses and counts.
+
+    Args:
+        tasks: the tasks' names.
+        step: what the step has shown on this rank.
+        reader: holds the gradients, if they were read.
+        like: the weights in force, shape (T,).
+        ranks: over which to sum.
+        scale: by how much the gradients exceed those of the mean loss.
+    """
+    nothing = like.new_zeros(())
+    losses = torch.stack([step.losses.get(task, nothing).to(like) for task in tasks])
+    counts = [step.counts.get(task, 0) for task in tasks]
+    if reader is not None:
+        # As if the weight had not been rounded to the loss's precision.
+        for task, rounded in step.rounded_weights.items():
+            reader.rescale(task, like[tasks.index(task)] / rounded)
+    if ranks.size == 1:
+        norms = None if reader is None else reader.norms(tasks).to(like)
+        if max(counts) > 1:
+            losses = losses / _to_device(like, [max(count, 1) for count in counts])
+        present = None if all(counts) else _to_device(like, counts) > 0
+    else:
+        table = torch.stack([losses, _to_device(like, counts)], dim=1)
+        table = table if reader is None else torch.cat([table, reader.rows(tasks, like)], dim=1)
+        table = ranks.sum(table)
+        losses, present = table[:, 0] / table[:, 1].clamp(min=1), table[:, 1] > 0
+        norms = None if reader is None else reader.norms_of(table[:, 2:])
+    return StepMeans(losses, present, norms if norms is None else norms / (scale * ranks.size))
+
+
+def _to_device(like: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Return the numbers on the device of ``like``, without waiting for it."""
+    return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-import lightning as L
 from torch import Tensor, nn
 
 from lightning_gradnorm.engine.compiled import is_compiled
 from lightning_gradnorm.engine.layers import path_to
-from lightning_gradnorm.engine.module_hooks import takes_hooks
+from lightning_gradnorm.engine.module_hooks import supports_hooks
 from lightning_gradnorm.gradients import (
     GradientReader,
     ReplayedGradients,
@@ -19,7 +18,7 @@ from lightning_gradnorm.gradients.replay import is_sharded
 
 
 def weight_readers(
-    root: L.LightningModule, W: Mapping[str, Tensor], opened: Collection[nn.Module]
+    root: nn.Module, W: Mapping[str, Tensor], opened: Collection[nn.Module]
 ) -> list[GradientReader]:
     """Return readers of ``∇_W L_i`` in order of preference.
 
@@ -35,7 +34,7 @@ def weight_readers(
     around = [
         (name, module)
         for name, module in path_to(root, next(iter(W)))[1:]
-        if all(parameter.startswith(f"{name}.") for parameter in W) and takes_hooks(module)
+        if all(parameter.startswith(f"{name}.") for parameter in W) and supports_hooks(module)
     ]
     sharded = [(name, module) for name, module in around if is_sharded(module)][:1]
     if sharded:

@@ -1,52 +1,50 @@
-"""The gradients of all shared parameters, task by task: the textbook's aggregation, T passes through the trunk."""
+"""The task gradients of all shared parameters: the textbook's aggregation, with T passes through the trunk."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_gradnorm.engine.loss_scale import loss_scale, share
-from lightning_gradnorm.engine.ranks import SideChannel
-from lightning_gradnorm.engine.step_state import Window
-from lightning_gradnorm.gradients import JointGradients, WeightGradients, unwalkable
+from lightning_gradnorm.engine.measurement import Setting
+from lightning_gradnorm.engine.ranks import CpuProcessGroup
+from lightning_gradnorm.engine.step_state import OptimizerStepState
+from lightning_gradnorm.gradients import JointGradients, WeightGradients, reason_not_retraversable
 
 
 class SharedParameters:
-    """Reads the tasks' gradients of the parameters behind the representation, and hands in one in place of their sum.
+    """Reads the task gradients of the parameters behind the representation, and sets one gradient in place of their sum.
 
     Args:
-        asked_by: the callback's name, the beginning of each error.
-        joint: where the tasks' gradients meet; it lets none of them through to the trunk.
-        side: through which the ranks agree.
+        setting: where the aggregation is at work.
+        gate: where the task gradients meet; it lets none of them through to the trunk.
+        group: lets the ranks agree.
     """
 
-    def __init__(self, asked_by: str, joint: JointGradients, side: SideChannel) -> None:
-        self._asked_by = asked_by
-        self._joint = joint
-        self._side = side
+    def __init__(self, setting: Setting, gate: JointGradients, group: CpuProcessGroup) -> None:
+        self._setting = setting
+        self._gate = gate
+        self._group = group
         self._reader: WeightGradients | None = None
         self._size = 1.0
 
-    def seek(self, module: nn.Module) -> None:
-        """Look, before a backward pass, which parameters are behind the representation: on any rank, this time or before.
+    def find_parameters(self) -> None:
+        """Find, before a backward pass, the parameters behind the representation: on any rank, now or in earlier passes.
 
-        They are the module's, in its order: a layer may be left out at times, or be frozen at first.
+        They keep the model's order. A layer may be skipped in some passes, or be frozen at first.
 
         Raises:
-            ValueError: the trunk cannot be passed once for each task.
+            ValueError: the trunk cannot be traversed once for each task.
         """
-        if self._reader is None and (cause := unwalkable(self._joint.trunk())):
+        caller = self._setting.caller
+        if self._reader is None and (cause := reason_not_retraversable(self._gate.trunk())):
             raise ValueError(
-                f"{self._asked_by}: at='parameters' passes the trunk once for each task, and so comes to {cause.split(',')[0]}"
+                f"{caller}: at='parameters' traverses the trunk once for each task, and so comes to {cause.split(',')[0]}"
                 f"{'' if cause.endswith('False.') else ', whose graph cannot be walked twice.'} Or use at='representation'."
             )
-        before = [] if self._reader is None else self._reader.sought
-        known = {id(parameter) for parameter in [*self._joint.parameters(), *before]}
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        counts = self._side.sum(torch.tensor([float(id(parameter) in known) for parameter in parameters]))
+        before = [] if self._reader is None else self._reader.targets
+        known = {id(parameter) for parameter in [*self._gate.parameters(), *before]}
+        parameters = [parameter for parameter in self._setting.model.parameters() if parameter.requires_grad]
+        counts = self._group.sum(torch.tensor([float(id(parameter) in known) for parameter in parameters]))
         shared = [parameter for parameter, count in zip(parameters, counts.tolist(), strict=True) if count]
         if self._reader is not None:
             self._reader.seek(shared)
@@ -54,31 +52,30 @@ class SharedParameters:
             self._reader = WeightGradients(shared)
 
     def read(self) -> None:
-        """Pass the trunk once for each task whose gradient has arrived at the representation. Called within backward."""
+        """Traverse the trunk once for each task whose gradient has reached the representation. Called within backward."""
         if self._reader is not None:  # else all of the trunk is frozen
-            self._joint.gradients_of(self._reader)
+            self._gate.gradients_of(self._reader)
 
-    def clear(self) -> None:
+    def reset(self) -> None:
         """Forget what was read: a new optimizer step begins."""
         if self._reader is not None:
-            self._reader.clear()
+            self._reader.reset()
 
-    def matrix(self, tasks: Sequence[str], window: Window, like: Tensor, trainer: L.Trainer) -> tuple[Tensor, Tensor]:
+    def matrix(self, step: OptimizerStepState, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return J of shape (T, n), gradients of the step's mean losses over all ranks, and which tasks were present, (T,)."""
-        counts = torch.tensor([float(window.counts.get(task, 0)) for task in tasks])
+        loop, tasks = self._setting.loop, self._setting.tasks
+        counts = torch.tensor([float(step.counts.get(task, 0)) for task in tasks])
         rows = like.new_zeros(len(tasks), 0) if self._reader is None else self._reader.rows(tasks, like)
-        table = torch.cat([counts.to(rows)[:, None], rows], dim=1)
-        if trainer.world_size > 1:
-            table = trainer.strategy.reduce(table, reduce_op="sum")
-        # What stands in .grad is so much more than the gradient of the mean loss, the loss scale taken out already.
-        self._size = share(window.backwards, trainer)
-        scale = trainer.world_size * loss_scale(trainer) * (self._size or 1.0)
+        table = loop.ranks.sum(torch.cat([counts.to(rows)[:, None], rows], dim=1))
+        # By how much .grad exceeds the gradient of the mean loss. The loss scale has been taken out of it already.
+        self._size = float(loop.step_scale(step.backwards)) / loop.loss_scale()
+        scale = loop.ranks.size * loop.loss_scale() * (self._size or 1.0)
         return table[:, 1:] / scale, (table[:, 0] > 0).cpu()
 
-    def hand_in(self, gradient: Tensor) -> None:
+    def set_gradient(self, gradient: Tensor) -> None:
         """Add a gradient, shape (n,), to what the parameters have from elsewhere than the tasks."""
         start = 0
-        for parameter in [] if self._reader is None else self._reader.sought:
+        for parameter in [] if self._reader is None else self._reader.targets:
             piece = gradient[start : start + parameter.numel()].view(parameter.shape).to(parameter.dtype) * self._size
             parameter.grad = piece.clone() if parameter.grad is None else parameter.grad.add_(piece)
             start += parameter.numel()

@@ -1,10 +1,10 @@
 """How each task's gradient is read out of one backward pass. Pure torch."""
 
 from lightning_gradnorm.gradients.branch import TAKEN, branch, fan_out
-from lightning_gradnorm.gradients.buffers import KeptBuffers
+from lightning_gradnorm.gradients.buffers import BufferGuard
 from lightning_gradnorm.gradients.gate import JointGradients
-from lightning_gradnorm.gradients.graph import nodes_between, unwalkable
-from lightning_gradnorm.gradients.loss_terms import REST, PartGradients
+from lightning_gradnorm.gradients.graph import nodes_on_paths, reason_not_retraversable
+from lightning_gradnorm.gradients.loss_terms import REST, LossTermGradients
 from lightning_gradnorm.gradients.norms import GradientNorms, check_loss, gradient_norms, inner_products
 from lightning_gradnorm.gradients.readers import (
     ActivationGradients,
@@ -23,8 +23,8 @@ __all__ = [
     "GradientNorms",
     "GradientReader",
     "JointGradients",
-    "KeptBuffers",
-    "PartGradients",
+    "BufferGuard",
+    "LossTermGradients",
     "ReplayedGradients",
     "RowReader",
     "WeightGradients",
@@ -34,7 +34,7 @@ __all__ = [
     "flat_row",
     "gradient_norms",
     "inner_products",
-    "nodes_between",
+    "nodes_on_paths",
     "row_width",
-    "unwalkable",
+    "reason_not_retraversable",
 ]

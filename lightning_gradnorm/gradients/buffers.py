@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class KeptBuffers:
+class BufferGuard:
     """Puts back what a reading has changed in a model's buffers.
 
     A checkpointed region is computed again whenever a gradient passes it, and with it the running statistics of a
@@ -21,8 +21,8 @@ class KeptBuffers:
 
     Example:
         >>> mean = torch.zeros(2)
-        >>> kept = KeptBuffers([mean])
-        >>> with kept.through_reading("seg"):
+        >>> kept = BufferGuard([mean])
+        >>> with kept.preserved("seg"):
         ...     _ = mean.add_(1)
         >>> mean
         tensor([0., 0.])
@@ -34,7 +34,7 @@ class KeptBuffers:
         self._read_before: set[str] = set()
 
     @contextmanager
-    def through_reading(self, task: str) -> Iterator[None]:
+    def preserved(self, task: str) -> Iterator[None]:
         """Have all buffers afterwards as they were before."""
         is_first = task not in self._read_before
         before = [(buffer, buffer.clone()) for buffer in (self._all if is_first else self._changing.values())]

@@ -19,7 +19,7 @@ from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
 from lightning_gradnorm.gradients.branch import TAKEN
-from lightning_gradnorm.gradients.graph import leaves_behind, node_of, nodes_behind, nodes_between
+from lightning_gradnorm.gradients.graph import leaves_behind, node_of, reachable_nodes, nodes_on_paths
 from lightning_gradnorm.gradients.readers import GradientReader, WeightGradients
 
 HandOn = Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]
@@ -102,7 +102,7 @@ class JointGradients(GradientReader):
     Example:
         >>> trunk, heads = torch.nn.Linear(3, 4), {"a": torch.nn.Linear(4, 1), "b": torch.nn.Linear(4, 1)}
         >>> reader = JointGradients(trunk, "the representation", ["a", "b"], lambda J: 0.5 * J[0] + 2 * J[1])
-        >>> z = reader.after(trunk(torch.ones(2, 3)))
+        >>> z = reader.forward_post(trunk(torch.ones(2, 3)))
         >>> from lightning_gradnorm.gradients import fan_out
         >>> branches = fan_out(z, heads, reader.read)
         >>> loss = sum(heads[task](branches[task]).square().mean() for task in heads)
@@ -110,7 +110,7 @@ class JointGradients(GradientReader):
         True
         >>> reader.begin(loss)
         >>> loss.backward()
-        >>> reader.finish()
+        >>> reader.on_backward_end()
     """
 
     module: nn.Module
@@ -124,16 +124,16 @@ class JointGradients(GradientReader):
         self._in_backward = False
 
     @property
-    def where(self) -> str:
+    def label(self) -> str:
         """The representation."""
         return self._name
 
     @property
-    def sought(self) -> list[Tensor]:
+    def targets(self) -> list[Tensor]:
         """What the gate hands to the heads in the current forward pass."""
         return [] if self._meeting is None else self._meeting.views
 
-    def after(self, output: Any) -> Any:
+    def forward_post(self, output: Any) -> Any:
         """Let what the encoder returns through the gate.
 
         Raises:
@@ -155,7 +155,7 @@ class JointGradients(GradientReader):
             leaves[place] = view
         return pytree.tree_unflatten(leaves, structure)
 
-    def objection(self, loss: Tensor) -> str | None:
+    def why_unreadable(self, loss: Tensor) -> str | None:
         """Return what speaks against reading this task here, the end of a sentence."""
         if self._meeting is None:
             return (
@@ -163,7 +163,7 @@ class JointGradients(GradientReader):
                 f"method), or returned no tensors, nor tuples, lists or dicts of tensors that carry a gradient."
             )
         within = {node for node in self.trunk() if not hasattr(node, "variable")}
-        if within & nodes_behind([node_of(loss)], stop={self._meeting.node}):
+        if within & reachable_nodes([node_of(loss)], stop={self._meeting.node}):
             return (
                 f"reaches what is within {self._name} by a way that does not pass its output, a skip connection say, so that "
                 f"part of its gradient would not be aggregated. Name as representation the module whose output is all that "
@@ -180,12 +180,12 @@ class JointGradients(GradientReader):
         """
         self._in_backward = True
         if self._meeting is not None:
-            self._meeting.around = nodes_between([node_of(back_propagated)], self._meeting.views, stop=stop)
+            self._meeting.around = nodes_on_paths([node_of(back_propagated)], self._meeting.views, stop=stop)
 
     def is_behind(self, back_propagated: Tensor) -> bool:
         """Say whether a backward pass that begins there will come to the gate of the current forward pass."""
         gate = None if self._meeting is None else self._meeting.node
-        return gate is not None and gate in nodes_behind([node_of(back_propagated)], stop={gate})
+        return gate is not None and gate in reachable_nodes([node_of(back_propagated)], stop={gate})
 
     @property
     def around(self) -> Collection[Node]:
@@ -232,17 +232,17 @@ class JointGradients(GradientReader):
 
     def trunk(self) -> set[Node]:
         """Return the nodes behind the representation of the current forward pass."""
-        return set() if self._meeting is None else nodes_behind([node_of(tensor) for tensor in self._meeting.below])
+        return set() if self._meeting is None else reachable_nodes([node_of(tensor) for tensor in self._meeting.below])
 
     def parameters(self) -> list[Tensor]:
         """Return the parameters behind the representation, the shared ones, of the current forward pass."""
         return [] if self._meeting is None else leaves_behind(self._meeting.below)
 
-    def finish(self) -> None:
+    def on_backward_end(self) -> None:
         """Take note that the backward pass is over: what comes now is not for us."""
         self._in_backward = False
 
-    def forget(self) -> None:
+    def release_graph(self) -> None:
         """Let go of the current forward pass."""
         self._meeting, self._in_backward = None, False
 

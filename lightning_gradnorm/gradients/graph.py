@@ -13,7 +13,7 @@ def node_of(tensor: Tensor) -> Node:
     return get_gradient_edge(tensor).node
 
 
-def nodes_behind(start: Iterable[Node], *, stop: Collection[Node] = ()) -> set[Node]:
+def reachable_nodes(start: Iterable[Node], *, stop: Collection[Node] = ()) -> set[Node]:
     """Return the nodes that a gradient starting at ``start`` comes to, ``start`` included; none behind ``stop``."""
     to_visit = list(start)
     found = set(to_visit)
@@ -29,7 +29,7 @@ def nodes_behind(start: Iterable[Node], *, stop: Collection[Node] = ()) -> set[N
 
 
 def _sources(start: Iterable[Node], stop: Collection[Node]) -> dict[Node, list[Node]]:
-    """Return the nodes of `nodes_behind`, each with those from which a gradient comes to it."""
+    """Return the nodes of `reachable_nodes`, each with those from which a gradient comes to it."""
     sources: dict[Node, list[Node]] = {node: [] for node in start}
     to_visit = list(sources)
     while to_visit:
@@ -46,7 +46,7 @@ def _sources(start: Iterable[Node], stop: Collection[Node]) -> dict[Node, list[N
     return sources
 
 
-def nodes_between(start: Iterable[Node], targets: Iterable[Tensor], *, stop: Collection[Node] = ()) -> set[Node]:
+def nodes_on_paths(start: Iterable[Node], targets: Iterable[Tensor], *, stop: Collection[Node] = ()) -> set[Node]:
     """Return the nodes on any path from ``start`` to ``targets``, both ends included; empty if there is no path.
 
     Args:
@@ -58,9 +58,9 @@ def nodes_between(start: Iterable[Node], targets: Iterable[Tensor], *, stop: Col
         >>> import torch
         >>> w, x = torch.ones(2, requires_grad=True), torch.ones(2)
         >>> loss = (w * x).sum()
-        >>> sorted(node.name() for node in nodes_between([node_of(loss)], [w]))
+        >>> sorted(node.name() for node in nodes_on_paths([node_of(loss)], [w]))
         ['MulBackward0', 'SumBackward0', 'torch::autograd::AccumulateGrad']
-        >>> nodes_between([node_of(loss)], [torch.ones(2, requires_grad=True)])
+        >>> nodes_on_paths([node_of(loss)], [torch.ones(2, requires_grad=True)])
         set()
     """
     sources = _sources(start, stop)
@@ -98,7 +98,7 @@ def leaves_behind(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list(leaves)
 
 
-def unwalkable(nodes: Iterable[Node]) -> str | None:
+def reason_not_retraversable(nodes: Iterable[Node]) -> str | None:
     """Say what in these nodes forbids to walk them a second time beside the ordinary backward pass, and how to mend it.
 
     ``None``: nothing does.

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_gradnorm.gradients.buffers import KeptBuffers
-from lightning_gradnorm.gradients.graph import node_of, nodes_between, unwalkable
+from lightning_gradnorm.gradients.buffers import BufferGuard
+from lightning_gradnorm.gradients.graph import node_of, nodes_on_paths, reason_not_retraversable
 from lightning_gradnorm.gradients.readers import flat_row
 
 REST = "rest_of_loss"
@@ -19,7 +19,7 @@ REST = "rest_of_loss"
 
 
 @dataclass
-class Part:
+class LossTerm:
     """Sums over the backward passes of one optimizer step."""
 
     row: Tensor
@@ -44,12 +44,12 @@ class _Reading:
     weighted: Tensor | None = None
 
 
-class PartGradients:
+class LossTermGradients:
     """Sums up each part's contribution to ``.grad`` over the backward passes of one optimizer step.
 
     Before a backward pass, `read` takes the gradient of each part as it stands in the total, by a first-order pass of its
-    own. Hooks, placed by `listen`, see by how much the part is multiplied beyond that, by a balancing strategy say, and
-    `settle` puts both together. The graph that the backward pass will use, and all that it computes, stays as it is.
+    own. Hooks, placed by `attach_hooks`, see by how much the part is multiplied beyond that, by a balancing strategy say, and
+    `finalize` puts both together. The graph that the backward pass will use, and all that it computes, stays as it is.
 
     Args:
         buffers: all of the model's, kept as they are where a reading runs a checkpointed region again.
@@ -58,8 +58,8 @@ class PartGradients:
 
     def __init__(self, buffers: Iterable[Tensor], *, asked_by: str) -> None:
         self.parameters: list[Tensor] = []
-        self.parts: dict[str, Part] = {}
-        self._buffers = KeptBuffers(buffers)
+        self.parts: dict[str, LossTerm] = {}
+        self._buffers = BufferGuard(buffers)
         self._asked_by = asked_by
         self._examined: set[str] = set()
         self._readings: list[_Reading] = []
@@ -89,7 +89,7 @@ class PartGradients:
         # As in the backward pass itself: outside autocast, and with no second batch seen by a checkpointed BatchNorm.
         with (
             torch.autocast(total.device.type, enabled=False),
-            self._buffers.through_reading(",".join(n for n, _ in losses)),
+            self._buffers.preserved(",".join(n for n, _ in losses)),
         ):
             seeds = self._grad(total, [loss for _, loss in losses], seed)
             found = [(name, loss, own) for (name, loss), own in zip(losses, seeds, strict=True) if own is not None]
@@ -98,21 +98,21 @@ class PartGradients:
                 row, reaches = self._row(loss, own, scale)
                 self._readings.append(_Reading(name, loss, own, row, reaches))
             stop = {node_of(loss) for _, loss, _ in found}
-            if nodes_between([node_of(total)], self.parameters, stop=stop):
+            if nodes_on_paths([node_of(total)], self.parameters, stop=stop):
                 with ExitStack() as hooks:
                     for _, loss, _ in found:
                         hooks.callback(loss.register_hook(torch.zeros_like).remove)  # type: ignore[no-untyped-call]
                     row, reaches = self._row(total, seed, scale)
                 self._readings.append(_Reading(REST, total, seed, row, reaches, weighted=seed))
 
-    def listen(self) -> None:
+    def attach_hooks(self) -> None:
         """Place hooks, behind all that are there, on the parts that were read: the backward pass is about to begin."""
         for reading in self._readings:
             if reading.name != REST:
                 handle = reading.loss.register_hook(partial(_note, reading))  # type: ignore[no-untyped-call]
                 self._hooks.callback(handle.remove)
 
-    def settle(self) -> None:
+    def finalize(self) -> None:
         """Add what was read to the sums, as the backward pass that is over has weighted it."""
         self._hooks.close()
         for reading in self._readings:
@@ -123,15 +123,15 @@ class PartGradients:
             weighted, plain = (one.to(row).reshape(()).abs() for one in (reading.weighted, reading.plain))
             part = self.parts.get(reading.name)
             if part is None:
-                self.parts[reading.name] = Part(row, reading.reaches, weighted, plain)
+                self.parts[reading.name] = LossTerm(row, reading.reaches, weighted, plain)
             else:
                 part.row = part.row + row
                 part.reaches = [a or b for a, b in zip(part.reaches, reading.reaches, strict=True)]
                 part.weighted, part.plain = part.weighted + weighted, part.plain + plain
         self._readings = []
 
-    def forget(self) -> None:
-        """Let go of the current forward pass's tensors; what was settled stays."""
+    def release_graph(self) -> None:
+        """Let go of the current forward pass's tensors; what was finalized stays."""
         self._hooks.close()
         self._readings = []
 
@@ -149,7 +149,7 @@ class PartGradients:
         if self._examined >= {name for name, _ in parts} | {REST}:
             return
         self._examined |= {name for name, _ in parts} | {REST}
-        if cause := unwalkable(nodes_between([node_of(total)], self.parameters)):
+        if cause := reason_not_retraversable(nodes_on_paths([node_of(total)], self.parameters)):
             raise ValueError(
                 f"{self._asked_by}: the loss reaches the parameters through {cause.split(',')[0].rstrip('.')}, whose graph "
                 f"cannot be walked twice. Look at the gradients in a short run without it."
@@ -158,7 +158,7 @@ class PartGradients:
             others = [(other, tensor) for other, tensor in parts if other != name]
             same = next((other for other, tensor in others if tensor is loss), None)
             inside = [(other, tensor) for other, tensor in others if node_of(tensor) is not node_of(loss)]
-            between = nodes_between([node_of(loss)], [tensor for _, tensor in inside])
+            between = nodes_on_paths([node_of(loss)], [tensor for _, tensor in inside])
             nested = same or next((other for other, tensor in inside if node_of(tensor) in between), None)
             if nested is not None:
                 parts_of_sum = [other for other, _ in others if other != nested] + [nested]

@@ -77,45 +77,45 @@ class GradientReader(ABC):
 
     @property
     @abstractmethod
-    def where(self) -> str:
+    def label(self) -> str:
         """What the sought tensors are called in an error."""
 
     @property
     @abstractmethod
-    def sought(self) -> list[Tensor]:
+    def targets(self) -> list[Tensor]:
         """The tensors whose gradient is read."""
 
     @abstractmethod
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> object:
         """Take this task's gradients, which have just arrived at ``outputs``; the answer is that of a `Receive`."""
 
-    def close(self, task: str) -> None:
+    def finalize_task(self, task: str) -> None:
         """Take note that nothing more of this task will be read in this optimizer step."""
         return
 
-    def before(self, args: Any, kwargs: Any) -> None:
+    def forward_pre(self, args: Any, kwargs: Any) -> None:
         """See the arguments with which `module` is called."""
         return
 
-    def after(self, output: Any) -> Any:
+    def forward_post(self, output: Any) -> Any:
         """See what `module` returns; return what is to be handed on in its place, or ``None``."""
         return None
 
-    def objection(self, loss: Tensor) -> str | None:
+    def why_unreadable(self, loss: Tensor) -> str | None:
         """Return what speaks against reading this task here, the end of a sentence; ``None`` if nothing does."""
         return None
 
-    def finish(self) -> None:
+    def on_backward_end(self) -> None:
         """Do what is left to do when a backward pass is over."""
         return
 
-    def forget(self) -> None:
+    def release_graph(self) -> None:
         """Let go of the current forward pass's tensors; what was read of them stays."""
         return
 
-    def clear(self) -> None:
+    def reset(self) -> None:
         """Forget what was read: a new optimizer step begins."""
-        self.forget()
+        self.release_graph()
 
 
 class RowReader(GradientReader):
@@ -123,7 +123,7 @@ class RowReader(GradientReader):
 
     def __init__(self) -> None:
         self._rows: dict[str, Tensor] = {}
-        self._closed: dict[str, Tensor] = {}
+        self._finalized: dict[str, Tensor] = {}
         """The norms of tasks whose rows are not kept."""
 
     def norms_of(self, rows: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class RowReader(GradientReader):
 
         Tasks that were closed have none any more.
         """
-        assert not self._closed
+        assert not self._finalized
         rows = like.new_zeros(len(tasks), self.width())
         for row, task in zip(rows, tasks, strict=True):
             if task in self._rows:
@@ -149,33 +149,33 @@ class RowReader(GradientReader):
     def norms(self, tasks: Sequence[str]) -> Tensor:
         """Return the norms of the gradients read so far, shape (T,), zero for a task not seen."""
         # Row by row: a table of T copies of W would take longer to fill than the norms to compute.
-        known = self._closed | {task: self.norms_of(row[None]).squeeze(0) for task, row in self._rows.items()}
+        known = self._finalized | {task: self.norms_of(row[None]).squeeze(0) for task, row in self._rows.items()}
         nothing = next(iter(known.values()), torch.zeros(())).new_zeros(())
         return torch.stack([known.get(task, nothing) for task in tasks])
 
-    def close(self, task: str) -> None:
+    def finalize_task(self, task: str) -> None:
         """Keep the norm of what was read of the task, and not its row."""
         if task in self._rows:
-            self._closed[task] = self.norms_of(self._rows.pop(task)[None]).squeeze(0)
+            self._finalized[task] = self.norms_of(self._rows.pop(task)[None]).squeeze(0)
 
     def rescale(self, task: str, factor: Tensor) -> None:
         """Multiply what was read of a task's gradient by ``factor``."""
         if task in self._rows:
             self._rows[task] = self._rows[task] * factor
-        if task in self._closed:
-            self._closed[task] = self._closed[task] * factor
+        if task in self._finalized:
+            self._finalized[task] = self._finalized[task] * factor
 
-    def clear(self) -> None:
+    def reset(self) -> None:
         """Forget what was read: a new optimizer step begins."""
-        super().clear()
+        super().reset()
         self._rows.clear()
-        self._closed.clear()
+        self._finalized.clear()
 
     def _is_closed(self, task: str) -> bool:
         """Say whether nothing more of the task can be taken in."""
-        return task in self._closed
+        return task in self._finalized
 
-    def _refuse_if_closed(self, task: str) -> None:
+    def _refuse_if_finalized(self, task: str) -> None:
         if self._is_closed(task):
             raise RuntimeError(
                 f"the gradient of task '{task}' is read again after it was said to be complete: the task's loss was "
@@ -184,7 +184,7 @@ class RowReader(GradientReader):
             )
 
     def _add(self, task: str, row: Tensor) -> None:
-        self._refuse_if_closed(task)
+        self._refuse_if_finalized(task)
         self._rows[task] = self._rows[task] + row if task in self._rows else row
 
 
@@ -205,12 +205,12 @@ class WeightGradients(RowReader):
         """Tasks from which no way led to ``W`` in this optimizer step."""
 
     @property
-    def where(self) -> str:
+    def label(self) -> str:
         """The shared layer."""
         return "the shared layer"
 
     @property
-    def sought(self) -> list[Tensor]:
+    def targets(self) -> list[Tensor]:
         """The tensors of ``W``."""
         return self._parameters
 
@@ -231,9 +231,9 @@ class WeightGradients(RowReader):
             self.unreached.add(task)
         self._add(task, flat_row(found, self._parameters))
 
-    def clear(self) -> None:
+    def reset(self) -> None:
         """Forget what was read: a new optimizer step begins."""
-        super().clear()
+        super().reset()
         self.unreached.clear()
 
     def width(self) -> int:
@@ -256,32 +256,32 @@ class ActivationGradients(RowReader):
         super().__init__()
         self.module = module
         self._name = name
-        self._sought: list[Tensor] = []
+        self._targets: list[Tensor] = []
         self._arrived: dict[str, list[Tensor | None]] = {}
 
     @property
-    def where(self) -> str:
+    def label(self) -> str:
         """The representation."""
         return self._name
 
-    def after(self, output: Any) -> None:
+    def forward_post(self, output: Any) -> None:
         """Take the gradients of this forward pass at the tensors in ``output``."""
-        self._sought.extend(t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad)
+        self._targets.extend(t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad)
 
     @property
-    def sought(self) -> list[Tensor]:
+    def targets(self) -> list[Tensor]:
         """The tensors of the current forward pass."""
-        return self._sought
+        return self._targets
 
-    def forget(self) -> None:
+    def release_graph(self) -> None:
         """Let go of the current forward pass's tensors; what was read of them stays."""
         self._square()
-        self._sought = []
+        self._targets = []
 
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add the task's gradient at the representation."""
-        self._refuse_if_closed(task)
-        found = torch.autograd.grad(outputs, self._sought, gradients, retain_graph=True, allow_unused=True)
+        self._refuse_if_finalized(task)
+        found = torch.autograd.grad(outputs, self._targets, gradients, retain_graph=True, allow_unused=True)
         self._arrived[task] = add_up(self._arrived.get(task), list(found))
 
     def _square(self, tasks: Iterable[str] | None = None) -> None:
@@ -292,10 +292,10 @@ class ActivationGradients(RowReader):
             if squares:
                 self._add(task, torch.stack(squares).sum().reshape(1))
 
-    def close(self, task: str) -> None:
+    def finalize_task(self, task: str) -> None:
         """Keep the norm of what was read of the task, and not the T-th copy of the representation."""
         self._square([task])
-        super().close(task)
+        super().finalize_task(task)
 
     def rows(self, tasks: Sequence[str], like: Tensor) -> Tensor:
         """Return the sums of squares so far, shape (T, 1)."""
@@ -310,7 +310,7 @@ class ActivationGradients(RowReader):
     def rescale(self, task: str, factor: Tensor) -> None:
         """Multiply what was read of a task's gradient by ``factor``: the squares by its square."""
         self._square([task])
-        super().rescale(task, factor if task in self._closed else factor.square())
+        super().rescale(task, factor if task in self._finalized else factor.square())
 
     def norms_of(self, rows: Tensor) -> Tensor:
         """Return the root of each row's sum of squares."""

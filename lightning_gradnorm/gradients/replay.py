@@ -98,12 +98,12 @@ class ReplayedGradients(RowReader):
         self._verified = False
 
     @property
-    def where(self) -> str:
+    def label(self) -> str:
         """The module's output."""
         return f"the output of '{self._name}'"
 
     @property
-    def sought(self) -> list[Tensor]:
+    def targets(self) -> list[Tensor]:
         """What the module returned in this forward pass, as far as it is part of the graph."""
         return [tensor for call in self._calls for tensor in call.outputs if tensor.requires_grad]
 
@@ -121,14 +121,14 @@ class ReplayedGradients(RowReader):
         """Where gradients go on to from what the module was given in this forward pass."""
         return set().union(*(call.before for call in self._calls))
 
-    def before(self, args: Any, kwargs: Any) -> None:
+    def forward_pre(self, args: Any, kwargs: Any) -> None:
         """Note how the module is called."""
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         before = {node_of(tensor) for tensor in given if tensor.requires_grad}
         detached = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         self._begun.append(_Call(detached, _Surroundings.now(given), before))
 
-    def after(self, output: Any) -> Any:
+    def forward_post(self, output: Any) -> Any:
         """Note what the module returns; return views of it to be handed on in its place.
 
         Views, since the gradient at the output itself cannot be asked for where somebody else has hung a hook on it.
@@ -141,13 +141,13 @@ class ReplayedGradients(RowReader):
 
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Carry the task's gradient on to the module's output, and keep it there until the backward pass is over."""
-        found = iter(torch.autograd.grad(outputs, self.sought, gradients, retain_graph=True, allow_unused=True))
+        found = iter(torch.autograd.grad(outputs, self.targets, gradients, retain_graph=True, allow_unused=True))
         for call in self._calls:
             here = [next(found) if tensor.requires_grad else None for tensor in call.outputs]
             if any(gradient is not None for gradient in here):
                 call.arrived[task] = add_up(call.arrived.get(task), here)
 
-    def finish(self) -> None:
+    def on_backward_end(self) -> None:
         """Run the module again, and add what ``W`` gets from each task.
 
         Raises:
@@ -159,7 +159,7 @@ class ReplayedGradients(RowReader):
                 self._run_again(call, tensors, W)
                 call.arrived = {}
 
-    def forget(self) -> None:
+    def release_graph(self) -> None:
         """Let go of the current forward pass."""
         self._calls, self._begun = [], []
 

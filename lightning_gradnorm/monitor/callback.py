@@ -15,7 +15,6 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -23,16 +22,16 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_gradnorm._messages import check, did_you_mean, is_integer, nearest
-from lightning_gradnorm.callbacks import losses
-from lightning_gradnorm.callbacks.aggregation import Aggregation
+from lightning_gradnorm.callbacks.losses import capture_logged
+from lightning_gradnorm.callbacks.packages import is_one_of, works_in_both_packages
+from lightning_gradnorm.callbacks.trainer_loop import loss_scale, scaler_skips
 from lightning_gradnorm.engine.layers import plain_name
-from lightning_gradnorm.engine.loss_scale import loss_scale, scaler_skips
-from lightning_gradnorm.engine.module_hooks import Undo, shadow
-from lightning_gradnorm.engine.task_names import DeclaresTasks
+from lightning_gradnorm.engine.module_hooks import Remove, patch_attribute
+from lightning_gradnorm.engine.rule import DeclaresTasks
 from lightning_gradnorm.gradients import (
     REST,
     GradientNorms,
-    PartGradients,
+    LossTermGradients,
     check_loss,
     flat_row,
     inner_products,
@@ -45,6 +44,7 @@ _NAME = "GradientNormMonitor"
 _check = partial(check, _NAME)
 
 
+@works_in_both_packages
 class GradientNormMonitor(L.Callback):
     """Show how large each part of a composite loss is in the update of the shared parameters, and which parts conflict.
 
@@ -113,7 +113,7 @@ class GradientNormMonitor(L.Callback):
         self._aggregated = False
         self._steps = 0
         self._trainer: L.Trainer | None = None
-        self._undo: Undo | None = None
+        self._undo: Remove | None = None
         self._forget_training()
 
     def _forget_training(self) -> None:
@@ -122,7 +122,7 @@ class GradientNormMonitor(L.Callback):
         self._declared = False
         self._sought: dict[str, nn.Parameter] | None = None
         self._reached: dict[str, set[str]] = {}
-        self._gradients = PartGradients([], asked_by=_NAME)
+        self._gradients = LossTermGradients([], asked_by=_NAME)
         self._logged: set[str] = set()
         self._ever_offered: dict[str, None] = {}
         self._forget_window()
@@ -138,7 +138,7 @@ class GradientNormMonitor(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        if is_one_of(trainer.strategy, "FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
             raise ValueError(
                 f"{_NAME}: {type(trainer.strategy).__name__} keeps only a piece of each parameter on each rank. Look at the "
                 f"gradients in a short run with strategy='ddp'."
@@ -148,10 +148,10 @@ class GradientNormMonitor(L.Callback):
         if trainer.global_step == 0:
             self._steps, self._tally, self.last = 0, Tally(), None
         self._trainer = trainer
-        self._aggregated = any(isinstance(callback, Aggregation) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        self._aggregated = not all(getattr(callback, "update_is_weighted_sum", True) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         self._resolve_losses(pl_module)
         self._sought = self._find_parameters(pl_module)
-        self._gradients = PartGradients(pl_module.buffers(), asked_by=_NAME)
+        self._gradients = LossTermGradients(pl_module.buffers(), asked_by=_NAME)
 
     def _resolve_losses(self, module: L.LightningModule) -> None:
         if not isinstance(module, DeclaresTasks):
@@ -213,7 +213,7 @@ class GradientNormMonitor(L.Callback):
             self._gradients.begin(list(self._candidates.values()))
         self._undo = self._around_training_step(pl_module)
 
-    def _around_training_step(self, module: L.LightningModule) -> Undo:
+    def _around_training_step(self, module: L.LightningModule) -> Remove:
         """Shadow the next call of ``training_step``.
 
         Other callbacks, such as the balancing ones, shadow it too, for a whole training. So this goes on top of theirs just
@@ -226,7 +226,7 @@ class GradientNormMonitor(L.Callback):
             undo()
             with ExitStack() as shadows:
                 if self._logged_names is not None:
-                    shadows.callback(losses.logged_losses(module, self._logged_names, self.watch, self._logged))
+                    shadows.callback(capture_logged(module, self._logged_names, self.watch, self._logged))
                 if not module.automatic_optimization:
                     shadows.callback(self._before_manual_backward(module))
                 output = training_step(*args, **kwargs)
@@ -234,17 +234,17 @@ class GradientNormMonitor(L.Callback):
                 self._take_output(module, output)
             return output
 
-        undo = shadow(module, "training_step", step)
+        undo = patch_attribute(module, "training_step", step)
         return undo
 
-    def _before_manual_backward(self, module: L.LightningModule) -> Undo:
+    def _before_manual_backward(self, module: L.LightningModule) -> Remove:
         manual_backward = module.manual_backward
 
         def read_first(loss: Tensor, *args: Any, **kwargs: Any) -> None:
             self._read(loss, share=1.0)
             manual_backward(loss, *args, **kwargs)
 
-        return shadow(module, "manual_backward", read_first)
+        return patch_attribute(module, "manual_backward", read_first)
 
     def _take_output(self, module: L.LightningModule, output: Any) -> None:
         if self._logged_names is None:
@@ -298,11 +298,11 @@ class GradientNormMonitor(L.Callback):
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        self._gradients.listen()
+        self._gradients.attach_hooks()
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._gradients.settle()
+        self._gradients.finalize()
 
     @override
     def on_before_optimizer_step(
@@ -503,14 +503,14 @@ class GradientNormMonitor(L.Callback):
         if self._undo is not None:
             self._undo()
             self._undo = None
-        self._gradients.forget()
+        self._gradients.release_graph()
 
     def _let_go(self) -> None:
         """Hold on to nothing of the model."""
         self._take_hooks_away()
         self._forget_window()
         self._trainer, self._sought = None, None
-        self._gradients = PartGradients([], asked_by=_NAME)
+        self._gradients = LossTermGradients([], asked_by=_NAME)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -19,9 +19,8 @@ from torch.utils import _pytree as pytree
 from typing_extensions import Self, override
 
 from lightning_gradnorm._messages import check, did_you_mean, is_integer, is_number
-from lightning_gradnorm.callbacks.base import Balancing
 from lightning_gradnorm.callbacks.logging import is_logged_step
-from lightning_gradnorm.monitor.callback import GradientNormMonitor
+from lightning_gradnorm.engine.rule import WatchesLosses
 from lightning_gradnorm.multitask import architecture
 from lightning_gradnorm.multitask.task import Task
 
@@ -196,7 +195,7 @@ class MultiTaskModule(L.LightningModule):
         if losses:
             self._trained_in_epoch = True
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, Balancing | GradientNormMonitor):
+                if isinstance(callback, WatchesLosses):
                     callback.watch(losses)
             loss = _total(losses)
             with strategy.block_backward_sync() if waits else nullcontext():  # type: ignore[attr-defined]

@@ -16,17 +16,17 @@ from torch.utils.checkpoint import checkpoint
 from torchjd.aggregation import Sum
 
 from lightning_gradnorm import Aggregation, GradNorm
-from lightning_gradnorm.gradients import KeptBuffers
+from lightning_gradnorm.gradients import BufferGuard
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_batch_norm_writes_is_put_back_and_does_not_disturb_its_backward(dtype: torch.dtype) -> None:
     layer, x = nn.BatchNorm1d(3).to(dtype), torch.randn(4, 3, dtype=dtype, requires_grad=True)
-    kept = KeptBuffers(layer.buffers())
+    kept = BufferGuard(layer.buffers())
     once = layer(x)
     before = [buffer.clone() for buffer in layer.buffers()]
     for _ in range(2):
-        with kept.through_reading("seg"):
+        with kept.preserved("seg"):
             layer(x.detach())
         assert all(torch.equal(buffer, value) for buffer, value in zip(layer.buffers(), before, strict=True))
     once.square().sum().backward()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_gradnorm.gradients import ActivationGradients, WeightGradients, branch, fan_out, nodes_between
+from lightning_gradnorm.gradients import ActivationGradients, WeightGradients, branch, fan_out, nodes_on_paths
 from lightning_gradnorm.gradients.graph import node_of
 
 
@@ -71,7 +71,7 @@ def test_norms_at_the_representation_equal_those_of_separate_passes(pyramid) -> 
         found = torch.autograd.grad(_losses({task: z}, {task: heads[task]})[task], at, retain_graph=True)
         expected.append(torch.cat([part.flatten() for part in found]).norm())
     reader = ActivationGradients()
-    reader.after(at)
+    reader.forward_post(at)
     sum(_losses(fan_out(z, heads, reader.read), heads).values()).backward()
     torch.testing.assert_close(reader.norms(list(heads)), torch.stack(expected), rtol=1e-12, atol=0)
 
@@ -82,10 +82,10 @@ def test_a_task_at_the_representation_that_is_complete_leaves_the_others_parts_t
     z = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     of_a, first, second = torch.randn(3, 3, 4, dtype=torch.float64)
     reader = ActivationGradients()
-    reader.after(z)
+    reader.forward_post(z)
     reader.read("b", [z], [first])
     reader.read("a", [z], [of_a])
-    reader.close("a")
+    reader.finalize_task("a")
     assert set(reader._arrived) == {"b"}, "a's gradient at z is let go"
     reader.rescale("a", torch.tensor(0.5))
     reader.read("b", [z], [second])
@@ -182,5 +182,5 @@ def test_a_path_that_avoids_the_branch_is_found() -> None:
     z = weight * 2
     view, node = branch(z, lambda tensors, gradients: None)
     through, around = view.sum(), view.sum() + z.square().sum()
-    assert not nodes_between([node_of(through)], [weight], stop={node})
-    assert nodes_between([node_of(around)], [weight], stop={node})
+    assert not nodes_on_paths([node_of(through)], [weight], stop={node})
+    assert nodes_on_paths([node_of(around)], [weight], stop={node})

@@ -1,4 +1,4 @@
-"""Notices, while a model trains, what its author has left out: a loss never shown, never back-propagated, no step."""
+"""Detects usage errors in training: a loss never shown or never back-propagated, or an optimizer that never steps."""
 
 from __future__ import annotations
 
@@ -6,41 +6,45 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_gradnorm._messages import nearest
-from lightning_gradnorm.engine.step_state import Pass
+from lightning_gradnorm.engine.graph_checks import require_backpropagated
+from lightning_gradnorm.engine.ranks import Ranks
+from lightning_gradnorm.engine.step_state import BatchState
 
 _PATIENCE = 50
-"""In how many batches with a backward pass a loss may stay away that is not misspelt: they may train something else first."""
+"""Batches with a backward pass in which an expected loss may be missing: they may train something else first."""
 
 
 def _question(near: str | None) -> str:
     return "" if near is None else f"did you mean '{near}'? "
 
 
-class Omissions:
-    """What one training has shown so far. What is certainly wrong is an error at once; the rest is said once, and later.
+class UsageChecks:
+    """Watches one training. Certain mistakes are errors at once; the rest is a warning, later and once.
 
     Args:
-        asked_by: the callback's name, the beginning of each message.
+        caller: the callback's name; begins each message.
         tasks: the tasks' names.
         logged_names: task → name under which its loss is logged, if that is where losses are seen.
         declared: whether the module declares its tasks itself, and knows which are absent.
+        ranks: who warns.
     """
 
     def __init__(
         self,
-        asked_by: str,
+        caller: str,
         tasks: Sequence[str] = (),
         logged_names: Mapping[str, str] | None = None,
         *,
         declared: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
-        self._asked_by = asked_by
+        self._caller = caller
         self._tasks = tasks
         self._logged_names = logged_names
         self._declared = declared
+        self._ranks = Ranks() if ranks is None else ranks
         self.logged: set[str] = set()
         """All names that the module has logged."""
         self.seen: set[str] = set()
@@ -51,8 +55,8 @@ class Omissions:
         self._batches = 0
         self._warned_of: set[str] = set()
 
-    def show(self, losses: Mapping[str, Any], module: L.LightningModule) -> None:
-        """Take note of what is being watched.
+    def on_losses(self, losses: Mapping[str, Any], module: L.LightningModule) -> None:
+        """Called with the losses that are being watched.
 
         Raises:
             ValueError: a task has never been among the losses, and these are all there are, or one is nearly called so.
@@ -68,24 +72,24 @@ class Omissions:
             near = nearest(task, self._names - set(self._tasks))
             if is_all or near:
                 raise ValueError(
-                    f"{self._asked_by}: task '{task}' is not among the losses of the first batch, which are "
+                    f"{self._caller}: task '{task}' is not among the losses of the first batch, which are "
                     f"{sorted(self._names)}; {_question(near)}(A task that is absent from a batch is given as None.)"
                 )
 
-    def end_batch(self, module: L.LightningModule, current: Pass) -> None:
-        """Look at what a batch has shown, now that it is over.
+    def on_batch_end(self, module: L.LightningModule, batch: BatchState) -> None:
+        """Called at the end of each batch.
 
         Raises:
             ValueError: a loss was not shown, or was shown and not back-propagated.
         """
-        self._batches += bool(current.backwards or current.steps)
-        if current.losses or current.absent:
+        self._batches += bool(batch.backwards or batch.steps)
+        if batch.losses or batch.absent:
             if self._logged_names is None and not self._declared:
                 self._check_named(is_all=True)
-            self._warn_of_missing(current)
+            self._warn_of_missing(batch)
             # Else it was a step that returned None after it had shown its losses, which Lightning lets pass.
-            if current.backwards or (current.steps and not module.automatic_optimization):
-                self.check_back_propagated(current)
+            if batch.backwards or (batch.steps and not module.automatic_optimization):
+                require_backpropagated(batch, caller=self._caller)
         self._check_shown(module, is_late=self._batches >= _PATIENCE)
 
     def _check_shown(self, module: L.LightningModule, *, is_late: bool) -> None:
@@ -98,38 +102,28 @@ class Omissions:
             near = nearest(logged, self.logged - set(expected.values()))
             if is_late or near:
                 raise ValueError(
-                    f"{self._asked_by}: '{logged}' was not logged in the first batches, which logged {sorted(self.logged)}; "
+                    f"{self._caller}: '{logged}' was not logged in the first batches, which logged {sorted(self.logged)}; "
                     f"{_question(near)}(In training_step, log the loss before its backward.)"
                 )
         if is_late and not self._names and self._logged_names is None and not module.automatic_optimization:
             raise ValueError(
-                f"{self._asked_by}: no task loss was seen in the first batches. {type(module).__name__} optimizes manually, so "
+                f"{self._caller}: no task loss was seen in the first batches. {type(module).__name__} optimizes manually, so "
                 f"that it should call watch({{'{self._tasks[0]}': loss, …}}) on this callback before manual_backward."
             )
 
-    def check_back_propagated(self, current: Pass) -> None:
-        """Refuse a loss that was shown, but took no part in the backward pass."""
-        missed = [task for task in current.losses if task not in current.fired]
-        if missed:
-            raise ValueError(
-                f"{self._asked_by}: what was given as the loss of task '{missed[0]}' took no part in the backward pass. Add "
-                f"it to what is back-propagated; give the very tensor, not a copy of it, and give it before backward (in "
-                f"manual optimization, before manual_backward)."
-            )
-
-    def _warn_of_missing(self, current: Pass) -> None:
-        accounted = set(current.losses) | current.absent | self._warned_of
+    def _warn_of_missing(self, batch: BatchState) -> None:
+        accounted = set(batch.losses) | batch.absent | self._warned_of
         missing = [task for task in self._tasks if task in self.seen and task not in accounted]
         if missing and not self._declared:
             self._warned_of.update(missing)
             how = "Where it is returned or watched, None says so without this warning."
-            rank_zero_warn(
-                f"{self._asked_by}: the losses of tasks {missing} were shown in earlier batches, but not in this one; they "
+            self._ranks.warn(
+                f"{self._caller}: the losses of tasks {missing} were shown in earlier batches, but not in this one; they "
                 f"count as absent wherever they are not shown, and are not weighted. {how}"
             )
 
-    def end_epoch(self, module: L.LightningModule) -> None:
-        """Look at what a whole epoch has shown.
+    def on_epoch_end(self, module: L.LightningModule) -> None:
+        """Called at the end of each epoch.
 
         Raises:
             ValueError: a loss was never shown.
@@ -137,7 +131,7 @@ class Omissions:
         self._check_shown(module, is_late=True)
         if self.seen and not self.stepped and "step" not in self._warned_of:
             self._warned_of.add("step")
-            rank_zero_warn(
-                f"{self._asked_by}: no step of an optimizer was seen in the first epoch, so that no weight has moved. "
+            self._ranks.warn(
+                f"{self._caller}: no step of an optimizer was seen in the first epoch, so that no weight has moved. "
                 f"{type(module).__name__} optimizes manually: it should call step() on what self.optimizers() returns."
             )

@@ -1,0 +1,159 @@
+"""Feeds an aggregation with the task gradients, and puts the one gradient it makes of them in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradnorm.engine.layers import find_module
+from lightning_gradnorm.engine.measurement import LossMeasurement, Setting
+from lightning_gradnorm.engine.ranks import CpuProcessGroup
+from lightning_gradnorm.engine.rule import GradientRule
+from lightning_gradnorm.engine.shared_parameters import SharedParameters
+from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState
+from lightning_gradnorm.gradients import BufferGuard, GradientReader, JointGradients
+from lightning_gradnorm.gradients.graph import node_of
+
+
+class GradientMeasurement(LossMeasurement[GradientRule]):
+    """Aggregates task gradients where they meet in the backward pass, or those of all shared parameters afterwards.
+
+    Args:
+        rule: the aggregation.
+        setting: where it is at work.
+    """
+
+    def __init__(self, rule: GradientRule, setting: Setting) -> None:
+        super().__init__(rule, setting)
+        self.gramian: Tensor | None = None
+        """``J Jᵀ`` of the last backward pass, over all ranks (for aggregations of the matrix: of this rank)."""
+        self._buffers = BufferGuard(setting.model.buffers())
+        self._group = CpuProcessGroup(setting.loop.ranks, setting.options.get("timeout"))
+        self._shared: SharedParameters | None = None
+
+    def candidates(self, W: Mapping[str, nn.Parameter], uncompiled: Collection[nn.Module]) -> list[GradientReader]:
+        """Return the gate at the representation."""
+        setting = self.setting
+        encoder = find_module(setting.model, setting.representation, caller=f"{setting.caller}: representation")
+        gate = JointGradients(encoder, f"'{setting.representation}'", setting.tasks, self._combine)
+        if self.rule.of_parameters:
+            self._shared = SharedParameters(setting, gate, self._group)
+        return [gate]
+
+    @property
+    def should_measure(self) -> bool:
+        """An aggregation needs the gradients of every step."""
+        return True
+
+    @property
+    def _gate(self) -> JointGradients:
+        assert isinstance(self.reader, JointGradients)
+        return self.reader
+
+    def before_backward(self, loss: Tensor, batch: BatchState, *, at_heads: bool) -> None:
+        """Open the gate for a backward pass.
+
+        Raises:
+            ValueError: part of a task's gradient would miss the gate, or the tasks are back-propagated one by one.
+        """
+        super().before_backward(loss, batch, at_heads=at_heads)
+        caller = self.setting.caller
+        if not isinstance(self.reader, JointGradients):
+            return
+        losses = {node_of(loss) for losses in batch.losses.values() for loss in losses}
+        branches = {node for nodes in batch.branches.values() for node in nodes}
+        self._gate.begin(loss, stop=branches if at_heads else losses)
+        if at_heads and losses & set(self._gate.around):
+            raise ValueError(
+                f"{caller}: part of a task's gradient now reaches '{self.setting.representation}' by a path that does not "
+                f"pass the task's head. Leave heads out: then each loss gets a first-order pass of its own."
+            )
+        waiting = [task for task in batch.losses if task not in batch.backpropagated]
+        if self._shared is None and self._gate.was_passed and waiting and self._gate.is_behind(loss):
+            raise ValueError(
+                f"{caller}: the loss of task '{waiting[0]}' has a backward pass of its own, but the gradients of all tasks "
+                f"must reach the representation in one. Back-propagate the sum of the losses, or use at='parameters'."
+            )
+        if self._shared is not None:
+            self._shared.find_parameters()
+        elif self.setting.loop.ranks.size > 1 and self.rule.input != "matrix" and not self._gate.is_behind(loss):
+            # The other ranks wait at their gates for this rank's Gramian. Without a task in this batch it is zero.
+            T = len(self.setting.tasks)
+            self._agree(torch.zeros(T, T, dtype=self.rule.loss_weights.dtype), [False] * T)
+
+    def _agree(self, gramian: Tensor, present: Sequence[bool]) -> Tensor:
+        """Return the weights λ of the Gramian of all ranks together."""
+        table = torch.cat([gramian, torch.tensor(present, dtype=gramian.dtype)[:, None]], dim=1)
+        table = self._group.sum(table)
+        self.gramian = table[:, :-1] / self.setting.loop.ranks.size**2
+        return self._weigh_on_all_ranks(self.gramian, table[:, -1] > 0)
+
+    def _weigh_on_all_ranks(self, gramian: Tensor, present: Tensor, matrix: Tensor | None = None) -> Tensor:
+        """Return rank 0's weights λ."""
+        rule = self.rule
+        rule.weigh_gradients(gramian, present, matrix)
+        weights = self._group.broadcast_from_rank0(rule.gradient_weights.cpu())
+        rule.gradient_weights = weights.to(rule.gradient_weights)
+        return rule.gradient_weights * present.to(rule.gradient_weights)
+
+    @torch.no_grad()
+    def _combine(self, J: Tensor) -> Tensor | None:
+        """Return what continues through the trunk in place of the rows of ``J``. Called within backward."""
+        rule = self.rule
+        present = [task in self._gate.read_tasks for task in self.setting.tasks]
+        if self._shared is not None:
+            with self._buffers.preserved("at parameters"):
+                self._shared.read()
+            return None
+        scale = self.setting.loop.pass_scale()
+        gramian = (J @ J.T / scale**2).cpu()
+        if rule.input != "matrix":
+            return self._agree(gramian, present).to(J) @ J
+        here = torch.tensor(present)
+        self.gramian = gramian
+        if rule.has_weights:
+            return rule.weigh_gradients(gramian, here, J / scale).to(J) @ J
+        return rule.aggregate(J / scale, here, self.setting.loop.ranks.index) * scale
+
+    def after_step(self, step: OptimizerStepState) -> bool:
+        """Aggregate the gradients of the shared parameters, if these are what is aggregated, and update the rule."""
+        if self._shared is not None and not self._aggregate_parameters(self._shared, step):
+            self.discard_step()
+            return False
+        return super().after_step(step)
+
+    def discard_step(self) -> None:
+        """Forget what was read."""
+        super().discard_step()
+        if self._shared is not None:
+            self._shared.reset()
+
+    @torch.no_grad()
+    def _aggregate_parameters(self, shared: SharedParameters, step: OptimizerStepState) -> bool:
+        """Set the gradient that the aggregation makes of the shared parameters' gradients.
+
+        Returns:
+            True if it is finite, or if there is no loss scaler to skip the step.
+        """
+        rule, loop = self.rule, self.setting.loop
+        J, present = shared.matrix(step, rule.loss_weights)
+        shared.reset()
+        self.gramian = (J @ J.T).cpu()
+        if rule.has_weights:
+            matrix = None if rule.input != "matrix" else J
+            combined = self._weigh_on_all_ranks(self.gramian, present, matrix).to(J) @ J
+        else:
+            combined = rule.aggregate(J, present)
+        # Each rank adds it to its own copy of the parameters' gradients: all must add the same bits.
+        combined = loop.ranks.broadcast_from_rank0(combined)
+        if not bool(combined.isfinite().all()) and loop.force_skip():
+            return False
+        shared.set_gradient(combined)
+        return True
+
+    def close(self) -> None:
+        """Destroy the process group."""
+        self._group.close()
+        self._shared = None

@@ -1,0 +1,373 @@
+"""`Balancer`: any balancing rule in a training loop of your own, in Fabric, Accelerate or Hugging Face's Trainer."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_gradnorm._messages import did_you_mean
+from lightning_gradnorm.engine.engine import Engine
+from lightning_gradnorm.engine.graph_checks import require_backpropagated
+from lightning_gradnorm.engine.measurement import Setting
+from lightning_gradnorm.engine.ranks import Ranks
+from lightning_gradnorm.engine.rule import Rule
+
+_NEEDS = ("nothing", "losses", "norms", "gradients")
+_balanced: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+"""Models that have a Balancer → the name of its rule."""
+
+
+class Balancer:
+    """Balances the losses of a model in any training loop.
+
+    The user's loss keeps its form: the gradient of each task loss is multiplied by the task's weight on its way into the
+    network, and the rule learns from what passes. In a distributed training the result is that of one process on the
+    concatenated batch; ranks come from ``torch.distributed``, which should be initialised first.
+
+    Args:
+        model: the network; one wrapped by DDP or Fabric is unwrapped. Balance it after it is on its device.
+        rule: what to balance by, for example `GradNormRule(["seg", "depth"])`, `ScalarizationRule`, `AggregationRule`.
+        shared_layer: dotted name of the last shared layer ``W``, for rules that need gradient norms: a module (its
+            ``weight``; all its parameters if it has none) or a parameter. ``None``: the last module with a weight of two or
+            more dimensions inside ``encoder``.
+        heads: task → dotted name of its head. All task gradients are then read out of the ordinary backward pass. ``"auto"``
+            and ``None``: one first-order pass through each head instead. Both give the same numbers.
+        representation: dotted name of the module whose output the heads read, for aggregations.
+        norm_of: ``"weight"`` for norms of ``∇_W L_i``, the paper's; ``"activation"`` for those at the representation.
+
+    Raises:
+        TypeError: ``rule`` is not a rule.
+        ValueError: the model lacks a layer, has a Balancer already, or the ranks disagree.
+
+    Example:
+        >>> from lightning_gradnorm import Balancer
+        >>> from lightning_gradnorm.strategies import GradNormRule
+        >>> encoder, heads = nn.Linear(3, 4), nn.ModuleDict({"a": nn.Linear(4, 1), "b": nn.Linear(4, 1)})
+        >>> model = nn.ModuleDict({"encoder": encoder, "heads": heads})
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with Balancer(model, GradNormRule(["a", "b"]), shared_layer="encoder") as balancer:
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad()
+        ...         z = encoder(torch.ones(2, 3))
+        ...         balancer.backward({task: head(z).square().mean() for task, head in heads.items()})
+        ...         optimizer.step()
+        ...         balancer.step()
+        >>> round(sum(balancer.weights.values()), 5)
+        2.0
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: Rule,
+        *,
+        shared_layer: str | None = None,
+        heads: Mapping[str, str] | Literal["auto"] | None = "auto",
+        representation: str = "encoder",
+        norm_of: Literal["weight", "activation"] = "weight",
+    ) -> None:
+        if getattr(type(rule), "needs", None) not in _NEEDS:
+            is_callback = hasattr(rule, "on_train_start")
+            hint = " That is a callback for a Lightning Trainer." if is_callback else ""
+            raise TypeError(
+                f"Balancer: rule should be a rule such as GradNormRule(['seg', 'depth']); got {type(rule).__name__}.{hint}"
+            )
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Balancer: model should be a module; got {type(model).__name__}")
+        if getattr(rule, "of_parameters", False):
+            raise ValueError(
+                "Balancer: an aggregation with of_parameters=True sets gradients right before the optimizer steps, which only a "
+                "Trainer tells us. Use of_parameters=False, or the callback Aggregation(at='parameters')."
+            )
+        self.rule = rule
+        self._model = _unwrap(model)
+        if self._model in _balanced:
+            raise ValueError(
+                f"Balancer: {type(self._model).__name__} already has a Balancer, with {_balanced[self._model]}: both would "
+                f"weight the same losses. Call close() on the first."
+            )
+        named = dict(heads) if isinstance(heads, Mapping) else None
+        if named is not None:
+            _check_names(named, rule.tasks, "heads")
+            missing = [task for task in rule.tasks if task not in named]
+            if missing:
+                raise ValueError(f"Balancer: heads should name every task; {missing} are missing")
+        self._loop = _OwnLoop(Ranks.current())
+        given = {"tasks": list(rule.tasks), "rule": type(rule).__name__, "shared_layer": shared_layer, "heads": named}
+        self._loop.ranks.require_agreement("Balancer", {what: str(value) for what, value in given.items()})
+        parameter = next((p for p in self._model.parameters() if p.is_floating_point()), torch.zeros(()))
+        rule.to(dtype=torch.float64 if parameter.dtype == torch.float64 else None, device=parameter.device)
+        setting = Setting(
+            "Balancer", self._model, self._loop, rule.tasks, shared_layer, named, representation, norm_of
+        )
+        self._engine: Engine[Rule] = Engine(rule, setting)
+        self._closed = False
+        self._epoch = 0
+        _balanced[self._model] = type(rule).__name__
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+
+    def watch(self, losses: Mapping[str, Tensor | None]) -> None:
+        """Balance these losses in the next backward pass, where they are created away from it.
+
+        Args:
+            losses: task → scalar loss, the very tensors that make up the back-propagated loss; some or all. ``None``, or no
+                entry by the time of the backward pass: the task is absent from this batch.
+
+        Raises:
+            ValueError: a name is not a task, or a loss is not a scalar with a gradient.
+        """
+        self._require_open()
+        if not isinstance(losses, Mapping):
+            raise TypeError(f"Balancer: losses should be a mapping from task to loss; got {type(losses).__name__}")
+        _check_names(losses, self.rule.tasks, "losses")
+        self._engine.watch(losses)
+
+    def backward(
+        self,
+        losses: Mapping[str, Tensor | None] | None = None,
+        *,
+        loss: Tensor | None = None,
+        backward: Callable[[Tensor], Any] | None = None,
+    ) -> None:
+        """Back-propagate the losses. Several calls before one `step` are accumulation.
+
+        Args:
+            losses: as for `watch`; may be left out if `watch` was called.
+            loss: what to back-propagate, if it is more than the sum of the losses: with coefficients or regularizers.
+            backward: who back-propagates it: ``fabric.backward``, ``accelerator.backward``, or
+                ``lambda loss: scaler.scale(loss).backward()``. To average over micro-batches divide here, not in the losses.
+
+        Raises:
+            ValueError: there are no losses, or one of them took no part in the backward pass.
+        """
+        total = self.prepare_loss(losses, loss=loss)
+        self._loop.is_inside_call = True
+        try:
+            (Tensor.backward if backward is None else backward)(total)
+        except BaseException:
+            self._engine.start_batch()
+            raise
+        finally:
+            self._loop.is_inside_call = False
+        self._finish_backward()
+
+    def prepare_loss(self, losses: Mapping[str, Tensor | None] | None = None, *, loss: Tensor | None = None) -> Tensor:
+        """Return the loss that somebody else back-propagates, such as Hugging Face's Trainer. Takes what `backward` takes.
+
+        The tensor returned must be back-propagated once before the next call of the model.
+        """
+        self._require_open()
+        if losses is not None:
+            self.watch(losses)
+        watched = [one for of_task in self._engine.batch.losses.values() for one in of_task]
+        if not watched and (loss is None or self._loop.ranks.size == 1):
+            raise ValueError(
+                f"Balancer: backward needs the losses, a mapping from task to loss for {list(self.rule.tasks)}; got none. Give "
+                f"them to backward, or to watch before it."
+            )
+        total = functools.reduce(operator.add, watched) if loss is None else loss
+        if not total.requires_grad:
+            raise ValueError("Balancer: loss should be part of the graph, but it carries no gradient.")
+        # A node of our own, whose gradient is the factor that a scaler or a division has put on the whole loss. On the
+        # tensor itself, which may be a task's loss, the hook would see the weighted gradient.
+        total = total.view_as(total)
+        if hasattr(self.rule, "begin_epoch"):
+            self.rule.begin_epoch(self._epoch)
+        total.register_hook(self._on_backward_start)  # type: ignore[no-untyped-call]
+        self._engine.before_backward(total)
+        return total
+
+    def _on_backward_start(self, scale: Tensor) -> None:
+        self._loop.scales.append(scale.detach())
+        if not self._loop.is_inside_call:
+            # Who back-propagates does not tell us when it is done. This is the hook that DDP uses for the same purpose.
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)  # type: ignore[attr-defined]
+
+    def _finish_backward(self) -> None:
+        self._engine.after_backward()
+        batch = self._engine.batch
+        try:
+            require_backpropagated(batch, caller="Balancer")
+            if len(self._loop.scales) < self._engine.pending_backwards:
+                raise ValueError("Balancer: backward should back-propagate the loss that it is called with; it did not.")
+        finally:
+            self._engine.start_batch()
+
+    def step(
+        self,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        skipped: bool = False,
+        losses_after_step: Callable[[], Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        """Update the weights. Call it after each ``optimizer.step()``, on all ranks.
+
+        Args:
+            scaler: the GradScaler, if there is one; call this before ``scaler.update()``. A step that it skips is not
+                counted.
+            skipped: whether somebody else's scaler has skipped the step: ``optimizer.step_was_skipped`` in Accelerate.
+            losses_after_step: returns the losses of the same batch, computed again after the optimizer's step; for rules that
+                need them, such as FAMO.
+
+        Raises:
+            ValueError: the rule needs ``losses_after_step``.
+            RuntimeError: there was no backward pass since the last step, or the scaler has been updated already.
+        """
+        self._require_open()
+        if not self._engine.pending_backwards:
+            raise RuntimeError(
+                "Balancer: step was called without a backward pass since the last step. Call balancer.backward(losses) first."
+            )
+        skipped = skipped or (scaler is not None and scaler.is_enabled() and _skips(scaler))
+        needs_them = getattr(self.rule, "needs_losses_after_step", False)
+        if needs_them and losses_after_step is None:
+            raise ValueError(
+                f"Balancer: {getattr(self.rule, 'kind', type(self.rule).__name__)} needs the losses of the batch again after the "
+                f"optimizer's step: balancer.step(losses_after_step=lambda: {{'{self.rule.tasks[0]}': …}})."
+            )
+        self._engine.finish_step(skipped=skipped)
+        self._loop.scales.clear()
+        if needs_them and self._engine.step_was_taken and losses_after_step is not None:
+            with torch.no_grad():
+                found = losses_after_step()
+            self._engine.measurement.update_after_step({task: [loss] for task, loss in found.items()})
+
+    def end_epoch(self) -> None:
+        """Tell rules that work by epochs, such as DWA, that an epoch is over."""
+        self._epoch += 1
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("Balancer: it is closed. Make a new one.")
+
+    # ---- what the user reads -----------------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights in force, by task."""
+        return self._by_task(self.rule.weights)
+
+    @property
+    def mean_weights(self) -> dict[str, float]:
+        """The weights' mean over the steps so far, for rules that keep it: what the paper trains "GradNorm static" with."""
+        return self._by_task(getattr(self.rule, "mean_weights"))  # noqa: B009
+
+    def _by_task(self, weights: Tensor) -> dict[str, float]:
+        return dict(zip(self.rule.tasks, weights.detach().tolist(), strict=True))
+
+    def __repr__(self) -> str:
+        return f"Balancer({type(self.rule).__name__}{list(self.rule.tasks)}, {self._engine.plan})"
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all state as plain tensors and numbers; a callback of the same strategy has the same state."""
+        return self.rule.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: it belongs to other tasks or to another strategy.
+            RuntimeError: between a backward pass and its step.
+        """
+        self._require_no_pending_step("load_state_dict")
+        self.rule.load_state_dict(state)
+        self._epoch = state.get("epoch") or 0
+        self._engine.start_step()
+
+    def close(self) -> None:
+        """Remove everything from the model, which is then as it was. The weights can still be read.
+
+        Raises:
+            RuntimeError: between a backward pass and its step, whose measurement would be lost.
+        """
+        if not self._closed:
+            self._require_no_pending_step("close")
+            self._release()
+
+    def _require_no_pending_step(self, method: str) -> None:
+        if self._engine.pending_backwards:
+            raise RuntimeError(
+                f"Balancer: {method} was called between backward and step, which would lose the measurement. Call step() first."
+            )
+
+    def _release(self) -> None:
+        self._closed = True
+        self._engine.close()
+        _balanced.pop(self._model, None)
+
+    def __enter__(self) -> Balancer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif not self._closed:
+            self._release()  # whatever was pending is lost with the error
+
+
+class _OwnLoop:
+    """The user's own loop: scales are seen at the root of each backward pass."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.scales: list[Tensor] = []
+        """Of the backward passes since the last step: what they began with."""
+        self.is_inside_call = False
+        """Whether `Balancer.backward` is running."""
+
+    def is_training(self) -> bool:
+        return True
+
+    def pass_scale(self) -> float | Tensor:
+        return self.scales[-1]
+
+    def step_scale(self, passes: int) -> float | Tensor:
+        # The gradients are sums over the passes, each times its scale: divided by the sum of scales they are means.
+        scales = [scale if scale.dtype == torch.float64 else scale.float() for scale in self.scales[-passes:]]
+        return functools.reduce(operator.add, scales) if passes else 1.0
+
+    def loss_scale(self) -> float:
+        return 1.0
+
+    def force_skip(self) -> bool:
+        return False
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """Return the user's model inside the wrappers of DDP and Fabric."""
+    while isinstance(model, DistributedDataParallel) or type(model).__name__ == "_FabricModule":
+        model = model.module
+    return model
+
+
+def _check_names(given: Mapping[str, Any], tasks: tuple[str, ...], parameter: str) -> None:
+    unknown = [name for name in given if name not in tasks]
+    if unknown:
+        raise ValueError(
+            f"Balancer: {parameter} names '{unknown[0]}', which is not among the tasks {list(tasks)}; "
+            f"{did_you_mean(str(unknown[0]), tasks)}"
+        )
+
+
+def _skips(scaler: torch.amp.GradScaler) -> bool:
+    """Return True if the scaler has found an overflow, for which it has skipped the optimizer's step."""
+    found = [value for state in scaler._per_optimizer_states.values() for value in state["found_inf_per_device"].values()]
+    if not found:
+        raise RuntimeError(
+            "Balancer: the scaler has unscaled no gradients since its last update. Call balancer.step(scaler=scaler) after "
+            "scaler.step(optimizer) and before scaler.update()."
+        )
+    return any(bool(value) for value in found)

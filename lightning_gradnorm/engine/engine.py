@@ -1,0 +1,293 @@
+"""The engine: weights the task losses in the backward pass and reads their gradients out of it, for any rule in any loop.
+
+**Weighting.** Each task loss ``L_i`` gets a hook that multiplies its gradient by ``w_i`` in backward. A back-propagated loss
+``Σ c_i L_i + rest`` so becomes ``Σ w_i c_i ∇L_i + ∇rest`` in the network, whatever scaler, coefficients or accumulation stand
+between.
+
+**Reading.** With heads, a task's gradient is read at the branch of the representation that its head reads
+(`lightning_gradnorm.gradients`); without, by one first-order pass from the loss, inside the same hook. What is read is the
+task's actual contribution to the step, ``scale · w_i · c_i · ∇L_i``.
+
+`inspect_model` decides once what to read and where; the first batch selects the reader. After that the engine follows the
+plan: `start_batch`, `watch`, `before_backward`, `after_backward`, `finish_step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any, Generic
+
+import torch
+from torch import Tensor
+
+from lightning_gradnorm.engine.aggregation import GradientMeasurement
+from lightning_gradnorm.engine.graph_checks import GraphChecks, require_backpropagated
+from lightning_gradnorm.engine.measurement import AnyRule, LossMeasurement, Measurement, NormMeasurement, Setting
+from lightning_gradnorm.engine.module_hooks import Remove, wrap_call
+from lightning_gradnorm.engine.plan import Plan, inspect_model
+from lightning_gradnorm.engine.rule import Needs
+from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState
+from lightning_gradnorm.gradients import BufferGuard, GradientReader, WeightGradients, branch, check_loss
+
+_MEASUREMENTS: dict[Needs, type[Measurement[Any]]] = {
+    "nothing": Measurement,
+    "losses": LossMeasurement,
+    "norms": NormMeasurement,
+    "gradients": GradientMeasurement,
+}
+
+
+class Engine(Generic[AnyRule]):
+    """Runs a rule on a model, from construction until `close`.
+
+    Args:
+        rule: the rule.
+        setting: the model, the loop, and where the gradients are to be read.
+
+    Raises:
+        ValueError: the model has no such layer, head or representation.
+    """
+
+    def __init__(self, rule: AnyRule, setting: Setting) -> None:
+        self.rule = rule
+        self._setting = setting
+        self._caller, self._loop, self._tasks = setting.caller, setting.loop, setting.tasks
+        self._hooks = ExitStack()
+        with self._hooks:  # if anything fails, what was placed is removed again
+            self.measurement: Measurement[AnyRule] = _MEASUREMENTS[rule.needs](rule, setting)
+            self._hooks.callback(self.measurement.close)
+            self.plan, heads, self._uncompiled = inspect_model(self.measurement)
+            self._hooks.callback(self._uncompiled.close)
+            candidates = self.plan.candidates
+            self.measurement.reader = candidates[0] if candidates else None
+            self._checks = GraphChecks(self._caller, candidates, at_heads=self.plan.at_heads)
+            self._buffers = BufferGuard(setting.model.buffers() if candidates else [])
+            for head, task in heads.items() if self.plan.at_heads else ():
+                self._hooks.callback(wrap_call(head, before=partial(self._before_head, task), first=True))
+            self._candidate_hooks: dict[GradientReader, Remove] = {}
+            for reader in candidates:
+                if reader.module is not None:
+                    before, after = partial(self._before_call, reader), partial(self._after_call, reader)
+                    self._candidate_hooks[reader] = wrap_call(reader.module, before=before, after=after)
+                    self._hooks.callback(self._candidate_hooks[reader])
+            self._hooks = self._hooks.pop_all()
+        self._reading = False
+        self.batch = BatchState()
+        self.step_was_taken = False
+        """Whether the last `finish_step` was given to the rule: the scaler did not skip it, and some rank had losses."""
+        self.start_step()
+
+    def close(self) -> None:
+        """Remove everything from the model."""
+        self._hooks.close()
+        self.start_batch()
+
+    # ---- one batch ---------------------------------------------------------------------------------------------------
+
+    def start_batch(self) -> None:
+        """Release all that belongs to the last forward and backward pass."""
+        self.batch = BatchState()
+        self._uncompiled.begin_pass()
+        for reader in self._checks.readers:
+            reader.release_graph()
+
+    def watch(self, losses: Mapping[str, Tensor | None]) -> None:
+        """Weight these losses in the backward pass that follows.
+
+        Args:
+            losses: task → scalar loss, the very tensors that make up the back-propagated loss. ``None``: the task is absent.
+                Other names are ignored.
+
+        Raises:
+            TypeError, ValueError: a loss is not a scalar tensor with a gradient, or is not what it should be.
+        """
+        known = len(self.batch.losses)
+        for task in self._tasks:
+            loss = losses.get(task)
+            if loss is None:
+                self.batch.absent |= {task} & set(losses)
+            else:
+                asked = f"{self._caller}: the loss of task '{task}'"
+                check_loss(loss, asked=asked, otherwise="; or None, if the task is absent")
+                self._watch_one(task, loss)
+        if len(self.batch.losses) > known:
+            self._checks.require_disjoint_losses(self.batch)
+
+    def _watch_one(self, task: str, loss: Tensor) -> None:
+        if loss.dtype == torch.float64 != self.rule.loss_weights.dtype:
+            self.rule.to(dtype=torch.float64)
+            self._step.weights = self._weights_by_task()
+        owner = self.batch.task_of(loss)
+        if owner == task:
+            return  # logged twice, or both returned and watched: a second hook would apply the weight twice
+        if owner is not None:
+            raise ValueError(f"{self._caller}: tasks '{owner}' and '{task}' have the same tensor as their loss.")
+        if self._step.measured:
+            self._select(self._checks.select_reader(task, loss, self.batch))
+        index = self.batch.add(task, loss)
+        # The hook must not hold the tensor that holds the hook: it finds it by its index.
+        loss.register_hook(partial(self._on_loss_gradient, task, index))  # type: ignore[no-untyped-call]
+
+    def _select(self, reader: GradientReader | None) -> None:
+        """Read with this one from now on; remove the hooks of the other candidates."""
+        self.measurement.reader = reader
+        for other in [other for other in self._candidate_hooks if other is not reader]:
+            self._candidate_hooks.pop(other)()
+        if len(self.plan.candidates) > 1 and reader is not None:
+            self.plan = replace(self.plan, candidates=(reader,))
+        if isinstance(reader, WeightGradients) and not all(W.requires_grad for W in reader.targets):
+            raise ValueError(
+                f"{self._caller}: the shared layer has been frozen (requires_grad=False) during the training. Name the last "
+                f"shared layer that is trained to the end, or use stop_after."
+            )
+
+    def _records_calls(self) -> bool:
+        """Return True if a module called now belongs to a forward pass whose gradients will be read."""
+        return self._step.measured and not self.batch.in_backward and self._loop.is_training()
+
+    def _before_head(self, task: str, args: Any, kwargs: Any) -> Any:
+        if not self._records_calls() or not torch.is_grad_enabled():
+            return None
+        self.batch.in_head = task
+        receive = partial(self._read_at_head, task)
+        if not kwargs and len(args) == 1:
+            view, node = branch(args[0], receive)
+            inputs: Any = (view,), kwargs
+        else:
+            inputs, node = branch((args, kwargs), receive)
+        if node is not None:
+            self.batch.branches.setdefault(task, set()).add(node)
+        return inputs
+
+    # A reentrant checkpoint calls its modules without gradients and makes their output part of the graph afterwards.
+
+    def _before_call(self, reader: GradientReader, args: Any, kwargs: Any) -> None:
+        if self._records_calls():
+            reader.forward_pre(args, kwargs)
+
+    def _after_call(self, reader: GradientReader, output: Any) -> Any:
+        return reader.forward_post(output) if self._records_calls() else None
+
+    def explain_inplace_error(self, error: RuntimeError) -> str | None:
+        """Return what to do about an in-place change of the representation, if that is what torch complains of."""
+        if not (("of _Branch" in str(error) or "of _Gate" in str(error)) and "inplace" in str(error)):
+            return None
+        if self.batch.in_head is None:
+            first = "before the heads read it" if self.plan.at_heads else "by what reads it"
+            return (
+                f"{self._caller}: the representation is changed in place, as relu_(z) and ReLU(inplace=True) do, {first}. Use "
+                f"relu(z)."
+            )
+        return (
+            f"{self._caller}: the head of task '{self.batch.in_head}' changes the representation in place, as "
+            f"ReLU(inplace=True) does, and with it what the other heads read. Make its first operation inplace=False, or leave "
+            f"heads out: then each loss gets a first-order pass of its own."
+        )
+
+    # ---- backward ----------------------------------------------------------------------------------------------------
+
+    def before_backward(self, loss: Tensor, *, is_whole_step: bool = False) -> None:
+        """Called right before each backward pass.
+
+        Args:
+            loss: what is back-propagated.
+            is_whole_step: whether the optimizer is known to step on this pass alone. Norms are then taken as soon as a
+                gradient has arrived, and fewer rows are kept.
+        """
+        self.batch.in_backward = True
+        self.batch.is_whole_step = is_whole_step and self._loop.ranks.size == 1
+        if self._step.measured:
+            self._checks.require_separate_heads(loss, self.batch)
+        self.measurement.before_backward(loss, self.batch, at_heads=self.plan.at_heads)
+        self._step.weights = self._weights_by_task()
+
+    def after_backward(self) -> None:
+        """Called right after each backward pass."""
+        self._step.backwards += 1
+        self.batch.backwards += 1
+        self.batch.in_backward = False
+        if self._step.measured and self.measurement.reader is not None:
+            self.measurement.reader.on_backward_end()
+
+    def _on_loss_gradient(self, task: str, index: int, gradient: Tensor) -> Tensor | None:
+        if self._reading or not self.batch.in_backward:
+            return None  # our own first-order pass, with the weight already in it; or a gradient that a user takes
+        step, loss = self._step, self.batch.losses[task][index]
+        self.batch.backpropagated.add(task)
+        step.add(task, loss)
+        weight = applied = step.weights[task]
+        if gradient.dtype != weight.dtype or gradient.device != weight.device:
+            applied = weight.to(gradient)
+            if torch.finfo(applied.dtype).bits < torch.finfo(weight.dtype).bits:
+                step.rounded_weights[task] = applied.to(weight)
+        weighted = gradient * applied
+        if step.measured and not self.plan.at_heads:
+            self._read(task, [loss], [weighted])
+        return weighted
+
+    def _read_at_head(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> object:
+        if self.batch.in_backward:  # and not a gradient that a user takes
+            return self._read(task, outputs, gradients)
+        return None
+
+    def _read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> object:
+        reader = self.measurement.reader
+        if reader is None or self._reading:
+            return None
+        self._reading = True
+        try:
+            with self._buffers.preserved(task):
+                answer = reader.read(task, outputs, gradients)
+            if self.batch.is_whole_step and self.batch.is_read_once(task, at_heads=self.plan.at_heads):
+                reader.finalize_task(task)
+            return answer
+        finally:
+            self._reading = False
+
+    # ---- the optimizer step ------------------------------------------------------------------------------------------
+
+    def start_step(self) -> None:
+        """Forget what was collected since the last optimizer step."""
+        if self.measurement.reader is not None:
+            self.measurement.reader.reset()
+        self._step = OptimizerStepState(self.measurement.should_measure, self._weights_by_task())
+
+    def _weights_by_task(self) -> dict[str, Tensor]:
+        return dict(zip(self._tasks, self.rule.loss_weights.unbind(), strict=True))
+
+    @property
+    def pending_backwards(self) -> int:
+        """Backward passes since the last optimizer step."""
+        return self._step.backwards
+
+    def finish_step(self, *, skipped: bool = False) -> bool:
+        """Called once per optimizer step, after the last backward pass.
+
+        Args:
+            skipped: whether the loss scaler skips the step.
+
+        Returns:
+            True if the rule has counted the step. On several ranks, all call it together.
+        """
+        step = self._step
+        self.batch.steps += 1
+        self.step_was_taken = False
+        if self._loop.ranks.size == 1 and not step.losses:  # another optimizer's step, or no task was present
+            step.backwards = 0
+            return False
+        if self.batch.backpropagated:
+            require_backpropagated(self.batch, caller=self._caller)
+        if skipped:
+            self.measurement.discard_step()
+            self.start_batch()
+            self.start_step()
+            return False
+        self.step_was_taken = True
+        counts = self.measurement.after_step(step)
+        if counts:
+            self.rule.count_step()
+        self.start_step()
+        return counts

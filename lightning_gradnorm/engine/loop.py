@@ -1,0 +1,32 @@
+"""The training loop, as far as the engine depends on it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from lightning_gradnorm.engine.ranks import Ranks
+
+
+class Loop(Protocol):
+    """Who calls backward and the optimizer. `Balancer` and the Lightning callbacks each have one."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train together."""
+
+    def is_training(self) -> bool:
+        """Return True if the steps made now belong to the training, not to a trial such as LearningRateFinder's."""
+
+    def pass_scale(self) -> float | Tensor:
+        """Return the factor between the gradients of the current backward pass and those of its losses."""
+
+    def step_scale(self, passes: int) -> float | Tensor:
+        """Return the factor between the summed gradients of ``passes`` backward passes and those of the mean loss."""
+
+    def loss_scale(self) -> float:
+        """Return the part of `step_scale` that the optimizer does not see, because the loss scaler takes it out."""
+
+    def force_skip(self) -> bool:
+        """Have the loss scaler skip this optimizer step. Return False if there is none."""

@@ -1,0 +1,217 @@
+"""What a rule is given in each optimizer step, by what it needs: nothing, the losses, or norms of the task gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradnorm.engine.layers import find_module, find_shared_layer
+from lightning_gradnorm.engine.loop import Loop
+from lightning_gradnorm.engine.ranks import all_reduce_losses, reduce_step
+from lightning_gradnorm.engine.reader_choice import weight_readers
+from lightning_gradnorm.engine.rule import LossRule, NormRule, Rule
+from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState
+from lightning_gradnorm.gradients import ActivationGradients, BufferGuard, GradientReader, RowReader, WeightGradients
+
+AnyRule = TypeVar("AnyRule", bound=Rule)
+
+
+@dataclass
+class Setting:
+    """Where a rule is at work."""
+
+    caller: str
+    """Begins each message."""
+    model: nn.Module
+    loop: Loop
+    tasks: tuple[str, ...]
+    shared_layer: str | None = None
+    heads: Mapping[str, str] | None = None
+    representation: str = "encoder"
+    norm_of: Literal["weight", "activation"] = "weight"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further options of the training loop: ``timeout`` of collectives."""
+
+
+class Measurement(Generic[AnyRule]):
+    """Feeds one rule. This base measures nothing: the weights are fixed.
+
+    Args:
+        rule: the rule to feed.
+        setting: where it is at work.
+    """
+
+    def __init__(self, rule: AnyRule, setting: Setting) -> None:
+        self.rule = rule
+        self.setting = setting
+        self.reader: GradientReader | None = None
+        """The reader chosen in the first batch."""
+
+    def find_layer(self) -> Mapping[str, nn.Parameter]:
+        """Return the parameters ``W`` by name; none if no gradients of parameters are read."""
+        return {}
+
+    def candidates(self, W: Mapping[str, nn.Parameter], uncompiled: Collection[nn.Module]) -> list[GradientReader]:
+        """Return the readers that might serve, in order of preference; none if no gradient is read."""
+        return []
+
+    @property
+    def should_measure(self) -> bool:
+        """Whether the task gradients of the coming optimizer step are read."""
+        return self.reader is not None
+
+    def before_backward(self, loss: Tensor, batch: BatchState, *, at_heads: bool) -> None:
+        """Called before each backward pass."""
+
+    def after_step(self, step: OptimizerStepState) -> bool:
+        """Called once per optimizer step. Update the rule; return True if any task took part in the step."""
+        return bool(step.losses)
+
+    def discard_step(self) -> None:
+        """Called when the loss scaler skips the network's step."""
+        self.rule.discard_step()
+
+    def update_after_step(self, losses: Mapping[str, Sequence[Tensor]]) -> None:
+        """Called with the losses of the same batch after the network's step, for a rule that needs them."""
+
+    def warn(self) -> None:
+        """Warn of what the rule has found wrong. May wait for the device."""
+
+    def close(self) -> None:
+        """Release what was acquired."""
+
+
+class NormMeasurement(Measurement[NormRule]):
+    """Feeds a rule with the norms of the task gradients at the shared layer, or at the representation."""
+
+    def __init__(self, rule: NormRule, setting: Setting) -> None:
+        super().__init__(rule, setting)
+        self._warned: set[str] = set()
+
+    def find_layer(self) -> Mapping[str, nn.Parameter]:
+        """Return the parameters ``W`` by name.
+
+        Raises:
+            ValueError: there is no such layer, or it lies inside a head.
+        """
+        setting = self.setting
+        if setting.norm_of == "activation":
+            return {}
+        W = find_shared_layer(setting.model, setting.shared_layer, caller=setting.caller)
+        for task, head in (setting.heads or {}).items():
+            inside = [name for name in W if name.startswith(f"{head}.")]
+            if inside:
+                raise ValueError(
+                    f"{setting.caller}: the shared layer '{inside[0]}' is in '{head}', the head of task '{task}'. Name the last "
+                    f"layer that all tasks share, and as heads what reads its output. Leave heads out if there is none."
+                )
+        return W
+
+    def candidates(self, W: Mapping[str, nn.Parameter], uncompiled: Collection[nn.Module]) -> list[GradientReader]:
+        """Return readers of ``∇_W L_i``, or of ``∇_z L_i`` for ``norm_of="activation"``."""
+        setting = self.setting
+        if setting.norm_of == "activation" or setting.representation != "encoder":
+            caller = f"{setting.caller}: representation"
+            encoder = find_module(setting.model, setting.representation, caller=caller)
+        if setting.norm_of == "activation":
+            return [ActivationGradients(encoder, f"'{setting.representation}'")]
+        return weight_readers(setting.model, W, uncompiled)
+
+    @property
+    def should_measure(self) -> bool:
+        """Whether the rule wants the norms of the coming step."""
+        return self.rule.should_measure
+
+    def after_step(self, step: OptimizerStepState) -> bool:
+        """Update the weights from the step's mean norms and losses."""
+        loop = self.setting.loop
+        if loop.ranks.size == 1 and not step.measured:
+            return True  # there is no other rank to agree with
+        reader = self.reader if step.measured else None
+        assert reader is None or isinstance(reader, RowReader)
+        if isinstance(reader, WeightGradients) and step.losses and reader.unreached >= set(step.losses):
+            self._check_layer_still_exists(reader)
+        weights = self.rule.loss_weights
+        scale = loop.step_scale(step.backwards)
+        means = reduce_step(self.setting.tasks, step, reader, weights, loop.ranks, scale)
+        counts = bool(step.losses) or (means.present is not None and bool(means.present.any()))
+        if means.norms is not None and counts:
+            self.rule.step(means.norms / weights, means.losses, means.present)
+            if self.rule.syncs_every_step:
+                self.warn()
+        return counts
+
+    def _check_layer_still_exists(self, reader: WeightGradients) -> None:
+        """Refuse to balance by a layer that the model no longer has. One that a step leaves out has norms of 0."""
+        model = self.setting.model
+        own = {id(parameter) for parameter in model.parameters()}
+        if not all(id(W) in own for W in reader.targets):
+            raise ValueError(
+                f"{self.setting.caller}: the shared layer that {type(model).__name__} had when the training began has been "
+                f"replaced, so that no gradient arrives there. Replace it before training starts (in configure_model), or train "
+                f"in two runs, the second from the checkpoint of the first."
+            )
+
+    def warn(self) -> None:
+        """Warn, once for each task, that its numbers allowed no update."""
+        for task, loss in self.rule.tasks_at_fault.items():
+            if task not in self._warned:
+                self._warned.add(task)
+                self.setting.loop.ranks.warn(
+                    f"{self.setting.caller}: {self.rule.explain_fault(task, loss)}; the weights stay as they are. Further such "
+                    f"steps are counted in gradnorm/skipped."
+                )
+
+
+AnyLossRule = TypeVar("AnyLossRule", bound=LossRule)
+
+
+class LossMeasurement(Measurement[AnyLossRule]):
+    """Feeds a rule with the losses, averaged over the ranks, before each backward pass."""
+
+    def __init__(self, rule: AnyLossRule, setting: Setting) -> None:
+        super().__init__(rule, setting)
+        self._fallbacks = rule.fallbacks
+        self._has_warned = False
+
+    def before_backward(self, loss: Tensor, batch: BatchState, *, at_heads: bool) -> None:
+        """Have the rule set the weights of the losses that are about to be back-propagated."""
+        if self._scalarizer is None:
+            return
+        ranks = self.setting.loop.ranks
+        waiting = {task: losses for task, losses in batch.losses.items() if task not in batch.backpropagated}
+        if not waiting and ranks.size == 1:
+            return
+        losses, present = all_reduce_losses(self.setting.tasks, waiting, self.rule.loss_weights, ranks)
+        if bool(present.any()):
+            self.rule.weigh(losses, present)
+
+    def after_step(self, step: OptimizerStepState) -> bool:
+        """Have the rule learn from the step."""
+        self.rule.step()
+        if self.rule.fallbacks > self._fallbacks and not self._has_warned:
+            self._has_warned = True
+            self.setting.loop.ranks.warn(
+                f"{self.setting.caller}: {self.rule.kind} gave no usable weights ({self.rule.reason}); all tasks are weighted "
+                f"alike in this step. Further such steps are counted in balancing/fallbacks."
+            )
+        self._fallbacks = self.rule.fallbacks
+        return bool(step.losses)
+
+    def update_after_step(self, losses: Mapping[str, Sequence[Tensor]]) -> None:
+        """Hand the rule the losses of the same batch after the network's step, averaged over the ranks."""
+        setting = self.setting
+        self.rule.update_after_step(
+            *all_reduce_losses(setting.tasks, losses, self.rule.loss_weights, setting.loop.ranks)
+        )
+
+    @property
+    def _scalarizer(self) -> nn.Module | None:
+        scalarizer: nn.Module | None = getattr(self.rule, "scalarizer", None)
+        return scalarizer
+
+

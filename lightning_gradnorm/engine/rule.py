@@ -1,0 +1,129 @@
+"""What the engine expects of a rule: a strategy's maths together with its state for one list of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Needs = Literal["nothing", "losses", "norms", "gradients"]
+
+
+class Rule(Protocol):
+    """A balancing strategy for given tasks. The engine never asks which one it is, only what it needs.
+
+    ``needs`` decides what a rule is given in each optimizer step: ``"nothing"`` (fixed weights), the task ``"losses"``
+    before each backward pass (`LossRule`), the ``"norms"`` of the task gradients (`NormRule`), or the task
+    ``"gradients"`` themselves (`GradientRule`).
+    """
+
+    needs: ClassVar[Needs]
+    tasks: tuple[str, ...]
+
+    @property
+    def loss_weights(self) -> Tensor:
+        """The factors on the gradients of the losses in the coming backward pass, detached, shape (T,)."""
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights a user reads, shape (T,)."""
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
+        """Move all state."""
+
+    def count_step(self) -> None:
+        """Called after every optimizer step of the network, measured or not."""
+
+    def discard_step(self) -> None:
+        """Called when the loss scaler skips the network's step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all state as plain tensors and numbers."""
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Restore what `state_dict` returned."""
+
+
+class NormRule(Rule, Protocol):
+    """Needs the gradient norm ``n_i = ||∇_W L_i||`` of each task."""
+
+    @property
+    def should_measure(self) -> bool:
+        """Whether the norms of the coming optimizer step are needed."""
+
+    def step(self, norms: Tensor, losses: Tensor, present: Tensor | None = None) -> Any:
+        """Update the weights; all tensors of shape (T,)."""
+
+    @property
+    def syncs_every_step(self) -> bool:
+        """Whether the outcome of each update may be read at once; on a GPU that would make the host wait."""
+
+    @property
+    def tasks_at_fault(self) -> Mapping[str, float]:
+        """Tasks because of which an update was skipped, with their loss in it."""
+
+    def explain_fault(self, task: str, loss: float) -> str:
+        """Return why the task's numbers allowed no update."""
+
+
+class LossRule(Rule, Protocol):
+    """Needs the losses before each backward pass."""
+
+    fallbacks: int
+    reason: str
+    kind: str
+
+    def weigh(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
+        """Set and return ``loss_weights`` for a backward pass with these losses, shape (T,)."""
+
+    def step(self) -> None:
+        """Called once per optimizer step."""
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Called before each backward pass with the number of its epoch."""
+
+    @property
+    def needs_losses_after_step(self) -> bool:
+        """Whether `update_after_step` is called after each optimizer step."""
+
+    def update_after_step(self, losses: Tensor, present: Tensor) -> None:
+        """Called with the losses of the same batch after the network's step, shape (T,)."""
+
+
+class GradientRule(LossRule, Protocol):
+    """Needs the matrix J of the task gradients, shape (T, n), or its Gramian."""
+
+    input: Literal["gramian", "root", "matrix"]
+    of_parameters: bool
+    has_weights: bool
+    gradient_weights: Tensor
+
+    def weigh_gradients(
+        self, gramian: Tensor, present: Tensor | None = None, matrix: Tensor | None = None
+    ) -> Tensor:
+        """Set and return the weights of the rows of J, shape (T,)."""
+
+    def aggregate(self, matrix: Tensor, present: Tensor, rank: int = 0) -> Tensor:
+        """Return one gradient, shape (n,), for a strategy without weights."""
+
+
+@runtime_checkable
+class DeclaresTasks(Protocol):
+    """A module that knows its own tasks, as `MultiTaskModule` does, and hands their losses to `watch` itself."""
+
+    @property
+    def task_heads(self) -> Mapping[str, str]:
+        """Task → dotted name of its head."""
+
+    def task_losses(self, batch: Any) -> Mapping[str, Tensor]:
+        """Return the losses of a batch, without a step."""
+
+
+@runtime_checkable
+class WatchesLosses(Protocol):
+    """A callback to which a module may show its losses before it back-propagates them."""
+
+    def watch(self, losses: Mapping[str, Tensor | None]) -> None:
+        """Use these losses in the backward pass that follows."""
