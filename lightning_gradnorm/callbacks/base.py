@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_gradnorm._messages import did_you_mean
+from lightning_gradnorm._messages import check_by_task, checked_names, did_you_mean
 from lightning_gradnorm.callbacks import losses
 from lightning_gradnorm.callbacks.checkpoint import AnyRule, Restoring
 from lightning_gradnorm.callbacks.logging import is_logged_step
@@ -35,7 +35,7 @@ from lightning_gradnorm.engine.layers import find_module
 from lightning_gradnorm.engine.loss_scale import scaler_skips
 from lightning_gradnorm.engine.module_hooks import Undo, around_call, takes_hooks
 from lightning_gradnorm.engine.step_state import Pass, Window
-from lightning_gradnorm.engine.task_names import DeclaresTasks, check_by_task, checked_names
+from lightning_gradnorm.engine.task_names import DeclaresTasks
 from lightning_gradnorm.engine.usage_checks import Omissions
 from lightning_gradnorm.gradients import GradientReader, KeptBuffers, WeightGradients, branch, check_loss
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_gradnorm._messages import check, is_integer
+from lightning_gradnorm._messages import check, check_positive_by_task, is_integer
 from lightning_gradnorm.callbacks.base import Balancing
-from lightning_gradnorm.engine.task_names import DeclaresTasks, check_positive_by_task
+from lightning_gradnorm.engine.task_names import DeclaresTasks
 
 
 @dataclass(frozen=True)

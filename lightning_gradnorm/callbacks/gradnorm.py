@@ -13,16 +13,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_gradnorm._messages import check, is_integer, is_number
+from lightning_gradnorm._messages import check, check_positive_by_task, is_integer, is_number
 from lightning_gradnorm.callbacks.base import Balancing
 from lightning_gradnorm.engine.gathering import gather
 from lightning_gradnorm.engine.layers import find_module, find_shared_layer
 from lightning_gradnorm.engine.reader_choice import weight_readers
 from lightning_gradnorm.engine.step_state import Window
-from lightning_gradnorm.engine.task_names import check_positive_by_task
 from lightning_gradnorm.gradients import ActivationGradients, GradientReader, RowReader, WeightGradients
 from lightning_gradnorm.strategies.gradnorm import GradNormRule
-from lightning_gradnorm.strategies.weight_optimizer import WeightOptimizer
+from lightning_gradnorm.strategies.weight_optimizer import WeightOptimizerFactory
 
 _check = partial(check, "GradNorm")
 
@@ -85,7 +84,7 @@ class GradNorm(Balancing[GradNormRule]):
         shared_layer: str | None = None,
         heads: Mapping[str, str] | None = None,
         alpha: float = 1.5,
-        optimizer: WeightOptimizer = partial(torch.optim.Adam, lr=0.025),
+        optimizer: WeightOptimizerFactory = partial(torch.optim.Adam, lr=0.025),
         initial_losses: int | Mapping[str, float] = 1,
         initial_weights: Mapping[str, float] | None = None,
         priorities: Mapping[str, float] | None = None,
@@ -240,7 +239,7 @@ class GradNorm(Balancing[GradNormRule]):
         counts = bool(window.losses) or (step.present is not None and bool(step.present.any()))
         if step.norms is not None and counts:
             self._known.step(step.norms / self._weights_in_force(), step.losses, step.present)
-            if self._known.looks_at_once:
+            if self._known.syncs_every_step:
                 self._warn()
         return counts
 
@@ -256,11 +255,11 @@ class GradNorm(Balancing[GradNormRule]):
 
     @override
     def _note_step(self) -> None:
-        self._known.note_step()
+        self._known.count_step()
 
     def _warn(self) -> None:
         """Say, once for each task, that a step was not taken because of its numbers. A look of the host."""
-        for task, loss in self._known.culprits.items():
+        for task, loss in self._known.tasks_at_fault.items():
             if task not in self._warned:
                 self._warned.add(task)
                 reason = f"the loss or the gradient norm of task '{task}' is not finite"
@@ -280,7 +279,7 @@ class GradNorm(Balancing[GradNormRule]):
         by_task = {"weight": self._weights_in_force().clone()}
         shown: dict[str, Tensor | float] = {"gradnorm/skipped": float(rule.skipped)}
         if rule.last is not None:
-            seen = rule.last.balance
+            seen = rule.last.terms
             shown["gradnorm/loss"] = seen.loss
             by_task["grad_norm"], by_task["rate"] = seen.grad_norms, seen.rates
             by_task["loss_ratio"] = rule.last.losses / rule.initial_losses

@@ -18,7 +18,7 @@ from lightning_gradnorm.engine.ranks import common_seed, mean_losses
 from lightning_gradnorm.engine.step_state import Window
 from lightning_gradnorm.strategies.factory import made_for
 from lightning_gradnorm.strategies.scalarization import OptimizerFactory, ScalarizationRule
-from lightning_gradnorm.strategies.snapshot import restore, state_of
+from lightning_gradnorm.strategies.snapshot import load_snapshot, snapshot
 
 Made = nn.Module | Callable[[int], nn.Module]
 """A module, or what makes one from the number of tasks."""
@@ -88,9 +88,9 @@ class OfLosses(Balancing[ScalarizationRule]):
         made = made_for(self._names, given, asked_by=f"{self._name}: {parameter}")
         if isinstance(given, nn.Module):
             if parameter in self._initial:
-                restore(made, self._initial[parameter])
+                load_snapshot(made, self._initial[parameter])
             else:
-                self._initial[parameter] = state_of(made)
+                self._initial[parameter] = snapshot(made)
         return made
 
     @override
