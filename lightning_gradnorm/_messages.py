@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
-def check(owner: str, holds: bool, parameter: str, expected: str, found: object) -> None:
+def check(caller: str, holds: bool, parameter: str, expected: str, found: object) -> None:
     """Raise an error that names the argument, what is expected and what was given, unless ``holds``.
 
     What takes more than a short line to show, an optimizer or a list of networks, is shown by its type alone.
@@ -23,17 +25,17 @@ def check(owner: str, holds: bool, parameter: str, expected: str, found: object)
         shown = repr(found)
         if len(shown) > 100 or "\n" in shown:
             shown = f"{type(found).__name__}(…)"
-        raise ValueError(f"{owner}: {parameter} should be {expected}; got {shown}")
+        raise ValueError(f"{caller}: {parameter} should be {expected}; got {shown}")
 
 
 def is_number(value: object) -> bool:
-    """Say whether the value is an int or a float; ``True`` is neither."""
+    """Return True for an int or a float; a bool is neither."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def is_integer(value: object) -> bool:
-    """Say whether the value is an int; ``True`` is none."""
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_integer(value: object, least: float = -math.inf) -> bool:
+    """Return True for an int that is at least ``least``; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def nearest(name: str, existing: Iterable[str]) -> str | None:
@@ -62,3 +64,68 @@ def did_you_mean(name: str, existing: Iterable[str]) -> str:
         return f"did you mean '{near}'?"
     shown = ", ".join(f"'{one}'" for one in existing[:20]) + (", …" if len(existing) > 20 else "")
     return f"it has {shown or 'none'}"
+
+
+def checked_names(tasks: Sequence[str] | Mapping[str, str], *, caller: str) -> tuple[str, ...]:
+    """Return the names of the tasks that a user gave to a callback.
+
+    Raises:
+        TypeError: neither a list of names nor a mapping from name to name.
+        ValueError: fewer than two tasks, one twice, or two with the same loss.
+    """
+    is_list = isinstance(tasks, Sequence | Mapping) and not isinstance(tasks, str)
+    flat = [*tasks, *tasks.values()] if isinstance(tasks, Mapping) else tasks
+    if not is_list or not all(isinstance(one, str) for one in flat):
+        raise TypeError(
+            f"{caller}: tasks should be a list of names, such as ['seg', 'depth'], or a mapping from task to the "
+            f"name under which its loss is logged; got {tasks!r}"
+        )
+    if isinstance(tasks, Mapping) and len(set(tasks.values())) != len(tasks):
+        raise ValueError(f"{caller}: tasks should have different losses; got {dict(tasks)}")
+    names = tuple(tasks)
+    if "loss" in names and not isinstance(tasks, Mapping):
+        raise ValueError(
+            f"{caller}: tasks names 'loss', which is what is back-propagated, the sum of all; it should name the losses "
+            f"that are added up in it. Got {list(names)}"
+        )
+    return check_task_names(names, caller=caller)
+
+
+def check_task_names(tasks: Sequence[str], *, caller: str) -> tuple[str, ...]:
+    """Return the names as a tuple.
+
+    Raises:
+        TypeError: not a list of strings.
+        ValueError: fewer than two, or one twice.
+    """
+    is_list = isinstance(tasks, Sequence) and not isinstance(tasks, str)
+    if not is_list or not all(isinstance(one, str) for one in tasks):
+        raise TypeError(f"{caller}: tasks should be a list of names, such as ['seg', 'depth']; got {tasks!r}")
+    names = tuple(tasks)
+    if len(set(names)) != len(names):
+        raise ValueError(f"{caller}: tasks should all be different; got {list(names)}")
+    if len(names) < 2:
+        raise ValueError(f"{caller}: tasks should be at least two, or there is nothing to balance; got {list(names)}")
+    return names
+
+
+def check_by_task(numbers: Mapping[str, Any], tasks: Sequence[str], *, caller: str, parameter: str) -> None:
+    """Raise ValueError unless the mapping names exactly these tasks."""
+    unknown = [name for name in numbers if name not in tasks]
+    missing = [name for name in tasks if name not in numbers]
+    if unknown:
+        raise ValueError(
+            f"{caller}: {parameter} names '{unknown[0]}', which is not among the tasks "
+            f"{list(tasks)}; {did_you_mean(unknown[0], tasks)}"
+        )
+    if missing:
+        raise ValueError(f"{caller}: {parameter} should name every task; {missing} are missing")
+
+
+def check_positive_by_task(numbers: Mapping[str, Any], tasks: Sequence[str], *, caller: str, parameter: str) -> None:
+    """Raise ValueError unless this is a mapping that gives each of the tasks a positive, finite number."""
+    check(caller, isinstance(numbers, Mapping), parameter, "a mapping from task to number", numbers)
+    check_by_task(numbers, tasks, caller=caller, parameter=parameter)
+    for task, number in numbers.items():
+        if not (is_number(number) and math.isfinite(number) and number > 0):
+            raise ValueError(f"{caller}: {parameter}['{task}'] should be positive and finite; got {number!r}")

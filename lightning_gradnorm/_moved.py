@@ -55,6 +55,17 @@ NEW_HOMES: dict[str, tuple[str, ...]] = {
 }
 """Old module → the modules that now hold its names, all relative to this package."""
 
+NEW_NAMES = {
+    "balancing": {
+        "Balance": "GradNormTerms",
+        "Step": "WeightUpdate",
+        "balance": "gradnorm_terms",
+        "restore": "load_snapshot",
+        "state_of": "snapshot",
+    },
+}
+"""Old module → old name → new name, of what was also renamed."""
+
 _warned = False
 
 
@@ -75,18 +86,19 @@ def find_moved(old: str, name: str) -> Any:
         <class 'lightning_gradnorm.multitask.task.Task'>
     """
     global _warned
+    new_name = NEW_NAMES.get(old, {}).get(name, name)
     for home in NEW_HOMES[old]:
         module = importlib.import_module(f"{_PACKAGE}.{home}")
-        if hasattr(module, name):
+        if hasattr(module, new_name):
             if not _warned:
                 _warned = True
                 warnings.warn(
-                    f"{_PACKAGE}.{old}.{name} has moved to {module.__name__}.{name}. Old paths stop working in version 1.0; "
-                    f"this is the only warning about them.",
+                    f"{_PACKAGE}.{old}.{name} has moved to {module.__name__}.{new_name}. Old paths stop working in version "
+                    f"1.0; this is the only warning about them.",
                     DeprecationWarning,
                     stacklevel=3,
                 )
-            return getattr(module, name)
+            return getattr(module, new_name)
     raise AttributeError(f"module '{_PACKAGE}.{old}' has moved, and '{name}' is in none of {', '.join(NEW_HOMES[old])}")
 
 

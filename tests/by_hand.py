@@ -17,7 +17,7 @@ from textbook import Forward
 from torch import Tensor, nn
 from torchjd.scalarization import DWA, FAMO
 
-from lightning_gradnorm.strategies.rng import own_randomness
+from lightning_gradnorm.strategies.rng import seeded_rng
 
 Learner = Callable[[list[Tensor]], torch.optim.Optimizer]
 learner = partial(torch.optim.Adam, lr=0.025)
@@ -58,7 +58,7 @@ class Scalarized:
         if self.scalarizer is None or set(self.last) < set(self.tasks):
             return torch.stack(list(own.values())).sum(), ones
         values = torch.stack([own.get(task, self.last[task]) for task in self.tasks])
-        with own_randomness(self.seed, self.calls):
+        with seeded_rng(self.seed, self.calls):
             total = self.scalarizer(values)
         self.calls += 1
         (weights,) = torch.autograd.grad(total, values, retain_graph=True)
@@ -167,7 +167,7 @@ def aggregate(
 
     def asked(J: Tensor) -> Tensor:
         nonlocal calls
-        with own_randomness(seed, calls):
+        with seeded_rng(seed, calls):
             vector = aggregator(J)
         calls += 1
         return vector

@@ -58,6 +58,23 @@ def test_an_old_path_leads_to_the_object_that_has_moved(path: str) -> None:
     assert found.__name__ == path.rpartition(".")[2]  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("path", "new"),
+    [
+        ("balancing.Balance", "GradNormTerms"),
+        ("balancing.Step", "WeightUpdate"),
+        ("balancing.balance", "gradnorm_terms"),
+        ("balancing.gradnorm.balance", "gradnorm_terms"),
+        ("balancing.restore", "load_snapshot"),
+        ("balancing.state.state_of", "snapshot"),
+    ],
+)
+def test_an_old_path_leads_to_what_was_also_renamed(path: str, new: str) -> None:
+    from lightning_gradnorm import strategies
+
+    assert locate(path) is getattr(strategies, new)
+
+
 def test_every_entry_of_the_table_can_be_imported() -> None:
     for homes in _moved.NEW_HOMES.values():
         for home in homes:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_gradnorm._messages import check_by_task
 from lightning_gradnorm.callbacks.logging import is_logged_step, log_step_metrics
 from lightning_gradnorm.callbacks.losses import LossSource, explain_errors
 from lightning_gradnorm.callbacks.packages import is_one_of, overrides, works_in_both_packages
@@ -20,7 +21,6 @@ from lightning_gradnorm.callbacks.usage_checks import UsageChecks
 from lightning_gradnorm.engine.engine import Engine
 from lightning_gradnorm.engine.measurement import AnyRule, Setting
 from lightning_gradnorm.engine.ranks import Ranks
-from lightning_gradnorm.engine.task_names import check_by_task
 
 
 @works_in_both_packages

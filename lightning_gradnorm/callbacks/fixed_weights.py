@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_gradnorm._messages import check, is_integer
+from lightning_gradnorm._messages import check, check_positive_by_task, is_integer
 from lightning_gradnorm.callbacks.base import BalancingCallback
 from lightning_gradnorm.engine.rule import DeclaresTasks
-from lightning_gradnorm.engine.task_names import check_positive_by_task
 from lightning_gradnorm.strategies.fixed import FixedRule
 
 

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_gradnorm._messages import check, is_integer, is_number
+from lightning_gradnorm._messages import check, check_positive_by_task, is_integer, is_number
 from lightning_gradnorm.callbacks.base import BalancingCallback
 from lightning_gradnorm.engine.ranks import Ranks
-from lightning_gradnorm.engine.task_names import check_positive_by_task
 from lightning_gradnorm.strategies.gradnorm import GradNormRule
-from lightning_gradnorm.strategies.weight_optimizer import WeightOptimizer
+from lightning_gradnorm.strategies.weight_optimizer import WeightOptimizerFactory
 
 _check = partial(check, "GradNorm")
 
@@ -79,7 +78,7 @@ class GradNorm(BalancingCallback[GradNormRule]):
         shared_layer: str | None = None,
         heads: Mapping[str, str] | None = None,
         alpha: float = 1.5,
-        optimizer: WeightOptimizer = partial(torch.optim.Adam, lr=0.025),
+        optimizer: WeightOptimizerFactory = partial(torch.optim.Adam, lr=0.025),
         initial_losses: int | Mapping[str, float] = 1,
         initial_weights: Mapping[str, float] | None = None,
         priorities: Mapping[str, float] | None = None,
@@ -90,9 +89,7 @@ class GradNorm(BalancingCallback[GradNormRule]):
         representation: str = "encoder",
         on_task_mismatch: Literal["error", "adapt"] = "error",
     ) -> None:
-        super().__init__(
-            tasks, heads=heads, representation=representation, shared_layer=shared_layer, norm_of=norm_of
-        )
+        super().__init__(tasks, heads=heads, representation=representation, shared_layer=shared_layer, norm_of=norm_of)
         is_name = shared_layer is None or isinstance(shared_layer, str)
         _check(is_name, "shared_layer", "a dotted name such as 'encoder.4', or None", shared_layer)
         _check(isinstance(representation, str), "representation", "a dotted name such as 'encoder'", representation)

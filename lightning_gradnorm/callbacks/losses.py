@@ -14,10 +14,9 @@ from typing import Any
 
 import lightning as L
 
-from lightning_gradnorm._messages import did_you_mean
+from lightning_gradnorm._messages import checked_names, did_you_mean
 from lightning_gradnorm.engine.module_hooks import Remove, not_traced, patch_attribute
 from lightning_gradnorm.engine.rule import DeclaresTasks
-from lightning_gradnorm.engine.task_names import checked_names
 
 Watch = Callable[[Mapping[str, Any]], None]
 

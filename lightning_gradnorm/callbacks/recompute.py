@@ -40,8 +40,8 @@ class LossRecomputer:
     def __init__(self, module: L.LightningModule, *, caller: str, strategy: str) -> None:
         if not module.automatic_optimization and not isinstance(module, DeclaresTasks):
             raise ValueError(
-                f"{caller}: {strategy} asks for the losses after the step, but to call {type(module).__name__}.training_step again "
-                f"would be another step, since it optimizes manually. Use automatic optimization, or MultiTaskModule."
+                f"{caller}: {strategy} asks for the losses after the step, but to call {type(module).__name__}.training_step "
+                f"again would be another step, since it optimizes manually. Use automatic optimization, or MultiTaskModule."
             )
         self._module = module
         self._random: list[Tensor] = []

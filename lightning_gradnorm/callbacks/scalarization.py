@@ -18,7 +18,7 @@ from lightning_gradnorm.callbacks.recompute import LossRecomputer
 from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
 from lightning_gradnorm.strategies.factory import made_for
 from lightning_gradnorm.strategies.scalarization import OptimizerFactory, ScalarizationRule
-from lightning_gradnorm.strategies.snapshot import restore, state_of
+from lightning_gradnorm.strategies.snapshot import load_snapshot, snapshot
 
 Made = nn.Module | Callable[[int], nn.Module]
 """A module, or what makes one from the number of tasks."""
@@ -81,9 +81,9 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
         made = made_for(self._names, given, asked_by=f"{self._name}: {parameter}")
         if isinstance(given, nn.Module):
             if parameter in self._pristine:
-                restore(made, self._pristine[parameter])
+                load_snapshot(made, self._pristine[parameter])
             else:
-                self._pristine[parameter] = state_of(made)
+                self._pristine[parameter] = snapshot(made)
         return made
 
     @override
@@ -97,7 +97,9 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
     def _start_rule(self, like: Tensor) -> None:
         known = self._restored["tasks"] if self._restored else () if self._rule is None else self._rule.tasks
         if set(known) == set(self._names):
-            self._names = tuple(known)  # a strategy that knows tasks by position keeps the order in which it learnt them
+            self._names = tuple(
+                known
+            )  # a strategy that knows tasks by position keeps the order in which it learnt them
         super()._start_rule(like)
 
     @override

@@ -84,8 +84,8 @@ class Balancer:
             raise TypeError(f"Balancer: model should be a module; got {type(model).__name__}")
         if getattr(rule, "of_parameters", False):
             raise ValueError(
-                "Balancer: an aggregation with of_parameters=True sets gradients right before the optimizer steps, which only a "
-                "Trainer tells us. Use of_parameters=False, or the callback Aggregation(at='parameters')."
+                "Balancer: an aggregation with of_parameters=True sets gradients right before the optimizer steps, a moment that "
+                "only a Trainer announces. Use of_parameters=False, or the callback Aggregation(at='parameters')."
             )
         self.rule = rule
         self._model = _unwrap(model)
@@ -105,9 +105,7 @@ class Balancer:
         self._loop.ranks.require_agreement("Balancer", {what: str(value) for what, value in given.items()})
         parameter = next((p for p in self._model.parameters() if p.is_floating_point()), torch.zeros(()))
         rule.to(dtype=torch.float64 if parameter.dtype == torch.float64 else None, device=parameter.device)
-        setting = Setting(
-            "Balancer", self._model, self._loop, rule.tasks, shared_layer, named, representation, norm_of
-        )
+        setting = Setting("Balancer", self._model, self._loop, rule.tasks, shared_layer, named, representation, norm_of)
         self._engine: Engine[Rule] = Engine(rule, setting)
         self._closed = False
         self._epoch = 0
@@ -182,7 +180,7 @@ class Balancer:
         total = total.view_as(total)
         if hasattr(self.rule, "begin_epoch"):
             self.rule.begin_epoch(self._epoch)
-        total.register_hook(self._on_backward_start)  # type: ignore[no-untyped-call]
+        total.register_hook(self._on_backward_start)
         self._engine.before_backward(total)
         return total
 
@@ -198,7 +196,9 @@ class Balancer:
         try:
             require_backpropagated(batch, caller="Balancer")
             if len(self._loop.scales) < self._engine.pending_backwards:
-                raise ValueError("Balancer: backward should back-propagate the loss that it is called with; it did not.")
+                raise ValueError(
+                    "Balancer: backward should back-propagate the loss that it is called with; it did not."
+                )
         finally:
             self._engine.start_batch()
 
@@ -231,8 +231,8 @@ class Balancer:
         needs_them = getattr(self.rule, "needs_losses_after_step", False)
         if needs_them and losses_after_step is None:
             raise ValueError(
-                f"Balancer: {getattr(self.rule, 'kind', type(self.rule).__name__)} needs the losses of the batch again after the "
-                f"optimizer's step: balancer.step(losses_after_step=lambda: {{'{self.rule.tasks[0]}': …}})."
+                f"Balancer: {getattr(self.rule, 'kind', type(self.rule).__name__)} needs the losses of the batch again after "
+                f"the optimizer's step: balancer.step(losses_after_step=lambda: {{'{self.rule.tasks[0]}': …}})."
             )
         self._engine.finish_step(skipped=skipped)
         self._loop.scales.clear()
@@ -349,7 +349,9 @@ class _OwnLoop:
 def _unwrap(model: nn.Module) -> nn.Module:
     """Return the user's model inside the wrappers of DDP and Fabric."""
     while isinstance(model, DistributedDataParallel) or type(model).__name__ == "_FabricModule":
-        model = model.module
+        inner = model.module
+        assert isinstance(inner, nn.Module)
+        model = inner
     return model
 
 
@@ -364,7 +366,9 @@ def _check_names(given: Mapping[str, Any], tasks: tuple[str, ...], parameter: st
 
 def _skips(scaler: torch.amp.GradScaler) -> bool:
     """Return True if the scaler has found an overflow, for which it has skipped the optimizer's step."""
-    found = [value for state in scaler._per_optimizer_states.values() for value in state["found_inf_per_device"].values()]
+    found = [
+        value for state in scaler._per_optimizer_states.values() for value in state["found_inf_per_device"].values()
+    ]
     if not found:
         raise RuntimeError(
             "Balancer: the scaler has unscaled no gradients since its last update. Call balancer.step(scaler=scaler) after "

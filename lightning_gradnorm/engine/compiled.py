@@ -22,7 +22,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_gradnorm.engine.layers import path_to
-from lightning_gradnorm.engine.module_hooks import Remove, wrap_call, patch_attribute, supports_hooks
+from lightning_gradnorm.engine.module_hooks import Remove, patch_attribute, supports_hooks, wrap_call
 from lightning_gradnorm.gradients.replay import is_sharded
 
 Call = Callable[..., Any]
@@ -71,7 +71,11 @@ class UncompiledDuringTraining:
                 for part in _parts(_unwrap(module), self.modules):
                     if not is_compiled(part):
                         course = _ForwardProgress() if part in heads_themselves else self._course
-                        undo.callback(patch_attribute(part, "_compiled_call_impl", _compiled_child(part, names[part], compiler, course)))
+                        undo.callback(
+                            patch_attribute(
+                                part, "_compiled_call_impl", _compiled_child(part, names[part], compiler, course)
+                            )
+                        )
             # Whatever uses W is over when a module that contains W returns; the layer itself may be used without being called.
             for module in around_W:
                 undo.callback(wrap_call(module, after=self._course.note_passed))
@@ -180,7 +184,9 @@ def _is_plain_sequence(module: nn.Module) -> bool:
 class _SplitSequential:
     """The forward method of an `nn.Sequential` whose first modules are compiled together."""
 
-    def __init__(self, sequence: nn.Sequential, name: str, at: int, compiler: Compiler, course: _ForwardProgress) -> None:
+    def __init__(
+        self, sequence: nn.Sequential, name: str, at: int, compiler: Compiler, course: _ForwardProgress
+    ) -> None:
         def beginning(value: Any) -> Any:
             for module in list(sequence)[:at]:
                 value = module(value)

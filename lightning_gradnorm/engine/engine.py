@@ -27,7 +27,7 @@ from lightning_gradnorm.engine.aggregation import GradientMeasurement
 from lightning_gradnorm.engine.graph_checks import GraphChecks, require_backpropagated
 from lightning_gradnorm.engine.measurement import AnyRule, LossMeasurement, Measurement, NormMeasurement, Setting
 from lightning_gradnorm.engine.module_hooks import Remove, wrap_call
-from lightning_gradnorm.engine.plan import Plan, inspect_model
+from lightning_gradnorm.engine.plan import inspect_model
 from lightning_gradnorm.engine.rule import Needs
 from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState
 from lightning_gradnorm.gradients import BufferGuard, GradientReader, WeightGradients, branch, check_loss

@@ -65,7 +65,9 @@ class GraphChecks:
             return
         self._disjoint |= set(batch.losses)
         losses = [(task, loss) for task, losses in batch.losses.items() for loss in losses]
-        nodes = {node_of(loss): task for task, loss in losses}  # several losses may be outputs of one node, as of unbind
+        nodes = {
+            node_of(loss): task for task, loss in losses
+        }  # several losses may be outputs of one node, as of unbind
         for task, loss in losses:
             others = [other for _, other in losses if node_of(other) is not node_of(loss)]
             for node in nodes_on_paths([node_of(loss)], others):
@@ -126,7 +128,9 @@ class GraphChecks:
                 )
             if around:
                 return f"reaches {label} by a way that does not pass its head. {leave_out}"
-        if cause := reason_not_retraversable(nodes_on_paths(own if self._at_heads else [node_of(loss)], targets) - ends):
+        if cause := reason_not_retraversable(
+            nodes_on_paths(own if self._at_heads else [node_of(loss)], targets) - ends
+        ):
             return f"reaches {label} through {cause}"
         if isinstance(reader, ReplayedGradients) and nodes_on_paths(
             [node_of(loss), *reader.before_calls], reader.shared, stop=ends

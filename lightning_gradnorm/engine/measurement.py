@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from lightning_gradnorm.engine.layers import find_module, find_shared_layer
@@ -15,7 +14,7 @@ from lightning_gradnorm.engine.ranks import all_reduce_losses, reduce_step
 from lightning_gradnorm.engine.reader_choice import weight_readers
 from lightning_gradnorm.engine.rule import LossRule, NormRule, Rule
 from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState
-from lightning_gradnorm.gradients import ActivationGradients, BufferGuard, GradientReader, RowReader, WeightGradients
+from lightning_gradnorm.gradients import ActivationGradients, GradientReader, RowReader, WeightGradients
 
 AnyRule = TypeVar("AnyRule", bound=Rule)
 
@@ -106,8 +105,8 @@ class NormMeasurement(Measurement[NormRule]):
             inside = [name for name in W if name.startswith(f"{head}.")]
             if inside:
                 raise ValueError(
-                    f"{setting.caller}: the shared layer '{inside[0]}' is in '{head}', the head of task '{task}'. Name the last "
-                    f"layer that all tasks share, and as heads what reads its output. Leave heads out if there is none."
+                    f"{setting.caller}: the shared layer '{inside[0]}' is in '{head}', the head of task '{task}'. Name the "
+                    f"last layer that all tasks share, and as heads what reads its output. Leave heads out if there is none."
                 )
         return W
 
@@ -152,8 +151,8 @@ class NormMeasurement(Measurement[NormRule]):
         if not all(id(W) in own for W in reader.targets):
             raise ValueError(
                 f"{self.setting.caller}: the shared layer that {type(model).__name__} had when the training began has been "
-                f"replaced, so that no gradient arrives there. Replace it before training starts (in configure_model), or train "
-                f"in two runs, the second from the checkpoint of the first."
+                f"replaced, so that no gradient arrives there. Replace it before training starts (in configure_model), or "
+                f"train in two runs, the second from the checkpoint of the first."
             )
 
     def warn(self) -> None:
@@ -213,5 +212,3 @@ class LossMeasurement(Measurement[AnyLossRule]):
     def _scalarizer(self) -> nn.Module | None:
         scalarizer: nn.Module | None = getattr(self.rule, "scalarizer", None)
         return scalarizer
-
-

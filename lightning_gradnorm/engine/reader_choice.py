@@ -17,9 +17,7 @@ from lightning_gradnorm.gradients import (
 from lightning_gradnorm.gradients.replay import is_sharded
 
 
-def weight_readers(
-    root: nn.Module, W: Mapping[str, Tensor], opened: Collection[nn.Module]
-) -> list[GradientReader]:
+def weight_readers(root: nn.Module, W: Mapping[str, Tensor], opened: Collection[nn.Module]) -> list[GradientReader]:
     """Return readers of ``∇_W L_i`` in order of preference.
 
     First on the graph of the forward pass itself; where that cannot be walked, by running again the innermost module

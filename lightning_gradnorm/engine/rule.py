@@ -100,9 +100,7 @@ class GradientRule(LossRule, Protocol):
     has_weights: bool
     gradient_weights: Tensor
 
-    def weigh_gradients(
-        self, gramian: Tensor, present: Tensor | None = None, matrix: Tensor | None = None
-    ) -> Tensor:
+    def weigh_gradients(self, gramian: Tensor, present: Tensor | None = None, matrix: Tensor | None = None) -> Tensor:
         """Set and return the weights of the rows of J, shape (T,)."""
 
     def aggregate(self, matrix: Tensor, present: Tensor, rank: int = 0) -> Tensor:

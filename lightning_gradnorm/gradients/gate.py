@@ -19,7 +19,7 @@ from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
 from lightning_gradnorm.gradients.branch import TAKEN
-from lightning_gradnorm.gradients.graph import leaves_behind, node_of, reachable_nodes, nodes_on_paths
+from lightning_gradnorm.gradients.graph import leaves_behind, node_of, nodes_on_paths, reachable_nodes
 from lightning_gradnorm.gradients.readers import GradientReader, WeightGradients
 
 HandOn = Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]

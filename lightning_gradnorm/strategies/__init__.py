@@ -2,24 +2,26 @@
 
 from lightning_gradnorm.strategies.amnl import AMNL
 from lightning_gradnorm.strategies.db_mtl import DBMTL, DBMTLWeighting, LogSum
+from lightning_gradnorm.strategies.fixed import FixedRule
 from lightning_gradnorm.strategies.gaba import GABA
-from lightning_gradnorm.strategies.gradnorm import Balance, GradNormRule, Step, balance
+from lightning_gradnorm.strategies.gradnorm import GradNormRule, GradNormTerms, WeightUpdate, gradnorm_terms
 from lightning_gradnorm.strategies.preference import with_equal_preferences
-from lightning_gradnorm.strategies.snapshot import restore, state_of
+from lightning_gradnorm.strategies.snapshot import load_snapshot, snapshot
 from lightning_gradnorm.strategies.uncertainty import Uncertainty
 
 __all__ = [
     "AMNL",
     "DBMTL",
     "GABA",
-    "Balance",
     "DBMTLWeighting",
+    "FixedRule",
     "GradNormRule",
+    "GradNormTerms",
     "LogSum",
-    "Step",
     "Uncertainty",
-    "balance",
-    "restore",
-    "state_of",
+    "WeightUpdate",
+    "gradnorm_terms",
+    "load_snapshot",
+    "snapshot",
     "with_equal_preferences",
 ]

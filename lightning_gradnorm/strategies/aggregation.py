@@ -21,9 +21,9 @@ from torchjd import aggregation as jd
 
 from lightning_gradnorm.strategies.db_mtl import DBMTL
 from lightning_gradnorm.strategies.factory import NamesTasks, placed
-from lightning_gradnorm.strategies.rng import own_randomness
+from lightning_gradnorm.strategies.rng import seeded_rng
 from lightning_gradnorm.strategies.scalarization import OptimizerFactory, ScalarizationRule
-from lightning_gradnorm.strategies.snapshot import restore, state_of
+from lightning_gradnorm.strategies.snapshot import load_snapshot, snapshot
 
 Stat = Literal["gramian", "root", "matrix"]
 
@@ -152,7 +152,7 @@ class AggregationRule(ScalarizationRule):
     def _ask_aggregator(self, stat: Tensor, rank: int = 0) -> Tensor:
         weights_of: Any = _weights_of(self.aggregator)
         stat = stat.to(self.loss_weights.dtype)  # in which the aggregator remembers and has its options
-        with torch.no_grad(), own_randomness(self._seed + rank, self._drawn, stat.device), warnings.catch_warnings():
+        with torch.no_grad(), seeded_rng(self._seed + rank, self._drawn, stat.device), warnings.catch_warnings():
             # cvxpy's, of every NashMTL: it says that solving the same problem again is not faster.
             warnings.filterwarnings("ignore", message="You are solving a parameterized problem that is not DPP")
             answer: Tensor = self.aggregator(stat) if weights_of is None else weights_of(stat)
@@ -233,7 +233,7 @@ class AggregationRule(ScalarizationRule):
             **super().state_dict(),
             "gradient_weights": self.gradient_weights.clone(),
             "drawn": self._drawn,
-            "aggregator": state_of(self.aggregator),
+            "aggregator": snapshot(self.aggregator),
         }
 
     @torch.no_grad()
@@ -246,7 +246,7 @@ class AggregationRule(ScalarizationRule):
         super().load_state_dict(state)
         self.gradient_weights = state["gradient_weights"].to(self.gradient_weights)
         self._drawn = state["drawn"]
-        restore(self.aggregator, state["aggregator"], device=self._works_on)
+        load_snapshot(self.aggregator, state["aggregator"], device=self._works_on)
 
 
 def _is_vector(found: Any, length: int) -> bool:

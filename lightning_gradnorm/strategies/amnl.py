@@ -27,10 +27,10 @@ from torchjd import Stateful
 from torchjd.scalarization import Scalarizer
 
 from lightning_gradnorm._messages import did_you_mean
-from lightning_gradnorm.strategies.snapshot import GrowingBuffers
+from lightning_gradnorm.strategies.snapshot import LazyBufferModule
 
 
-class AMNL(GrowingBuffers, Scalarizer, Stateful):
+class AMNL(LazyBufferModule, Scalarizer, Stateful):
     """``Σ_i λ_i L_i / μ_i`` (edition 1) or ``Σ_i λ_i L_i`` (edition 2, to be used with `FailureBiasedMSE`).
 
     A loss of exactly zero has nothing to be divided by and nothing to improve: in edition 1 its weight is 0 as long as its

@@ -19,7 +19,7 @@ from torchjd.aggregation import Aggregator, Weighting
 from torchjd.linalg import Matrix, PSDMatrix
 from torchjd.scalarization import Scalarizer
 
-from lightning_gradnorm.strategies.snapshot import GrowingBuffers
+from lightning_gradnorm.strategies.snapshot import LazyBufferModule
 
 
 class LogSum(Scalarizer):
@@ -74,7 +74,7 @@ class DBMTLWeighting(Weighting[PSDMatrix]):
         return f"{type(self).__name__}()"
 
 
-class DBMTL(GrowingBuffers, Aggregator, Stateful):
+class DBMTL(LazyBufferModule, Aggregator, Stateful):
     """The gradient part of DB-MTL; the gradients that it is given are to be those of `LogSum`'s terms.
 
     The average is that of the same n numbers at every step, such as the gradients of the shared parameters. The gradients at a

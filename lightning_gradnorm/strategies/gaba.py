@@ -19,10 +19,10 @@ from torchjd import Stateful
 from torchjd.aggregation import Weighting
 from torchjd.linalg import PSDMatrix
 
-from lightning_gradnorm.strategies.snapshot import GrowingBuffers
+from lightning_gradnorm.strategies.snapshot import LazyBufferModule
 
 
-class GABA(GrowingBuffers, Weighting[PSDMatrix], Stateful):
+class GABA(LazyBufferModule, Weighting[PSDMatrix], Stateful):
     """The weights ``w_i`` of the Gramian of the tasks' gradients, whose diagonal is ``g_i²``.
 
     Args:

@@ -1,42 +1,46 @@
 """GradNorm: Chen, Badrinarayanan, Lee, Rabinovich, *GradNorm: Gradient Normalization for Adaptive Loss Balancing in
 Deep Multitask Networks*, ICML 2018 (arXiv 1711.02257), section 3 and Algorithm 1.
 
-With ``n_i = ||∇_W L_i||₂`` over the last shared layer ``W``, in the paper's symbols::
+With ``n_i = ||∇_W L_i||₂`` over the last shared layer ``W``, in the paper's symbols (names in this file on the right)::
 
-    G_i      = w_i n_i                                    norm of the weighted gradient
+    G_i      = w_i n_i                                    grad_norms   norm of the weighted gradient
     Ḡ        = mean_i G_i
-    r_i      = (L_i / L_i(0)) / mean_j (L_j / L_j(0))     relative inverse training rate: large means slow
-    target_i = Ḡ · r_i^alpha                              Equation 1, a constant
-    L_grad   = Σ_i |G_i − target_i|                       Equation 2, a function of w alone
+    r_i      = (L_i / L_i(0)) / mean_j (L_j / L_j(0))     rates        relative inverse training rate: large means slow
+    target_i = Ḡ · r_i^alpha                              targets      Equation 1, treated as a constant
+    L_grad   = Σ_i |G_i − target_i|                       loss         Equation 2, a function of w alone
 
-Since ``w_i > 0`` the derivative is in closed form, and no second backward pass is needed::
+Because ``w_i > 0``, the derivative has a closed form and needs no second backward pass::
 
-    ∂L_grad / ∂w_i = sign(G_i − target_i) · n_i
+    ∂L_grad / ∂w_i = sign(G_i − target_i) · n_i           gradient
 
-One step of an optimizer along it, then ``w ← T · w / Σ w``.
+An optimizer takes one step along it, then ``w ← T · w / Σ w``. `gradnorm_terms` computes the table above; `GradNormRule.step`
+does the rest.
 """  # noqa: D205
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_gradnorm.strategies.weight_optimizer import WeightOptimizer, weight_step
+from lightning_gradnorm._messages import check, check_positive_by_task, check_task_names, is_integer, is_number
+from lightning_gradnorm.strategies.weight_optimizer import WeightOptimizerFactory, make_weight_optimizer
 
 _VERSION = 1
-"""Of the layout of `GradNormRule.state_dict`."""
-_MOST = 1e6
-"""How many times its share of the sum a weight may be before all are scaled."""
-_MOST_OPEN = 1000
-"""After so many steps the host looks in any case."""
+"""Version of the layout of `GradNormRule.state_dict`."""
+MAX_WEIGHT_SHARE = 1e6
+"""Upper bound of a weight before the weights are scaled to sum T, as a multiple of T."""
+_MAX_PENDING = 1000
+"""Number of unread updates after which the host reads them, so that they do not pile up."""
 
 
-class Balance(NamedTuple):
-    """What one step of GradNorm looks at; tensors of shape (T,), NaN in the places of absent tasks."""
+class GradNormTerms(NamedTuple):
+    """The quantities of one weight update; tensors of shape (T,), NaN at absent tasks."""
 
     grad_norms: Tensor
     """``G_i``"""
@@ -53,28 +57,28 @@ class Balance(NamedTuple):
         return (self.grad_norms - self.targets).abs().nansum()
 
 
-class Step(NamedTuple):
-    """What one step of the weights was given, and what came of it."""
+class WeightUpdate(NamedTuple):
+    """The inputs and the outcome of one weight update."""
 
     norms: Tensor
     losses: Tensor
     present: Tensor
     problems: Tensor
-    """Not 0 where a loss is not finite, or negative where that matters, shape (T,)."""
-    balance: Balance
-    """Of no meaning if the step was not taken."""
+    """Nonzero where a loss is not finite, or negative although ``alpha > 0``; shape (T,)."""
+    terms: GradNormTerms
+    """Meaningless if the update was not taken."""
     taken: Tensor
-    """Whether the weights moved: not if there were problems, or a norm or what came of it was not finite; a bool tensor."""
+    """Whether the weights changed, a bool tensor; False if an input or the result is not usable."""
 
     @property
-    def culprits(self) -> Tensor:
-        """The tasks because of whose numbers the step was not taken, bool of shape (T,)."""
+    def tasks_at_fault(self) -> Tensor:
+        """The tasks whose numbers prevented the update, bool of shape (T,)."""
         bad = self.present & ~((self.problems == 0) & self.norms.isfinite())
-        # Where the numbers given are sound, it is what they led to that is not, and all have a part in it.
+        # If every input is sound, the result overflowed, and all tasks contributed to it.
         return torch.where(bad.any(), bad, self.present) & ~self.taken
 
 
-def balance(
+def gradnorm_terms(
     weights: Tensor,
     norms: Tensor,
     losses: Tensor,
@@ -82,24 +86,23 @@ def balance(
     alpha: float,
     priorities: Tensor,
     present: Tensor | None = None,
-) -> Balance:
-    """Return ``G_i``, ``r_i``, the targets, ``L_grad`` and its gradient for the weights.
+) -> GradNormTerms:
+    """Return ``G_i``, ``r_i``, the targets and the gradient of ``L_grad`` with respect to the weights.
 
     Args:
         weights: ``w_i > 0``, shape (T,).
-        norms: ``n_i = ||∇_W L_i||``, of the losses without their weights, shape (T,).
+        norms: ``n_i = ||∇_W L_i||`` of the unweighted losses, shape (T,).
         losses: ``L_i``, shape (T,).
         initial_losses: ``L_i(0)``, shape (T,).
-        alpha: the asymmetry; 0 asks for equal gradient norms.
-        priorities: ``p_i``, of mean 1; all ones in the paper.
-        present: the tasks that take part, bool of shape (T,): all means are over them, and in the places of the others is
-            NaN. ``None`` for all.
+        alpha: the asymmetry; 0 aims at equal gradient norms.
+        priorities: ``p_i`` with mean 1; all ones in the paper.
+        present: the tasks that take part, bool of shape (T,). Means are over them; the others get NaN. ``None`` for all.
 
     Example:
-        Two equally large gradients, but the second task has learnt less, so that its weight is to grow:
+        Two gradients of equal size, but the second task has learned less, so its weight should grow:
 
         >>> one = torch.ones(2)
-        >>> balance(one, one, torch.tensor([0.3, 0.9]), one, 1.0, one).gradient
+        >>> gradnorm_terms(one, one, torch.tensor([0.3, 0.9]), one, 1.0, one).gradient
         tensor([ 1., -1.])
     """
     if present is not None:
@@ -109,8 +112,7 @@ def balance(
     ratios = losses / initial_losses
     rates = ratios / _mean(ratios, present)
     targets = _mean(grad_norms, present) * priorities * rates**alpha
-    gaps = grad_norms - targets
-    return Balance(grad_norms, rates, targets, gaps.sign() * norms)
+    return GradNormTerms(grad_norms, rates, targets, (grad_norms - targets).sign() * norms)
 
 
 def _mean(values: Tensor, present: Tensor | None) -> Tensor:
@@ -118,21 +120,26 @@ def _mean(values: Tensor, present: Tensor | None) -> Tensor:
 
 
 class GradNormRule:
-    """GradNorm's weights and all that they depend on: `balance`, the weight optimizer, ``L_i(0)``.
+    """GradNorm's weights and everything they depend on: ``L_i(0)``, the weight optimizer, the counters.
 
-    After every `step`, whatever it was given, the weights are positive and sum to T.
+    After every `step`, whatever its inputs, the weights are positive and sum to T.
 
     Args:
-        tasks: the tasks' names; their order is that of every tensor of shape (T,).
+        tasks: the tasks' names, in the order of every tensor of shape (T,).
         alpha: the asymmetry.
-        optimizer: makes the optimizer of the weights, ``partial(torch.optim.Adam, lr=0.025)`` in the paper.
-        initial_losses: how many of a task's first updates ``L_i(0)`` is the mean of (while there are fewer, the mean of
-            those so far); or the numbers themselves by task, for example ``{"seg": math.log(13)}``.
+        optimizer: makes the optimizer of the weights; the paper's is ``partial(torch.optim.Adam, lr=0.025)``.
+        initial_losses: the number of first updates whose mean loss is ``L_i(0)`` (as long as there are fewer, the mean of
+            those so far); or the values by task, for example ``{"seg": math.log(13), "depth": 1.0}``.
         initial_weights: by task; scaled to sum T. Equal by default.
         priorities: by task; scaled to mean 1. Equal by default.
-        min_weight: no weight falls below it (before the weights are scaled to sum T again).
+        update_every: number of the network's optimizer steps from one weight update to the next.
+        stop_after: number of the network's optimizer steps after which the weights stay fixed; ``None`` for never.
+        min_weight: lower bound of the weights before they are scaled to sum T.
         dtype: of the weights.
         device: of the weights.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of the wrong type.
 
     Example:
         >>> rule = GradNormRule(["seg", "depth"], alpha=0.0)
@@ -142,116 +149,136 @@ class GradNormRule:
         [1.5, 0.5]
     """
 
+    needs: ClassVar[Literal["nothing", "losses", "norms", "gradients"]] = "norms"
+
     def __init__(
         self,
         tasks: Sequence[str],
         *,
         alpha: float = 1.5,
-        optimizer: WeightOptimizer = partial(torch.optim.Adam, lr=0.025),
+        optimizer: WeightOptimizerFactory = partial(torch.optim.Adam, lr=0.025),
         initial_losses: int | Mapping[str, float] = 1,
         initial_weights: Mapping[str, float] | None = None,
         priorities: Mapping[str, float] | None = None,
+        update_every: int = 1,
+        stop_after: int | None = None,
         min_weight: float = 1e-4,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        def vector(numbers: Mapping[str, float] | None) -> Tensor:
-            return torch.tensor([1.0 if numbers is None else numbers[t] for t in tasks], dtype=dtype, device=device)
+        name, is_count = type(self).__name__, not isinstance(initial_losses, Mapping)
+        self.tasks = check_task_names(tasks, caller=name)
+        check(name, is_number(alpha) and 0 <= alpha < math.inf, "alpha", "a finite number, at least 0", alpha)
+        check(
+            name, callable(optimizer), "optimizer", "a callable such as partial(torch.optim.Adam, lr=0.025)", optimizer
+        )
+        check(name, is_number(min_weight) and 0 < min_weight < 1, "min_weight", "a number between 0 and 1", min_weight)
+        check(name, is_integer(update_every, least=1), "update_every", "an integer, at least 1", update_every)
+        stops = stop_after is None or is_integer(stop_after, least=0)
+        check(name, stops, "stop_after", "None or an integer, at least 0", stop_after)
+        expected = "an integer, at least 1, or a mapping from task to number"
+        check(name, not is_count or is_integer(initial_losses, least=1), "initial_losses", expected, initial_losses)
+        given = {"initial_weights": initial_weights, "priorities": priorities}
+        if isinstance(initial_losses, Mapping):
+            given["initial_losses"] = initial_losses
+        self._given: dict[str, Mapping[str, float]] = {key: one for key, one in given.items() if one is not None}
+        for parameter, numbers in self._given.items():
+            check_positive_by_task(numbers, self.tasks, caller=name, parameter=parameter)
+        self.alpha, self.min_weight = float(alpha), min_weight
+        self.update_every, self.stop_after = update_every, stop_after
+        self._updates_in_initial = initial_losses if isinstance(initial_losses, int) else 0
 
-        self.tasks = tuple(tasks)
-        self.alpha = alpha
-        self.min_weight = min_weight
-        self._priorities = vector(priorities)
-        self._priorities /= self._priorities.mean()
-        self._everybody = torch.ones(len(self.tasks), dtype=torch.bool, device=device)
-        weights = vector(initial_weights)
-        self.weights = (weights * len(self.tasks) / weights.sum()).requires_grad_()
-        self._step = weight_step(self.weights, optimizer)
-        if isinstance(initial_losses, int):
-            self._updates_in_initial = initial_losses
-            self.initial_losses = torch.zeros_like(weights)
-        else:
-            self._updates_in_initial = 0
-            self.initial_losses = vector(initial_losses)
-        self._updates_seen = torch.zeros_like(weights)
+        weights, self._priorities, self.initial_losses = self._initial_values(dtype, device)
+        self.weights = weights.requires_grad_()
+        self._optimizer = make_weight_optimizer(self.weights, optimizer)
+        self._all_present = torch.ones(len(self.tasks), dtype=torch.bool, device=device)
+        self._updates_seen = torch.zeros_like(weights, requires_grad=False)
         self._initial_known = False
-        """Whether no later update has a part in ``L_i(0)``, and all of them are positive where that matters."""
+        """Whether every ``L_i(0)`` is final, and positive unless ``alpha`` is 0."""
         self._weights_mean = self.weights.detach().clone()
         self.steps = 0
-        """How many optimizer steps of the network were noted, with and without a step of the weights."""
+        """Number of the network's optimizer steps, with and without a weight update."""
+        self._is_fresh = True
         self._skipped = 0
-        self._culprits: dict[str, float] = {}
-        self._last: Step | None = None
-        self._open: list[Step] = []
-        """Steps of which the host does not know yet whether they were taken."""
+        self._tasks_at_fault: dict[str, float] = {}
+        self._last: WeightUpdate | None = None
+        self._pending: list[WeightUpdate] = []
+        """Updates whose outcome the host has not read yet."""
+
+    def _initial_values(self, dtype: torch.dtype, device: torch.device | str | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weights, the priorities and ``L_i(0)`` as they were given."""
+        T = len(self.tasks)
+
+        def vector(parameter: str, default: float = 1.0) -> Tensor:
+            numbers = self._given.get(parameter) or dict.fromkeys(self.tasks, default)
+            return torch.tensor([numbers[task] for task in self.tasks], dtype=dtype, device=device)
+
+        weights, priorities = vector("initial_weights"), vector("priorities")
+        return weights * T / weights.sum(), priorities / priorities.mean(), vector("initial_losses", default=0.0)
 
     @property
-    def looks_at_once(self) -> bool:
-        """Whether the host looks after each step whether it was taken: on a CPU, where there is nothing to wait for."""
-        return self.weights.device.type == "cpu"
-
-    @property
-    def skipped(self) -> int:
-        """How many steps were not taken because of a number that was not finite. A look of the host."""
-        self._look()
-        return self._skipped
-
-    @property
-    def culprits(self) -> dict[str, float]:
-        """Tasks because of whose numbers a step was not taken, and their loss in the last such step. A look of the host."""
-        self._look()
-        return self._culprits
-
-    @property
-    def last(self) -> Step | None:
-        """The last step that was taken; ``None`` before it. A look of the host."""
-        self._look()
-        return self._last
-
-    def _look(self) -> None:
-        for step in self._open:
-            if step.taken:
-                self._last = step
-                continue
-            self._skipped += 1
-            losses = dict(zip(self.tasks, step.losses.tolist(), strict=True))
-            culprits = zip(self.tasks, step.culprits.tolist(), strict=True)
-            self._culprits |= {task: losses[task] for task, is_culprit in culprits if is_culprit}
-        self._open.clear()
+    def loss_weights(self) -> Tensor:
+        """The weights in force, shape (T,), detached: the factors of the losses' gradients."""
+        return self.weights.detach()
 
     @property
     def mean_weights(self) -> Tensor:
-        """``E_t[w_i(t)]`` over all steps noted by `note_step`, shape (T,)."""
+        """``E_t[w_i(t)]`` over all steps counted by `count_step`, shape (T,)."""
         return self._weights_mean
 
-    def note_step(self) -> None:
-        """Count the weights now in force into their time average."""
+    @property
+    def should_measure(self) -> bool:
+        """Whether the coming optimizer step of the network is one with a weight update."""
+        return self.steps % self.update_every == 0 and (self.stop_after is None or self.steps < self.stop_after)
+
+    def count_step(self) -> None:
+        """Add the weights in force to their mean over time. Called after every optimizer step of the network."""
         self.steps += 1
         self._weights_mean.lerp_(self.weights.detach(), 1 / self.steps)
 
-    @torch.no_grad()
-    def step(self, norms: Tensor, losses: Tensor, present: Tensor | None = None) -> Step:
-        """Take one step of the weights (Algorithm 1).
+    def discard_step(self) -> None:
+        """Do nothing: a step that the loss scaler skips has left no trace here."""
 
-        Once every ``L_i(0)`` is known and with Adam, nothing in it makes the host wait for the device: a step that cannot be
-        taken is computed and thrown away.
+    @torch.no_grad()
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
+        """Move all state in place, including the optimizer's, and keep every value.
+
+        Numbers given to the constructor are converted anew: in float64 they are not those that float32 had rounded.
+        """
+        self._sync_pending()
+        dtype, device = dtype or self.weights.dtype, device or self.weights.device
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor | WeightUpdate) and value is not self.weights:
+                setattr(self, name, _moved(value, dtype, device))
+        self.weights.data = self.weights.data.to(device, dtype)
+        self._optimizer.follow_weights()
+        weights, self._priorities, initial_losses = self._initial_values(dtype, device)
+        if self._is_fresh:
+            self.weights.copy_(weights)
+            self._weights_mean, self.initial_losses = weights, initial_losses
+
+    @torch.no_grad()
+    def step(self, norms: Tensor, losses: Tensor, present: Tensor | None = None) -> WeightUpdate:
+        """Update the weights once.
+
+        Once every ``L_i(0)`` is known, and with Adam, the host never waits for the device: an update that turns out to be
+        unusable is computed and discarded there.
 
         Args:
-            norms: ``n_i``, shape (T,), of the losses without their weights.
+            norms: ``n_i`` of the unweighted losses, shape (T,).
             losses: ``L_i``, shape (T,).
-            present: which tasks took part, bool of shape (T,); all by default. An absent task keeps its weight and its
-                optimizer state; it takes no part in the means, and the others share what is left of the sum T.
+            present: the tasks that take part, bool of shape (T,); all by default. An absent task keeps its weight and its
+                optimizer state and is left out of the means; the others share the rest of the sum T.
 
         Returns:
-            What was looked at, and whether the step was taken: not if a number was not finite or a loss negative; then
-            nothing has changed but `skipped` and `culprits`.
+            The terms, and whether the update was taken. It is not if a number is not finite or a loss is negative; then
+            only `skipped` and `tasks_at_fault` change.
 
         Raises:
-            ValueError: ``L_i(0)`` is not positive, so that there is no training rate (unless ``alpha`` is 0).
+            ValueError: ``L_i(0)`` is not positive, so the training rate is undefined (unless ``alpha`` is 0).
         """
         norms, losses = norms.to(self.weights), losses.to(self.weights)
-        # 0 for a finite loss; a norm that is not finite shows in the weights it leads to.
-        problems = losses - losses
+        problems = losses - losses  # 0 if finite, else NaN; a bad norm shows in the weights that result
         if self.alpha > 0:
             problems = problems + losses.clamp(max=0)
         if present is not None:
@@ -262,32 +289,34 @@ class GradNormRule:
         if not self._initial_known and bool((problems == 0).all()):
             initial_losses, updates_seen = self._initial_losses_with(losses, present)
         weights = self.weights.detach()
-        seen = balance(weights, norms, losses, initial_losses, self.alpha, self._priorities, present)
-        gradient = seen.gradient if present is None else torch.where(present, seen.gradient, 0.0)
-        taken = self._step.move(gradient, problems, present, partial(self._renormalised, present))
+        terms = gradnorm_terms(weights, norms, losses, initial_losses, self.alpha, self._priorities, present)
+        gradient = terms.gradient if present is None else torch.where(present, terms.gradient, 0.0)
+        taken = self._optimizer.step(gradient, problems, present, partial(self._renormalized, present))
         if not self._initial_known and bool(taken):
             self._set_initial_losses(initial_losses, updates_seen)
-        step = Step(norms, losses, self._everybody if present is None else present, problems, seen, taken)
-        self._open.append(step)
-        if self.looks_at_once or len(self._open) == _MOST_OPEN:
-            self._look()
-        return step
+        self._is_fresh = False
+        present = self._all_present if present is None else present
+        update = WeightUpdate(norms, losses, present, problems, terms, taken)
+        self._pending.append(update)
+        if self.syncs_every_step or len(self._pending) == _MAX_PENDING:
+            self._sync_pending()
+        return update
 
-    def _renormalised(self, present: Tensor | None, before: Tensor, weights: Tensor) -> Tensor:
-        """``w_i ← max(w_i, min_weight)``, then the present tasks share what the absent ones leave of the sum T."""
+    def _renormalized(self, present: Tensor | None, before: Tensor, weights: Tensor) -> Tensor:
+        """Apply ``w_i ← max(w_i, min_weight)``, then scale so that the sum is T and absent tasks keep their weights."""
         T = len(self.tasks)
-        # The upper bound touches nothing in ordinary steps. It holds when one weight has shot up so far that dividing by the
-        # sum would push the others to zero, from where no gradient could be measured any more.
-        weights = weights.clamp(self.min_weight, _MOST * T)
+        # The upper bound is out of reach in ordinary steps. If one weight explodes, dividing by the sum would push the others
+        # to zero, where no gradient can be measured any more.
+        weights = weights.clamp(self.min_weight, MAX_WEIGHT_SHARE * T)
         if present is None:
             return weights * (T / weights.sum())
         left, had = T - (before * ~present).sum(), (before * present).sum()
-        # The two are equal but for rounding, which eats up what is left where the absent tasks have nearly all of it.
+        # Both are equal up to rounding, which swallows `left` when the absent tasks hold nearly the whole sum.
         total = torch.where(left > had / 2, left, had)
         return torch.where(present, weights * (total / (weights * present).sum()), before)
 
     def _initial_losses_with(self, losses: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
-        present = self._everybody if present is None else present
+        present = self._all_present if present is None else present
         counts = present & (self._updates_seen < self._updates_in_initial)
         updates_seen = self._updates_seen + counts
         mean = self.initial_losses + (losses - self.initial_losses) / updates_seen.clamp(min=1)
@@ -303,8 +332,50 @@ class GradNormRule:
 
     def _set_initial_losses(self, initial_losses: Tensor, updates_seen: Tensor) -> None:
         self.initial_losses, self._updates_seen = initial_losses, updates_seen
-        are_all_in = bool((updates_seen >= self._updates_in_initial).all())
-        self._initial_known = are_all_in and (self.alpha == 0 or bool((initial_losses > 0).all()))
+        are_final = bool((updates_seen >= self._updates_in_initial).all())
+        self._initial_known = are_final and (self.alpha == 0 or bool((initial_losses > 0).all()))
+
+    @property
+    def syncs_every_step(self) -> bool:
+        """Whether the host reads each update's outcome at once: on a CPU, where there is nothing to wait for."""
+        return self.weights.device.type == "cpu"
+
+    @property
+    def skipped(self) -> int:
+        """Number of updates that were not taken because of an unusable number. Synchronizes with the device."""
+        self._sync_pending()
+        return self._skipped
+
+    @property
+    def tasks_at_fault(self) -> dict[str, float]:
+        """Tasks whose numbers prevented an update → their loss in the last such update. Synchronizes with the device."""
+        self._sync_pending()
+        return self._tasks_at_fault
+
+    def explain_fault(self, task: str, loss: float) -> str:
+        """Return why a task's numbers allowed no update."""
+        if loss < 0 and self.alpha > 0:
+            return (
+                f"the loss of task '{task}' is negative ({loss:g}), so that it has no training rate (add a constant that keeps "
+                f"it positive, or use alpha=0)"
+            )
+        return f"the loss or the gradient norm of task '{task}' is not finite"
+
+    @property
+    def last(self) -> WeightUpdate | None:
+        """The last update that was taken, ``None`` before the first. Synchronizes with the device."""
+        self._sync_pending()
+        return self._last
+
+    def _sync_pending(self) -> None:
+        for update in self._pending:
+            if update.taken:
+                self._last = update
+                continue
+            self._skipped += 1
+            per_task = zip(self.tasks, update.losses.tolist(), update.tasks_at_fault.tolist(), strict=True)
+            self._tasks_at_fault |= {task: loss for task, loss, is_at_fault in per_task if is_at_fault}
+        self._pending.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return all state as plain tensors and numbers, loadable with ``torch.load(weights_only=True)``."""
@@ -312,7 +383,7 @@ class GradNormRule:
             "version": _VERSION,
             "tasks": list(self.tasks),
             "weights": self.weights.detach().clone(),
-            "optimizer": self._step.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
             "initial_losses": self.initial_losses.clone(),
             "updates_seen": self._updates_seen.clone(),
             "weights_mean": self._weights_mean.clone(),
@@ -322,16 +393,15 @@ class GradNormRule:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any], *, adapt: bool = False) -> None:
-        """Take over the state of another rule, matched by the tasks' names.
+        """Load the state of another rule, matched by the tasks' names.
 
         Args:
-            state: what `state_dict` has returned.
-            adapt: take it over also if it is of other tasks. What is known of a task stays, and the weights are scaled to
-                sum T again; a new task begins with the mean of the known weights, with an optimizer state of zero, and
-                ``L_i(0)`` is what it shows first.
+            state: what `state_dict` returned.
+            adapt: accept a state of other tasks. Known tasks keep theirs and the weights are scaled to sum T; a new task
+                starts with the mean of the known weights and an empty optimizer state, and its ``L_i(0)`` is its first loss.
 
         Raises:
-            ValueError: the state is that of other tasks, and ``adapt`` is false; or of another optimizer or version.
+            ValueError: the state is of other tasks and ``adapt`` is False, or of another optimizer or version.
         """
         if state.get("version") != _VERSION:
             raise ValueError(
@@ -339,44 +409,39 @@ class GradNormRule:
                 f"Resume with the version of lightning-gradnorm that wrote it."
             )
         known = list(state["tasks"])
-        if set(known) != set(self.tasks) and not adapt:
+        same_tasks = set(known) == set(self.tasks)
+        if not (same_tasks or adapt):
             raise ValueError(
                 f"GradNorm: the checkpoint is of tasks {sorted(known)}, but this run has {sorted(self.tasks)}. Resume with the "
                 f"same tasks; or with on_task_mismatch='adapt', which keeps what is known and gives new tasks the mean."
             )
-        # A task that is not known takes what stands behind the last of the known.
+        # New tasks take the value that is appended behind those of the known ones.
         order = [known.index(task) if task in known else len(known) for task in self.tasks]
         is_new = torch.tensor([task not in known for task in self.tasks], device=self.weights.device)
 
-        def by_task(value: Tensor, of_new: float | Tensor = 0.0) -> Tensor:
+        def by_task(value: Any, of_new: float | Tensor = 0.0) -> Any:
+            if not (isinstance(value, Tensor) and value.shape == (len(known),)):
+                return copy.deepcopy(value)  # the optimizer changes its tensors in place
             return torch.cat([value, value.new_zeros(1) + of_new])[order].to(self.weights.device)
 
         def scaled(weights: Tensor) -> Tensor:
-            adapted = by_task(weights, weights.mean()).to(self.weights)
-            return adapted if set(known) == set(self.tasks) else adapted * (len(self.tasks) / adapted.sum())
+            adapted: Tensor = by_task(weights, weights.mean()).to(self.weights)
+            return adapted if same_tasks else adapted * (len(self.tasks) / adapted.sum())
 
+        saved = state["optimizer"]
+        moments = {key: {name: by_task(value) for name, value in of.items()} for key, of in saved["state"].items()}
         self.weights.copy_(scaled(state["weights"]))
-        kept = state["optimizer"]
-        saved, given = (set(of["param_groups"][0]) for of in (kept, self._step.state_dict()))
-        if saved - given and given - saved:  # one of both alone is another version of torch
-            raise ValueError(
-                f"GradNorm: the checkpoint is of a weight optimizer with the options {sorted(saved - given)}, which this "
-                f"run's {type(self._step.optimizer).__name__} does not have. Resume with the same optimizer=…"
-            )
-
-        def own(value: Any) -> Any:  # a tensor that the optimizer takes over it would go on to change
-            if not isinstance(value, Tensor):
-                return value
-            return by_task(value) if value.shape == (len(known),) else value.clone()
-
-        moments = {key: {name: own(value) for name, value in of.items()} for key, of in kept["state"].items()}
-        self._step.load_state_dict({**kept, "state": moments})
-        self.initial_losses = torch.where(
-            is_new, self.initial_losses, by_task(state["initial_losses"]).to(self.weights)
-        )
+        self._optimizer.load_state_dict({**saved, "state": moments})
+        initial_losses = by_task(state["initial_losses"]).to(self.weights)
+        self.initial_losses = torch.where(is_new, self.initial_losses, initial_losses)
         self._updates_seen = by_task(state["updates_seen"]).to(self.weights)
-        self._initial_known = False
         self._weights_mean = scaled(state["weights_mean"])
-        self.steps = state["steps"]
-        self._skipped = state["skipped"]
-        self._open.clear()
+        self.steps, self._skipped = state["steps"], state["skipped"]
+        self._initial_known = self._is_fresh = False
+        self._pending.clear()
+
+
+def _moved(value: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+    return type(value)(*(_moved(part, dtype, device) for part in value))

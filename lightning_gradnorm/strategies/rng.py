@@ -1,4 +1,4 @@
-"""Random numbers of a strategy's own: the same on every rank and after a resume, and none of the network's used up."""
+"""Random numbers for strategies: the same on every rank and after a resume, without consuming the network's."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 
 
 @contextmanager
-def own_randomness(seed: int, step: int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Seed torch's generators by ``seed`` and ``step`` for the time being.
+def seeded_rng(seed: int, step: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Seed torch's generators with ``seed`` and ``step``, and restore them on exit.
 
     Args:
         seed: of the whole training.
-        step: how many times the strategy has drawn before.
-        device: where random numbers may be drawn besides the CPU.
+        step: number of earlier draws by the strategy.
+        device: a GPU whose generator is seeded besides the CPU's.
 
     Example:
-        >>> with own_randomness(seed=1, step=7):
+        >>> with seeded_rng(seed=1, step=7):
         ...     first = torch.rand(())
-        >>> with own_randomness(seed=1, step=7):
+        >>> with seeded_rng(seed=1, step=7):
         ...     print(bool(torch.rand(()) == first))
         True
     """
     device = torch.device(device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices, device_type="cuda"):
-        # Large odd factors, so that neighbouring seeds and steps have nothing to do with each other.
+        # Large odd factors decorrelate neighbouring seeds and steps.
         mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) % 2**63
         torch.default_generator.manual_seed(mixed)
         if devices:

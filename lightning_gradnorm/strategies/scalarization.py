@@ -17,8 +17,8 @@ import torchjd.scalarization
 from torch import Tensor, nn
 
 from lightning_gradnorm.strategies.factory import placed
-from lightning_gradnorm.strategies.rng import own_randomness
-from lightning_gradnorm.strategies.snapshot import restore, state_of
+from lightning_gradnorm.strategies.rng import seeded_rng
+from lightning_gradnorm.strategies.snapshot import load_snapshot, snapshot
 
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 _VERSION = 1
@@ -116,7 +116,7 @@ class ScalarizationRule:
 
     def _ask(self, scalarizer: Any, losses: Tensor, *, learn: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return the scalar and its derivatives; ``learn`` has those of the scalarizer's parameters added up."""
-        with torch.enable_grad(), own_randomness(self._seed, self._asked, losses.device):
+        with torch.enable_grad(), seeded_rng(self._seed, self._asked, losses.device):
             leaf = losses.detach().clone().requires_grad_()
             scalar = scalarizer(leaf)
             if not (isinstance(scalar, Tensor) and scalar.numel() == 1):
@@ -214,7 +214,7 @@ class ScalarizationRule:
             "epoch": self._epoch,
             "fallbacks": self.fallbacks,
             "kind": self._kind(),
-            "scalarizer": {} if self.scalarizer is None else state_of(self.scalarizer),
+            "scalarizer": {} if self.scalarizer is None else snapshot(self.scalarizer),
             "optimizer": {} if self._optimizer is None else copy.deepcopy(self._optimizer.state_dict()),
         }
 
@@ -240,6 +240,6 @@ class ScalarizationRule:
         self._asked, self._seed, self._epoch = state["asked"], state["seed"], state["epoch"]
         self.fallbacks = self._settled = state["fallbacks"]
         if self.scalarizer is not None:
-            restore(self.scalarizer, state["scalarizer"], device=self.loss_weights.device)
+            load_snapshot(self.scalarizer, state["scalarizer"], device=self.loss_weights.device)
         if self._optimizer is not None:
             self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))

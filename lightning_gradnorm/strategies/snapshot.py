@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 _VERSION = 1
-"""Of the layout of `state_of`."""
+"""Of the layout of `snapshot`."""
 
 _PLAIN = (type(None), bool, int, float, complex, str)
 _FUNCTIONS = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
@@ -55,7 +55,7 @@ _ON_CPU = frozenset({"GradVacWeighting", "PCDWeighting"})
 """Classes that compute on the CPU wherever their input is: their tensors stay there."""
 
 
-def state_of(module: nn.Module) -> dict[str, Any]:
+def snapshot(module: nn.Module) -> dict[str, Any]:
     """Return everything that the module remembers, loadable with ``torch.load(weights_only=True)``.
 
     That is, of the module and all its submodules: the parameters, the buffers and every plain attribute, the options it was
@@ -64,7 +64,7 @@ def state_of(module: nn.Module) -> dict[str, Any]:
 
     Not carried, because an object built with the same arguments has it: functions, classes and hooks, and whether the module
     is in training mode. Not carried, because it is not the module's: torch's global random generator, from which torchjd draws.
-    A list or tensor that two attributes share is two equal ones after `restore`; but a parameter or buffer of the module stays
+    A list or tensor that two attributes share is two equal ones after `load_snapshot`; but a parameter or buffer stays
     the same one wherever else it is named.
 
     Raises:
@@ -76,7 +76,7 @@ def state_of(module: nn.Module) -> dict[str, Any]:
         >>> for losses in torch.tensor([[4.0, 1.0], [2.0, 1.0]]):
         ...     _ = dwa(losses)
         ...     dwa.step()
-        >>> restore(fresh, state_of(dwa))
+        >>> load_snapshot(fresh, snapshot(dwa))
         >>> fresh._previous_averages
         [tensor([4., 1.]), tensor([2., 1.])]
     """
@@ -97,14 +97,14 @@ def state_of(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def restore(module: nn.Module, state: Mapping[str, Any], device: torch.device | str | None = None) -> None:
+def load_snapshot(module: nn.Module, state: Mapping[str, Any], device: torch.device | str | None = None) -> None:
     """Give a fresh module the memory of another one, built with the same arguments: bit by bit it goes on as that would.
 
     A parameter stays the object it is, on its device and in its precision, so that an optimizer that has it keeps it.
 
     Args:
         module: as it was built, and its ``name_tasks`` called if it has one; not used yet.
-        state: what `state_of` has returned, here or from a file. It may be restored more than once.
+        state: what `snapshot` has returned, here or from a file. It may be restored more than once.
         device: that of the losses or gradients to come, for what the fresh module has not made yet. By default that stays on
             the device where the state has it.
 
@@ -143,13 +143,13 @@ def restore(module: nn.Module, state: Mapping[str, Any], device: torch.device | 
             _REBUILT[type(part).__name__].rebuild(part)
 
 
-class GrowingBuffers(nn.Module):
+class LazyBufferModule(nn.Module):
     """Base of modules whose buffers begin empty and get their size with the first call.
 
     ``load_state_dict`` gives a buffer that is still empty the checkpoint's size and precision.
 
     Example:
-        >>> class Last(GrowingBuffers):
+        >>> class Last(LazyBufferModule):
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.register_buffer("losses", torch.empty(0))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_gradnorm import GradNorm
-from lightning_gradnorm.strategies.gradnorm import Balance, GradNormRule
+from lightning_gradnorm.strategies.gradnorm import GradNormRule, GradNormTerms
 
 BATCHES, INPUTS, FEATURES, OUTPUTS = 40, 4, 5, 2
 MakeTrainer = Callable[..., L.Trainer]
@@ -180,7 +180,7 @@ class Judge(L.Callback):
         expected = self.rule.step(norms, losses, present)
         if not expected.taken:
             self.happened["skipped"] += 1
-            culprits = {task for task, is_one in zip(self.draw.tasks, expected.culprits, strict=True) if is_one}
+            culprits = {task for task, is_one in zip(self.draw.tasks, expected.tasks_at_fault, strict=True) if is_one}
             self.offenders |= culprits
             bad = present & ~(norms.isfinite() & losses.isfinite() & ((losses >= 0) | (self.draw.alpha == 0)))
             if bool(bad.any()):
@@ -191,7 +191,7 @@ class Judge(L.Callback):
         self.happened["taken"] += 1
         assert state["skipped"] == self.before["skipped"]
         assert torch.equal(state["weights"][~present], self.before["weights"][~present])
-        if self.draw.dtype == torch.float64 and not decided_by_chance(expected.balance, present):
+        if self.draw.dtype == torch.float64 and not decided_by_chance(expected.terms, present):
             self.happened["compared"] += 1
             torch.testing.assert_close(state["weights"], self.rule.weights.detach(), rtol=1e-9, atol=1e-9)
 
@@ -199,7 +199,7 @@ class Judge(L.Callback):
 RULES = ("alpha", "optimizer", "initial_losses", "priorities")
 
 
-def decided_by_chance(seen: Balance, present: Tensor) -> bool:
+def decided_by_chance(seen: GradNormTerms, present: Tensor) -> bool:
     """Say whether a G_i is so near its target that the rounding of a norm gives the sign."""
     G, target = seen.grad_norms[present], seen.targets[present]
     larger = torch.maximum(G, target)

@@ -222,7 +222,7 @@ def test_the_weights_are_on_the_device_and_shown_as_floats(mode: str, make_train
 def as_on_a_gpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a CPU do as a GPU does: do not look at each weight update at once."""
     if device == "cpu":
-        monkeypatch.setattr(GradNormRule, "looks_at_once", False)
+        monkeypatch.setattr(GradNormRule, "syncs_every_step", False)
 
 
 @contextmanager
@@ -333,7 +333,7 @@ def test_mixed_precision_follows_single_precision(
 
 
 @on_each_device("mode", MIXED, quick=["module"])
-def test_a_forced_overflow_is_no_weight_step(mode: str, make_trainer: MakeTrainer, device: str) -> None:
+def test_a_forced_overflow_is_no_make_weight_optimizer(mode: str, make_trainer: MakeTrainer, device: str) -> None:
     skipped = {3, 17, 18}
     weights = fit_long(make_trainer, mode, callbacks=[Overflows(skipped)], **half_precision(device, scale=2.0**12))
     stood_still = (weights[1:] == weights[:-1]).all(dim=1)

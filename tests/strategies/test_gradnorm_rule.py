@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_gradnorm.strategies.gradnorm import GradNormRule, balance
+from lightning_gradnorm.strategies.gradnorm import GradNormRule, gradnorm_terms
 
 settings.register_profile("frugal", max_examples=60, deadline=None, derandomize=True)
 settings.load_profile("frugal")
@@ -90,7 +90,7 @@ def test_permuting_the_tasks_permutes_the_weights(data: Any, T: int, optimizer: 
     for norms, losses, present in data.draw(numbers(tame, T, 4)):
         step = rule.step(tensor(norms), tensor(losses), torch.tensor(present))
         if step.taken:
-            seen = step.balance
+            seen = step.terms
             # where G_i meets its target the sign depends on rounding, and so on the order of a sum
             distance = (seen.grad_norms - seen.targets).abs() / seen.targets
             here = distance[torch.tensor(present)]
@@ -113,7 +113,7 @@ def test_the_closed_form_is_the_gradient_autograd_finds(data: Any, T: int, alpha
     objective = (G - target).abs().sum()
     (expected,) = torch.autograd.grad(objective, w)
 
-    found = balance(w.detach(), n, L, L0, alpha, p)
+    found = gradnorm_terms(w.detach(), n, L, L0, alpha, p)
 
     torch.testing.assert_close(found.gradient, expected, rtol=1e-12, atol=0.0)
     torch.testing.assert_close(found.loss, objective.detach(), rtol=1e-9, atol=1e-12)
@@ -125,7 +125,7 @@ def test_the_closed_form_is_the_gradient_autograd_finds(data: Any, T: int, alpha
 
 def test_a_norm_at_its_target_pulls_neither_way() -> None:
     one = torch.ones(3, dtype=F64)
-    assert balance(one, one, one, one, 1.5, one).gradient.tolist() == [0.0, 0.0, 0.0]
+    assert gradnorm_terms(one, one, one, one, 1.5, one).gradient.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_a_slow_task_gets_more_weight_and_a_fast_one_less() -> None:
@@ -161,7 +161,7 @@ def test_a_number_that_is_not_finite_changes_nothing(what: str, value: float, in
                 before = now(rule)
                 seen = rule.step(bad["norms"], bad["losses"])
                 assert not seen.taken
-                assert list(rule.culprits) == ["task1"]
+                assert list(rule.tasks_at_fault) == ["task1"]
                 assert torch.equal(now(rule), before)
             rule.step(norms, losses)
         return now(rule).tolist(), rule
@@ -209,7 +209,7 @@ def test_present_tasks_are_balanced_as_if_they_were_alone(data: Any, T: int, alp
 
     assert found.taken
     assert expected.taken
-    found, expected = found.balance, expected.balance
+    found, expected = found.terms, expected.terms
     distance = (expected.grad_norms - expected.targets).abs() / expected.targets
     assume(bool((distance > 1e-9).all()))
     torch.testing.assert_close(now(some)[:-1], now(alone), rtol=1e-9, atol=1e-12)
@@ -223,7 +223,7 @@ def test_a_task_first_seen_late_starts_from_its_own_first_loss() -> None:
     seen = rule.step(tensor([1.0, 1.0]), tensor([2.0, 7.0]))
     assert seen.taken
     # ratios 2/4 and 7/7
-    torch.testing.assert_close(seen.balance.rates, tensor([0.5, 1.0]) / 0.75, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(seen.terms.rates, tensor([0.5, 1.0]) / 0.75, rtol=1e-12, atol=0.0)
 
 
 def test_the_optimizer_holds_the_renormalised_weights() -> None:
@@ -271,10 +271,10 @@ def test_state_goes_through_a_safe_load_and_is_matched_by_name(reverse: bool, op
     whole, first = fresh(names(3)), fresh(names(3))
     for norms, losses in steps:
         whole.step(norms, losses)
-        whole.note_step()
+        whole.count_step()
     for norms, losses in steps[:2]:
         first.step(norms, losses)
-        first.note_step()
+        first.count_step()
     buffer = io.BytesIO()
     torch.save(first.state_dict(), buffer)
     buffer.seek(0)
@@ -284,7 +284,7 @@ def test_state_goes_through_a_safe_load_and_is_matched_by_name(reverse: bool, op
     second.load_state_dict(torch.load(buffer, weights_only=True))
     for norms, losses in steps[2:]:
         second.step(norms[index], losses[index])
-        second.note_step()
+        second.count_step()
 
     tolerance = {"rtol": 0.0, "atol": 1e-12 if reverse else 0.0}  # reversed sums round differently
     torch.testing.assert_close(now(second), now(whole)[index], **tolerance)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_gradnorm.strategies.gradnorm import Balance, GradNormRule, Step
+from lightning_gradnorm.strategies.gradnorm import GradNormRule, GradNormTerms, WeightUpdate
 
 F64 = torch.float64
 STEPS = 100
@@ -195,7 +195,7 @@ def test_whatever_it_is_given_the_weights_are_right_and_ordinary_steps_are_the_t
         rule, first = draw.rule(), FirstLosses(draw)
         for norms, losses, present in draw.steps():
             before, nested = flat(rule.state_dict()), copy.deepcopy(rule.state_dict())
-            seen: Step | None = None
+            seen: WeightUpdate | None = None
             with contextlib.suppress(ValueError):  # a first loss of zero: there is no rate
                 seen = rule.step(norms, losses, present)
             after = flat(rule.state_dict())
@@ -222,10 +222,10 @@ def test_whatever_it_is_given_the_weights_are_right_and_ordinary_steps_are_the_t
                 if (
                     ordinary
                     and draw.dtype == F64
-                    and agrees(draw, nested, first, rule, seen.balance, (norms, losses, present))
+                    and agrees(draw, nested, first, rule, seen.terms, (norms, losses, present))
                 ):
                     happened["compared"] += 1
-            rule.note_step()
+            rule.count_step()
             if draw.random.random() < 0.05:
                 rule = reloaded(draw, rule)
     total = len(seeds) * STEPS
@@ -237,7 +237,7 @@ def test_whatever_it_is_given_the_weights_are_right_and_ordinary_steps_are_the_t
     assert happened["refused"] > 0, happened
 
 
-def agrees(draw: Draw, before: Any, first: FirstLosses, rule: GradNormRule, seen: Balance, step: Any) -> bool:
+def agrees(draw: Draw, before: Any, first: FirstLosses, rule: GradNormRule, seen: GradNormTerms, step: Any) -> bool:
     """Compare with the textbook, where it can be: no sign by chance, no weight so small that it was lifted twice."""
     present = step[2]
     expected = textbook_step(draw, before, first.values(), *step)
@@ -300,14 +300,14 @@ def test_many_tasks_in_another_order_are_the_same_but_for_the_rounding_of_sums(s
                 continue
             again = other.step(norms[order], losses[order], present[order])
             assert bool(again.taken) == bool(seen.taken)
-            assert other.culprits.keys() == rule.culprits.keys()
+            assert other.tasks_at_fault.keys() == rule.tasks_at_fault.keys()
             if seen.taken:
-                G, target = seen.balance.grad_norms[present], seen.balance.targets[present]
+                G, target = seen.terms.grad_norms[present], seen.terms.targets[present]
                 if bool(((G - target).abs() <= 1e-12 * torch.maximum(G, target)).any()):
                     chance += 1
                     continue
                 compared += 1
-                for found, expected in zip(again.balance, seen.balance, strict=True):
+                for found, expected in zip(again.terms, seen.terms, strict=True):
                     aligned = expected if expected.ndim == 0 else expected[order]
                     torch.testing.assert_close(found, aligned, rtol=1e-10, atol=0.0, equal_nan=True)
             # A weight is a difference, and what is lost in it is relative to the largest number in sight.

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torchjd import aggregation as A
 from torchjd import scalarization as S
 
-from lightning_gradnorm.strategies import AMNL, DBMTL, GABA, Uncertainty, restore, state_of, with_equal_preferences
+from lightning_gradnorm.strategies import (
+    AMNL,
+    DBMTL,
+    GABA,
+    Uncertainty,
+    load_snapshot,
+    snapshot,
+    with_equal_preferences,
+)
 
 T, n = 3, 5
 
@@ -192,7 +200,7 @@ def test_a_fresh_object_goes_on_bit_by_bit(name: str, calls: int) -> None:
     uninterrupted, resumed = case.make(), case.make()
     for t in range(calls):
         case.call(uninterrupted, t)
-    restore(resumed, through_a_file(state_of(uninterrupted)))
+    load_snapshot(resumed, through_a_file(snapshot(uninterrupted)))
     for t in range(calls, calls + 5):
         assert same(case.call(uninterrupted, t), case.call(resumed, t)), f"step {t}"
 
@@ -214,11 +222,11 @@ def test_a_state_does_not_change_with_the_object_it_is_of_nor_with_those_it_was_
     first = case.make()
     for t in range(3):
         case.call(first, t)
-    state = state_of(first)
+    state = snapshot(first)
     expected = [case.call(first, t) for t in range(3, 6)]
     for _ in range(2):
         resumed = case.make()
-        restore(resumed, state)
+        load_snapshot(resumed, state)
         assert all(same(case.call(resumed, t), expected[t - 3]) for t in range(3, 6))
 
 
@@ -237,7 +245,7 @@ def test_double_precision_is_kept(name: str) -> None:
     uninterrupted, resumed = case.make().double(), case.make().double()
     for t in range(3):
         in_double(uninterrupted, t)
-    restore(resumed, through_a_file(state_of(uninterrupted)))
+    load_snapshot(resumed, through_a_file(snapshot(uninterrupted)))
     outputs = [(in_double(uninterrupted, t), in_double(resumed, t)) for t in range(3, 6)]
     assert all(same(one, other) for one, other in outputs)
     assert outputs[0][0][0].dtype == torch.float64
@@ -247,7 +255,7 @@ def test_any_plain_memory_of_a_users_own_strategy_is_carried() -> None:
     one, other = Anything(), Anything()
     for t in range(3):
         one(losses_at(t)[:2])
-    restore(other, through_a_file(state_of(one)))
+    load_snapshot(other, through_a_file(snapshot(one)))
     assert other.alias[0] is other.w
     assert other.optimizer.param_groups[0]["params"][0] is other.w
     for t in range(3, 6):
@@ -304,10 +312,10 @@ def circle() -> list[Any]:
 def test_what_cannot_be_carried_is_an_error_and_never_lost(content: Any, says: str | None) -> None:
     module = With(content)
     if says is None:
-        state_of(module)
+        snapshot(module)
         return
     with pytest.raises(TypeError, match=says):
-        state_of(module)
+        snapshot(module)
 
 
 @pytest.mark.parametrize(
@@ -328,25 +336,25 @@ def test_what_cannot_be_carried_is_an_error_and_never_lost(content: Any, says: s
 )
 def test_another_class_or_shape_is_refused(saved: nn.Module, into: nn.Module, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        restore(into, through_a_file(state_of(saved)))
+        load_snapshot(into, through_a_file(snapshot(saved)))
 
 
 def test_an_attribute_that_the_state_does_not_know_is_refused() -> None:
     one, other = With(1), With(1)
     other.since = 2
     with pytest.raises(ValueError, match=r"lacks \['since'\]"):
-        restore(other, state_of(one))
+        load_snapshot(other, snapshot(one))
 
 
 def test_a_state_of_another_layout_is_refused() -> None:
     with pytest.raises(ValueError, match="should be of version 1; got 7"):
-        restore(S.DWA(), {**state_of(S.DWA()), "version": 7})
+        load_snapshot(S.DWA(), {**snapshot(S.DWA()), "version": 7})
 
 
 def test_an_option_of_another_value_is_taken_from_the_state_and_said() -> None:
     resumed = S.DWA(temperature=1.0)
     with pytest.warns(UserWarning, match=r"DWA: temperature is 2\.0 in the state and 1\.0 here"):
-        restore(resumed, state_of(S.DWA(temperature=2.0)))
+        load_snapshot(resumed, snapshot(S.DWA(temperature=2.0)))
     assert resumed.temperature == 2.0
 
 
@@ -355,7 +363,7 @@ def test_a_parameter_stays_the_object_that_an_optimizer_has() -> None:
     assert saved.log_variance is not None
     saved.log_variance.data += 1
     had = resumed.log_variance
-    restore(resumed, state_of(saved))
+    load_snapshot(resumed, snapshot(saved))
     assert resumed.log_variance is had
     assert had is not None
     assert had.tolist() == [1.0, 1.0, 1.0]
@@ -363,7 +371,7 @@ def test_a_parameter_stays_the_object_that_an_optimizer_has() -> None:
 
 def test_a_parameter_that_is_not_made_yet_is_made() -> None:
     saved, resumed = uncertainty(), Uncertainty(["b"])
-    restore(resumed, state_of(saved))
+    load_snapshot(resumed, snapshot(saved))
     resumed.name_tasks(["a", "b", "c"])
     assert resumed(losses_at(0)).equal(saved(losses_at(0)))
 
@@ -374,8 +382,8 @@ def test_what_was_kept_on_a_device_goes_to_the_one_named() -> None:
     for one in (weighting, gradvac):
         call_weighting(one, 0)
     moved, stays = A.MoDoWeighting(), A.GradVacWeighting()
-    restore(moved, state_of(weighting), device="meta")
-    restore(stays, state_of(gradvac), device="meta")
+    load_snapshot(moved, snapshot(weighting), device="meta")
+    load_snapshot(stays, snapshot(gradvac), device="meta")
     assert moved._lambda.device.type == "meta"  # type: ignore[union-attr]
     assert moved._state_key == (T, torch.float32, torch.device("meta"))
     assert stays._phi_t.device.type == "cpu"  # type: ignore[union-attr]

@@ -11,7 +11,7 @@ from harness import NoNumberIsAskedFor
 from torch import Tensor
 
 from lightning_gradnorm.strategies import GradNormRule
-from lightning_gradnorm.strategies.weight_optimizer import AdamStep, WeightStep, weight_step
+from lightning_gradnorm.strategies.weight_optimizer import MaskedAdam, WeightOptimizer, make_weight_optimizer
 
 F64 = torch.float64
 
@@ -27,13 +27,13 @@ class General(torch.optim.Adam):
 def test_adam_on_tensors_alone_is_torchs_adam(options: Any, dtype: torch.dtype, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(0)
     weights = [torch.full((4,), 2.0, dtype=dtype).requires_grad_() for _ in range(2)]
-    ours = weight_step(weights[0], partial(torch.optim.Adam, **options))
+    ours = make_weight_optimizer(weights[0], partial(torch.optim.Adam, **options))
     theirs = torch.optim.Adam([weights[1]], **options)
-    assert type(ours) is AdamStep
+    assert type(ours) is MaskedAdam
     for _ in range(200):
         gradient = torch.randn(4, generator=generator, dtype=dtype) * 10 ** float(torch.randn((), generator=generator))
         with torch.no_grad():
-            assert ours.move(gradient, torch.zeros(4), None, lambda before, moved: moved)
+            assert ours.step(gradient, torch.zeros(4), None, lambda before, moved: moved)
         weights[1].grad = gradient.clone()
         theirs.step()
         torch.testing.assert_close(*weights, rtol=tolerance, atol=tolerance)
@@ -45,13 +45,15 @@ def test_adam_on_tensors_alone_is_torchs_adam(options: Any, dtype: torch.dtype, 
 def test_the_state_of_torchs_adam_and_of_ours_can_take_each_others_place() -> None:
     steps = torch.rand(20, 2, 3, dtype=F64, generator=torch.Generator().manual_seed(1)) + 0.1
     makers = {"ours": torch.optim.Adam, "general": General}
-    rules = {name: GradNormRule("abc", optimizer=partial(maker, lr=0.1), dtype=F64) for name, maker in makers.items()}
-    assert [type(rule._step) for rule in rules.values()] == [AdamStep, WeightStep]
+    rules = {
+        name: GradNormRule(list("abc"), optimizer=partial(maker, lr=0.1), dtype=F64) for name, maker in makers.items()
+    }
+    assert [type(rule._optimizer) for rule in rules.values()] == [MaskedAdam, WeightOptimizer]
     for norms, losses in steps[:10]:
         for rule in rules.values():
             rule.step(norms, losses)
     exchanged = {
-        name: GradNormRule("abc", optimizer=partial(maker, lr=0.1), dtype=F64) for name, maker in makers.items()
+        name: GradNormRule(list("abc"), optimizer=partial(maker, lr=0.1), dtype=F64) for name, maker in makers.items()
     }
     exchanged["ours"].load_state_dict(rules["general"].state_dict())
     exchanged["general"].load_state_dict(rules["ours"].state_dict())
@@ -81,19 +83,19 @@ def test_what_a_scheduler_changes_is_in_force_in_the_next_step(scheduler: Any) -
             schedulers.append(scheduler(optimizer))
             return optimizer
 
-        rule = GradNormRule("abc", optimizer=make, dtype=F64)
+        rule = GradNormRule(list("abc"), optimizer=make, dtype=F64)
         generator = torch.Generator().manual_seed(1)
         for _ in range(30):
             rule.step(*torch.rand(2, 3, dtype=F64, generator=generator) + 0.1)
             schedulers[0].step()
-        weights[type(rule._step)] = rule.weights.detach()
-    torch.testing.assert_close(weights[AdamStep], weights[WeightStep], rtol=1e-11, atol=0.0)
+        weights[type(rule._optimizer)] = rule.weights.detach()
+    torch.testing.assert_close(weights[MaskedAdam], weights[WeightOptimizer], rtol=1e-11, atol=0.0)
 
 
 @pytest.mark.parametrize("option", ["weight_decay", "amsgrad", "maximize"])
 def test_an_adam_with_more_to_it_is_left_to_torch(option: str) -> None:
-    made = weight_step(torch.ones(2).requires_grad_(), partial(torch.optim.Adam, **{option: True}))
-    assert type(made) is WeightStep
+    made = make_weight_optimizer(torch.ones(2).requires_grad_(), partial(torch.optim.Adam, **{option: True}))
+    assert type(made) is WeightOptimizer
 
 
 def test_an_adam_that_somebody_watches_is_left_to_torch() -> None:
@@ -102,7 +104,7 @@ def test_an_adam_that_somebody_watches_is_left_to_torch() -> None:
         adam.register_step_post_hook(lambda *_: None)
         return adam
 
-    assert type(weight_step(torch.ones(2).requires_grad_(), watched)) is WeightStep
+    assert type(make_weight_optimizer(torch.ones(2).requires_grad_(), watched)) is WeightOptimizer
 
 
 # ---- the host ----------------------------------------------------------------------------------------------------------
@@ -111,11 +113,13 @@ def test_an_adam_that_somebody_watches_is_left_to_torch() -> None:
 class OnAGPU(GradNormRule):
     """Does as if its numbers were where looking at them takes time."""
 
-    looks_at_once = False
+    syncs_every_step = False
 
 
 def test_a_step_with_absent_tasks_or_bad_numbers_makes_nobody_wait() -> None:
-    rule, looking = (kind("abc", initial_losses=dict.fromkeys("abc", 1.0)) for kind in (OnAGPU, GradNormRule))
+    rule, looking = (
+        kind(list("abc"), initial_losses=dict.fromkeys(list("abc"), 1.0)) for kind in (OnAGPU, GradNormRule)
+    )
     one, some = torch.ones(3), torch.tensor([True, False, True])
     steps: list[tuple[Tensor, Tensor, Tensor | None]] = [
         (torch.tensor([1.0, 2.0, 3.0]), one, None),
@@ -129,16 +133,16 @@ def test_a_step_with_absent_tasks_or_bad_numbers_makes_nobody_wait() -> None:
     with NoNumberIsAskedFor():
         for step in steps:
             rule.step(*step)
-            rule.note_step()
+            rule.count_step()
     with NoNumberIsAskedFor(), pytest.raises(AssertionError, match="makes the host wait"):
         _ = rule.skipped
     assert rule.skipped == 2
-    assert list(rule.culprits) == ["b"]
+    assert list(rule.tasks_at_fault) == ["b"]
     for step in steps:
         looking.step(*step)
-        looking.note_step()
+        looking.count_step()
     assert torch.equal(rule.weights, looking.weights)
-    assert (looking.skipped, looking.culprits) == (rule.skipped, rule.culprits)
+    assert (looking.skipped, looking.tasks_at_fault) == (rule.skipped, rule.tasks_at_fault)
     assert rule.last is not None
     assert torch.equal(rule.last.losses, 2 * one)
     assert torch.equal(rule.mean_weights, looking.mean_weights)

@@ -19,7 +19,7 @@ from lightning_gradnorm import Aggregation, FixedWeights, GradNorm, RandomWeight
 from lightning_gradnorm.callbacks.base import Balancing
 from lightning_gradnorm.experiments.cli.build import build
 from lightning_gradnorm.experiments.cli.config import conf_dir
-from lightning_gradnorm.strategies import state_of
+from lightning_gradnorm.strategies import snapshot
 from lightning_gradnorm.strategies.aggregation import AggregationRule
 from lightning_gradnorm.strategies.factory import made_for
 from lightning_gradnorm.strategies.scalarization import ScalarizationRule
@@ -95,7 +95,7 @@ def same(first: Any, second: Any) -> bool:
 
 def states(rule: ScalarizationRule) -> list[Any]:
     """What the strategy's parts remember."""
-    return [state_of(part) for part in (getattr(rule, "aggregator", None), rule.scalarizer) if part is not None]
+    return [snapshot(part) for part in (getattr(rule, "aggregator", None), rule.scalarizer) if part is not None]
 
 
 # ---- the table is complete -------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_the_yaml_and_the_line_of_python_make_the_same(name: str) -> None:
     found, wanted = list(parts(callback)), list(parts(expected))
     assert [type(part) for part in found] == [type(part) for part in wanted]
     for part, other in zip(found, wanted, strict=True):
-        assert same(state_of(part), state_of(other))  # with all options
+        assert same(snapshot(part), snapshot(other))  # with all options
 
 
 def test_the_other_yamls_make_what_their_rows_say() -> None:
