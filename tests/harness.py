@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradnorm import MultiTaskModule
-from lightning_gradnorm.callbacks.base import Balancing
+from lightning_gradnorm.callbacks.base import BalancingCallback
 
 
 class Batches:
@@ -46,7 +46,7 @@ class Batches:
 class Recorder(L.Callback):
     """Notes the weights in force after each optimizer step, `accumulate` batches to a step."""
 
-    def __init__(self, balancing: Balancing[Any], accumulate: int = 1) -> None:
+    def __init__(self, balancing: BalancingCallback[Any], accumulate: int = 1) -> None:
         self.balancing = balancing
         self.accumulate = accumulate
         self.weights: list[dict[str, float]] = []

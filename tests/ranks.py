@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_gradnorm.callbacks.base import Balancing
+from lightning_gradnorm.callbacks.base import BalancingCallback
 
 Step = list[list[Any]]
 """The batches of one optimizer step: of each rank, one for each micro-batch. The last step may have fewer."""
@@ -231,7 +231,7 @@ class Run:
     """What `train` is to do."""
 
     model: L.LightningModule
-    balancing: Balancing[Any]
+    balancing: BalancingCallback[Any]
     steps: Sequence[Step]
     ddp: Mapping[str, Any] = field(default_factory=dict)
     callbacks: Sequence[L.Callback] = ()
@@ -277,7 +277,7 @@ class Run:
 
 def train(
     model: L.LightningModule,
-    balancing: Balancing[Any],
+    balancing: BalancingCallback[Any],
     steps: Sequence[Step],
     *,
     ddp: Mapping[str, Any] | None = None,

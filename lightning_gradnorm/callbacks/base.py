@@ -107,8 +107,14 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         return type(self).__name__
 
     @property
-    def _known_rule(self) -> AnyRule:
-        assert self._rule is not None
+    def rule(self) -> AnyRule:
+        """The rule at work.
+
+        Raises:
+            RuntimeError: no training has started.
+        """
+        if self._rule is None:
+            raise RuntimeError(f"{self._name}: the rule is known once training has started")
         return self._rule
 
     def _check_heads(self) -> None:
@@ -149,7 +155,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
             {"timeout": getattr(trainer.strategy, "_timeout", None)},  # the user's, if DDPStrategy was given one
         )
         with ExitStack() as hooks:  # if anything fails, what was placed is removed again
-            engine = Engine(self._known_rule, setting)
+            engine = Engine(self.rule, setting)
             hooks.callback(engine.close)
             hooks.callback(self._source.capture(pl_module, self.watch, self._usage.logged))
             if engine.plan.candidates:

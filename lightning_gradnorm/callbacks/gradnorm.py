@@ -181,7 +181,7 @@ class GradNorm(BalancingCallback[GradNormRule]):
 
     @override
     def _step_metrics(self) -> dict[str, Tensor | float]:
-        rule = self._known_rule
+        rule = self.rule
         if self._engine is not None:
             self._engine.measurement.warn()
         by_task = {"weight": rule.loss_weights.clone()}

@@ -90,8 +90,8 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._seed = TrainerLoop(trainer, self).ranks.broadcast_object(torch.initial_seed() % 2**62)
         super().on_train_start(trainer, pl_module)
-        if self._known_rule.needs_losses_after_step:
-            self._recomputer = LossRecomputer(pl_module, caller=self._name, strategy=self._known_rule.kind)
+        if self.rule.needs_losses_after_step:
+            self._recomputer = LossRecomputer(pl_module, caller=self._name, strategy=self.rule.kind)
 
     @override
     def _start_rule(self, like: Tensor) -> None:
@@ -104,7 +104,7 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
 
     @override
     def _step_metrics(self) -> dict[str, Tensor | float]:
-        rule = self._known_rule
+        rule = self.rule
         shown: dict[str, Tensor | float] = {"balancing/fallbacks": float(rule.fallbacks)}
         if rule.has_weights:
             weights = rule.weights.clone()
@@ -124,7 +124,7 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         if self._engine is not None:
-            self._known_rule.begin_epoch(trainer.current_epoch)
+            self.rule.begin_epoch(trainer.current_epoch)
         super().on_before_backward(trainer, pl_module, loss)
 
     @override

@@ -84,8 +84,8 @@ class Balancer:
             raise TypeError(f"Balancer: model should be a module; got {type(model).__name__}")
         if getattr(rule, "of_parameters", False):
             raise ValueError(
-                "Balancer: an aggregation with of_parameters=True sets gradients right before the optimizer steps, a moment that "
-                "only a Trainer announces. Use of_parameters=False, or the callback Aggregation(at='parameters')."
+                "Balancer: an aggregation with of_parameters=True sets gradients right before the optimizer steps, a moment "
+                "that only a Trainer announces. Use of_parameters=False, or the callback Aggregation(at='parameters')."
             )
         self.rule = rule
         self._model = _unwrap(model)
@@ -180,7 +180,7 @@ class Balancer:
         total = total.view_as(total)
         if hasattr(self.rule, "begin_epoch"):
             self.rule.begin_epoch(self._epoch)
-        total.register_hook(self._on_backward_start)
+        total.register_hook(self._on_backward_start)  # type: ignore[no-untyped-call]
         self._engine.before_backward(total)
         return total
 
@@ -188,7 +188,7 @@ class Balancer:
         self._loop.scales.append(scale.detach())
         if not self._loop.is_inside_call:
             # Who back-propagates does not tell us when it is done. This is the hook that DDP uses for the same purpose.
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
 
     def _finish_backward(self) -> None:
         self._engine.after_backward()

@@ -136,7 +136,7 @@ def assert_same(
     assert difference <= tolerance, f"the networks differ by {difference}"
     assert len(noted.weights) == len(hand.weights)
     assert max(worst(f, e) for f, e in zip(noted.norms, hand.norms, strict=True)) <= 1e-5  # logged in float32
-    if noted.callback._known.has_weights:
+    if noted.callback.rule.has_weights:
         differences = [worst(f, e) for f, e in zip(noted.weights, hand.weights, strict=True)]
         assert max(differences) <= 1e-6, f"the weights differ by {differences}"
 
@@ -192,7 +192,7 @@ def train_both(
     trainer.fit(model, Batches(batches))
     if check:
         assert_same(noted, model, hand, twin, tolerance)
-        assert callback._known.fallbacks == 0
+        assert callback.rule.fallbacks == 0
     assert_clean(model, before)
     return noted, model
 
@@ -206,7 +206,7 @@ def _some_of(names: Any) -> list[Any]:
 @pytest.mark.parametrize("name", MADE)
 def test_every_aggregator_trains_as_by_hand_at_the_representation(quiet_trainer: MakeTrainer, name: str) -> None:
     noted, _ = train_both(quiet_trainer, MADE[name])
-    assert noted.callback._known.has_weights == (name not in MATRIX_ALONE)
+    assert noted.callback.rule.has_weights == (name not in MATRIX_ALONE)
 
 
 @pytest.mark.filterwarnings("ignore:You are solving")
@@ -215,7 +215,7 @@ def test_every_aggregator_trains_as_by_hand_at_the_representation(quiet_trainer:
 @WITH_AND_WITHOUT_HEADS
 def test_every_aggregator_trains_as_by_hand(quiet_trainer: MakeTrainer, name: str, at: str, with_heads: bool) -> None:
     noted, _ = train_both(quiet_trainer, MADE[name], at=at, with_heads=with_heads)
-    assert noted.callback._known.has_weights == (name not in MATRIX_ALONE)
+    assert noted.callback.rule.has_weights == (name not in MATRIX_ALONE)
 
 
 @pytest.mark.parametrize("name", AT_PARAMETERS_ALONE)
@@ -512,7 +512,7 @@ def test_preferences_in_single_precision_serve_a_network_in_double(quiet_trainer
         model = Automatic(T)
         callback = Aggregation(made(preferences), NAMES, heads=model.heads())
         quiet_trainer(callbacks=[callback]).fit(model, Batches(vector_batches(T, 4)))
-        assert callback._known.fallbacks == 0
+        assert callback.rule.fallbacks == 0
         ends.append(state_by_part(model))
     assert worst(*ends) <= 1e-12
 
@@ -610,7 +610,7 @@ def test_mixed_precision_follows_single_precision(
     options = {"plugins": [_scaled()]} if "scaler" in precision else {"precision": "bf16-mixed"}
     single = _in_precision(quiet_trainer, made, at=at, with_heads=with_heads)
     mixed = _in_precision(quiet_trainer, made, at=at, with_heads=with_heads, **options)
-    assert mixed.callback._known.fallbacks == 0
+    assert mixed.callback.rule.fallbacks == 0
     tolerance = 0.03 if "scaler" in precision else 0.15
     difference = mixed.norms[-1]["encoder"] - single.norms[-1]["encoder"]
     moved = single.norms[-1]["encoder"] - single.norms[0]["encoder"]
@@ -633,7 +633,7 @@ def test_a_step_that_the_scaler_skips_leaves_the_network_and_is_no_fallback(
     noted = _in_precision(quiet_trainer, made, (Overflows(),), **options)
     moved = [not torch.equal(a["encoder"], b["encoder"]) for a, b in zip(noted.norms, noted.norms[1:], strict=False)]
     assert [step + 1 for step, has_moved in enumerate(moved) if not has_moved] == sorted(skipped)
-    assert noted.callback._known.fallbacks == 0
+    assert noted.callback.rule.fallbacks == 0
     assert noted.norms[-1]["encoder"].isfinite().all()
 
 
@@ -671,5 +671,5 @@ def test_a_scale_that_overflows_by_itself_is_lowered_and_is_no_fallback(
     moved = [not torch.equal(a["encoder"], b["encoder"]) for a, b in zip(noted.norms, noted.norms[1:], strict=False)]
     assert not moved[0]
     assert all(moved[10:])
-    assert noted.callback._known.fallbacks == 0
+    assert noted.callback.rule.fallbacks == 0
     assert noted.norms[-1]["encoder"].isfinite().all()

@@ -452,8 +452,8 @@ def test_a_shared_layer_that_is_left_out_of_a_step_has_norms_of_0(heads: bool, q
 
     class Looks(L.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
-            assert callback._known.last is not None
-            found.append(callback._known.last.norms.any().item())
+            assert callback.rule.last is not None
+            found.append(callback.rule.last.norms.any().item())
 
     quiet_trainer(callbacks=[callback, Looks()]).fit(LeavesOut(3), Batches(vector_batches(3, 4)))
     assert found == [True, False, True, False]

@@ -7,7 +7,7 @@ import itertools
 import pytest
 from torch import nn
 
-from lightning_gradnorm.engine.module_hooks import shadow
+from lightning_gradnorm.engine.module_hooks import patch_attribute
 
 
 class Owner(nn.Module):
@@ -22,7 +22,7 @@ def test_shadows_are_undone_in_any_order(order: tuple[int, ...], of_instance: bo
     if of_instance:
         owner.__dict__["method"] = lambda: "own"
     before = dict(vars(owner))
-    undo = [shadow(owner, "method", lambda i=i: f"shadow {i}") for i in range(3)]
+    undo = [patch_attribute(owner, "method", lambda i=i: f"shadow {i}") for i in range(3)]
     alive = [0, 1, 2]
     for i in order:
         undo[i]()
@@ -34,10 +34,10 @@ def test_shadows_are_undone_in_any_order(order: tuple[int, ...], of_instance: bo
 
 def test_what_others_put_on_top_stays_theirs_to_take_away() -> None:
     owner = Owner()
-    undo = shadow(owner, "method", lambda: "shadow")
+    undo = patch_attribute(owner, "method", lambda: "shadow")
     owner.__dict__["method"] = theirs = lambda: "theirs"
     undo()
     assert owner.__dict__["method"] is theirs
-    again = shadow(owner, "method", lambda: "shadow")
+    again = patch_attribute(owner, "method", lambda: "shadow")
     again()
     assert owner.__dict__["method"] is theirs

@@ -16,7 +16,7 @@ from strategies_page import LEFT_OUT, ROWS, TEXT, Row, in_python
 from torch import Tensor, nn
 
 from lightning_gradnorm import Aggregation, FixedWeights, GradNorm, RandomWeights, Scalarization
-from lightning_gradnorm.callbacks.base import Balancing
+from lightning_gradnorm.callbacks.base import BalancingCallback
 from lightning_gradnorm.experiments.cli.build import build
 from lightning_gradnorm.experiments.cli.config import conf_dir
 from lightning_gradnorm.strategies import snapshot
@@ -181,7 +181,7 @@ def needed(callback: Any) -> str:
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_what_it_needs_and_costs_follows_from_its_kind(row: Row) -> None:
     callback = None if row.name in ("equal", "gradnorm_static") else callback_of(row.name)
-    assert callback is None or isinstance(callback, Balancing)
+    assert callback is None or isinstance(callback, BalancingCallback)
     assert row.needs == needed(callback)
     costs = {
         "gradients of the last shared layer": "T gradients of one layer",
