@@ -1,74 +1,65 @@
-"""What a strategy remembers, as plain tensors and numbers: torchjd's scalarizers, weightings and aggregators, ours, a user's.
+"""The state of a strategy as plain tensors and numbers: torchjd's scalarizers, weightings and aggregators, ours, a user's.
 
-``state_dict()`` is not enough: it has the parameters and the buffers that are no longer ``None``, but not the plain attributes
-in which most of torchjd's strategies keep their history, nor an optimizer of their own, and ``load_state_dict`` refuses a
-buffer that the fresh object has not made yet.
+``state_dict()`` does not suffice: most of torchjd's strategies keep their history in plain attributes, one keeps an optimizer,
+and ``load_state_dict`` refuses a buffer that a fresh object has not created yet.
 """
 
 from __future__ import annotations
 
 import copy
-import copyreg
 import functools
 import inspect
 import types
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-_VERSION = 1
-"""Of the layout of `snapshot`."""
+_VERSION = 2
+"""Version of the layout of `snapshot`; version 1 can still be loaded."""
 
-_PLAIN = (type(None), bool, int, float, complex, str)
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
 _FUNCTIONS = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
-
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-"""Hooks, the dicts of parameters, buffers and submodules, and whether it trains."""
+"""Hooks, the dicts of parameters, buffers and submodules, and the training mode."""
+_ON_CPU = frozenset({"GradVacWeighting", "PCDWeighting"})
+"""Classes that compute on the CPU wherever their input is."""
+_CONSTANT = {"UPGradWeighting": {"_projector"}, "DualProjWeighting": {"_projector"}}
+"""Class → attributes whose objects have no state."""
 
 
-class _Rebuilt(NamedTuple):
-    """Attributes that cannot be saved, and need not be: `rebuild` makes them again out of the others."""
-
-    attributes: frozenset[str]
-    rebuild: Callable[[Any], None]
+def _nash_mtl_state(weighting: Any) -> dict[str, Any]:
+    arrays = {name: torch.tensor(getattr(weighting, name)) for name in ("prvs_alpha", "normalization_factor")}
+    return {"step": weighting.step, **arrays}
 
 
-def _rebuild_nash_mtl(weighting: Any) -> None:
-    if weighting.step > 0:  # it builds its problem in its very first call alone
+def _load_nash_mtl(weighting: Any, state: Mapping[str, Any]) -> None:
+    weighting.step = state["step"]
+    for name in ("prvs_alpha", "normalization_factor"):
+        setattr(weighting, name, state[name].cpu().numpy())
+    if weighting.step > 0:  # NashMTL builds cvxpy's problem only in its very first call
         weighting._init_optim_problem()
 
 
-_REBUILT: Mapping[str, _Rebuilt] = {
-    # cvxpy's problem and the variables in it, whose values are all set anew each time before it is solved.
-    "_NashMTLWeighting": _Rebuilt(
-        frozenset({"prob", "phi_alpha", "alpha_param", "prvs_alpha_param", "G_param", "normalization_factor_param"}),
-        _rebuild_nash_mtl,
-    )
+_EXTRA_STATE: Mapping[str, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = {
+    "_NashMTLWeighting": (_nash_mtl_state, _load_nash_mtl)
 }
-
-_ON_CPU = frozenset({"GradVacWeighting", "PCDWeighting"})
-"""Classes that compute on the CPU wherever their input is: their tensors stay there."""
+"""Class → what it lacks as ``get_extra_state`` and ``set_extra_state``."""
 
 
 def snapshot(module: nn.Module) -> dict[str, Any]:
-    """Return everything that the module remembers, loadable with ``torch.load(weights_only=True)``.
+    """Return copies of all state of the module and its submodules, loadable with ``torch.load(weights_only=True)``.
 
-    That is, of the module and all its submodules: the parameters, the buffers and every plain attribute, the options it was
-    built with included. An attribute may be a tensor, number, string, list, tuple, dict, set, deque, NumPy array, torch
-    generator, torch optimizer of the module's parameters, or a Python object of such attributes. All are copies.
-
-    Not carried, because an object built with the same arguments has it: functions, classes and hooks, and whether the module
-    is in training mode. Not carried, because it is not the module's: torch's global random generator, from which torchjd draws.
-    A list or tensor that two attributes share is two equal ones after `load_snapshot`; but a parameter or buffer stays
-    the same one wherever else it is named.
+    That is: parameters, buffers, and attributes (the options it was built with included) that are tensors, numbers, strings,
+    ``None``, lists, tuples or dicts of these, or torch optimizers of the module's parameters. Functions and classes are not
+    state. A class with ``get_extra_state`` and ``set_extra_state`` is asked instead of its attributes; a strategy that
+    implements ``state_dict`` and ``load_state_dict`` itself is asked for everything.
 
     Raises:
-        TypeError: an attribute is none of these, so that its content would be lost.
+        TypeError: an attribute is none of these, so its content would be lost.
 
     Example:
         >>> from torchjd.scalarization import DWA
@@ -80,73 +71,230 @@ def snapshot(module: nn.Module) -> dict[str, Any]:
         >>> fresh._previous_averages
         [tensor([4., 1.]), tensor([2., 1.])]
     """
-    encode = _Encoder(type(module).__name__, {id(tensor): name for name, tensor in _tensors_of(module)}).encode
-    return {
-        "version": _VERSION,
-        "modules": {
-            path: {
-                "class": type(part).__qualname__,
-                "parameters": {name: _copy_of(value) for name, value in part._parameters.items()},
-                "buffers": {name: _copy_of(value) for name, value in part._buffers.items()},
-                "attributes": {
-                    name: encode(value, _joined(path, name)) for name, value in _attributes_of(part).items()
-                },
-            }
-            for path, part in module.named_modules()
-        },
-    }
+    if _overrides(module, "state_dict"):
+        owner = type(module).__qualname__
+        return {"version": _VERSION, "class": owner, "state_dict": _copied(module.state_dict(), owner, "state_dict()")}
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {"version": _VERSION, "modules": {path: _state_of(part, names) for path, part in module.named_modules()}}
+
+
+def _state_of(part: nn.Module, names: Mapping[int, str]) -> dict[str, Any]:
+    owner = type(part).__qualname__
+    state = {"class": owner, "parameters": _copied(part._parameters, owner), "buffers": _copied(part._buffers, owner)}
+    extra = _extra_state_methods(part)
+    if extra:
+        return {**state, "extra_state": _copied(extra[0](part), owner, "get_extra_state()")}
+    attributes, optimizers = _attributes_of(part), {}
+    for name in [name for name, value in attributes.items() if isinstance(value, torch.optim.Optimizer)]:
+        optimizer = attributes.pop(name)
+        groups = [[names.get(id(parameter)) for parameter in group["params"]] for group in optimizer.param_groups]
+        if any(None in group for group in groups):
+            raise TypeError(
+                f"{owner}: the optimizer '{name}' has parameters that are not the module's, so they cannot be found again. "
+                f"Make them nn.Parameters of it; or implement get_extra_state and set_extra_state in {owner}."
+            )
+        saved = _copied(optimizer.state_dict(), owner, name)
+        optimizers[name] = {"class": type(optimizer).__qualname__, "parameters": groups, "state": saved}
+    return {**state, "attributes": _copied(attributes, owner), "optimizers": optimizers}
+
+
+def _copied(value: Any, owner: str, where: str = "") -> Any:
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad and value.is_leaf)
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item, owner, f"{where}[{index}]") for index, item in enumerate(value))
+    if type(value) in (dict, OrderedDict):
+        items = [(key, item, f"{where}[{key!r}]" if where else str(key)) for key, item in value.items()]
+        return {_copied(key, owner, place): _copied(item, owner, place) for key, item, place in items}
+    raise TypeError(
+        f"{owner}: '{where}' is a {type(value).__module__}.{type(value).__qualname__}, whose content cannot be saved. Keep "
+        f"state in tensors, numbers, strings, lists, tuples or dicts; or implement get_extra_state, which returns those, and "
+        f"set_extra_state in {owner}."
+    )
 
 
 def load_snapshot(module: nn.Module, state: Mapping[str, Any], device: torch.device | str | None = None) -> None:
-    """Give a fresh module the memory of another one, built with the same arguments: bit by bit it goes on as that would.
+    """Load the state of another module that was built with the same arguments; it continues bit by bit as that would.
 
-    A parameter stays the object it is, on its device and in its precision, so that an optimizer that has it keeps it.
+    Parameters stay the same objects, on their device and in their precision, so an optimizer that holds them keeps them.
 
     Args:
-        module: as it was built, and its ``name_tasks`` called if it has one; not used yet.
-        state: what `snapshot` has returned, here or from a file. It may be restored more than once.
-        device: that of the losses or gradients to come, for what the fresh module has not made yet. By default that stays on
-            the device where the state has it.
+        module: freshly built (with its tasks named if it has ``name_tasks``) and not used yet.
+        state: what `snapshot` returned, here or from a file. It may be loaded more than once.
+        device: where to put what the fresh module has not created yet: that of the losses or gradients to come. By default
+            that of the state.
 
     Raises:
-        ValueError: the module's class, parts, attributes or shapes are not those of the state. It may then be restored in part.
+        ValueError: class, submodules, attributes or shapes differ from the state's. The module may then be loaded in part.
 
     Warns:
-        UserWarning: an option has another value in the state, which wins, as it does with torch's optimizers.
+        UserWarning: an option differs from the state's. The state's is in force, as with torch's optimizers.
     """
-    owner = type(module).__name__
-    if state.get("version") != _VERSION:
+    owner, parts = type(module).__qualname__, dict(module.named_modules())
+    if state.get("version") not in (1, _VERSION):
         raise ValueError(
             f"{owner}: the state should be of version {_VERSION}; got {state.get('version')!r}. "
             f"Resume with the version of lightning-gradnorm that wrote it."
         )
-    saved, parts = state["modules"], dict(module.named_modules())
-    if saved[""]["class"] != type(module).__qualname__:
-        raise ValueError(f"{owner}: the state is that of a {saved['']['class']}. Resume with the same strategy.")
-    _same_names(f"{owner}: submodules", saved, parts)
-    if device is not None:
-        device = torch.empty(0, device=device).device  # 'cuda' alone would not be equal to the gradients' 'cuda:0'
-    for path, part in parts.items():
-        if saved[path]["class"] != type(part).__qualname__:
+    if _overrides(module, "state_dict") and state.get("class") == owner:
+        module.load_state_dict(copy.deepcopy(state["state_dict"]))
+        return
+    saved = state.get("modules") or {"": state}
+    saved = {path: _upgraded(of) for path, of in saved.items()} if state["version"] == 1 else saved
+    for path, of in saved.items():
+        if path in parts and of["class"] != type(parts[path]).__qualname__:
+            where = f"submodule '{path}'" if path else "the strategy"
+            kind = type(parts[path]).__qualname__
             raise ValueError(
-                f"{owner}: '{path}' is a {type(part).__qualname__}, in the state a {saved[path]['class']}. "
-                f"Resume with the same strategy."
+                f"{owner}: {where} should be a {of['class']} as in the state; got a {kind}. Resume with the same."
             )
-        _restore_tensors(part, saved[path], _joined(owner, path), _device_for(part, device))
-    tensors = dict(_tensors_of(module))
+    _check_names(f"{owner}: submodules", parts, saved, may_lack=False)
+    if device is not None:
+        device = torch.empty(0, device=device).device  # 'cuda' alone would not equal the gradients' 'cuda:0'
+    devices = {path: None if type(part).__name__ in _ON_CPU else device for path, part in parts.items()}
     for path, part in parts.items():
-        attributes, where = saved[path]["attributes"], _joined(owner, path)
-        _warn_of_other_options(part, attributes, where)
-        decoder = _Decoder(tensors, _device_for(part, device))
-        decoder.restore_into(part, _attributes_of(part), attributes, where)
-        if type(part).__name__ in _REBUILT:
-            _REBUILT[type(part).__name__].rebuild(part)
+        name = type(part).__qualname__
+        _load_into(part._buffers, saved[path]["buffers"], f"{name}: buffer", devices[path])
+        _load_into(part._parameters, saved[path]["parameters"], f"{name}: parameter", devices[path])
+        for key, value in part._parameters.items():
+            if value is not None and not isinstance(value, nn.Parameter):
+                part._parameters[key] = nn.Parameter(value, requires_grad=value.requires_grad)
+    for path, part in parts.items():
+        extra = _extra_state_methods(part)
+        if extra:
+            extra[1](part, copy.deepcopy(saved[path]["extra_state"]))
+        else:
+            _load_attributes(part, saved[path], dict(module.named_parameters()), devices[path])
+
+
+def _load_attributes(
+    part: nn.Module, saved: Mapping[str, Any], parameters: Mapping[str, Tensor], device: torch.device | None
+) -> None:
+    owner, attributes = type(part).__qualname__, _attributes_of(part)
+    optimizers = {name: attributes.pop(name, None) for name in saved["optimizers"]}
+    _warn_of_other_options(owner, part, saved["attributes"])
+    _load_into(attributes, saved["attributes"], f"{owner}: attribute", device)
+    vars(part).update(attributes)
+    for name, of in saved["optimizers"].items():
+        # FAMO creates its own only in its first update; the options come with the state.
+        groups = [{"params": [parameters[one] for one in group]} for group in of["parameters"]]
+        optimizer = optimizers[name] or getattr(torch.optim, of["class"])(groups)
+        kind = type(optimizer).__qualname__
+        if kind != of["class"]:
+            raise ValueError(
+                f"{owner}: {name} should be a {of['class']} as in the state; got {kind}. Resume with the same."
+            )
+        optimizer.load_state_dict(copy.deepcopy(of["state"]))
+        vars(part)[name] = optimizer
+
+
+def _load_into(target: Any, saved: Mapping[str, Any], what: str, device: torch.device | None) -> None:
+    # What the state has besides was created by a call, which a fresh object has not had.
+    _check_names(what, target, saved, may_lack=True)
+    for name, value in saved.items():
+        target[name] = _loaded(value, target.get(name), f"{what} '{name}'", device)
+
+
+def _loaded(saved: Any, present: Any, where: str, device: torch.device | None) -> Any:
+    """Return the saved value, as a copy; tensors in the state's precision, on the device of those they replace."""
+    if isinstance(saved, Tensor):
+        if isinstance(present, Tensor) and present.numel() > 0 and present.shape != saved.shape:
+            raise ValueError(
+                f"{where} should be of shape {tuple(saved.shape)} as in the state; got {tuple(present.shape)}. "
+                f"Build it with the same arguments and as many tasks, and load the state before it is used."
+            )
+        if isinstance(present, nn.Parameter):
+            present.data.copy_(saved)
+            return present
+        to = present.device if isinstance(present, Tensor) else device
+        return saved.detach().to(device=to, copy=True).requires_grad_(saved.requires_grad)
+    if isinstance(saved, torch.device):
+        return device or saved
+    if type(saved) in (list, tuple):
+        is_alike = isinstance(present, list | tuple) and len(present) == len(saved)
+        pairs = enumerate(zip(saved, present if is_alike else [None] * len(saved), strict=True))
+        return type(saved)(_loaded(value, was, f"{where}[{index}]", device) for index, (value, was) in pairs)
+    if isinstance(saved, dict):
+        known = present if isinstance(present, dict) else {}
+        return {key: _loaded(value, known.get(key), f"{where}[{key!r}]", device) for key, value in saved.items()}
+    return saved
+
+
+def _attributes_of(part: nn.Module) -> dict[str, Any]:
+    left_out = _OF_EVERY_MODULE | _CONSTANT.get(type(part).__qualname__, set())
+    return {name: one for name, one in vars(part).items() if name not in left_out and not isinstance(one, _FUNCTIONS)}
+
+
+def _overrides(part: nn.Module, method: str) -> bool:
+    return getattr(type(part), method) is not getattr(nn.Module, method)
+
+
+def _extra_state_methods(part: nn.Module) -> tuple[Callable[[Any], Any], Callable[[Any, Any], None]] | None:
+    if _overrides(part, "get_extra_state"):
+        return type(part).get_extra_state, type(part).set_extra_state
+    return _EXTRA_STATE.get(type(part).__qualname__)
+
+
+def _check_names(what: str, present: Mapping[str, Any], saved: Mapping[str, Any], *, may_lack: bool) -> None:
+    unknown, missing = sorted(set(present) - set(saved)), sorted(set(saved) - set(present))
+    if unknown or (missing and not may_lack):
+        raise ValueError(
+            f"{what}: the state lacks {unknown or 'nothing'} that this one has, and has {missing or 'nothing'} that this one "
+            f"lacks. Build it with the same arguments and version of its library, and load the state before it is used."
+        )
+
+
+def _warn_of_other_options(owner: str, part: nn.Module, saved: Mapping[str, Any]) -> None:
+    # Options are recognized by name: an argument of the class, with or without an underscore.
+    for argument in inspect.signature(type(part).__init__).parameters:
+        for name in {argument, f"_{argument}"} & set(saved):
+            old, new = saved[name], vars(part).get(name)
+            if type(old) in _PLAIN and type(new) in _PLAIN and old != new:
+                warnings.warn(
+                    f"{owner}: {argument} is {old!r} in the state and {new!r} here; the state's is in force. "
+                    f"To change it, set it after the state is loaded.",
+                    UserWarning,
+                    stacklevel=4,
+                )
+
+
+def _upgraded(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of a module in version 1 as of version 2."""
+    unused = _CONSTANT.get(part["class"], set())
+    attributes = {name: _plain_of_version_1(one) for name, one in part["attributes"].items() if name not in unused}
+    optimizers = {
+        name: one for name, one in attributes.items() if isinstance(one, dict) and one.get("kind") == "optimizer"
+    }
+    plain = {name: value for name, value in attributes.items() if name not in optimizers}
+    return {**part, "attributes": plain, "optimizers": optimizers, "extra_state": attributes}
+
+
+def _plain_of_version_1(value: Any) -> Any:
+    match value:
+        case {"kind": "dict", "items": items}:
+            return {_plain_of_version_1(key): _plain_of_version_1(item) for key, item in items}
+        case {"kind": "list" | "tuple" as kind, "items": items}:
+            return (list if kind == "list" else tuple)(map(_plain_of_version_1, items))
+        case {"kind": "dtype", "name": name}:
+            return getattr(torch, name)
+        case {"kind": "device", "name": name}:
+            return torch.device(name)
+        case {"kind": "array", "content": content}:
+            return content
+        case {"kind": kind} if kind != "optimizer":
+            raise ValueError(
+                f"The strategy in the checkpoint has an attribute of kind '{kind}', which this version of lightning-gradnorm "
+                f"does not load. Resume with the version that wrote it."
+            )
+    return value
 
 
 class LazyBufferModule(nn.Module):
-    """Base of modules whose buffers begin empty and get their size with the first call.
+    """Base of modules whose buffers start empty and get their size in the first call.
 
-    ``load_state_dict`` gives a buffer that is still empty the checkpoint's size and precision.
+    ``load_state_dict`` gives a buffer that is still empty the size and precision of the checkpoint's.
 
     Example:
         >>> class Last(LazyBufferModule):
@@ -166,295 +314,3 @@ class LazyBufferModule(nn.Module):
             if isinstance(saved, Tensor) and buffer is not None and buffer.numel() == 0:
                 self._buffers[name] = torch.empty_like(saved, device=buffer.device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path and name else path or name
-
-
-def _device_for(part: nn.Module, device: torch.device | None) -> torch.device | None:
-    return None if type(part).__name__ in _ON_CPU else device
-
-
-def _attributes_of(part: nn.Module) -> dict[str, Any]:
-    rebuilt = _REBUILT[type(part).__name__].attributes if type(part).__name__ in _REBUILT else frozenset()
-    return {
-        name: value
-        for name, value in vars(part).items()
-        if name not in _OF_EVERY_MODULE and name not in rebuilt and not isinstance(value, _FUNCTIONS)
-    }
-
-
-def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
-
-
-def _copy_of(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.detach().clone().requires_grad_(value.requires_grad and value.is_leaf)
-
-
-def _same_names(what: str, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    missing, unknown = sorted(set(saved) - set(present)), sorted(set(present) - set(saved))
-    if missing or unknown:
-        raise ValueError(
-            f"{what}: the state has {missing or 'nothing'} that this one lacks, and lacks {unknown or 'nothing'} that this "
-            f"one has. Build it with the same arguments and the same version of its library, and restore it before it is used."
-        )
-
-
-def _restore_tensors(part: nn.Module, saved: Mapping[str, Any], where: str, device: torch.device | None) -> None:
-    _same_names(f"{where}: parameters", saved["parameters"], part._parameters)
-    _same_names(f"{where}: buffers", saved["buffers"], part._buffers)
-    for name, value in saved["parameters"].items():
-        parameter = part._parameters[name]
-        if value is None or parameter is None:
-            made = None if value is None else nn.Parameter(_moved(value, device), requires_grad=value.requires_grad)
-            part._parameters[name] = made
-            continue
-        _check_shape(f"{where}.{name}", value, parameter)
-        with torch.no_grad():
-            parameter.copy_(value)
-    for name, value in saved["buffers"].items():
-        part._buffers[name] = None if value is None else _like(part._buffers[name], value, f"{where}.{name}", device)
-
-
-def _check_shape(where: str, value: Tensor, present: Tensor) -> None:
-    if value.shape != present.shape:
-        raise ValueError(
-            f"{where}: should be of shape {tuple(value.shape)} as in the state; it is of shape {tuple(present.shape)}. "
-            f"Build it with the same arguments and as many tasks, and restore it before it is used."
-        )
-
-
-def _moved(value: Tensor, device: torch.device | None) -> Tensor:
-    return value.detach().to(device=device, copy=True)
-
-
-def _like(present: Any, value: Tensor, where: str, device: torch.device | None) -> Tensor:
-    """Return a copy of the state's tensor, with its precision, where the tensor is that it takes the place of."""
-    if isinstance(present, Tensor):
-        if present.numel() > 0:
-            _check_shape(where, value, present)
-        device = present.device
-    return _moved(value, device).requires_grad_(value.requires_grad)
-
-
-def _warn_of_other_options(part: nn.Module, saved: Mapping[str, Any], where: str) -> None:
-    # An option is known by its name: that of an argument of the class, with or without an underscore.
-    for argument in inspect.signature(type(part).__init__).parameters:
-        for name in (argument, f"_{argument}"):
-            old, new = saved.get(name), vars(part).get(name)
-            if isinstance(old, _PLAIN) and isinstance(new, _PLAIN) and name in saved and old != new:
-                warnings.warn(
-                    f"{where}: {argument} is {old!r} in the state and {new!r} here; the state's is taken. "
-                    f"To change it, set it after the state is restored.",
-                    UserWarning,
-                    stacklevel=3,
-                )
-
-
-def _content_of(value: Any) -> dict[str, Any] | None:
-    """Return the attributes of a Python object that has nothing besides them."""
-    try:
-        reduced = value.__reduce_ex__(2)
-    except Exception:  # whatever it raises, it says that it cannot be copied
-        return None
-    if isinstance(reduced, str) or isinstance(value, nn.Module) or not hasattr(value, "__dict__"):
-        return None
-    maker, arguments, content, *items = reduced + (None,) * (5 - len(reduced))
-    is_plain = maker is getattr(copyreg, "__newobj__") and arguments == (type(value),) and not any(items)  # noqa: B009
-    # A state of its own, from __getstate__, is not what its attributes are.
-    if (
-        not is_plain
-        or not (content is None or isinstance(content, dict))
-        or (content or {}).keys() != vars(value).keys()
-    ):
-        return None
-    return dict(vars(value))
-
-
-class _Encoder(NamedTuple):
-    """Plain values stay what they are; the others become ``{"kind": …}``."""
-
-    owner: str
-    names: Mapping[int, str]
-    """Of the module's parameters and buffers, by identity."""
-    inside: tuple[int, ...] = ()
-    """The objects that are being encoded, against circles."""
-
-    def encode(self, value: Any, where: str) -> Any:
-        if type(value) in _PLAIN:
-            return value
-        if isinstance(value, Tensor):
-            return {"kind": "own", "name": self.names[id(value)]} if id(value) in self.names else _copy_of(value)
-        if id(value) in self.inside:
-            raise TypeError(
-                f"{self.owner}: the attribute '{where}' contains itself, so that its state cannot be saved."
-            )
-        self = self._replace(inside=(*self.inside, id(value)))
-        if type(value) in (list, tuple, set, frozenset, deque, torch.Size):
-            kept = {"maxlen": value.maxlen} if isinstance(value, deque) else {}
-            return {
-                "kind": type(value).__name__,
-                "items": [self.encode(item, f"{where}[{index}]") for index, item in enumerate(value)],
-                **kept,
-            }
-        if type(value) is dict:
-            items = [[self.encode(key, where), self.encode(item, f"{where}[{key!r}]")] for key, item in value.items()]
-            return {"kind": "dict", "items": items}
-        if isinstance(value, torch.dtype):
-            return {"kind": "dtype", "name": str(value).removeprefix("torch.")}
-        if isinstance(value, torch.device):
-            return {"kind": "device", "name": str(value)}
-        if isinstance(value, torch.Generator):
-            return {"kind": "generator", "device": str(value.device), "state": value.get_state()}
-        if type(value) is np.ndarray or isinstance(value, np.generic):
-            return self._of_array(value, where)
-        if isinstance(value, torch.optim.Optimizer):
-            return self._of_optimizer(value, where)
-        content = _content_of(value)
-        if content is None:
-            raise self._error(value, where)
-        return {
-            "kind": "object",
-            "class": type(value).__qualname__,
-            "attributes": {
-                name: self.encode(item, f"{where}.{name}")
-                for name, item in content.items()
-                if not isinstance(item, _FUNCTIONS)
-            },
-        }
-
-    def _error(self, value: Any, where: str) -> TypeError:
-        return TypeError(
-            f"{self.owner}: the attribute '{where}' is a {type(value).__module__}.{type(value).__qualname__}, whose content "
-            f"cannot be saved. Keep what it remembers in tensors, numbers, lists or dicts, or register it as a submodule."
-        )
-
-    def _of_array(self, value: Any, where: str) -> dict[str, Any]:
-        try:
-            content = torch.from_numpy(np.array(value))  # a copy
-        except TypeError as reason:
-            raise self._error(value, where) from reason
-        return {"kind": "array" if isinstance(value, np.ndarray) else "number", "content": content}
-
-    def _of_optimizer(self, optimizer: torch.optim.Optimizer, where: str) -> dict[str, Any]:
-        groups = [[self.names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
-        if any(name is None for group in groups for name in group):
-            raise TypeError(
-                f"{self.owner}: the optimizer '{where}' has parameters that are not the module's, so that they cannot be found "
-                f"again. Make them nn.Parameters of it."
-            )
-        return {
-            "kind": "optimizer",
-            "class": type(optimizer).__qualname__,
-            "defaults": self.encode(dict(optimizer.defaults), where),
-            "parameters": groups,
-            "state": copy.deepcopy(optimizer.state_dict()),
-        }
-
-
-class _Decoder(NamedTuple):
-    """The reverse of `_Encoder`; what can only be filled, such as an object, is filled in place."""
-
-    tensors: Mapping[str, Tensor]
-    device: torch.device | None
-
-    def restore_into(self, holder: Any, present: Mapping[str, Any], saved: Mapping[str, Any], where: str) -> None:
-        unknown = sorted(set(present) - set(saved))
-        if unknown:  # the reverse is in order: what a call makes, a fresh object does not have
-            _same_names(f"{where}: attributes", {}, dict.fromkeys(unknown))
-        holder.__dict__.update({n: self.decode(value, present.get(n), f"{where}.{n}") for n, value in saved.items()})
-
-    def decode(self, saved: Any, present: Any, where: str) -> Any:
-        if isinstance(saved, Tensor):
-            return _like(present, saved, where, self.device)
-        if not isinstance(saved, dict):
-            return saved
-        kind = saved["kind"]
-        if kind in _CONTAINERS:
-            # By its place, so that an object in a list is found again.
-            old = (
-                list(present)
-                if isinstance(present, (list, tuple, deque)) and len(present) == len(saved["items"])
-                else ()
-            )
-            items = [
-                self.decode(item, old[index] if index < len(old) else None, f"{where}[{index}]")
-                for index, item in enumerate(saved["items"])
-            ]
-            return deque(items, saved["maxlen"]) if kind == "deque" else _CONTAINERS[kind](items)
-        if kind == "dict":
-            known = present if isinstance(present, dict) else {}
-            keys = [self.decode(key, None, where) for key, _ in saved["items"]]
-            values = [item for _, item in saved["items"]]
-            return {k: self.decode(v, known.get(k), f"{where}[{k!r}]") for k, v in zip(keys, values, strict=True)}
-        return getattr(self, f"_{kind}")(saved, present, where)
-
-    def _own(self, saved: Mapping[str, Any], present: Any, where: str) -> Tensor:
-        return self.tensors[saved["name"]]
-
-    def _dtype(self, saved: Mapping[str, Any], present: Any, where: str) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, saved["name"])
-        return dtype
-
-    def _device(self, saved: Mapping[str, Any], present: Any, where: str) -> torch.device:
-        return self.device or torch.device(saved["name"])
-
-    def _generator(self, saved: Mapping[str, Any], present: Any, where: str) -> torch.Generator:
-        generator = present if isinstance(present, torch.Generator) else torch.Generator(saved["device"])
-        generator.set_state(saved["state"].cpu().clone())
-        return generator
-
-    def _array(self, saved: Mapping[str, Any], present: Any, where: str) -> Any:
-        return saved["content"].cpu().numpy().copy()
-
-    def _number(self, saved: Mapping[str, Any], present: Any, where: str) -> Any:
-        return saved["content"].cpu().numpy()[()]
-
-    def _optimizer(self, saved: Mapping[str, Any], present: Any, where: str) -> torch.optim.Optimizer:
-        optimizer = present if isinstance(present, torch.optim.Optimizer) else self._made_optimizer(saved, where)
-        if type(optimizer).__qualname__ != saved["class"]:
-            raise ValueError(f"{where}: is a {type(optimizer).__qualname__}, in the state a {saved['class']}.")
-        asked = [[id(self.tensors[name]) for name in group] for group in saved["parameters"]]
-        if asked != [[id(p) for p in group["params"]] for group in optimizer.param_groups]:
-            raise ValueError(
-                f"{where}: the optimizer should be of the parameters {saved['parameters']}; it is of others."
-            )
-        optimizer.load_state_dict(copy.deepcopy(saved["state"]))  # it would go on to change the state's own tensors
-        return optimizer
-
-    def _made_optimizer(self, saved: Mapping[str, Any], where: str) -> torch.optim.Optimizer:
-        """Make what the fresh object would make only in its first call."""
-        factory = getattr(torch.optim, saved["class"], None)
-        if factory is None:
-            raise ValueError(
-                f"{where}: a {saved['class']} is not one of torch's optimizers, and this object has not made it yet. "
-                f"Make it when the object is made."
-            )
-        groups = [{"params": [self.tensors[name] for name in group]} for group in saved["parameters"]]
-        defaults = self.decode(saved["defaults"], None, where)
-        known = inspect.signature(factory).parameters  # AdamW's defaults have what only Adam takes
-        made: torch.optim.Optimizer = factory(groups, **{k: v for k, v in defaults.items() if k in known})
-        return made
-
-    def _object(self, saved: Mapping[str, Any], present: Any, where: str) -> Any:
-        if type(present).__qualname__ != saved["class"]:
-            raise ValueError(
-                f"{where}: should be a {saved['class']} as in the state; it is a {type(present).__qualname__}. "
-                f"Build it with the same arguments."
-            )
-        there = {name: value for name, value in vars(present).items() if not isinstance(value, _FUNCTIONS)}
-        self.restore_into(present, there, saved["attributes"], where)
-        return present
-
-
-_CONTAINERS: Mapping[str, Callable[[list[Any]], Any]] = {
-    "list": list,
-    "tuple": tuple,
-    "set": set,
-    "frozenset": frozenset,
-    "deque": deque,
-    "Size": torch.Size,
-}

@@ -87,41 +87,65 @@ class Anything(nn.Module):
         self.w = nn.Parameter(torch.ones(size))
         self.alias = [self.w]
         self.optimizer = torch.optim.SGD([self.w], lr=0.1, momentum=momentum)
-        self.scheduler_lr: torch.optim.Optimizer | None = None
-        self.generator = torch.Generator().manual_seed(0)
-        self.history: deque[Tensor] = deque(maxlen=2)
+        self.late_optimizer: torch.optim.Optimizer | None = None
+        self.history: list[Tensor] = []
         self.seen: dict[Any, Any] = {("a", 1): [1.0, torch.zeros(2)], "best": None}
-        self.names, self.of, self.kind = {"a", "b"}, torch.Size([2, 3]), torch.float16
-        self.array, self.number = np.zeros((2, 2), dtype=np.float32), np.float64(0.1)
-        self.counter = Counter()
+        self.of, self.kind, self.place = torch.Size([2, 3]), torch.float16, torch.device("cpu")
         self.make = lambda value: value + 1
 
     def forward(self, values: Tensor) -> Tensor:
-        if self.scheduler_lr is None:
-            self.scheduler_lr = torch.optim.AdamW([self.w], lr=0.01, betas=(0.8, 0.9))
-        for optimizer in (self.optimizer, self.scheduler_lr):
+        if self.late_optimizer is None:
+            self.late_optimizer = torch.optim.AdamW([self.w], lr=0.01, betas=(0.8, 0.9))
+            self.register_buffer("total", torch.zeros_like(values))
+            self.register_parameter("scale", nn.Parameter(torch.ones_like(values)))
+        for optimizer in (self.optimizer, self.late_optimizer):
             self.w.grad = values.clone()
             optimizer.step()
-        noise = torch.rand(2, generator=self.generator)
-        self.history.append(noise)
+        self.history = [*self.history, values.clone()][-2:]
         self.seen["best"] = (values.clone(), float(values.sum()))
-        self.array += values.numpy()
-        self.number = np.float64(self.number * 1.1)
-        self.counter.inner.count += 1
-        return (
-            torch.stack(list(self.history)).sum(0) * self.alias[0].detach() * self.counter.inner.count
-            + self.array.sum()
-        )
+        self.total = self.total + values
+        self.scale.data *= 1.1
+        return (torch.stack(self.history).sum(0) + self.total) * self.alias[0].detach() * self.scale.detach()
 
 
-class Inner:
+class KeepsItsOwn(nn.Module):
+    """A user's strategy with a memory of other kinds, which it writes and reads itself."""
+
     def __init__(self) -> None:
-        self.count = 0
+        super().__init__()
+        self.history: deque[float] = deque(maxlen=2)
+        self.generator = torch.Generator().manual_seed(0)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, values: Tensor) -> Tensor:
+        self.history.append(float(values.sum()))
+        self.count += 1
+        return torch.rand(2, generator=self.generator) * sum(self.history) * self.count
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"history": list(self.history), "generator": self.generator.get_state()}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.history = deque(state["history"], maxlen=2)
+        self.generator.set_state(state["generator"])
 
 
-class Counter:
+class WritesItsStateDict(nn.Module):
+    """Another one, which implements ``state_dict`` itself."""
+
     def __init__(self) -> None:
-        self.inner = Inner()
+        super().__init__()
+        self.seen: set[float] = set()
+
+    def forward(self, values: Tensor) -> Tensor:
+        self.seen.add(float(values[0]))
+        return torch.tensor(sorted(self.seen))
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
+        return {"seen": sorted(self.seen)}
+
+    def load_state_dict(self, state: Any, *_: Any, **__: Any) -> None:  # type: ignore[override]
+        self.seen = set(state["seen"])
 
 
 def call_anything(anything: Any, t: int) -> list[Tensor]:
@@ -152,6 +176,9 @@ CASES = {
     "GABA": Case(partial(GABA, beta=0.5, warmup=2), call_weighting),
     "DBMTL": Case(partial(DBMTL, sigma=0.5), call_aggregator),
     "a user's own": Case(Anything, call_anything),
+    "a user's own with get_extra_state": Case(KeepsItsOwn, call_anything),
+    "a user's own with state_dict": Case(WritesItsStateDict, call_anything),
+    "a user's own within another module": Case(lambda: nn.Sequential(KeepsItsOwn()), call_anything),
     # Without a memory: they are to be saved and restored all the same.
     "Mean": Case(S.Mean, call_scalarizer, remembers=False),
     "PBI": Case(lambda: with_equal_preferences(T, S.PBI, theta=5.0), call_scalarizer, remembers=False),
@@ -260,16 +287,13 @@ def test_any_plain_memory_of_a_users_own_strategy_is_carried() -> None:
     assert other.optimizer.param_groups[0]["params"][0] is other.w
     for t in range(3, 6):
         assert one(losses_at(t)[:2]).equal(other(losses_at(t)[:2]))
-    assert isinstance(other.scheduler_lr, torch.optim.AdamW)
-    assert other.scheduler_lr.param_groups[0]["betas"] == (0.8, 0.9)
-    assert other.history.maxlen == 2
-    assert (other.names, other.of, other.kind) == ({"a", "b"}, torch.Size([2, 3]), torch.float16)
+    assert isinstance(other.late_optimizer, torch.optim.AdamW)
+    assert other.late_optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    assert (other.of, other.kind, other.place) == (torch.Size([2, 3]), torch.float16, torch.device("cpu"))
     assert other.seen[("a", 1)][0] == 1.0
     assert other.seen["best"][0].equal(one.seen["best"][0])
-    assert (other.array == one.array).all()
-    assert other.array.dtype == np.float32
-    assert other.number == one.number
-    assert type(other.number) is np.float64
+    assert isinstance(other.scale, nn.Parameter)
+    assert set(other.state_dict()) == {"w", "scale", "total"}
 
 
 class With(nn.Module):
@@ -278,65 +302,84 @@ class With(nn.Module):
         self.memory = content
 
 
-class Slotted:
-    __slots__ = ("__dict__", "count")
-
-    def __init__(self) -> None:
-        self.count, self.other = 0, 1
-
-
 class Hidden(dict):  # type: ignore[type-arg]
     pass
 
 
-def circle() -> list[Any]:
-    made: list[Any] = []
-    made.append(made)
-    return made
+def stateful_object() -> Any:
+    class Counter:
+        count = 0
+
+    return Counter()
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "what"),
     [
         (threading.Lock(), "'memory' is a _thread.lock"),
-        (nn.Linear(1, 1), None),
-        ([nn.Linear(1, 1)], r"'memory\[0\]' is a torch.nn.modules.linear.Linear, .* register it as a submodule"),
+        ([nn.Linear(1, 1)], r"'memory\[0\]' is a torch.nn.modules.linear.Linear"),
         (Hidden(a=1), "'memory' is a .*Hidden"),
-        (Slotted(), "'memory' is a .*Slotted"),
-        ({"a": [iter([1])]}, r"'memory\['a'\]\[0\]' is a builtins.list_iterator"),
-        (np.array(["a", None], dtype=object), "'memory' is a numpy.ndarray"),
-        (torch.optim.SGD([nn.Parameter(torch.ones(1))]), "parameters that are not the module's"),
-        (circle(), "contains itself"),
+        (stateful_object(), "'memory' is a .*Counter"),
+        ({"a": [{1, 2}]}, r"'memory\['a'\]\[0\]' is a builtins.set"),
+        (deque([1]), "'memory' is a collections.deque"),
+        (np.zeros(2), "'memory' is a numpy.ndarray"),
+        (np.float64(1), "'memory' is a numpy.float64"),
+        (torch.Generator(), "'memory' is a torch._C.Generator"),
+        ([torch.optim.SGD([nn.Parameter(torch.ones(1))])], r"'memory\[0\]' is a torch.optim.sgd.SGD"),
+        (torch.optim.SGD([nn.Parameter(torch.ones(1))]), "'memory' has parameters that are not the module's"),
     ],
 )
-def test_what_cannot_be_carried_is_an_error_and_never_lost(content: Any, says: str | None) -> None:
-    module = With(content)
-    if says is None:
-        snapshot(module)
-        return
-    with pytest.raises(TypeError, match=says):
-        snapshot(module)
+def test_what_cannot_be_saved_is_an_error_that_says_what_to_implement(content: Any, what: str) -> None:
+    with pytest.raises(TypeError, match=rf"^With: .*{what}.* implement get_extra_state.* set_extra_state in With\.$"):
+        snapshot(With(content))
+
+
+def test_an_extra_state_that_cannot_be_saved_is_an_error_too() -> None:
+    class Sloppy(With):
+        def get_extra_state(self) -> Any:
+            return {"seen": {1, 2}}
+
+    with pytest.raises(TypeError, match=r"'get_extra_state\(\)\['seen'\]' is a builtins.set"):
+        snapshot(Sloppy(None))
+
+
+def test_a_module_that_is_registered_needs_nothing_else() -> None:
+    one, other = With(nn.Linear(1, 1)), With(nn.Linear(1, 1))
+    load_snapshot(other, through_a_file(snapshot(one)))
+    assert other.memory.weight.equal(one.memory.weight)
 
 
 @pytest.mark.parametrize(
     ("saved", "into", "says"),
     [
-        (S.DWA(), S.FAMO(2), "FAMO: the state is that of a DWA. Resume with the same strategy"),
-        (S.FAMO(3), S.FAMO(2), r"FAMO._w: should be of shape \(3,\) as in the state; it is of shape \(2,\)"),
+        (S.DWA(), S.FAMO(2), "FAMO: the strategy should be a DWA as in the state; got a FAMO. Resume with the same"),
+        (
+            S.FAMO(3),
+            S.FAMO(2),
+            r"FAMO: buffer 'min_losses' should be of shape \(3,\) as in the state; got \(2,\)",
+        ),
         (
             A.CRMOGMWeighting(A.MGDAWeighting()),
             A.CRMOGMWeighting(A.MeanWeighting()),
-            "'weighting' is a MeanWeighting, in the state a MGDAWeighting",
+            "submodule 'weighting' should be a MGDAWeighting as in the state; got a MeanWeighting",
         ),
-        (nn.Sequential(S.DWA()), nn.Sequential(S.DWA(), S.DWA()), r"submodules: .* lacks \['1'\]"),
-        (With(Counter()), With(Inner()), "should be a Counter as in the state; it is a Inner"),
-        (With(Counter()), With(None), "should be a Counter as in the state; it is a NoneType"),
-        (With(torch.ones(2)), With(torch.ones(3)), r"With.memory: should be of shape \(2,\)"),
+        (nn.Sequential(S.DWA()), nn.Sequential(S.DWA(), S.DWA()), r"submodules: the state lacks \['1'\]"),
+        (nn.Sequential(S.DWA(), S.DWA()), nn.Sequential(S.DWA()), r"has \['1'\] that this one lacks"),
+        (WritesItsStateDict(), S.DWA(), "DWA: the strategy should be a WritesItsStateDict as in the state; got a DWA"),
+        (S.DWA(), WritesItsStateDict(), "should be a DWA as in the state; got a WritesItsStateDict"),
+        (With(torch.ones(2)), With(torch.ones(3)), r"With: attribute 'memory' should be of shape \(2,\)"),
     ],
 )
 def test_another_class_or_shape_is_refused(saved: nn.Module, into: nn.Module, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         load_snapshot(into, through_a_file(snapshot(saved)))
+
+
+def test_an_optimizer_of_another_class_is_refused() -> None:
+    one, other = Anything(), Anything()
+    other.optimizer = torch.optim.Adagrad([other.w])  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="Anything: optimizer should be a SGD as in the state; got Adagrad"):
+        load_snapshot(other, snapshot(one))
 
 
 def test_an_attribute_that_the_state_does_not_know_is_refused() -> None:
@@ -347,7 +390,7 @@ def test_an_attribute_that_the_state_does_not_know_is_refused() -> None:
 
 
 def test_a_state_of_another_layout_is_refused() -> None:
-    with pytest.raises(ValueError, match="should be of version 1; got 7"):
+    with pytest.raises(ValueError, match="should be of version 2; got 7"):
         load_snapshot(S.DWA(), {**snapshot(S.DWA()), "version": 7})
 
 
@@ -387,3 +430,53 @@ def test_what_was_kept_on_a_device_goes_to_the_one_named() -> None:
     assert moved._lambda.device.type == "meta"  # type: ignore[union-attr]
     assert moved._state_key == (T, torch.float32, torch.device("meta"))
     assert stays._phi_t.device.type == "cpu"  # type: ignore[union-attr]
+
+
+# ---- states of the first edition, which named the kind of everything that is not plain ---------------------------------
+
+
+def first_edition(kind: str, attributes: dict[str, Any], **tensors: Any) -> dict[str, Any]:
+    return {"class": kind, "parameters": {}, "buffers": {}, "attributes": attributes, **tensors}
+
+
+def test_a_state_of_the_first_edition_is_loaded() -> None:
+    key = [2, {"kind": "dtype", "name": "float32"}, {"kind": "device", "name": "cpu"}]
+    modo = first_edition(
+        "MoDoWeighting",
+        {"_gamma": 0.1, "_rho": 0.1, "_state_key": {"kind": "tuple", "items": key}},
+        buffers={"_lambda": torch.tensor([0.25, 0.75])},
+    )
+    loaded = A.MoDoWeighting()
+    load_snapshot(loaded, through_a_file({"version": 1, "modules": {"": modo}}))
+    assert loaded._state_key == (2, torch.float32, torch.device("cpu"))
+    assert loaded._lambda.tolist() == [0.25, 0.75]  # type: ignore[union-attr]
+
+
+def test_an_optimizer_in_a_state_of_the_first_edition_is_loaded() -> None:
+    one, other = S.FAMO(T), S.FAMO(T)
+    for t in range(3):
+        call_scalarizer(one, t)
+    assert one._optimizer is not None
+    assert one._prev_losses is not None
+    optimizer = {
+        "kind": "optimizer",
+        "class": "Adam",
+        "defaults": {"kind": "dict", "items": [["lr", 0.025]]},
+        "parameters": [["_w"]],
+        "state": one._optimizer.state_dict(),
+    }
+    famo = first_edition(
+        "FAMO",
+        {"lr": 0.025, "weight_decay": 1e-3, "_optimizer": optimizer, "_prev_losses": one._prev_losses},
+        parameters={"_w": one._w},
+        buffers={"min_losses": torch.zeros(T)},
+    )
+    load_snapshot(other, through_a_file({"version": 1, "modules": {"": famo}}))
+    for t in range(3, 6):
+        assert same(call_scalarizer(one, t), call_scalarizer(other, t))
+
+
+def test_a_kind_of_the_first_edition_that_is_no_longer_known_is_refused() -> None:
+    state = first_edition("With", {"memory": {"kind": "set", "items": [1]}})
+    with pytest.raises(ValueError, match=r"an attribute of kind 'set', which this version .* does not load"):
+        load_snapshot(With(None), {"version": 1, "modules": {"": state}})
