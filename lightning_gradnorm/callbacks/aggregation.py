@@ -189,7 +189,7 @@ class Aggregation(OfLosses):
             )
         if self._shared is not None:
             self._shared.seek(module)
-        elif trainer.world_size > 1 and self._aggregates.stat != "matrix" and not joint.is_behind(back_propagated):
+        elif trainer.world_size > 1 and self._aggregates.input != "matrix" and not joint.is_behind(back_propagated):
             # The others wait at their gates for what this rank, which has no task in this batch, has to add: nothing.
             T = len(self._names)
             self._agree(torch.zeros(T, T, dtype=self._known.loss_weights.dtype), [False] * T)
@@ -222,7 +222,7 @@ class Aggregation(OfLosses):
                 self._shared.read()
             return None
         scale = unit(1, self._trainer)
-        if rule.stat != "matrix":
+        if rule.input != "matrix":
             weights = self._agree((J @ J.T / scale**2).cpu(), present)
             return weights.to(J) @ J
         here = torch.tensor(present)
@@ -256,7 +256,7 @@ class Aggregation(OfLosses):
         shared.clear()
         self._gramian = (J @ J.T).cpu()
         if rule.has_weights:
-            stat = None if rule.stat != "matrix" else J
+            stat = None if rule.input != "matrix" else J
             combined = self._weights_of_all(self._gramian, present, stat).to(J) @ J
         else:
             combined = rule.aggregate(J, present)

@@ -16,7 +16,7 @@ from lightning_gradnorm.callbacks.base import Balancing
 from lightning_gradnorm.callbacks.recompute import SecondLook
 from lightning_gradnorm.engine.ranks import common_seed, mean_losses
 from lightning_gradnorm.engine.step_state import Window
-from lightning_gradnorm.strategies.factory import made_for
+from lightning_gradnorm.strategies.factory import instantiate
 from lightning_gradnorm.strategies.scalarization import OptimizerFactory, ScalarizationRule
 from lightning_gradnorm.strategies.snapshot import restore, state_of
 
@@ -80,12 +80,12 @@ class OfLosses(Balancing[ScalarizationRule]):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._seed = common_seed(trainer)
         super().on_train_start(trainer, pl_module)
-        if self._known.looks_again:
+        if self._known.needs_losses_after_step:
             self._second_look = SecondLook(pl_module, asked_by=self._name)
 
     def _fresh(self, parameter: str, given: Made) -> nn.Module:
         """Return the module as it was when it was given, or make it."""
-        made = made_for(self._names, given, asked_by=f"{self._name}: {parameter}")
+        made = instantiate(self._names, given, caller=f"{self._name}: {parameter}")
         if isinstance(given, nn.Module):
             if parameter in self._initial:
                 restore(made, self._initial[parameter])
@@ -131,7 +131,7 @@ class OfLosses(Balancing[ScalarizationRule]):
     @override
     def _take_in(self, window: Window, trainer: L.Trainer, module: L.LightningModule) -> bool:
         rule = self._known
-        self._to_look = rule.looks_again
+        self._to_look = rule.needs_losses_after_step
         rule.step()
         if rule.fallbacks > self._fallbacks_before and not self._has_warned:
             self._has_warned = True
@@ -147,7 +147,7 @@ class OfLosses(Balancing[ScalarizationRule]):
 
     @override
     def _drop_step(self) -> None:
-        self._known.drop()
+        self._known.discard_step()
 
     @override
     def _log(self, module: L.LightningModule) -> None:
@@ -177,7 +177,7 @@ class OfLosses(Balancing[ScalarizationRule]):
             self._to_look = False
             found = self._second_look.losses(trainer, batch, batch_idx, self._logged_names)
             here = {task: [found[task]] for task in self._names if isinstance(found.get(task), Tensor)}
-            self._known.look_again(*mean_losses(self._names, here, self._known.loss_weights, trainer))
+            self._known.update_after_step(*mean_losses(self._names, here, self._known.loss_weights, trainer))
 
     @override
     def _remove_hooks(self) -> None:
