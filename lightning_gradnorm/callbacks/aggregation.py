@@ -113,7 +113,7 @@ class Aggregation(LossWeightingCallback[AggregationRule]):
             )
 
     @override
-    def _build_rule(self) -> AggregationRule:
+    def _build_rule(self, like: Tensor) -> AggregationRule:
         return AggregationRule(
             self._names,
             self._pristine_copy("aggregator", self._aggregator),
@@ -121,6 +121,8 @@ class Aggregation(LossWeightingCallback[AggregationRule]):
             of_parameters=self.at == "parameters",
             optimizer=self.optimizer,
             seed=self._seed,
+            dtype=like.dtype,
+            device=like.device,
         )
 
     @override

@@ -78,8 +78,8 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     # ---- what a strategy overrides -----------------------------------------------------------------------------------
 
-    def _build_rule(self) -> AnyRule:
-        """Return a new rule for the tasks ``self._names``. Called when a training starts."""
+    def _build_rule(self, like: Tensor) -> AnyRule:
+        """Return a new rule for ``self._names``, with the dtype and device of ``like``. Called when a training starts."""
         raise NotImplementedError
 
     def _load_rule(self, rule: AnyRule, state: Mapping[str, Any]) -> None:
@@ -206,10 +206,9 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
             self._on_new_training()
         if self._rule is None or self._restored is not None or self._rule.tasks != self._names:
             state = self._restored or (None if self._rule is None else self._rule.state_dict())
-            rule = self._build_rule()
             values = [like, *(state or {}).values()]
             is_double = any(isinstance(one, Tensor) and one.dtype == torch.float64 for one in values)
-            rule.to(dtype=torch.float64 if is_double else torch.float32, device=like.device)
+            rule = self._build_rule(like.double() if is_double else like.float())
             if state is not None:
                 self._load_rule(rule, state)
             self._rule, self._restored = rule, None

@@ -26,8 +26,9 @@ class StaticWeights(BalancingCallback[FixedRule]):
     """By task; empty as long as the tasks are unknown."""
 
     @override
-    def _build_rule(self) -> FixedRule:
-        return FixedRule({task: self.weights[task] for task in self._names})
+    def _build_rule(self, like: Tensor) -> FixedRule:
+        weights = {task: self.weights[task] for task in self._names}
+        return FixedRule(weights, dtype=like.dtype, device=like.device)
 
     @override
     def _step_metrics(self) -> dict[str, Tensor | float]:
@@ -151,9 +152,9 @@ class RandomWeights(StaticWeights):
         return {task: by_name[task] for task in self._names}
 
     @override
-    def _build_rule(self) -> FixedRule:
+    def _build_rule(self, like: Tensor) -> FixedRule:
         self.weights = self._draw()  # with tasks=None the tasks are known only now
-        return super()._build_rule()
+        return super()._build_rule(like)
 
 
 def _checkpoint_of(path: Path) -> Path:

@@ -149,12 +149,12 @@ class GradNorm(BalancingCallback[GradNormRule]):
             return dict(zip(self._restored["tasks"], self._restored[key].tolist(), strict=True))
         if not self._names:
             raise RuntimeError("GradNorm: the tasks of the MultiTaskModule are known once training has started")
-        return dict(zip(self._names, self._build_rule().weights.tolist(), strict=True))
+        return dict(zip(self._names, self._build_rule(torch.zeros(())).weights.tolist(), strict=True))
 
     # ---- what the base asks -------------------------------------------------------------------------------------------
 
     @override
-    def _build_rule(self) -> GradNormRule:
+    def _build_rule(self, like: Tensor) -> GradNormRule:
         self._check_numbers()
         return GradNormRule(
             self._names,
@@ -166,6 +166,8 @@ class GradNorm(BalancingCallback[GradNormRule]):
             update_every=self.update_every,
             stop_after=self.stop_after,
             min_weight=self.min_weight,
+            dtype=like.dtype,
+            device=like.device,
         )
 
     @override

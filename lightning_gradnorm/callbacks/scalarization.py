@@ -16,7 +16,7 @@ from lightning_gradnorm._messages import check
 from lightning_gradnorm.callbacks.base import BalancingCallback
 from lightning_gradnorm.callbacks.recompute import LossRecomputer
 from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
-from lightning_gradnorm.strategies.factory import made_for
+from lightning_gradnorm.strategies.factory import instantiate
 from lightning_gradnorm.strategies.scalarization import OptimizerFactory, ScalarizationRule
 from lightning_gradnorm.strategies.snapshot import load_snapshot, snapshot
 
@@ -78,7 +78,7 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
 
     def _pristine_copy(self, parameter: str, given: Made) -> nn.Module:
         """Return the module in the state in which it was given, or make it."""
-        made = made_for(self._names, given, asked_by=f"{self._name}: {parameter}")
+        made = instantiate(self._names, given, caller=f"{self._name}: {parameter}")
         if isinstance(given, nn.Module):
             if parameter in self._pristine:
                 load_snapshot(made, self._pristine[parameter])
@@ -205,11 +205,13 @@ class Scalarization(LossWeightingCallback[ScalarizationRule]):
         check_made(self._name, "scalarizer", scalarizer)
 
     @override
-    def _build_rule(self) -> ScalarizationRule:
+    def _build_rule(self, like: Tensor) -> ScalarizationRule:
         assert self._scalarizer is not None
         return ScalarizationRule(
             self._names,
             self._pristine_copy("scalarizer", self._scalarizer),
             optimizer=self.optimizer,
             seed=self._seed,
+            dtype=like.dtype,
+            device=like.device,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,8 +19,11 @@ class Rule(Protocol):
     ``"gradients"`` themselves (`GradientRule`).
     """
 
-    needs: ClassVar[Needs]
     tasks: tuple[str, ...]
+
+    @property
+    def needs(self) -> Needs:
+        """What the rule is given in each optimizer step; a class attribute."""
 
     @property
     def loss_weights(self) -> Tensor:

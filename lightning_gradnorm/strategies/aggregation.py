@@ -12,25 +12,18 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torchjd import Stateful
 from torchjd import aggregation as jd
 
-from lightning_gradnorm.strategies.db_mtl import DBMTL
-from lightning_gradnorm.strategies.factory import NamesTasks, placed
+from lightning_gradnorm.strategies.factory import TaskAware, move_to
+from lightning_gradnorm.strategies.facts import Input, any_part, facts_of
 from lightning_gradnorm.strategies.rng import seeded_rng
 from lightning_gradnorm.strategies.scalarization import OptimizerFactory, ScalarizationRule
 from lightning_gradnorm.strategies.snapshot import load_snapshot, snapshot
-
-Stat = Literal["gramian", "root", "matrix"]
-
-_TWO_BATCHES = (jd.SDMGradWeighting, jd.MoDoWeighting)
-"""They weight by the product of the gradients of two independent batches."""
-_OF_THE_ROOT = (jd.NashMTL, jd.Mean, jd.Sum, jd.Constant, jd.Random)
-"""They take the matrix, but turn with it: for any root S of the Gramian, ``S Sᵀ = J Jᵀ``, their weights are the same."""
 
 
 class AggregationRule(ScalarizationRule):
@@ -57,6 +50,7 @@ class AggregationRule(ScalarizationRule):
         tensor([0.2000, 0.8000])
     """
 
+    needs: ClassVar[Literal["losses", "gradients"]] = "gradients"
     name = "Aggregation"
 
     def __init__(
@@ -72,33 +66,36 @@ class AggregationRule(ScalarizationRule):
         device: torch.device | str | None = None,
     ) -> None:
         self._check_usable(aggregator, of_parameters)
-        if isinstance(aggregator, jd.Weighting) and _any(aggregator, jd.ExcessMTLWeighting):
+        if isinstance(aggregator, jd.Weighting) and any(facts_of(p).input == "matrix" for p in aggregator.modules()):
             aggregator = jd.WeightedAggregator(aggregator)
-        self.stat = _stat(aggregator)
-        """What of J the aggregator is given: its Gramian, a root of it, or J itself."""
+        self.input: Input = _input(aggregator)
+        """What the aggregator is called with: the Gramian of J, a root of it, or J itself."""
+        self.of_parameters = of_parameters
         # A T × T matrix is dealt with faster on the CPU, and by many a solver there alone.
-        self._works_on = torch.device(device or "cpu") if self.stat == "matrix" else torch.device("cpu")
-        self.aggregator = placed(aggregator, device=self._works_on, dtype=dtype)
+        self._works_on = torch.device(device or "cpu") if self.input == "matrix" else torch.device("cpu")
+        self.aggregator = move_to(aggregator, device=self._works_on, dtype=dtype)
         self.gradient_weights = torch.ones(len(tasks), dtype=dtype, device=device)
         """The weights λ that were last given, shape (T,)."""
         self._drawn = 0
         self.has_weights = _weights_of(aggregator) is not None
         """Whether the aggregation is a weighted sum of the rows."""
         super().__init__(tasks, scalarizer, optimizer=optimizer, seed=seed, dtype=dtype, device=device)
-        self._goes_by_place = isinstance(aggregator, NamesTasks) or any(
+        self._depends_on_task_order = isinstance(aggregator, TaskAware) or any(
             isinstance(part, Stateful)
             or any(_is_by_task(value, len(tasks)) for value in (vars(part) | part._buffers | part._parameters).values())
             for part in aggregator.modules()
         )
-        self._try_out_aggregator()
+        self._validate_aggregator()
 
     @property
     def weights(self) -> Tensor:
         """The weights that the tasks' gradients had last at the representation, those of the losses included, (T,)."""
         return self.loss_weights * self.gradient_weights
 
-    def _kind(self) -> str:
-        kinds = [type(self.aggregator).__name__] + ([] if self.scalarizer is None else [super()._kind()])
+    @property
+    def kind(self) -> str:
+        """The names of the strategy's classes, by which a checkpoint knows it."""
+        kinds = [type(self.aggregator).__name__] + ([] if self.scalarizer is None else [super().kind])
         return " of ".join(kinds)
 
     def _check_usable(self, aggregator: nn.Module, of_parameters: bool) -> None:
@@ -108,21 +105,18 @@ class AggregationRule(ScalarizationRule):
                 f"{type(aggregator).__name__}. (A function of the losses is a Scalarization.)"
             )
         kind = type(aggregator).__name__
-        if _any(aggregator, *_TWO_BATCHES):
+        if any_part(aggregator, "needs_two_batches"):
             raise ValueError(
                 f"{self.name}: {kind} weights by the gradients of two independent batches, which one training step does not "
                 f"have. Use MGDA or UPGrad, whose weights are those of one."
             )
-        remembers_places = _any(aggregator, jd.ExcessMTLWeighting) or (
-            isinstance(aggregator, DBMTL) and aggregator.beta > 0
-        )
-        if remembers_places and not of_parameters:
+        if any_part(aggregator, "averages_over_steps") and not of_parameters:
             raise ValueError(
                 f"{self.name}: {kind} averages gradients over steps, for which they should be those of the same numbers: at "
                 f"the representation each batch has others. Use at='parameters'."
             )
 
-    def _try_out_aggregator(self) -> None:
+    def _validate_aggregator(self) -> None:
         T = len(self.tasks)
         rows = torch.eye(T, 2 * T, dtype=self.loss_weights.dtype)
         asked = f"{self.name}: {type(self.aggregator).__name__}, asked to aggregate the gradients of {T} tasks,"
@@ -132,30 +126,30 @@ class AggregationRule(ScalarizationRule):
             if isinstance(part, Stateful):
                 part.reset()  # what a used one remembers is of gradients of another size
         try:
-            found = tried._ask_aggregator(tried._stat_of(rows @ rows.T, rows))
+            found = tried._call_aggregator(tried._input_from(rows @ rows.T, rows))
         except Exception as reason:
             raise ValueError(f"{asked} failed: {reason}") from reason
         expected = T if self.has_weights else 2 * T
         if not _is_vector(found, expected):
             raise ValueError(f"{asked} should return {expected} finite numbers; got {_shown(found)}")
 
-    def _stat_of(self, gramian: Tensor, matrix: Tensor | None) -> Tensor:
-        if self.stat == "matrix":
+    def _input_from(self, gramian: Tensor, matrix: Tensor | None) -> Tensor:
+        if self.input == "matrix":
             assert matrix is not None
             return matrix
-        if self.stat == "gramian":
+        if self.input == "gramian":
             return gramian
         values, vectors = torch.linalg.eigh(gramian)
         root: Tensor = vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T
         return root
 
-    def _ask_aggregator(self, stat: Tensor, rank: int = 0) -> Tensor:
+    def _call_aggregator(self, given: Tensor, rank: int = 0) -> Tensor:
         weights_of: Any = _weights_of(self.aggregator)
-        stat = stat.to(self.loss_weights.dtype)  # in which the aggregator remembers and has its options
-        with torch.no_grad(), seeded_rng(self._seed + rank, self._drawn, stat.device), warnings.catch_warnings():
+        given = given.to(self.loss_weights.dtype)  # the precision of the aggregator's state and options
+        with torch.no_grad(), seeded_rng(self._seed + rank, self._drawn, given.device), warnings.catch_warnings():
             # cvxpy's, of every NashMTL: it says that solving the same problem again is not faster.
             warnings.filterwarnings("ignore", message="You are solving a parameterized problem that is not DPP")
-            answer: Tensor = self.aggregator(stat) if weights_of is None else weights_of(stat)
+            answer: Tensor = self.aggregator(given) if weights_of is None else weights_of(given)
         return answer
 
     def weigh_gradients(self, gramian: Tensor, present: Tensor | None = None, matrix: Tensor | None = None) -> Tensor:
@@ -165,27 +159,27 @@ class AggregationRule(ScalarizationRule):
             gramian: ``J Jᵀ``, shape (T, T), of the mean losses' gradients, zero for an absent task.
             present: which tasks take part, bool of shape (T,); all by default. The others are left out of what the
                 aggregator sees; one that knows the tasks by their place is not asked, and the weights stay.
-            matrix: J itself, for an aggregator that needs it (`stat`).
+            matrix: J itself, for an aggregator that needs it (`input`).
 
         Returns:
-            The weights; equal ones, of the sum that they had last, if the Gramian is not finite or the aggregator fails:
+            The weights. If the Gramian is not finite or the aggregator fails, equal weights with the sum of the last ones;
             ``fallbacks`` counts it.
         """
         T = len(self.tasks)
         here = torch.ones(T, dtype=torch.bool) if present is None else present.cpu()
         if not bool(here.any()):
             return self.gradient_weights
-        if self._goes_by_place and not bool(here.all()):
+        if self._depends_on_task_order and not bool(here.all()):
             return self.gradient_weights * here.to(self.gradient_weights)
         if not bool(gramian.isfinite().all()):
             self.reason = "a gradient is not finite"
             return self._fall_back_to_equal()
         some = here.nonzero().squeeze(1)
         try:
-            stat = self._stat_of(
+            given = self._input_from(
                 gramian.cpu()[some][:, some], None if matrix is None else matrix[some.to(matrix.device)]
             )
-            weights = self._ask_aggregator(stat)
+            weights = self._call_aggregator(given)
         except Exception as reason:
             self.reason = f"{type(reason).__name__}: {reason}"
             return self._fall_back_to_equal()
@@ -213,10 +207,10 @@ class AggregationRule(ScalarizationRule):
         rows = matrix[present.to(matrix.device)]
         if not len(rows):
             return matrix.new_zeros(matrix.shape[1])
-        if self._goes_by_place and len(rows) < len(matrix):
+        if self._depends_on_task_order and len(rows) < len(matrix):
             return rows.mean(dim=0)
         try:
-            answer = self._ask_aggregator(rows, rank)
+            answer = self._call_aggregator(rows, rank)
         except Exception as reason:
             self.reason, answer = f"{type(reason).__name__}: {reason}", None
         else:
@@ -226,6 +220,15 @@ class AggregationRule(ScalarizationRule):
             self.fallbacks += 1
             return rows.mean(dim=0)
         return answer
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
+        """Move all state to another precision or device, in place; every value is kept."""
+        before = self.loss_weights.dtype
+        super().to(dtype=dtype, device=device)
+        self.gradient_weights = self.gradient_weights.to(dtype=dtype, device=device)
+        if device is not None and self.input == "matrix":
+            self._works_on = torch.device(device)
+        move_to(self.aggregator, dtype=dtype, device=self._works_on, only=before)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all state as plain tensors and numbers, loadable with ``torch.load(weights_only=True)``."""
@@ -238,7 +241,7 @@ class AggregationRule(ScalarizationRule):
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the state of another rule for the same tasks in the same order.
+        """Load the state of another rule for the same tasks in the same order.
 
         Raises:
             ValueError: the state is that of other tasks, another strategy, or another version.
@@ -264,30 +267,25 @@ def _shown(found: Any) -> str:
     return f"a {type(found).__name__}, {found!r}"
 
 
-def _any(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    return any(isinstance(part, kinds) for part in module.modules())
-
-
 def _is_by_task(value: Any, T: int) -> bool:
-    """Say whether this may be a number for each task."""
+    """Return True if this may hold one number for each task."""
     return T in value.shape if isinstance(value, Tensor) else isinstance(value, list | tuple) and len(value) == T
 
 
-def _stat(aggregator: nn.Module) -> Stat:
-    if isinstance(aggregator, jd.GramianWeightedAggregator | jd.Weighting):
-        return "gramian"
-    return "root" if isinstance(aggregator, (*_OF_THE_ROOT, jd.ConFIG)) else "matrix"
+def _input(aggregator: nn.Module) -> Input:
+    by_kind: Input = "gramian" if isinstance(aggregator, jd.GramianWeightedAggregator | jd.Weighting) else "matrix"
+    return facts_of(aggregator).input or by_kind
 
 
 def _weights_of(aggregator: Any) -> Callable[[Tensor], Tensor] | None:
-    """Return what gives the weights of the rows from the `Stat` that the aggregator needs, if it has weights."""
+    """Return the function from the aggregator's `Input` to the weights of the rows; ``None`` if it has no weights."""
     if isinstance(aggregator, jd.Weighting):
         return aggregator
     if isinstance(aggregator, jd.GramianWeightedAggregator):
         return aggregator.gramian_weighting
     if isinstance(aggregator, jd.WeightedAggregator):
         return aggregator.weighting
-    if isinstance(aggregator, jd.ConFIG):  # its result lies in the span of the rows: these are the coefficients
-        # Not by lstsq, which does not give the same bits each time.
+    if facts_of(aggregator).in_row_span:
+        # The coefficients of its result. Not by lstsq, which does not give the same bits each time.
         return lambda root: torch.linalg.pinv(root.T) @ aggregator(root)
     return None

@@ -54,6 +54,11 @@ class AMNL(LazyBufferModule, Scalarizer, Stateful):
     means: Tensor
     updates: Tensor
 
+    @property
+    def remembers(self) -> str:
+        """What its state holds."""
+        return "" if self.beta is None else "mean losses"
+
     def __init__(
         self, edition: Literal[1, 2] = 1, weights: Mapping[str, float] | None = None, beta: float | None = None
     ) -> None:

@@ -93,6 +93,16 @@ class DBMTL(LazyBufferModule, Aggregator, Stateful):
     average: Tensor
     updates: Tensor
 
+    @property
+    def averages_over_steps(self) -> bool:
+        """True if there is a moving average."""
+        return self.beta > 0
+
+    @property
+    def remembers(self) -> str:
+        """What its state holds."""
+        return "mean gradients" if self.beta > 0 else ""
+
     def __init__(self, beta: float = 0.9, sigma: float = 0.0) -> None:
         super().__init__()
         if not 0.0 <= beta < 1.0:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
 
 @runtime_checkable
-class NamesTasks(Protocol):
-    """A scalarizer or aggregator whose options go by the tasks' names."""
+class TaskAware(Protocol):
+    """A scalarizer or aggregator with options that name tasks. A user's class only needs the method."""
 
     def name_tasks(self, tasks: Sequence[str]) -> None:
-        """Take note of the tasks, in the order of the losses; called before the first step."""
+        """Receive the tasks in the order of the losses; called before the first step."""
 
 
-def made_for(tasks: Sequence[str], given: nn.Module | Callable[[int], nn.Module], *, asked_by: str) -> nn.Module:
-    """Return the module itself, or the one that ``given`` makes from the number of tasks, with the tasks' names told.
+def instantiate(tasks: Sequence[str], given: nn.Module | Callable[[int], nn.Module], *, caller: str) -> nn.Module:
+    """Return the module itself, or the one that ``given`` makes from the number of tasks, after calling its `name_tasks`.
 
     A class that needs no arguments is called without any: the first of `DWA`, for one, is a temperature.
 
@@ -30,34 +32,34 @@ def made_for(tasks: Sequence[str], given: nn.Module | Callable[[int], nn.Module]
 
     Example:
         >>> import torchjd.scalarization
-        >>> made_for(["seg", "depth"], torchjd.scalarization.UW, asked_by="scalarizer")
+        >>> instantiate(["seg", "depth"], torchjd.scalarization.UW, caller="scalarizer")
         UW(shape=(2,))
-        >>> made_for(["seg", "depth"], torchjd.scalarization.DWA, asked_by="scalarizer")
+        >>> instantiate(["seg", "depth"], torchjd.scalarization.DWA, caller="scalarizer")
         DWA(temperature=2.0)
     """
     made: Any = given
     if not isinstance(given, nn.Module):
-        arguments = _arguments(given, len(tasks), asked_by)
+        arguments = _arguments(given, len(tasks), caller)
         try:
             made = given(*arguments)
         except TypeError as reason:
             raise TypeError(
-                f"{asked_by} should be a module, or make one from the number of tasks, as torchjd.scalarization.UW does; "
+                f"{caller} should be a module, or make one from the number of tasks, as torchjd.scalarization.UW does; "
                 f"calling it with {len(tasks)} failed: {reason}"
             ) from reason
         except ImportError as reason:
             if (missing := missing_solver(reason)) is None:
                 raise
-            raise ModuleNotFoundError(f"{asked_by}: {missing}") from reason
+            raise ModuleNotFoundError(f"{caller}: {missing}") from reason
     if not isinstance(made, nn.Module):
-        raise TypeError(f"{asked_by} should be a module, or make one from the number of tasks; got {made!r}")
-    if isinstance(made, NamesTasks):
+        raise TypeError(f"{caller} should be a module, or make one from the number of tasks; got {made!r}")
+    if isinstance(made, TaskAware):
         made.name_tasks(tasks)
     return made
 
 
 def missing_solver(error: BaseException) -> str | None:
-    """Return what to install, if ``error`` is what torchjd says of a solver that it does not find; it knows but its own extras.
+    """Return our install hint if ``error`` is TorchJD's about a missing solver (TorchJD names its own extras).
 
     Example:
         >>> error = ImportError('''X requires ['scipy'] to be installed. Install them with: pip install "torchjd[x]"''')
@@ -68,7 +70,7 @@ def missing_solver(error: BaseException) -> str | None:
     return f'{what} Run pip install "lightning-gradnorm[solvers]".' if hint and isinstance(error, ImportError) else None
 
 
-def _arguments(given: Callable[..., Any], number_of_tasks: int, asked_by: str) -> tuple[int, ...]:
+def _arguments(given: Callable[..., Any], number_of_tasks: int, caller: str) -> tuple[int, ...]:
     """Return what ``given`` is to be called with: the number of tasks, or nothing."""
     made_by = given.func if isinstance(given, partial) else given
     try:
@@ -84,24 +86,74 @@ def _arguments(given: Callable[..., Any], number_of_tasks: int, asked_by: str) -
         kind = made_by.__name__
         options = ", ".join(f"{name}=…" for name in needed)
         raise TypeError(
-            f"{asked_by} {kind} cannot be made from the number of tasks alone: it needs {' and '.join(needed)}. Give "
+            f"{caller} {kind} cannot be made from the number of tasks alone: it needs {' and '.join(needed)}. Give "
             f"{kind}({options}), or partial({kind}, {options})."
         )
     return (number_of_tasks,)
 
 
-def placed(module: nn.Module, *, device: torch.device | str | None, dtype: torch.dtype) -> nn.Module:
-    """Move a module, and with it the tensors that it has as plain attributes, as torchjd's have their preferences.
+def move_to(
+    module: nn.Module,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    only: torch.dtype | None = None,
+) -> nn.Module:
+    """Move a module in place, with everything that it holds as plain attributes, as TorchJD's classes hold their history.
+
+    Those are tensors, devices and dtypes, also inside lists, tuples and dicts, and the state of optimizers.
+
+    Args:
+        module: the module.
+        device: the new device.
+        dtype: the new precision of floating-point tensors.
+        only: the precision that plain attributes have to have to be converted; any by default.
+
+    Returns:
+        The module.
 
     Example:
         >>> import torchjd.scalarization
         >>> preferences = torch.tensor([0.2, 0.8])
-        >>> placed(torchjd.scalarization.Constant(preferences), device="cpu", dtype=torch.float64).weights.dtype
+        >>> move_to(torchjd.scalarization.Constant(preferences), device="cpu", dtype=torch.float64).weights.dtype
         torch.float64
     """
+    before = {id(tensor): name for name, tensor in _tensors_of(module)}
     module.to(device=device, dtype=dtype)
+    after = dict(_tensors_of(module))
+    # "cuda" is never equal to "cuda:0", the device of a tensor.
+    place = None if device is None else torch.empty(0, device=device).device
+
+    def moved(value: Any) -> Any:
+        if id(value) in before:
+            return after[before[id(value)]]
+        if isinstance(value, Tensor):
+            return value.to(
+                device=place, dtype=dtype if value.is_floating_point() and only in (None, value.dtype) else None
+            )
+        if isinstance(value, torch.dtype):
+            return dtype if dtype is not None and value == only else value
+        if isinstance(value, torch.device):
+            return value if place is None else place
+        if type(value) in (list, tuple):
+            return type(value)(moved(item) for item in value)
+        if type(value) is dict:
+            return {key: moved(item) for key, item in value.items()}
+        if isinstance(value, torch.optim.Optimizer):
+            follow_parameters(value)
+        return value
+
     for part in module.modules():
-        for name, value in list(vars(part).items()):
-            if isinstance(value, Tensor):
-                setattr(part, name, value.to(device=device, dtype=dtype if value.is_floating_point() else None))
+        for name in vars(part).keys() - _OF_EVERY_MODULE:
+            part.__dict__[name] = moved(part.__dict__[name])
     return module
+
+
+def follow_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Move the state of an optimizer to the device and precision of its parameters."""
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()

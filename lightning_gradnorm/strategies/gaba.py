@@ -37,6 +37,8 @@ class GABA(LazyBufferModule, Weighting[PSDMatrix], Stateful):
         tensor([0.7500, 0.2500])
     """
 
+    remembers = "mean shares"
+    weights_sum_to = "1"
     average: Tensor
     calls: Tensor
 

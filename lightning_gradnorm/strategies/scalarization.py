@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
-import torchjd.aggregation
-import torchjd.scalarization
 from torch import Tensor, nn
+from torchjd.aggregation import Aggregator, Weighting
 
-from lightning_gradnorm.strategies.factory import placed
+from lightning_gradnorm.strategies.factory import follow_parameters, move_to
+from lightning_gradnorm.strategies.facts import facts_of
 from lightning_gradnorm.strategies.rng import seeded_rng
 from lightning_gradnorm.strategies.snapshot import load_snapshot, snapshot
 
@@ -42,6 +42,7 @@ class ScalarizationRule:
         tensor([1.0000, 0.2500])
     """
 
+    needs: ClassVar[Literal["losses", "gradients"]] = "losses"
     name = "Scalarization"
     has_weights = True
     reason = "a loss or a derivative is not finite"
@@ -58,16 +59,20 @@ class ScalarizationRule:
         device: torch.device | str | None = None,
     ) -> None:
         self.tasks = tuple(tasks)
-        if isinstance(scalarizer, torchjd.aggregation.Aggregator | torchjd.aggregation.Weighting):
+        if len(set(self.tasks)) < max(len(self.tasks), 2):
+            raise ValueError(
+                f"{self.name}: tasks should be at least two different names; got {list(tasks)}. Name each task once."
+            )
+        if isinstance(scalarizer, Aggregator | Weighting):
             raise TypeError(
                 f"{self.name}: scalarizer should make a number of the losses; got {type(scalarizer).__name__}, which makes one "
                 f"gradient of the tasks' gradients. Use Aggregation({type(scalarizer).__name__}(…), tasks=…)."
             )
-        self.scalarizer = None if scalarizer is None else placed(scalarizer, device=device, dtype=dtype)
+        self.scalarizer = None if scalarizer is None else move_to(scalarizer, device=device, dtype=dtype)
         self.loss_weights = torch.ones(len(tasks), dtype=dtype, device=device)
-        """By what the tasks' losses are weighted, shape (T,)."""
+        """The factors of the losses' gradients, shape (T,)."""
         self.fallbacks = 0
-        """In how many steps the strategy gave no usable answer, and all tasks were weighted alike."""
+        """The number of steps in which the strategy gave no usable weights, and all tasks were weighted alike."""
         self._settled = 0
         self._seed = seed
         self._asked = 0
@@ -79,7 +84,7 @@ class ScalarizationRule:
         )
         self._optimizer = optimizer([*self._parameters]) if self._parameters else None
         if self.scalarizer is not None:
-            self._try_out()
+            self._validate()
 
     @property
     def weights(self) -> Tensor:
@@ -87,24 +92,26 @@ class ScalarizationRule:
         return self.loss_weights
 
     @property
-    def looks_again(self) -> bool:
-        """Whether the scalarizer has to see the losses of the same batch again after the network's step."""
-        return isinstance(self.scalarizer, torchjd.scalarization.FAMO)
+    def needs_losses_after_step(self) -> bool:
+        """True if `update_after_step` has to be called with the losses of the same batch after the network's step."""
+        return self.scalarizer is not None and facts_of(self.scalarizer).needs_losses_after_step
 
-    def _kind(self) -> str:
+    @property
+    def kind(self) -> str:
+        """The name of the strategy's class, by which a checkpoint knows it."""
         return type(self.scalarizer).__name__
 
-    def _try_out(self) -> None:
-        """Ask a copy of the scalarizer once, for what would otherwise only show in the first step.
+    def _validate(self) -> None:
+        """Call a copy of the scalarizer once, to find errors that would otherwise only show in the first step.
 
         Raises:
             ValueError: it cannot be called with T losses, returns no scalar, or one that is no number or does not depend on
                 them.
         """
         ones = torch.ones_like(self.loss_weights)
-        asked = f"{self.name}: {self._kind()}, asked for the scalarization of {len(self.tasks)} losses of 1,"
+        asked = f"{self.name}: {self.kind}, asked for the scalarization of {len(self.tasks)} losses of 1,"
         try:
-            scalar, weights = self._ask(copy.deepcopy(self.scalarizer), ones)
+            scalar, weights = self._value_and_grad(copy.deepcopy(self.scalarizer), ones)
         except Exception as reason:
             raise ValueError(f"{asked} failed: {reason}") from reason
         if weights is None:
@@ -114,8 +121,8 @@ class ScalarizationRule:
                 f"{asked} should be a finite number with finite derivatives; got {scalar.item()} and {weights.tolist()}"
             )
 
-    def _ask(self, scalarizer: Any, losses: Tensor, *, learn: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Return the scalar and its derivatives; ``learn`` has those of the scalarizer's parameters added up."""
+    def _value_and_grad(self, scalarizer: Any, losses: Tensor, *, learn: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Return the scalar and its derivatives; with ``learn``, accumulate the gradients of the scalarizer's parameters."""
         with torch.enable_grad(), seeded_rng(self._seed, self._asked, losses.device):
             leaf = losses.detach().clone().requires_grad_()
             scalar = scalarizer(leaf)
@@ -144,8 +151,8 @@ class ScalarizationRule:
                 what its loss was last; until every task has been seen, all are weighted 1.
 
         Returns:
-            The weights; equal ones, of the sum that they had last, if a loss or a derivative is not finite: then the
-            scalarizer has not been asked, or has learnt nothing from it, and ``fallbacks`` counts it.
+            The weights. If a loss or a derivative is not finite, equal weights with the sum of the last ones: the scalarizer
+            learns nothing from that step, and ``fallbacks`` counts it.
         """
         if self.scalarizer is None:
             return self.loss_weights
@@ -157,7 +164,7 @@ class ScalarizationRule:
         self._losses = given
         if not bool(given.isfinite().all()):
             return self.loss_weights
-        _, weights = self._ask(self.scalarizer, given, learn=True)
+        _, weights = self._value_and_grad(self.scalarizer, given, learn=True)
         self._asked += 1
         self._passes += 1
         if weights is None or not bool(weights.isfinite().all()):
@@ -171,9 +178,10 @@ class ScalarizationRule:
         return self.loss_weights
 
     def begin_epoch(self, epoch: int) -> None:
-        """Tell a scalarizer that goes by epochs when one is over; called in every step with the number of its epoch."""
-        if isinstance(self.scalarizer, torchjd.scalarization.DWA) and self._epoch not in (None, epoch):
-            self.scalarizer.step()
+        """Call the scalarizer's ``step()`` if an epoch is over and it has one; call this in every step."""
+        scalarizer: Any = self.scalarizer
+        if scalarizer is not None and self._epoch not in (None, epoch) and facts_of(scalarizer).steps_each_epoch:
+            scalarizer.step()
         self._epoch = epoch
 
     @torch.no_grad()
@@ -185,20 +193,33 @@ class ScalarizationRule:
                     parameter.grad /= self._passes
             self._optimizer.step()
         self._settled = self.fallbacks
-        self.drop()
+        self.discard_step()
 
-    def drop(self) -> None:
-        """Forget what was gathered since the last step: the network's was not made, since a gradient overflowed."""
+    def count_step(self) -> None:
+        """Do nothing; the engine calls this after every optimizer step of the network, measured or not."""
+
+    def discard_step(self) -> None:
+        """Discard what was accumulated since the last step, because the loss scaler skipped the network's."""
         self._passes, self.fallbacks = 0, self._settled
         for parameter in self._parameters:
             parameter.grad = None
 
-    def look_again(self, losses: Tensor, present: Tensor) -> None:
-        """Show the scalarizer the losses of the last batch as they are after the network's step, shape (T,)."""
-        assert isinstance(self.scalarizer, torchjd.scalarization.FAMO)
+    def update_after_step(self, losses: Tensor, present: Tensor) -> None:
+        """Update the scalarizer with the losses of the last batch, computed again after the network's step, shape (T,)."""
+        scalarizer: Any = self.scalarizer
         losses = torch.where(present, losses.to(self._losses), self._losses)
         if bool(losses.isfinite().all()):
-            self.scalarizer.update(losses)
+            scalarizer.update(losses)
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
+        """Move all state to another precision or device, in place; every value is kept."""
+        before = self.loss_weights.dtype
+        self.loss_weights = self.loss_weights.to(dtype=dtype, device=device)
+        self._losses = self._losses.to(dtype=dtype, device=device)
+        if self.scalarizer is not None:
+            move_to(self.scalarizer, dtype=dtype, device=device, only=before)
+        if self._optimizer is not None:
+            follow_parameters(self._optimizer)
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -213,21 +234,21 @@ class ScalarizationRule:
             "seed": self._seed,
             "epoch": self._epoch,
             "fallbacks": self.fallbacks,
-            "kind": self._kind(),
+            "kind": self.kind,
             "scalarizer": {} if self.scalarizer is None else snapshot(self.scalarizer),
             "optimizer": {} if self._optimizer is None else copy.deepcopy(self._optimizer.state_dict()),
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the state of another rule for the same tasks in the same order.
+        """Load the state of another rule for the same tasks in the same order.
 
         Raises:
             ValueError: the state is that of other tasks, another scalarizer, or another version.
         """
-        if state.get("version") != _VERSION or state.get("kind") != self._kind():
+        if state.get("version") != _VERSION or state.get("kind") != self.kind:
             raise ValueError(
-                f"{self.name}: the checkpoint's state should be of {self._kind()}, version {_VERSION}; got "
+                f"{self.name}: the checkpoint's state should be of {self.kind}, version {_VERSION}; got "
                 f"{state.get('kind')!r}, version {state.get('version')!r}. Resume with the strategy that wrote it."
             )
         if list(state["tasks"]) != list(self.tasks):

@@ -43,6 +43,7 @@ class Uncertainty(Scalarizer, Stateful):
         tensor([-0.5000, -1.5000])
     """
 
+    remembers = "log variances"
     log_variance: nn.Parameter | None
     coefficients: Tensor
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lightning_gradnorm import Scalarization
 from lightning_gradnorm.strategies import AMNL, LogSum, Uncertainty, with_equal_preferences
-from lightning_gradnorm.strategies.factory import NamesTasks
+from lightning_gradnorm.strategies.factory import TaskAware
 
 MakeTrainer = Callable[..., L.Trainer]
 T, STEPS = 3, 12
@@ -99,7 +99,7 @@ class States(L.Callback):
 def fresh(made: Callable[[int], nn.Module]) -> nn.Module:
     """A scalarizer as the loop by hand takes it: told of its tasks, in double precision."""
     scalarizer = made(T)
-    if isinstance(scalarizer, NamesTasks):
+    if isinstance(scalarizer, TaskAware):
         scalarizer.name_tasks(NAMES)
     return scalarizer.double()
 

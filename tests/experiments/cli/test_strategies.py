@@ -21,7 +21,7 @@ from lightning_gradnorm.experiments.cli.build import build
 from lightning_gradnorm.experiments.cli.config import conf_dir
 from lightning_gradnorm.strategies import snapshot
 from lightning_gradnorm.strategies.aggregation import AggregationRule
-from lightning_gradnorm.strategies.factory import made_for
+from lightning_gradnorm.strategies.factory import instantiate
 from lightning_gradnorm.strategies.scalarization import ScalarizationRule
 
 TASKS = ["a", "b", "c", "d"]
@@ -42,7 +42,7 @@ def parts(callback: Scalarization) -> Iterator[nn.Module]:
     """The aggregator and the scalarizer, made for four tasks."""
     for given in (getattr(callback, "_aggregator", None), callback._scalarizer):
         if given is not None:
-            yield made_for(TASKS, given, asked_by="test")
+            yield instantiate(TASKS, given, caller="test")
 
 
 def rule_of(callback: Scalarization, seed: int = 0) -> ScalarizationRule:
@@ -277,7 +277,7 @@ def test_the_fewest_tasks_are_enough_and_one_fewer_is_not(name: str, monkeypatch
 
 def test_an_option_reaches_the_object() -> None:
     assert from_yaml("cagrad", "balancing.aggregator.c=0.3")._aggregator.c == 0.3
-    made = made_for(TASKS, from_yaml("pbi", "balancing.scalarizer.scalarizer.theta=2")._scalarizer, asked_by="test")
+    made = instantiate(TASKS, from_yaml("pbi", "balancing.scalarizer.scalarizer.theta=2")._scalarizer, caller="test")
     assert made.theta == 2.0
     vector = "balancing.aggregator.pref_vector={_target_: torch.tensor, data: [2.0, 1.0]}"
     assert from_yaml("upgrad", vector)._aggregator.pref_vector.tolist() == [2.0, 1.0]

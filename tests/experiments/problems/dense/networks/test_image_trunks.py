@@ -148,7 +148,7 @@ def test_layer_that_gradnorm_finds_is_the_last_that_computes(trunk: Callable[...
         if any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False)):
             module.register_forward_hook(lambda module, args, output: computed.append(f"{names[module]}.weight"))
     model.encoder(torch.rand(2, 3, 32, 64))
-    assert list(find_shared_layer(model, None, asked_by="GradNorm")) == [computed[-1]]
+    assert list(find_shared_layer(model, None, caller="GradNorm")) == [computed[-1]]
     assert len(set(computed)) == len(computed)
 
 
@@ -158,7 +158,7 @@ def test_nothing_of_the_image_goes_past_the_last_shared_layer(trunk: Callable[..
     images = torch.rand(2, 3, 32, 64)
     seen, unseen = model.encoder(images)
     assert not torch.allclose(seen, unseen)
-    (W,) = find_shared_layer(model, None, asked_by="GradNorm").values()
+    (W,) = find_shared_layer(model, None, caller="GradNorm").values()
     W.data.zero_()
     assert torch.equal(*model.encoder(images))
 
@@ -271,7 +271,7 @@ def test_gradnorm_on_it_agrees_with_the_textbook(
         images, targets = batch
         return Forward(losses(twin(images), targets))
 
-    shared = list(find_shared_layer(twin, None, asked_by="textbook").values())
+    shared = list(find_shared_layer(twin, None, caller="textbook").values())
     expected = train(twin, forward, batches, shared, network_sgd(twin.parameters()))
     assert len(expected.weights) == 2
     assert_agrees(recorder, model, expected, twin)
