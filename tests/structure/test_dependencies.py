@@ -6,10 +6,11 @@ import re
 from collections.abc import Sequence
 
 import pytest
-import tomllib
 from structure.source import PACKAGE, ROOT, imports, is_foreign
 
 from lightning_gradnorm.experiments.cli.commands import MODULES_OF_THE_EXTRA
+
+tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has it")
 
 IMPORTED_AS = {
     "hydra-core": "hydra",

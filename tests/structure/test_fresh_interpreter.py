@@ -50,18 +50,20 @@ def test_the_package_itself_loads_neither_lightning_nor_torch() -> None:
     assert not {"lightning", "torch"} & loaded_by(f"import {PACKAGE}")
 
 
-@pytest.mark.parametrize("part", ["engine", "gradients", "strategies"])
-def test_a_pure_torch_part_loads_no_lightning(part: str) -> None:
-    names = [name for name in CORE if name.startswith(f"{PACKAGE}.{part}")]
-    loaded = loaded_by(f"import {', '.join(names)}")
-    assert set(names) <= loaded
-    is_allowed = any(path.startswith(f"{part}/") and name == "lightning" for path, name in allowed.IMPORTS)
-    assert bool({"lightning", "pytorch_lightning"} & loaded) == is_allowed
-
-
-@pytest.mark.parametrize("part", ["engine", "gradients", "strategies"])
-def test_the_face_of_a_pure_torch_part_loads_no_lightning(part: str) -> None:
-    assert not {"lightning", "pytorch_lightning"} & loaded_by(f"import {PACKAGE}.{part}")
+def test_the_pure_torch_parts_load_no_lightning() -> None:
+    """One after the other, in one interpreter, the engine last: first the part itself, then all of its modules."""
+    code = "import sys, importlib\n"
+    for part in ("gradients", "strategies", "engine"):
+        for names in ([f"{PACKAGE}.{part}"], [name for name in CORE if name.startswith(f"{PACKAGE}.{part}")]):
+            code += f"for name in {names}: importlib.import_module(name)\n"
+            code += f"print({part!r}, {len(names)}, bool({{'lightning', 'pytorch_lightning'}} & set(sys.modules)))\n"
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    told = [line.split() for line in done.stdout.splitlines()]
+    assert len(told) == 6
+    may_load = {path.partition("/")[0] for path, name in allowed.IMPORTS if name == "lightning"}
+    for part, count, loads in told:
+        assert (loads == "True") == (part in may_load and int(count) > 1), (part, count)
 
 
 def test_the_whole_core_is_imported_with_none_of_the_experiments_packages() -> None:
