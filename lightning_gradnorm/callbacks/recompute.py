@@ -22,10 +22,10 @@ _METRICS_OWN = ("_update_count", "_computed", "_forward_cache", "_is_synced")
 
 
 class LossRecomputer:
-    """Computes the losses of the last batch again, and leaves no trace of it.
+    """Computes the losses of the last batch again, without side effects.
 
-    Random numbers are those of the first time, so that a dropout mask is the same; running statistics and metrics are put
-    back, and nothing is logged.
+    Random numbers repeat, so that dropout masks are the same; running statistics and metrics are restored, and nothing is
+    logged.
 
     Args:
         module: one that declares its tasks, as `MultiTaskModule` does; or one with automatic optimization, whose

@@ -12,7 +12,7 @@ def find_module(root: nn.Module, name: str, *, caller: str) -> nn.Module:
     """Return the submodule ``name`` of ``root``.
 
     Args:
-        root: the LightningModule.
+        root: the model.
         name: dotted name, for example ``"encoder.4"``.
         caller: what the name was given as, the beginning of the error: ``"GradNorm: heads['seg']"``.
 
@@ -26,14 +26,14 @@ def find_module(root: nn.Module, name: str, *, caller: str) -> nn.Module:
 
 
 def path_to(root: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
-    """Return the modules on the way from ``root`` (named "") to the module or parameter ``name``, itself excluded."""
+    """Return the modules on the path from ``root`` (named "") to the module or parameter ``name``, itself excluded."""
     parts = name.split(".")
     names = [".".join(parts[:depth]) for depth in range(len(parts))]
     return [(name, root.get_submodule(name)) for name in names]
 
 
 def plain_name(name: str) -> str:
-    """Return a module's or parameter's name without what `torch.compile` puts into it."""
+    """Return the name of a module or parameter without the parts that `torch.compile` inserts."""
     return name.replace("._orig_mod", "").removeprefix("_orig_mod.")
 
 
@@ -49,7 +49,7 @@ def find_shared_layer(root: nn.Module, name: str | None, *, caller: str) -> dict
     """Return the parameters ``W`` by name.
 
     Args:
-        root: the LightningModule.
+        root: the model.
         name: dotted name of a module (its ``weight``; all its parameters if it has none) or of a parameter. ``None``
             stands for the last module with a weight of two or more dimensions inside ``root.encoder``.
         caller: the beginning of the error, ``"GradNorm"``.
@@ -64,8 +64,8 @@ def find_shared_layer(root: nn.Module, name: str | None, *, caller: str) -> dict
     if name in parameters:
         found = {name: parameters[name]}
     elif name and name in modules:
-        # A weight that is parametrized, by weight norm say, is computed from parameters of its own; in the older
-        # torch.nn.utils.weight_norm and spectral_norm these stand beside the bias.
+        # A parametrized weight (weight norm, say) is computed from parameters of its own. The older
+        # torch.nn.utils.weight_norm and spectral_norm put these beside the bias.
         inside = {n: p for n, p in parameters.items() if n.startswith(f"{name}.")}
         parametrized = {n: p for n, p in inside.items() if n.startswith(f"{name}.parametrizations.weight.")}
         weight = {n: p for n, p in inside.items() if n == f"{name}.weight"}
@@ -76,7 +76,7 @@ def find_shared_layer(root: nn.Module, name: str | None, *, caller: str) -> dict
         if not found:
             raise ValueError(
                 f"{caller}: shared_layer '{name}' of {type(root).__name__} is a {type(modules[name]).__name__}, which has no "
-                f"parameters. Name the last layer that all tasks share and that has: {_with_weights(modules)}."
+                f"parameters. Name the last layer with parameters that all tasks share: {_with_weights(modules)}."
             )
     else:
         raise ValueError(
@@ -104,8 +104,8 @@ def _last_layer_of_encoder(root: nn.Module, *, caller: str) -> str:
         raise ValueError(
             f"{caller}: shared_layer=None looks inside 'encoder', which {type(root).__name__} lacks. {how}."
         )
-    # Asked of the parameters: to ask a parametrized module for its weight would compute it (and change spectral norm's
-    # state). The weights of recurrent layers have longer names, weight_ih_l0 and so on.
+    # By the parameters: accessing the weight of a parametrized module would compute it (and change spectral norm's state).
+    # The weights of recurrent layers have longer names, such as weight_ih_l0.
     layers: list[str] = [
         name
         for name, module in encoder.named_modules(prefix="encoder")

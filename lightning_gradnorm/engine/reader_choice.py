@@ -1,4 +1,4 @@
-"""Which ways there are, in this model, to read the gradient of the shared layer."""
+"""The readers that might read the gradient of a model's shared layer."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from lightning_gradnorm.gradients import (
 from lightning_gradnorm.gradients.replay import is_sharded
 
 
-def weight_readers(root: nn.Module, W: Mapping[str, Tensor], opened: Collection[nn.Module]) -> list[GradientReader]:
+def weight_readers(root: nn.Module, W: Mapping[str, Tensor], uncompiled: Collection[nn.Module]) -> list[GradientReader]:
     """Return readers of ``∇_W L_i`` in order of preference.
 
-    First on the graph of the forward pass itself; where that cannot be walked, by running again the innermost module
-    around ``W`` whose output can be got at: not one that is within compiled code, and, since the pieces of a sharded
-    weight come and go with the calls of FSDP's modules, only the outermost of those.
+    The first reads on the graph of the forward pass itself. Where that graph cannot be traversed a second time, the others
+    run a module around ``W`` again, the innermost first: not one inside compiled code, whose output is hidden. Of FSDP's
+    modules only the outermost serves, because their calls gather and free the pieces of a sharded weight.
 
     Args:
-        root: the LightningModule.
+        root: the model.
         W: the shared layer's parameters by name.
-        opened: modules whose own code runs eagerly although they were compiled.
+        uncompiled: modules whose own code runs eagerly although they were compiled.
     """
     around = [
         (name, module)
@@ -37,8 +37,8 @@ def weight_readers(root: nn.Module, W: Mapping[str, Tensor], opened: Collection[
     sharded = [(name, module) for name, module in around if is_sharded(module)][:1]
     if sharded:
         return [_replay(*sharded[0], W)]
-    closed = [place for place, (_, module) in enumerate(around) if is_compiled(module) and module not in opened]
-    outside = around[: closed[0] + 1] if closed else around
+    compiled = [place for place, (_, module) in enumerate(around) if is_compiled(module) and module not in uncompiled]
+    outside = around[: compiled[0] + 1] if compiled else around
     return [WeightGradients(list(W.values())), *(_replay(name, module, W) for name, module in reversed(outside))]
 
 
