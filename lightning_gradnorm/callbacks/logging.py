@@ -32,7 +32,10 @@ def log_step_metrics(trainer: L.Trainer, values: Mapping[str, Tensor | float], *
     """
     if not values:
         return
-    tensors = [value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64) for value in values.values()]
+    tensors = [
+        value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        for value in values.values()
+    ]
     trainer.callback_metrics.update(zip(values, tensors, strict=True))
     if trainer.loggers and (every_step or trainer._logger_connector.should_update_logs):
         device = max(tensors, key=lambda tensor: tensor.is_cuda).device

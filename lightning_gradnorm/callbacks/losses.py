@@ -78,8 +78,8 @@ class LossSource:
             return None
         if self.logged_names is not None:
             raise ValueError(
-                f"{self.caller}: {self._parameter} names them as they are logged, {sorted(self.logged_names.values())}, but "
-                f"{name} shows its losses itself. Use {self._parameter}=None for all of its tasks, or a list of their names."
+                f"{self.caller}: {self._parameter} names the losses as they are logged, {sorted(self.logged_names.values())}, "
+                f"but {name} shows them itself. Use {self._parameter}=None for all of its tasks, or a list of their names."
             )
         unknown = [task for task in self.names if task not in declared]
         if unknown:

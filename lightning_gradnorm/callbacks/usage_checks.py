@@ -130,9 +130,9 @@ class UsageChecks:
         if missing and not self._source.declared:
             self._warned_of.update(missing)
             self._ranks.warn(
-                f"{self._source.caller}: the losses of tasks {missing} were shown in earlier batches, but not in this one; they "
-                f"count as absent wherever they are not shown, and are not weighted. Where losses are returned or watched, "
-                f"None marks a task as absent without this warning."
+                f"{self._source.caller}: the losses of tasks {missing} were shown in earlier batches, but not in this one; "
+                f"they count as absent wherever they are not shown, and are not weighted. Where losses are returned or "
+                f"watched, None marks a task as absent without this warning."
             )
 
     def on_epoch_end(self, module: L.LightningModule) -> None:
