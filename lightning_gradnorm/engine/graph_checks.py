@@ -133,7 +133,7 @@ class GraphChecks:
         ):
             return f"reaches {label} through {cause}"
         if isinstance(reader, ReplayedGradients) and nodes_on_paths(
-            [node_of(loss), *reader.before_calls], reader.shared, stop=ends
+            [node_of(loss), *reader.argument_nodes], reader.shared, stop=ends
         ):
             return f"reaches the shared layer by a way that does not pass {label}."
         return None

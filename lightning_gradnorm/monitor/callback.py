@@ -275,10 +275,10 @@ class GradientNormMonitor(L.Callback):
         log_step_metrics(trainer, self._metrics(found, terms), every_step=True)
         if self.cosine_image is None or len(terms) < 2 or not trainer.is_global_zero:
             return
-        for logger in trainer.loggers:
-            if is_one_of(logger, "TensorBoardLogger"):
-                image, experiment = self.cosine_image(list(terms), terms.cosines), logger.experiment
-                experiment.add_image(f"{self.prefix}/cosine", image, logger_step(trainer))
+        loggers: list[Any] = [one for one in trainer.loggers if is_one_of(one, "TensorBoardLogger")]
+        for logger in loggers:
+            image = self.cosine_image(list(terms), terms.cosines)
+            logger.experiment.add_image(f"{self.prefix}/cosine", image, logger_step(trainer))
 
     def _metrics(self, found: GradientNorms, terms: GradientNorms) -> dict[str, float]:
         metrics = {f"norm/{name}": norm for name, norm in found.items()}
