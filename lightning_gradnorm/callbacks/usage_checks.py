@@ -20,6 +20,8 @@ _PATIENCE = 50
 class LossNames:
     """Compares the losses that a user named with those that a training shows. Each method returns a message, or None.
 
+    A module that declares its tasks shows them itself, and knows which are absent: nothing is checked.
+
     Args:
         source: where the losses come from.
         period: the batches that were looked at, in the words of a message.
@@ -48,7 +50,7 @@ class LossNames:
     def find_misnamed(self, *, is_all: bool) -> str | None:
         """Return which loss was not shown, if these are all there are or another name is similar."""
         source = self._source
-        for name in source.names:
+        for name in () if source.declared or source.logged_names is not None else source.names:
             near = nearest(name, self.shown.keys() - set(source.names))
             if name not in self.shown and (is_all or near):
                 return (
@@ -60,7 +62,7 @@ class LossNames:
     def find_unwatched(self, module: L.LightningModule) -> str | None:
         """Return that no loss was shown, for a module that must show them itself."""
         source = self._source
-        if self.shown or source.logged_names is not None or module.automatic_optimization:
+        if self.shown or source.declared or source.logged_names is not None or module.automatic_optimization:
             return None
         example = source.names[0] if source.names else "data"
         return (
@@ -96,11 +98,7 @@ class UsageChecks:
             ValueError: a task has never been among the losses, and these are all there are, or one is nearly called so.
         """
         self.names.shown |= dict.fromkeys(losses)
-        self._check_named(is_all=module.automatic_optimization)
-
-    def _check_named(self, *, is_all: bool) -> None:
-        if self._source.logged_names is None and not self._source.declared:
-            _raise(self.names.find_misnamed(is_all=is_all))
+        _raise(self.names.find_misnamed(is_all=module.automatic_optimization))
 
     def on_batch_end(self, module: L.LightningModule, batch: BatchState) -> None:
         """Called at the end of each batch.
@@ -110,7 +108,7 @@ class UsageChecks:
         """
         self._batches += bool(batch.backwards or batch.steps)
         if batch.losses or batch.absent:
-            self._check_named(is_all=True)
+            _raise(self.names.find_misnamed(is_all=True))
             self._warn_of_missing(batch)
             # Else it was a step that returned None after it had shown its losses, which Lightning lets pass.
             if batch.backwards or (batch.steps and not module.automatic_optimization):
@@ -118,7 +116,7 @@ class UsageChecks:
         self._check_shown(module, is_late=self._batches >= _PATIENCE)
 
     def _check_shown(self, module: L.LightningModule, *, is_late: bool) -> None:
-        if not self._batches or self._source.declared:
+        if not self._batches:
             return
         _raise(self.names.find_unlogged(self.seen, is_late=is_late))
         if is_late:

@@ -171,7 +171,7 @@ class GradientNormMonitor(L.Callback):
             with ExitStack() as patches:
                 patches.callback(self._source.capture(module, self.watch, self._seen.logged))
                 if not module.automatic_optimization:
-                    patches.callback(self._read_before_manual_backward(module))
+                    patches.callback(_patch_manual_backward(module, partial(self._read, share=1.0)))
                 output = module.training_step(*args, **kwargs)
             total = output.get("loss") if isinstance(output, Mapping) else output
             if module.automatic_optimization and isinstance(total, Tensor):  # Lightning refuses anything else
@@ -179,15 +179,6 @@ class GradientNormMonitor(L.Callback):
             return output
 
         self._remove_patch = patch_attribute(module, "training_step", step)
-
-    def _read_before_manual_backward(self, module: L.LightningModule) -> Remove:
-        manual_backward = module.manual_backward
-
-        def read_first(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-            self._read(loss, share=1.0)
-            manual_backward(loss, *args, **kwargs)
-
-        return patch_attribute(module, "manual_backward", read_first)
 
     def watch(self, losses: Mapping[str, Tensor | None]) -> None:
         """Measure these losses in the backward pass that follows, if this is a measured step.
@@ -245,24 +236,16 @@ class GradientNormMonitor(L.Callback):
             return
         if self._measurement.is_active and not self._skipped:
             self._measurement.require_backpropagated()
-            self._check_names()
-            found = self._measurement.collect(self._seen.shown)
+            shown = self._seen.shown
+            wrong = self._seen.find_misnamed(is_all=bool(shown)) or self._seen.find_unlogged(shown, is_late=False)
+            if wrong:
+                raise ValueError(wrong)
+            found = self._measurement.collect(shown)
             if found is not None:
                 self._record_step(trainer, *found)
         self._steps += not self._skipped  # a step that the loss scaler skips does not count
         self._stepped = self._skipped = False
         self._measurement.end_step()
-
-    def _check_names(self) -> None:
-        """Refuse a name that is not among the losses of the measured steps."""
-        if self._source.declared or not (self._seen.shown or self._seen.logged):
-            return
-        if self._source.logged_names is None:
-            message = self._seen.find_misnamed(is_all=True)
-        else:
-            message = self._seen.find_unlogged(self._seen.shown, is_late=False)
-        if message is not None:
-            raise ValueError(message)
 
     # ---- what is shown -----------------------------------------------------------------------------------------------
 
@@ -272,22 +255,13 @@ class GradientNormMonitor(L.Callback):
         self.last = found
         self._summary.add(found, weights)
         terms = found.of([name for name in found if name != REST])
-        log_step_metrics(trainer, self._metrics(found, terms), every_step=True)
+        log_step_metrics(trainer, _metrics(self.prefix, found, terms), every_step=True)
         if self.cosine_image is None or len(terms) < 2 or not trainer.is_global_zero:
             return
         loggers: list[Any] = [one for one in trainer.loggers if is_one_of(one, "TensorBoardLogger")]
         for logger in loggers:
             image = self.cosine_image(list(terms), terms.cosines)
             logger.experiment.add_image(f"{self.prefix}/cosine", image, logger_step(trainer))
-
-    def _metrics(self, found: GradientNorms, terms: GradientNorms) -> dict[str, float]:
-        metrics = {f"norm/{name}": norm for name, norm in found.items()}
-        others = {f"share/{name}": share for name, share in found.shares.items()}
-        others["imbalance"] = terms.imbalance
-        for one, other in itertools.combinations(terms, 2):
-            others[f"cosine/{one}/{other}"] = found.cosine(one, other)
-        metrics |= {name: value for name, value in others.items() if not math.isnan(value)}
-        return {f"{self.prefix}/{name}": value for name, value in metrics.items()}
 
     @property
     def suggested_weights(self) -> dict[str, float]:
@@ -307,7 +281,7 @@ class GradientNormMonitor(L.Callback):
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._unpatch()
-        if trainer.current_epoch == 0 and self._steps and not self._source.declared:
+        if trainer.current_epoch == 0 and self._steps:
             assert self._loop is not None
             unlogged = self._seen.find_unlogged(self._seen.shown, is_late=True)
             for message in (unlogged, self._seen.find_unwatched(pl_module)):
@@ -352,3 +326,25 @@ class GradientNormMonitor(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._steps = state_dict["steps"]
         self._summary.load_state_dict(state_dict["tally"])
+
+
+def _patch_manual_backward(module: L.LightningModule, read: Callable[[Tensor], None]) -> Remove:
+    """Have ``manual_backward`` call ``read`` with the loss first."""
+    manual_backward = module.manual_backward
+
+    def read_first(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        read(loss)
+        manual_backward(loss, *args, **kwargs)
+
+    return patch_attribute(module, "manual_backward", read_first)
+
+
+def _metrics(prefix: str, found: GradientNorms, terms: GradientNorms) -> dict[str, float]:
+    """Return what to log of a step; ``terms`` are those in ``found`` without the remainder."""
+    metrics = {f"norm/{name}": norm for name, norm in found.items()}
+    others = {f"share/{name}": share for name, share in found.shares.items()}
+    others["imbalance"] = terms.imbalance
+    for one, other in itertools.combinations(terms, 2):
+        others[f"cosine/{one}/{other}"] = found.cosine(one, other)
+    metrics |= {name: value for name, value in others.items() if not math.isnan(value)}
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}

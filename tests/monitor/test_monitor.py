@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader
 from torchjd.aggregation import MGDA
 
 from lightning_gradnorm import Aggregation, FixedWeights, GradientNormMonitor, GradNorm, gradient_norms
+from lightning_gradnorm.engine.layers import find_parameters
 
 MakeTrainer = Callable[..., L.Trainer]
 TASKS = ["seg", "depth", "normal"]
@@ -501,6 +502,23 @@ def test_a_resumed_run_measures_and_says_what_an_uninterrupted_one_does(quiet_tr
     assert second.summary() == first.summary()
 
 
+def test_a_checkpoint_of_the_first_edition_is_continued() -> None:
+    tally = {
+        "_steps": 1,
+        "_squared": 17.0,
+        "_along": {"rul": 16.0, "hs": 1.0},
+        "_counts": {"rul": 1, "hs": 1},
+        "_norms": {"rul": 4.0, "hs": 1.0},
+        "_plain_norms": {"rul": 4.0, "hs": 1.0},
+        "_cosines": {"rul": {"hs": [0.0, 1, 0]}},
+        "_not_finite": {},
+    }
+    monitor = GradientNormMonitor()
+    monitor.load_state_dict({"steps": 1, "tally": tally})
+    assert monitor.state_dict() == {"steps": 1, "tally": tally}
+    assert monitor.suggested_weights == pytest.approx({"rul": 0.4, "hs": 1.6})
+
+
 def draw_nothing_but_the_size(names: Sequence[str], cosines: Tensor) -> np.ndarray:
     assert names == TASKS
     assert cosines.shape == (3, 3)
@@ -683,6 +701,47 @@ def test_wrong_use_is_an_error_that_names_the_culprit(
         quiet_trainer(callbacks=[GradientNormMonitor(**options)]).fit(model, Batches(batches))
     assert_says(raised.value, "GradientNormMonitor", *says)
     assert_clean(model, before)
+
+
+class SilentManual(Manual):
+    """Optimizes manually and shows no losses."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(torch.stack(list(self.task_losses(batch).values())).sum())
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("make", "losses", "says"),
+    [
+        case(
+            "not logged",
+            OnlyLogs,
+            {"seg": "train/seg_loss", "l2": "weights"},
+            "'weights' was not logged in the measured",
+        ),
+        case("not watched", SilentManual, None, r"no loss was seen in the measured steps.*watch\(\{'data': loss"),
+    ],
+)
+def test_a_loss_that_no_measured_step_of_the_first_epoch_has_shown_is_a_warning(
+    quiet_trainer: MakeTrainer, make: Any, losses: Any, says: str
+) -> None:
+    """Not an error: measured steps are few, and the loss may come later."""
+    with pytest.warns(UserWarning, match=f"GradientNormMonitor: {says}"):
+        quiet_trainer(callbacks=[GradientNormMonitor(losses)]).fit(make(3), Batches(vector_batches(3, 2)))
+
+
+def test_a_tied_layer_is_found_under_each_of_its_names() -> None:
+    model = nn.ModuleDict({"first": nn.Linear(2, 2), "second": nn.Linear(2, 2)})
+    model["second"].weight = model["first"].weight
+    found = {
+        name: find_parameters(model, name, caller="GradientNormMonitor: parameters")
+        for name in ("second", "second.weight")
+    }
+    assert found["second"].keys() == {"first.weight", "second.bias"}
+    assert found["second.weight"] == {"second.weight": model["first"].weight}
 
 
 def test_a_compiled_layer_is_refused_for_its_graph_cannot_be_walked_twice(quiet_trainer: MakeTrainer) -> None:
