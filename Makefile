@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow test-lowest docs build try-wheel format clean
+.PHONY: demo test test-slow test-lowest docs build try-wheel try-core format clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py
@@ -32,9 +32,13 @@ build: .venv/.release-installed
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python scripts/check_build.py dist
 
-# The wheel alone, in an environment and a folder of its own: it trains, evaluates and reports.
+# The wheel with the experiments extra, in an environment and a folder of its own: it trains, evaluates and reports.
 try-wheel: build
 	$(BIN)/python scripts/try_wheel.py dist
+
+# The package without extras, in an environment of its own: a model trains and resumes; the commands say what to install.
+try-core: $(STAMP)
+	$(BIN)/python scripts/try_core.py
 
 .venv/.release-installed: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[release]"

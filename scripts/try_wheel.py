@@ -1,4 +1,4 @@
-"""Install a wheel alone, in an environment of its own, and use its commands in another folder.
+"""Install a wheel with the `experiments` extra, in an environment of its own, and use its commands in another folder.
 
 Example:
     python scripts/try_wheel.py dist
@@ -38,7 +38,8 @@ def main() -> None:
                 )
             return done.stdout + done.stderr
 
-        call("python", "-m", "pip", "install", "--quiet", "--constraint", str(CONSTRAINTS), str(wheel))
+        extra = f"lightning-gradnorm[experiments] @ {wheel.as_uri()}"
+        call("python", "-m", "pip", "install", "--quiet", "--constraint", str(CONSTRAINTS), extra)
         found = call(
             "python", "-c", "import lightning_gradnorm as package; print(package.__version__, package.__file__)"
         )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from typing_extensions import override
 
 Layout = dict[str, dict[str, list[object]]]
@@ -89,7 +89,7 @@ class TensorBoardDashboard(L.Callback):
         self._update(trainer)
 
     def _update(self, trainer: L.Trainer) -> None:
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        loggers = [logger for logger in trainer.loggers if _is_tensorboard(logger)]
         if not loggers:
             return
         self._names |= trainer.callback_metrics.keys()
@@ -97,4 +97,9 @@ class TensorBoardDashboard(L.Callback):
         if layout != self._written and not trainer.sanity_checking:  # that only tells what will be logged
             self._written = layout
             for logger in loggers:
-                logger.experiment.add_custom_scalars(layout)
+                logger.experiment.add_custom_scalars(layout)  # type: ignore[attr-defined]
+
+
+def _is_tensorboard(logger: Logger) -> bool:
+    # By name, since `lightning` and `pytorch_lightning` have one each. To ask `experiment` would start other loggers' runs.
+    return any(kind.__name__ == "TensorBoardLogger" for kind in type(logger).__mro__)

@@ -6,7 +6,7 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -37,7 +37,6 @@ from lightning_gradnorm.gradients import (
     inner_products,
     row_width,
 )
-from lightning_gradnorm.monitor.heatmap import paint_cosines
 from lightning_gradnorm.monitor.summary import Tally
 
 _NAME = "GradientNormMonitor"
@@ -68,6 +67,9 @@ class GradientNormMonitor(L.Callback):
         every_n_steps: measure in the first of every so many optimizer steps. A measured step takes one pass for each part,
             and memory for as many gradients.
         prefix: what the logged names begin with. Two monitors in one Trainer, of two layers say, need two of them.
+        cosine_image: draws the cosines for TensorBoard: a function of the parts' names and a tensor of shape (T, T), nan
+            where unknown, that returns an RGB image of shape (3, height, width), a tensor or an array. The ``experiments``
+            extra has `cosine_heatmap` in ``lightning_gradnorm.experiments.report.heatmap``. ``None`` logs no image.
 
     Raises:
         ValueError: an argument out of range; and in training, a loss or a parameter that the model lacks, or a loss that
@@ -75,7 +77,7 @@ class GradientNormMonitor(L.Callback):
 
     Logs, in measured steps: ``monitor/norm/<part>``; ``monitor/share/<part>``, the length of its gradient's projection on
     the sum of all, relative to that sum (see `GradientNorms.shares`); ``monitor/imbalance``, the largest norm over the
-    smallest; ``monitor/cosine/<a>/<b>``; and to TensorBoard ``monitor/cosine``, a picture of all cosines. At the end of
+    smallest; ``monitor/cosine/<a>/<b>``; and to TensorBoard ``monitor/cosine``, what ``cosine_image`` draws. At the end of
     training it prints a `summary`, in which static weights are suggested: those of sum T that make the mean norms equal,
     which is what GradNorm aims at with ``alpha=0`` (Chen et al., 2018, section 3.2).
 
@@ -94,6 +96,7 @@ class GradientNormMonitor(L.Callback):
         parameters: str = "shared",
         every_n_steps: int = 50,
         prefix: str = "monitor",
+        cosine_image: Callable[[Sequence[str], Tensor], Any] | None = None,
     ) -> None:
         super().__init__()
         if losses is not None:
@@ -102,10 +105,13 @@ class GradientNormMonitor(L.Callback):
         is_count = is_integer(every_n_steps) and every_n_steps >= 1
         _check(is_count, "every_n_steps", "an integer, at least 1", every_n_steps)
         _check(isinstance(prefix, str) and prefix != "", "prefix", "what logged names begin with", prefix)
+        can_draw = cosine_image is None or callable(cosine_image)
+        _check(can_draw, "cosine_image", "a function of names and cosines, or None", cosine_image)
         self.losses = losses
         self.parameters = parameters
         self.prefix = prefix
         self.every_n_steps = every_n_steps
+        self.cosine_image = cosine_image
         self.last: GradientNorms | None = None
         """What the last measured step has shown; among its names is ``rest_of_loss``, if there is any."""
         self._logged_names = dict(losses) if isinstance(losses, Mapping) else None
@@ -442,8 +448,11 @@ class GradientNormMonitor(L.Callback):
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
             logger.log_metrics(shown, step=step)
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero and len(parts) > 1:
-                logger.experiment.add_image(f"{self.prefix}/cosine", paint_cosines(list(parts), parts.cosines), step)
+            if self.cosine_image is None or len(parts) < 2 or not trainer.is_global_zero:
+                continue
+            if isinstance(logger, TensorBoardLogger):
+                image = self.cosine_image(list(parts), parts.cosines)
+                logger.experiment.add_image(f"{self.prefix}/cosine", image, step)
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 

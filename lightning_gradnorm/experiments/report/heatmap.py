@@ -1,4 +1,4 @@
-"""A small picture of who pulls against whom: the cosines between the gradients, with names and numbers."""
+"""Draws the cosines between task gradients as a heatmap with names and numbers, for `GradientNormMonitor`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ AGAINST, NEITHER, TOGETHER, UNKNOWN = (213, 94, 0), (255, 255, 255), (0, 114, 17
 """Vermilion over white to blue: told apart by the colour-blind, and by the number in each cell."""
 
 
-def paint_cosines(names: Sequence[str], cosines: Tensor) -> Tensor:
-    """Return the matrix as a picture for ``add_image``: names on both sides, each cell coloured and numbered.
+def cosine_heatmap(names: Sequence[str], cosines: Tensor) -> Tensor:
+    """Return the matrix as an image for ``add_image``: names on both sides, each cell coloured and numbered.
 
     Args:
         names: of the rows and columns.
@@ -22,7 +22,9 @@ def paint_cosines(names: Sequence[str], cosines: Tensor) -> Tensor:
     Shape: to RGB, uint8 ``(3, height, width)``.
 
     Example:
-        >>> paint_cosines(["seg", "depth"], torch.eye(2)).dtype
+        >>> from lightning_gradnorm import GradientNormMonitor
+        >>> monitor = GradientNormMonitor(cosine_image=cosine_heatmap)
+        >>> monitor.cosine_image(["seg", "depth"], torch.eye(2)).dtype
         torch.uint8
     """
     cell, size = (72, 18) if len(names) <= 12 else (44, 13)

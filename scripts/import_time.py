@@ -1,0 +1,42 @@
+"""Time imports in fresh interpreters, interleaved: what our package adds to `import lightning`, in processor time.
+
+Example:
+    python scripts/import_time.py --rounds 7
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+
+STATEMENTS = (
+    "import lightning",
+    "import lightning_gradnorm",
+    "import lightning_gradnorm.engine",
+    "from lightning_gradnorm import GradNorm",
+)
+
+
+def seconds(statement: str) -> float:
+    """Return the processor time that a statement takes in an interpreter of its own, which has started before."""
+    code = f"import time\nbegan = time.process_time()\n{statement}\nprint(time.process_time() - began)"
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    rounds = parser.parse_args(arguments).rounds
+    for statement in STATEMENTS:  # what is on the disk comes into memory
+        seconds(statement)
+    taken = [[seconds(statement) for statement in STATEMENTS] for _ in range(rounds)]
+    print(f"{'processor seconds':40} min  median  max, of {rounds}")
+    for statement, times in zip(STATEMENTS, zip(*taken, strict=True), strict=True):
+        print(f"{statement:40} {min(times):.2f}  {statistics.median(times):.2f}  {max(times):.2f}")
+
+
+if __name__ == "__main__":
+    main()

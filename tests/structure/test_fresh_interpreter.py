@@ -1,0 +1,117 @@
+"""What an import loads, in an interpreter that has loaded nothing else."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import pickle
+import subprocess
+import sys
+from functools import cache
+from typing import Any
+
+import pytest
+from structure import allowed
+from structure.source import PACKAGE, ROOT, modules
+
+import lightning_gradnorm
+
+OF_THE_EXPERIMENTS = ("PIL", "hydra", "matplotlib", "omegaconf", "rich", "tensorboard", "yaml")
+CORE = [
+    ".".join([PACKAGE, *module.path.removesuffix(".py").split("/")]).removesuffix(".__init__")
+    for module in modules()
+    if module.part != "experiments"
+]
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@cache
+def loaded_by(statement: str) -> set[str]:
+    """Return the modules that a statement loads."""
+    done = run(f"{statement}\nimport sys, json; print(json.dumps(list(sys.modules)))")
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_all_public_names_load_no_package_of_the_experiments_beyond_what_lightning_loads() -> None:
+    lightning = loaded_by("import lightning")
+    ours = loaded_by(f"from {PACKAGE} import *\nassert GradNorm and MultiTaskModule")
+    assert "lightning_gradnorm.callbacks.gradnorm" in ours
+    assert {name for name in OF_THE_EXPERIMENTS if name in ours} <= lightning
+    assert [name for name in ours if name.startswith(f"{PACKAGE}.experiments")] == []
+
+
+def test_the_package_itself_loads_neither_lightning_nor_torch() -> None:
+    assert not {"lightning", "torch"} & loaded_by(f"import {PACKAGE}")
+
+
+def test_the_pure_torch_parts_load_no_lightning() -> None:
+    """One after the other, in one interpreter, the engine last: first the part itself, then all of its modules."""
+    code = "import sys, importlib\n"
+    for part in ("gradients", "strategies", "engine"):
+        for names in ([f"{PACKAGE}.{part}"], [name for name in CORE if name.startswith(f"{PACKAGE}.{part}")]):
+            code += f"for name in {names}: importlib.import_module(name)\n"
+            code += f"print({part!r}, {len(names)}, bool({{'lightning', 'pytorch_lightning'}} & set(sys.modules)))\n"
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    told = [line.split() for line in done.stdout.splitlines()]
+    assert len(told) == 6
+    may_load = {path.partition("/")[0] for path, name in allowed.IMPORTS if name == "lightning"}
+    for part, count, loads in told:
+        assert (loads == "True") == (part in may_load and int(count) > 1), (part, count)
+
+
+def test_the_whole_core_is_imported_with_none_of_the_experiments_packages() -> None:
+    """All but those that Lightning and torchmetrics load where they are installed: scripts/try_core.py does without them.
+
+    Python takes ``None`` in ``sys.modules`` for a package that is not installed.
+    """
+    absent = sorted(set(OF_THE_EXPERIMENTS) - loaded_by("import lightning"))
+    assert {"hydra", "omegaconf", "tensorboard"} <= set(absent)
+    block = f"import sys\nfor name in {absent}: sys.modules[name] = None"
+    done = run(f"{block}\nimport importlib\nfor name in {CORE}: importlib.import_module(name)\nprint('all of it')")
+    assert done.stdout == "all of it\n", done.stderr
+
+
+@pytest.mark.parametrize(("function", "command"), [("train", "train"), ("evaluate", "eval"), ("report", "report")])
+def test_a_command_without_the_extra_says_in_one_line_what_to_install(function: str, command: str) -> None:
+    done = run(
+        f"import sys; sys.modules['hydra'] = None; from {PACKAGE}.experiments.cli.commands import {function}; {function}()"
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    told = f'gradnorm-{command} needs the experiments extra: pip install "lightning-gradnorm[experiments]"\n'
+    assert done.stderr == told
+
+
+# ---- the names of the package ----------------------------------------------------------------------------------------
+
+
+def test_what_is_imported_on_first_use_is_what_type_checkers_see() -> None:
+    root = next(module for module in modules() if module.path == "__init__.py")
+    homes: dict[str, Any] = {}
+    for node in ast.walk(root.tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(f"{PACKAGE}."):
+            homes[node.module.removeprefix(f"{PACKAGE}.")] = tuple(alias.name for alias in node.names)
+    assert {home: names for home, names in lightning_gradnorm._HOMES.items() if names} == homes
+    assert sorted(name for names in homes.values() for name in names) == sorted(lightning_gradnorm.__all__)
+
+
+@pytest.mark.parametrize("name", lightning_gradnorm.__all__)
+def test_a_public_name_is_found_again_by_pickle(name: str) -> None:
+    found = getattr(lightning_gradnorm, name)
+    assert pickle.loads(pickle.dumps(found)) is found
+    assert found.__module__.startswith(f"{PACKAGE}.")
+    assert name in dir(lightning_gradnorm)
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'lightning_gradnorm' has no attribute 'GradNrom'"):
+        lightning_gradnorm.GradNrom  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'GradNrom'"):
+        from lightning_gradnorm import GradNrom  # noqa: F401
