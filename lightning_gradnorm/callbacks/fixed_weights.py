@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,7 @@ from typing_extensions import override
 from lightning_gradnorm._messages import check, check_positive_by_task, is_integer
 from lightning_gradnorm.callbacks.base import Balancing
 from lightning_gradnorm.engine.task_names import DeclaresTasks
-
-
-@dataclass(frozen=True)
-class FixedRule:
-    """Weights of which a checkpoint need not tell."""
-
-    tasks: tuple[str, ...]
-    weights: Tensor
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing."""
-        return {}
+from lightning_gradnorm.strategies.fixed import FixedRule
 
 
 class StaticWeights(Balancing[FixedRule]):
@@ -40,7 +28,7 @@ class StaticWeights(Balancing[FixedRule]):
 
     @override
     def _new_rule(self, like: Tensor) -> FixedRule:
-        return FixedRule(self._names, like.new_tensor([self.weights[task] for task in self._names]))
+        return FixedRule({task: self.weights[task] for task in self._names}, dtype=like.dtype, device=like.device)
 
     @override
     def _load(self, rule: FixedRule, state: Mapping[str, Any]) -> None:
