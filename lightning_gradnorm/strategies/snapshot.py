@@ -180,7 +180,7 @@ def _load_attributes(
     for name, of in saved["optimizers"].items():
         # FAMO creates its own only in its first update; the options come with the state.
         groups = [{"params": [parameters[one] for one in group]} for group in of["parameters"]]
-        optimizer = optimizers[name] or getattr(torch.optim, of["class"])(groups)
+        optimizer: Any = optimizers[name] or getattr(torch.optim, of["class"], lambda _: None)(groups)
         kind = type(optimizer).__qualname__
         if kind != of["class"]:
             raise ValueError(

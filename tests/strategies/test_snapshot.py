@@ -359,6 +359,16 @@ def test_an_optimizer_of_another_class_is_refused() -> None:
         load_snapshot(other, snapshot(one))
 
 
+def test_an_optimizer_that_cannot_be_made_is_refused() -> None:
+    class Own(torch.optim.SGD):
+        pass
+
+    one, other = Anything(), Anything()
+    one.late_optimizer = Own([one.w])
+    with pytest.raises(ValueError, match=r"Anything: late_optimizer should be a .*Own as in the state; got NoneType"):
+        load_snapshot(other, snapshot(one))
+
+
 def test_an_attribute_that_the_state_does_not_know_is_refused() -> None:
     one, other = With(1), With(1)
     other.since = 2
