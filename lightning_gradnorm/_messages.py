@@ -66,29 +66,39 @@ def did_you_mean(name: str, existing: Iterable[str]) -> str:
     return f"it has {shown or 'none'}"
 
 
-def checked_names(tasks: Sequence[str] | Mapping[str, str], *, caller: str) -> tuple[str, ...]:
-    """Return the names of the tasks that a user gave to a callback.
+def checked_names(
+    given: Sequence[str] | Mapping[str, str], *, caller: str, parameter: str = "tasks", least: int = 2
+) -> tuple[str, ...]:
+    """Return the names of the losses that a user gave to a callback.
+
+    Args:
+        given: a list of names, or name → name under which the loss is logged.
+        caller: begins each error.
+        parameter: what the argument is called.
+        least: how many names it should have.
 
     Raises:
         TypeError: neither a list of names nor a mapping from name to name.
-        ValueError: fewer than two tasks, one twice, or two with the same loss.
+        ValueError: too few names, one twice, or two with the same loss.
     """
-    is_list = isinstance(tasks, Sequence | Mapping) and not isinstance(tasks, str)
-    flat = [*tasks, *tasks.values()] if isinstance(tasks, Mapping) else tasks
-    if not is_list or not all(isinstance(one, str) for one in flat):
+    is_list = isinstance(given, Sequence | Mapping) and not isinstance(given, str)
+    flat = [*given, *given.values()] if isinstance(given, Mapping) else given
+    if not is_list or not all(isinstance(one, str) for one in flat) or (not flat and least == 1):
         raise TypeError(
-            f"{caller}: tasks should be a list of names, such as ['seg', 'depth'], or a mapping from task to the "
-            f"name under which its loss is logged; got {tasks!r}"
+            f"{caller}: {parameter} should be a list of names, such as ['seg', 'depth'], or a mapping from name to the "
+            f"name under which that loss is logged; got {given!r}"
         )
-    if isinstance(tasks, Mapping) and len(set(tasks.values())) != len(tasks):
-        raise ValueError(f"{caller}: tasks should have different losses; got {dict(tasks)}")
-    names = tuple(tasks)
-    if "loss" in names and not isinstance(tasks, Mapping):
+    if isinstance(given, Mapping) and len(set(given.values())) != len(given):
+        raise ValueError(f"{caller}: {parameter} should have different losses; got {dict(given)}")
+    names = tuple(given)
+    if "loss" in names and not isinstance(given, Mapping):
         raise ValueError(
-            f"{caller}: tasks names 'loss', which is what is back-propagated, the sum of all; it should name the losses "
-            f"that are added up in it. Got {list(names)}"
+            f"{caller}: {parameter} names 'loss', which is what is back-propagated, the sum of all; it should name the "
+            f"losses that are added up in it. Got {list(names)}"
         )
-    return check_task_names(names, caller=caller)
+    if len(set(names)) != len(names):
+        raise ValueError(f"{caller}: {parameter} should all be different; got {list(names)}")
+    return names if least == 1 else check_task_names(names, caller=caller)
 
 
 def check_task_names(tasks: Sequence[str], *, caller: str) -> tuple[str, ...]:

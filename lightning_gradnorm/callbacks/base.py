@@ -64,7 +64,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._names = self._source.names
         if self._names:
             self._check_heads()
-        self._usage = UsageChecks(self._name)
+        self._usage = UsageChecks(self._source)
         self._rule: AnyRule | None = None
         self._engine: Engine[AnyRule] | None = None
         self._hooks = ExitStack()
@@ -133,13 +133,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._remove_hooks()
         self._trainer, self._was_started = trainer, True
         self._loop = TrainerLoop(trainer, self)
-        self._usage = UsageChecks(
-            self._name,
-            self._names,
-            self._source.logged_names,
-            declared=self._source.declared,
-            ranks=self._loop.ranks,
-        )
+        self._usage = UsageChecks(self._source, self._loop.ranks)
         # Every rank takes part in sums over the ranks, also one that never sees a loss: all agree on the dtype beforehand.
         parameter = next((p for p in pl_module.parameters() if p.is_floating_point()), torch.zeros(()))
         self._start_rule(torch.zeros((), dtype=parameter.dtype, device=pl_module.device))
@@ -157,7 +151,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         with ExitStack() as hooks:  # if anything fails, what was placed is removed again
             engine = Engine(self.rule, setting)
             hooks.callback(engine.close)
-            hooks.callback(self._source.capture(pl_module, self.watch, self._usage.logged))
+            hooks.callback(self._source.capture(pl_module, self.watch, self._usage.names.logged))
             if engine.plan.candidates:
                 hooks.callback(explain_errors(pl_module, engine.explain_inplace_error))
             self._engine, self._hooks = engine, hooks.pop_all()
@@ -204,7 +198,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     def _remove_hooks(self) -> None:
         self._hooks.close()
-        self._engine = self._trainer = None
+        self._engine = self._trainer = self._loop = None
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

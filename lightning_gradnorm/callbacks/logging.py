@@ -20,18 +20,30 @@ def is_logged_step(trainer: L.Trainer) -> bool:
     return bool(written) and not trainer.barebones
 
 
-def log_step_metrics(trainer: L.Trainer, values: Mapping[str, Tensor | float]) -> None:
+def log_step_metrics(trainer: L.Trainer, values: Mapping[str, Tensor | float], *, every_step: bool = False) -> None:
     """Log values of the current step.
 
     Directly, as `LearningRateMonitor` does: ``LightningModule.log`` takes a hundred microseconds a value.
+
+    Args:
+        trainer: the Trainer that trains.
+        values: by the names under which they are logged.
+        every_step: write to the loggers now, whichever steps ``log_every_n_steps`` selects.
     """
     if not values:
         return
-    tensors = [value.detach() if isinstance(value, Tensor) else torch.tensor(value) for value in values.values()]
+    tensors = [
+        value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        for value in values.values()
+    ]
     trainer.callback_metrics.update(zip(values, tensors, strict=True))
-    if trainer.loggers and trainer._logger_connector.should_update_logs:
+    if trainer.loggers and (every_step or trainer._logger_connector.should_update_logs):
         device = max(tensors, key=lambda tensor: tensor.is_cuda).device
         numbers = torch.stack([tensor.to(device, torch.float64) for tensor in tensors]).tolist()  # one wait for a GPU
         for logger in trainer.loggers:
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
-            logger.log_metrics(dict(zip(values, numbers, strict=True)), step=step)
+            logger.log_metrics(dict(zip(values, numbers, strict=True)), step=logger_step(trainer))
+
+
+def logger_step(trainer: L.Trainer) -> int:
+    """Return the step under which Lightning writes to its loggers."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)

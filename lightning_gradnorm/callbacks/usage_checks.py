@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning as L
 from torch import Tensor
 
 from lightning_gradnorm._messages import nearest
+from lightning_gradnorm.callbacks.losses import LossSource
 from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.ranks import Ranks
 from lightning_gradnorm.engine.step_state import BatchState
@@ -17,42 +18,75 @@ _PATIENCE = 50
 """Batches with a backward pass in which an expected loss may be missing: they may train something else first."""
 
 
-def _question(near: str | None) -> str:
-    return "" if near is None else f"did you mean '{near}'? "
+class LossNames:
+    """Compares the losses that a user named with those that a training shows. Each method returns a message, or None.
+
+    Args:
+        source: where the losses come from.
+        period: the batches that were looked at, in the words of a message.
+    """
+
+    def __init__(self, source: LossSource, period: str) -> None:
+        self._source = source
+        self._period = period
+        self.logged: set[str] = set()
+        """All names that the module has logged."""
+        self.shown: dict[str, None] = {}
+        """All names under which losses were returned or watched, in order of their appearance."""
+
+    def find_unlogged(self, seen: Iterable[str], *, is_late: bool) -> str | None:
+        """Return which loss was not logged, if it is late or another logged name is similar."""
+        expected = self._source.logged_names or {}
+        for name, logged in expected.items():
+            near = nearest(logged, self.logged - set(expected.values()))
+            if name not in seen and (is_late or near):
+                return (
+                    f"{self._source.caller}: '{logged}' was not logged in the {self._period}, which logged "
+                    f"{sorted(self.logged)}; {_question(near)}(In training_step, log the loss before its backward.)"
+                )
+        return None
+
+    def find_misnamed(self, *, is_all: bool) -> str | None:
+        """Return which loss was not shown, if these are all there are or another name is similar."""
+        source = self._source
+        for name in source.names:
+            near = nearest(name, self.shown.keys() - set(source.names))
+            if name not in self.shown and (is_all or near):
+                return (
+                    f"{source.caller}: {source.noun} '{name}' is not among the losses of the {self._period}, which are "
+                    f"{sorted(self.shown)}; {_question(near)}(A {source.noun} that is absent from a batch is given as None.)"
+                )
+        return None
+
+    def find_unwatched(self, module: L.LightningModule) -> str | None:
+        """Return that no loss was shown, for a module that must show them itself."""
+        source = self._source
+        if self.shown or source.logged_names is not None or module.automatic_optimization:
+            return None
+        example = source.names[0] if source.names else "data"
+        return (
+            f"{source.caller}: no {'task ' * (source.noun == 'task')}loss was seen in the {self._period}. "
+            f"{type(module).__name__} optimizes manually, so it should call watch({{'{example}': loss, …}}) on this callback "
+            f"before manual_backward."
+        )
 
 
 class UsageChecks:
     """Watches one training. Certain mistakes are errors at once; the rest is a warning, later and once.
 
     Args:
-        caller: the callback's name; begins each message.
-        tasks: the tasks' names.
-        logged_names: task → name under which its loss is logged, if that is where losses are seen.
-        declared: whether the module declares its tasks itself, and knows which are absent.
+        source: where the losses come from.
         ranks: who warns.
     """
 
-    def __init__(
-        self,
-        caller: str,
-        tasks: Sequence[str] = (),
-        logged_names: Mapping[str, str] | None = None,
-        *,
-        declared: bool = False,
-        ranks: Ranks | None = None,
-    ) -> None:
-        self._caller = caller
-        self._tasks = tasks
-        self._logged_names = logged_names
-        self._declared = declared
+    def __init__(self, source: LossSource, ranks: Ranks | None = None) -> None:
+        self._source = source
         self._ranks = Ranks() if ranks is None else ranks
-        self.logged: set[str] = set()
-        """All names that the module has logged."""
+        self.names = LossNames(source, "first batches")
         self.seen: set[str] = set()
         """Tasks whose loss has been shown."""
         self.stepped = False
         """Whether an optimizer has taken a step."""
-        self._names: set[str] = set()
         self._batches = 0
         self._warned_of: set[str] = set()
 
@@ -62,20 +96,12 @@ class UsageChecks:
         Raises:
             ValueError: a task has never been among the losses, and these are all there are, or one is nearly called so.
         """
-        self._names |= set(losses)
-        if self._logged_names is None and not self._declared:
-            self._check_named(is_all=module.automatic_optimization)
+        self.names.shown |= dict.fromkeys(losses)
+        self._check_named(is_all=module.automatic_optimization)
 
     def _check_named(self, *, is_all: bool) -> None:
-        for task in self._tasks:
-            if task in self._names:
-                continue
-            near = nearest(task, self._names - set(self._tasks))
-            if is_all or near:
-                raise ValueError(
-                    f"{self._caller}: task '{task}' is not among the losses of the first batch, which are "
-                    f"{sorted(self._names)}; {_question(near)}(A task that is absent from a batch is given as None.)"
-                )
+        if self._source.logged_names is None and not self._source.declared:
+            _raise(self.names.find_misnamed(is_all=is_all))
 
     def on_batch_end(self, module: L.LightningModule, batch: BatchState) -> None:
         """Called at the end of each batch.
@@ -85,42 +111,29 @@ class UsageChecks:
         """
         self._batches += bool(batch.backwards or batch.steps)
         if batch.losses or batch.absent:
-            if self._logged_names is None and not self._declared:
-                self._check_named(is_all=True)
+            self._check_named(is_all=True)
             self._warn_of_missing(batch)
             # Else it was a step that returned None after it had shown its losses, which Lightning lets pass.
             if batch.backwards or (batch.steps and not module.automatic_optimization):
-                require_backpropagated(batch, caller=self._caller)
+                require_backpropagated(batch, caller=self._source.caller)
         self._check_shown(module, is_late=self._batches >= _PATIENCE)
 
     def _check_shown(self, module: L.LightningModule, *, is_late: bool) -> None:
-        if not self._batches or self._declared:
+        if not self._batches or self._source.declared:
             return
-        expected = self._logged_names or {}
-        for task, logged in expected.items():
-            if task in self.seen:
-                continue
-            near = nearest(logged, self.logged - set(expected.values()))
-            if is_late or near:
-                raise ValueError(
-                    f"{self._caller}: '{logged}' was not logged in the first batches, which logged {sorted(self.logged)}; "
-                    f"{_question(near)}(In training_step, log the loss before its backward.)"
-                )
-        if is_late and not self._names and self._logged_names is None and not module.automatic_optimization:
-            raise ValueError(
-                f"{self._caller}: no task loss was seen in the first batches. {type(module).__name__} optimizes manually, so "
-                f"that it should call watch({{'{self._tasks[0]}': loss, …}}) on this callback before manual_backward."
-            )
+        _raise(self.names.find_unlogged(self.seen, is_late=is_late))
+        if is_late:
+            _raise(self.names.find_unwatched(module))
 
     def _warn_of_missing(self, batch: BatchState) -> None:
         accounted = set(batch.losses) | batch.absent | self._warned_of
-        missing = [task for task in self._tasks if task in self.seen and task not in accounted]
-        if missing and not self._declared:
+        missing = [task for task in self._source.names if task in self.seen and task not in accounted]
+        if missing and not self._source.declared:
             self._warned_of.update(missing)
-            how = "Where it is returned or watched, None says so without this warning."
             self._ranks.warn(
-                f"{self._caller}: the losses of tasks {missing} were shown in earlier batches, but not in this one; they "
-                f"count as absent wherever they are not shown, and are not weighted. {how}"
+                f"{self._source.caller}: the losses of tasks {missing} were shown in earlier batches, but not in this one; "
+                f"they count as absent wherever they are not shown, and are not weighted. Where losses are returned or "
+                f"watched, None marks a task as absent without this warning."
             )
 
     def on_epoch_end(self, module: L.LightningModule) -> None:
@@ -133,7 +146,7 @@ class UsageChecks:
         if self.seen and not self.stepped and "step" not in self._warned_of:
             self._warned_of.add("step")
             self._ranks.warn(
-                f"{self._caller}: no step of an optimizer was seen in the first epoch, so that no weight has moved. "
+                f"{self._source.caller}: no step of an optimizer was seen in the first epoch, so that no weight has moved. "
                 f"{type(module).__name__} optimizes manually: it should call step() on what self.optimizers() returns."
             )
 
@@ -147,3 +160,12 @@ def warn_if_trained(caller: str, losses: Mapping[str, Any]) -> bool:
             f"that trains the module, L.Trainer(callbacks=[gradnorm]). The losses are not balanced."
         )
     return is_trained
+
+
+def _question(near: str | None) -> str:
+    return "" if near is None else f"did you mean '{near}'? "
+
+
+def _raise(message: str | None) -> None:
+    if message is not None:
+        raise ValueError(message)

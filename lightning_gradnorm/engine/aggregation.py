@@ -65,20 +65,20 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
         losses = {node_of(loss) for losses in batch.losses.values() for loss in losses}
         branches = {node for nodes in batch.branches.values() for node in nodes}
         self._gate.begin(loss, stop=branches if at_heads else losses)
-        if at_heads and losses & set(self._gate.around):
+        if at_heads and losses & set(self._gate.other_paths):
             raise ValueError(
                 f"{caller}: part of a task's gradient now reaches '{self.setting.representation}' by a path that does not "
                 f"pass the task's head. Leave heads out: then each loss gets a first-order pass of its own."
             )
         waiting = [task for task in batch.losses if task not in batch.backpropagated]
-        if self._shared is None and self._gate.was_passed and waiting and self._gate.is_behind(loss):
+        if self._shared is None and self._gate.was_passed and waiting and self._gate.is_reached_from(loss):
             raise ValueError(
                 f"{caller}: the loss of task '{waiting[0]}' has a backward pass of its own, but the gradients of all tasks "
                 f"must reach the representation in one. Back-propagate the sum of the losses, or use at='parameters'."
             )
         if self._shared is not None:
             self._shared.find_parameters()
-        elif self.setting.loop.ranks.size > 1 and self.rule.input != "matrix" and not self._gate.is_behind(loss):
+        elif self.setting.loop.ranks.size > 1 and self.rule.input != "matrix" and not self._gate.is_reached_from(loss):
             # The other ranks wait at their gates for this rank's Gramian. Without a task in this batch it is zero.
             T = len(self.setting.tasks)
             self._agree(torch.zeros(T, T, dtype=self.rule.loss_weights.dtype), [False] * T)

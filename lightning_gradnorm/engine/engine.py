@@ -111,7 +111,7 @@ class Engine(Generic[AnyRule]):
                 self.batch.absent |= {task} & set(losses)
             else:
                 asked = f"{self._caller}: the loss of task '{task}'"
-                check_loss(loss, asked=asked, otherwise="; or None, if the task is absent")
+                check_loss(loss, caller=asked, otherwise="; or None, if the task is absent")
                 self._watch_one(task, loss)
         if len(self.batch.losses) > known:
             self._checks.require_disjoint_losses(self.batch)

@@ -91,8 +91,8 @@ class GraphChecks:
         for task, branches in batch.branches.items():
             if task in batch.losses and branches & reached:
                 raise ValueError(
-                    f"{self._caller}: what is back-propagated reads the head of task '{task}' besides the task's loss (a "
-                    f"regularizer of its output, say; and the loss given must be the very tensor, not a copy), so that the "
+                    f"{self._caller}: the backward pass reaches the head of task '{task}' by other ways than the task's loss (a "
+                    f"regularizer of the head's output, say; and the loss given must be the very tensor, not a copy), so that the "
                     f"loss's own gradient cannot be told apart at the head. Leave heads out: then each loss gets a pass of its "
                     f"own."
                 )
@@ -133,7 +133,7 @@ class GraphChecks:
         ):
             return f"reaches {label} through {cause}"
         if isinstance(reader, ReplayedGradients) and nodes_on_paths(
-            [node_of(loss), *reader.before_calls], reader.shared, stop=ends
+            [node_of(loss), *reader.argument_nodes], reader.shared, stop=ends
         ):
             return f"reaches the shared layer by a way that does not pass {label}."
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -118,3 +120,35 @@ def _last_layer_of_encoder(root: nn.Module, *, caller: str) -> str:
             f"{type(root).__name__}.encoder. {how}."
         )
     return layers[-1]
+
+
+def find_parameters(
+    root: nn.Module, name: str, *, caller: str, keywords: Sequence[str] = ()
+) -> dict[str, nn.Parameter]:
+    """Return all parameters of the module ``name``, or the one parameter of that name; frozen ones too.
+
+    Args:
+        root: the LightningModule.
+        name: dotted name of a module or of a parameter.
+        caller: what the name was given as, the beginning of the error.
+        keywords: what may be given instead of a name.
+
+    Raises:
+        ValueError: there is neither, or the module has no parameters.
+    """
+    name, modules = plain_name(name), _modules(root)
+    parameters = {plain_name(n): p for n, p in root.named_parameters(remove_duplicate=False)}
+    if name in parameters:
+        return {name: parameters[name]}
+    if name not in modules:
+        known = did_you_mean(name, [*keywords, *modules, *parameters])
+        raise ValueError(f"{caller} '{name}' is not in {type(root).__name__}; {known}")
+    # By identity: a tied parameter has several names, and is listed under the first of them.
+    inside = {id(parameter) for parameter in modules[name].parameters()}
+    found = {plain_name(n): p for n, p in root.named_parameters() if id(p) in inside}
+    if not found:
+        raise ValueError(
+            f"{caller} '{name}' of {type(root).__name__} is a {type(modules[name]).__name__}, which has no parameters. Name a "
+            f"layer that has: {_with_weights(modules)}."
+        )
+    return found

@@ -53,6 +53,13 @@ class Ranks:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def gather_objects(self, value: Value) -> list[Value]:
+        """Return the values of all ranks."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def require_agreement(self, caller: str, values: Mapping[str, str]) -> None:
         """Compare what each rank was given.
 
@@ -61,8 +68,7 @@ class Ranks:
         """
         if self.size == 1:
             return
-        of_all: list[Mapping[str, str]] = [{}] * self.size
-        dist.all_gather_object(of_all, dict(values))
+        of_all = self.gather_objects(dict(values))
         for what in values:
             for rank, other in enumerate(of_all):
                 if other.get(what) != of_all[0].get(what):

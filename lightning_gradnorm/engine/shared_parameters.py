@@ -36,25 +36,25 @@ class SharedParameters:
             ValueError: the trunk cannot be traversed once for each task.
         """
         caller = self._setting.caller
-        if self._reader is None and (cause := reason_not_retraversable(self._gate.trunk())):
+        if self._reader is None and (cause := reason_not_retraversable(self._gate.trunk_nodes())):
             raise ValueError(
                 f"{caller}: at='parameters' traverses the trunk once for each task, and so comes to {cause.split(',')[0]}"
                 f"{'' if cause.endswith('False.') else ', whose graph cannot be walked twice.'} Or use at='representation'."
             )
         before = [] if self._reader is None else self._reader.targets
-        known = {id(parameter) for parameter in [*self._gate.parameters(), *before]}
+        known = {id(parameter) for parameter in [*self._gate.trunk_parameters(), *before]}
         parameters = [parameter for parameter in self._setting.model.parameters() if parameter.requires_grad]
         counts = self._group.sum(torch.tensor([float(id(parameter) in known) for parameter in parameters]))
         shared = [parameter for parameter, count in zip(parameters, counts.tolist(), strict=True) if count]
         if self._reader is not None:
-            self._reader.seek(shared)
+            self._reader.set_targets(shared)
         elif shared:
             self._reader = WeightGradients(shared)
 
     def read(self) -> None:
         """Traverse the trunk once for each task whose gradient has reached the representation. Called within backward."""
         if self._reader is not None:  # else all of the trunk is frozen
-            self._gate.gradients_of(self._reader)
+            self._gate.read_trunk_gradients(self._reader)
 
     def reset(self) -> None:
         """Forget what was read: a new optimizer step begins."""

@@ -1,10 +1,10 @@
-"""Branches: views of the representation z, one for each head, whose gradient is seen as it comes back.
+"""Branches: views of the representation z, one per head, that report the gradient which arrives at them.
 
-If every head reads a view of its own, the gradient that arrives at that view is this task's alone, and the ordinary
-backward pass of the summed loss delivers all of them: heads and trunk are traversed once. A branch changes no value and
-no gradient. Autograd works through later-created nodes first, so a branch made right before its head runs is reached
-right after that head's backward, and its gradient can be consumed before the next head starts: one copy of |z| is alive
-at a time, not T.
+If every head reads a view of its own, the gradient at that view belongs to this task alone, and the ordinary backward pass
+of the summed loss delivers all task gradients: heads and trunk are traversed once. A branch changes no value and no gradient.
+
+Create a branch right before its head runs. Autograd processes nodes created later first, so a branch is reached right after
+the backward of its own head, and its gradient can be consumed before the next head starts: one copy of z is alive, not T.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch.utils import _pytree as pytree
 Receive = Callable[[Sequence[Tensor], Sequence[Tensor]], object]
 """Called in backward with tensors of the representation and the gradients that arrived at them.
 
-What it returns says what becomes of them: `TAKEN`, they go no further; anything else, they go on as they came.
+If it returns `TAKEN`, the gradients stop at the branch. Otherwise they continue unchanged.
 """
 
 TAKEN = object()
-"""Said by a `Receive` that sees itself to what reaches the representation."""
+"""Returned by a `Receive` that will pass a gradient to the representation itself."""
 
 Tree = TypeVar("Tree")
 
@@ -34,7 +34,7 @@ class _Branch(torch.autograd.Function):
     def forward(ctx: Any, receive: Receive, tensors: tuple[Tensor, ...], *views: Tensor) -> tuple[Tensor, ...]:
         ctx.receive = receive
         ctx.tensors = tensors
-        ctx.set_materialize_grads(False)  # an output the head did not use has no gradient, rather than one of zeros
+        ctx.set_materialize_grads(False)  # an output that the head did not use gets no gradient instead of zeros
         return tuple(view.view_as(view) for view in views)
 
     @staticmethod
@@ -48,18 +48,18 @@ class _Branch(torch.autograd.Function):
 
 
 def branch(representation: Tree, receive: Receive) -> tuple[Tree, Node | None]:
-    """Return a view of ``representation`` that tells ``receive`` which gradient arrives at it.
+    """Return a view of ``representation`` that passes its gradient to ``receive``.
 
     Args:
-        representation: a tensor, or tensors in nested tuples, lists and dicts (the feature maps of a pyramid, say).
-            What carries no gradient is handed on as it is.
-        receive: called during backward, once for each pass through the branch, as ``receive(tensors, gradients)`` with
-            those tensors of ``representation`` that got a gradient. It may run ``torch.autograd.grad(tensors, ...,
-            retain_graph=True)``: the graph below is still whole at that moment. Returning `TAKEN` ends their way here.
+        representation: a tensor, or tensors in nested tuples, lists and dicts (a feature pyramid, for example). Anything that
+            carries no gradient is returned as it is.
+        receive: called during backward, once per pass through the branch, as ``receive(tensors, gradients)`` with those
+            tensors of ``representation`` that got a gradient. It may run ``torch.autograd.grad(tensors, …,
+            retain_graph=True)``: the graph below is still intact at that moment.
 
     Returns:
-        The same structure with views in it, and the branch's node in the autograd graph (``None`` where nothing in
-        ``representation`` carries a gradient, or gradients are switched off: then ``representation`` itself is returned).
+        The same structure with views in it, and the branch's node in the autograd graph. If nothing in ``representation``
+        carries a gradient, or gradients are disabled, ``representation`` itself and None.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -71,7 +71,7 @@ def branch(representation: Tree, receive: Receive) -> tuple[Tree, Node | None]:
     """
     if not torch.is_grad_enabled():
         return representation, None
-    if isinstance(representation, Tensor):  # nearly always; a tree takes its time
+    if isinstance(representation, Tensor):  # the common case; flattening a tree is slower
         if not representation.requires_grad:
             return representation, None
         (view,) = _Branch.apply(receive, (representation,), representation)  # type: ignore[no-untyped-call]
@@ -90,10 +90,10 @@ def branch(representation: Tree, receive: Receive) -> tuple[Tree, Node | None]:
 def fan_out(
     representation: Tree, tasks: Iterable[str], receive: Callable[[str, Sequence[Tensor], Sequence[Tensor]], None]
 ) -> dict[str, Tree]:
-    """Return one view of ``representation`` for each task; see `branch`, which makes them.
+    """Return one `branch` of ``representation`` per task.
 
     Args:
-        representation: what the encoder returned: a tensor or a nested structure of tensors.
+        representation: the encoder's output: a tensor or a nested structure of tensors.
         tasks: the tasks' names.
         receive: called in backward as ``receive(task, tensors, gradients)``, for example a reader's ``read`` method.
 

@@ -1,4 +1,4 @@
-"""Running statistics that are not to see a batch once more when a gradient is read through an activation checkpoint."""
+"""Protects running statistics from counting a batch twice when reading a gradient recomputes an activation checkpoint."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 
 class BufferGuard:
-    """Puts back what a reading has changed in a model's buffers.
+    """Restores a model's buffers after gradients were read.
 
-    A checkpointed region is computed again whenever a gradient passes it, and with it the running statistics of a
-    BatchNorm. Which buffers change is seen when a task is read for the first time; the others, all of them in most models,
-    cost nothing later.
+    A checkpointed region is recomputed whenever a gradient passes through it, which updates the running statistics of a
+    BatchNorm inside. The first reading of each task finds out which buffers change; later readings copy only those. Most
+    models have none, so that the guard costs nothing after the first batch.
 
     Args:
         buffers: all buffers of the model.
 
     Example:
         >>> mean = torch.zeros(2)
-        >>> kept = BufferGuard([mean])
-        >>> with kept.preserved("seg"):
+        >>> guard = BufferGuard([mean])
+        >>> with guard.preserved("seg"):
         ...     _ = mean.add_(1)
         >>> mean
         tensor([0., 0.])
@@ -35,7 +35,7 @@ class BufferGuard:
 
     @contextmanager
     def preserved(self, task: str) -> Iterator[None]:
-        """Have all buffers afterwards as they were before."""
+        """Keep the buffers' values while the block reads this task's gradient."""
         is_first = task not in self._read_before
         before = [(buffer, buffer.clone()) for buffer in (self._all if is_first else self._changing.values())]
         try:
@@ -43,8 +43,9 @@ class BufferGuard:
         finally:
             self._read_before.add(task)
             for buffer, value in before:
-                # By its content: batch_norm writes its running statistics without a new `_version`. And without one they are
-                # put back, since a BatchNorm whose backward is still to come has them in its graph.
+                # Compare values, not `_version`: batch_norm writes its running statistics without increasing it. Write them
+                # back through `.data` for the same reason: a BatchNorm whose backward is still to come has saved the buffer,
+                # and a new version would make autograd refuse it.
                 if not is_first or not torch.equal(buffer, value):
                     self._changing[id(buffer)] = buffer
                     buffer.data.copy_(value)

@@ -1,9 +1,9 @@
-"""Meets the gradients of all tasks at the representation, and hands one on through the trunk in their place.
+"""Collects all task gradients at the representation and sends a single combined gradient into the trunk.
 
-The encoder's output passes a gate before anybody reads it. In backward the gate is reached when everything behind it is
-done: by then each task's gradient has arrived, at its head's branch or at its loss, and stands as a row of the matrix J of
-shape (T, n). What goes on through the trunk is what a strategy makes of J. Heads and trunk are traversed once, as in plain
-training (Sener & Koltun 2018, section 3.3, call the bound that this minimises MGDA-UB).
+The encoder's output passes a gate before any head reads it. Autograd runs the gate's backward only once everything that
+depends on its views is done. By then each task's gradient has been read, at its head's branch or at its loss, into one row
+of the matrix J of shape (T, n). A strategy combines the rows, and the result continues through the trunk. Heads and trunk are
+traversed once, as in plain training (Sener & Koltun 2018, section 3.3, call the bound that this minimises MGDA-UB).
 """
 
 from __future__ import annotations
@@ -22,44 +22,52 @@ from lightning_gradnorm.gradients.branch import TAKEN
 from lightning_gradnorm.gradients.graph import leaves_behind, node_of, nodes_on_paths, reachable_nodes
 from lightning_gradnorm.gradients.readers import GradientReader, WeightGradients
 
-HandOn = Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]
+Gradients = Sequence[Tensor | None]
 
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hand_on: HandOn, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.hand_on = hand_on
+    def forward(ctx: Any, replace: Callable[[Gradients], Gradients], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.replace = replace
         ctx.set_materialize_grads(False)
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *arrived: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *ctx.hand_on(arrived)
+        return None, *ctx.replace(arrived)
 
 
-class _Meeting:
-    """The gate of one forward pass, and what has come to it."""
+class _GateState:
+    """The gate of one forward pass, and the gradients that have been read for it.
+
+    Args:
+        inputs: the representation's tensors, outputs of the trunk.
+        replace: called in the gate's backward with this state and the gradients that arrived.
+        T: the number of tasks.
+    """
 
     def __init__(
-        self, below: list[Tensor], hand_on: Callable[[ReferenceType[_Meeting], Sequence[Tensor | None]], Any], T: int
+        self, inputs: list[Tensor], replace: Callable[[ReferenceType[_GateState], Gradients], Gradients], T: int
     ) -> None:
-        self.below = below
-        # The graph must not hold who holds the graph: nothing of it would go before the garbage collector comes.
-        self.views: list[Tensor] = list(_Gate.apply(partial(hand_on, ref(self)), *below))  # type: ignore[no-untyped-call]
-        self.around: set[Node] = set()
-        """The way of what comes here besides the tasks' gradients."""
+        self.inputs = inputs
+        # A weak reference: the graph holds the function, and this state holds the graph. A strong one would close a cycle,
+        # and the whole graph would stay in memory until the garbage collector runs.
+        self.views: list[Tensor] = list(_Gate.apply(partial(replace, ref(self)), *inputs))  # type: ignore[no-untyped-call]
+        self.other_paths: set[Node] = set()
+        """The nodes through which gradients arrive here that do not belong to a task."""
         self.was_passed = False
-        """Whether a backward pass has come through."""
+        """Whether a backward pass has passed the gate."""
         self._T = T
-        self.begin()
+        self.reset()
 
-    def begin(self) -> None:
+    def reset(self) -> None:
+        """Forget what was read."""
         self.matrix: Tensor | None = None
-        self.read: set[str] = set()
-        self.went_on: set[str] = set()
-        """Tasks whose gradient was read on its way here, where it arrives with the rest."""
+        self.read_tasks: set[str] = set()
+        self.passed_through: set[str] = set()
+        """Tasks whose gradient was read on its way here and also arrives at the gate, summed with everything else."""
         self.reached: set[int] = set()
-        """Which of the representation's tensors any task's gradient has reached."""
+        """Indices of the representation's tensors that any task's gradient has reached."""
 
     @property
     def node(self) -> Node:
@@ -74,30 +82,30 @@ class _Meeting:
             self.matrix = torch.zeros(self._T, width, dtype=dtype, device=self.views[0].device)
         return self.matrix
 
-    def pieces(self, row: Tensor) -> list[Tensor]:
-        """Cut a vector of n values into the representation's tensors."""
-        parts = torch.split(row, [view.numel() for view in self.views])
-        return [part.view(view.shape) for part, view in zip(parts, self.views, strict=True)]
+    def split(self, row: Tensor) -> list[Tensor]:
+        """Return a vector of n values as views of the shapes of the representation's tensors."""
+        pieces = torch.split(row, [view.numel() for view in self.views])
+        return [piece.view(view.shape) for piece, view in zip(pieces, self.views, strict=True)]
 
-    def place_of(self, tensor: Tensor) -> int | None:
+    def index_of(self, tensor: Tensor) -> int | None:
         return next((i for i, view in enumerate(self.views) if view is tensor), None)
 
 
 class JointGradients(GradientReader):
-    """Reads ``∇_z L_i`` of all tasks and replaces their sum by what ``combine`` makes of them.
+    """Reads ``∇_z L_i`` of all tasks and replaces their sum by the result of ``combine``.
 
-    It does so in a backward pass between `begin` and `finish`; any other, a gradient that a user takes for himself, goes
-    through the gate as if it were not there.
+    The gate only acts in a backward pass between `begin` and `on_backward_end`. In any other, for a gradient that the user
+    computes, it is the identity.
 
     Args:
         module: the encoder, whose output is the representation.
-        name: what the representation is called in an error.
+        name: what errors call the representation.
         tasks: the tasks' names, in the order of the rows.
-        combine: called in backward, once for each forward pass, with J of shape (T, n), zero in the rows of absent tasks, in
-            float32 (float64 if the representation is); it returns a vector of n values that goes on through the trunk, or
+        combine: called in backward, once per forward pass, with J of shape (T, n), zero in the rows of absent tasks, in
+            float32 (float64 if the representation is). Returns a vector of n values that continues through the trunk, or
             ``None`` for nothing.
 
-    What reaches the representation from elsewhere than the tasks, from a regularizer of it, goes on as it came.
+    A gradient that does not come from a task, from a regularizer of the representation for example, passes unchanged.
 
     Example:
         >>> trunk, heads = torch.nn.Linear(3, 4), {"a": torch.nn.Linear(4, 1), "b": torch.nn.Linear(4, 1)}
@@ -106,7 +114,7 @@ class JointGradients(GradientReader):
         >>> from lightning_gradnorm.gradients import fan_out
         >>> branches = fan_out(z, heads, reader.read)
         >>> loss = sum(heads[task](branches[task]).square().mean() for task in heads)
-        >>> reader.is_behind(loss)
+        >>> reader.is_reached_from(loss)
         True
         >>> reader.begin(loss)
         >>> loss.backward()
@@ -118,9 +126,9 @@ class JointGradients(GradientReader):
     def __init__(self, module: nn.Module, name: str, tasks: Sequence[str], combine: Callable[[Tensor], Tensor | None]):
         self.module = module
         self._name = name
-        self._places = {task: place for place, task in enumerate(tasks)}
+        self._row_of = {task: row for row, task in enumerate(tasks)}
         self._combine = combine
-        self._meeting: _Meeting | None = None
+        self._state: _GateState | None = None
         self._in_backward = False
 
     @property
@@ -130,40 +138,41 @@ class JointGradients(GradientReader):
 
     @property
     def targets(self) -> list[Tensor]:
-        """What the gate hands to the heads in the current forward pass."""
-        return [] if self._meeting is None else self._meeting.views
+        """The gate's outputs, which the heads read in the current forward pass."""
+        return [] if self._state is None else self._state.views
 
     def forward_post(self, output: Any) -> Any:
-        """Let what the encoder returns through the gate.
+        """Return the encoder's output with a gate behind it.
 
         Raises:
-            ValueError: the encoder was called before in this forward pass: it would take as many gates, each of which would
-                have to wait for the others.
+            ValueError: the encoder was called before in this forward pass. Each call would need a gate of its own, and each
+                gate would have to wait for the others.
         """
         leaves, structure = pytree.tree_flatten(output)
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not places:
             return None
-        if self._meeting is not None and not self._meeting.was_passed:
+        if self._state is not None and not self._state.was_passed:
             raise ValueError(
                 f"{self._name} is called more than once in one forward pass, so that the tasks' gradients do not meet in one "
                 f"place. Give it one batch made of all its inputs (torch.cat), or name as representation a module that is "
                 f"called once."
             )
-        self._meeting = _Meeting([leaves[i] for i in places], self._hand_on, len(self._places))
-        for place, view in zip(places, self._meeting.views, strict=True):
+        self._state = _GateState([leaves[i] for i in places], self._replace_gradient, len(self._row_of))
+        for place, view in zip(places, self._state.views, strict=True):
             leaves[place] = view
         return pytree.tree_unflatten(leaves, structure)
 
     def why_unreadable(self, loss: Tensor) -> str | None:
-        """Return what speaks against reading this task here, the end of a sentence."""
-        if self._meeting is None:
+        """Return why this task's gradient cannot be read here (the end of an error message), or None."""
+        if self._state is None:
             return (
                 f"cannot be read at {self._name}, which was not called in the forward pass (itself, not its forward or another "
                 f"method), or returned no tensors, nor tuples, lists or dicts of tensors that carry a gradient."
             )
-        within = {node for node in self.trunk() if not hasattr(node, "variable")}
-        if within & reachable_nodes([node_of(loss)], stop={self._meeting.node}):
+        # Nodes of parameters are excluded: a loss may read a weight of the trunk directly, as a weight penalty does.
+        inside = {node for node in self.trunk_nodes() if not hasattr(node, "variable")}
+        if inside & reachable_nodes([node_of(loss)], stop={self._state.node}):
             return (
                 f"reaches what is within {self._name} by a way that does not pass its output, a skip connection say, so that "
                 f"part of its gradient would not be aggregated. Name as representation the module whose output is all that "
@@ -171,101 +180,113 @@ class JointGradients(GradientReader):
             )
         return None
 
-    def begin(self, back_propagated: Tensor, *, stop: Collection[Node] = ()) -> None:
-        """Look, before a backward pass, which way it will take.
+    def begin(self, backpropagated: Tensor, *, stop: Collection[Node] = ()) -> None:
+        """Prepare for a backward pass.
 
         Args:
-            back_propagated: what it begins with.
+            backpropagated: the tensor that it starts from.
             stop: the nodes at which the tasks' gradients are read.
         """
         self._in_backward = True
-        if self._meeting is not None:
-            self._meeting.around = nodes_on_paths([node_of(back_propagated)], self._meeting.views, stop=stop)
+        if self._state is not None:
+            self._state.other_paths = nodes_on_paths([node_of(backpropagated)], self._state.views, stop=stop)
 
-    def is_behind(self, back_propagated: Tensor) -> bool:
-        """Say whether a backward pass that begins there will come to the gate of the current forward pass."""
-        gate = None if self._meeting is None else self._meeting.node
-        return gate is not None and gate in reachable_nodes([node_of(back_propagated)], stop={gate})
+    def is_reached_from(self, backpropagated: Tensor) -> bool:
+        """Return True if a backward pass from this tensor reaches the gate of the current forward pass."""
+        gate = None if self._state is None else self._state.node
+        return gate is not None and gate in reachable_nodes([node_of(backpropagated)], stop={gate})
 
     @property
-    def around(self) -> Collection[Node]:
-        """The way to the gate of what is not read as any task's gradient."""
-        return set() if self._meeting is None else self._meeting.around
+    def other_paths(self) -> Collection[Node]:
+        """The nodes on paths to the gate that avoid the places where the tasks' gradients are read."""
+        return set() if self._state is None else self._state.other_paths
 
     @property
     def was_passed(self) -> bool:
-        """Whether a backward pass has come through the current forward pass's gate already."""
-        return self._meeting is not None and self._meeting.was_passed
-
-    def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> object:
-        """Put the task's gradient at the representation into its row."""
-        meeting = self._meeting
-        assert meeting is not None
-        places = [meeting.place_of(output) for output in outputs]
-        found: list[Tensor | None]
-        if None in places:  # something stands between, and has to be passed
-            found = list(torch.autograd.grad(outputs, meeting.views, gradients, retain_graph=True, allow_unused=True))
-            meeting.went_on.add(task)
-        else:
-            by_place = dict(zip(places, gradients, strict=True))
-            found = [by_place.get(i) for i in range(len(meeting.views))]
-        row = meeting.rows[self._places[task]]
-        for place, (piece, gradient) in enumerate(zip(meeting.pieces(row), found, strict=True)):
-            if gradient is not None:
-                piece.add_(gradient)
-                meeting.reached.add(place)
-        meeting.read.add(task)
-        return None if None in places else TAKEN
+        """Whether a backward pass has passed the current forward pass's gate."""
+        return self._state is not None and self._state.was_passed
 
     @property
     def read_tasks(self) -> Collection[str]:
         """The tasks whose gradient has arrived in the current backward pass."""
-        return set() if self._meeting is None else self._meeting.read
+        return set() if self._state is None else self._state.read_tasks
 
-    def gradients_of(self, into: WeightGradients) -> None:
-        """Have ``into`` read what each task's row gives in the trunk's parameters: one pass through the trunk for each."""
-        meeting = self._meeting
-        assert meeting is not None
-        for task in meeting.read:
-            pieces = meeting.pieces(meeting.rows[self._places[task]])
-            into.read(task, meeting.below, [piece.to(t.dtype) for piece, t in zip(pieces, meeting.below, strict=True)])
+    def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> object:
+        """Add the task's gradient at the representation to its row."""
+        state = self._state
+        assert state is not None
+        places = [state.index_of(output) for output in outputs]
+        at_gate = None not in places
+        found: list[Tensor | None]
+        if at_gate:
+            by_place = dict(zip(places, gradients, strict=True))
+            found = [by_place.get(i) for i in range(len(state.views))]
+        else:  # other nodes lie between, such as the head when gradients are read at the loss: traverse them first
+            found = list(torch.autograd.grad(outputs, state.views, gradients, retain_graph=True, allow_unused=True))
+            state.passed_through.add(task)
+        row = state.rows[self._row_of[task]]
+        for place, (piece, gradient) in enumerate(zip(state.split(row), found, strict=True)):
+            if gradient is not None:
+                piece.add_(gradient)
+                state.reached.add(place)
+        state.read_tasks.add(task)
+        return TAKEN if at_gate else None
 
-    def trunk(self) -> set[Node]:
-        """Return the nodes behind the representation of the current forward pass."""
-        return set() if self._meeting is None else reachable_nodes([node_of(tensor) for tensor in self._meeting.below])
+    def read_trunk_gradients(self, reader: WeightGradients) -> None:
+        """Have ``reader`` read each task's gradient at the trunk's parameters: one pass through the trunk per task."""
+        state = self._state
+        assert state is not None
+        for task in state.read_tasks:
+            pieces = state.split(state.rows[self._row_of[task]])
+            gradients = [piece.to(tensor.dtype) for piece, tensor in zip(pieces, state.inputs, strict=True)]
+            reader.read(task, state.inputs, gradients)
 
-    def parameters(self) -> list[Tensor]:
-        """Return the parameters behind the representation, the shared ones, of the current forward pass."""
-        return [] if self._meeting is None else leaves_behind(self._meeting.below)
+    def trunk_nodes(self) -> set[Node]:
+        """Return the graph's nodes behind the representation in the current forward pass."""
+        return set() if self._state is None else reachable_nodes([node_of(tensor) for tensor in self._state.inputs])
+
+    def trunk_parameters(self) -> list[Tensor]:
+        """Return the shared parameters: those behind the representation in the current forward pass."""
+        return [] if self._state is None else leaves_behind(self._state.inputs)
 
     def on_backward_end(self) -> None:
-        """Take note that the backward pass is over: what comes now is not for us."""
+        """Make the gate the identity again."""
         self._in_backward = False
 
     def release_graph(self) -> None:
-        """Let go of the current forward pass."""
-        self._meeting, self._in_backward = None, False
+        """Release the current forward pass."""
+        self._state, self._in_backward = None, False
 
-    def _hand_on(self, of: ReferenceType[_Meeting], arrived: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        meeting = of()
-        if not self._in_backward or meeting is None or meeting is not self._meeting:
+    def _replace_gradient(self, of: ReferenceType[_GateState], arrived: Gradients) -> Gradients:
+        """Return the gradients that continue into the trunk. Called in the gate's backward."""
+        state = of()
+        if not self._in_backward or state is None or state is not self._state:
             return arrived
-        with torch.no_grad(), torch.autocast(meeting.views[0].device.type, enabled=False):
-            return self._combined(meeting, arrived)
+        with torch.no_grad(), torch.autocast(state.views[0].device.type, enabled=False):
+            return self._add_combined(state, self._gradients_of_no_task(state, arrived))
 
-    def _combined(self, meeting: _Meeting, arrived: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        handed: list[Tensor | None] = [None] * len(arrived)
-        if meeting.around:
-            handed = list(arrived)
-            for task in meeting.went_on:
-                pieces = meeting.pieces(meeting.rows[self._places[task]])
-                handed = [a if a is None else a - piece for a, piece in zip(handed, pieces, strict=True)]
-        combined = self._combine(meeting.rows)
+    def _gradients_of_no_task(self, state: _GateState, arrived: Gradients) -> Gradients:
+        """Return what has arrived from elsewhere than the tasks: `arrived` without the tasks' gradients in it.
+
+        A gradient that was read at a branch has stopped there (`TAKEN`). One that was read at a loss has taken its own way
+        through the head as well and is part of the sum that arrives here.
+        """
+        if not state.other_paths:
+            return [None] * len(arrived)  # only the tasks' gradients arrive; they are replaced
+        others = list(arrived)
+        for task in state.passed_through:
+            pieces = state.split(state.rows[self._row_of[task]])
+            others = [a if a is None else a - piece for a, piece in zip(others, pieces, strict=True)]
+        return others
+
+    def _add_combined(self, state: _GateState, others: Gradients) -> Gradients:
+        gradients = list(others)
+        combined = self._combine(state.rows)
         if combined is not None:
-            for place, piece in enumerate(meeting.pieces(combined)):
-                before = handed[place]
-                if place in meeting.reached:  # what no head has read has no gradient, not one of zeros
-                    handed[place] = piece if before is None else before + piece
-        meeting.begin()  # of a second backward pass from other losses, if there is one
-        meeting.was_passed = True
-        return [a if a is None else a.to(tensor.dtype) for a, tensor in zip(handed, meeting.below, strict=True)]
+            for place, piece in enumerate(state.split(combined)):
+                before = gradients[place]
+                if place in state.reached:  # a tensor that no head reads has no gradient, rather than one of zeros
+                    gradients[place] = piece if before is None else before + piece
+        state.reset()  # a second backward pass from other losses may follow
+        state.was_passed = True
+        return [g if g is None else g.to(tensor.dtype) for g, tensor in zip(gradients, state.inputs, strict=True)]

@@ -1,4 +1,4 @@
-"""Which way a gradient will take: asked of the autograd graph before backward, so that a wrong reading is an error."""
+"""Queries on the autograd graph, before backward: which nodes a gradient will pass."""
 
 from __future__ import annotations
 
@@ -14,22 +14,12 @@ def node_of(tensor: Tensor) -> Node:
 
 
 def reachable_nodes(start: Iterable[Node], *, stop: Collection[Node] = ()) -> set[Node]:
-    """Return the nodes that a gradient starting at ``start`` comes to, ``start`` included; none behind ``stop``."""
-    to_visit = list(start)
-    found = set(to_visit)
-    while to_visit:
-        node = to_visit.pop()
-        if node in stop:
-            continue
-        for following, _ in node.next_functions:
-            if following is not None and following not in found:
-                found.add(following)
-                to_visit.append(following)
-    return found
+    """Return the nodes that a gradient starting at ``start`` reaches, ``start`` included; nothing behind ``stop``."""
+    return set(_sources(start, stop))
 
 
 def _sources(start: Iterable[Node], stop: Collection[Node]) -> dict[Node, list[Node]]:
-    """Return the nodes of `reachable_nodes`, each with those from which a gradient comes to it."""
+    """Return each reachable node with the nodes from which a gradient arrives there."""
     sources: dict[Node, list[Node]] = {node: [] for node in start}
     to_visit = list(sources)
     while to_visit:
@@ -51,7 +41,7 @@ def nodes_on_paths(start: Iterable[Node], targets: Iterable[Tensor], *, stop: Co
 
     Args:
         start: where the gradient comes from, for example ``[node_of(loss)]``.
-        targets: tensors, parameters or intermediate results, whose gradient is sought.
+        targets: tensors whose gradient is wanted: parameters or intermediate results.
         stop: nodes that no path may pass. A path may end there if the node belongs to a target.
 
     Example:
@@ -75,36 +65,23 @@ def nodes_on_paths(start: Iterable[Node], targets: Iterable[Tensor], *, stop: Co
 
 
 def leaves_behind(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return the parameters that ``tensors`` depend on, in the order in which their graph comes to them.
+    """Return the parameters that ``tensors`` depend on.
 
     Example:
         >>> import torch
         >>> layer = torch.nn.Linear(2, 2)
-        >>> [tuple(leaf.shape) for leaf in leaves_behind([layer(torch.ones(1, 2))])]
+        >>> sorted(tuple(leaf.shape) for leaf in leaves_behind([layer(torch.ones(1, 2))]))
         [(2,), (2, 2)]
     """
-    leaves: dict[Tensor, None] = {}
-    seen: set[Node] = set()
-    to_visit = [node_of(tensor) for tensor in tensors]
-    while to_visit:
-        node = to_visit.pop(0)
-        if node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor) and leaf.is_leaf:
-            leaves[leaf] = None
-        to_visit.extend(following for following, _ in node.next_functions if following is not None)
-    return list(leaves)
+    found = (getattr(node, "variable", None) for node in reachable_nodes(map(node_of, tensors)))
+    return [leaf for leaf in found if isinstance(leaf, Tensor) and leaf.is_leaf]
 
 
 def reason_not_retraversable(nodes: Iterable[Node]) -> str | None:
-    """Say what in these nodes forbids to walk them a second time beside the ordinary backward pass, and how to mend it.
+    """Return why these nodes cannot be traversed again beside the ordinary backward pass, and the fix; or None.
 
-    ``None``: nothing does.
-
-    A compiled graph frees its buffers (or, out of the compiler's cache, silently gives other numbers); FSDP's nodes gather
-    and free weights when they are passed; a reentrant checkpoint refuses to be asked for a gradient.
+    A compiled graph frees its buffers (or, if it comes from the compiler's cache, silently returns wrong numbers). FSDP's
+    nodes gather and free weights when a gradient passes them. A reentrant checkpoint does not support torch.autograd.grad.
     """
     causes = {
         "Compiled": "a module compiled with torch.compile, whose graph cannot be walked twice. Name the heads with heads=, and "

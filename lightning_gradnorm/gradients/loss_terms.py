@@ -1,4 +1,4 @@
-"""What each part of a composite loss gives to the gradient of some parameters in the course of one optimizer step."""
+"""Reads how much each term of a composite loss adds to the gradient of some parameters in one optimizer step."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from lightning_gradnorm.gradients.graph import node_of, nodes_on_paths, reason_n
 from lightning_gradnorm.gradients.readers import flat_row
 
 REST = "rest_of_loss"
-"""What is in the back-propagated loss besides the parts that were named."""
+"""The name of the remainder: whatever the back-propagated loss contains besides the named terms."""
 
 
 @dataclass
 class LossTerm:
-    """Sums over the backward passes of one optimizer step."""
+    """Sums of one term over the backward passes of one optimizer step."""
 
     row: Tensor
     """Contribution to the gradient of the parameters, shape (n,)."""
     reaches: list[bool]
-    """Which of the parameters the part depends on."""
+    """Which of the parameters the term depends on."""
     weighted: Tensor
-    """The factors with which the part was back-propagated…"""
+    """The factors with which the term was back-propagated."""
     plain: Tensor
-    """… and those that it has in the loss as the model computes it. Their ratio is the part's weight."""
+    """The factors that the term has in the model's own loss. ``weighted / plain`` is the weight from a strategy."""
 
 
 @dataclass
 class _Reading:
-    """A part of the loss that is about to be back-propagated."""
+    """A term of the loss that is about to be back-propagated."""
 
     name: str
     loss: Tensor
@@ -45,60 +45,63 @@ class _Reading:
 
 
 class LossTermGradients:
-    """Sums up each part's contribution to ``.grad`` over the backward passes of one optimizer step.
+    """Sums up each term's contribution to ``.grad`` over the backward passes of one optimizer step.
 
-    Before a backward pass, `read` takes the gradient of each part as it stands in the total, by a first-order pass of its
-    own. Hooks, placed by `attach_hooks`, see by how much the part is multiplied beyond that, by a balancing strategy say, and
-    `finalize` puts both together. The graph that the backward pass will use, and all that it computes, stays as it is.
+    A balancing strategy may scale a loss's gradient during the backward pass, by a hook on the loss. So the contribution is
+    measured in two steps. Before the pass, `read` takes each term's gradient as it stands in the total, by a first-order pass
+    of its own. During the pass, hooks placed by `attach_hooks` record the factor that actually arrives at each term;
+    `finalize` scales the gradients by it. The graph and the results of the backward pass do not change.
 
     Args:
-        buffers: all of the model's, kept as they are where a reading runs a checkpointed region again.
-        asked_by: the beginning of each error.
+        buffers: all buffers of the model; they keep their values where reading recomputes a checkpointed region.
+        caller: begins each error.
     """
 
-    def __init__(self, buffers: Iterable[Tensor], *, asked_by: str) -> None:
+    def __init__(self, buffers: Iterable[Tensor], *, caller: str) -> None:
         self.parameters: list[Tensor] = []
-        self.parts: dict[str, LossTerm] = {}
+        self.sums: dict[str, LossTerm] = {}
+        """The terms that took part in a backward pass of this step."""
         self._buffers = BufferGuard(buffers)
-        self._asked_by = asked_by
-        self._examined: set[str] = set()
+        self._caller = caller
+        self._checked: set[str] = set()
         self._readings: list[_Reading] = []
         self._hooks = ExitStack()
 
     def begin(self, parameters: Sequence[Tensor]) -> None:
-        """Begin with new sums, of the gradients of these parameters."""
-        self.parameters, self.parts = list(parameters), {}
+        """Start new sums of the gradients of these parameters."""
+        self.parameters, self.sums = list(parameters), {}
 
     def read(self, total: Tensor, losses: Sequence[tuple[str, Tensor]], *, share: float, scale: float) -> None:
-        """Read the gradients of all parts of a total that is about to be back-propagated.
+        """Read the gradients of all terms of a total that is about to be back-propagated.
 
         Args:
-            total: what the model back-propagates.
-            losses: the parts, by name; those that are no part of this total are passed over.
-            share: what the total will be multiplied by: 1 over the number of micro-batches.
-            scale: what a loss scaler multiplies it by besides. It is in all passes, as it is in backward, for the sake of
-                small numbers in half precision; what comes out of them is divided by it.
+            total: the loss that the model back-propagates.
+            losses: the terms by name; those that do not contribute to this total are ignored.
+            share: the factor that the total will be multiplied by: 1 over the number of micro-batches.
+            scale: the factor of a loss scaler. The extra passes apply it as the backward pass does, because small numbers
+                would underflow in half precision; the results are divided by it.
 
         Raises:
-            ValueError: a part contains another, or the graph cannot be walked twice.
+            ValueError: a term contains another, or the graph cannot be traversed twice.
         """
         self._readings = []
         if not (total.requires_grad and self.parameters):
             return
         seed = torch.full_like(total, share * scale)
-        # As in the backward pass itself: outside autocast, and with no second batch seen by a checkpointed BatchNorm.
+        # As in the backward pass itself, outside autocast. A checkpointed BatchNorm must not count the batch twice.
         with (
             torch.autocast(total.device.type, enabled=False),
-            self._buffers.preserved(",".join(n for n, _ in losses)),
+            self._buffers.preserved(",".join(name for name, _ in losses)),
         ):
             seeds = self._grad(total, [loss for _, loss in losses], seed)
             found = [(name, loss, own) for (name, loss), own in zip(losses, seeds, strict=True) if own is not None]
-            self._examine(total, [(name, loss) for name, loss, _ in found])
+            self._check_graph(total, [(name, loss) for name, loss, _ in found])
             for name, loss, own in found:
                 row, reaches = self._row(loss, own, scale)
                 self._readings.append(_Reading(name, loss, own, row, reaches))
             stop = {node_of(loss) for _, loss, _ in found}
             if nodes_on_paths([node_of(total)], self.parameters, stop=stop):
+                # Some path avoids all terms. Zero gradients at the terms leave exactly the remainder's gradient.
                 with ExitStack() as hooks:
                     for _, loss, _ in found:
                         hooks.callback(loss.register_hook(torch.zeros_like).remove)  # type: ignore[no-untyped-call]
@@ -106,32 +109,32 @@ class LossTermGradients:
                 self._readings.append(_Reading(REST, total, seed, row, reaches, weighted=seed))
 
     def attach_hooks(self) -> None:
-        """Place hooks, behind all that are there, on the parts that were read: the backward pass is about to begin."""
+        """Place hooks on the terms, after all existing ones, so that they see the weighted gradient."""
         for reading in self._readings:
             if reading.name != REST:
-                handle = reading.loss.register_hook(partial(_note, reading))  # type: ignore[no-untyped-call]
+                handle = reading.loss.register_hook(partial(_record_weighted, reading))  # type: ignore[no-untyped-call]
                 self._hooks.callback(handle.remove)
 
     def finalize(self) -> None:
-        """Add what was read to the sums, as the backward pass that is over has weighted it."""
+        """Add the readings to the sums, with the weights that the backward pass has applied."""
         self._hooks.close()
         for reading in self._readings:
             if reading.weighted is None:
-                continue  # the pass did not come to it
+                continue  # the backward pass did not reach this term
             weight = torch.where(reading.plain == 0, 1, reading.weighted / reading.plain).reshape(())
             row = reading.row * weight.to(reading.row)
             weighted, plain = (one.to(row).reshape(()).abs() for one in (reading.weighted, reading.plain))
-            part = self.parts.get(reading.name)
-            if part is None:
-                self.parts[reading.name] = LossTerm(row, reading.reaches, weighted, plain)
+            term = self.sums.get(reading.name)
+            if term is None:
+                self.sums[reading.name] = LossTerm(row, reading.reaches, weighted, plain)
             else:
-                part.row = part.row + row
-                part.reaches = [a or b for a, b in zip(part.reaches, reading.reaches, strict=True)]
-                part.weighted, part.plain = part.weighted + weighted, part.plain + plain
+                term.row = term.row + row
+                term.reaches = [a or b for a, b in zip(term.reaches, reading.reaches, strict=True)]
+                term.weighted, term.plain = term.weighted + weighted, term.plain + plain
         self._readings = []
 
     def release_graph(self) -> None:
-        """Let go of the current forward pass's tensors; what was finalized stays."""
+        """Release the tensors of the current forward pass; the sums stay."""
         self._hooks.close()
         self._readings = []
 
@@ -145,28 +148,30 @@ class LossTermGradients:
             return ()
         return torch.autograd.grad(output, list(inputs), seed, retain_graph=True, allow_unused=True)
 
-    def _examine(self, total: Tensor, parts: Sequence[tuple[str, Tensor]]) -> None:
-        if self._examined >= {name for name, _ in parts} | {REST}:
+    def _check_graph(self, total: Tensor, terms: Sequence[tuple[str, Tensor]]) -> None:
+        """Check the graph when a term appears for the first time."""
+        names = {name for name, _ in terms} | {REST}
+        if self._checked >= names:
             return
-        self._examined |= {name for name, _ in parts} | {REST}
+        self._checked |= names
         if cause := reason_not_retraversable(nodes_on_paths([node_of(total)], self.parameters)):
             raise ValueError(
-                f"{self._asked_by}: the loss reaches the parameters through {cause.split(',')[0].rstrip('.')}, whose graph "
+                f"{self._caller}: the loss reaches the parameters through {cause.split(',')[0].rstrip('.')}, whose graph "
                 f"cannot be walked twice. Look at the gradients in a short run without it."
             )
-        for name, loss in parts:
-            others = [(other, tensor) for other, tensor in parts if other != name]
+        for name, loss in terms:
+            others = [(other, tensor) for other, tensor in terms if other != name]
             same = next((other for other, tensor in others if tensor is loss), None)
             inside = [(other, tensor) for other, tensor in others if node_of(tensor) is not node_of(loss)]
             between = nodes_on_paths([node_of(loss)], [tensor for _, tensor in inside])
             nested = same or next((other for other, tensor in inside if node_of(tensor) in between), None)
             if nested is not None:
-                parts_of_sum = [other for other, _ in others if other != nested] + [nested]
+                separate = [other for other, _ in others if other != nested] + [nested]
                 raise ValueError(
-                    f"{self._asked_by}: the loss '{name}' contains the loss '{nested}', so that their gradients are not parts "
-                    f"of one sum. Name those that are: losses={parts_of_sum}, say."
+                    f"{self._caller}: the loss '{name}' contains the loss '{nested}', so that their gradients are not parts of "
+                    f"one sum. Name losses that are, for example losses={separate}."
                 )
 
 
-def _note(reading: _Reading, seed: Tensor) -> None:
+def _record_weighted(reading: _Reading, seed: Tensor) -> None:
     reading.weighted = seed.detach().clone()

@@ -1,4 +1,4 @@
-"""How large the gradients of a composite loss's parts are, beside each other: norms, shares of their sum, conflicts."""
+"""Compares the gradients of several losses: norms, shares of their sum, conflicts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning_gradnorm.gradients.readers import flat_row
 
 
 class GradientNorms(Mapping[str, float]):
-    """The norm of each part's gradient, by the part's name; what follows from their products stands beside it.
+    """The norm of each loss's gradient, by name; also shares and cosines, from the inner products of the gradients.
 
     Args:
-        names: of the parts.
-        products: inner products of the parts' gradients, shape (T, T).
+        names: the losses.
+        products: inner products of their gradients, shape (T, T).
 
     Example:
         >>> found = GradientNorms(["a", "b"], torch.tensor([[9.0, 0.0], [0.0, 16.0]]))
@@ -29,11 +29,11 @@ class GradientNorms(Mapping[str, float]):
 
     def __init__(self, names: Sequence[str], products: Tensor) -> None:
         self.products = products.double().cpu()
-        """Inner products of the parts' gradients, shape (T, T)."""
+        """Inner products of the gradients, shape (T, T)."""
         norms = self.products.diagonal().clamp(min=0).sqrt()
         self._norms: dict[str, float] = dict(zip(names, norms.tolist(), strict=True))
         self.cosines = self.products / torch.outer(norms, norms)
-        """Of the angle between each two gradients, shape (T, T): -1 is plain conflict; nan where a gradient is zero."""
+        """Cosine of the angle between each pair of gradients, shape (T, T): -1 if they are opposed; nan if one is zero."""
 
     @override
     def __getitem__(self, name: str) -> float:
@@ -52,27 +52,27 @@ class GradientNorms(Mapping[str, float]):
 
     @property
     def shares(self) -> dict[str, float]:
-        """How much of the sum ``G = Σ g_i`` is due to each part: ``<g_i, G> / <G, G>``, the length of its projection on G.
+        """Each loss's share of the sum ``G = Σ g_i``: ``<g_i, G> / <G, G>``, the length of its projection on G.
 
-        The shares add up to 1, and those of several parts to the share of their sum. It is also the part's share of what a
-        small step along G takes off the total loss. Norms have neither property: of two large gradients that cancel each
-        other nothing is left. A part that pulls against the others has a negative share.
+        Shares add up to 1, and the shares of several losses add up to the share of their sum. To first order, a loss's share
+        is its share of what a small step along G takes off the total loss. Norms lack both properties: two large gradients
+        may cancel. A loss that pulls against the others has a negative share.
         """
         return dict(zip(self, (self.products.sum(dim=1) / self.products.sum()).tolist(), strict=True))
 
     @property
     def imbalance(self) -> float:
-        """The largest norm over the smallest, of the parts whose gradient is not zero."""
+        """The largest norm over the smallest, leaving out gradients that are zero."""
         norms = [norm for norm in self.values() if norm != 0]
         return max(norms) / min(norms) if norms else 1.0
 
     def of(self, names: Sequence[str]) -> GradientNorms:
-        """Return those of some parts alone."""
+        """Return the norms of these losses alone."""
         places = [list(self).index(name) for name in names]
         return GradientNorms(names, self.products[places][:, places])
 
     def cosine(self, one: str, other: str) -> float:
-        """Return the cosine between two parts' gradients."""
+        """Return the cosine between the gradients of two losses."""
         names = list(self)
         return float(self.cosines[names.index(one), names.index(other)])
 
@@ -80,16 +80,16 @@ class GradientNorms(Mapping[str, float]):
 def gradient_norms(losses: Mapping[str, Tensor], parameters: Iterable[Tensor]) -> GradientNorms:
     """Return the norm of each loss's gradient over all of ``parameters``, its share of their sum, and the conflicts.
 
-    One first-order pass for each loss. Nothing is changed: no ``.grad`` is touched, and the graph stays, so that
-    ``sum(losses.values()).backward()`` can follow.
+    Takes one first-order pass per loss. Neither ``.grad`` nor the graph changes, so ``sum(losses.values()).backward()`` may
+    follow.
 
     Args:
-        losses: the parts of a composite loss by name, each a scalar, as they are added up: with their coefficients.
-        parameters: those that the parts share, for example ``model.encoder.parameters()``. Frozen ones are left out; one
-            that a loss does not depend on has a gradient of zero.
+        losses: the terms of a composite loss by name, scalars, with the coefficients they have in the sum.
+        parameters: those that the losses share, for example ``model.encoder.parameters()``. Frozen ones are left out; where
+            a loss does not depend on a parameter, its gradient counts as zero.
 
     Raises:
-        TypeError, ValueError: a loss that is no scalar tensor or carries no gradient, or no parameter at all.
+        TypeError, ValueError: a loss is not a scalar tensor or carries no gradient, or there is no parameter.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1, bias=False)
@@ -103,25 +103,25 @@ def gradient_norms(losses: Mapping[str, Tensor], parameters: Iterable[Tensor]) -
     if not isinstance(losses, Mapping) or not losses:
         raise TypeError(f"gradient_norms: losses should be a mapping from name to loss; got {losses!r}")
     for name, loss in losses.items():
-        check_loss(loss, asked=f"gradient_norms: the loss '{name}'")
-    sought = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    strangers = [type(one).__name__ for one in sought if not isinstance(one, Tensor)]
-    if strangers:
+        check_loss(loss, caller=f"gradient_norms: the loss '{name}'")
+    tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    wrong = [type(one).__name__ for one in tensors if not isinstance(one, Tensor)]
+    if wrong:
         raise TypeError(
-            f"gradient_norms: parameters should be tensors, such as model.encoder.parameters(); got {strangers[0]}"
+            f"gradient_norms: parameters should be tensors, such as model.encoder.parameters(); got {wrong[0]}"
         )
-    sought = [one for one in sought if one.requires_grad]
-    if not sought:
+    trained = [one for one in tensors if one.requires_grad]
+    if not trained:
         raise ValueError("gradient_norms: parameters should have one that is trained (requires_grad=True); got none")
     rows = [
-        flat_row(torch.autograd.grad(loss, sought, retain_graph=True, allow_unused=True), sought)
+        flat_row(torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True), trained)
         for loss in losses.values()
     ]
     return GradientNorms(list(losses), inner_products(rows))
 
 
 def inner_products(rows: Sequence[Tensor]) -> Tensor:
-    """Return the products of each two vectors, shape (T, T), without a copy of them all in one matrix.
+    """Return the inner product of each pair of vectors, shape (T, T), without copying them into one matrix.
 
     Example:
         >>> inner_products([torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])])
@@ -135,27 +135,27 @@ def inner_products(rows: Sequence[Tensor]) -> Tensor:
     return products
 
 
-def check_loss(loss: Any, *, asked: str, otherwise: str = "") -> None:
-    """Refuse what is not a scalar with a gradient; ``asked`` is how the error begins.
+def check_loss(loss: Any, *, caller: str, otherwise: str = "") -> None:
+    """Raise an error unless ``loss`` is a scalar with a gradient.
 
     Args:
-        loss: of any kind.
-        asked: names the caller and the loss.
+        loss: of any type.
+        caller: the beginning of the error, which names the loss.
         otherwise: what else may be given where there is no gradient.
 
     Raises:
-        TypeError, ValueError: says what is the matter.
+        TypeError, ValueError: what is wrong, and how to fix it.
     """
     if not isinstance(loss, Tensor):
-        raise TypeError(f"{asked} should be a tensor; got {type(loss).__name__}.")
+        raise TypeError(f"{caller} should be a tensor; got {type(loss).__name__}.")
     if loss.numel() != 1:
         raise ValueError(
-            f"{asked} should be a scalar; got shape {tuple(loss.shape)}. Reduce it, for example with .mean()."
+            f"{caller} should be a scalar; got shape {tuple(loss.shape)}. Reduce it, for example with .mean()."
         )
     if loss.is_complex():
-        raise ValueError(f"{asked} should be a real number; got {loss.dtype}, which is complex.")
+        raise ValueError(f"{caller} should be a real number; got {loss.dtype}, which is complex.")
     if not loss.requires_grad:
         raise ValueError(
-            f"{asked} should be part of the graph, but it carries no gradient. Give the loss itself, not .detach() or "
+            f"{caller} should be part of the graph, but it carries no gradient. Give the loss itself, not .detach() or "
             f".item(){otherwise}."
         )

@@ -1,8 +1,7 @@
-"""Readers take the gradients of one task, as they come back in backward, for what a strategy asks of them.
+"""Readers take the gradients of one task as they arrive in backward, in the form a strategy needs.
 
-A row reader sums over the passes of one optimizer step (micro-batches, heads that are called twice) and yields one row for
-each task. Rows of several ranks may be added up before the norm is taken, which is what makes the norm exact:
-the norm of a sum is not the sum of norms.
+A row reader sums over the passes of one optimizer step (micro-batches, heads that are called twice) and yields one row per
+task. Sum the rows over ranks before taking the norm: the norm of a sum is not the sum of norms.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 _PIECE = 1024
-"""Numbers of a longer row whose norm is taken at once."""
+"""Length of the pieces in which the norm of a long row is taken."""
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
@@ -24,18 +23,19 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    """Return a sparse gradient (of an Embedding) as a dense one, a complex one as pairs of real numbers."""
+    """Return a sparse gradient (of an Embedding) as a dense one, and a complex one as pairs of real numbers."""
     gradient = gradient.to_dense() if gradient.is_sparse else gradient
     return torch.view_as_real(gradient) if gradient.is_complex() else gradient
 
 
 def norms_of_rows(rows: Tensor) -> Tensor:
-    """Return the norm of each row, shape (T,): of pieces, and then of their norms.
+    """Return the norm of each row, shape (T,).
 
-    Of a million float32 numbers at once torch's norm has lost three digits on a CPU, where it adds them up one by one.
+    Long rows are cut into pieces whose norms are combined. torch's norm adds float32 numbers one by one on a CPU, and loses
+    three digits over a million of them.
     """
     pieces = rows.shape[1] // _PIECE
-    if pieces < 16:  # six digits; a network of short rows has better things to do
+    if pieces < 16:  # exact to six digits, and faster
         whole: Tensor = torch.linalg.vector_norm(rows, dim=1)
         return whole
     end = pieces * _PIECE
@@ -49,7 +49,7 @@ def row_width(parameters: Sequence[Tensor]) -> int:
 
 
 def flat_row(found: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
-    """Return the gradients of ``W``'s parameters as one vector, zero where there is none, in float32 or float64."""
+    """Return the gradients of ``parameters`` as one vector in float32 or float64, with zeros where there is none."""
     parts = [
         _dense(torch.zeros_like(parameter) if part is None else part)
         for part, parameter in zip(found, parameters, strict=True)
@@ -59,26 +59,26 @@ def flat_row(found: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Te
 
 
 def add_up(old: list[Tensor | None] | None, new: list[Tensor | None]) -> list[Tensor | None]:
-    """Return the sum, place by place, of gradients that may be ``None``."""
+    """Return the elementwise sum of two lists of gradients, any of which may be ``None``."""
     if old is None:
         return new
     return [a if b is None else b if a is None else a + b for a, b in zip(old, new, strict=True)]
 
 
 class GradientReader(ABC):
-    """Takes what arrives at the sought tensors, task by task.
+    """Reads the gradient at some target tensors, task by task.
 
-    `read` is called in backward, `finish` after it, `forget` when the graph of the forward pass is done with, and `clear`
-    when an optimizer step is over.
+    `read` is called in backward and `on_backward_end` after it. `release_graph` is called when the forward pass's graph is no
+    longer needed, and `reset` when the next optimizer step begins.
     """
 
     module: nn.Module | None = None
-    """The module whose calls it has to see, each between `before` and `after`."""
+    """The module whose calls the reader must see, by `forward_pre` and `forward_post`."""
 
     @property
     @abstractmethod
     def label(self) -> str:
-        """What the sought tensors are called in an error."""
+        """What errors call the targets."""
 
     @property
     @abstractmethod
@@ -87,30 +87,30 @@ class GradientReader(ABC):
 
     @abstractmethod
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> object:
-        """Take this task's gradients, which have just arrived at ``outputs``; the answer is that of a `Receive`."""
+        """Read this task's gradients, which have just arrived at ``outputs``. Return what a `Receive` returns."""
 
     def finalize_task(self, task: str) -> None:
-        """Take note that nothing more of this task will be read in this optimizer step."""
+        """Called when this task's gradient is complete for this optimizer step."""
         return
 
     def forward_pre(self, args: Any, kwargs: Any) -> None:
-        """See the arguments with which `module` is called."""
+        """Called with the arguments of each call of `module`."""
         return
 
     def forward_post(self, output: Any) -> Any:
-        """See what `module` returns; return what is to be handed on in its place, or ``None``."""
+        """Called with the output of each call of `module`. Return a replacement, or ``None``."""
         return None
 
     def why_unreadable(self, loss: Tensor) -> str | None:
-        """Return what speaks against reading this task here, the end of a sentence; ``None`` if nothing does."""
+        """Return why this task's gradient cannot be read here (the end of an error message), or None."""
         return None
 
     def on_backward_end(self) -> None:
-        """Do what is left to do when a backward pass is over."""
+        """Called when a backward pass is over."""
         return
 
     def release_graph(self) -> None:
-        """Let go of the current forward pass's tensors; what was read of them stays."""
+        """Release the tensors of the current forward pass; the results stay."""
         return
 
     def reset(self) -> None:
@@ -119,25 +119,25 @@ class GradientReader(ABC):
 
 
 class RowReader(GradientReader):
-    """Sums up one row for each task over the passes of one optimizer step."""
+    """Sums up one row per task over the passes of one optimizer step."""
 
     def __init__(self) -> None:
         self._rows: dict[str, Tensor] = {}
         self._finalized: dict[str, Tensor] = {}
-        """The norms of tasks whose rows are not kept."""
+        """The norms of tasks whose gradient is complete. Their rows are freed: T copies of a layer would be large."""
 
     def norms_of(self, rows: Tensor) -> Tensor:
-        """Return the T norms that belong to rows of shape (T, n), which may have been summed over ranks."""
+        """Return the T norms for rows of shape (T, n), which may have been summed over ranks."""
         return norms_of_rows(rows)
 
     @abstractmethod
     def width(self) -> int:
-        """Return n, the number of values that a task's row has."""
+        """Return n, the length of a row."""
 
     def rows(self, tasks: Sequence[str], like: Tensor) -> Tensor:
         """Return the sums so far, shape (T, n), zero for a task not seen, in the dtype and on the device of ``like``.
 
-        Tasks that were closed have none any more.
+        Not available once a task has been finalized.
         """
         assert not self._finalized
         rows = like.new_zeros(len(tasks), self.width())
@@ -148,18 +148,18 @@ class RowReader(GradientReader):
 
     def norms(self, tasks: Sequence[str]) -> Tensor:
         """Return the norms of the gradients read so far, shape (T,), zero for a task not seen."""
-        # Row by row: a table of T copies of W would take longer to fill than the norms to compute.
+        # Row by row: filling a table of T copies of W would take longer than computing the norms.
         known = self._finalized | {task: self.norms_of(row[None]).squeeze(0) for task, row in self._rows.items()}
-        nothing = next(iter(known.values()), torch.zeros(())).new_zeros(())
-        return torch.stack([known.get(task, nothing) for task in tasks])
+        zero = next(iter(known.values()), torch.zeros(())).new_zeros(())
+        return torch.stack([known.get(task, zero) for task in tasks])
 
     def finalize_task(self, task: str) -> None:
-        """Keep the norm of what was read of the task, and not its row."""
+        """Replace the task's row by its norm."""
         if task in self._rows:
             self._finalized[task] = self.norms_of(self._rows.pop(task)[None]).squeeze(0)
 
     def rescale(self, task: str, factor: Tensor) -> None:
-        """Multiply what was read of a task's gradient by ``factor``."""
+        """Multiply the task's gradient by ``factor``."""
         if task in self._rows:
             self._rows[task] = self._rows[task] * factor
         if task in self._finalized:
@@ -171,12 +171,8 @@ class RowReader(GradientReader):
         self._rows.clear()
         self._finalized.clear()
 
-    def _is_closed(self, task: str) -> bool:
-        """Say whether nothing more of the task can be taken in."""
-        return task in self._finalized
-
     def _refuse_if_finalized(self, task: str) -> None:
-        if self._is_closed(task):
+        if task in self._finalized:
             raise RuntimeError(
                 f"the gradient of task '{task}' is read again after it was said to be complete: the task's loss was "
                 f"back-propagated twice for one optimizer step, in on_before_backward, say. Do it once, or in the module's own "
@@ -191,18 +187,18 @@ class RowReader(GradientReader):
 class WeightGradients(RowReader):
     """Reads ``∇_W L_i``, the gradient of each task at the shared layer's parameters (GradNorm, section 3.1).
 
-    The vector-Jacobian product runs from where the gradient arrived down to ``W`` and no further, on the graph that the
-    backward pass is about to use.
+    The vector-Jacobian product runs from where the gradient has arrived down to ``W`` and stops there. It uses the graph that
+    the backward pass is about to traverse.
 
     Args:
-        parameters: the tensors ``W`` consists of.
+        parameters: the tensors that make up ``W``.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__()
         self._parameters = list(parameters)
         self.unreached: set[str] = set()
-        """Tasks from which no way led to ``W`` in this optimizer step."""
+        """Tasks whose gradient did not reach ``W`` in a pass of this optimizer step."""
 
     @property
     def label(self) -> str:
@@ -214,8 +210,8 @@ class WeightGradients(RowReader):
         """The tensors of ``W``."""
         return self._parameters
 
-    def seek(self, parameters: Sequence[Tensor]) -> None:
-        """Let ``W`` consist of these tensors from now on; what has been read of those that stay is kept."""
+    def set_targets(self, parameters: Sequence[Tensor]) -> None:
+        """Let ``W`` consist of these tensors from now on. Gradients of tensors that remain are kept."""
         if [id(parameter) for parameter in parameters] == [id(parameter) for parameter in self._parameters]:
             return
         for task, row in self._rows.items():
@@ -242,14 +238,14 @@ class WeightGradients(RowReader):
 
 
 class ActivationGradients(RowReader):
-    """Reads ``∇_z L_i``, the gradient of each task at the representation: no product with the last layer is needed.
+    """Reads ``∇_z L_i``, the gradient of each task at the representation, without a product with the last layer.
 
-    Each row of a batch has a representation of its own, so that the squares simply add up over micro-batches and ranks.
-    `after` is shown the tensors of the current forward pass.
+    Each sample of a batch has its own representation, so squares simply add up over micro-batches and ranks: a row is one
+    sum of squares.
 
     Args:
         module: the encoder, whose output is the representation.
-        name: what the representation is called in an error.
+        name: what errors call the representation.
     """
 
     def __init__(self, module: nn.Module | None = None, name: str = "the representation") -> None:
@@ -265,7 +261,7 @@ class ActivationGradients(RowReader):
         return self._name
 
     def forward_post(self, output: Any) -> None:
-        """Take the gradients of this forward pass at the tensors in ``output``."""
+        """Read gradients at the tensors in ``output`` in this forward pass."""
         self._targets.extend(t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad)
 
     @property
@@ -274,7 +270,7 @@ class ActivationGradients(RowReader):
         return self._targets
 
     def release_graph(self) -> None:
-        """Let go of the current forward pass's tensors; what was read of them stays."""
+        """Release the tensors of the current forward pass; the results stay."""
         self._square()
         self._targets = []
 
@@ -285,7 +281,7 @@ class ActivationGradients(RowReader):
         self._arrived[task] = add_up(self._arrived.get(task), list(found))
 
     def _square(self, tasks: Iterable[str] | None = None) -> None:
-        """Turn these tasks' gradients, all of them by default, into squares: they have arrived in all their parts."""
+        """Reduce the gradients of these tasks, by default of all, to sums of squares. No more of them may arrive."""
         for task in list(self._arrived if tasks is None else tasks):
             gradients = self._arrived.pop(task, [])
             squares = [_at_least_float32(part).square().sum() for part in gradients if part is not None]
@@ -293,7 +289,7 @@ class ActivationGradients(RowReader):
                 self._add(task, torch.stack(squares).sum().reshape(1))
 
     def finalize_task(self, task: str) -> None:
-        """Keep the norm of what was read of the task, and not the T-th copy of the representation."""
+        """Replace the task's gradient by its norm. It is as large as the representation."""
         self._square([task])
         super().finalize_task(task)
 
@@ -308,12 +304,12 @@ class ActivationGradients(RowReader):
         return super().norms(tasks)
 
     def rescale(self, task: str, factor: Tensor) -> None:
-        """Multiply what was read of a task's gradient by ``factor``: the squares by its square."""
+        """Multiply the task's gradient by ``factor``, and so its square by the factor's square."""
         self._square([task])
         super().rescale(task, factor if task in self._finalized else factor.square())
 
     def norms_of(self, rows: Tensor) -> Tensor:
-        """Return the root of each row's sum of squares."""
+        """Return the square root of each row's sum of squares."""
         return rows.squeeze(1).sqrt()
 
     def width(self) -> int:

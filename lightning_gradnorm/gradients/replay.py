@@ -1,10 +1,10 @@
-"""Running a module once more, for the gradient of its parameters where the graph of the forward pass cannot be walked.
+"""Runs a module again to get gradients of its parameters, where the graph of the forward pass cannot be traversed twice.
 
-Reading a task's gradient walks part of the graph that the ordinary backward pass is about to walk. Some parts cannot be
-walked twice: what `torch.compile` made frees its buffers or, worse, gives wrong numbers; a layer that FSDP shards has let
-go of its weight; a reentrant activation checkpoint has no graph at all. A `Replay` notes how a module was called and
-which gradients of each task arrive at its output, and when the backward pass is over it runs the module again, eagerly,
-with the same input, the same random numbers and the whole of each parameter, on a small graph of its own.
+Reading a task's gradient traverses part of the graph that the ordinary backward pass is about to traverse. Some parts do not
+allow that: a graph from `torch.compile` frees its buffers or, worse, returns wrong numbers; a layer sharded by FSDP has freed
+its weight; a reentrant activation checkpoint has no graph at all. `ReplayedGradients` records how a module was called and
+which gradient of each task arrives at its output. After the backward pass it runs the module again, eagerly, with the same
+input, the same random numbers and unsharded parameters, on a small graph of its own.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from lightning_gradnorm.gradients.readers import RowReader, add_up, flat_row, ro
 
 
 @dataclass
-class _Surroundings:
-    """What a module's result depends on besides its arguments and its parameters: random numbers and autocast."""
+class _Environment:
+    """The state that a module's output depends on besides its arguments and parameters: random numbers and autocast."""
 
     cpu: Tensor
     devices: list[int]
@@ -38,7 +38,7 @@ class _Surroundings:
     autocast_dtype: torch.dtype
 
     @classmethod
-    def now(cls, tensors: Sequence[Tensor]) -> _Surroundings:
+    def current(cls, tensors: Sequence[Tensor]) -> _Environment:
         device_type = next((t.device.type for t in tensors if t.device.type != "cpu"), "cpu")
         devices, states = get_device_states(*tensors)
         return cls(
@@ -51,7 +51,8 @@ class _Surroundings:
         )
 
     @contextmanager
-    def again(self) -> Iterator[None]:
+    def restored(self) -> Iterator[None]:
+        """Run the block in this environment. Afterwards, the random number generators are as before."""
         kind = "cuda" if self.device_type == "cpu" else self.device_type
         with (
             torch.random.fork_rng(self.devices, device_type=kind),
@@ -68,21 +69,21 @@ class _Call:
     """One call of the module in the current forward pass."""
 
     arguments: Any
-    surroundings: _Surroundings
-    before: set[Node]
-    """Where the gradients of its arguments go on to."""
+    environment: _Environment
+    argument_nodes: set[Node]
+    """The nodes at which gradients of its arguments arrive."""
     outputs: list[Tensor] = field(default_factory=list)
     arrived: dict[str, list[Tensor | None]] = field(default_factory=dict)
-    """Task → its gradient at each of the outputs."""
+    """Task → its gradient at each output."""
 
 
 class ReplayedGradients(RowReader):
-    """Reads ``∇_W L_i`` as `WeightGradients` does, by running a module that contains ``W`` once more.
+    """Reads ``∇_W L_i`` as `WeightGradients` does, by running a module that contains ``W`` again.
 
     Args:
-        module: a module that contains ``W`` and is called in the forward pass, each call between `before` and `after`.
+        module: a module that contains ``W`` and is called in the forward pass.
         parameters: the names of ``W`` in ``module``.
-        name: what to call the module in an error.
+        name: what errors call the module.
     """
 
     module: nn.Module
@@ -91,10 +92,10 @@ class ReplayedGradients(RowReader):
         super().__init__()
         self.module = module
         self._name = name
-        self._module = getattr(module, "_orig_mod", module)  # what torch.compile has wrapped
+        self._module = getattr(module, "_orig_mod", module)  # the module inside a torch.compile wrapper
         self._parameters = list(parameters)
         self._calls: list[_Call] = []
-        self._begun: list[_Call] = []
+        self._running: list[_Call] = []
         self._verified = False
 
     @property
@@ -104,7 +105,7 @@ class ReplayedGradients(RowReader):
 
     @property
     def targets(self) -> list[Tensor]:
-        """What the module returned in this forward pass, as far as it is part of the graph."""
+        """The module's outputs in this forward pass that carry a gradient."""
         return [tensor for call in self._calls for tensor in call.outputs if tensor.requires_grad]
 
     def width(self) -> int:
@@ -113,34 +114,34 @@ class ReplayedGradients(RowReader):
 
     @property
     def shared(self) -> list[nn.Parameter]:
-        """The parameters that ``W`` consists of."""
+        """The parameters that make up ``W``."""
         return [self._module.get_parameter(name) for name in self._parameters]
 
     @property
-    def before_calls(self) -> set[Node]:
-        """Where gradients go on to from what the module was given in this forward pass."""
-        return set().union(*(call.before for call in self._calls))
+    def argument_nodes(self) -> set[Node]:
+        """The nodes at which gradients of the module's arguments arrive in this forward pass."""
+        return set().union(*(call.argument_nodes for call in self._calls))
 
     def forward_pre(self, args: Any, kwargs: Any) -> None:
-        """Note how the module is called."""
+        """Record the arguments and the environment of a call."""
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        before = {node_of(tensor) for tensor in given if tensor.requires_grad}
+        nodes = {node_of(tensor) for tensor in given if tensor.requires_grad}
         detached = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-        self._begun.append(_Call(detached, _Surroundings.now(given), before))
+        self._running.append(_Call(detached, _Environment.current(given), nodes))
 
     def forward_post(self, output: Any) -> Any:
-        """Note what the module returns; return views of it to be handed on in its place.
+        """Return views of the module's output, at which gradients will be read.
 
-        Views, since the gradient at the output itself cannot be asked for where somebody else has hung a hook on it.
+        Views, because the gradient at the output itself cannot be read if other code has placed a hook on it.
         """
-        call = self._begun.pop()
+        call = self._running.pop()
         views = pytree.tree_map_only(Tensor, lambda tensor: tensor.view_as(tensor), output)
         call.outputs = [leaf for leaf in pytree.tree_leaves(views) if isinstance(leaf, Tensor)]
         self._calls.append(call)
         return views
 
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Carry the task's gradient on to the module's output, and keep it there until the backward pass is over."""
+        """Compute the task's gradient at the module's output and keep it until the backward pass is over."""
         found = iter(torch.autograd.grad(outputs, self.targets, gradients, retain_graph=True, allow_unused=True))
         for call in self._calls:
             here = [next(found) if tensor.requires_grad else None for tensor in call.outputs]
@@ -148,46 +149,48 @@ class ReplayedGradients(RowReader):
                 call.arrived[task] = add_up(call.arrived.get(task), here)
 
     def on_backward_end(self) -> None:
-        """Run the module again, and add what ``W`` gets from each task.
+        """Run the module again, and add each task's contribution to the gradient of ``W``.
 
         Raises:
-            RuntimeError: the second run gives something else than the first.
+            RuntimeError: the second run returns something else than the first.
         """
-        tensors, W = self._whole_tensors()  # may be a collective: on every rank, whichever tasks are present here
+        # Gathering sharded weights is a collective: every rank takes part, whichever tasks it has seen.
+        tensors, W = self._whole_tensors()
         for call in self._calls:
             if call.arrived:
                 self._run_again(call, tensors, W)
                 call.arrived = {}
 
     def release_graph(self) -> None:
-        """Let go of the current forward pass."""
-        self._calls, self._begun = [], []
+        """Release the current forward pass."""
+        self._calls, self._running = [], []
 
     def _whole_tensors(self) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Return what stands for each parameter and buffer in the second run, by the place where it is; and those for ``W``.
+        """Return the tensors that replace parameters and buffers in the second run, by name; and those that replace ``W``.
 
-        A module that has two names has its places once, a parameter that is in two modules is one tensor in two places.
+        Ties are kept: a parameter of two modules has two names here and one replacement. A module with two names appears
+        once, because functional_call replaces the tensors of the module itself.
         """
         W = [id(parameter) for parameter in self.shared]
-        stands_for: dict[int, Tensor] = {}
+        replacements: dict[int, Tensor] = {}
         tensors: dict[str, Tensor] = {}
         for prefix, module in self._module.named_modules():
             for name, own in (*module._parameters.items(), *module._buffers.items()):
                 if own is None:
                     continue
-                if id(own) not in stands_for:
-                    # Buffers are copied: running statistics are not to see the batch twice.
+                if id(own) not in replacements:
+                    # Buffers are copied: running statistics must not count the batch twice.
                     is_parameter = isinstance(own, nn.Parameter)
                     tensor = _whole(own).detach() if is_parameter else own.detach().clone()
-                    stands_for[id(own)] = tensor.requires_grad_(id(own) in W)
-                tensors[f"{prefix}.{name}" if prefix else name] = stands_for[id(own)]
-        return tensors, [stands_for[parameter] for parameter in W]
+                    replacements[id(own)] = tensor.requires_grad_(id(own) in W)
+                tensors[f"{prefix}.{name}" if prefix else name] = replacements[id(own)]
+        return tensors, [replacements[parameter] for parameter in W]
 
     def _run_again(self, call: _Call, tensors: Mapping[str, Tensor], W: Sequence[Tensor]) -> None:
         args, kwargs = call.arguments
         with (
             torch.enable_grad(),
-            call.surroundings.again(),
+            call.environment.restored(),
             _without_sharding_hooks(self._module),
             torch.compiler.set_stance("force_eager"),
         ):
@@ -203,7 +206,7 @@ class ReplayedGradients(RowReader):
                 self._add(task, flat_row(found, W))
 
     def _verify(self, first: Sequence[Tensor], again: Sequence[Tensor]) -> None:
-        """Compare the two runs, once: rounding may differ, a dropout mask may not."""
+        """Compare the two runs, in the first batch only: rounding may differ, a dropout mask may not."""
         if self._verified:
             return
         if len(first) != len(again) or not all(_close(a, b) for a, b in zip(first, again, strict=True)):
@@ -217,7 +220,7 @@ class ReplayedGradients(RowReader):
 
 
 class _Forward(nn.Module):
-    """Calls a module's ``forward`` alone: what hangs on the module has run when the call was noted."""
+    """Calls a module's ``forward`` without its hooks, which have run in the first call."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -229,7 +232,7 @@ class _Forward(nn.Module):
 
 @contextmanager
 def _without_sharding_hooks(module: nn.Module) -> Iterator[None]:
-    """Keep FSDP2's hooks inside ``module`` quiet: they gather and free weights that we bring along ourselves."""
+    """Disable FSDP2's hooks inside ``module``: they would gather and free weights that are already replaced."""
     tables = [
         (inner, table)
         for inner in module.modules()
@@ -247,7 +250,7 @@ def _without_sharding_hooks(module: nn.Module) -> Iterator[None]:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Say whether FSDP2 (``fully_shard``) was applied to this very module."""
+    """Return True if FSDP2 (``fully_shard``) was applied to this very module."""
     if not torch.distributed.is_available():
         return False
     from torch.distributed.fsdp import FSDPModule

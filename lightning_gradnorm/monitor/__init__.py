@@ -1,4 +1,4 @@
-"""Measures the gradient norm of each part of a loss, with or without a balancing strategy."""
+"""Measures the gradient norm of each term of a loss, with or without a balancing strategy."""
 
 from lightning_gradnorm.monitor.callback import GradientNormMonitor
 

@@ -1,4 +1,4 @@
-"""What the measured steps of a training have in common, and the few sentences that say it."""
+"""Running means over the measured steps of a training, and a summary of them in plain words."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 from lightning_gradnorm.gradients import REST, GradientNorms
 
 _CLEAR = -0.05
-"""A mean cosine above it is no conflict to speak of."""
+"""A mean cosine above this is not reported as a conflict."""
 
 
-class Tally:
-    """Sums over the measured steps. Of a part that was absent from some, means are over the others.
+class RunningSummary:
+    """Sums over the measured steps. A loss that was absent from some steps is averaged over the others.
 
     Example:
         >>> import torch
-        >>> tally = Tally()
-        >>> tally.add(GradientNorms(["rul", "hs"], torch.tensor([[16.0, 0.0], [0.0, 1.0]])), {"rul": 1.0, "hs": 1.0})
-        >>> print(tally.sentences("Monitor", "the update", "`encoder.fc`"))  # doctest: +ELLIPSIS
+        >>> summary = RunningSummary()
+        >>> summary.add(GradientNorms(["rul", "hs"], torch.tensor([[16.0, 0.0], [0.0, 1.0]])), {"rul": 1.0, "hs": 1.0})
+        >>> print(summary.sentences("Monitor", "the update", "`encoder.fc`"))  # doctest: +ELLIPSIS
         Monitor, 1 measured step: `rul` carries 94 % of the update on `encoder.fc`, `hs` 6 %.
         Mean norms: `rul` 4, `hs` 1; the largest is 4 times the smallest.
         Suggested static weights, which make the mean norms equal: FixedWeights({'rul': 0.4, 'hs': 1.6}). A regularizer ...
@@ -36,7 +36,7 @@ class Tally:
         self._not_finite: dict[str, int] = {}
 
     def add(self, found: GradientNorms, weights: Mapping[str, float]) -> None:
-        """Count a measured step in: what was found, and the weight that each part had beyond the model's own coefficient."""
+        """Add a measured step: its norms, and the weight that each loss had beyond the model's own coefficient."""
         wrong = [name for name, norm in found.items() if not math.isfinite(norm)]
         for name in wrong:
             self._not_finite[name] = self._not_finite.get(name, 0) + 1
@@ -51,9 +51,9 @@ class Tally:
             self._norms[name] = self._norms.get(name, 0.0) + found[name]
             plain = found[name] / weights[name] if weights[name] else 0.0
             self._plain_norms[name] = self._plain_norms.get(name, 0.0) + plain
-        parts = [name for name in found if name != REST]
-        for place, one in enumerate(parts):
-            for other in parts[place + 1 :]:
+        losses = [name for name in found if name != REST]
+        for place, one in enumerate(losses):
+            for other in losses[place + 1 :]:
                 cosine = found.cosine(one, other)
                 if math.isfinite(cosine):
                     row = self._cosines.setdefault(one, {}).setdefault(other, [0.0, 0, 0])
@@ -61,17 +61,17 @@ class Tally:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Each part's share of the update, where a step counts as the square of its length."""
+        """Each loss's share of the update, steps weighted by the squared length of their update."""
         return {name: along / self._squared for name, along in self._along.items()} if self._squared > 0 else {}
 
     @property
     def norms(self) -> dict[str, float]:
-        """The mean norm of each part's gradient, as it was in the update."""
+        """The mean norm of each loss's gradient, as it was in the update."""
         return {name: norm / self._counts[name] for name, norm in self._norms.items()}
 
     @property
     def suggested_weights(self) -> dict[str, float]:
-        """Static weights, of sum T, that would have made the mean norms of the parts equal."""
+        """Static weights, summing to T, that would have made the mean norms of the losses equal."""
         means = {
             name: norm / self._counts[name] for name, norm in self._plain_norms.items() if name != REST and norm > 0
         }
@@ -79,13 +79,19 @@ class Tally:
         return {name: len(means) / (mean * inverse) for name, mean in means.items()}
 
     def sentences(self, who: str, what: str, where: str) -> str:
-        """Return what a user wants to know, in plain words; ``what`` is the sum of the parts, ``where`` the parameters."""
+        """Return the summary in plain words.
+
+        Args:
+            who: the beginning of the first sentence.
+            what: the sum of all gradients, ``"the update"``.
+            where: the parameters.
+        """
         lines = []
         if self._steps:
             steps = f"{self._steps} measured step{'s' if self._steps > 1 else ''}"
-            lines.append(f"{who}, {steps}: {self._who_carries(what, where)}.")
-            lines.append(self._how_large())
-            lines.extend(self._who_conflicts())
+            lines.append(f"{who}, {steps}: {self._update_shares(what, where)}.")
+            lines.append(self._mean_norms())
+            lines.extend(self._conflicts())
             weights = {name: float(f"{weight:.3g}") for name, weight in self.suggested_weights.items()}
             if len(weights) > 1:
                 lines.append(
@@ -102,23 +108,25 @@ class Tally:
         )
         return "\n".join(lines)
 
-    def _who_carries(self, what: str, where: str) -> str:
+    def _update_shares(self, what: str, where: str) -> str:
         shares = sorted(self.shares.items(), key=lambda item: -item[1])
         if not shares:
             return f"nothing moves {where}, all gradients are zero"
-        (first, most), *others = [(_called(name), _percent(share)) for name, share in shares]
+        (first, most), *others = [(_quoted(name), _percent(share)) for name, share in shares]
         return ", ".join(
             [f"{first} carries {most} of {what} on {where}", *(f"{name} {share}" for name, share in others)]
         )
 
-    def _how_large(self) -> str:
+    def _mean_norms(self) -> str:
         norms = self.norms
-        shown = ", ".join(f"{_called(name)} {norm:.3g}" for name, norm in norms.items())
-        of_parts = [norm for name, norm in norms.items() if name != REST and norm > 0]
-        ratio = f"; the largest is {max(of_parts) / min(of_parts):.3g} times the smallest" if len(of_parts) > 1 else ""
+        shown = ", ".join(f"{_quoted(name)} {norm:.3g}" for name, norm in norms.items())
+        of_losses = [norm for name, norm in norms.items() if name != REST and norm > 0]
+        ratio = (
+            f"; the largest is {max(of_losses) / min(of_losses):.3g} times the smallest" if len(of_losses) > 1 else ""
+        )
         return f"Mean norms: {shown}{ratio}."
 
-    def _who_conflicts(self) -> list[str]:
+    def _conflicts(self) -> list[str]:
         pairs = [
             (total / count, int(against), int(count), one, other)
             for one, row in self._cosines.items()
@@ -132,15 +140,15 @@ class Tally:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums, as plain numbers."""
+        """Return the sums, as plain numbers. The attributes' names are the checkpoint's keys."""
         return dict(vars(self))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from these sums."""
+        """Continue from these sums."""
         vars(self).update(state)
 
 
-def _called(name: str) -> str:
+def _quoted(name: str) -> str:
     return "the rest of the loss" if name == REST else f"`{name}`"
 
 
