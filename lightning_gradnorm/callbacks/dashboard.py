@@ -89,7 +89,7 @@ class TensorBoardDashboard(L.Callback):
         self._update(trainer)
 
     def _update(self, trainer: L.Trainer) -> None:
-        loggers = [logger for logger in trainer.loggers if _is_tensorboard(logger)]
+        loggers = [logger for logger in trainer.loggers if is_tensorboard(logger)]
         if not loggers:
             return
         self._names |= trainer.callback_metrics.keys()
@@ -100,6 +100,7 @@ class TensorBoardDashboard(L.Callback):
                 logger.experiment.add_custom_scalars(layout)  # type: ignore[attr-defined]
 
 
-def _is_tensorboard(logger: Logger) -> bool:
+def is_tensorboard(logger: Logger) -> bool:
+    """Return True for a `TensorBoardLogger` of either Lightning package."""
     # By name, since `lightning` and `pytorch_lightning` have one each. To ask `experiment` would start other loggers' runs.
     return any(kind.__name__ == "TensorBoardLogger" for kind in type(logger).__mro__)
