@@ -6,8 +6,9 @@ import re
 from collections.abc import Collection
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
+
+from lightning_gradnorm.callbacks.packages import is_one_of, works_in_both_packages
 
 Layout = dict[str, dict[str, list[object]]]
 
@@ -55,6 +56,7 @@ def layout_of(names: Collection[str]) -> Layout:
     return layout
 
 
+@works_in_both_packages
 class TensorBoardDashboard(L.Callback):
     """Write the layout of the Custom Scalars tab: what the strategy does, the losses and the metrics by task, the monitor.
 
@@ -89,7 +91,7 @@ class TensorBoardDashboard(L.Callback):
         self._update(trainer)
 
     def _update(self, trainer: L.Trainer) -> None:
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        loggers = [logger for logger in trainer.loggers if is_one_of(logger, "TensorBoardLogger")]
         if not loggers:
             return
         self._names |= trainer.callback_metrics.keys()
@@ -97,4 +99,4 @@ class TensorBoardDashboard(L.Callback):
         if layout != self._written and not trainer.sanity_checking:  # that only tells what will be logged
             self._written = layout
             for logger in loggers:
-                logger.experiment.add_custom_scalars(layout)
+                logger.experiment.add_custom_scalars(layout)  # type: ignore[attr-defined]

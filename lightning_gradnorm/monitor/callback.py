@@ -14,7 +14,6 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -442,8 +441,9 @@ class GradientNormMonitor(L.Callback):
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for logger in trainer.loggers:
             logger.log_metrics(shown, step=step)
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero and len(parts) > 1:
-                logger.experiment.add_image(f"{self.prefix}/cosine", paint_cosines(list(parts), parts.cosines), step)
+            if is_one_of(logger, "TensorBoardLogger") and trainer.is_global_zero and len(parts) > 1:
+                picture = paint_cosines(list(parts), parts.cosines)
+                logger.experiment.add_image(f"{self.prefix}/cosine", picture, step)  # type: ignore[attr-defined]
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
