@@ -15,7 +15,7 @@ from lightning_gradnorm.callbacks.base import BalancingCallback
 from lightning_gradnorm.engine.ranks import Ranks
 from lightning_gradnorm.strategies.gradnorm import GradNormRule
 from lightning_gradnorm.strategies.gradnorm_arguments import check_arguments
-from lightning_gradnorm.strategies.weight_optimizer import WeightOptimizerFactory
+from lightning_gradnorm.strategies.weight_optimizer import WeightOptimizerFactory, adam
 
 _check = partial(check, "GradNorm")
 
@@ -78,7 +78,7 @@ class GradNorm(BalancingCallback[GradNormRule]):
         shared_layer: str | None = None,
         heads: Mapping[str, str] | None = None,
         alpha: float = 1.5,
-        optimizer: WeightOptimizerFactory = partial(torch.optim.Adam, lr=0.025),
+        optimizer: WeightOptimizerFactory = adam,
         initial_losses: int | Mapping[str, float] = 1,
         initial_weights: Mapping[str, float] | None = None,
         priorities: Mapping[str, float] | None = None,

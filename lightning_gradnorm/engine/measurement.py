@@ -106,8 +106,8 @@ class NormMeasurement(Measurement[NormRule]):
             if inside:
                 raise ValueError(
                     f"{setting.caller}: the shared layer '{inside[0]}' is in '{head}', which task '{task}' has as its "
-                    f"head. Name the last layer that all tasks share, and as heads what reads its output. Leave heads out if there "
-                    f"is none."
+                    f"head. Name the last layer that all tasks share, and as heads what reads its output. Leave heads out if "
+                    f"there is none."
                 )
         return W
 

@@ -30,6 +30,11 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 _check = partial(check, "MultiTaskModule")
 
 
+def adam(parameters: Iterable[nn.Parameter], lr: float = 1e-3) -> torch.optim.Optimizer:
+    """Return the default optimizer of `MultiTaskModule`. LightningCLI can write a function to its ``config.yaml``."""
+    return torch.optim.Adam(parameters, lr=lr)
+
+
 class MultiTaskModule(L.LightningModule):
     """A network trained on several losses: ``prediction_i = head_i(encoder(inputs))``.
 
@@ -72,7 +77,7 @@ class MultiTaskModule(L.LightningModule):
         self,
         encoder: nn.Module,
         tasks: Mapping[str, Task],
-        optimizer: OptimizerFactory = partial(torch.optim.Adam, lr=1e-3),
+        optimizer: OptimizerFactory = adam,
         lr_scheduler: SchedulerFactory | Mapping[str, Any] | None = None,
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
