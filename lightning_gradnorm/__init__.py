@@ -9,12 +9,14 @@ from lightning_gradnorm.callbacks import (
     RandomWeights,
     Scalarization,
 )
+from lightning_gradnorm.engine.balancer import Balancer
 from lightning_gradnorm.gradients import gradient_norms
 from lightning_gradnorm.monitor import GradientNormMonitor
 from lightning_gradnorm.multitask import MultiTaskModule, Task
 
 __all__ = [
     "Aggregation",
+    "Balancer",
     "FixedWeights",
     "GradNorm",
     "GradNormStatic",
