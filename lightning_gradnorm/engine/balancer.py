@@ -295,7 +295,9 @@ class Balancer:
         """The weights' mean over the steps so far, for rules that keep it: what the paper trains "GradNorm static" with."""
         weights = getattr(self.rule, "mean_weights", None)
         if weights is None:
-            raise AttributeError(f"Balancer: {type(self.rule).__name__} keeps no mean_weights; weights are those in force.")
+            raise AttributeError(
+                f"Balancer: {type(self.rule).__name__} keeps no mean_weights; weights are those in force."
+            )
         return self._by_task(weights)
 
     def _by_task(self, weights: Tensor) -> dict[str, float]:
