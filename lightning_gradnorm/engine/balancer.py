@@ -200,8 +200,7 @@ class Balancer:
         # A node of our own, whose gradient is the factor that a scaler or a division has put on the whole loss. On the
         # tensor itself, which may be a task's loss, the hook would see the weighted gradient.
         total = total.view_as(total)
-        if hasattr(self.rule, "begin_epoch"):
-            self.rule.begin_epoch(self._epoch)
+        self._begin_epoch()
         total.register_hook(self._on_backward_start)  # type: ignore[no-untyped-call]
         self._engine.before_backward(total)
         return total
@@ -275,8 +274,13 @@ class Balancer:
             self._engine.measurement.update_after_step({task: [loss] for task, loss in found.items()})
 
     def end_epoch(self) -> None:
-        """Tell rules that work by epochs, such as DWA, that an epoch is over."""
+        """Tell rules that work by epochs, such as DWA, that an epoch is over. Call it before saving the state."""
         self._epoch += 1
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        if hasattr(self.rule, "begin_epoch"):
+            self.rule.begin_epoch(self._epoch)
 
     def _require_open(self) -> None:
         if self._closed:
