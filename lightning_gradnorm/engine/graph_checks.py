@@ -92,8 +92,8 @@ class GraphChecks:
             if task in batch.losses and branches & reached:
                 raise ValueError(
                     f"{self._caller}: the backward pass reaches the head of task '{task}' by other ways than the task's loss "
-                    f"(a regularizer of the head's output, say; and the loss given must be the very tensor, not a copy), so that "
-                    f"the loss's own gradient cannot be told apart at the head. Leave heads out: then each loss gets a pass of "
+                    f"(a regularizer of the head's output, say; and the loss given must be the very tensor, not a copy), so "
+                    f"that the loss's own gradient cannot be told apart at the head. Leave heads out: then each loss gets a pass of "
                     f"its own."
                 )
 

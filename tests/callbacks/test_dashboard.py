@@ -37,7 +37,7 @@ from lightning_gradnorm import (
     Task,
 )
 from lightning_gradnorm.callbacks import TensorBoardDashboard
-from lightning_gradnorm.callbacks.dashboard import is_tensorboard
+from lightning_gradnorm.callbacks.packages import is_one_of
 
 STEPS = 6
 
@@ -169,8 +169,8 @@ def test_a_tensorboard_logger_of_either_lightning_is_known_and_no_other_logger(t
     other = type("TensorBoardLogger", (), {"__module__": "pytorch_lightning.loggers.tensorboard"})
     for kind in (TensorBoardLogger, other):
         subclass = type("Mine", (kind,), {})
-        assert is_tensorboard(subclass(tmp_path) if kind is TensorBoardLogger else subclass())
-    assert not is_tensorboard(CSVLogger(tmp_path))
+        assert is_one_of(subclass(tmp_path) if kind is TensorBoardLogger else subclass(), "TensorBoardLogger")
+    assert not is_one_of(CSVLogger(tmp_path), "TensorBoardLogger")
 
 
 def _get(url: str) -> bytes:
