@@ -92,7 +92,7 @@ class Balancer:
         self._model = _unwrap(model)
         named = dict(heads) if isinstance(heads, Mapping) else None
         self._loop = _OwnLoop(self._model, Ranks.current())
-        given = {"tasks": list(rule.tasks), "rule": type(rule).__name__, "shared_layer": shared_layer}
+        given: dict[str, Any] = {"tasks": list(rule.tasks), "rule": type(rule).__name__, "shared_layer": shared_layer}
         given |= {"heads": named and sorted(named.items()), "representation": representation, "norm_of": norm_of}
         # Before anything that may fail on one rank alone, for which the others would wait.
         self._loop.ranks.require_agreement("Balancer", {what: str(value) for what, value in given.items()})
