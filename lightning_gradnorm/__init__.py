@@ -10,6 +10,7 @@ from lightning_gradnorm import _moved
 
 __all__ = [
     "Aggregation",
+    "Balancer",
     "FixedWeights",
     "GradNorm",
     "GradNormStatic",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time it is `_HOM
         RandomWeights,
         Scalarization,
     )
+    from lightning_gradnorm.engine import Balancer
     from lightning_gradnorm.gradients import gradient_norms
     from lightning_gradnorm.monitor import GradientNormMonitor
     from lightning_gradnorm.multitask import MultiTaskModule, Task
@@ -49,7 +51,7 @@ else:
             "RandomWeights",
             "Scalarization",
         ),
-        "engine": (),
+        "engine": ("Balancer",),
         "gradients": ("gradient_norms",),
         "monitor": ("GradientNormMonitor",),
         "multitask": ("MultiTaskModule", "Task"),

@@ -133,8 +133,7 @@ def check_by_task(numbers: Mapping[str, Any], tasks: Sequence[str], *, caller: s
 
 
 def check_positive_by_task(numbers: Mapping[str, Any], tasks: Sequence[str], *, caller: str, parameter: str) -> None:
-    """Raise ValueError unless this is a mapping that gives each of the tasks a positive, finite number."""
-    check(caller, isinstance(numbers, Mapping), parameter, "a mapping from task to number", numbers)
+    """Raise ValueError unless the mapping gives exactly these tasks positive, finite numbers."""
     check_by_task(numbers, tasks, caller=caller, parameter=parameter)
     for task, number in numbers.items():
         if not (is_number(number) and math.isfinite(number) and number > 0):

@@ -13,6 +13,7 @@ from mkdocs.structure.files import File
 sys.path.insert(0, str(Path(__file__).parent))  # mkdocs reads a hook by its path
 
 import site_pages
+import strategy_tables
 
 WIDE = ("strategies.md",)
 RESULTS = site_pages.ROOT / "docs" / "results"
@@ -41,6 +42,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Show links to files of the repository that are no part of the site as what they are called; make room for wide tables."""
     if page.file.src_uri in WIDE:
         page.meta["hide"] = ["toc"]
+    if page.file.src_uri in strategy_tables.PAGES:
+        markdown = strategy_tables.filled(markdown)
     return re.sub(r"\[([^\]]*)\]\((?:\.\./)+(?:tests|scripts|notebooks|lightning_gradnorm)/[^)]*\)", r"\1", markdown)
 
 

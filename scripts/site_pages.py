@@ -20,18 +20,14 @@ from typing import Any
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from lightning_gradnorm.experiments.cli.config import AGGREGATORS, GIVEN_BY_US, MADE_FOR_TASKS, SCALARIZERS, WITH_SCHEMA
+from lightning_gradnorm.experiments.cli.config import WITH_SCHEMA, left_out
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 
 Constructor = Callable[..., Any]
 
-_SCHEMAS: dict[str, Constructor] = {
-    **{f"/schema/{one.__name__}": one for one in WITH_SCHEMA},
-    **{f"/schema/scalarization/{one.__name__}": one for one in SCALARIZERS},
-    **{f"/schema/aggregation/{one.__name__}": one for one in AGGREGATORS},
-}
+_SCHEMAS: dict[str, Constructor] = {f"/schema/{name}": one for name, one in WITH_SCHEMA.items()}
 
 _ABOUT = {
     "balancing": "How the tasks are balanced. [Strategies](../strategies.md) compares them, [Formulas](../formulas.md) says "
@@ -73,12 +69,11 @@ def parameters_of(constructor: Constructor) -> list[Parameter]:
         >>> alpha.meaning.startswith("the asymmetry")
         True
     """
-    name = constructor.__name__
-    left_out = {*GIVEN_BY_US.get(name, ()), *MADE_FOR_TASKS.get(name, ())}
+    not_options = left_out(constructor)
     told = described(constructor)
     rows = []
     for parameter in inspect.signature(constructor).parameters.values():
-        if parameter.name in left_out or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        if parameter.name in not_options or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         required = parameter.default is parameter.empty
         default = "" if required else _shown(parameter.default)
@@ -245,7 +240,7 @@ def _comment_and_rest(text: str) -> tuple[str, str]:
     lines = text.splitlines()
     at = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     told = [line.lstrip("# ").strip() for line in lines[:at] if not line.startswith("# @package")]
-    return " ".join(told), "\n".join(lines[at:]).strip()
+    return " ".join(told).partition("Formula:")[0].strip(), "\n".join(lines[at:]).strip()
 
 
 def _without_schemas(yaml: str) -> str:

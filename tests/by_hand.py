@@ -1,6 +1,7 @@
 """Scalarizers and aggregators in a plain loop, as TorchJD's manual has them used: what the callbacks are held against.
 
-One process, no Lightning, and nothing of the package under test but the seed of its random numbers. A scalarizer is called
+One process, no Lightning, and nothing of the package under test but the seed of its random numbers, and what a strategy
+states that it has to be called for. A scalarizer is called
 with the losses and back-propagated through; an aggregator is called with the whole matrix of the gradients, which are taken
 one by one with ``torch.autograd.grad``.
 """
@@ -15,8 +16,8 @@ from typing import Any
 import torch
 from textbook import Forward
 from torch import Tensor, nn
-from torchjd.scalarization import DWA, FAMO
 
+from lightning_gradnorm.strategies.facts import facts_of
 from lightning_gradnorm.strategies.rng import seeded_rng
 
 Learner = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -112,12 +113,12 @@ def scalarize(
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         scalarized.step(accumulate / len(step))
-        if isinstance(scalarizer, FAMO) and scalarized.calls:
+        if facts_of(scalarizer).needs_losses_after_step and scalarized.calls:
             before_batch(number * accumulate + len(step) - 1)
             with torch.no_grad():
                 again = forward(step[-1]).losses
             scalarizer.update(torch.stack([again.get(t, scalarized.last[t]) for t in tasks]))
-        if isinstance(scalarizer, DWA) and (number + 1) % (len(steps) // epochs) == 0:
+        if facts_of(scalarizer).steps_each_epoch and (number + 1) % (len(steps) // epochs) == 0:
             scalarizer.step()
         found.note(weights, scalarizer)
     return found

@@ -1,38 +1,20 @@
-"""docs/strategies.md as data: what it says of each strategy, and what is left out."""
+"""docs/strategies.md as the site shows it: what it says of each strategy, and what is left out."""
 
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import strategy_tables
 import torchjd.aggregation
 import torchjd.scalarization
 
 import lightning_gradnorm
 import lightning_gradnorm.strategies
+from lightning_gradnorm.experiments.registry import Strategy
 
-PAGE = Path(__file__).parents[1] / "docs" / "strategies.md"
-TEXT = PAGE.read_text()
-
-
-class Row(NamedTuple):
-    """One row of the table, without the typography."""
-
-    name: str
-    python: str
-    needs: str
-    remembers: str
-    costs: str
-    extra: str
-    sums: str
-    ranks: str
-    tasks: str
-    reference: str
-
-    @property
-    def fewest_tasks(self) -> int:
-        return int(self.tasks.removeprefix("≥ "))
+TEXT = strategy_tables.filled((strategy_tables.ROOT / "docs" / "strategies.md").read_text(encoding="utf-8"))
+ROWS: dict[str, Strategy] = {one.name: one for one in strategy_tables.strategies()}
 
 
 def table(under: str) -> list[list[str]]:
@@ -47,7 +29,6 @@ def table(under: str) -> list[list[str]]:
     return rows
 
 
-ROWS = {row.name: row for row in (Row(*[cell.strip("`") for cell in cells]) for cells in table("# Strategies"))}
 LEFT_OUT = {name.strip("`"): reason for names, reason in table("## What TorchJD has") for name in names.split(", ")}
 
 _NAMES: dict[str, Any] = {
@@ -61,6 +42,7 @@ _NAMES: dict[str, Any] = {
 }
 
 
-def in_python(row: Row) -> Any:
-    """Return the callback that the row's second column makes."""
-    return eval(row.python, dict(_NAMES))
+def in_python(name: str) -> Any:
+    """Return the callback that the second column of a row makes."""
+    written = next(cells[1] for cells in table("# Strategies") if cells[0] == f"`{name}`")
+    return eval(written.strip("`"), dict(_NAMES))

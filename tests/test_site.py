@@ -17,7 +17,7 @@ from configurations import compose_run, options
 from omegaconf import DictConfig
 
 import lightning_gradnorm
-from lightning_gradnorm.experiments.cli.config import conf_dir
+from lightning_gradnorm.experiments.cli.config import conf_dir, left_out
 from lightning_gradnorm.experiments.cli.schema import schema_of
 
 ROOT = Path(__file__).parents[1]
@@ -26,12 +26,13 @@ DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT / "scripts"))
 try:
     site_pages = importlib.import_module("site_pages")
+    strategy_tables = importlib.import_module("strategy_tables")
 finally:
     sys.path.remove(str(ROOT / "scripts"))
 
 MADE: dict[str, str] = site_pages.pages()
 WRITTEN = {file.relative_to(DOCS).as_posix(): file.read_text(encoding="utf-8") for file in sorted(DOCS.rglob("*.md"))}
-PAGES = {**WRITTEN, **MADE}
+PAGES = {**WRITTEN, **MADE, **{name: strategy_tables.filled(WRITTEN[name]) for name in strategy_tables.PAGES}}
 GROUPS = sorted({file.parent.relative_to(conf_dir()).as_posix() for file in conf_dir().glob("*/**/*.yaml")})
 
 
@@ -145,8 +146,7 @@ def test_every_parameter_of_every_schema_has_its_row_with_its_default_and_its_me
     for path, constructor in site_pages._SCHEMAS.items():
         rows = {row.name: row for row in site_pages.parameters_of(constructor)}
         name = constructor.__name__
-        left_out = {*site_pages.GIVEN_BY_US.get(name, ()), *site_pages.MADE_FOR_TASKS.get(name, ())}
-        fields = dataclasses.fields(schema_of(constructor, leave_out=left_out))
+        fields = dataclasses.fields(schema_of(constructor, leave_out=left_out(constructor)))
         names = {field.name for field in fields if not field.name.startswith("_")}
         assert set(rows) == names, path
         without_meaning += [f"{name}.{row}" for row in rows if not rows[row].meaning]
@@ -165,14 +165,15 @@ def test_single_values_of_the_commands_have_a_row_and_a_sentence() -> None:
 
 
 def test_every_strategy_has_a_formula() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|", WRITTEN["formulas.md"], flags=re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| \S", PAGES["formulas.md"], flags=re.MULTILINE)
     assert sorted(rows) == options("balancing")
 
 
 def test_the_examples_of_the_generator_are_right() -> None:
-    failed, tried = doctest.testmod(site_pages)
-    assert failed == 0
-    assert tried >= 4
+    for module, fewest in ((site_pages, 4), (strategy_tables, 2)):
+        failed, tried = doctest.testmod(module)
+        assert failed == 0
+        assert tried >= fewest
 
 
 # ---- what the pages say ----------------------------------------------------------------------------------------------

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Literal
 
 import lightning as L
-import torch
 from torch import Tensor, nn
 from torchjd.aggregation import Aggregator, Weighting
 from typing_extensions import override
@@ -18,6 +16,7 @@ from lightning_gradnorm.callbacks.scalarization import LossWeightingCallback, Ma
 from lightning_gradnorm.engine.aggregation import GradientMeasurement
 from lightning_gradnorm.strategies.aggregation import AggregationRule
 from lightning_gradnorm.strategies.scalarization import OptimizerFactory
+from lightning_gradnorm.strategies.weight_optimizer import adam
 
 
 class Aggregation(LossWeightingCallback[AggregationRule]):
@@ -77,7 +76,7 @@ class Aggregation(LossWeightingCallback[AggregationRule]):
         representation: str = "encoder",
         at: Literal["representation", "parameters"] = "representation",
         scalarizer: Made | None = None,
-        optimizer: OptimizerFactory = partial(torch.optim.Adam, lr=0.025),
+        optimizer: OptimizerFactory = adam,
     ) -> None:
         super().__init__(tasks, scalarizer, optimizer, heads=heads, representation=representation)
         is_name = isinstance(representation, str)

@@ -15,12 +15,12 @@ from typing_extensions import override
 from lightning_gradnorm._messages import check_by_task
 from lightning_gradnorm.callbacks.logging import is_logged_step, log_step_metrics
 from lightning_gradnorm.callbacks.losses import LossSource, explain_errors
-from lightning_gradnorm.callbacks.packages import is_one_of, overrides, works_in_both_packages
+from lightning_gradnorm.callbacks.packages import overrides, works_in_both_packages
+from lightning_gradnorm.callbacks.refusals import refuse_line_search, refuse_sharded
 from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop, scaler_skips
-from lightning_gradnorm.callbacks.usage_checks import UsageChecks
+from lightning_gradnorm.callbacks.usage_checks import UsageChecks, warn_if_trained
 from lightning_gradnorm.engine.engine import Engine
 from lightning_gradnorm.engine.measurement import AnyRule, Setting
-from lightning_gradnorm.engine.ranks import Ranks
 
 
 @works_in_both_packages
@@ -157,28 +157,16 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
             self._engine, self._hooks = engine, hooks.pop_all()
 
     def _refuse_unsupported(self, trainer: L.Trainer) -> None:
+        """Raise ValueError if this Trainer's setting cannot be balanced. Called when a training starts."""
         others = [c for c in trainer.callbacks if isinstance(c, BalancingCallback) and c is not self]  # type: ignore[attr-defined]
         if others:
             raise ValueError(
                 f"{self._name}: a Trainer should have one balancing callback; got {self._name} and "
                 f"{type(others[0]).__name__}. Remove one: both would weight the same losses."
             )
-        strategy: Any = trainer.strategy
-        if is_one_of(strategy, "FSDPStrategy", "DeepSpeedStrategy"):
-            raise ValueError(
-                f"{self._name}: {type(strategy).__name__} keeps only a piece of the shared layer on each rank, in a form that "
-                f"cannot be put together for one layer alone. Use strategy='ddp', or ModelParallelStrategy with fully_shard."
-            )
-        if is_one_of(strategy, "ModelParallelStrategy") and strategy.device_mesh["tensor_parallel"].size() > 1:
-            raise ValueError(
-                f"{self._name}: tensor parallelism cuts the representation into pieces, which is not supported. Use "
-                f"ModelParallelStrategy(tensor_parallel_size=1), or strategy='ddp'."
-            )
-        if self._state_description and any(isinstance(one, torch.optim.LBFGS) for one in trainer.optimizers):
-            raise ValueError(
-                f"{self._name}: torch.optim.LBFGS evaluates the losses several times within one step, between which their "
-                f"weights should not change. Use another optimizer for the network, or FixedWeights."
-            )
+        refuse_sharded(self._name, trainer.strategy)
+        if self._state_description:
+            refuse_line_search(self._name, trainer.optimizers)
 
     def _begin(self, trainer: L.Trainer) -> None:
         """Decide whether this training starts from the state of a checkpoint, of an earlier training, or from scratch."""
@@ -249,26 +237,15 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
             raise TypeError(f"{self._name}: watch takes a mapping from task to loss; got {type(losses).__name__}.")
         if not torch.is_grad_enabled():
             return
-        if self._engine is None:
-            self._warn_if_idle(losses)
+        if self._engine is None or self._trainer is None or self._loop is None:
+            if not self._was_started and not self._warned_of_idling:
+                self._warned_of_idling = warn_if_trained(self._name, losses)
             return
-        assert self._trainer is not None
-        assert self._loop is not None
         if self._engine.batch.in_backward or not self._loop.is_training():
             return
         self._usage.on_losses(losses, self._trainer.lightning_module)
         self._engine.watch(losses)
         self._usage.seen |= set(self._engine.batch.losses)
-
-    def _warn_if_idle(self, losses: Mapping[str, Any]) -> None:
-        """Warn once if `watch` is called but the callback was never added to the Trainer."""
-        trains = any(isinstance(loss, Tensor) and loss.requires_grad for loss in losses.values())
-        if trains and not self._was_started and not self._warned_of_idling:
-            self._warned_of_idling = True
-            Ranks.current().warn(
-                f"{self._name}: watch was called, but this callback is not at work: no Trainer has started it. Give it to "
-                f"the Trainer that trains the module, L.Trainer(callbacks=[gradnorm]). The losses are not balanced."
-            )
 
     # ---- one batch ---------------------------------------------------------------------------------------------------
 

@@ -6,8 +6,9 @@ import re
 from collections.abc import Collection
 
 import lightning as L
-from lightning.pytorch.loggers import Logger
 from typing_extensions import override
+
+from lightning_gradnorm.callbacks.packages import is_one_of, works_in_both_packages
 
 Layout = dict[str, dict[str, list[object]]]
 
@@ -55,6 +56,7 @@ def layout_of(names: Collection[str]) -> Layout:
     return layout
 
 
+@works_in_both_packages
 class TensorBoardDashboard(L.Callback):
     """Write the layout of the Custom Scalars tab: what the strategy does, the losses and the metrics by task, the monitor.
 
@@ -89,7 +91,7 @@ class TensorBoardDashboard(L.Callback):
         self._update(trainer)
 
     def _update(self, trainer: L.Trainer) -> None:
-        loggers = [logger for logger in trainer.loggers if _is_tensorboard(logger)]
+        loggers = [logger for logger in trainer.loggers if is_one_of(logger, "TensorBoardLogger")]
         if not loggers:
             return
         self._names |= trainer.callback_metrics.keys()
@@ -98,8 +100,3 @@ class TensorBoardDashboard(L.Callback):
             self._written = layout
             for logger in loggers:
                 logger.experiment.add_custom_scalars(layout)  # type: ignore[attr-defined]
-
-
-def _is_tensorboard(logger: Logger) -> bool:
-    # By name, since `lightning` and `pytorch_lightning` have one each. To ask `experiment` would start other loggers' runs.
-    return any(kind.__name__ == "TensorBoardLogger" for kind in type(logger).__mro__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -11,11 +10,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_gradnorm._messages import check, check_positive_by_task, is_integer, is_number
+from lightning_gradnorm._messages import check
 from lightning_gradnorm.callbacks.base import BalancingCallback
 from lightning_gradnorm.engine.ranks import Ranks
 from lightning_gradnorm.strategies.gradnorm import GradNormRule
-from lightning_gradnorm.strategies.weight_optimizer import WeightOptimizerFactory
+from lightning_gradnorm.strategies.gradnorm_arguments import check_arguments
+from lightning_gradnorm.strategies.weight_optimizer import WeightOptimizerFactory, adam
 
 _check = partial(check, "GradNorm")
 
@@ -78,7 +78,7 @@ class GradNorm(BalancingCallback[GradNormRule]):
         shared_layer: str | None = None,
         heads: Mapping[str, str] | None = None,
         alpha: float = 1.5,
-        optimizer: WeightOptimizerFactory = partial(torch.optim.Adam, lr=0.025),
+        optimizer: WeightOptimizerFactory = adam,
         initial_losses: int | Mapping[str, float] = 1,
         initial_weights: Mapping[str, float] | None = None,
         priorities: Mapping[str, float] | None = None,
@@ -93,24 +93,13 @@ class GradNorm(BalancingCallback[GradNormRule]):
         is_name = shared_layer is None or isinstance(shared_layer, str)
         _check(is_name, "shared_layer", "a dotted name such as 'encoder.4', or None", shared_layer)
         _check(isinstance(representation, str), "representation", "a dotted name such as 'encoder'", representation)
-        is_finite = is_number(alpha) and math.isfinite(alpha)
-        _check(is_finite and alpha >= 0, "alpha", "a finite number, at least 0", alpha)
-        _check(callable(optimizer), "optimizer", "a callable such as partial(torch.optim.Adam, lr=0.025)", optimizer)
-        _check(is_integer(update_every) and update_every >= 1, "update_every", "an integer, at least 1", update_every)
-        stops = stop_after is None or (is_integer(stop_after) and stop_after >= 0)
-        _check(stops, "stop_after", "None or an integer, at least 0", stop_after)
         _check(norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", norm_of)
         adapts = on_task_mismatch in ("error", "adapt")
         _check(adapts, "on_task_mismatch", "'error' or 'adapt'", on_task_mismatch)
-        _check(is_number(min_weight) and 0 < min_weight < 1, "min_weight", "a number between 0 and 1", min_weight)
-        _check(
-            isinstance(initial_losses, Mapping) or (is_integer(initial_losses) and initial_losses >= 1),
-            "initial_losses",
-            "a number of updates, at least 1, or a mapping from task to number",
-            initial_losses,
+        by_task = {"initial_losses": initial_losses, "initial_weights": initial_weights, "priorities": priorities}
+        check_arguments(
+            self._name, self._names or None, by_task, alpha, optimizer, min_weight, update_every, stop_after
         )
-        for parameter, numbers in (("initial_weights", initial_weights), ("priorities", priorities)):
-            _check(numbers is None or isinstance(numbers, Mapping), parameter, "a mapping from task to number", numbers)
         self.alpha = float(alpha)
         self.optimizer = optimizer
         self.initial_losses = initial_losses
@@ -120,14 +109,6 @@ class GradNorm(BalancingCallback[GradNormRule]):
         self.stop_after = stop_after
         self.min_weight = min_weight
         self.on_task_mismatch = on_task_mismatch
-        if self._names:
-            self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        for parameter in ("initial_losses", "initial_weights", "priorities"):
-            numbers = getattr(self, parameter)
-            if isinstance(numbers, Mapping):
-                check_positive_by_task(numbers, self._names, caller=self._name, parameter=parameter)
 
     # ---- what the user reads -----------------------------------------------------------------------------------------
 
@@ -155,9 +136,9 @@ class GradNorm(BalancingCallback[GradNormRule]):
 
     @override
     def _build_rule(self, like: Tensor) -> GradNormRule:
-        self._check_numbers()
         return GradNormRule(
             self._names,
+            caller=self._name,
             alpha=self.alpha,
             optimizer=self.optimizer,
             initial_losses=self.initial_losses,

@@ -1,54 +1,52 @@
-"""The two packages that Lightning is published in, ``lightning`` and ``pytorch_lightning``: our callbacks work in both.
+"""The two packages that publish Lightning, ``lightning`` and ``pytorch_lightning``. Our callbacks work with both Trainers.
 
-Each has a ``Callback`` class of its own, and its Trainer accepts no other. We derive from ``lightning``'s. Importing the other
-package costs seconds, so its class becomes a second base of our callbacks when, and only if, somebody else imports it.
+Each package has its own ``Callback`` class, which its Trainer and LightningCLI require. Our callbacks derive from
+``lightning``'s. ``pytorch_lightning`` takes seconds to import and may be absent, so its class becomes their second base only
+if somebody else imports it: before, after or between ours.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any, TypeVar
 
 import lightning as L
 
 PACKAGES = ("lightning", "pytorch_lightning")
 _OTHER = "pytorch_lightning"
-_classes: list[type[L.Callback]] = []
+_callbacks: list[type[L.Callback]] = []
 
 CallbackClass = TypeVar("CallbackClass", bound=type[L.Callback])
 
 
 def works_in_both_packages(cls: CallbackClass) -> CallbackClass:
-    """Decorate a class that derives from ``lightning``'s Callback directly: it also becomes one of ``pytorch_lightning``."""
-    _classes.append(cls)
+    """Make a direct subclass of ``lightning``'s Callback one of ``pytorch_lightning``'s too. Subclasses inherit it.
+
+    Methods that the class does not define remain ``lightning``'s; the two packages have the same ones.
+    """
+    _callbacks.append(cls)
     _add_other_base()
     return cls
 
 
 def _add_other_base() -> None:
-    module = sys.modules.get(f"{_OTHER}.callbacks.callback")
-    other = getattr(module, "Callback", None)
+    """Add ``pytorch_lightning``'s Callback to the bases, if it has been imported."""
+    other = getattr(sys.modules.get(f"{_OTHER}.callbacks.callback"), "Callback", None)
     if other is None:
         return
-    for cls in _classes:
+    for cls in _callbacks:
         if not issubclass(cls, other):
-            at = cls.__bases__.index(L.Callback) + 1
-            cls.__bases__ = (*cls.__bases__[:at], other, *cls.__bases__[at:])
+            after = cls.__bases__.index(L.Callback) + 1
+            cls.__bases__ = (*cls.__bases__[:after], other, *cls.__bases__[after:])
 
 
 class _ImportWatcher(MetaPathFinder):
-    """Finds nothing. Sees that ``pytorch_lightning`` is being imported, and that its Callback class exists by now."""
+    """Finds no module. Python asks it for each module that ``pytorch_lightning`` imports; one of the first is Callback's."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
         if fullname.startswith(f"{_OTHER}."):
             _add_other_base()
-        return None
 
 
 sys.meta_path.insert(0, _ImportWatcher())
@@ -63,12 +61,7 @@ def is_one_of(value: Any, *names: str) -> bool:
         >>> is_one_of(L.LightningModule(), "FSDPStrategy", "DeepSpeedStrategy")
         False
     """
-    return any(cls.__name__ in names and is_lightnings(cls) for cls in type(value).__mro__)
-
-
-def is_lightnings(cls: type) -> bool:
-    """Return True if a class comes from either package."""
-    return cls.__module__.split(".")[0] in PACKAGES
+    return any(cls.__name__ in names and _is_lightnings(cls) for cls in type(value).__mro__)
 
 
 def overrides(value: Any, method: str) -> bool:
@@ -78,4 +71,8 @@ def overrides(value: Any, method: str) -> bool:
         >>> overrides(L.LightningModule(), "backward")
         False
     """
-    return any(method in vars(cls) for cls in type(value).__mro__ if not is_lightnings(cls) and cls is not object)
+    return any(method in vars(cls) for cls in type(value).__mro__ if not _is_lightnings(cls) and cls is not object)
+
+
+def _is_lightnings(cls: type) -> bool:
+    return cls.__module__.split(".")[0] in PACKAGES

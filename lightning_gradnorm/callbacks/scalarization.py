@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 import lightning as L
@@ -19,6 +18,7 @@ from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
 from lightning_gradnorm.strategies.factory import instantiate
 from lightning_gradnorm.strategies.scalarization import OptimizerFactory, ScalarizationRule
 from lightning_gradnorm.strategies.snapshot import load_snapshot, snapshot
+from lightning_gradnorm.strategies.weight_optimizer import adam
 
 Made = nn.Module | Callable[[int], nn.Module]
 """A module, or what makes one from the number of tasks."""
@@ -199,7 +199,7 @@ class Scalarization(LossWeightingCallback[ScalarizationRule]):
         tasks: Sequence[str] | Mapping[str, str] | None = None,
         *,
         heads: Mapping[str, str] | None = None,
-        optimizer: OptimizerFactory = partial(torch.optim.Adam, lr=0.025),
+        optimizer: OptimizerFactory = adam,
     ) -> None:
         super().__init__(tasks, scalarizer, optimizer, heads=heads, representation="encoder")
         check_made(self._name, "scalarizer", scalarizer)

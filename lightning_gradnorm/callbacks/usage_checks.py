@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning as L
+from torch import Tensor
 
 from lightning_gradnorm._messages import nearest
 from lightning_gradnorm.callbacks.losses import LossSource
@@ -146,6 +147,17 @@ class UsageChecks:
                 f"{self._source.caller}: no step of an optimizer was seen in the first epoch, so that no weight has moved. "
                 f"{type(module).__name__} optimizes manually: it should call step() on what self.optimizers() returns."
             )
+
+
+def warn_if_trained(caller: str, losses: Mapping[str, Any]) -> bool:
+    """Warn that a callback which no Trainer has started is shown losses, if these are trained on. Return True if it did."""
+    is_trained = any(isinstance(loss, Tensor) and loss.requires_grad for loss in losses.values())
+    if is_trained:
+        Ranks.current().warn(
+            f"{caller}: watch was called, but this callback is not at work: no Trainer has started it. Give it to the Trainer "
+            f"that trains the module, L.Trainer(callbacks=[gradnorm]). The losses are not balanced."
+        )
+    return is_trained
 
 
 def _question(near: str | None) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -89,20 +90,22 @@ class Balancer:
             )
         self.rule = rule
         self._model = _unwrap(model)
+        named = dict(heads) if isinstance(heads, Mapping) else None
+        self._loop = _OwnLoop(self._model, Ranks.current())
+        given: dict[str, Any] = {"tasks": list(rule.tasks), "rule": type(rule).__name__, "shared_layer": shared_layer}
+        given |= {"heads": named and sorted(named.items()), "representation": representation, "norm_of": norm_of}
+        # Before anything that may fail on one rank alone, for which the others would wait.
+        self._loop.ranks.require_agreement("Balancer", {what: str(value) for what, value in given.items()})
         if self._model in _balanced:
             raise ValueError(
                 f"Balancer: {type(self._model).__name__} already has a Balancer, with {_balanced[self._model]}: both would "
                 f"weight the same losses. Call close() on the first."
             )
-        named = dict(heads) if isinstance(heads, Mapping) else None
         if named is not None:
             _check_names(named, rule.tasks, "heads")
             missing = [task for task in rule.tasks if task not in named]
             if missing:
                 raise ValueError(f"Balancer: heads should name every task; {missing} are missing")
-        self._loop = _OwnLoop(Ranks.current())
-        given = {"tasks": list(rule.tasks), "rule": type(rule).__name__, "shared_layer": shared_layer, "heads": named}
-        self._loop.ranks.require_agreement("Balancer", {what: str(value) for what, value in given.items()})
         parameter = next((p for p in self._model.parameters() if p.is_floating_point()), torch.zeros(()))
         rule.to(dtype=torch.float64 if parameter.dtype == torch.float64 else None, device=parameter.device)
         setting = Setting("Balancer", self._model, self._loop, rule.tasks, shared_layer, named, representation, norm_of)
@@ -126,8 +129,16 @@ class Balancer:
         self._require_open()
         if not isinstance(losses, Mapping):
             raise TypeError(f"Balancer: losses should be a mapping from task to loss; got {type(losses).__name__}")
-        _check_names(losses, self.rule.tasks, "losses")
-        self._engine.watch(losses)
+        if not torch.is_grad_enabled():
+            return  # an evaluation
+        if self._engine.plan.candidates and not self._model.training:
+            raise RuntimeError(
+                "Balancer: the model is in evaluation mode, in which its calls are not recorded. Call model.train() before the "
+                "forward pass; single layers, such as a frozen batch norm, may stay in evaluation mode."
+            )
+        with self._recovery():
+            _check_names(losses, self.rule.tasks, "losses")
+            self._engine.watch(losses)
 
     def backward(
         self,
@@ -150,10 +161,8 @@ class Balancer:
         total = self.prepare_loss(losses, loss=loss)
         self._loop.is_inside_call = True
         try:
-            (Tensor.backward if backward is None else backward)(total)
-        except BaseException:
-            self._engine.start_batch()
-            raise
+            with self._recovery():
+                (Tensor.backward if backward is None else backward)(total)
         finally:
             self._loop.is_inside_call = False
         self._finish_backward()
@@ -161,9 +170,22 @@ class Balancer:
     def prepare_loss(self, losses: Mapping[str, Tensor | None] | None = None, *, loss: Tensor | None = None) -> Tensor:
         """Return the loss that somebody else back-propagates, such as Hugging Face's Trainer. Takes what `backward` takes.
 
-        The tensor returned must be back-propagated once before the next call of the model.
+        The tensor returned must be back-propagated once before the next call of the model. While gradients are switched off
+        it is the plain sum, or ``loss``.
         """
         self._require_open()
+        if not torch.is_grad_enabled() and losses is not None:
+            present = [one for one in losses.values() if one is not None]
+            return functools.reduce(operator.add, present) if loss is None else loss
+        with self._recovery():
+            return self._prepare_loss(losses, loss)
+
+    def _prepare_loss(self, losses: Mapping[str, Tensor | None] | None, loss: Tensor | None) -> Tensor:
+        if self._engine.batch.in_backward:
+            raise RuntimeError(
+                "Balancer: the loss that prepare_loss returned last has not been back-propagated. Back-propagate it before the "
+                "next call of the model."
+            )
         if losses is not None:
             self.watch(losses)
         watched = [one for of_task in self._engine.batch.losses.values() for one in of_task]
@@ -178,8 +200,7 @@ class Balancer:
         # A node of our own, whose gradient is the factor that a scaler or a division has put on the whole loss. On the
         # tensor itself, which may be a task's loss, the hook would see the weighted gradient.
         total = total.view_as(total)
-        if hasattr(self.rule, "begin_epoch"):
-            self.rule.begin_epoch(self._epoch)
+        self._begin_epoch()
         total.register_hook(self._on_backward_start)  # type: ignore[no-untyped-call]
         self._engine.before_backward(total)
         return total
@@ -191,16 +212,26 @@ class Balancer:
             torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
 
     def _finish_backward(self) -> None:
-        self._engine.after_backward()
-        batch = self._engine.batch
-        try:
-            require_backpropagated(batch, caller="Balancer")
+        with self._recovery():
+            self._engine.after_backward()
             if len(self._loop.scales) < self._engine.pending_backwards:
-                raise ValueError(
-                    "Balancer: backward should back-propagate the loss that it is called with; it did not."
-                )
-        finally:
-            self._engine.start_batch()
+                raise ValueError("Balancer: backward should back-propagate the loss that it is given; it did not.")
+            require_backpropagated(self._engine.batch, caller="Balancer")
+        self._engine.start_batch()
+
+    @contextmanager
+    def _recovery(self) -> Iterator[None]:
+        """After an error, forget this batch and step: whoever catches it goes on with new gradients."""
+        try:
+            yield
+        except BaseException:
+            self._forget_step()
+            raise
+
+    def _forget_step(self) -> None:
+        self._engine.start_batch()
+        self._engine.start_step()
+        self._loop.scales.clear()
 
     def step(
         self,
@@ -239,11 +270,17 @@ class Balancer:
         if needs_them and self._engine.step_was_taken and losses_after_step is not None:
             with torch.no_grad():
                 found = losses_after_step()
+            _check_names(found, self.rule.tasks, "losses_after_step")
             self._engine.measurement.update_after_step({task: [loss] for task, loss in found.items()})
 
     def end_epoch(self) -> None:
-        """Tell rules that work by epochs, such as DWA, that an epoch is over."""
+        """Tell rules that work by epochs, such as DWA, that an epoch is over. Call it before saving the state."""
         self._epoch += 1
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        if hasattr(self.rule, "begin_epoch"):
+            self.rule.begin_epoch(self._epoch)
 
     def _require_open(self) -> None:
         if self._closed:
@@ -253,13 +290,19 @@ class Balancer:
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weights in force, by task."""
-        return self._by_task(self.rule.weights)
+        """The weights in force, by task; none for an aggregation that is not a weighted sum."""
+        self._engine.measurement.warn()
+        return self._by_task(self.rule.weights) if getattr(self.rule, "has_weights", True) else {}
 
     @property
     def mean_weights(self) -> dict[str, float]:
         """The weights' mean over the steps so far, for rules that keep it: what the paper trains "GradNorm static" with."""
-        return self._by_task(getattr(self.rule, "mean_weights"))  # noqa: B009
+        weights = getattr(self.rule, "mean_weights", None)
+        if weights is None:
+            raise AttributeError(
+                f"Balancer: {type(self.rule).__name__} keeps no mean_weights; weights are those in force."
+            )
+        return self._by_task(weights)
 
     def _by_task(self, weights: Tensor) -> dict[str, float]:
         return dict(zip(self.rule.tasks, weights.detach().tolist(), strict=True))
@@ -283,7 +326,7 @@ class Balancer:
         self._require_no_pending_step("load_state_dict")
         self.rule.load_state_dict(state)
         self._epoch = state.get("epoch") or 0
-        self._engine.start_step()
+        self._forget_step()
 
     def close(self) -> None:
         """Remove everything from the model, which is then as it was. The weights can still be read.
@@ -321,7 +364,8 @@ class Balancer:
 class _OwnLoop:
     """The user's own loop: scales are seen at the root of each backward pass."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        self._model = model
         self.ranks = ranks
         self.scales: list[Tensor] = []
         """Of the backward passes since the last step: what they began with."""
@@ -329,7 +373,7 @@ class _OwnLoop:
         """Whether `Balancer.backward` is running."""
 
     def is_training(self) -> bool:
-        return True
+        return self._model.training  # what an evaluation calls belongs to no backward pass, and would never be let go
 
     def pass_scale(self) -> float | Tensor:
         return self.scales[-1]

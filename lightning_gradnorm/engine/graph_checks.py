@@ -91,10 +91,10 @@ class GraphChecks:
         for task, branches in batch.branches.items():
             if task in batch.losses and branches & reached:
                 raise ValueError(
-                    f"{self._caller}: what is back-propagated reads the head of task '{task}' besides the task's loss (a "
-                    f"regularizer of its output, say; and the loss given must be the very tensor, not a copy), so that the "
-                    f"loss's own gradient cannot be told apart at the head. Leave heads out: then each loss gets a pass of its "
-                    f"own."
+                    f"{self._caller}: the backward pass reaches the head of task '{task}' by other ways than the task's loss "
+                    f"(a regularizer of the head's output, say; and the loss given must be the very tensor, not a copy), so "
+                    f"that the loss's own gradient cannot be told apart at the head. Leave heads out: then each loss gets "
+                    f"a pass of its own."
                 )
 
     def _why_unreadable(self, reader: GradientReader, task: str, loss: Tensor, batch: BatchState) -> str | None:

@@ -105,8 +105,9 @@ class NormMeasurement(Measurement[NormRule]):
             inside = [name for name in W if name.startswith(f"{head}.")]
             if inside:
                 raise ValueError(
-                    f"{setting.caller}: the shared layer '{inside[0]}' is in '{head}', the head of task '{task}'. Name the "
-                    f"last layer that all tasks share, and as heads what reads its output. Leave heads out if there is none."
+                    f"{setting.caller}: the shared layer '{inside[0]}' is in '{head}', which task '{task}' has as its "
+                    f"head. Name the last layer that all tasks share, and as heads what reads its output. Leave heads out if "
+                    f"there is none."
                 )
         return W
 

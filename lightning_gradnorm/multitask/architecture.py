@@ -98,7 +98,9 @@ def _known(name: str) -> Any | None:
     found = getattr(importlib.import_module(module_name), attribute, None)
     if inspect.isclass(found) and issubclass(found, _KINDS):
         return found
-    is_plain = module_name in ("torch.nn.functional", "torchmetrics.metric") or module_name.startswith(
-        "torchmetrics.utilities."
+    is_plain = (
+        module_name in ("torch.nn.functional", "torchmetrics.metric")
+        or module_name.startswith("torchmetrics.utilities.")
+        or name == "lightning_gradnorm.multitask.module.adam"  # the default optimizer
     )
     return found if is_plain else None

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -22,13 +22,17 @@ from lightning_gradnorm._messages import check, did_you_mean, is_integer, is_num
 from lightning_gradnorm.callbacks.logging import is_logged_step
 from lightning_gradnorm.engine.rule import WatchesLosses
 from lightning_gradnorm.multitask import architecture
+from lightning_gradnorm.multitask.schedule import Schedule, SchedulerFactory
 from lightning_gradnorm.multitask.task import Task
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-Scheduler = torch.optim.lr_scheduler.LRScheduler | torch.optim.lr_scheduler.ReduceLROnPlateau
-SchedulerFactory = Callable[[torch.optim.Optimizer], Scheduler]
 
 _check = partial(check, "MultiTaskModule")
+
+
+def adam(parameters: Iterable[nn.Parameter], lr: float = 1e-3) -> torch.optim.Optimizer:
+    """Return the default optimizer of `MultiTaskModule`. LightningCLI can write a function to its ``config.yaml``."""
+    return torch.optim.Adam(parameters, lr=lr)
 
 
 class MultiTaskModule(L.LightningModule):
@@ -73,7 +77,7 @@ class MultiTaskModule(L.LightningModule):
         self,
         encoder: nn.Module,
         tasks: Mapping[str, Task],
-        optimizer: OptimizerFactory = partial(torch.optim.Adam, lr=1e-3),
+        optimizer: OptimizerFactory = adam,
         lr_scheduler: SchedulerFactory | Mapping[str, Any] | None = None,
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
@@ -101,7 +105,7 @@ class MultiTaskModule(L.LightningModule):
         self.metric_names = {name: list(task.metrics) for name, task in every.items()}
         """The metrics' names of every task, also of those that ``only`` leaves out."""
         self.optimizer = optimizer
-        self._schedule = _schedule(lr_scheduler)
+        self._schedule = Schedule.of(lr_scheduler)
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
         self._trained_in_epoch = False
@@ -211,7 +215,7 @@ class MultiTaskModule(L.LightningModule):
         if is_last:
             optimizer.step()
             optimizer.zero_grad()
-            self._step_schedulers("step")
+            self._step_scheduler("step")
 
     def _place_in_window(self, batch_idx: int) -> tuple[int, bool]:
         """Return how many batches this optimizer step is made of, and whether this is the last of them."""
@@ -238,24 +242,11 @@ class MultiTaskModule(L.LightningModule):
                 f"(inputs, targets), targets a dict with keys among {list(self.tasks)}.",
                 stacklevel=2,
             )
-        self._step_schedulers("epoch")
+        self._step_scheduler("epoch")
 
-    def _step_schedulers(self, interval: str) -> None:
-        schedule = self._schedule
-        count = self.trainer.global_step if interval == "step" else self.trainer.current_epoch + 1
-        if schedule is None or schedule["interval"] != interval or count % schedule["frequency"]:
-            return
-        scheduler = self.lr_schedulers()
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            monitor, logged = schedule["monitor"], self.trainer.callback_metrics
-            if monitor not in logged:
-                raise ValueError(
-                    f"MultiTaskModule: lr_scheduler monitors '{monitor}', which is not logged; "
-                    f"{did_you_mean(monitor, sorted(logged))}"
-                )
-            scheduler.step(logged[monitor])
-        elif scheduler is not None:
-            cast(torch.optim.lr_scheduler.LRScheduler, scheduler).step()
+    def _step_scheduler(self, interval: str) -> None:
+        if self._schedule is not None:
+            self._schedule.step(self, interval)
 
     @override
     def configure_callbacks(self) -> list[L.Callback]:
@@ -275,10 +266,7 @@ class MultiTaskModule(L.LightningModule):
         _check(isinstance(optimizer, torch.optim.Optimizer), "optimizer", "what makes a torch optimizer", optimizer)
         if self._schedule is None:
             return optimizer
-        # Lightning ignores interval, frequency and monitor in manual optimization: `_step_schedulers` follows them.
-        scheduler = self._schedule["scheduler"](optimizer)
-        _check(isinstance(scheduler, Scheduler), "lr_scheduler", "what makes a scheduler of torch", scheduler)
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return {"optimizer": optimizer, "lr_scheduler": self._schedule.make(optimizer)}
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -367,24 +355,6 @@ def _chosen(tasks: Mapping[str, Task], only: Sequence[str] | None) -> Mapping[st
         if name not in tasks:
             raise ValueError(f"MultiTaskModule: there is no task '{name}' to train; {did_you_mean(name, tasks)}")
     return {name: task for name, task in tasks.items() if name in only}
-
-
-def _schedule(given: SchedulerFactory | Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return the schedule with all its keys, or None if there is none."""
-    if given is None:
-        return None
-    default = {"interval": "epoch", "frequency": 1, "monitor": "val/loss"}
-    schedule = {**default, **(given if isinstance(given, Mapping) else {"scheduler": given})}
-    for key in schedule:
-        known = ["scheduler", *default]
-        _check(key in known, "lr_scheduler", f"a dict with keys among {known}", key)
-    _check(callable(schedule.get("scheduler")), "lr_scheduler", "a callable, or a dict with one as 'scheduler'", given)
-    _check(
-        schedule["interval"] in ("step", "epoch"), "lr_scheduler interval", "'step' or 'epoch'", schedule["interval"]
-    )
-    is_count = is_integer(schedule["frequency"]) and schedule["frequency"] >= 1
-    _check(is_count, "lr_scheduler frequency", "an integer, at least 1", schedule["frequency"])
-    return schedule
 
 
 def _total(losses: Mapping[str, Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = nn.Module | Callable[[Tensor, Tensor], Tensor]
 
 
 class Task(nn.Module):
@@ -29,7 +29,7 @@ class Task(nn.Module):
     """
 
     def __init__(
-        self, head: nn.Module, loss: Loss, metrics: Mapping[str, Metric] | MetricCollection | Metric | None = None
+        self, head: nn.Module, loss: Loss, metrics: Metric | MetricCollection | Mapping[str, Metric] | None = None
     ) -> None:
         super().__init__()
         if not isinstance(head, nn.Module):
@@ -46,7 +46,7 @@ class Task(nn.Module):
         self.metrics = _by_name(metrics)
 
 
-def _by_name(metrics: Mapping[str, Metric] | MetricCollection | Metric | None) -> dict[str, Metric]:
+def _by_name(metrics: Metric | MetricCollection | Mapping[str, Metric] | None) -> dict[str, Metric]:
     """Return the metrics by name. They are patterns: a `MultiTaskModule` clones them for validation and test."""
     if isinstance(metrics, Metric):
         return {type(metrics).__name__.lower(): metrics}

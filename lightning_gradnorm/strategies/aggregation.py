@@ -1,9 +1,8 @@
-"""Aggregations: strategies that make one gradient of the T task gradients, which are the rows of the matrix J.
+"""Aggregations: strategies that turn the T task gradients, the rows of a matrix J, into one gradient.
 
-Most of them are weightings, ``λ @ J`` with weights that depend on J through its Gramian ``J Jᵀ`` alone. Of several ranks the
-Gramians of the gradients at the representation, whose rows belong to one rank each, may simply be added up: so T² numbers
-make all ranks come to the same weights, exactly. Which aggregator needs what is found out here; the formulas are TorchJD's,
-or a file each beside this one.
+Most of them are weightings, ``λ @ J``, whose weights depend on J only through its Gramian ``J Jᵀ``. At the representation
+each rank holds the columns of its own samples, so the Gramians of all ranks add up: summing T² numbers gives every rank
+exactly the same weights. The formulas are TorchJD's, or one file each in this folder.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from lightning_gradnorm.strategies.snapshot import load_snapshot, snapshot
 
 
 class AggregationRule(ScalarizationRule):
-    """An aggregator with all that it remembers, and what it needs to know of the task gradients.
+    """An aggregator with all its state.
 
     Args:
-        tasks: the tasks' names; their order is that of the rows.
+        tasks: the tasks' names, in the order of the rows.
         aggregator: a `torchjd.aggregation.Aggregator`, or a `Weighting` of the Gramian.
-        scalarizer: what the losses are weighted by before their gradients are taken; ``None`` for not at all.
-        of_parameters: whether the gradients are those of parameters, and keep their places from step to step.
-        optimizer: of the scalarizer's parameters.
-        seed: of the random numbers that the aggregator may draw.
-        dtype: of the weights.
-        device: of the gradients.
+        scalarizer: weights the losses before their gradients are taken; ``None`` for weights of 1.
+        of_parameters: True if the gradients are those of parameters, the same entries in every step.
+        optimizer: makes the optimizer of the scalarizer's parameters.
+        seed: seed of the random numbers that the aggregator draws.
+        dtype: precision of the weights.
+        device: device of the gradients.
 
     Raises:
         ValueError: the aggregator cannot be used here, or not for so many tasks.
@@ -71,14 +70,14 @@ class AggregationRule(ScalarizationRule):
         self.input: Input = _input(aggregator)
         """What the aggregator is called with: the Gramian of J, a root of it, or J itself."""
         self.of_parameters = of_parameters
-        # A T × T matrix is dealt with faster on the CPU, and by many a solver there alone.
+        # A T × T matrix is handled faster on the CPU, and many solvers only run there.
         self._works_on = torch.device(device or "cpu") if self.input == "matrix" else torch.device("cpu")
         self.aggregator = move_to(aggregator, device=self._works_on, dtype=dtype)
         self.gradient_weights = torch.ones(len(tasks), dtype=dtype, device=device)
-        """The weights λ that were last given, shape (T,)."""
+        """The current weights λ, shape (T,)."""
         self._drawn = 0
         self.has_weights = _weights_of(aggregator) is not None
-        """Whether the aggregation is a weighted sum of the rows."""
+        """True if the aggregation is a weighted sum of the rows."""
         super().__init__(tasks, scalarizer, optimizer=optimizer, seed=seed, dtype=dtype, device=device)
         self._depends_on_task_order = isinstance(aggregator, TaskAware) or any(
             isinstance(part, Stateful)
@@ -89,7 +88,7 @@ class AggregationRule(ScalarizationRule):
 
     @property
     def weights(self) -> Tensor:
-        """The weights that the tasks' gradients had last at the representation, those of the losses included, (T,)."""
+        """The current weights of the tasks' gradients, those of the losses included, shape (T,)."""
         return self.loss_weights * self.gradient_weights
 
     @property
@@ -124,7 +123,7 @@ class AggregationRule(ScalarizationRule):
         tried.aggregator = copy.deepcopy(self.aggregator).to(device="cpu")
         for part in tried.aggregator.modules():
             if isinstance(part, Stateful):
-                part.reset()  # what a used one remembers is of gradients of another size
+                part.reset()  # its state may be of gradients of another size
         try:
             found = tried._call_aggregator(tried._input_from(rows @ rows.T, rows))
         except Exception as reason:
@@ -197,7 +196,7 @@ class AggregationRule(ScalarizationRule):
         return self.gradient_weights
 
     def aggregate(self, matrix: Tensor, present: Tensor, rank: int = 0) -> Tensor:
-        """Return what an aggregator without weights makes of J, shape (n,); the mean of the rows if it fails.
+        """Return the result of an aggregator without weights, shape (n,); the mean of the rows if it fails.
 
         Args:
             matrix: J, shape (T, n).

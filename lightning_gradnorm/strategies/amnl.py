@@ -81,7 +81,7 @@ class AMNL(LazyBufferModule, Scalarizer, Stateful):
         self.register_buffer("updates", torch.empty(0))
 
     def name_tasks(self, tasks: Sequence[str]) -> None:
-        """Say which tasks' losses it will be called with, in their order.
+        """Receive the tasks' names in the order of the losses.
 
         Raises:
             ValueError: ``weights`` are of other tasks.
@@ -119,7 +119,7 @@ class AMNL(LazyBufferModule, Scalarizer, Stateful):
             return torch.full_like(values, 1 / values.numel())
         if values.shape != (len(self.tasks),):
             raise ValueError(
-                f"AMNL: weights are by task, but it was told of {list(self.tasks)}, and got losses of shape "
+                f"AMNL: weights are by task and the tasks are {list(self.tasks)}; got losses of shape "
                 f"{tuple(values.shape)}. Call name_tasks(['seg', 'depth', …]) with the tasks in their order."
             )
         return values.new_tensor([self.weights[task] for task in self.tasks])

@@ -1,4 +1,4 @@
-"""Scalarizers and aggregators as a user gives them: one that is made already, or what makes one for T tasks."""
+"""Scalarizers and aggregators as a user gives them: an object, or a function that makes one for T tasks."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_gradnorm._messages import check_positive_by_task, check_task_names
+from lightning_gradnorm._messages import check, check_positive_by_task, check_task_names
 
 
 class FixedRule:
@@ -37,6 +37,7 @@ class FixedRule:
         device: torch.device | str | None = None,
     ) -> None:
         name = type(self).__name__
+        check(name, isinstance(weights, Mapping), "weights", "a mapping from task to number", weights)
         self.tasks = check_task_names(list(weights), caller=name)
         check_positive_by_task(weights, self.tasks, caller=name, parameter="weights")
         self._given = [float(weights[task]) for task in self.tasks]

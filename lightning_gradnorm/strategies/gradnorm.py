@@ -19,8 +19,6 @@ does the rest.
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -28,15 +26,15 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradnorm._messages import check, check_positive_by_task, check_task_names, is_integer, is_number
+from lightning_gradnorm._messages import check_task_names
+from lightning_gradnorm.strategies.gradnorm_arguments import check_arguments
+from lightning_gradnorm.strategies.snapshot import matched_by_task
 from lightning_gradnorm.strategies.weight_optimizer import WeightOptimizerFactory, make_weight_optimizer
 
-_VERSION = 1
-"""Version of the layout of `GradNormRule.state_dict`."""
+_VERSION = 1  # of the layout of `GradNormRule.state_dict`
 MAX_WEIGHT_SHARE = 1e6
 """Upper bound of a weight before the weights are scaled to sum T, as a multiple of T."""
-_MAX_PENDING = 1000
-"""Number of unread updates after which the host reads them, so that they do not pile up."""
+_MAX_PENDING = 1000  # updates whose outcome the host has not read; it then does, so that they do not pile up
 
 
 class GradNormTerms(NamedTuple):
@@ -137,9 +135,7 @@ class GradNormRule:
         min_weight: lower bound of the weights before they are scaled to sum T.
         dtype: of the weights.
         device: of the weights.
-
-    Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type.
+        caller: begins the error messages.
 
     Example:
         >>> rule = GradNormRule(["seg", "depth"], alpha=0.0)
@@ -165,29 +161,17 @@ class GradNormRule:
         min_weight: float = 1e-4,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        caller: str = "GradNormRule",
     ) -> None:
-        name, is_count = type(self).__name__, not isinstance(initial_losses, Mapping)
-        self.tasks = check_task_names(tasks, caller=name)
-        check(name, is_number(alpha) and 0 <= alpha < math.inf, "alpha", "a finite number, at least 0", alpha)
-        check(
-            name, callable(optimizer), "optimizer", "a callable such as partial(torch.optim.Adam, lr=0.025)", optimizer
-        )
-        check(name, is_number(min_weight) and 0 < min_weight < 1, "min_weight", "a number between 0 and 1", min_weight)
-        check(name, is_integer(update_every, least=1), "update_every", "an integer, at least 1", update_every)
-        stops = stop_after is None or is_integer(stop_after, least=0)
-        check(name, stops, "stop_after", "None or an integer, at least 0", stop_after)
-        expected = "an integer, at least 1, or a mapping from task to number"
-        check(name, not is_count or is_integer(initial_losses, least=1), "initial_losses", expected, initial_losses)
-        given = {"initial_weights": initial_weights, "priorities": priorities}
-        if isinstance(initial_losses, Mapping):
-            given["initial_losses"] = initial_losses
-        self._given: dict[str, Mapping[str, float]] = {key: one for key, one in given.items() if one is not None}
-        for parameter, numbers in self._given.items():
-            check_positive_by_task(numbers, self.tasks, caller=name, parameter=parameter)
+        self.tasks = check_task_names(tasks, caller=caller)
+        by_task = {"initial_losses": initial_losses, "initial_weights": initial_weights, "priorities": priorities}
+        check_arguments(caller, self.tasks, by_task, alpha, optimizer, min_weight, update_every, stop_after)
         self.alpha, self.min_weight = float(alpha), min_weight
         self.update_every, self.stop_after = update_every, stop_after
         self._updates_in_initial = initial_losses if isinstance(initial_losses, int) else 0
-
+        ones, zeros = (dict.fromkeys(self.tasks, value) for value in (1.0, 0.0))
+        first_losses = zeros if isinstance(initial_losses, int) else dict(initial_losses)
+        self._given = (dict(initial_weights or ones), dict(priorities or ones), first_losses)
         weights, self._priorities, self.initial_losses = self._initial_values(dtype, device)
         self.weights = weights.requires_grad_()
         self._optimizer = make_weight_optimizer(self.weights, optimizer)
@@ -195,10 +179,12 @@ class GradNormRule:
         self._updates_seen = torch.zeros_like(weights, requires_grad=False)
         self._initial_known = False
         """Whether every ``L_i(0)`` is final, and positive unless ``alpha`` is 0."""
-        self._weights_mean = self.weights.detach().clone()
+        self.mean_weights = self.weights.detach().clone()
+        """``E_t[w_i(t)]`` over the steps counted by `count_step`, shape (T,)."""
         self.steps = 0
         """Number of the network's optimizer steps, with and without a weight update."""
         self._is_fresh = True
+        """Whether the state is still the constructor's."""
         self._skipped = 0
         self._tasks_at_fault: dict[str, float] = {}
         self._last: WeightUpdate | None = None
@@ -207,24 +193,15 @@ class GradNormRule:
 
     def _initial_values(self, dtype: torch.dtype, device: torch.device | str | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the weights, the priorities and ``L_i(0)`` as they were given."""
-        T = len(self.tasks)
-
-        def vector(parameter: str, default: float = 1.0) -> Tensor:
-            numbers = self._given.get(parameter) or dict.fromkeys(self.tasks, default)
-            return torch.tensor([numbers[task] for task in self.tasks], dtype=dtype, device=device)
-
-        weights, priorities = vector("initial_weights"), vector("priorities")
-        return weights * T / weights.sum(), priorities / priorities.mean(), vector("initial_losses", default=0.0)
+        weights, priorities, initial_losses = (
+            torch.tensor([numbers[task] for task in self.tasks], dtype=dtype, device=device) for numbers in self._given
+        )
+        return weights * len(self.tasks) / weights.sum(), priorities / priorities.mean(), initial_losses
 
     @property
     def loss_weights(self) -> Tensor:
         """The weights in force, shape (T,), detached: the factors of the losses' gradients."""
         return self.weights.detach()
-
-    @property
-    def mean_weights(self) -> Tensor:
-        """``E_t[w_i(t)]`` over all steps counted by `count_step`, shape (T,)."""
-        return self._weights_mean
 
     @property
     def should_measure(self) -> bool:
@@ -234,17 +211,14 @@ class GradNormRule:
     def count_step(self) -> None:
         """Add the weights in force to their mean over time. Called after every optimizer step of the network."""
         self.steps += 1
-        self._weights_mean.lerp_(self.weights.detach(), 1 / self.steps)
+        self.mean_weights.lerp_(self.weights.detach(), 1 / self.steps)
 
     def discard_step(self) -> None:
         """Do nothing: a step that the loss scaler skips has left no trace here."""
 
     @torch.no_grad()
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
-        """Move all state in place, including the optimizer's, and keep every value.
-
-        Numbers given to the constructor are converted anew: in float64 they are not those that float32 had rounded.
-        """
+        """Move all state in place, including the optimizer's. Values are kept."""
         self._sync_pending()
         dtype, device = dtype or self.weights.dtype, device or self.weights.device
         for name, value in vars(self).items():
@@ -252,17 +226,18 @@ class GradNormRule:
                 setattr(self, name, _moved(value, dtype, device))
         self.weights.data = self.weights.data.to(device, dtype)
         self._optimizer.follow_weights()
+        # Numbers that were given are converted anew, so that float64 does not get what float32 has rounded.
         weights, self._priorities, initial_losses = self._initial_values(dtype, device)
         if self._is_fresh:
             self.weights.copy_(weights)
-            self._weights_mean, self.initial_losses = weights, initial_losses
+            self.mean_weights, self.initial_losses = weights, initial_losses
 
     @torch.no_grad()
     def step(self, norms: Tensor, losses: Tensor, present: Tensor | None = None) -> WeightUpdate:
         """Update the weights once.
 
-        Once every ``L_i(0)`` is known, and with Adam, the host never waits for the device: an update that turns out to be
-        unusable is computed and discarded there.
+        Once every ``L_i(0)`` is known, and with Adam, the host never waits for the device: an unusable update is computed and
+        discarded there.
 
         Args:
             norms: ``n_i`` of the unweighted losses, shape (T,).
@@ -271,8 +246,8 @@ class GradNormRule:
                 optimizer state and is left out of the means; the others share the rest of the sum T.
 
         Returns:
-            The terms, and whether the update was taken. It is not if a number is not finite or a loss is negative; then
-            only `skipped` and `tasks_at_fault` change.
+            The update. It is not taken if a number is not finite or a loss is negative; then only `skipped` and
+            `tasks_at_fault` change.
 
         Raises:
             ValueError: ``L_i(0)`` is not positive, so the training rate is undefined (unless ``alpha`` is 0).
@@ -293,7 +268,9 @@ class GradNormRule:
         gradient = terms.gradient if present is None else torch.where(present, terms.gradient, 0.0)
         taken = self._optimizer.step(gradient, problems, present, partial(self._renormalized, present))
         if not self._initial_known and bool(taken):
-            self._set_initial_losses(initial_losses, updates_seen)
+            self.initial_losses, self._updates_seen = initial_losses, updates_seen
+            are_final = (updates_seen >= self._updates_in_initial) & ((initial_losses > 0) | (self.alpha == 0))
+            self._initial_known = bool(are_final.all())
         self._is_fresh = False
         present = self._all_present if present is None else present
         update = WeightUpdate(norms, losses, present, problems, terms, taken)
@@ -329,11 +306,6 @@ class GradNormRule:
                 f"initial_losses={{'{self.tasks[index]}': 1.0, …}}, or use alpha=0, which needs no rates."
             )
         return initial_losses, updates_seen
-
-    def _set_initial_losses(self, initial_losses: Tensor, updates_seen: Tensor) -> None:
-        self.initial_losses, self._updates_seen = initial_losses, updates_seen
-        are_final = bool((updates_seen >= self._updates_in_initial).all())
-        self._initial_known = are_final and (self.alpha == 0 or bool((initial_losses > 0).all()))
 
     @property
     def syncs_every_step(self) -> bool:
@@ -386,7 +358,7 @@ class GradNormRule:
             "optimizer": self._optimizer.state_dict(),
             "initial_losses": self.initial_losses.clone(),
             "updates_seen": self._updates_seen.clone(),
-            "weights_mean": self._weights_mean.clone(),
+            "weights_mean": self.mean_weights.clone(),
             "steps": self.steps,
             "skipped": self.skipped,
         }
@@ -415,27 +387,18 @@ class GradNormRule:
                 f"GradNorm: the checkpoint is of tasks {sorted(known)}, but this run has {sorted(self.tasks)}. Resume with the "
                 f"same tasks; or with on_task_mismatch='adapt', which keeps what is known and gives new tasks the mean."
             )
-        # New tasks take the value that is appended behind those of the known ones.
-        order = [known.index(task) if task in known else len(known) for task in self.tasks]
+        matched = matched_by_task(state, self.tasks)
         is_new = torch.tensor([task not in known for task in self.tasks], device=self.weights.device)
 
-        def by_task(value: Any, of_new: float | Tensor = 0.0) -> Any:
-            if not (isinstance(value, Tensor) and value.shape == (len(known),)):
-                return copy.deepcopy(value)  # the optimizer changes its tensors in place
-            return torch.cat([value, value.new_zeros(1) + of_new])[order].to(self.weights.device)
+        def scaled(name: str) -> Tensor:
+            weights = torch.where(is_new, state[name].mean().to(self.weights), matched[name].to(self.weights))
+            return weights if same_tasks else weights * (len(self.tasks) / weights.sum())
 
-        def scaled(weights: Tensor) -> Tensor:
-            adapted: Tensor = by_task(weights, weights.mean()).to(self.weights)
-            return adapted if same_tasks else adapted * (len(self.tasks) / adapted.sum())
-
-        saved = state["optimizer"]
-        moments = {key: {name: by_task(value) for name, value in of.items()} for key, of in saved["state"].items()}
-        self.weights.copy_(scaled(state["weights"]))
-        self._optimizer.load_state_dict({**saved, "state": moments})
-        initial_losses = by_task(state["initial_losses"]).to(self.weights)
-        self.initial_losses = torch.where(is_new, self.initial_losses, initial_losses)
-        self._updates_seen = by_task(state["updates_seen"]).to(self.weights)
-        self._weights_mean = scaled(state["weights_mean"])
+        self._optimizer.load_state_dict(matched["optimizer"])
+        self.weights.copy_(scaled("weights"))
+        self.mean_weights = scaled("weights_mean")
+        self.initial_losses = torch.where(is_new, self.initial_losses, matched["initial_losses"].to(self.weights))
+        self._updates_seen = matched["updates_seen"].to(self.weights)
         self.steps, self._skipped = state["steps"], state["skipped"]
         self._initial_known = self._is_fresh = False
         self._pending.clear()

@@ -1,4 +1,4 @@
-"""Equal preferences, for what asks for a vector of them before the number of tasks is known."""
+"""Equal preferences for scalarizers that require a preference vector before the number of tasks is known."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Scalarizations: strategies that make one number of the T losses, with weights that are its partial derivatives.
+"""Scalarizations: strategies that turn the T losses into one number; its partial derivatives are the weights.
 
-``∇ s(L_1, …, L_T) = Σ_i ∂s/∂L_i ∇L_i``: to train on any scalarizer ``s`` is to weight each task's gradient by the
-derivative of ``s`` at the losses as they stand. The formulas are TorchJD's, or a file each beside this one.
+``∇ s(L_1, …, L_T) = Σ_i ∂s/∂L_i ∇L_i``: training on a scalarizer ``s`` weights each task's gradient by the derivative of
+``s`` at the current losses. The formulas are TorchJD's, or one file each in this folder.
 """
 
 from __future__ import annotations
@@ -25,15 +25,19 @@ _VERSION = 1
 
 
 class ScalarizationRule:
-    """A scalarizer with all that its training depends on: its parameters' optimizer, the losses so far, its random numbers.
+    """A scalarizer with all its state: the optimizer of its parameters, the last losses, its random numbers.
 
     Args:
-        tasks: the tasks' names; their order is that of every tensor of shape (T,).
-        scalarizer: a module from the losses, shape (T,), to a scalar; ``None`` for their plain sum.
+        tasks: the tasks' names, in the order of every tensor of shape (T,).
+        scalarizer: a module from the losses, shape (T,), to a scalar; ``None`` for the plain sum.
         optimizer: makes the optimizer of the scalarizer's parameters, if it has any.
-        seed: of the random numbers that the scalarizer may draw.
-        dtype: of the weights.
-        device: of the weights.
+        seed: seed of the random numbers that the scalarizer draws.
+        dtype: precision of the weights.
+        device: device of the weights.
+
+    Raises:
+        ValueError: fewer than two tasks, a name twice, or a scalarizer that cannot be called with T losses.
+        TypeError: an aggregator is given in place of a scalarizer.
 
     Example:
         >>> from torchjd.scalarization import GeometricMean
@@ -46,7 +50,7 @@ class ScalarizationRule:
     name = "Scalarization"
     has_weights = True
     reason = "a loss or a derivative is not finite"
-    """Why the strategy gave no usable weights the last time."""
+    """Why the strategy last gave no usable weights."""
 
     def __init__(
         self,
@@ -88,7 +92,7 @@ class ScalarizationRule:
 
     @property
     def weights(self) -> Tensor:
-        """The weights that were last in force, shape (T,)."""
+        """The current weights, shape (T,)."""
         return self.loss_weights
 
     @property
@@ -147,8 +151,8 @@ class ScalarizationRule:
 
         Args:
             losses: shape (T,).
-            present: which tasks take part, bool of shape (T,); all by default. For an absent one the scalarizer is given
-                what its loss was last; until every task has been seen, all are weighted 1.
+            present: which tasks take part, bool of shape (T,); all by default. An absent task enters with its last loss;
+                until every task has been seen, all weights are 1.
 
         Returns:
             The weights. If a loss or a derivative is not finite, equal weights with the sum of the last ones: the scalarizer

@@ -12,7 +12,7 @@ import inspect
 import types
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -180,7 +180,7 @@ def _load_attributes(
     for name, of in saved["optimizers"].items():
         # FAMO creates its own only in its first update; the options come with the state.
         groups = [{"params": [parameters[one] for one in group]} for group in of["parameters"]]
-        optimizer = optimizers[name] or getattr(torch.optim, of["class"])(groups)
+        optimizer: Any = optimizers[name] or getattr(torch.optim, of["class"], lambda _: None)(groups)
         kind = type(optimizer).__qualname__
         if kind != of["class"]:
             raise ValueError(
@@ -220,6 +220,21 @@ def _loaded(saved: Any, present: Any, where: str, device: torch.device | None) -
         known = present if isinstance(present, dict) else {}
         return {key: _loaded(value, known.get(key), f"{where}[{key!r}]", device) for key, value in saved.items()}
     return saved
+
+
+def matched_by_task(state: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of a rule's state with every tensor of one number per task in the order of ``tasks``; 0 for new tasks."""
+    known = list(state["tasks"])
+    order = [known.index(task) if task in known else len(known) for task in tasks]
+
+    def matched(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: matched(one) for key, one in value.items()}
+        if isinstance(value, Tensor) and value.shape == (len(known),):
+            return torch.cat([value, value.new_zeros(1)])[order]
+        return copy.deepcopy(value)
+
+    return {key: matched(value) for key, value in state.items()}
 
 
 def _attributes_of(part: nn.Module) -> dict[str, Any]:

@@ -22,6 +22,18 @@ _CORRECTIONS = ("ones_avg", "ones_avg_sq")
 """State entries of `MaskedAdam` for 1 − βᵗ of both averages, with the rounding they have accumulated."""
 
 
+def adam(parameters: Iterable[Tensor], lr: float = 0.025) -> torch.optim.Optimizer:
+    """Return the paper's optimizer of the weights: the default of `GradNorm`, `Scalarization` and `Aggregation`.
+
+    A function, not a ``functools.partial``, because LightningCLI writes it to its ``config.yaml`` and reads it back.
+
+    Example:
+        >>> adam([torch.ones(2, requires_grad=True)]).param_groups[0]["lr"]
+        0.025
+    """
+    return torch.optim.Adam(parameters, lr=lr)
+
+
 class WeightOptimizer:
     """Updates the weights with any torch optimizer. The host reads whether there is a usable step.
 

@@ -28,12 +28,14 @@ from models import (
     network_sgd,
     vector_batches,
 )
+from strategies import BY_HAND_OF_GRADIENTS, has_weights
 from textbook import Forward
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_gradnorm import Aggregation
-from lightning_gradnorm.strategies import DBMTL, GABA, DBMTLWeighting, LogSum
+from lightning_gradnorm.strategies import DBMTL, GABA, LogSum
+from lightning_gradnorm.strategies.facts import any_part
 
 MakeTrainer = Callable[..., L.Trainer]
 T, STEPS = 3, 12
@@ -56,45 +58,13 @@ class OfTheNorms(jd.Weighting[Any]):
         return 1 / (0.1 + gramian.diagonal().sqrt())
 
 
-def vector(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
 MADE: dict[str, Callable[[], Any]] = {
-    "AlignedMTL": jd.AlignedMTL,
-    "AlignedMTL, least": partial(jd.AlignedMTL, scale_mode="median"),
-    "CAGrad": partial(jd.CAGrad, c=0.5),
-    "ConFIG": jd.ConFIG,
-    "ConFIG with preferences": lambda: jd.ConFIG(vector(0.5, 0.2, 0.3)),
-    "Constant": lambda: jd.Constant(vector(0.5, 3.0, -0.2)),
-    "CRMOGM": lambda: jd.CRMOGMWeighting(jd.MGDAWeighting(), alpha=0.7),
-    "DualProj": jd.DualProj,
-    "FairGrad": partial(jd.FairGrad, alpha=1.0),
-    "GradDrop": jd.GradDrop,
-    "GradDrop with leak": lambda: jd.GradDrop(leak=vector(0.1, 0.5, 0.0)),
-    "GradVac": jd.GradVac,
-    "IMTLG": jd.IMTLG,
-    "Krum": partial(jd.Krum, n_byzantine=0),
-    "Mean": jd.Mean,
-    "MGDA": jd.MGDA,
-    "NashMTL": partial(jd.NashMTL, n_tasks=T),
-    "NashMTL, seldom": partial(jd.NashMTL, n_tasks=T, update_weights_every=3),
-    "PCD": jd.PCD,
-    "PCGrad": jd.PCGrad,
-    "Random": jd.Random,
-    "Sum": jd.Sum,
-    "TrimmedMean": partial(jd.TrimmedMean, trim_number=1),
-    "UPGrad": jd.UPGrad,
-    "UPGrad with preferences": lambda: jd.UPGrad(vector(0.5, 0.2, 0.3)),
-    "UPGradWeighting": jd.UPGradWeighting,
-    "GABA": partial(GABA, warmup=3, beta=0.5),
-    "DBMTL, no memory": partial(DBMTL, beta=0.0),
-    "DBMTLWeighting": DBMTLWeighting,
+    **{name: partial(make, T) for name, make in BY_HAND_OF_GRADIENTS.items()},
     "a user's own aggregator": Halves,
     "a user's own weighting": OfTheNorms,
 }
-AT_PARAMETERS_ALONE = {"ExcessMTL": jd.ExcessMTL, "DBMTL": DBMTL, "DBMTL, decaying": partial(DBMTL, sigma=0.5)}
-MATRIX_ALONE = {"GradDrop", "GradDrop with leak", "TrimmedMean", "a user's own aggregator", "DBMTL, no memory"}
+AT_PARAMETERS_ALONE = {name: made for name, made in MADE.items() if any_part(made(), "averages_over_steps")}
+EVERYWHERE_MADE = {name: made for name, made in MADE.items() if name not in AT_PARAMETERS_ALONE}
 SHORT = ["UPGrad", "Constant", "GradDrop", "GABA", "DBMTL, no memory", "PCGrad"]
 
 
@@ -203,19 +173,19 @@ def _some_of(names: Any) -> list[Any]:
 
 
 @pytest.mark.filterwarnings("ignore:You are solving")  # cvxpy, of NashMTL's problem
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", EVERYWHERE_MADE)
 def test_every_aggregator_trains_as_by_hand_at_the_representation(quiet_trainer: MakeTrainer, name: str) -> None:
     noted, _ = train_both(quiet_trainer, MADE[name])
-    assert noted.callback.rule.has_weights == (name not in MATRIX_ALONE)
+    assert noted.callback.rule.has_weights == has_weights(MADE[name]())
 
 
 @pytest.mark.filterwarnings("ignore:You are solving")
-@pytest.mark.parametrize("name", _some_of(MADE))
+@pytest.mark.parametrize("name", _some_of(EVERYWHERE_MADE))
 @EVERYWHERE
 @WITH_AND_WITHOUT_HEADS
 def test_every_aggregator_trains_as_by_hand(quiet_trainer: MakeTrainer, name: str, at: str, with_heads: bool) -> None:
     noted, _ = train_both(quiet_trainer, MADE[name], at=at, with_heads=with_heads)
-    assert noted.callback.rule.has_weights == (name not in MATRIX_ALONE)
+    assert noted.callback.rule.has_weights == has_weights(MADE[name]())
 
 
 @pytest.mark.parametrize("name", AT_PARAMETERS_ALONE)

@@ -17,7 +17,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.util.tensor_util import make_ndarray
@@ -37,6 +37,7 @@ from lightning_gradnorm import (
     Task,
 )
 from lightning_gradnorm.callbacks import TensorBoardDashboard
+from lightning_gradnorm.callbacks.packages import is_one_of
 
 STEPS = 6
 
@@ -161,6 +162,15 @@ def test_the_charts_are_there_whatever_comes_first(options: dict[str, Any], trai
     charts = charts_of(train(GradNorm(initial_losses=2), **options))
     assert list(charts["Balancing"]) == STRATEGIES["gradnorm"][1]
     assert len(charts["Validation"]) == 4
+
+
+def test_a_tensorboard_logger_of_either_lightning_is_known_and_no_other_logger(tmp_path: Path) -> None:
+    # A stand-in: importing pytorch_lightning would change where Lightning's messages go, for all tests that follow.
+    other = type("TensorBoardLogger", (), {"__module__": "pytorch_lightning.loggers.tensorboard"})
+    for kind in (TensorBoardLogger, other):
+        subclass = type("Mine", (kind,), {})
+        assert is_one_of(subclass(tmp_path) if kind is TensorBoardLogger else subclass(), "TensorBoardLogger")
+    assert not is_one_of(CSVLogger(tmp_path), "TensorBoardLogger")
 
 
 def _get(url: str) -> bytes:

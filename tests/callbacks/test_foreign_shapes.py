@@ -36,6 +36,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_gradnorm import GradNorm
+from lightning_gradnorm.engine.engine import Engine
 
 STEPS = 10
 MakeTrainer = Callable[..., L.Trainer]
@@ -345,13 +346,13 @@ def test_a_second_callback_on_the_same_compiled_heads_reads_its_own_numbers(
     case = COMPILED
     graphs: list[Any] = []
     readings: list[str] = []
-    read = GradNorm._read
+    read = Engine._read
 
-    def counted(gradnorm: GradNorm, task: str, *args: Any) -> object:
+    def counted(engine: Engine[Any], task: str, *args: Any) -> object:
         readings.append(task)
-        return read(gradnorm, task, *args)
+        return read(engine, task, *args)
 
-    monkeypatch.setattr(GradNorm, "_read", counted)
+    monkeypatch.setattr(Engine, "_read", counted)
     model, twin = case.make(), case.make()
     compile_heads(model, case, way, graphs)
     weights = []

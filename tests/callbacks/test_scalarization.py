@@ -25,10 +25,10 @@ from models import (
     network_sgd,
     vector_batches,
 )
+from strategies import BY_HAND_OF_LOSSES
 from torch import Tensor, nn
 
 from lightning_gradnorm import Scalarization
-from lightning_gradnorm.strategies import AMNL, LogSum, Uncertainty, with_equal_preferences
 from lightning_gradnorm.strategies.factory import TaskAware
 
 MakeTrainer = Callable[..., L.Trainer]
@@ -51,33 +51,7 @@ class Squares(nn.Module):
         ).sum() / values.detach().sum() + 0.1 * self.sharpness.square().sum()
 
 
-def preference(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-MADE: dict[str, Callable[[int], nn.Module]] = {
-    "Sum": lambda T: jd.Sum(),
-    "Mean": lambda T: jd.Mean(),
-    "GeometricMean": lambda T: jd.GeometricMean(),
-    "UW": jd.UW,
-    "IMTLL": jd.IMTLL,
-    "DWA": lambda T: jd.DWA(),
-    "Random": lambda T: jd.Random(),
-    "FAMO": jd.FAMO,
-    "FAMO with minima": lambda T: jd.FAMO(T, min_losses=torch.full((T,), 0.01), lr=0.1),
-    "STCH": lambda T: jd.STCH(mu=0.5),
-    "STCH with preferences": lambda T: jd.STCH(0.1, preference(0.5, 0.3, 0.2), preference(0.1, 0.0, 0.2)),
-    "PBI": lambda T: jd.PBI(theta=5.0, weights=preference(0.5, 0.3, 0.2)),
-    "COSMOS": lambda T: jd.COSMOS(lambda_=1.0, weights=preference(0.5, 0.3, 0.2)),
-    "Constant": lambda T: jd.Constant(preference(0.5, 3.0, 0.2)),
-    "equal preferences": partial(with_equal_preferences, scalarizer=jd.COSMOS, lambda_=0.5),
-    "AMNL, edition 1": lambda T: AMNL(),
-    "AMNL, moving average": lambda T: AMNL(beta=0.9),
-    "AMNL, edition 2": lambda T: AMNL(edition=2, weights={"seg": 0.5, "normal": 0.2, "depth": 0.3}),
-    "Uncertainty": lambda T: Uncertainty(classification=["depth"]),
-    "LogSum": lambda T: LogSum(),
-    "a user's own": Squares,
-}
+MADE: dict[str, Callable[[int], nn.Module]] = {**BY_HAND_OF_LOSSES, "a user's own": Squares}
 
 
 class States(L.Callback):

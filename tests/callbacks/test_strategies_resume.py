@@ -13,7 +13,7 @@ import torch
 from harness import Batches, Recorder, state_by_part
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import TASKS, Automatic, Batch, vector_batches
-from strategies import STRATEGIES, tasks_for
+from strategies import STATEFUL, STRATEGIES, tasks_for
 from torch import Tensor
 from torchjd import aggregation as A
 from torchjd import scalarization as S
@@ -81,31 +81,6 @@ def assert_goes_on(found: Trained, whole: Trained, step: int) -> None:
         assert torch.equal(found.network[name], value), f"{name}, resumed after step {step}"
 
 
-STATELESS = (
-    "Constant",
-    "COSMOS",
-    "Geometric",
-    "Mean",
-    "PBI",
-    "STCH",
-    "Sum",
-    "LogSum",
-    "AlignedMTL",
-    "CAGrad",
-    "ConFIG",
-)
-STATELESS += (
-    "without average",
-    "DualProj",
-    "FairGrad",
-    "larger part",
-    "IMTLG",
-    "Krum",
-    "MGDA",
-    "UPGrad",
-    "TrimmedMean",
-)
-STATEFUL = [name for name in STRATEGIES if not any(one in name for one in STATELESS)]
 ONCE = [
     name
     for name in STATEFUL

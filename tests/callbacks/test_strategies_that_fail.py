@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -255,19 +256,14 @@ def test_an_import_error_that_is_not_torchjds_is_handed_on(quiet_trainer: MakeTr
 # in mid-training ------------------------------------------------------------------------------------------------------
 
 
-class Sometimes:
+def sometimes(right: Callable[[Tensor], Any], wrong: Callable[[Tensor], Any], at: set[int]) -> Callable[[Tensor], Any]:
     """Does what is right, but for the calls in ``at``, of which the trial before the first step is none."""
+    calls = itertools.count(-1)
 
-    def __init__(self, right: Callable[[Tensor], Any], wrong: Callable[[Tensor], Any], at: set[int]) -> None:
-        self.right, self.wrong, self.at = right, wrong, at
-        self.calls = -1
+    def call(values: Tensor) -> Any:
+        return (wrong if next(calls) in at else right)(values)
 
-    def __call__(self, values: Tensor) -> Any:
-        self.calls += 1
-        return (self.wrong if self.calls - 1 in self.at else self.right)(values)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return self  # the trial is made on a copy
+    return call
 
 
 WRONG: dict[str, Callable[[Tensor], Any]] = {
@@ -317,7 +313,7 @@ def test_an_aggregator_that_fails_in_mid_training_is_bridged_by_equal_weights(
 ) -> None:
     right = (lambda J: J.mean(dim=0)) if what == "aggregator" else (lambda G: 1 / (1 + G.diagonal()))
     kind = OddAggregator if what == "aggregator" else OddWeighting
-    made = kind(Sometimes(right, WRONG[wrong], WRONG_AT))
+    made = kind(sometimes(right, WRONG[wrong], WRONG_AT))
     callback = Aggregation(made, NAMES, heads=HEADS, at=at)  # type: ignore[arg-type]
     logger, warned = train(quiet_trainer, callback, Automatic(T))
     counted = [sum(at <= step for at in WRONG_AT) for step in range(STEPS)]
@@ -337,7 +333,7 @@ def test_an_aggregator_that_fails_in_mid_training_is_bridged_by_equal_weights(
 def test_a_scalarizer_without_a_finite_answer_in_mid_training_is_bridged_by_equal_weights(
     quiet_trainer: MakeTrainer,
 ) -> None:
-    made = Odd(Sometimes(lambda L: L.square().sum(), WRONG["returns NaN"], WRONG_AT))
+    made = Odd(sometimes(lambda L: L.square().sum(), WRONG["returns NaN"], WRONG_AT))
     logger, warned = train(quiet_trainer, Scalarization(made, NAMES), Automatic(T))
     assert logger.scalars["balancing/fallbacks"] == [sum(at <= step for at in WRONG_AT) for step in range(STEPS)]
     assert len(warned) == 1
@@ -349,7 +345,7 @@ def test_a_scalarizer_without_a_finite_answer_in_mid_training_is_bridged_by_equa
 @pytest.mark.parametrize("made", [jd.UPGrad, None])
 def test_an_error_that_a_scalarizer_raises_in_mid_training_is_the_users(quiet_trainer: MakeTrainer, made: Any) -> None:
     """What it raises is a mistake to be mended, such as a loss that is negative, and would stay one in every step."""
-    odd = Odd(Sometimes(lambda L: L.square().sum(), raises, WRONG_AT))
+    odd = Odd(sometimes(lambda L: L.square().sum(), raises, WRONG_AT))
     callback = Scalarization(odd, NAMES) if made is None else Aggregation(made(), NAMES, heads=HEADS, scalarizer=odd)
     fails(quiet_trainer, lambda: callback, "the solver gave up", error=RuntimeError, batches=6)
 

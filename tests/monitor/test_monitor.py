@@ -604,6 +604,7 @@ def test_wrong_input_of_the_plain_function(losses: Any, parameters: Any, error: 
             "no layer", {"parameters": None}, ValueError, ["parameters should be 'shared' or a dotted name; got None"]
         ),
         case("never", {"every_n_steps": 0}, ValueError, ["every_n_steps should be an integer, at least 1; got 0"]),
+        case("no drawing", {"cosine_image": True}, ValueError, ["cosine_image should be a function", "got True"]),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], error: type[Exception], says: Any) -> None:

@@ -313,3 +313,169 @@ def test_a_huge_learning_rate_leaves_positive_weights(optimizer: Any) -> None:
         rule.step(torch.rand(4, generator=generator, dtype=F64), torch.rand(4, generator=generator, dtype=F64) + 0.1)
         assert float(now(rule).min()) > 0.0
         assert float(now(rule).sum()) == pytest.approx(4.0, rel=1e-12)
+
+
+# ---- what the engine asks, and arguments -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": -1}, "alpha should be a finite number, at least 0; got -1"),
+        ({"alpha": math.nan}, "alpha should be a finite number, at least 0; got nan"),
+        ({"alpha": math.inf}, "alpha should be a finite number, at least 0; got inf"),
+        ({"alpha": "1.5"}, "alpha should be a finite number, at least 0; got '1.5'"),
+        ({"min_weight": 0.0}, "min_weight should be a number between 0 and 1; got 0.0"),
+        ({"min_weight": 1}, "min_weight should be a number between 0 and 1; got 1"),
+        ({"update_every": 0}, "update_every should be an integer, at least 1; got 0"),
+        ({"update_every": True}, "update_every should be an integer, at least 1; got True"),
+        ({"stop_after": -1}, "stop_after should be None or an integer, at least 0; got -1"),
+        ({"optimizer": 0.025}, "optimizer should be a callable such as .*; got 0.025"),
+        ({"initial_losses": 0}, "initial_losses should be a number of updates, at least 1, or a mapping .*; got 0"),
+        ({"initial_losses": None}, "initial_losses should be a number of updates, at least 1, .*; got None"),
+        ({"initial_losses": {"seg": 1.0}}, r"initial_losses should name every task; \['depth'\] are missing"),
+        ({"initial_losses": {"seg": 1.0, "depth": 0.0}}, r"initial_losses\['depth'\] should be positive and finite"),
+        ({"initial_weights": [1.0, 2.0]}, r"initial_weights should be a mapping from task to number; got \[1.0, 2.0\]"),
+        ({"initial_weights": {}}, "initial_weights should name every task"),
+        ({"priorities": {"seg": 1.0, "deph": 1.0}}, "priorities names 'deph', .* did you mean 'depth'?"),
+        (
+            {"priorities": {"seg": 1.0, "depth": math.inf}},
+            r"priorities\['depth'\] should be positive and finite; got inf",
+        ),
+    ],
+)
+def test_an_argument_out_of_range_is_an_error(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^GradNormRule: {message}"):
+        GradNormRule(["seg", "depth"], **options)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "kind", "message"),
+    [
+        (["seg"], ValueError, "tasks should be at least two"),
+        (["seg", "seg"], ValueError, "tasks should all be different"),
+        ("seg", TypeError, "tasks should be a list of names, such as .*; got 'seg'"),
+        ([1, 2], TypeError, "tasks should be a list of names"),
+    ],
+)
+def test_tasks_are_at_least_two_different_names(tasks: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=f"^GradNormRule: {message}"):
+        GradNormRule(tasks)
+
+
+@pytest.mark.parametrize(
+    ("every", "stop", "expected"),
+    [
+        (1, None, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (3, None, [0, 3, 6]),
+        (1, 2, [0, 1]),
+        (2, 5, [0, 2, 4]),
+        (1, 0, []),
+    ],
+)
+def test_it_measures_every_so_many_steps_and_not_after_the_last(
+    every: int, stop: int | None, expected: list[int]
+) -> None:
+    rule = GradNormRule(names(2), update_every=every, stop_after=stop)
+    measured = []
+    for step in range(8):
+        if rule.should_measure:
+            measured.append(step)
+            rule.step(torch.ones(2), torch.ones(2))
+        rule.count_step()
+        rule.discard_step()
+    assert measured == expected
+    resumed = GradNormRule(names(2), update_every=every, stop_after=stop)
+    resumed.load_state_dict(rule.state_dict())
+    assert resumed.steps == 8
+    assert resumed.should_measure == rule.should_measure
+
+
+def test_the_weights_of_the_losses_are_detached_and_those_in_force() -> None:
+    rule = GradNormRule(names(2), alpha=0.0)
+    rule.step(tensor([1.0, 3.0]), torch.ones(2))
+    assert not rule.loss_weights.requires_grad
+    assert rule.loss_weights.equal(rule.weights)
+
+
+adam = partial(torch.optim.Adam, lr=0.1)
+optimizers_with_state = [adam, partial(torch.optim.AdamW, lr=0.1), partial(torch.optim.SGD, lr=0.1, momentum=0.9)]
+
+
+def ten_steps(rule: GradNormRule, seed: int) -> None:
+    for numbers in torch.rand(10, 2, 3, dtype=F64, generator=torch.Generator().manual_seed(seed)) + 0.1:
+        rule.step(*numbers)
+        rule.count_step()
+
+
+def tensors_of(state: Any) -> list[Tensor]:
+    if isinstance(state, Tensor):
+        return [state]
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, list) else []
+    return [found for part in parts for found in tensors_of(part)]
+
+
+@pytest.mark.parametrize("optimizer", optimizers_with_state)
+def test_moving_to_float64_and_back_keeps_every_value(optimizer: Any) -> None:
+    rule = GradNormRule(names(3), optimizer=optimizer, priorities=dict(zip(names(3), [1, 2, 4], strict=True)))
+    ten_steps(rule, seed=0)
+    weights, before = rule.weights, rule.state_dict()
+    rule.to(dtype=F64)
+    assert rule.weights is weights, "whoever holds the parameter keeps it"
+    assert rule.last is not None
+    assert rule.last.terms.grad_norms.dtype == F64
+    for one, other in zip(tensors_of(before), tensors_of(rule.state_dict()), strict=True):
+        assert one.double().equal(other.double())
+    assert all(one.dtype == F64 for one in tensors_of(rule.state_dict()) if one.ndim)
+    rule.to(dtype=torch.float32)
+    for one, other in zip(tensors_of(before), tensors_of(rule.state_dict()), strict=True):
+        assert one.equal(other)
+        assert one.dtype == other.dtype
+    other = GradNormRule(names(3), optimizer=optimizer, priorities=dict(zip(names(3), [1, 2, 4], strict=True)))
+    other.load_state_dict(before)
+    for one in (rule, other):
+        ten_steps(one, seed=1)
+    assert rule.weights.equal(other.weights)
+
+
+@pytest.mark.parametrize("optimizer", optimizers_with_state)
+def test_a_fresh_rule_moved_to_float64_is_one_made_there(optimizer: Any) -> None:
+    def given(*numbers: float) -> dict[str, float]:
+        return dict(zip(names(3), numbers, strict=True))
+
+    options: dict[str, Any] = {
+        "optimizer": optimizer,
+        "initial_losses": given(0.1, 0.7, 1.3),
+        "initial_weights": given(0.3, 1.1, 2.7),
+        "priorities": given(0.1, 0.2, 0.4),
+    }
+    moved, made = GradNormRule(names(3), **options), GradNormRule(names(3), dtype=F64, **options)
+    moved.to(dtype=F64)
+    for rule in (moved, made):
+        ten_steps(rule, seed=0)
+    assert moved.weights.equal(made.weights)
+    assert moved.mean_weights.equal(made.mean_weights)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("optimizer", optimizers_with_state)
+def test_moving_to_a_gpu_and_back_moves_all_tensors_and_keeps_every_value(optimizer: Any) -> None:
+    rule, stays = (GradNormRule(names(3), optimizer=optimizer) for _ in range(2))
+    for one in (rule, stays):
+        ten_steps(one, seed=0)
+    before = rule.state_dict()
+    rule.to(device="cuda")
+    held = [value for value in vars(rule).values() if isinstance(value, Tensor)]
+    held += [value for value in vars(rule._optimizer).values() if isinstance(value, Tensor)]
+    held += [value for value in rule._optimizer._state_tensors().values() if value.ndim]
+    assert len(held) > 5
+    assert {value.device.type for value in held} == {"cuda"}
+    assert rule.last is not None
+    assert rule.last.losses.is_cuda
+    assert not rule.syncs_every_step
+    for one, other in zip(tensors_of(before), tensors_of(rule.state_dict()), strict=True):
+        assert one.equal(other.cpu())
+    rule.to(device="cpu")
+    for one in (rule, stays):
+        ten_steps(one, seed=1)
+    assert rule.weights.equal(stays.weights)

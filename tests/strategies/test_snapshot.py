@@ -12,21 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from strategies import MODULES, has_memory
 from torch import Tensor, nn
 from torchjd import aggregation as A
 from torchjd import scalarization as S
 
-from lightning_gradnorm.strategies import (
-    AMNL,
-    DBMTL,
-    GABA,
-    Uncertainty,
-    load_snapshot,
-    snapshot,
-    with_equal_preferences,
-)
+from lightning_gradnorm.strategies import Uncertainty, load_snapshot, snapshot
+from lightning_gradnorm.strategies.factory import instantiate, move_to
+from lightning_gradnorm.strategies.facts import facts_of
 
 T, n = 3, 5
+NAMES = ["seg", "depth", "normal"]
 
 
 def losses_at(t: int) -> Tensor:
@@ -39,6 +35,7 @@ def matrix_at(t: int) -> Tensor:
 
 def call_scalarizer(scalarizer: Any, t: int) -> list[Tensor]:
     """One training step with an optimizer of its parameters, and what the class asks for besides."""
+    torch.manual_seed(t)  # Random draws weights
     values = losses_at(t).requires_grad_()
     total = scalarizer(values)
     total.backward()
@@ -47,9 +44,9 @@ def call_scalarizer(scalarizer: Any, t: int) -> list[Tensor]:
             if parameter.grad is not None:
                 parameter -= 0.1 * parameter.grad
                 parameter.grad = None
-    if isinstance(scalarizer, S.FAMO):
+    if facts_of(scalarizer).needs_losses_after_step:
         scalarizer.update(values.detach() * (1 - 0.1 * losses_at(t + 100)))
-    if isinstance(scalarizer, S.DWA) and t % 2:
+    if facts_of(scalarizer).steps_each_epoch and t % 2:
         scalarizer.step()
     assert values.grad is not None
     return [total.detach().clone(), values.grad.clone()]
@@ -68,7 +65,6 @@ def call_weighting(weighting: Any, t: int) -> list[Tensor]:
 class Case(NamedTuple):
     make: Callable[[], nn.Module]
     call: Callable[[Any, int], list[Tensor]]
-    needs: tuple[str, ...] = ()
     remembers: bool = True
 
 
@@ -152,41 +148,24 @@ def call_anything(anything: Any, t: int) -> list[Tensor]:
     return [anything(losses_at(t)[:2])]
 
 
-solvers = ("cvxpy", "ecos")
+def prepared(make: Callable[[int], nn.Module]) -> nn.Module:
+    """As a rule has it: in single precision, with its tasks named."""
+    return move_to(instantiate(NAMES, make, caller="test"), dtype=torch.float32)
+
+
+def case_of(make: Callable[[int], nn.Module]) -> Case:
+    made = make(T)
+    takes_gramian = isinstance(made, A.Weighting) and facts_of(made).input != "matrix"
+    calls = call_scalarizer if isinstance(made, S.Scalarizer) else call_weighting if takes_gramian else call_aggregator
+    return Case(partial(prepared, make), calls, has_memory(made))
+
+
 CASES = {
-    "DWA": Case(S.DWA, call_scalarizer),
-    "FAMO": Case(partial(S.FAMO, T), call_scalarizer),
-    "UW": Case(partial(S.UW, T), call_scalarizer),
-    "IMTLL": Case(partial(S.IMTLL, T), call_scalarizer),
-    "Uncertainty": Case(uncertainty, call_scalarizer),
-    "AMNL": Case(partial(AMNL, beta=0.9), call_scalarizer),
-    "GradVac": Case(A.GradVac, call_aggregator),
-    "GradVacWeighting": Case(A.GradVacWeighting, call_weighting),
-    "CRMOGMWeighting": Case(lambda: A.CRMOGMWeighting(A.MGDAWeighting()), call_weighting),
-    "CRMOGMWeighting of GradVac": Case(lambda: A.CRMOGMWeighting(A.GradVacWeighting()), call_weighting),
-    "PCD": Case(partial(A.PCD, beta=0.5), call_aggregator),
-    "PCDWeighting": Case(partial(A.PCDWeighting, beta=0.5), call_weighting),
-    "ExcessMTL": Case(A.ExcessMTL, call_aggregator),
-    "ExcessMTL with a warm-up": Case(partial(A.ExcessMTL, n_warmup_steps=4), call_aggregator),
-    "ExcessMTLWeighting": Case(A.ExcessMTLWeighting, call_aggregator),
-    "NashMTL": Case(partial(A.NashMTL, T), call_aggregator, solvers),
-    "NashMTL every third step": Case(partial(A.NashMTL, T, update_weights_every=3), call_aggregator, solvers),
-    "SDMGradWeighting": Case(partial(A.SDMGradWeighting, lr=0.1, n_iter=2), call_weighting),
-    "MoDoWeighting": Case(A.MoDoWeighting, call_weighting),
-    "GABA": Case(partial(GABA, beta=0.5, warmup=2), call_weighting),
-    "DBMTL": Case(partial(DBMTL, sigma=0.5), call_aggregator),
+    **{name: case_of(make) for name, make in MODULES.items()},
     "a user's own": Case(Anything, call_anything),
     "a user's own with get_extra_state": Case(KeepsItsOwn, call_anything),
     "a user's own with state_dict": Case(WritesItsStateDict, call_anything),
     "a user's own within another module": Case(lambda: nn.Sequential(KeepsItsOwn()), call_anything),
-    # Without a memory: they are to be saved and restored all the same.
-    "Mean": Case(S.Mean, call_scalarizer, remembers=False),
-    "PBI": Case(lambda: with_equal_preferences(T, S.PBI, theta=5.0), call_scalarizer, remembers=False),
-    "UPGrad": Case(A.UPGrad, call_aggregator, ("qpsolvers", "quadprog"), remembers=False),
-    "ConFIG": Case(A.ConFIG, call_aggregator, remembers=False),
-    "GradDrop": Case(A.GradDrop, call_aggregator, remembers=False),
-    "CAGrad": Case(partial(A.CAGrad, c=0.5), call_aggregator, ("cvxpy", "clarabel"), remembers=False),
-    "Krum": Case(partial(A.Krum, n_byzantine=0), call_aggregator, remembers=False),
 }
 
 quiet = pytest.mark.filterwarnings("ignore:You are solving a parameterized problem that is not DPP")
@@ -194,8 +173,6 @@ quiet = pytest.mark.filterwarnings("ignore:You are solving a parameterized probl
 
 
 def of(name: str) -> Case:
-    for package in CASES[name].needs:
-        pytest.importorskip(package)
     return CASES[name]
 
 
@@ -215,8 +192,8 @@ def test_every_stateful_class_of_torchjd_is_among_the_cases() -> None:
     from torchjd import Stateful
 
     classes = {c for package in (A, S) for c in vars(package).values() if isinstance(c, type)}
-    stateful = {c.__name__ for c in classes if issubclass(c, Stateful)}
-    assert stateful <= set(CASES)
+    tried = {type(part) for make in MODULES.values() for part in make(T).modules()}
+    assert {c for c in classes if issubclass(c, Stateful)} <= tried
 
 
 @quiet
@@ -269,7 +246,7 @@ def test_double_precision_is_kept(name: str) -> None:
         finally:
             torch.set_default_dtype(torch.float32)
 
-    uninterrupted, resumed = case.make().double(), case.make().double()
+    uninterrupted, resumed = (move_to(case.make(), dtype=torch.float64) for _ in range(2))
     for t in range(3):
         in_double(uninterrupted, t)
     load_snapshot(resumed, through_a_file(snapshot(uninterrupted)))
@@ -379,6 +356,16 @@ def test_an_optimizer_of_another_class_is_refused() -> None:
     one, other = Anything(), Anything()
     other.optimizer = torch.optim.Adagrad([other.w])  # type: ignore[assignment]
     with pytest.raises(ValueError, match="Anything: optimizer should be a SGD as in the state; got Adagrad"):
+        load_snapshot(other, snapshot(one))
+
+
+def test_an_optimizer_that_cannot_be_made_is_refused() -> None:
+    class Own(torch.optim.SGD):
+        pass
+
+    one, other = Anything(), Anything()
+    one.late_optimizer = Own([one.w])
+    with pytest.raises(ValueError, match=r"Anything: late_optimizer should be a .*Own as in the state; got NoneType"):
         load_snapshot(other, snapshot(one))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 
+import pytest
 from structure import allowed
 from structure.source import Import, Module, imports, imports_of, is_foreign, part_imported
 
@@ -106,3 +107,11 @@ def f():
         "strategies",
         "rich",
     }
+
+
+def test_the_list_of_exceptions_can_only_shrink() -> None:
+    allowed.assert_only_allowed({"a"}, {"a": "why"}, "rule")
+    with pytest.raises(AssertionError, match=r"rule: \['b'\]"):
+        allowed.assert_only_allowed({"a", "b"}, {"a": "why"}, "rule")
+    with pytest.raises(AssertionError, match=r"remove what has been mended .*: \['a'\]"):
+        allowed.assert_only_allowed(set(), {"a": "why"}, "rule")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,8 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
-from torchjd import aggregation, scalarization
 
-from lightning_gradnorm import (
-    Aggregation,
-    FixedWeights,
-    GradientNormMonitor,
-    GradNorm,
-    GradNormStatic,
-    MultiTaskModule,
-    RandomWeights,
-    Scalarization,
-)
+from lightning_gradnorm import MultiTaskModule
 from lightning_gradnorm.callbacks import TensorBoardDashboard
 from lightning_gradnorm.experiments.callbacks.save_last import SaveLast
 from lightning_gradnorm.experiments.callbacks.save_on_interrupt import SaveOnInterrupt
@@ -36,91 +26,42 @@ from lightning_gradnorm.experiments.problems.dense.rooms import RoomsDataModule
 from lightning_gradnorm.experiments.problems.engines.cmapss import CMAPSS
 from lightning_gradnorm.experiments.problems.engines.turbofan import TurbofanDataModule
 from lightning_gradnorm.experiments.problems.small import MultiMNISTDataModule, SinusoidsDataModule, ToyDataModule
-from lightning_gradnorm.strategies import AMNL, DBMTL, GABA, LogSum, Uncertainty, with_equal_preferences
+from lightning_gradnorm.experiments.registry import SCHEMAS, help_text, made_for_tasks
 
-WITH_SCHEMA: tuple[Callable[..., Any], ...] = (
-    Aggregation,
-    CMAPSS,
-    CSVLogger,
-    DensePredictions,
-    FixedWeights,
-    GradNorm,
-    GradNormStatic,
-    GradientNormMonitor,
-    LearningRateMonitor,
-    ModelCheckpoint,
-    MultiMNISTDataModule,
-    MultiTaskModule,
-    NYUv2,
-    RandomWeights,
-    RoomsDataModule,
-    SaveLast,
-    SaveOnInterrupt,
-    Scalarization,
-    SinusoidsDataModule,
-    TensorBoardDashboard,
-    TensorBoardLogger,
-    ToyDataModule,
-    Trainer,
-    TurbofanDataModule,
-)
-"""What a yaml names in its defaults list, for example ``/schema/GradNorm@_here_``."""
+WITH_SCHEMA: dict[str, Callable[..., Any]] = {
+    **{
+        one.__name__: one
+        for one in (
+            CMAPSS,
+            CSVLogger,
+            DensePredictions,
+            LearningRateMonitor,
+            ModelCheckpoint,
+            MultiMNISTDataModule,
+            MultiTaskModule,
+            NYUv2,
+            RoomsDataModule,
+            SaveLast,
+            SaveOnInterrupt,
+            SinusoidsDataModule,
+            TensorBoardDashboard,
+            TensorBoardLogger,
+            ToyDataModule,
+            Trainer,
+            TurbofanDataModule,
+        )
+    },
+    **SCHEMAS,
+}
+"""What a yaml names in its defaults list, such as ``/schema/GradNorm@_here_``; the strategies are the registry's."""
 
-GIVEN_BY_US = {"MultiTaskModule": ("only",), "Trainer": ("callbacks", "logger")}
+_GIVEN_BY_US = {"MultiTaskModule": ("only",), "Trainer": ("callbacks", "logger")}
 """Parameters that are no option: groups of their own make them, or a key of the main file."""
 
-SCALARIZERS: tuple[Callable[..., Any], ...] = (
-    AMNL,
-    LogSum,
-    Uncertainty,
-    scalarization.COSMOS,
-    scalarization.DWA,
-    scalarization.FAMO,
-    scalarization.GeometricMean,
-    scalarization.IMTLL,
-    scalarization.PBI,
-    scalarization.Random,
-    scalarization.STCH,
-    scalarization.UW,
-    with_equal_preferences,
-)
-"""Likewise, for example ``/schema/scalarization/DWA@scalarizer``."""
 
-AGGREGATORS: tuple[Callable[..., Any], ...] = (
-    DBMTL,
-    GABA,
-    aggregation.AlignedMTL,
-    aggregation.CAGrad,
-    aggregation.ConFIG,
-    aggregation.CRMOGMWeighting,
-    aggregation.DualProj,
-    aggregation.ExcessMTL,
-    aggregation.FairGrad,
-    aggregation.GradDrop,
-    aggregation.GradVac,
-    aggregation.IMTLG,
-    aggregation.Krum,
-    aggregation.MGDA,
-    aggregation.NashMTL,
-    aggregation.PCD,
-    aggregation.PCGrad,
-    aggregation.Random,
-    aggregation.TrimmedMean,
-    aggregation.UPGrad,
-    aggregation.UPGradWeighting,
-)
-"""Likewise, for example ``/schema/aggregation/CAGrad@aggregator``."""
-
-MADE_FOR_TASKS = {
-    "COSMOS": ("weights",),
-    "FAMO": ("shape",),
-    "IMTLL": ("shape",),
-    "NashMTL": ("n_tasks",),
-    "PBI": ("weights",),
-    "UW": ("shape",),
-    "with_equal_preferences": ("number_of_tasks",),
-}
-"""Of what is made when the number of tasks is known (``_partial_: true``): the parameters that say it."""
+def left_out(constructor: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the parameters that a schema leaves out, because they are given in another way."""
+    return _GIVEN_BY_US.get(constructor.__name__, ()) or made_for_tasks(constructor)
 
 
 def conf_dir() -> Path:
@@ -152,15 +93,19 @@ def register() -> None:
     OmegaConf.register_new_resolver("sum", _sum, replace=True)
     for name in ("out_channels", "out_features"):
         OmegaConf.register_new_resolver(name, partial(_of_network, name), replace=True)
+    OmegaConf.register_new_resolver("strategies", lambda: help_text(conf_dir()), replace=True)
+    _store_schemas()
+
+
+@cache
+def _store_schemas() -> None:
     store = ConfigStore.instance()
-    for constructor in WITH_SCHEMA:
-        name = constructor.__name__
-        store.store(group="schema", name=name, node=schema_of(constructor, leave_out=GIVEN_BY_US.get(name, ())))
-    for group, parts in (("schema/scalarization", SCALARIZERS), ("schema/aggregation", AGGREGATORS)):
-        for part in parts:
-            given = MADE_FOR_TASKS.get(part.__name__)
-            node = schema_of(part, leave_out=given or (), partial=given is not None)
-            store.store(group=group, name=part.__name__, node=node)
+    for path, constructor in WITH_SCHEMA.items():
+        group, _, name = f"schema/{path}".rpartition("/")
+        for_tasks = bool(made_for_tasks(constructor))
+        store.store(
+            group=group, name=name, node=schema_of(constructor, leave_out=left_out(constructor), partial=for_tasks)
+        )
 
 
 def _length(values: Sequence[Any]) -> int:

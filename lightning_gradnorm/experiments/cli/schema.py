@@ -16,7 +16,7 @@ _PLAIN = (bool, int, float, str)
 
 
 def schema_of(constructor: Callable[..., Any], *, leave_out: Collection[str] = (), partial: bool = False) -> type:
-    """Return a dataclass with the constructor's parameters, of which Hydra builds it again.
+    """Return a dataclass with the constructor's parameters, from which Hydra can call it.
 
     Plain types (bool, int, float, str, their unions, with or without None) are checked; all others are ``Any``. A default
     that a yaml can express is taken over; any other parameter is missing, and left to the constructor.

@@ -21,23 +21,9 @@ from lightning_gradnorm.experiments.callbacks.save_on_interrupt import SaveOnInt
 from lightning_gradnorm.experiments.cli import errors, hparams, hydra_entry, launch, run_folder, single_task, sweep
 from lightning_gradnorm.experiments.cli.build import build, build_model
 from lightning_gradnorm.experiments.cli.config import conf_dir
-from lightning_gradnorm.experiments.problems.dense.rooms import RoomsDataModule
-from lightning_gradnorm.experiments.problems.engines.turbofan import TurbofanDataModule
 from lightning_gradnorm.experiments.report import delta_m_or_none, task_table, write_metrics
 
 COMMAND = "gradnorm-train"
-
-STAND_INS: dict[type[L.LightningDataModule], tuple[str, str]] = {
-    RoomsDataModule: (
-        "nyuv2",
-        "Rendered rooms stand in for NYUv2; with its files: data=nyuv2 data.root=FOLDER",
-    ),
-    TurbofanDataModule: (
-        "cmapss",
-        "Simulated engines stand in for C-MAPSS; with its files: data=cmapss data.root=FOLDER",
-    ),
-}
-"""Data that need no download → how the experiments begin whose data they replace, and what such a run says."""
 
 
 def main() -> None:
@@ -127,9 +113,9 @@ def train(config: DictConfig) -> dict[str, float]:
     write_whole(trainer)
 
     console = Console(quiet=not trainer.is_global_zero)
-    for stand_in, (prefix, told) in STAND_INS.items():
-        if isinstance(data, stand_in) and (hydra_entry.chosen("experiment") or "").startswith(prefix):
-            console.print(told, highlight=False)
+    prefix, told = getattr(data, "stands_in_for", (None, ""))
+    if prefix is not None and (hydra_entry.chosen("experiment") or "").startswith(prefix):
+        console.print(told, highlight=False)
     if alone is not None and "_target_" in config.balancing:
         console.print(f"One task, {alone}: there is nothing to balance.", highlight=False)
     in_folder_of_before = hydra_entry.is_multirun() or _is_inside(resumed_from, run_dir)

@@ -59,7 +59,7 @@ def test_objects_get_plain_values_and_the_constructors_defaults(tmp_path: Path) 
     assert fixed.weights == {"task_0": 2.0, "task_1": 1.0}
     model = build(config, "model")
     assert isinstance(model, MultiTaskModule)
-    assert model.optimizer.keywords == {"lr": 1e-3}
+    assert model.configure_optimizers().param_groups[0]["lr"] == 1e-3
 
 
 def test_the_saved_configuration_is_resolved_and_builds_the_same_run(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ import torch
 import torchjd.aggregation
 import torchjd.scalarization
 from configurations import compose_run, options
-from strategies_page import LEFT_OUT, ROWS, TEXT, Row, in_python
+from strategies_page import LEFT_OUT, ROWS, TEXT, in_python, table
 from torch import Tensor, nn
 
-from lightning_gradnorm import Aggregation, FixedWeights, GradNorm, RandomWeights, Scalarization
-from lightning_gradnorm.callbacks.base import BalancingCallback
+from lightning_gradnorm import FixedWeights, GradNorm, RandomWeights, Scalarization
 from lightning_gradnorm.experiments.cli.build import build
 from lightning_gradnorm.experiments.cli.config import conf_dir
+from lightning_gradnorm.experiments.registry import Strategy
 from lightning_gradnorm.strategies import snapshot
 from lightning_gradnorm.strategies.aggregation import AggregationRule
 from lightning_gradnorm.strategies.factory import instantiate
@@ -26,7 +26,7 @@ from lightning_gradnorm.strategies.scalarization import ScalarizationRule
 
 TASKS = ["a", "b", "c", "d"]
 T = len(TASKS)
-OF_TORCHJD = [name for name, row in ROWS.items() if re.match("Scalarization|Aggregation", row.python)]
+OF_TORCHJD = [name for name, row in ROWS.items() if re.match("Scalarization|Aggregation", str(row.callback))]
 EXTRA_PACKAGES = {"numpy"}  # which torch brings for all of them
 
 quiet = pytest.mark.filterwarnings(
@@ -45,20 +45,10 @@ def parts(callback: Scalarization) -> Iterator[nn.Module]:
             yield instantiate(TASKS, given, caller="test")
 
 
-def rule_of(callback: Scalarization, seed: int = 0) -> ScalarizationRule:
-    if not isinstance(callback, Aggregation):
-        (scalarizer,) = parts(callback)
-        return ScalarizationRule(TASKS, scalarizer, optimizer=callback.optimizer, seed=seed, dtype=torch.float64)
-    aggregator, *scalarizers = parts(callback)
-    return AggregationRule(
-        TASKS,
-        aggregator,
-        scalarizers[0] if scalarizers else None,
-        of_parameters=callback.at == "parameters",
-        optimizer=callback.optimizer,
-        seed=seed,
-        dtype=torch.float64,
-    )
+def rule_of(name: str, seed: int = 0, tasks: Sequence[str] = TASKS) -> ScalarizationRule:
+    rule = ROWS[name].rule(tasks, seed=seed, dtype=torch.float64)
+    assert rule is not None
+    return rule
 
 
 def driven(rule: ScalarizationRule, steps: int) -> list[Tensor]:
@@ -78,8 +68,8 @@ def driven(rule: ScalarizationRule, steps: int) -> list[Tensor]:
         rule.step()
         if rule.has_weights:
             seen.append(rule.weights.clone())
-        if rule.looks_again:
-            rule.look_again(losses * 0.9, torch.ones(T, dtype=torch.bool))
+        if rule.needs_losses_after_step:
+            rule.update_after_step(losses * 0.9, torch.ones(T, dtype=torch.bool))
     return seen
 
 
@@ -102,11 +92,11 @@ def states(rule: ScalarizationRule) -> list[Any]:
 
 
 def test_every_yaml_has_one_row_and_every_row_a_yaml() -> None:
-    assert sorted(ROWS) == options("balancing")
+    assert sorted(cells[0].strip("`") for cells in table("# Strategies")) == options("balancing")
 
 
 def test_every_strategy_of_torchjd_has_a_row_or_a_reason_to_have_none() -> None:
-    written = " ".join(row.python for row in ROWS.values())
+    written = " ".join(str(row.callback) for row in ROWS.values())
     bases = {"Aggregator", "Scalarizer", "Weighting", "WeightedAggregator", "GramianWeightedAggregator"}
     aggregators = set(torchjd.aggregation.__all__)
     twins = {
@@ -137,10 +127,11 @@ def test_every_yaml_begins_with_what_it_is(name: str) -> None:
 @quiet
 @pytest.mark.parametrize("name", OF_TORCHJD)
 def test_the_yaml_and_the_line_of_python_make_the_same(name: str) -> None:
-    callback, expected = from_yaml(name), in_python(ROWS[name])
+    callback, expected = from_yaml(name), in_python(name)
     assert type(callback) is type(expected)
-    assert callback.optimizer.func is expected.optimizer.func
-    assert callback.optimizer.keywords == expected.optimizer.keywords
+    optimizer, expected_optimizer = (one.optimizer([torch.ones(1, requires_grad=True)]) for one in (callback, expected))
+    assert type(optimizer) is type(expected_optimizer)
+    assert optimizer.defaults == expected_optimizer.defaults
     for option in ("tasks", "heads", "representation", "at"):
         assert getattr(callback, option, None) == getattr(expected, option, None)
     found, wanted = list(parts(callback)), list(parts(expected))
@@ -151,52 +142,49 @@ def test_the_yaml_and_the_line_of_python_make_the_same(name: str) -> None:
 
 def test_the_other_yamls_make_what_their_rows_say() -> None:
     assert from_yaml("equal") is None
-    assert type(from_yaml("gradnorm")) is type(in_python(ROWS["gradnorm"])) is GradNorm
+    assert type(from_yaml("gradnorm")) is type(in_python("gradnorm")) is GradNorm
     fixed = from_yaml("fixed", "balancing.weights={seg: 1.0, depth: 0.2}")
     assert type(fixed) is FixedWeights
-    assert fixed.weights == in_python(ROWS["fixed"]).weights
+    assert fixed.weights == {"seg": 1.0, "depth": 0.2}
     random = from_yaml("random_static")
     assert type(random) is RandomWeights
-    assert random.seed == in_python(ROWS["random_static"]).seed == 0
+    assert random.seed == in_python("random_static").seed == 0
     assert from_yaml("random_static", "seed=3").seed == 3
-    assert "GradNormStatic(" in ROWS["gradnorm_static"].python
+    assert [str(ROWS[name].callback) for name in ("gradnorm_static", "fixed")] == [
+        "GradNormStatic(…)",
+        "FixedWeights(…)",
+    ]
 
 
 # ---- what the columns say --------------------------------------------------------------------------------------------
 
 
-def callback_of(name: str) -> Any:
-    return in_python(ROWS[name])
-
-
-def needed(callback: Any) -> str:
-    if isinstance(callback, GradNorm):
-        return "gradients of the last shared layer"
-    if isinstance(callback, Aggregation):
-        of = "gradients of the parameters" if callback.at == "parameters" else "gradients at the representation"
-        return of if callback._scalarizer is None else f"losses and {of}"
-    return "losses" if isinstance(callback, Scalarization) else "nothing"
+def needed(row: Strategy) -> str:
+    rule = rule_of(row.name) if row.name in OF_TORCHJD else None
+    if not isinstance(rule, AggregationRule):
+        return "gradients of the last shared layer" if row.name == "gradnorm" else "losses" if rule else "nothing"
+    of = "gradients of the parameters" if rule.of_parameters else "gradients at the representation"
+    return of if rule.scalarizer is None else f"losses and {of}"
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_what_it_needs_and_costs_follows_from_its_kind(row: Row) -> None:
-    callback = None if row.name in ("equal", "gradnorm_static") else callback_of(row.name)
-    assert callback is None or isinstance(callback, BalancingCallback)
-    assert row.needs == needed(callback)
+def test_what_it_needs_and_costs_follows_from_its_kind(row: Strategy) -> None:
+    assert row.needs == needed(row)
     costs = {
         "gradients of the last shared layer": "T gradients of one layer",
         "gradients at the representation": "T × z in memory",
         "gradients of the parameters": "T passes through the trunk",
     }
-    looks_again = row.name in OF_TORCHJD and any(isinstance(p, torchjd.scalarization.FAMO) for p in parts(callback))
-    of_losses = "one more forward pass" if looks_again else "nothing"
+    again = row.name in OF_TORCHJD and rule_of(row.name).needs_losses_after_step
+    of_losses = "one more forward pass" if again else "nothing"
     assert row.costs == next((cost for need, cost in costs.items() if need in row.needs), of_losses)
+    assert again == (row.name == "famo")
 
 
 @quiet
 @pytest.mark.parametrize("name", OF_TORCHJD)
 def test_what_it_remembers_is_what_changes(name: str) -> None:
-    row, rule, fresh = ROWS[name], rule_of(callback_of(name)), rule_of(callback_of(name))
+    row, rule, fresh = ROWS[name], rule_of(name), rule_of(name)
     before = states(rule)
     assert same(before, states(fresh))
     once, *_ = driven(rule, 1)
@@ -204,7 +192,7 @@ def test_what_it_remembers_is_what_changes(name: str) -> None:
     assert rule.fallbacks == 0
     remembers = {one.strip() for one in row.remembers.split(",")}
     assert same(states(rule), before) == (remembers <= {"nothing", "random draws"}), row.remembers
-    (otherwise,) = driven(rule_of(callback_of(name), seed=5), 1)
+    (otherwise,) = driven(rule_of(name, seed=5), 1)
     assert torch.allclose(once, otherwise, rtol=1e-9) == ("random draws" not in remembers)
     assert (rule._optimizer is not None) <= ("optimizer" in remembers)
 
@@ -212,18 +200,18 @@ def test_what_it_remembers_is_what_changes(name: str) -> None:
 @quiet
 @pytest.mark.parametrize("name", OF_TORCHJD)
 def test_what_the_weights_sum_to_is_measured(name: str) -> None:
-    rule = rule_of(callback_of(name))
+    rule = rule_of(name)
     if not rule.has_weights:
-        assert ROWS[name].sums == "none"
+        assert ROWS[name].weights_sum_to == "none"
         return
     sums = torch.stack([weights.sum() for weights in driven(rule, 8)])
     constants = {"1": 1.0, "T": float(T), "1/T": 1 / T}
     found = [text for text, value in constants.items() if torch.allclose(sums, sums.new_tensor(value), atol=1e-9)]
-    assert (found or ["free"]) == [ROWS[name].sums], sums
+    assert (found or ["free"]) == [ROWS[name].weights_sum_to], sums
 
 
 def test_static_weights_sum_to_what_the_rows_say() -> None:
-    assert ROWS["random_static"].sums == ROWS["gradnorm"].sums == ROWS["gradnorm_static"].sums == "T"
+    assert {ROWS[name].weights_sum_to for name in ("random_static", "gradnorm", "gradnorm_static")} == {"T"}
     assert sum(RandomWeights(4, tasks=TASKS).weights.values()) == pytest.approx(T, abs=1e-12)
 
 
@@ -232,7 +220,7 @@ def test_the_strategies_whose_weights_may_be_negative_are_named() -> None:
     found = {
         name
         for name in OF_TORCHJD
-        for rule in [rule_of(callback_of(name))]
+        for rule in [rule_of(name)]
         if rule.has_weights and any(bool((w < 0).any()) for w in driven(rule, 30))
     }
     (sentence,) = re.findall(r"Weights may be\s+negative \(([^)]*)\)", TEXT)
@@ -242,34 +230,34 @@ def test_the_strategies_whose_weights_may_be_negative_are_named() -> None:
 @quiet
 @pytest.mark.parametrize("name", OF_TORCHJD)
 def test_on_several_ranks_it_is_exact_unless_it_goes_number_by_number(name: str) -> None:
-    rule, callback = rule_of(callback_of(name)), callback_of(name)
-    goes_by_number = isinstance(rule, AggregationRule) and rule.stat == "matrix" and callback.at == "representation"
-    assert ROWS[name].ranks == ("number by number" if goes_by_number else "exact")
+    rule = rule_of(name)
+    goes_by_number = isinstance(rule, AggregationRule) and rule.input == "matrix" and not rule.of_parameters
+    assert ROWS[name].on_ranks == ("number by number" if goes_by_number else "exact")
 
 
 @pytest.mark.parametrize("name", OF_TORCHJD)
 def test_the_extra_is_what_its_parts_require(name: str) -> None:
     required = set()
-    for part in parts(callback_of(name)):
+    for part in parts(in_python(name)):
         for module in part.modules():
             for one in (module, *vars(module).values()):
                 required |= set(getattr(one, "_REQUIRED_DEPS", ()))
-    packages = re.findall(r"\((.*)\)", ROWS[name].extra)
-    assert required - EXTRA_PACKAGES == set(packages[0].split(", ") if packages else [])
-    assert ROWS[name].extra.startswith("solvers") == bool(packages)
+    assert required - EXTRA_PACKAGES == set(ROWS[name].packages)
+    (cell,) = [cells[5] for cells in table("# Strategies") if cells[0] == f"`{name}`"]
+    assert cell == (f"`solvers` ({', '.join(ROWS[name].packages)})" if ROWS[name].packages else "–")
 
 
 @quiet
 @pytest.mark.parametrize("name", OF_TORCHJD)
-def test_the_fewest_tasks_are_enough_and_one_fewer_is_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fewest_tasks_are_enough_and_one_fewer_is_not(name: str) -> None:
     fewest = ROWS[name].fewest_tasks
     for number in range(2, 6):
-        monkeypatch.setitem(globals(), "TASKS", [f"t{i}" for i in range(number)])
+        tasks = [f"t{i}" for i in range(number)]
         if number >= fewest:
-            rule_of(callback_of(name))
+            rule_of(name, tasks=tasks)
         else:
             with pytest.raises(ValueError, match=f"of {number} tasks, failed"):
-                rule_of(callback_of(name))
+                rule_of(name, tasks=tasks)
 
 
 # ---- options -----------------------------------------------------------------------------------------------------------

@@ -120,6 +120,9 @@ class RoomsDataModule(InMemoryDataModule):
         (torch.Size([2, 3, 12, 16]), torch.Size([2, 1, 12, 16]))
     """
 
+    stands_in_for = ("nyuv2", "Rendered rooms stand in for NYUv2; with its files: data=nyuv2 data.root=FOLDER")
+    """How the experiments begin whose data it replaces, and what such a run prints."""
+
     def __init__(
         self,
         input_size: Sequence[int] = (60, 80),

@@ -64,6 +64,9 @@ class TurbofanDataModule(CMAPSS):
         (torch.Size([8, 30, 17]), torch.Size([8, 1]), torch.Size([8]))
     """
 
+    stands_in_for = ("cmapss", "Simulated engines stand in for C-MAPSS; with its files: data=cmapss data.root=FOLDER")
+    """How the experiments begin whose data it replaces, and what such a run prints."""
+
     def __init__(
         self,
         subset: str = "FD001",

@@ -1,0 +1,359 @@
+"""Every strategy that ``gradnorm-train balancing=…`` can name.
+
+Nothing is listed here by hand. The classes come from TorchJD, from `lightning_gradnorm.strategies` and from the public
+callbacks; the names from the files of ``conf/balancing``. Schemas, ``--help``, the documentation and the tests are derived
+from this. A file of ``conf/balancing`` begins with a comment: what the strategy does; a line ``# (…)`` with its source; and,
+after ``# Formula:``, what it computes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import get_object
+from omegaconf import MISSING, OmegaConf
+from torchjd import aggregation, scalarization
+
+import lightning_gradnorm
+from lightning_gradnorm import strategies
+from lightning_gradnorm.strategies.aggregation import AggregationRule
+from lightning_gradnorm.strategies.factory import instantiate
+from lightning_gradnorm.strategies.facts import Facts, facts_of
+from lightning_gradnorm.strategies.scalarization import ScalarizationRule
+
+Constructor = Callable[..., Any]
+
+_BASES = (
+    aggregation.Aggregator,
+    aggregation.GramianWeightedAggregator,
+    aggregation.WeightedAggregator,
+    aggregation.Weighting,
+    scalarization.Scalarizer,
+)
+_SAYS_THE_TASKS = ("n_tasks", "number_of_tasks", "shape", "weights")
+"""Required parameters that follow from the number of tasks."""
+
+
+def _public(*packages: ModuleType) -> list[Any]:
+    return [getattr(package, name) for package in packages for name in package.__all__]
+
+
+def _concrete(package: ModuleType, *kinds: type) -> tuple[Constructor, ...]:
+    found = [one for one in _public(package, strategies) if isinstance(one, type) and issubclass(one, kinds)]
+    return tuple(one for one in found if one not in _BASES)
+
+
+def made_for_tasks(constructor: Constructor) -> tuple[str, ...]:
+    """Return the required parameters that are left out of a configuration, because they follow from the number of tasks.
+
+    Example:
+        >>> made_for_tasks(scalarization.UW), made_for_tasks(scalarization.DWA)
+        (('shape',), ())
+    """
+    if _is_callback(constructor):
+        return ()
+    parameters = inspect.signature(constructor).parameters.values()
+    return tuple(p.name for p in parameters if p.name in _SAYS_THE_TASKS and p.default is p.empty)
+
+
+def _is_callback(constructor: Constructor) -> bool:
+    return isinstance(constructor, type) and issubclass(constructor, L.Callback)
+
+
+CALLBACKS: tuple[type[L.Callback], ...] = tuple(one for one in _public(lightning_gradnorm) if _is_callback(one))
+"""The public callbacks, with schemas such as ``/schema/GradNorm``."""
+
+SCALARIZERS: tuple[Constructor, ...] = (
+    *_concrete(scalarization, scalarization.Scalarizer),
+    *(one for one in _public(strategies) if inspect.isfunction(one) and "number_of_tasks" in made_for_tasks(one)),
+)
+"""With schemas such as ``/schema/scalarization/DWA``; functions that make a scalarizer from the number of tasks included."""
+
+AGGREGATORS = _concrete(aggregation, aggregation.Aggregator, aggregation.Weighting)
+"""Aggregators and weightings, with schemas such as ``/schema/aggregation/CAGrad``."""
+
+SCHEMAS: Mapping[str, Constructor] = {
+    **{one.__name__: one for one in CALLBACKS},
+    **{f"scalarization/{one.__name__}": one for one in SCALARIZERS},
+    **{f"aggregation/{one.__name__}": one for one in AGGREGATORS},
+}
+"""The name of a schema, without ``/schema/`` → what it is of."""
+
+_AMBIGUOUS = {one.__name__ for one in SCALARIZERS} & {one.__name__ for one in AGGREGATORS}
+
+NEEDS = {
+    "nothing": "nothing",
+    "norms": "gradients of the last shared layer",
+    "losses": "losses",
+    "representation": "gradients at the representation",
+    "parameters": "gradients of the parameters",
+}
+"""The kinds of strategies, and what each has to be given in each step."""
+
+_CALLBACK_KINDS = {"GradNorm": "norms", "Scalarization": "losses", "Aggregation": "representation"}
+_CALLBACK_FACTS = {
+    "FixedWeights": ("", "as given"),
+    "GradNorm": ("weights, L(0), optimizer", "T"),
+}
+"""What callbacks that are strategies by themselves remember, and the sum of their weights; ``T`` by default."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One object of a configuration: what is called, and with which options."""
+
+    constructor: Constructor
+    options: Mapping[str, Any]
+    partial: bool = False
+
+    def make(self) -> Any:
+        """Return the object, or the function that makes it."""
+        options = {name: value.make() if isinstance(value, Part) else value for name, value in self.options.items()}
+        if not self.partial:
+            return self.constructor(**options)
+        return partial(self.constructor, **options) if options else self.constructor
+
+    def __str__(self) -> str:
+        """Return it in Python."""
+        name = self.constructor.__name__
+        if name in _AMBIGUOUS and not self.constructor.__module__.startswith("lightning_gradnorm"):
+            name = f"{self.constructor.__module__.split('.')[1]}.{name}"
+        parameters = inspect.signature(self.constructor).parameters
+        shown = {key: value for key, value in self.options.items() if not _is_default(value, parameters.get(key))}
+        options = [f"{key}={value if isinstance(value, Part) else _python(value)}" for key, value in shown.items()]
+        if self.partial:
+            return f"partial({', '.join([name, *options])})" if options else name
+        subject = next(iter(parameters), "")
+        if _is_callback(self.constructor) and parameters[subject].default is inspect.Parameter.empty:
+            options = [one.removeprefix(f"{subject}=") for one in options] or ["…"]
+        return f"{name}({', '.join(options)})"
+
+
+def _is_default(value: Any, parameter: inspect.Parameter | None) -> bool:
+    """Return True if this is the default, and one that is an object, such as an optimizer."""
+    made = value.make() if isinstance(value, Part) else None
+    default = None if parameter is None else parameter.default
+    return (
+        isinstance(made, partial)
+        and isinstance(default, partial)
+        and (made.func, made.args, made.keywords) == (default.func, default.args, default.keywords)
+    )
+
+
+def _python(value: Any) -> str:
+    return "…" if value is ... else repr(value).replace("'", '"')
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One file of ``conf/balancing``."""
+
+    name: str
+    summary: str
+    reference: str
+    formula: str
+    callback: Part | None
+    """``None`` for plain training."""
+
+    @property
+    def kind(self) -> str:
+        """Its kind, a key of `NEEDS`."""
+        if self.callback is not None and self.callback.options.get("at") == "parameters":
+            return "parameters"
+        return _CALLBACK_KINDS.get(self._callback_name, "nothing")
+
+    @property
+    def needs(self) -> str:
+        """What it has to be given in each step."""
+        of_both = self.callback is not None and {"aggregator", "scalarizer"} <= set(self.callback.options)
+        return f"{NEEDS['losses']} and {NEEDS[self.kind]}" if of_both else NEEDS[self.kind]
+
+    def parts(self, tasks: Sequence[str]) -> dict[str, torch.nn.Module]:
+        """Return its aggregator and scalarizer, those that it has, made for these tasks."""
+        options = {} if self.callback is None else self.callback.options
+        given = {name: options[name] for name in ("aggregator", "scalarizer") if name in options}
+        return {name: instantiate(tasks, part.make(), caller=name) for name, part in given.items()}
+
+    def rule(self, tasks: Sequence[str], **options: Any) -> ScalarizationRule | None:
+        """Return the rule that trains with it, ``None`` if it has neither an aggregator nor a scalarizer.
+
+        Args:
+            tasks: the tasks' names.
+            options: other arguments of the rule, such as ``seed`` and ``dtype``.
+        """
+        parts = self.parts(tasks)
+        if not parts:
+            return None
+        assert self.callback is not None
+        if "optimizer" in self.callback.options:
+            options["optimizer"] = self.callback.options["optimizer"].make()
+        if "aggregator" not in parts:
+            return ScalarizationRule(tasks, parts["scalarizer"], **options)
+        of_parameters = self.kind == "parameters"
+        return AggregationRule(
+            tasks, parts["aggregator"], parts.get("scalarizer"), of_parameters=of_parameters, **options
+        )
+
+    # ---- what the documentation says ---------------------------------------------------------------------------------
+
+    @cached_property
+    def _rule(self) -> ScalarizationRule | None:
+        return self.rule(["a", "b", "c", "d"])
+
+    @cached_property
+    def _facts(self) -> list[Facts]:
+        modules = [] if self._rule is None else [getattr(self._rule, "aggregator", None), self._rule.scalarizer]
+        return [facts_of(part) for module in modules if module is not None for part in module.modules()]
+
+    @property
+    def remembers(self) -> str:
+        """What a checkpoint has of it."""
+        if self.callback is None or self._rule is None:
+            return _CALLBACK_FACTS.get(self._callback_name, ("", ""))[0] or "nothing"
+        said = [facts.remembers for facts in self._facts if facts.remembers]
+        if self._rule.scalarizer is not None and any(p.requires_grad for p in self._rule.scalarizer.parameters()):
+            said.append("optimizer")
+        return ", ".join(dict.fromkeys(", ".join(said).split(", "))) or "nothing"
+
+    @property
+    def costs(self) -> str:
+        """What a step costs beside the backward pass."""
+        if self._rule is not None and self._rule.needs_losses_after_step:
+            return "one more forward pass"
+        costs = {
+            "norms": "T gradients of one layer",
+            "representation": "T × z in memory",
+            "parameters": "T passes through the trunk",
+        }
+        return costs.get(self.kind, "nothing")
+
+    @property
+    def packages(self) -> list[str]:
+        """Solvers that have to be installed."""
+        parts = [] if self._rule is None else [*self.parts(self._rule.tasks).values()]
+        modules = [module for part in parts for module in part.modules()]
+        holders = [one for module in modules for one in (module, *vars(module).values())]
+        return sorted({name for one in holders for name in getattr(one, "_REQUIRED_DEPS", ())} - {"numpy"})
+
+    @property
+    def weights_sum_to(self) -> str:
+        """The sum of its weights, in words."""
+        if self._rule is None:
+            return _CALLBACK_FACTS.get(self._callback_name, ("", "T"))[1]
+        if not self._rule.has_weights:
+            return "none"
+        parts = list(self.parts(self._rule.tasks).values())
+        return facts_of(parts[0]).weights_sum_to if len(parts) == 1 else "free"
+
+    @property
+    def weights_may_be_negative(self) -> bool:
+        """True if a weight can be negative."""
+        has_weights = self._rule is not None and self._rule.has_weights
+        return has_weights and any(facts.weights_may_be_negative for facts in self._facts)
+
+    @property
+    def on_ranks(self) -> str:
+        """Whether several ranks give what one process gives."""
+        by_number = isinstance(self._rule, AggregationRule) and self._rule.input == "matrix"
+        return "number by number" if by_number and self.kind == "representation" else "exact"
+
+    @property
+    def fewest_tasks(self) -> int:
+        """How many tasks it needs, with the options of its file."""
+        return 1 if self.callback is None else max([2, *(facts.fewest_tasks for facts in self._facts)])
+
+    @property
+    def _callback_name(self) -> str:
+        return "" if self.callback is None else self.callback.constructor.__name__
+
+
+def read_strategies(conf: Path) -> dict[str, Strategy]:
+    """Return the strategies of a folder of configurations by name.
+
+    Example:
+        >>> from lightning_gradnorm.experiments.cli.config import conf_dir
+        >>> imtl = read_strategies(conf_dir())["imtl"]
+        >>> imtl.needs
+        'losses and gradients at the representation'
+        >>> print(imtl.callback)
+        Aggregation(IMTLG(), scalarizer=IMTLL)
+    """
+    main = OmegaConf.load(conf / "config.yaml")
+    return {file.stem: _read(file, main) for file in sorted((conf / "balancing").glob("*.yaml"))}
+
+
+def read_header(text: str) -> tuple[str, str, str]:
+    r"""Return what the comment at the beginning of a configuration says: summary, source and formula.
+
+    Example:
+        >>> read_header("# Mine: the sum\n# (Me, 2026). Try it.\n# Formula: w_i = 1\na: 1")
+        ('Mine: the sum. Try it.', 'Me, 2026', 'w_i = 1')
+    """
+    lines = [line for line in text.splitlines() if not line.startswith("# @package")]
+    end = next((place for place, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    told, _, formula = "\n".join(line.lstrip("# ").rstrip() for line in lines[:end]).partition("Formula:")
+    source = re.search(r"^\((.*?)\)\.?$|^\((.*?)\)\. ", told, flags=re.MULTILINE)
+    if source is not None:
+        told = f"{told[: source.start()].rstrip()}. {told[source.end() :].lstrip()}"
+    return " ".join(told.split()), (source[1] or source[2]) if source else "", " ".join(formula.split())
+
+
+def _read(file: Path, main: Any) -> Strategy:
+    content: Any = OmegaConf.load(file)
+    made = {}
+    for entry in content.pop("defaults", []):
+        name, _, place = str(entry).partition("@")
+        if name.startswith("/schema/"):
+            made[place.removeprefix("_here_")] = SCHEMAS[name.removeprefix("/schema/")]
+    root: Any = OmegaConf.to_container(OmegaConf.merge(main, {"balancing": None}), resolve=False)
+    options: Any = OmegaConf.to_container(OmegaConf.create(root | {"balancing": content}), resolve=False)
+    values = OmegaConf.to_container(OmegaConf.create(options).balancing, resolve=True)
+    assert isinstance(values, dict)
+    callback = _part(values, "", made) if made or "_target_" in values else None
+    return Strategy(file.stem, *read_header(file.read_text(encoding="utf-8")), callback)
+
+
+def _part(values: Mapping[Any, Any], place: str, made: Mapping[str, Constructor]) -> Part:
+    constructor = get_object(values["_target_"]) if "_target_" in values else made[place]
+    inside = f"{place}." if place else ""
+    names = [
+        at.removeprefix(inside) for at in made if at and at.startswith(inside) and "." not in at.removeprefix(inside)
+    ]
+    options: dict[str, Any] = {}
+    for name in [*names, *(str(key) for key in values if key not in names and not str(key).startswith("_"))]:
+        value = values.get(name, {} if name in names else None)
+        if name in names or (isinstance(value, dict) and "_target_" in value):
+            options[name] = _part(value, f"{inside}{name}", made)
+        elif value is not None:
+            options[name] = ... if value == MISSING else value
+    given = not set(made_for_tasks(constructor)) <= set(options)
+    return Part(constructor, options, bool(values.get("_partial_", given and "_target_" not in values)))
+
+
+_HELP = {
+    "": ("nothing", "norms"),
+    "by the losses": ("losses",),
+    "by the gradients where the heads begin": ("representation",),
+    "by the gradients of all that is shared": ("parameters",),
+}
+
+
+def help_text(conf: Path, *, default: str = "gradnorm", width: int = 112, indent: str = " " * 12) -> str:
+    """Return the names of all strategies for ``--help``, by what they need."""
+    groups = []
+    for title, kinds in _HELP.items():
+        names = [name for name, one in read_strategies(conf).items() if one.kind in kinds and name != default]
+        names = [f"{default} (default)", *names] if not title else names
+        groups.append(f"{title}: {', '.join(names)}" if title else ", ".join(names))
+    text = f"how the tasks are balanced, see docs/strategies.md: {'; '.join(groups)}"
+    return f"\n{indent}".join(textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False))

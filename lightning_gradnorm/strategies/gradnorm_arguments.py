@@ -1,0 +1,54 @@
+"""Checks of GradNorm's arguments, for the rule and for the callbacks that pass them on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from lightning_gradnorm._messages import check, check_positive_by_task, is_integer, is_number
+
+
+def check_arguments(
+    caller: str,
+    tasks: Sequence[str] | None,
+    by_task: Mapping[str, Any],
+    alpha: Any,
+    optimizer: Any,
+    min_weight: Any,
+    update_every: Any,
+    stop_after: Any,
+) -> None:
+    """Raise ValueError for an argument out of range, in the name of ``caller``.
+
+    Args:
+        caller: whom the user called.
+        tasks: the tasks' names; ``None`` if they are not known yet, then those in the mappings are not checked.
+        by_task: ``initial_losses``, ``initial_weights`` and ``priorities``.
+        alpha: see `GradNormRule`.
+        optimizer: the same.
+        min_weight: the same.
+        update_every: the same.
+        stop_after: the same.
+
+    Example:
+        >>> check_arguments("GradNorm", None, {"initial_losses": 1}, -1, print, 1e-4, 1, None)
+        Traceback (most recent call last):
+        ValueError: GradNorm: alpha should be a finite number, at least 0; got -1
+    """
+    check_one = partial(check, caller)
+    check_one(is_number(alpha) and 0 <= alpha < math.inf, "alpha", "a finite number, at least 0", alpha)
+    check_one(callable(optimizer), "optimizer", "a callable such as partial(torch.optim.Adam, lr=0.025)", optimizer)
+    check_one(is_number(min_weight) and 0 < min_weight < 1, "min_weight", "a number between 0 and 1", min_weight)
+    check_one(is_integer(update_every, least=1), "update_every", "an integer, at least 1", update_every)
+    stops = stop_after is None or is_integer(stop_after, least=0)
+    check_one(stops, "stop_after", "None or an integer, at least 0", stop_after)
+    for parameter, numbers in by_task.items():
+        if parameter == "initial_losses" and not isinstance(numbers, Mapping):
+            expected = "a number of updates, at least 1, or a mapping from task to number"
+            check_one(is_integer(numbers, least=1), parameter, expected, numbers)
+        elif numbers is not None:
+            check_one(isinstance(numbers, Mapping), parameter, "a mapping from task to number", numbers)
+            names = list(numbers) if tasks is None else tasks
+            check_positive_by_task(numbers, names, caller=caller, parameter=parameter)

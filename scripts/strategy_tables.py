@@ -1,0 +1,106 @@
+"""The tables of docs/strategies.md and docs/formulas.md, made from the registry when the site is built.
+
+Example:
+    python scripts/strategy_tables.py        # prints both pages
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from lightning_gradnorm.experiments.registry import NEEDS, Strategy, read_strategies
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("strategies.md", "formulas.md")
+
+COLUMNS: dict[str, Callable[[Strategy], str]] = {
+    "`balancing=`": lambda one: f"`{one.name}`",
+    "in Python": lambda one: "–" if one.callback is None else f"`{one.callback}`",
+    "needs": lambda one: one.needs,
+    "remembers": lambda one: one.remembers,
+    "costs beside the backward pass": lambda one: one.costs,
+    "extra": lambda one: f"`solvers` ({', '.join(one.packages)})" if one.packages else "–",
+    "weights sum to": lambda one: one.weights_sum_to,
+    "several ranks": lambda one: one.on_ranks,
+    "tasks": lambda one: f"≥ {one.fewest_tasks}",
+    "from": lambda one: citation(one.reference),
+}
+
+
+@cache
+def strategies() -> tuple[Strategy, ...]:
+    """Return all strategies, the cheapest kind first."""
+    found = read_strategies(ROOT / "conf").values()
+    return tuple(one for kind in NEEDS for one in found if one.kind == kind)
+
+
+def strategy_table() -> str:
+    """Return what each strategy needs, remembers and costs, one row each."""
+    return _table([list(COLUMNS), *([cell(one) for cell in COLUMNS.values()] for one in strategies())])
+
+
+def formula_table(kind: str, title: str) -> str:
+    """Return the formulas of the strategies of one kind."""
+    rows = [[f"`{one.name}`", typeset(one.formula)] for one in strategies() if one.kind == kind]
+    return _table([["`balancing=`", title], *rows])
+
+
+def negative_weights() -> str:
+    """Return the names of the strategies whose weights may be negative."""
+    return ", ".join(sorted(f"`{one.name}`" for one in strategies() if one.weights_may_be_negative))
+
+
+def citation(reference: str) -> str:
+    """Return a source with at most two authors and a link to arXiv.
+
+    Example:
+        >>> citation("Liu, Liu, Jin, Stone, Liu, NeurIPS 2021, arXiv 2110.14048")
+        'Liu et al., NeurIPS 2021, [2110.14048](https://arxiv.org/abs/2110.14048)'
+    """
+    return "; ".join(_shortened(source) for source in reference.split("; "))
+
+
+def _shortened(source: str) -> str:
+    words = source.split(", ")
+    is_author = [re.fullmatch(r"[A-Z][\w-]+", word) is not None for word in words]
+    authors = is_author.index(False) if False in is_author else len(words)
+    first = [f"{words[0]} et al."] if authors > 2 else words[:authors]
+    return re.sub(r"arXiv (\d+\.\d+)", r"[\1](https://arxiv.org/abs/\1)", ", ".join([*first, *words[authors:]]))
+
+
+def typeset(formula: str) -> str:
+    """Return a formula with its indices and exponents in HTML, as a cell of a table.
+
+    Example:
+        >>> typeset("e^{−s_i} L_i, not min_weight or `a_b`")
+        'e<sup>−s<sub>i</sub></sup> L<sub>i</sub>, not min_weight or `a_b`'
+    """
+    pieces = re.split(r"(`[^`]*`)", formula)
+    return "".join(piece if piece.startswith("`") else _marked(piece) for piece in pieces).replace("|", "\\|")
+
+
+def _marked(text: str) -> str:
+    for mark, tag in (("_", "sub"), (r"\^", "sup")):
+        found = rf"{mark}(?:\{{([^{{}}]*)\}}|(\w)(?![A-Za-z0-9_]))"
+        text = re.sub(found, lambda one, tag=tag: f"<{tag}>{one[1] or one[2]}</{tag}>", text)  # type: ignore[misc]
+    return text
+
+
+def _table(rows: list[list[str]]) -> str:
+    first, *others = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([first, "|" + " --- |" * len(rows[0]), *others])
+
+
+def filled(page: str) -> str:
+    """Return a page with tables in the places of its comments, such as ``<!-- formulas: losses, f -->``."""
+    page = page.replace("<!-- strategies -->", strategy_table()) if "<!-- strategies -->" in page else page
+    page = page.replace("<!-- negative weights -->", negative_weights()) if "<!-- negative" in page else page
+    return re.sub(r"<!-- formulas: (\w+), (.*?) -->", lambda found: formula_table(found[1], found[2]), page)
+
+
+if __name__ == "__main__":
+    for name in PAGES:
+        print(filled((ROOT / "docs" / name).read_text(encoding="utf-8")))

@@ -1,0 +1,250 @@
+"""`Balancer` in two processes without Lightning gives the numbers of one process on the concatenated batch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from loops import Network, distance, gradnorm_rule, parameter_distance, train
+from models import TASKS, Batch, network_sgd, vector_batches
+from ranks import in_processes
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from torchjd import aggregation as A
+from torchjd import scalarization as S
+
+from lightning_gradnorm import Balancer
+from lightning_gradnorm.strategies import AggregationRule, ScalarizationRule
+
+STEPS = 12
+RULES: dict[str, Callable[[], Any]] = {
+    "GradNorm": gradnorm_rule,
+    "UW": lambda: ScalarizationRule(TASKS[:3], S.UW(3)),
+    "UPGrad": lambda: AggregationRule(TASKS[:3], A.UPGrad()),
+}
+
+
+def on_two_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
+    """Call ``work(rank)`` in two processes with a gloo group; return what each returns."""
+
+    def begin(rank: int) -> None:
+        dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=30))
+        torch.manual_seed(0)
+        torch.save(work(rank), folder / f"{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+
+    in_processes(begin)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def shares(batches: Sequence[Batch], rank: int, accumulate: int = 1) -> list[Batch]:
+    """This rank's half of every batch, in equal micro-batches."""
+    return [
+        {name: value.chunk(2)[rank].chunk(accumulate)[micro] for name, value in batch.items()}
+        for batch in batches
+        for micro in range(accumulate)
+    ]
+
+
+def all_reduce_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= 2
+
+
+def train_on_rank(
+    rank: int,
+    batches: Sequence[Batch],
+    make: Callable[[], Any],
+    *,
+    with_ddp: bool,
+    heads: bool,
+    accumulate: int = 1,
+    prepare: bool = False,
+) -> Any:
+    model = Network()
+    called: Any = DistributedDataParallel(model) if with_ddp else model
+    optimizer, weights = network_sgd(model.parameters()), []
+    with Balancer(called, make(), heads=model.heads() if heads else None) as balancer:
+        for index, batch in enumerate(shares(batches, rank, accumulate)):
+            last = (index + 1) % accumulate == 0
+            if with_ddp:
+                called.require_backward_grad_sync = last  # what no_sync() sets
+            losses = called(batch)
+            if prepare:
+                (balancer.prepare_loss(losses) / accumulate).backward()
+            else:
+                balancer.backward(losses, backward=lambda loss: (loss / accumulate).backward())
+            if last:
+                if not with_ddp:
+                    all_reduce_gradients(model)
+                optimizer.step()
+                balancer.step()
+                optimizer.zero_grad()
+                weights.append(balancer.weights)
+    return weights, model
+
+
+@pytest.mark.parametrize("with_ddp", [True, False], ids=["DDP", "all-reduce by hand"])
+@pytest.mark.parametrize(
+    ("name", "heads", "accumulate"),
+    [
+        ("GradNorm", True, 1),
+        ("GradNorm", True, 2),
+        ("GradNorm", False, 2),
+        ("UW", False, 1),
+        ("UPGrad", True, 1),
+        ("UPGrad", False, 1),
+    ],
+)
+def test_two_processes_agree_with_one(name: str, heads: bool, accumulate: int, with_ddp: bool, tmp_path: Path) -> None:
+    batches = vector_batches(3, STEPS, size=8)
+    options: dict[str, Any] = {"with_ddp": with_ddp, "heads": heads, "accumulate": accumulate}
+    first, second = on_two_ranks(partial(train_on_rank, batches=batches, make=RULES[name], **options), tmp_path)
+    model = Network()
+    expected, _ = train(model, RULES[name](), batches, heads=model.heads() if heads else None)
+    assert first[0] == second[0]
+    assert parameter_distance(first[1], second[1]) == 0
+    assert distance(first[0], expected) <= 1e-9
+    assert parameter_distance(first[1], model) <= 1e-9
+
+
+def test_two_processes_agree_with_one_when_somebody_else_back_propagates(tmp_path: Path) -> None:
+    """`prepare_loss` learns from the autograd engine when the pass is over, as DDP itself does."""
+    batches = vector_batches(3, STEPS, size=8)
+    options: dict[str, Any] = {"with_ddp": True, "heads": True, "accumulate": 2, "prepare": True}
+    first, second = on_two_ranks(partial(train_on_rank, batches=batches, make=gradnorm_rule, **options), tmp_path)
+    model = Network()
+    expected, _ = train(model, gradnorm_rule(), batches)
+    assert first[0] == second[0]
+    assert distance(first[0], expected) <= 1e-9
+    assert parameter_distance(first[1], model) <= 1e-9
+
+
+class Checkpointed(Network):
+    """Recomputes its encoder in the backward pass."""
+
+    use_reentrant = True
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        encoder = self.encoder
+        trunk = partial(checkpoint, encoder, use_reentrant=self.use_reentrant)
+        self._modules["encoder"] = _Calls(encoder, trunk)
+        try:
+            return super().forward(batch)
+        finally:
+            self._modules["encoder"] = encoder
+
+
+class _Calls(nn.Module):
+    def __init__(self, encoder: nn.Module, call: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.encoder, self.call = encoder, call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("heads", [True, False])
+def test_prepare_loss_works_with_activation_checkpoints(use_reentrant: bool, heads: bool) -> None:
+    """A reentrant checkpoint runs a backward pass within the pass; the end of the outer one is what counts."""
+    batches, model, plain = vector_batches(3, STEPS), Checkpointed(), Network()
+    model.use_reentrant = use_reentrant
+
+    def prepared(balancer: Balancer, losses: dict[str, Tensor], n: int) -> None:
+        balancer.prepare_loss(losses).backward()
+
+    found, _ = train(
+        model,
+        gradnorm_rule(),
+        batches,
+        backpropagate=prepared,
+        heads=model.heads() if heads else None,
+        shared_layer="encoder.2",
+    )
+    expected, _ = train(plain, gradnorm_rule(), batches)
+    assert distance(found, expected) <= 1e-9
+    assert parameter_distance(model, plain) <= 1e-9
+
+
+# ---- wrong input -----------------------------------------------------------------------------------------------------
+
+
+def _refusal(rank: int, make: Callable[[int], Any]) -> str:
+    try:
+        make(rank)
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def _in_another_order(rank: int) -> Balancer:
+    return Balancer(Network(), gradnorm_rule() if rank == 0 else type(gradnorm_rule())(TASKS[2::-1]))
+
+
+def _with_another_layer(rank: int) -> Balancer:
+    return Balancer(Network(), gradnorm_rule(), shared_layer=f"encoder.{2 * rank}")
+
+
+def _with_incomplete_heads(rank: int) -> Balancer:
+    return Balancer(Network(), gradnorm_rule(), heads=Network().heads() if rank == 0 else {"seg": "seg_head"})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            _in_another_order,
+            r"all ranks should have the same tasks; rank 0 has \['seg', 'depth', 'normal'\], rank 1 has",
+        ),
+        (
+            _with_another_layer,
+            "all ranks should have the same shared_layer; rank 0 has encoder.0, rank 1 has encoder.2",
+        ),
+        (_with_incomplete_heads, "all ranks should have the same heads; rank 0 has"),
+    ],
+)
+def test_ranks_that_disagree_are_an_error_on_all_of_them(
+    make: Callable[[int], Any], message: str, tmp_path: Path
+) -> None:
+    for told in on_two_ranks(partial(_refusal, make=make), tmp_path):
+        assert told.startswith("Balancer: ")
+        assert re.search(message, told), told
+        assert told.endswith("Build the model and the rule in the same way on every rank.")
+
+
+def _rank_without_tasks(rank: int, batches: Sequence[Batch]) -> Any:
+    """Rank 1 has no task at all in its last batches; its gradients are zero."""
+    model, weights = Network(), []
+    optimizer = network_sgd(model.parameters())
+    with Balancer(model, gradnorm_rule(), heads=model.heads()) as balancer:
+        for index, batch in enumerate(shares(batches, rank)):
+            losses = model(batch)
+            if rank == 1 and index >= 3:
+                balancer.backward({}, loss=0 * sum(losses.values()))
+            else:
+                balancer.backward(losses)
+            all_reduce_gradients(model)
+            optimizer.step()
+            balancer.step()
+            optimizer.zero_grad()
+            weights.append(balancer.weights)
+    return weights
+
+
+def test_a_rank_without_tasks_keeps_step_with_the_others(tmp_path: Path) -> None:
+    first, second = on_two_ranks(partial(_rank_without_tasks, batches=vector_batches(3, 6, size=8)), tmp_path)
+    assert first == second
+    assert first[5] != first[2]
