@@ -11,7 +11,6 @@ import torch
 from lightning.fabric import Fabric
 from loops import Network, distance, gradnorm_rule, parameter_distance, train
 from models import TASKS, Batch, network_sgd, vector_batches
-from torch.utils.data import DataLoader
 from torchjd import aggregation as A
 
 from lightning_gradnorm import Balancer
