@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_gradnorm._messages import did_you_mean
+from lightning_gradnorm._messages import check, did_you_mean
 from lightning_gradnorm.engine.engine import Engine
 from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.measurement import Setting
@@ -78,11 +78,16 @@ class Balancer:
         if getattr(type(rule), "needs", None) not in _NEEDS:
             is_callback = hasattr(rule, "on_train_start")
             hint = " That is a callback for a Lightning Trainer." if is_callback else ""
+            if isinstance(rule, nn.Module):
+                hint = " Give it to ScalarizationRule or AggregationRule, and the rule to Balancer."
             raise TypeError(
                 f"Balancer: rule should be a rule such as GradNormRule(['seg', 'depth']); got {type(rule).__name__}.{hint}"
             )
         if not isinstance(model, nn.Module):
             raise TypeError(f"Balancer: model should be a module; got {type(model).__name__}")
+        check("Balancer", norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", norm_of)
+        is_form = heads is None or heads == "auto" or isinstance(heads, Mapping)
+        check("Balancer", is_form, "heads", "a mapping from task to the name of its head, 'auto' or None", heads)
         if getattr(rule, "of_parameters", False):
             raise ValueError(
                 "Balancer: an aggregation with of_parameters=True sets gradients right before the optimizer steps, a moment "
@@ -90,16 +95,17 @@ class Balancer:
             )
         self.rule = rule
         self._model = _unwrap(model)
-        named = dict(heads) if isinstance(heads, Mapping) else None
+        named = dict(sorted(heads.items())) if isinstance(heads, Mapping) else None
         self._loop = _OwnLoop(self._model, Ranks.current())
         given: dict[str, Any] = {"tasks": list(rule.tasks), "rule": type(rule).__name__, "shared_layer": shared_layer}
-        given |= {"heads": named and sorted(named.items()), "representation": representation, "norm_of": norm_of}
+        given |= {"heads": named, "representation": representation, "norm_of": norm_of}
         # Before anything that may fail on one rank alone, for which the others would wait.
         self._loop.ranks.require_agreement("Balancer", {what: str(value) for what, value in given.items()})
-        if self._model in _balanced:
+        self._key: nn.Module = getattr(self._model, "_orig_mod", self._model)  # what torch.compile has wrapped
+        if self._key in _balanced:
             raise ValueError(
-                f"Balancer: {type(self._model).__name__} already has a Balancer, with {_balanced[self._model]}: both would "
-                f"weight the same losses. Call close() on the first."
+                f"Balancer: {type(self._key).__name__} already has a Balancer, with {_balanced[self._key]}: both would weight "
+                f"the same losses. Call close() on the first."
             )
         if named is not None:
             _check_names(named, rule.tasks, "heads")
@@ -112,7 +118,7 @@ class Balancer:
         self._engine: Engine[Rule] = Engine(rule, setting)
         self._closed = False
         self._epoch = 0
-        _balanced[self._model] = type(rule).__name__
+        _balanced[self._key] = type(rule).__name__
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
@@ -323,8 +329,13 @@ class Balancer:
             ValueError: it belongs to other tasks or to another strategy.
             RuntimeError: between a backward pass and its step.
         """
+        self._require_open()
         self._require_no_pending_step("load_state_dict")
-        self.rule.load_state_dict(state)
+        try:
+            self.rule.load_state_dict(state)
+        except KeyError as error:
+            kind = type(self.rule).__name__
+            raise ValueError(f"Balancer: state should be that of a {kind}; got one without {error}.") from error
         self._epoch = state.get("epoch") or 0
         self._forget_step()
 
@@ -347,7 +358,7 @@ class Balancer:
     def _release(self) -> None:
         self._closed = True
         self._engine.close()
-        _balanced.pop(self._model, None)
+        _balanced.pop(self._key, None)
 
     def __enter__(self) -> Balancer:
         return self

@@ -55,6 +55,16 @@ def test_a_plain_loop_agrees_with_the_textbook(T: int, accumulate: int, heads: A
     assert_equal(model, weights, by_textbook(T, batches, accumulate))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
+@pytest.mark.parametrize("with_heads", [True, False])
+def test_a_compiled_model_agrees_with_the_textbook(with_heads: bool) -> None:
+    batches, model = vector_batches(3, STEPS), Network()
+    compiled = torch.compile(model, backend="aot_eager")
+    weights, _ = train(compiled, gradnorm_rule(), batches, heads=model.heads() if with_heads else None)
+    assert_equal(model, weights, by_textbook(3, batches))
+
+
 # ---- accumulation ----------------------------------------------------------------------------------------------------
 
 
