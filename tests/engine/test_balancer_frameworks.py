@@ -250,7 +250,6 @@ def test_a_tiny_bert_with_two_heads(heads: Any, tmp_path: Path) -> None:
         report_to=[],
         disable_tqdm=True,
         save_strategy="no",
-        gradient_checkpointing=False,
     )
     with Balancer(model, GradNormRule(tasks), shared_layer=layer, heads=heads) as balancer:
         steps = Steps(balancer)
