@@ -12,13 +12,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lightning_gradnorm._messages import check, did_you_mean
 from lightning_gradnorm.engine.engine import Engine
 from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.measurement import Setting
-from lightning_gradnorm.engine.ranks import Ranks
+from lightning_gradnorm.engine.plain_loop import PlainLoop, scaler_has_skipped, unwrap_model
 from lightning_gradnorm.engine.rule import Rule
 
 _NEEDS = ("nothing", "losses", "norms", "gradients")
@@ -75,46 +74,20 @@ class Balancer:
         representation: str = "encoder",
         norm_of: Literal["weight", "activation"] = "weight",
     ) -> None:
-        if getattr(type(rule), "needs", None) not in _NEEDS:
-            is_callback = hasattr(rule, "on_train_start")
-            hint = " That is a callback for a Lightning Trainer." if is_callback else ""
-            if isinstance(rule, nn.Module):
-                hint = " Give it to ScalarizationRule or AggregationRule, and the rule to Balancer."
-            raise TypeError(
-                f"Balancer: rule should be a rule such as GradNormRule(['seg', 'depth']); got {type(rule).__name__}.{hint}"
-            )
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"Balancer: model should be a module; got {type(model).__name__}")
-        check("Balancer", norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", norm_of)
-        is_form = heads is None or heads == "auto" or isinstance(heads, Mapping)
-        check("Balancer", is_form, "heads", "a mapping from task to the name of its head, 'auto' or None", heads)
-        if getattr(rule, "of_parameters", False):
-            raise ValueError(
-                "Balancer: an aggregation with of_parameters=True sets gradients right before the optimizer steps, a moment "
-                "that only a Trainer announces. Use of_parameters=False, or the callback Aggregation(at='parameters')."
-            )
+        _check_arguments(model, rule, heads, norm_of)
         self.rule = rule
-        self._model = _unwrap(model)
+        self._model = unwrap_model(model)
         named = dict(sorted(heads.items())) if isinstance(heads, Mapping) else None
-        self._loop = _OwnLoop(self._model, Ranks.current())
-        given: dict[str, Any] = {"tasks": list(rule.tasks), "rule": type(rule).__name__, "shared_layer": shared_layer}
-        given |= {"heads": named, "representation": representation, "norm_of": norm_of}
+        self._loop = PlainLoop(self._model)
+        setting = Setting("Balancer", self._model, self._loop, rule.tasks, shared_layer, named, representation, norm_of)
         # Before anything that may fail on one rank alone, for which the others would wait.
-        self._loop.ranks.require_agreement("Balancer", {what: str(value) for what, value in given.items()})
+        _require_agreement(setting, rule)
         self._key: nn.Module = getattr(self._model, "_orig_mod", self._model)  # what torch.compile has wrapped
-        if self._key in _balanced:
-            raise ValueError(
-                f"Balancer: {type(self._key).__name__} already has a Balancer, with {_balanced[self._key]}: both would weight "
-                f"the same losses. Call close() on the first."
-            )
+        _check_unbalanced(self._key)
         if named is not None:
-            _check_names(named, rule.tasks, "heads")
-            missing = [task for task in rule.tasks if task not in named]
-            if missing:
-                raise ValueError(f"Balancer: heads should name every task; {missing} are missing")
+            _check_heads(named, rule.tasks)
         parameter = next((p for p in self._model.parameters() if p.is_floating_point()), torch.zeros(()))
         rule.to(dtype=torch.float64 if parameter.dtype == torch.float64 else None, device=parameter.device)
-        setting = Setting("Balancer", self._model, self._loop, rule.tasks, shared_layer, named, representation, norm_of)
         self._engine: Engine[Rule] = Engine(rule, setting)
         self._closed = False
         self._epoch = 0
@@ -180,9 +153,8 @@ class Balancer:
         it is the plain sum, or ``loss``.
         """
         self._require_open()
-        if not torch.is_grad_enabled() and losses is not None:
-            present = [one for one in losses.values() if one is not None]
-            return functools.reduce(operator.add, present) if loss is None else loss
+        if not torch.is_grad_enabled() and (losses or loss is not None):
+            return _sum(losses or {}) if loss is None else loss
         with self._recovery():
             return self._prepare_loss(losses, loss)
 
@@ -194,13 +166,13 @@ class Balancer:
             )
         if losses is not None:
             self.watch(losses)
-        watched = [one for of_task in self._engine.batch.losses.values() for one in of_task]
+        watched = self._engine.batch.losses
         if not watched and (loss is None or self._loop.ranks.size == 1):
             raise ValueError(
                 f"Balancer: backward needs the losses, a mapping from task to loss for {list(self.rule.tasks)}; got none. Give "
                 f"them to backward, or to watch before it."
             )
-        total = functools.reduce(operator.add, watched) if loss is None else loss
+        total = _sum(watched) if loss is None else loss
         if not total.requires_grad:
             raise ValueError("Balancer: loss should be part of the graph, but it carries no gradient.")
         # A node of our own, whose gradient is the factor that a scaler or a division has put on the whole loss. On the
@@ -244,7 +216,7 @@ class Balancer:
         *,
         scaler: torch.amp.GradScaler | None = None,
         skipped: bool = False,
-        losses_after_step: Callable[[], Mapping[str, Tensor]] | None = None,
+        losses_after_step: Callable[[], Mapping[str, Tensor | None]] | None = None,
     ) -> None:
         """Update the weights. Call it after each ``optimizer.step()``, on all ranks.
 
@@ -264,7 +236,7 @@ class Balancer:
             raise RuntimeError(
                 "Balancer: step was called without a backward pass since the last step. Call balancer.backward(losses) first."
             )
-        skipped = skipped or (scaler is not None and scaler.is_enabled() and _skips(scaler))
+        skipped = skipped or (scaler is not None and scaler_has_skipped(scaler, caller="Balancer"))
         needs_them = getattr(self.rule, "needs_losses_after_step", False)
         if needs_them and losses_after_step is None:
             raise ValueError(
@@ -277,7 +249,8 @@ class Balancer:
             with torch.no_grad():
                 found = losses_after_step()
             _check_names(found, self.rule.tasks, "losses_after_step")
-            self._engine.measurement.update_after_step({task: [loss] for task, loss in found.items()})
+            given = {task: [loss] for task, loss in found.items() if loss is not None}
+            self._engine.measurement.update_after_step(given)
 
     def end_epoch(self) -> None:
         """Tell rules that work by epochs, such as DWA, that an epoch is over. Call it before saving the state."""
@@ -303,12 +276,9 @@ class Balancer:
     @property
     def mean_weights(self) -> dict[str, float]:
         """The weights' mean over the steps so far, for rules that keep it: what the paper trains "GradNorm static" with."""
-        weights = getattr(self.rule, "mean_weights", None)
-        if weights is None:
-            raise AttributeError(
-                f"Balancer: {type(self.rule).__name__} keeps no mean_weights; weights are those in force."
-            )
-        return self._by_task(weights)
+        if not hasattr(self.rule, "mean_weights"):
+            raise AttributeError(f"Balancer: {type(self.rule).__name__} keeps no mean_weights, only weights.")
+        return self._by_task(self.rule.mean_weights)
 
     def _by_task(self, weights: Tensor) -> dict[str, float]:
         return dict(zip(self.rule.tasks, weights.detach().tolist(), strict=True))
@@ -331,11 +301,7 @@ class Balancer:
         """
         self._require_open()
         self._require_no_pending_step("load_state_dict")
-        try:
-            self.rule.load_state_dict(state)
-        except KeyError as error:
-            kind = type(self.rule).__name__
-            raise ValueError(f"Balancer: state should be that of a {kind}; got one without {error}.") from error
+        _load_state(self.rule, state)
         self._epoch = state.get("epoch") or 0
         self._forget_step()
 
@@ -372,42 +338,59 @@ class Balancer:
             self._release()  # whatever was pending is lost with the error
 
 
-class _OwnLoop:
-    """The user's own loop: scales are seen at the root of each backward pass."""
-
-    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
-        self._model = model
-        self.ranks = ranks
-        self.scales: list[Tensor] = []
-        """Of the backward passes since the last step: what they began with."""
-        self.is_inside_call = False
-        """Whether `Balancer.backward` is running."""
-
-    def is_training(self) -> bool:
-        return self._model.training  # what an evaluation calls belongs to no backward pass, and would never be let go
-
-    def pass_scale(self) -> float | Tensor:
-        return self.scales[-1]
-
-    def step_scale(self, passes: int) -> float | Tensor:
-        # The gradients are sums over the passes, each times its scale: divided by the sum of scales they are means.
-        scales = [scale if scale.dtype == torch.float64 else scale.float() for scale in self.scales[-passes:]]
-        return functools.reduce(operator.add, scales) if passes else 1.0
-
-    def loss_scale(self) -> float:
-        return 1.0
-
-    def force_skip(self) -> bool:
-        return False
+def _sum(losses: Mapping[str, Tensor | list[Tensor] | None]) -> Tensor:
+    """Return the sum of the losses that are there, of which a task may have several."""
+    each = [one for of_task in losses.values() for one in (of_task if isinstance(of_task, list) else [of_task])]
+    return functools.reduce(operator.add, [one for one in each if one is not None])
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
-    """Return the user's model inside the wrappers of DDP and Fabric."""
-    while isinstance(model, DistributedDataParallel) or type(model).__name__ == "_FabricModule":
-        inner = model.module
-        assert isinstance(inner, nn.Module)
-        model = inner
-    return model
+def _load_state(rule: Rule, state: Mapping[str, Any]) -> None:
+    try:
+        rule.load_state_dict(state)
+    except KeyError as error:
+        kind = type(rule).__name__
+        raise ValueError(f"Balancer: state should be that of a {kind}; got one without {error}.") from error
+
+
+def _check_arguments(model: object, rule: object, heads: object, norm_of: object) -> None:
+    if getattr(type(rule), "needs", None) not in _NEEDS:
+        hint = " That is a callback for a Lightning Trainer." if hasattr(rule, "on_train_start") else ""
+        if isinstance(rule, nn.Module):
+            hint = " Give it to ScalarizationRule or AggregationRule, and the rule to Balancer."
+        raise TypeError(
+            f"Balancer: rule should be a rule such as GradNormRule(['seg', 'depth']); got {type(rule).__name__}.{hint}"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Balancer: model should be a module; got {type(model).__name__}")
+    check("Balancer", norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", norm_of)
+    is_form = heads is None or heads == "auto" or isinstance(heads, Mapping)
+    check("Balancer", is_form, "heads", "a mapping from task to the name of its head, 'auto' or None", heads)
+    if getattr(rule, "of_parameters", False):
+        raise ValueError(
+            "Balancer: an aggregation with of_parameters=True sets gradients right before the optimizer steps, a moment that "
+            "only a Trainer announces. Use of_parameters=False, or the callback Aggregation(at='parameters')."
+        )
+
+
+def _require_agreement(setting: Setting, rule: Rule) -> None:
+    compared = {"tasks": list(rule.tasks), "rule": type(rule).__name__}
+    compared |= {name: getattr(setting, name) for name in ("shared_layer", "heads", "representation", "norm_of")}
+    setting.loop.ranks.require_agreement(setting.caller, {what: str(value) for what, value in compared.items()})
+
+
+def _check_heads(heads: Mapping[str, str], tasks: tuple[str, ...]) -> None:
+    _check_names(heads, tasks, "heads")
+    missing = [task for task in tasks if task not in heads]
+    if missing:
+        raise ValueError(f"Balancer: heads should name every task; {missing} are missing")
+
+
+def _check_unbalanced(model: nn.Module) -> None:
+    if model in _balanced:
+        raise ValueError(
+            f"Balancer: {type(model).__name__} already has a Balancer, with {_balanced[model]}: both would weight the same "
+            f"losses. Call close() on the first."
+        )
 
 
 def _check_names(given: Mapping[str, Any], tasks: tuple[str, ...], parameter: str) -> None:
@@ -417,16 +400,3 @@ def _check_names(given: Mapping[str, Any], tasks: tuple[str, ...], parameter: st
             f"Balancer: {parameter} names '{unknown[0]}', which is not among the tasks {list(tasks)}; "
             f"{did_you_mean(str(unknown[0]), tasks)}"
         )
-
-
-def _skips(scaler: torch.amp.GradScaler) -> bool:
-    """Return True if the scaler has found an overflow, for which it has skipped the optimizer's step."""
-    found = [
-        value for state in scaler._per_optimizer_states.values() for value in state["found_inf_per_device"].values()
-    ]
-    if not found:
-        raise RuntimeError(
-            "Balancer: the scaler has unscaled no gradients since its last update. Call balancer.step(scaler=scaler) after "
-            "scaler.step(optimizer) and before scaler.update()."
-        )
-    return any(bool(value) for value in found)

@@ -22,7 +22,9 @@ from lightning_gradnorm.strategies import AggregationRule, FixedRule, GradNormRu
 STEPS = 12
 
 
-def by_textbook(T: int, batches: list[Batch], accumulate: int = 1, **options: Any) -> tuple[Network, list[dict]]:
+def by_textbook(
+    T: int, batches: list[Batch], accumulate: int = 1, moved: float = 0.1, **options: Any
+) -> tuple[Network, list[dict]]:
     model = Network(T)
     run = textbook.train(
         model,
@@ -34,7 +36,7 @@ def by_textbook(T: int, batches: list[Batch], accumulate: int = 1, **options: An
         accumulate=accumulate,
         **options,
     )
-    assert max(abs(weight - 1) for weight in run.weights[-1].values()) > 0.1  # it has balanced something
+    assert max(abs(weight - 1) for weight in run.weights[-1].values()) > moved  # it has balanced something
     return model, run.weights
 
 
@@ -176,6 +178,15 @@ def test_an_absent_task_takes_no_part(as_none: bool) -> None:
     # What torch's SGD does with a parameter without a gradient: nothing. The textbook's gradient is None as well.
     found, _ = train(model, gradnorm_rule(optimizer=sgd), batches, backpropagate=backpropagate, heads=model.heads())
     assert_equal(model, found, (expected, run.weights))
+
+
+@pytest.mark.parametrize("with_heads", [True, False])
+@pytest.mark.parametrize("schedule", [{"update_every": 3}, {"stop_after": 7}, {"initial_losses": 4}], ids=str)
+def test_schedules_of_the_rule_agree_with_the_textbook(schedule: dict[str, int], with_heads: bool) -> None:
+    batches, model = vector_batches(3, STEPS * 2), Network()
+    options: dict[str, Any] = {"accumulate": 2, "heads": model.heads() if with_heads else None}
+    weights, _ = train(model, gradnorm_rule(**schedule), batches, **options)
+    assert_equal(model, weights, by_textbook(3, batches, 2, moved=0.05, **schedule))
 
 
 def test_norms_at_the_representation_agree_with_the_textbook() -> None:

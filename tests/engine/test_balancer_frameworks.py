@@ -11,10 +11,12 @@ import torch
 from lightning.fabric import Fabric
 from loops import Network, distance, gradnorm_rule, parameter_distance, train
 from models import TASKS, Batch, network_sgd, vector_batches
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torchjd import aggregation as A
 
 from lightning_gradnorm import Balancer
-from lightning_gradnorm.strategies import AggregationRule
+from lightning_gradnorm.strategies import AggregationRule, GradNormRule
 
 STEPS = 12
 accelerate = pytest.importorskip("accelerate")
@@ -189,6 +191,86 @@ def test_hugging_face_evaluates_between_the_steps(tmp_path: Path) -> None:
     assert_as_in_a_plain_loop(model, weights, batches)
     losses = [one["eval_loss"] for one in trainer.state.log_history if "eval_loss" in one]
     assert len(losses) == 3
+
+
+class Reader(nn.Module):
+    """A tiny BERT with two heads, whose forward takes keywords as those of the transformers library do."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = transformers.BertConfig(
+            vocab_size=20,
+            hidden_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=12,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        self.bert = transformers.BertModel(config, add_pooling_layer=False)
+        self.kind_head, self.size_head = nn.Linear(8, 3), nn.Linear(8, 1)
+        self.double()
+
+    def forward(self, input_ids: Tensor, kind: Tensor, size: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+        z = self.bert(input_ids=input_ids).last_hidden_state[:, 0]
+        said = self.size_head(z)[:, 0]
+        return {"kind": F.cross_entropy(self.kind_head(z), kind), "size": 5 * F.mse_loss(said, size)}
+
+
+class Reads(Balanced):
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        return self.balancer.prepare_loss(model(**inputs))
+
+
+@pytest.mark.usefixtures("_fresh_accelerate")
+@pytest.mark.parametrize("heads", [{"kind": "kind_head", "size": "size_head"}, None])
+def test_a_tiny_bert_with_two_heads(heads: Any, tmp_path: Path) -> None:
+    tasks, layer = ["kind", "size"], "bert.encoder.layer.1.output.dense"
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {
+            "input_ids": torch.randint(20, (6,), generator=generator),
+            "kind": torch.randint(3, (), generator=generator),
+            "size": torch.randn((), generator=generator, dtype=torch.float64),
+        }
+        for _ in range(STEPS * 2 * 4)
+    ]
+    model, plain = Reader(), Reader()
+    plain.load_state_dict(model.state_dict())
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        num_train_epochs=1,
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    with Balancer(model, GradNormRule(tasks), shared_layer=layer, heads=heads) as balancer:
+        steps = Steps(balancer)
+        sgd = (network_sgd(model.parameters()), None)
+        trainer = Reads(model, arguments, train_dataset=rows, callbacks=[steps], optimizers=sgd)
+        trainer.balancer = balancer
+        trainer._get_train_sampler = lambda *args: None
+        trainer.train()
+    batches = [{k: torch.stack([row[k] for row in rows[i : i + 4]]) for k in rows[0]} for i in range(0, len(rows), 4)]
+    optimizer, weights = network_sgd(plain.parameters()), []
+    with Balancer(plain, GradNormRule(tasks), shared_layer=layer) as balancer:
+        for index, batch in enumerate(batches):
+            balancer.backward(plain(**batch), backward=lambda loss: (loss / 2).backward())
+            if index % 2:
+                optimizer.step()
+                balancer.step()
+                optimizer.zero_grad()
+                weights.append(balancer.weights)
+    assert distance(steps.weights, weights) <= 1e-9
+    assert parameter_distance(model, plain) <= 1e-9
+    assert abs(weights[-1]["kind"] - 1) > 0.02
 
 
 @pytest.mark.usefixtures("_fresh_accelerate")

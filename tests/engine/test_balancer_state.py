@@ -237,6 +237,7 @@ def test_evaluations_between_and_within_steps_change_nothing(name: str) -> None:
                 balancer.watch(losses)
                 total = balancer.prepare_loss(losses)
                 assert float(total) == pytest.approx(float(sum(losses.values())))
+                assert balancer.prepare_loss(loss=total) is total
         model.eval()
         model(batches[1])  # someone has forgotten no_grad
         model.train()

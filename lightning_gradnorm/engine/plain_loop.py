@@ -1,0 +1,77 @@
+"""A training loop of the user's own, as `Balancer` sees it: scales at the root of each backward pass, wrappers, a scaler."""
+
+from __future__ import annotations
+
+import functools
+import operator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_gradnorm.engine.ranks import Ranks
+
+
+class PlainLoop:
+    """See `engine.loop.Loop`.
+
+    Args:
+        model: the network that is trained.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.ranks = Ranks.current()
+        self.scales: list[Tensor] = []
+        """The gradients with which the backward passes since the last step began."""
+        self.is_inside_call = False
+        """Whether `Balancer.backward` is running."""
+
+    def is_training(self) -> bool:
+        """Return True in training mode. What an evaluation calls belongs to no backward pass, and would never be released."""
+        return self._model.training
+
+    def pass_scale(self) -> Tensor:
+        """Return the scale of the current backward pass."""
+        return self.scales[-1]
+
+    def step_scale(self, passes: int) -> float | Tensor:
+        """Return the sum of the scales: the gradients are sums over the passes, each times its scale."""
+        scales = [scale if scale.dtype == torch.float64 else scale.float() for scale in self.scales[-passes:]]
+        return functools.reduce(operator.add, scales) if passes else 1.0
+
+    def loss_scale(self) -> float:
+        """Return 1: only aggregations of the parameters' gradients, which `Balancer` refuses, need more."""
+        return 1.0
+
+    def force_skip(self) -> bool:
+        """Return False: the step has been taken already."""
+        return False
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """Return the user's model inside the wrappers of DDP and Fabric."""
+    while isinstance(model, DistributedDataParallel) or type(model).__name__ == "_FabricModule":
+        inner = model.module
+        assert isinstance(inner, nn.Module)
+        model = inner
+    return model
+
+
+def scaler_has_skipped(scaler: torch.amp.GradScaler, *, caller: str) -> bool:
+    """Return True if the scaler has found an overflow, for which it has skipped the optimizer's step.
+
+    Raises:
+        RuntimeError: it has been updated since, and no longer knows.
+    """
+    if not scaler.is_enabled():
+        return False
+    found = [
+        value for state in scaler._per_optimizer_states.values() for value in state["found_inf_per_device"].values()
+    ]
+    if not found:
+        raise RuntimeError(
+            f"{caller}: the scaler has unscaled no gradients since its last update. Call balancer.step(scaler=scaler) after "
+            f"scaler.step(optimizer) and before scaler.update()."
+        )
+    return any(bool(value) for value in found)
