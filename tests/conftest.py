@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import lightning as L
+import packages
 import pytest
 import torch
 
@@ -25,11 +26,27 @@ def _same_seed_for_every_test() -> None:
     torch.manual_seed(0)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    packages.parametrize(metafunc)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    packages.select(items)
+
+
 @pytest.fixture
-def quiet_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
+def package(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The package that models and Trainer are of: `lightning`, and for tests marked `both_packages` the other too."""
+    with packages.using(getattr(request, "param", "lightning")) as namespace:
+        yield namespace
+
+
+@pytest.fixture
+def quiet_trainer(tmp_path: Path, package: ModuleType) -> Callable[..., Any]:
     """`quiet_trainer(**options)` is a one-epoch CPU Trainer without bars, summaries, loggers or checkpoints."""
 
-    def build(**options: Any) -> L.Trainer:
+    def build(**options: Any) -> Any:
         quiet: dict[str, Any] = {
             "default_root_dir": tmp_path,
             "accelerator": "cpu",
@@ -42,6 +59,7 @@ def quiet_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
             "enable_checkpointing": False,
             "num_sanity_val_steps": 0,
         }
-        return L.Trainer(**{**quiet, **options})
+        packages.adopt(options.get("callbacks", ()))
+        return package.Trainer(**{**quiet, **options})
 
     return build

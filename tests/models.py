@@ -235,8 +235,7 @@ class Manual(Automatic):
         losses = self.task_losses(batch)
         for gradnorm in self.gradnorm:
             gradnorm.watch(losses)
-        optimizer = self.optimizers()
-        assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
+        optimizer: Any = self.optimizers()
         if batch_idx % self.accumulate == 0:
             optimizer.zero_grad()
         self.manual_backward(torch.stack(list(losses.values())).sum() / self.accumulate)

@@ -7,6 +7,7 @@ if somebody else imports it: before, after or between ours.
 
 from __future__ import annotations
 
+import functools
 import sys
 from importlib.abc import MetaPathFinder
 from typing import Any, TypeVar
@@ -50,6 +51,29 @@ class _ImportWatcher(MetaPathFinder):
 
 
 sys.meta_path.insert(0, _ImportWatcher())
+
+
+def explain_other_trainer(cls: type[L.LightningModule]) -> None:
+    """Make ``pytorch_lightning``'s Trainer name both packages when it refuses a module of this class.
+
+    Its own check for modules of the other package sees classes that Lightning itself defines, but no subclasses. Without that
+    check, in another version, its message is as it was.
+    """
+    module: Any = sys.modules.get(f"{_OTHER}.utilities.compile")
+    check = getattr(module, "_check_mixed_imports", None)
+    if check is None or hasattr(check, "__wrapped__"):
+        return
+
+    @functools.wraps(check)
+    def check_and_explain(instance: object) -> None:
+        if isinstance(instance, cls):
+            raise TypeError(
+                f"{cls.__name__}: the Trainer should be that of the package lightning; got that of {_OTHER}. Use `import "
+                f"lightning as L` and L.Trainer."
+            )
+        check(instance)
+
+    module._check_mixed_imports = check_and_explain
 
 
 def is_one_of(value: Any, *names: str) -> bool:

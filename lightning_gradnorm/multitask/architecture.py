@@ -101,6 +101,6 @@ def _known(name: str) -> Any | None:
     is_plain = (
         module_name in ("torch.nn.functional", "torchmetrics.metric")
         or module_name.startswith("torchmetrics.utilities.")
-        or name == "lightning_gradnorm.multitask.module.adam"  # the default optimizer
+        or name == "lightning_gradnorm.multitask.task.adam"  # the default optimizer
     )
     return found if is_plain else None

@@ -20,19 +20,15 @@ from typing_extensions import Self, override
 
 from lightning_gradnorm._messages import check, did_you_mean, is_integer, is_number
 from lightning_gradnorm.callbacks.logging import is_logged_step
+from lightning_gradnorm.callbacks.packages import explain_other_trainer
 from lightning_gradnorm.engine.rule import WatchesLosses
 from lightning_gradnorm.multitask import architecture
 from lightning_gradnorm.multitask.schedule import Schedule, SchedulerFactory
-from lightning_gradnorm.multitask.task import Task
+from lightning_gradnorm.multitask.task import Task, adam
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 _check = partial(check, "MultiTaskModule")
-
-
-def adam(parameters: Iterable[nn.Parameter], lr: float = 1e-3) -> torch.optim.Optimizer:
-    """Return the default optimizer of `MultiTaskModule`. LightningCLI can write a function to its ``config.yaml``."""
-    return torch.optim.Adam(parameters, lr=lr)
 
 
 class MultiTaskModule(L.LightningModule):
@@ -84,6 +80,7 @@ class MultiTaskModule(L.LightningModule):
         only: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        explain_other_trainer(MultiTaskModule)
         self.automatic_optimization = False
         self.save_hyperparameters("accumulate_grad_batches", "gradient_clip_val", "only")
         _check(isinstance(encoder, nn.Module), "encoder", "a module", encoder)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 Loss = nn.Module | Callable[[Tensor, Tensor], Tensor]
+
+
+def adam(parameters: Iterable[nn.Parameter], lr: float = 1e-3) -> torch.optim.Optimizer:
+    """Return the default optimizer of `MultiTaskModule`. LightningCLI can write a function to its ``config.yaml``."""
+    return torch.optim.Adam(parameters, lr=lr)
 
 
 class Task(nn.Module):

@@ -179,6 +179,7 @@ def test_every_aggregator_trains_as_by_hand_at_the_representation(quiet_trainer:
     assert noted.callback.rule.has_weights == has_weights(MADE[name]())
 
 
+@pytest.mark.both_packages
 @pytest.mark.filterwarnings("ignore:You are solving")
 @pytest.mark.parametrize("name", _some_of(EVERYWHERE_MADE))
 @EVERYWHERE
@@ -388,6 +389,7 @@ SITUATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.both_packages
 @pytest.mark.parametrize("name", SITUATIONS)
 @WITH_EVERYTHING
 def test_it_trains_as_by_hand_with(quiet_trainer: MakeTrainer, name: str, at: str, with_heads: bool) -> None:
@@ -397,6 +399,7 @@ def test_it_trains_as_by_hand_with(quiet_trainer: MakeTrainer, name: str, at: st
     train_both(quiet_trainer, jd.UPGrad, at=at, with_heads=with_heads, **options)
 
 
+@pytest.mark.both_packages
 @pytest.mark.parametrize("how", ["manual", "MultiTaskModule", "logged"])
 @WITH_EVERYTHING
 def test_it_trains_as_by_hand_in_every_kind_of_module(

@@ -71,6 +71,7 @@ def test_a_loss_that_passes_by_its_head_is_refused(quiet_trainer) -> None:
         quiet_trainer(callbacks=[GradNorm(NAMES, heads=model.heads())]).fit(model, Batches(vector_batches(3, 5)))
 
 
+@pytest.mark.both_packages
 def test_fixed_weights_multiply_each_tasks_gradient(quiet_trainer) -> None:
     weights = {"seg": 0.5, "depth": 2.0, "normal": 3.0}
     gradients: dict[str, torch.Tensor] = {}

@@ -61,6 +61,7 @@ def fit(
     return recorder
 
 
+@pytest.mark.both_packages
 @pytest.mark.parametrize("alpha", [0.0, 0.12, 1.5])
 @pytest.mark.parametrize("T", [2, 3, 6])
 @pytest.mark.parametrize("optimizer", [adam, sgd], ids=["adam", "sgd"])
@@ -89,6 +90,7 @@ def test_weights_and_network_are_those_of_the_textbook(
     assert_agrees(recorder, model, trajectory, twin)
 
 
+@pytest.mark.both_packages
 @pytest.mark.parametrize("heads", [False, True], ids=["no-heads", "heads"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize(
@@ -155,6 +157,7 @@ def test_a_batch_norm_as_shared_layer_runs_once(heads: bool, quiet_trainer: Make
     assert_agrees(fit(quiet_trainer, model, gradnorm, batches), model, trajectory, twin)
 
 
+@pytest.mark.both_packages
 @pytest.mark.parametrize("heads", [False, True], ids=["no-heads", "heads"])
 @pytest.mark.parametrize(
     ("option", "value", "oracle"),
@@ -273,6 +276,7 @@ def test_logged_norms_rates_and_objective_are_those_of_the_textbook(
         assert logger.scalars[f"gradnorm/weight/{task}"] == pytest.approx(weights, rel=1e-6)
 
 
+@pytest.mark.both_packages
 def test_the_logged_loss_is_the_users(quiet_trainer: MakeTrainer) -> None:
     logger = MemoryLogger()
 
@@ -347,6 +351,7 @@ class SometimesInfinite(Automatic):
         return {task: loss + batch[f"{task}_offset"] for task, loss in super().task_losses(batch).items()}
 
 
+@pytest.mark.both_packages
 @pytest.mark.parametrize("heads", [False, True], ids=["no-heads", "heads"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_loss_that_is_not_finite_takes_no_weight_step(value: float, heads: bool, quiet_trainer: MakeTrainer) -> None:

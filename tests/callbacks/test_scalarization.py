@@ -94,6 +94,7 @@ def assert_same(
     assert max(differences) <= tolerance, f"they differ by {differences}"
 
 
+@pytest.mark.both_packages
 @pytest.mark.parametrize("given", ["an object", "what makes one"])
 @pytest.mark.parametrize("name", MADE)
 def test_every_scalarizer_trains_as_by_hand(quiet_trainer: MakeTrainer, name: str, given: str) -> None:
@@ -261,6 +262,7 @@ def test_an_absent_task_enters_with_its_last_loss_and_until_all_were_seen_all_we
     assert_same(states, model, hand, twin)
 
 
+@pytest.mark.both_packages
 @pytest.mark.parametrize("how", ["manual", "manual, two batches to a step", "MultiTaskModule", "logged"])
 @pytest.mark.parametrize("made", ["UW", "FAMO", "DWA"])
 def test_it_trains_as_by_hand_in_every_kind_of_module(quiet_trainer: MakeTrainer, how: str, made: str) -> None:
@@ -298,6 +300,7 @@ def test_it_trains_as_by_hand_in_every_kind_of_module(quiet_trainer: MakeTrainer
     assert_clean(model, before)
 
 
+@pytest.mark.both_packages
 def test_the_weights_are_logged_and_the_models_own_loss_stays_its_own(quiet_trainer: MakeTrainer) -> None:
     class Logs(Automatic):
         def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:

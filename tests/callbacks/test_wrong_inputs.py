@@ -12,14 +12,12 @@ import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from harness import Batches, assert_clean, assert_says, case, traces
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from models import (
     FEATURES,
     HIDDEN,
@@ -850,16 +848,6 @@ class MyGradNorm(GradNorm):
 def test_two_balancing_callbacks_are_refused(other: L.Callback, quiet_trainer: MakeTrainer) -> None:
     expected = ["one balancing callback", "GradNorm", type(other).__name__, "Remove one"]
     fails(quiet_trainer, Automatic(3), [GradNorm(TASKS), other], *expected)
-
-
-@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
-def test_a_strategy_that_shards_the_shared_layer_is_refused(strategy: Any) -> None:
-    """Asked of the callback itself: neither strategy starts on a CPU."""
-    trainer = SimpleNamespace(
-        callbacks=[], optimizers=[], global_step=0, ckpt_path=None, strategy=object.__new__(strategy)
-    )
-    with pytest.raises(ValueError, match=rf"GradNorm: {strategy.__name__} keeps .* Use strategy='ddp'"):
-        GradNorm(TASKS).on_train_start(trainer, Automatic(3))  # type: ignore[arg-type]
 
 
 def test_before_training_the_tasks_of_a_module_are_not_known() -> None:

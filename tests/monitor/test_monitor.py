@@ -137,6 +137,7 @@ def _combinations() -> list[Any]:
     return found
 
 
+@pytest.mark.both_packages
 @pytest.mark.parametrize(("kind", "beside", "accumulate", "first"), _combinations())
 def test_numbers_are_those_of_autograd_by_hand(
     quiet_trainer: MakeTrainer, kind: str, beside: str, accumulate: int, first: bool
