@@ -151,7 +151,8 @@ class GradientNormMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._unpatch()
-        assert self._measurement is not None
+        if self._measurement is None:
+            return
         if not self._measurement.is_active:
             if self._steps % self.every_n_steps:
                 return
@@ -230,7 +231,8 @@ class GradientNormMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         self._unpatch()
-        assert self._measurement is not None
+        if self._measurement is None:
+            return
         self._measurement.end_batch()
         if not self._stepped:
             return
