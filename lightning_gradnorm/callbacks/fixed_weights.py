@@ -69,7 +69,7 @@ class FixedWeights(StaticWeights):
         self.weights = {task: float(weights[task]) for task in self._names}
 
 
-class GradNormStatic(FixedWeights):
+class GradNormStatic(StaticWeights):
     """Train on the mean weights of a finished `GradNorm` run: "GradNorm static" of Chen et al., 2018, Tables 1 and 2.
 
     Args:
@@ -96,7 +96,8 @@ class GradNormStatic(FixedWeights):
         weights = _mean_weights(_checkpoint_of(self.from_run))
         if tasks is not None:
             self._check_same(weights, tasks)
-        super().__init__(weights, tasks=tasks, heads=heads)
+        super().__init__(list(weights) if tasks is None else tasks, heads=heads)
+        self.weights = {task: weights[task] for task in self._names}
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

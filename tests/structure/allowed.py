@@ -4,40 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-_ENGINE = "the engine is being separated from Lightning's Trainer"
-_SPLIT = "is being split"
-
 IMPORTS: Mapping[tuple[str, str], str] = {
-    ("engine/compiled.py", "lightning"): _ENGINE,
-    ("engine/gathering.py", "lightning"): _ENGINE,
-    ("engine/loss_scale.py", "lightning"): _ENGINE,
-    ("engine/ranks.py", "lightning"): _ENGINE,
-    ("engine/reader_choice.py", "lightning"): _ENGINE,
-    ("engine/shared_parameters.py", "lightning"): _ENGINE,
-    ("engine/usage_checks.py", "lightning"): _ENGINE,
     ("monitor/callback.py", "callbacks"): "the Lightning side of losses, logging and the Trainer is in callbacks",
-    ("multitask/module.py", "callbacks"): "the module finds balancing callbacks by their class",
-    ("multitask/module.py", "monitor"): "the module finds the monitor by its class",
-    ("strategies/snapshot.py", "numpy"): "snapshots are being reduced to tensors and plain values",
+    ("multitask/module.py", "callbacks"): "which steps Lightning logs is asked in callbacks",
 }
 """(file, part of the package or third-party package) → reason."""
 
-LONG_FILES: Mapping[str, str] = {
-    "callbacks/base.py": _SPLIT,
-    "strategies/snapshot.py": "snapshots are being reduced to tensors and plain values",
-}
+LONG_FILES: Mapping[str, str] = {}
 
-LONG_CLASSES: Mapping[str, str] = {
-    "callbacks/base.py:Balancing": _SPLIT,
-    "multitask/module.py:MultiTaskModule": _SPLIT,
-}
+LONG_CLASSES: Mapping[str, str] = {}
 
-DEEP_CLASSES: Mapping[str, str] = dict.fromkeys(
-    ("Aggregation", "FixedWeights", "GradNormStatic", "RandomWeights", "Scalarization"),
-    "the callbacks' base classes are being merged",
-)
+DEEP_CLASSES: Mapping[str, str] = {}
 
-CORE_IS_TOO_LONG = "the engine and the snapshots are being rewritten"
+CORE_IS_TOO_LONG = "the engine is new; what it made superfluous is still being removed"
 """The reason, or an empty string."""
 
 
