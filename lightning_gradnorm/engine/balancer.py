@@ -165,8 +165,8 @@ class Balancer:
     def _prepare_loss(self, losses: Mapping[str, Tensor | None] | None, loss: Tensor | None) -> Tensor:
         if self._engine.batch.in_backward:
             raise RuntimeError(
-                "Balancer: the loss that prepare_loss returned last has not been back-propagated. Back-propagate it before the "
-                "next call of the model."
+                "Balancer: the loss that prepare_loss returned last has not been back-propagated to its end. Back-propagate it "
+                "before the next call of the model."
             )
         if losses is not None:
             self.watch(losses)
@@ -188,6 +188,10 @@ class Balancer:
         return total
 
     def _on_backward_start(self, scale: Tensor) -> None:
+        if not self._engine.batch.in_backward:
+            raise RuntimeError(
+                "Balancer: a loss of prepare_loss is back-propagated for the second time. Prepare it again."
+            )
         self._loop.scales.append(scale.detach())
         if not self._loop.is_inside_call:
             # Who back-propagates does not tell us when it is done. This is the hook that DDP uses for the same purpose.
@@ -196,8 +200,11 @@ class Balancer:
     def _finish_backward(self) -> None:
         with self._recovery():
             self._engine.after_backward()
-            if len(self._loop.scales) < self._engine.pending_backwards:
-                raise ValueError("Balancer: backward should back-propagate the loss that it is given; it did not.")
+            times = len(self._loop.scales) - self._engine.pending_backwards + 1
+            if times != 1:
+                raise ValueError(
+                    f"Balancer: backward should back-propagate the loss that it is given once; it did {times} times"
+                )
             require_backpropagated(self._engine.batch, caller="Balancer")
         self._engine.start_batch()
 
