@@ -163,11 +163,7 @@ class Balancer:
             return self._prepare_loss(losses, loss)
 
     def _prepare_loss(self, losses: Mapping[str, Tensor | None] | None, loss: Tensor | None) -> Tensor:
-        if self._engine.batch.in_backward:
-            raise RuntimeError(
-                "Balancer: the loss that prepare_loss returned last has not been back-propagated to its end. Back-propagate it "
-                "before the next call of the model."
-            )
+        _require_finished_pass(self._engine)
         if losses is not None:
             self.watch(losses)
         watched = self._engine.batch.losses
@@ -200,11 +196,7 @@ class Balancer:
     def _finish_backward(self) -> None:
         with self._recovery():
             self._engine.after_backward()
-            times = len(self._loop.scales) - self._engine.pending_backwards + 1
-            if times != 1:
-                raise ValueError(
-                    f"Balancer: backward should back-propagate the loss that it is given once; it did {times} times"
-                )
+            _require_one_pass(len(self._loop.scales) - self._engine.pending_backwards + 1)
             require_backpropagated(self._engine.batch, caller="Balancer")
         self._engine.start_batch()
 
@@ -351,6 +343,21 @@ def _load_state(rule: Rule, state: Mapping[str, Any]) -> None:
     except KeyError as error:
         kind = type(rule).__name__
         raise ValueError(f"Balancer: state should be that of a {kind}; got one without {error}.") from error
+
+
+def _require_finished_pass(engine: Engine[Rule]) -> None:
+    if engine.batch.in_backward:
+        raise RuntimeError(
+            "Balancer: the loss that prepare_loss returned last has not been back-propagated to its end. Back-propagate it "
+            "before the next call of the model."
+        )
+
+
+def _require_one_pass(times: int) -> None:
+    if times != 1:
+        raise ValueError(
+            f"Balancer: backward should back-propagate the loss that it is given once; it did {times} times."
+        )
 
 
 def _require_no_pending_step(engine: Engine[Rule], method: str) -> None:
