@@ -45,8 +45,9 @@ def require_agreement(setting: Setting, rule: Rule) -> None:
     Raises:
         ValueError: they disagree; raised on all of them.
     """
-    compared = {"tasks": list(rule.tasks), "rule": type(rule).__name__}
+    compared: dict[str, object] = {"tasks": list(rule.tasks), "rule": type(rule).__name__}
     compared |= {name: getattr(setting, name) for name in ("shared_layer", "heads", "representation", "norm_of")}
+    compared["initial weights"] = rule.loss_weights.tolist()
     setting.loop.ranks.require_agreement(setting.caller, {what: str(value) for what, value in compared.items()})
 
 
