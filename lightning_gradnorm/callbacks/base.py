@@ -216,7 +216,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     def _remove_hooks(self) -> None:
         self._hooks.close()
-        self._engine = self._trainer = None
+        self._engine = self._trainer = self._loop = None
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
