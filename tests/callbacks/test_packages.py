@@ -89,7 +89,7 @@ def test_the_dashboard_and_the_monitors_picture_reach_either_tensorboard_logger(
     written: dict[str, Any] = {}
     logger.experiment.add_custom_scalars = lambda layout: written.update(layout)
     logger.experiment.add_image = lambda tag, *_: written.update({tag: None})
-    monitor = GradientNormMonitor(TASKS, every_n_steps=2)
+    monitor = GradientNormMonitor(TASKS, every_n_steps=2, cosine_image=lambda names, cosines: torch.zeros(3, 2, 2))
     train(package, tmp_path, None, Automatic(3), callbacks=[TensorBoardDashboard(), monitor], logger=logger)
     assert {"Gradient-norm monitor", "monitor/cosine"} <= written.keys()
 
