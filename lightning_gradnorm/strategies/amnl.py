@@ -26,7 +26,7 @@ from torch import Tensor
 from torchjd import Stateful
 from torchjd.scalarization import Scalarizer
 
-from lightning_gradnorm._messages import did_you_mean
+from lightning_gradnorm._messages import check, did_you_mean
 from lightning_gradnorm.strategies.snapshot import LazyBufferModule
 
 
@@ -63,16 +63,12 @@ class AMNL(LazyBufferModule, Scalarizer, Stateful):
         self, edition: Literal[1, 2] = 1, weights: Mapping[str, float] | None = None, beta: float | None = None
     ) -> None:
         super().__init__()
-        if edition not in (1, 2):
-            raise ValueError(f"AMNL: edition should be 1 or 2; got {edition!r}.")
-        if beta is not None and edition == 2:
-            raise ValueError("AMNL: beta is of edition 1's moving average; edition 2 does not normalise. Leave it out.")
-        if beta is not None and not 0.0 <= beta < 1.0:
-            raise ValueError(f"AMNL: beta should be at least 0 and less than 1; got {beta}.")
-        if weights is not None and not (
-            all(weight >= 0 for weight in weights.values()) and math.isclose(sum(weights.values()), 1.0, rel_tol=1e-6)
-        ):
-            raise ValueError(f"AMNL: the weights should not be negative and should sum to 1; got {dict(weights)}.")
+        given = [1.0] if weights is None else list(weights.values())
+        are_shares = min(given, default=0) >= 0 and math.isclose(sum(given), 1.0, rel_tol=1e-6)
+        check("AMNL", edition in (1, 2), "edition", "1 or 2", edition)
+        check("AMNL", beta is None or edition == 1, "beta", "None in edition 2, which does not normalise", beta)
+        check("AMNL", beta is None or 0.0 <= beta < 1.0, "beta", "at least 0 and less than 1", beta)
+        check("AMNL", are_shares, "weights", "numbers that are not negative and sum to 1", weights)
         self.edition = edition
         self.weights = None if weights is None else dict(weights)
         self.beta = beta
@@ -128,10 +124,7 @@ class AMNL(LazyBufferModule, Scalarizer, Stateful):
         if self.beta is None:
             return values
         if self.means.numel() == 0:
-            self.means, self.updates = (
-                torch.zeros_like(values, dtype=torch.float32),
-                torch.zeros_like(values, dtype=torch.float32),
-            )
+            self.means, self.updates = torch.zeros(2, *values.shape, device=values.device)
         if self.means.shape != values.shape:
             raise ValueError(
                 f"AMNL: the moving averages are of shape {tuple(self.means.shape)}, the losses of shape "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,21 +38,19 @@ def instantiate(tasks: Sequence[str], given: nn.Module | Callable[[int], nn.Modu
         DWA(temperature=2.0)
     """
     made: Any = given
+    expected = f"{caller} should be a module, or make one from the number of tasks, as torchjd.scalarization.UW does"
     if not isinstance(given, nn.Module):
         arguments = _arguments(given, len(tasks), caller)
         try:
             made = given(*arguments)
         except TypeError as reason:
-            raise TypeError(
-                f"{caller} should be a module, or make one from the number of tasks, as torchjd.scalarization.UW does; "
-                f"calling it with {len(tasks)} failed: {reason}"
-            ) from reason
+            raise TypeError(f"{expected}; calling it with {len(tasks)} failed: {reason}") from reason
         except ImportError as reason:
             if (missing := missing_solver(reason)) is None:
                 raise
             raise ModuleNotFoundError(f"{caller}: {missing}") from reason
     if not isinstance(made, nn.Module):
-        raise TypeError(f"{caller} should be a module, or make one from the number of tasks; got {made!r}")
+        raise TypeError(f"{expected}; got {made!r}")
     if isinstance(made, TaskAware):
         made.name_tasks(tasks)
     return made
@@ -77,14 +75,12 @@ def _arguments(given: Callable[..., Any], number_of_tasks: int, caller: str) -> 
         parameters = inspect.signature(given).parameters.values()
     except ValueError:  # written in C, without a signature
         return (number_of_tasks,)
-    needed = [
-        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p.name for p in positional if p.default is p.empty]
     if not needed and (isinstance(made_by, type) or not parameters):
         return ()
     if made_by.__module__.startswith("torchjd.") and needed[0] not in ("shape", "n_tasks"):
-        kind = made_by.__name__
-        options = ", ".join(f"{name}=…" for name in needed)
+        kind, options = made_by.__name__, ", ".join(f"{name}=…" for name in needed)
         raise TypeError(
             f"{caller} {kind} cannot be made from the number of tasks alone: it needs {' and '.join(needed)}. Give "
             f"{kind}({options}), or partial({kind}, {options})."
@@ -99,18 +95,10 @@ def move_to(
     dtype: torch.dtype | None = None,
     only: torch.dtype | None = None,
 ) -> nn.Module:
-    """Move a module in place, with everything that it holds as plain attributes, as TorchJD's classes hold their history.
+    """Move a module in place, with what it holds in plain attributes, as TorchJD's classes hold their history; return it.
 
-    Those are tensors, devices and dtypes, also inside lists, tuples and dicts, and the state of optimizers.
-
-    Args:
-        module: the module.
-        device: the new device.
-        dtype: the new precision of floating-point tensors.
-        only: the precision that plain attributes have to have to be converted; any by default.
-
-    Returns:
-        The module.
+    Those are tensors, devices and dtypes, also inside lists, tuples and dicts, and the state of optimizers. If ``only`` is
+    given, plain attributes of another precision keep theirs.
 
     Example:
         >>> import torchjd.scalarization
@@ -118,9 +106,9 @@ def move_to(
         >>> move_to(torchjd.scalarization.Constant(preferences), device="cpu", dtype=torch.float64).weights.dtype
         torch.float64
     """
-    before = {id(tensor): name for name, tensor in _tensors_of(module)}
+    before = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     module.to(device=device, dtype=dtype)
-    after = dict(_tensors_of(module))
+    after = dict((*module.named_parameters(), *module.named_buffers()))
     # "cuda" is never equal to "cuda:0", the device of a tensor.
     place = None if device is None else torch.empty(0, device=device).device
 
@@ -128,9 +116,8 @@ def move_to(
         if id(value) in before:
             return after[before[id(value)]]
         if isinstance(value, Tensor):
-            return value.to(
-                device=place, dtype=dtype if value.is_floating_point() and only in (None, value.dtype) else None
-            )
+            converts = value.is_floating_point() and only in (None, value.dtype)
+            return value.to(device=place, dtype=dtype if converts else None)
         if isinstance(value, torch.dtype):
             return dtype if dtype is not None and value == only else value
         if isinstance(value, torch.device):
@@ -152,8 +139,3 @@ def move_to(
 def follow_parameters(optimizer: torch.optim.Optimizer) -> None:
     """Move the state of an optimizer to the device and precision of its parameters."""
     optimizer.load_state_dict(optimizer.state_dict())
-
-
-def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()

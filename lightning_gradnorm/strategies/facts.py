@@ -105,9 +105,8 @@ def any_part(module: nn.Module, fact: str) -> bool:
 
 
 def _inherited(module: nn.Module) -> Facts:
-    for kind in type(module).__mro__:
-        if kind in _TORCHJD:
-            return _TORCHJD[kind]
+    if found := next((_TORCHJD[kind] for kind in type(module).__mro__ if kind in _TORCHJD), None):
+        return found
     if isinstance(module, aggregation.GramianWeightedAggregator):
         return facts_of(module.gramian_weighting)
     if isinstance(module, aggregation.WeightedAggregator):

@@ -272,8 +272,7 @@ class GradNormRule:
             are_final = (updates_seen >= self._updates_in_initial) & ((initial_losses > 0) | (self.alpha == 0))
             self._initial_known = bool(are_final.all())
         self._is_fresh = False
-        present = self._all_present if present is None else present
-        update = WeightUpdate(norms, losses, present, problems, terms, taken)
+        update = WeightUpdate(norms, losses, self._all_present if present is None else present, problems, terms, taken)
         self._pending.append(update)
         if self.syncs_every_step or len(self._pending) == _MAX_PENDING:
             self._sync_pending()
@@ -298,12 +297,11 @@ class GradNormRule:
         updates_seen = self._updates_seen + counts
         mean = self.initial_losses + (losses - self.initial_losses) / updates_seen.clamp(min=1)
         initial_losses = torch.where(counts, mean, self.initial_losses)
-        if self.alpha > 0 and bool((present & (initial_losses <= 0)).any()):
-            index = int((present & (initial_losses <= 0)).nonzero()[0])
+        if self.alpha > 0 and bool((bad := present & (initial_losses <= 0)).any()):
+            index = int(bad.nonzero()[0])
             raise ValueError(
-                f"GradNorm: the initial loss of task '{self.tasks[index]}' should be positive, since training rates "
-                f"divide by it; got {initial_losses[index].item()}. Give a number that fits the loss, for example "
-                f"initial_losses={{'{self.tasks[index]}': 1.0, …}}, or use alpha=0, which needs no rates."
+                f"GradNorm: the initial loss of task '{self.tasks[index]}' should be positive, since training rates divide by "
+                f"it; got {initial_losses[index].item()}. Use initial_losses={{'{self.tasks[index]}': 1.0, …}}, or alpha=0."
             )
         return initial_losses, updates_seen
 
@@ -327,10 +325,7 @@ class GradNormRule:
     def explain_fault(self, task: str, loss: float) -> str:
         """Return why a task's numbers allowed no update."""
         if loss < 0 and self.alpha > 0:
-            return (
-                f"the loss of task '{task}' is negative ({loss:g}), so that it has no training rate (add a constant that keeps "
-                f"it positive, or use alpha=0)"
-            )
+            return f"the loss of task '{task}' is negative ({loss:g}); add a constant that keeps it positive, or use alpha=0"
         return f"the loss or the gradient norm of task '{task}' is not finite"
 
     @property
@@ -377,8 +372,8 @@ class GradNormRule:
         """
         if state.get("version") != _VERSION:
             raise ValueError(
-                f"GradNorm: the checkpoint's state should be of version {_VERSION}; got {state.get('version')!r}. "
-                f"Resume with the version of lightning-gradnorm that wrote it."
+                f"GradNorm: the checkpoint's state should be of version {_VERSION}; got {state.get('version')!r}. Resume with "
+                f"the version of lightning-gradnorm that wrote it."
             )
         known = list(state["tasks"])
         same_tasks = set(known) == set(self.tasks)

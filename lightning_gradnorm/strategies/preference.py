@@ -21,11 +21,6 @@ def with_equal_preferences(number_of_tasks: int, /, scalarizer: Callable[..., Ma
         _partial_: true
         scalarizer: {_target_: torchjd.scalarization.PBI, _partial_: true, theta: 5.0}
 
-    Args:
-        number_of_tasks: T.
-        scalarizer: what is called with ``weights``.
-        options: its other arguments.
-
     Example:
         >>> from functools import partial
         >>> from torchjd.scalarization import COSMOS
@@ -35,9 +30,8 @@ def with_equal_preferences(number_of_tasks: int, /, scalarizer: Callable[..., Ma
     """
     made = scalarizer(weights=torch.full((number_of_tasks,), 1 / number_of_tasks), **options)
     weights = vars(made).get("weights")
-    if isinstance(
-        weights, Tensor
-    ):  # a plain attribute stays behind when the module goes to another device or precision
+    # A plain attribute would stay behind when the module goes to another device or precision.
+    if isinstance(weights, Tensor):
         del made.weights
         made.register_buffer("weights", weights)
     return made
