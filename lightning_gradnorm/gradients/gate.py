@@ -16,9 +16,8 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.utils import _pytree as pytree
 
-from lightning_gradnorm.gradients.branch import TAKEN
+from lightning_gradnorm.gradients.branch import TAKEN, replace_tensors
 from lightning_gradnorm.gradients.graph import leaves_behind, node_of, nodes_on_paths, reachable_nodes
 from lightning_gradnorm.gradients.readers import GradientReader, WeightGradients
 
@@ -38,17 +37,11 @@ class _Gate(torch.autograd.Function):
 
 
 class _GateState:
-    """The gate of one forward pass, and the gradients that have been read for it.
-
-    Args:
-        inputs: the representation's tensors, outputs of the trunk.
-        replace: called in the gate's backward with this state and the gradients that arrived.
-        T: the number of tasks.
-    """
+    """The gate of one forward pass behind ``inputs``, the trunk's outputs, and the gradients that were read for it."""
 
     def __init__(
         self, inputs: list[Tensor], replace: Callable[[ReferenceType[_GateState], Gradients], Gradients], T: int
-    ) -> None:
+    ):
         self.inputs = inputs
         # A weak reference: the graph holds the function, and this state holds the graph. A strong one would close a cycle,
         # and the whole graph would stay in memory until the garbage collector runs.
@@ -87,9 +80,6 @@ class _GateState:
         pieces = torch.split(row, [view.numel() for view in self.views])
         return [piece.view(view.shape) for piece, view in zip(pieces, self.views, strict=True)]
 
-    def index_of(self, tensor: Tensor) -> int | None:
-        return next((i for i, view in enumerate(self.views) if view is tensor), None)
-
 
 class JointGradients(GradientReader):
     """Reads ``∇_z L_i`` of all tasks and replaces their sum by the result of ``combine``.
@@ -124,22 +114,11 @@ class JointGradients(GradientReader):
     module: nn.Module
 
     def __init__(self, module: nn.Module, name: str, tasks: Sequence[str], combine: Callable[[Tensor], Tensor | None]):
-        self.module = module
-        self._name = name
+        self.module, self.label, self.targets = module, name, []
         self._row_of = {task: row for row, task in enumerate(tasks)}
         self._combine = combine
         self._state: _GateState | None = None
         self._in_backward = False
-
-    @property
-    def label(self) -> str:
-        """The representation."""
-        return self._name
-
-    @property
-    def targets(self) -> list[Tensor]:
-        """The gate's outputs, which the heads read in the current forward pass."""
-        return [] if self._state is None else self._state.views
 
     def forward_post(self, output: Any) -> Any:
         """Return the encoder's output with a gate behind it.
@@ -148,35 +127,31 @@ class JointGradients(GradientReader):
             ValueError: the encoder was called before in this forward pass. Each call would need a gate of its own, and each
                 gate would have to wait for the others.
         """
-        leaves, structure = pytree.tree_flatten(output)
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        if not places:
-            return None
+        return replace_tensors(output, self._open_gate)
+
+    def _open_gate(self, inputs: list[Tensor]) -> list[Tensor]:
         if self._state is not None and not self._state.was_passed:
             raise ValueError(
-                f"{self._name} is called more than once in one forward pass, so that the tasks' gradients do not meet in one "
-                f"place. Give it one batch made of all its inputs (torch.cat), or name as representation a module that is "
-                f"called once."
+                f"{self.label} is called more than once in one forward pass, so that the tasks' gradients do not meet in one "
+                f"place. Give it one batch made of all its inputs (torch.cat), or name a module that is called once."
             )
-        self._state = _GateState([leaves[i] for i in places], self._replace_gradient, len(self._row_of))
-        for place, view in zip(places, self._state.views, strict=True):
-            leaves[place] = view
-        return pytree.tree_unflatten(leaves, structure)
+        self._state = _GateState(inputs, self._replace_gradient, len(self._row_of))
+        self.targets = self._state.views
+        return self.targets
 
     def why_unreadable(self, loss: Tensor) -> str | None:
         """Return why this task's gradient cannot be read here (the end of an error message), or None."""
         if self._state is None:
             return (
-                f"cannot be read at {self._name}, which was not called in the forward pass (itself, not its forward or another "
-                f"method), or returned no tensors, nor tuples, lists or dicts of tensors that carry a gradient."
+                f"cannot be read at {self.label}, which was not called in the forward pass (itself, not its forward or another "
+                f"method), or returned no tensors that carry a gradient, alone or in tuples, lists and dicts."
             )
         # Nodes of parameters are excluded: a loss may read a weight of the trunk directly, as a weight penalty does.
         inside = {node for node in self.trunk_nodes() if not hasattr(node, "variable")}
         if inside & reachable_nodes([node_of(loss)], stop={self._state.node}):
             return (
-                f"reaches what is within {self._name} by a way that does not pass its output, a skip connection say, so that "
-                f"part of its gradient would not be aggregated. Name as representation the module whose output is all that "
-                f"the heads read, or have the encoder return what they read."
+                f"reaches what is within {self.label} by a way that does not pass its output, a skip connection say. Name as "
+                f"representation the module whose output is all that the heads read, or have the encoder return what they read."
             )
         return None
 
@@ -215,12 +190,10 @@ class JointGradients(GradientReader):
         """Add the task's gradient at the representation to its row."""
         state = self._state
         assert state is not None
-        places = [state.index_of(output) for output in outputs]
-        at_gate = None not in places
-        found: list[Tensor | None]
+        arrived = dict(zip(map(id, outputs), gradients, strict=True))
+        at_gate = arrived.keys() <= set(map(id, state.views))
         if at_gate:
-            by_place = dict(zip(places, gradients, strict=True))
-            found = [by_place.get(i) for i in range(len(state.views))]
+            found = [arrived.get(id(view)) for view in state.views]
         else:  # other nodes lie between, such as the head when gradients are read at the loss: traverse them first
             found = list(torch.autograd.grad(outputs, state.views, gradients, retain_graph=True, allow_unused=True))
             state.passed_through.add(task)
@@ -255,7 +228,7 @@ class JointGradients(GradientReader):
 
     def release_graph(self) -> None:
         """Release the current forward pass."""
-        self._state, self._in_backward = None, False
+        self._state, self.targets, self._in_backward = None, [], False
 
     def _replace_gradient(self, of: ReferenceType[_GateState], arrived: Gradients) -> Gradients:
         """Return the gradients that continue into the trunk. Called in the gate's backward."""
@@ -266,10 +239,9 @@ class JointGradients(GradientReader):
             return self._add_combined(state, self._gradients_of_no_task(state, arrived))
 
     def _gradients_of_no_task(self, state: _GateState, arrived: Gradients) -> Gradients:
-        """Return what has arrived from elsewhere than the tasks: `arrived` without the tasks' gradients in it.
+        """Return what has arrived without the tasks' gradients in it.
 
-        A gradient that was read at a branch has stopped there (`TAKEN`). One that was read at a loss has taken its own way
-        through the head as well and is part of the sum that arrives here.
+        A gradient read at a branch has stopped there (`TAKEN`). One read at a loss is part of the sum that arrives here.
         """
         if not state.other_paths:
             return [None] * len(arrived)  # only the tasks' gradients arrive; they are replaced
