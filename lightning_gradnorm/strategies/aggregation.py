@@ -67,7 +67,8 @@ class AggregationRule(ScalarizationRule):
         self._check_usable(aggregator, of_parameters)
         if isinstance(aggregator, jd.Weighting) and any(facts_of(p).input == "matrix" for p in aggregator.modules()):
             aggregator = jd.WeightedAggregator(aggregator)
-        self.input: Input = _input(aggregator)
+        takes_gramian = isinstance(aggregator, jd.GramianWeightedAggregator | jd.Weighting)
+        self.input: Input = facts_of(aggregator).input or ("gramian" if takes_gramian else "matrix")
         """What the aggregator is called with: the Gramian of J, a root of it, or J itself."""
         self.of_parameters = of_parameters
         # A T × T matrix is handled faster on the CPU, and many solvers only run there.
@@ -171,15 +172,14 @@ class AggregationRule(ScalarizationRule):
     def weigh_gradients(self, gramian: Tensor, present: Tensor | None = None, matrix: Tensor | None = None) -> Tensor:
         """Return the weights λ of the rows, shape (T,).
 
+        If the Gramian is not finite or the aggregator fails, they are equal, with the sum of the last ones, and ``fallbacks``
+        counts it.
+
         Args:
             gramian: ``J Jᵀ``, shape (T, T), of the mean losses' gradients, zero for an absent task.
             present: which tasks take part, bool of shape (T,); all by default. The others are left out of what the
                 aggregator sees; one that knows the tasks by their place is not asked, and the weights stay.
             matrix: J itself, for an aggregator that needs it (`input`).
-
-        Returns:
-            The weights. If the Gramian is not finite or the aggregator fails, equal weights with the sum of the last ones;
-            ``fallbacks`` counts it.
         """
         T = len(self.tasks)
         here = torch.ones(T, dtype=torch.bool) if present is None else present.cpu()
@@ -238,11 +238,7 @@ class AggregationRule(ScalarizationRule):
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the state of another rule for the same tasks in the same order.
-
-        Raises:
-            ValueError: the state is that of other tasks, another strategy, or another version.
-        """
+        """Load the state of another rule for the same tasks in the same order; see `ScalarizationRule`."""
         super().load_state_dict(state)
         self.gradient_weights = state["gradient_weights"].to(self.gradient_weights)
         self._drawn = state["drawn"]
@@ -263,11 +259,6 @@ def _shown(found: Any) -> str:
 def _is_by_task(value: Any, T: int) -> bool:
     """Return True if this may hold one number for each task."""
     return T in value.shape if isinstance(value, Tensor) else isinstance(value, list | tuple) and len(value) == T
-
-
-def _input(aggregator: nn.Module) -> Input:
-    by_kind: Input = "gramian" if isinstance(aggregator, jd.GramianWeightedAggregator | jd.Weighting) else "matrix"
-    return facts_of(aggregator).input or by_kind
 
 
 def _weights_of(aggregator: Any) -> Callable[[Tensor], Tensor] | None:

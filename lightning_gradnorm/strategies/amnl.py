@@ -26,7 +26,7 @@ from torch import Tensor
 from torchjd import Stateful
 from torchjd.scalarization import Scalarizer
 
-from lightning_gradnorm._messages import check, did_you_mean
+from lightning_gradnorm._messages import check, check_by_task
 from lightning_gradnorm.strategies.snapshot import LazyBufferModule
 
 
@@ -82,12 +82,8 @@ class AMNL(LazyBufferModule, Scalarizer, Stateful):
         Raises:
             ValueError: ``weights`` are of other tasks.
         """
-        for task in self.weights or {}:
-            if task not in tasks:
-                raise ValueError(f"AMNL: weights names '{task}', which is no task; {did_you_mean(task, tasks)}")
-        for task in tasks:
-            if self.weights is not None and task not in self.weights:
-                raise ValueError(f"AMNL: weights should name every task; '{task}' is missing. Add '{task}': 0.0.")
+        if self.weights is not None:
+            check_by_task(self.weights, tasks, caller="AMNL", parameter="weights")
         self.tasks = tuple(tasks)
 
     def forward(self, values: Tensor, /) -> Tensor:
@@ -101,7 +97,7 @@ class AMNL(LazyBufferModule, Scalarizer, Stateful):
             return (weights * values).sum()
         if bool((values < 0).any()):
             raise ValueError(
-                f"AMNL: edition 1 divides by the losses, so that none may be negative; got {values.tolist()}"
+                f"AMNL: edition 1 divides by the losses, so none may be negative; got {values.tolist()}"
                 f"{f' for {list(self.tasks)}' if self.tasks else ''}. Use edition=2, or a loss bounded below by zero."
             )
         normalisers = self._normalisers(values.detach())
@@ -115,8 +111,8 @@ class AMNL(LazyBufferModule, Scalarizer, Stateful):
             return torch.full_like(values, 1 / values.numel())
         if values.shape != (len(self.tasks),):
             raise ValueError(
-                f"AMNL: weights are by task and the tasks are {list(self.tasks)}; got losses of shape "
-                f"{tuple(values.shape)}. Call name_tasks(['seg', 'depth', …]) with the tasks in their order."
+                f"AMNL: weights are by task and the tasks are {list(self.tasks)}; got losses of shape {tuple(values.shape)}. "
+                f"Call name_tasks(['seg', 'depth', …]) with the tasks in their order."
             )
         return values.new_tensor([self.weights[task] for task in self.tasks])
 

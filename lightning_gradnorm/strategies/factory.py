@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+Made = TypeVar("Made", bound=nn.Module)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -53,6 +54,32 @@ def instantiate(tasks: Sequence[str], given: nn.Module | Callable[[int], nn.Modu
         raise TypeError(f"{expected}; got {made!r}")
     if isinstance(made, TaskAware):
         made.name_tasks(tasks)
+    return made
+
+
+def with_equal_preferences(number_of_tasks: int, /, scalarizer: Callable[..., Made], **options: Any) -> Made:
+    """Return ``scalarizer(weights=[1/T, …, 1/T], **options)`` for T tasks.
+
+    For torchjd's ``PBI`` (Zhang, Li, *MOEA/D*, 2007), ``COSMOS`` (Ruchte, Grabocka, arXiv 2103.13392) and ``Constant``. With
+    all but the number of tasks it is what a callback wants, in Python or in a configuration of Hydra's::
+
+        _target_: lightning_gradnorm.strategies.with_equal_preferences
+        _partial_: true
+        scalarizer: {_target_: torchjd.scalarization.PBI, _partial_: true, theta: 5.0}
+
+    Example:
+        >>> from functools import partial
+        >>> from torchjd.scalarization import COSMOS
+        >>> make = partial(with_equal_preferences, scalarizer=COSMOS, lambda_=1.0)
+        >>> make(4).weights
+        tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    """
+    made = scalarizer(weights=torch.full((number_of_tasks,), 1 / number_of_tasks), **options)
+    weights = vars(made).get("weights")
+    # A plain attribute would stay behind when the module goes to another device or precision.
+    if isinstance(weights, Tensor):
+        del made.weights
+        made.register_buffer("weights", weights)
     return made
 
 

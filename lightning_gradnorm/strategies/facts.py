@@ -44,8 +44,6 @@ class Facts:
     """For the documentation: how many tasks it needs, with the options of its yaml."""
 
 
-_NAMES = tuple(field.name for field in dataclasses.fields(Facts))
-
 _TORCHJD: Mapping[type[nn.Module], Facts] = {
     scalarization.COSMOS: Facts(weights_may_be_negative=True),
     scalarization.DWA: Facts(steps_each_epoch=True, remembers="losses of two epochs", weights_sum_to="T"),
@@ -95,7 +93,8 @@ def facts_of(module: nn.Module) -> Facts:
         >>> facts_of(Mine()).steps_each_epoch
         True
     """
-    stated: dict[str, Any] = {name: getattr(module, name) for name in _NAMES if hasattr(type(module), name)}
+    names = (field.name for field in dataclasses.fields(Facts))
+    stated: dict[str, Any] = {name: getattr(module, name) for name in names if hasattr(type(module), name)}
     return dataclasses.replace(_inherited(module), **stated)
 
 

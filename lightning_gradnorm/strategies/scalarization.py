@@ -137,14 +137,13 @@ class ScalarizationRule:
     def weigh(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         """Return the weights ``∂s/∂L_i`` for the backward pass that is about to begin, shape (T,).
 
+        If a loss or a derivative is not finite, they are equal, with the sum of the last ones: the scalarizer learns nothing
+        from that step, and ``fallbacks`` counts it.
+
         Args:
             losses: shape (T,).
             present: which tasks take part, bool of shape (T,); all by default. An absent task enters with its last loss;
                 until every task has been seen, all weights are 1.
-
-        Returns:
-            The weights. If a loss or a derivative is not finite, equal weights with the sum of the last ones: the scalarizer
-            learns nothing from that step, and ``fallbacks`` counts it.
         """
         if self.scalarizer is None:
             return self.loss_weights

@@ -107,8 +107,7 @@ class MaskedAdam(WeightOptimizer):
 
     def __init__(self, weights: Tensor, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(weights, optimizer)
-        self._averages = torch.zeros(2, *weights.shape)
-        """Of the gradient and of its square."""
+        self._averages = torch.zeros(2, *weights.shape)  # of the gradient and of its square
         self._next_step = torch.ones(())
         self.follow_weights()
 

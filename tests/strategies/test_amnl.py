@@ -111,7 +111,7 @@ def test_what_is_no_weight_or_beta_or_edition_is_refused() -> None:
     amnl = AMNL(weights={"rul": 0.5, "helth": 0.5})
     with pytest.raises(ValueError, match="did you mean 'health'"):
         amnl.name_tasks(["rul", "health"])
-    with pytest.raises(ValueError, match="'c' is missing"):
+    with pytest.raises(ValueError, match=r"\['c'\] are missing"):
         AMNL(weights={"a": 0.5, "b": 0.5}).name_tasks(["a", "b", "c"])
     with pytest.raises(ValueError, match="Call name_tasks"):
         amnl(torch.ones(2))
