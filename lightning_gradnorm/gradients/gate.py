@@ -63,10 +63,6 @@ class _GateState:
         """Indices of the representation's tensors that any task's gradient has reached."""
 
     @property
-    def node(self) -> Node:
-        return node_of(self.views[0])
-
-    @property
     def rows(self) -> Tensor:
         """J, shape (T, n)."""
         if self.matrix is None:
@@ -85,7 +81,8 @@ class JointGradients(GradientReader):
     """Reads ``∇_z L_i`` of all tasks and replaces their sum by the result of ``combine``.
 
     The gate only acts in a backward pass between `begin` and `on_backward_end`. In any other, for a gradient that the user
-    computes, it is the identity.
+    computes, it is the identity. A gradient that does not come from a task, from a regularizer of the representation for
+    example, passes unchanged.
 
     Args:
         module: the encoder, whose output is the representation.
@@ -94,8 +91,6 @@ class JointGradients(GradientReader):
         combine: called in backward, once per forward pass, with J of shape (T, n), zero in the rows of absent tasks, in
             float32 (float64 if the representation is). Returns a vector of n values that continues through the trunk, or
             ``None`` for nothing.
-
-    A gradient that does not come from a task, from a regularizer of the representation for example, passes unchanged.
 
     Example:
         >>> trunk, heads = torch.nn.Linear(3, 4), {"a": torch.nn.Linear(4, 1), "b": torch.nn.Linear(4, 1)}
@@ -148,7 +143,7 @@ class JointGradients(GradientReader):
             )
         # Nodes of parameters are excluded: a loss may read a weight of the trunk directly, as a weight penalty does.
         inside = {node for node in self.trunk_nodes() if not hasattr(node, "variable")}
-        if inside & reachable_nodes([node_of(loss)], stop={self._state.node}):
+        if inside & reachable_nodes([node_of(loss)], stop={node_of(self.targets[0])}):
             return (
                 f"reaches what is within {self.label} by a way that does not pass its output, a skip connection say. Name as "
                 f"representation the module whose output is all that the heads read, or have the encoder return what they read."
@@ -168,8 +163,8 @@ class JointGradients(GradientReader):
 
     def is_reached_from(self, backpropagated: Tensor) -> bool:
         """Return True if a backward pass from this tensor reaches the gate of the current forward pass."""
-        gate = None if self._state is None else self._state.node
-        return gate is not None and gate in reachable_nodes([node_of(backpropagated)], stop={gate})
+        gate = {node_of(view) for view in self.targets[:1]}
+        return bool(gate & reachable_nodes([node_of(backpropagated)], stop=gate))
 
     @property
     def other_paths(self) -> Collection[Node]:
@@ -238,7 +233,7 @@ class JointGradients(GradientReader):
         with torch.no_grad(), torch.autocast(state.views[0].device.type, enabled=False):
             return self._add_combined(state, self._gradients_of_no_task(state, arrived))
 
-    def _gradients_of_no_task(self, state: _GateState, arrived: Gradients) -> Gradients:
+    def _gradients_of_no_task(self, state: _GateState, arrived: Gradients) -> list[Tensor | None]:
         """Return what has arrived without the tasks' gradients in it.
 
         A gradient read at a branch has stopped there (`TAKEN`). One read at a loss is part of the sum that arrives here.
@@ -251,14 +246,12 @@ class JointGradients(GradientReader):
             others = [a if a is None else a - piece for a, piece in zip(others, pieces, strict=True)]
         return others
 
-    def _add_combined(self, state: _GateState, others: Gradients) -> Gradients:
-        gradients = list(others)
+    def _add_combined(self, state: _GateState, gradients: list[Tensor | None]) -> Gradients:
         combined = self._combine(state.rows)
-        if combined is not None:
-            for place, piece in enumerate(state.split(combined)):
+        for place, piece in enumerate([] if combined is None else state.split(combined)):
+            if place in state.reached:  # a tensor that no head reads has no gradient, rather than one of zeros
                 before = gradients[place]
-                if place in state.reached:  # a tensor that no head reads has no gradient, rather than one of zeros
-                    gradients[place] = piece if before is None else before + piece
+                gradients[place] = piece if before is None else before + piece
         state.reset()  # a second backward pass from other losses may follow
         state.was_passed = True
         return [g if g is None else g.to(tensor.dtype) for g, tensor in zip(gradients, state.inputs, strict=True)]

@@ -23,10 +23,10 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _dense(gradient: Tensor) -> Tensor:
-    """Return a sparse gradient (of an Embedding) as a dense one, and a complex one as pairs of real numbers."""
+def _flat(gradient: Tensor) -> Tensor:
+    """Return the values as a vector: a sparse gradient (of an Embedding) dense, a complex one as pairs of real numbers."""
     gradient = gradient.to_dense() if gradient.is_sparse else gradient
-    return torch.view_as_real(gradient) if gradient.is_complex() else gradient
+    return (torch.view_as_real(gradient) if gradient.is_complex() else gradient).reshape(-1)
 
 
 def norms_of_rows(rows: Tensor) -> Tensor:
@@ -51,8 +51,8 @@ def row_width(parameters: Sequence[Tensor]) -> int:
 
 def flat_row(found: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
     """Return the gradients of ``parameters`` as one vector in float32 or float64, with zeros where there is none."""
-    filled = [torch.zeros_like(p) if part is None else part for part, p in zip(found, parameters, strict=True)]
-    parts = [_dense(part).reshape(-1) for part in filled]
+    pairs = zip(found, parameters, strict=True)
+    parts = [_flat(torch.zeros_like(parameter) if part is None else part) for part, parameter in pairs]
     return _at_least_float32(parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
@@ -108,6 +108,8 @@ class GradientReader(ABC):
 class RowReader(GradientReader):
     """Sums up one row per task over the passes of one optimizer step."""
 
+    _power = 1  # of the gradient in a row
+
     def __init__(self) -> None:
         self._rows: dict[str, Tensor] = {}
         self._finalized: dict[str, Tensor] = {}
@@ -117,6 +119,9 @@ class RowReader(GradientReader):
         """Return the T norms for rows of shape (T, n), which may have been summed over ranks."""
         return norms_of_rows(rows)
 
+    def _complete(self, *tasks: str) -> None:
+        """Bring the rows of these tasks, by default of all, up to date. Called before a row is used."""
+
     @abstractmethod
     def width(self) -> int:
         """Return n, the length of a row."""
@@ -124,6 +129,7 @@ class RowReader(GradientReader):
     def rows(self, tasks: Sequence[str], like: Tensor) -> Tensor:
         """Return the sums so far, shape (T, n), zero for a task not seen, in the dtype and on the device of ``like``."""
         assert not self._finalized
+        self._complete()
         rows = like.new_zeros(len(tasks), self.width())
         for row, task in zip(rows, tasks, strict=True):
             if task in self._rows:
@@ -132,6 +138,7 @@ class RowReader(GradientReader):
 
     def norms(self, tasks: Sequence[str]) -> Tensor:
         """Return the norms of the gradients read so far, shape (T,), zero for a task not seen."""
+        self._complete()
         # Row by row: filling a table of T copies of W would take longer than computing the norms.
         known = self._finalized | {task: self.norms_of(row[None]).squeeze(0) for task, row in self._rows.items()}
         zero = next(iter(known.values()), torch.zeros(())).new_zeros(())
@@ -139,14 +146,16 @@ class RowReader(GradientReader):
 
     def finalize_task(self, task: str) -> None:
         """Replace the task's row by its norm."""
+        self._complete(task)
         if task in self._rows:
             self._finalized[task] = self.norms_of(self._rows.pop(task)[None]).squeeze(0)
 
     def rescale(self, task: str, factor: Tensor) -> None:
         """Multiply the task's gradient by ``factor``."""
-        for values in (self._rows, self._finalized):
+        self._complete(task)
+        for values, power in ((self._rows, self._power), (self._finalized, 1)):
             if task in values:
-                values[task] = values[task] * factor
+                values[task] = values[task] * factor**power
 
     def reset(self) -> None:
         """Forget what was read: a new optimizer step begins."""
@@ -222,11 +231,11 @@ class ActivationGradients(RowReader):
         name: what errors call the representation.
     """
 
+    _power = 2
+
     def __init__(self, module: nn.Module | None = None, name: str = "the representation") -> None:
         super().__init__()
-        self.module = module
-        self.label = name
-        self.targets = []
+        self.module, self.label, self.targets = module, name, []
         self._arrived: dict[str, list[Tensor | None]] = {}
 
     def forward_post(self, output: Any) -> None:
@@ -235,7 +244,7 @@ class ActivationGradients(RowReader):
 
     def release_graph(self) -> None:
         """Release the tensors of the current forward pass; the results stay."""
-        self._square()
+        self._complete()
         self.targets = []
 
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
@@ -244,33 +253,13 @@ class ActivationGradients(RowReader):
         found = torch.autograd.grad(outputs, self.targets, gradients, retain_graph=True, allow_unused=True)
         self._arrived[task] = add_up(self._arrived.get(task), list(found))
 
-    def _square(self, *tasks: str) -> None:
-        """Reduce the gradients of these tasks, by default of all, to sums of squares. No more of them may arrive."""
+    def _complete(self, *tasks: str) -> None:
+        """Reduce gradients, each as large as the representation, to sums of squares. No more of them may arrive."""
         for task in tasks or list(self._arrived):
             gradients = self._arrived.pop(task, [])
             squares = [_at_least_float32(part).square().sum() for part in gradients if part is not None]
             if squares:
                 self._add(task, torch.stack(squares).sum().reshape(1))
-
-    def finalize_task(self, task: str) -> None:
-        """Replace the task's gradient by its norm. It is as large as the representation."""
-        self._square(task)
-        super().finalize_task(task)
-
-    def rows(self, tasks: Sequence[str], like: Tensor) -> Tensor:
-        """Return the sums of squares so far, shape (T, 1)."""
-        self._square()
-        return super().rows(tasks, like)
-
-    def norms(self, tasks: Sequence[str]) -> Tensor:
-        """Return the norms of the gradients read so far, shape (T,)."""
-        self._square()
-        return super().norms(tasks)
-
-    def rescale(self, task: str, factor: Tensor) -> None:
-        """Multiply the task's gradient by ``factor``, and so its square by the factor's square."""
-        self._square(task)
-        super().rescale(task, factor if task in self._finalized else factor.square())
 
     def norms_of(self, rows: Tensor) -> Tensor:
         """Return the square root of each row's sum of squares."""
