@@ -37,7 +37,7 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
         representation: dotted name of the module whose output the heads read.
     """
 
-    _state_description: str | None = "its weights and everything it has learnt"
+    _state_description: str | None = "its weights and all it has learnt"
 
     def __init__(
         self,

@@ -194,8 +194,7 @@ class Balancer:
             self._engine.after_backward()
             if len(self._loop.scales) < self._engine.pending_backwards:
                 raise ValueError("Balancer: backward should back-propagate the loss that it is given; it did not.")
-            batch = self._engine.batch
-            require_backpropagated(batch.losses, batch.backpropagated, caller="Balancer")
+            require_backpropagated(self._engine.batch.losses, self._engine.batch.backpropagated, caller="Balancer")
         self._engine.start_batch()
 
     @contextmanager

@@ -277,9 +277,6 @@ CALLBACKS = [
     ),
     case("priorities that lack a task", partial(GradNorm, priorities={"seg": 1, "depth": 1}), ["priorities", "normal"]),
     case(
-        "initial losses that are negative", partial(GradNorm, initial_losses={**ONES, "seg": -1.0}), ["'seg'", "-1.0"]
-    ),
-    case(
         "heads as they are called in a module of one's own",
         partial(GradNorm, heads={**HEADS, "seg": "seg_head"}),
         ["heads['seg']", "did you mean 'tasks.seg.head'"],
@@ -304,6 +301,11 @@ def test_a_callback_that_does_not_fit_the_module_is_told_the_name(
 ) -> None:
     callback = make()
     fails(quiet_trainer, multi_task_module(3), callback, type(callback).__name__, *expected)
+
+
+def test_initial_losses_are_checked_before_the_tasks_are_known() -> None:
+    with pytest.raises(ValueError, match=r"GradNorm: initial_losses\['seg'\] should be positive and finite; got -1\.0"):
+        GradNorm(initial_losses={**ONES, "seg": -1.0})
 
 
 def test_one_task_cannot_be_balanced(quiet_trainer: MakeTrainer) -> None:
