@@ -75,6 +75,11 @@ def select(items: list[pytest.Item]) -> None:
     items[:] = kept
 
 
+def submodule(package: ModuleType, name: str) -> Any:
+    """Return `lightning.pytorch.callbacks` or `pytorch_lightning.callbacks`."""
+    return importlib.import_module(package.Trainer.__module__.partition(".trainer")[0] + "." + name)
+
+
 def assert_identical(found: Any, expected: Any) -> None:
     """Nested states have the same structure and the same numbers, to the bit."""
     (leaves, structure), (wanted, wanted_structure) = pytree.tree_flatten(found), pytree.tree_flatten(expected)

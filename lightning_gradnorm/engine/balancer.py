@@ -13,14 +13,20 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lightning_gradnorm._messages import check, did_you_mean
+from lightning_gradnorm.engine.argument_checks import (
+    check_arguments,
+    check_heads,
+    check_losses,
+    check_losses_after_step,
+    check_names,
+    require_agreement,
+)
 from lightning_gradnorm.engine.engine import Engine
 from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.measurement import Setting
 from lightning_gradnorm.engine.plain_loop import PlainLoop, scaler_has_skipped, unwrap_model
 from lightning_gradnorm.engine.rule import Rule
 
-_NEEDS = ("nothing", "losses", "norms", "gradients")
 _balanced: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 """Models that have a Balancer → the name of its rule."""
 
@@ -74,18 +80,18 @@ class Balancer:
         representation: str = "encoder",
         norm_of: Literal["weight", "activation"] = "weight",
     ) -> None:
-        _check_arguments(model, rule, heads, norm_of)
+        check_arguments(model, rule, heads, norm_of)
         self.rule = rule
         self._model = unwrap_model(model)
         named = dict(sorted(heads.items())) if isinstance(heads, Mapping) else None
         self._loop = PlainLoop(self._model)
         setting = Setting("Balancer", self._model, self._loop, rule.tasks, shared_layer, named, representation, norm_of)
         # Before anything that may fail on one rank alone, for which the others would wait.
-        _require_agreement(setting, rule)
+        require_agreement(setting, rule)
         self._key: nn.Module = getattr(self._model, "_orig_mod", self._model)  # what torch.compile has wrapped
         _check_unbalanced(self._key)
         if named is not None:
-            _check_heads(named, rule.tasks)
+            check_heads(named, rule.tasks)
         parameter = next((p for p in self._model.parameters() if p.is_floating_point()), torch.zeros(()))
         rule.to(dtype=torch.float64 if parameter.dtype == torch.float64 else None, device=parameter.device)
         self._engine: Engine[Rule] = Engine(rule, setting)
@@ -106,8 +112,6 @@ class Balancer:
             ValueError: a name is not a task, or a loss is not a scalar with a gradient.
         """
         self._require_open()
-        if not isinstance(losses, Mapping):
-            raise TypeError(f"Balancer: losses should be a mapping from task to loss; got {type(losses).__name__}")
         if not torch.is_grad_enabled():
             return  # an evaluation
         if self._engine.plan.candidates and not self._model.training:
@@ -116,7 +120,7 @@ class Balancer:
                 "forward pass; single layers, such as a frozen batch norm, may stay in evaluation mode."
             )
         with self._recovery():
-            _check_names(losses, self.rule.tasks, "losses")
+            check_losses(losses, self.rule.tasks)
             self._engine.watch(losses)
 
     def backward(
@@ -159,11 +163,7 @@ class Balancer:
             return self._prepare_loss(losses, loss)
 
     def _prepare_loss(self, losses: Mapping[str, Tensor | None] | None, loss: Tensor | None) -> Tensor:
-        if self._engine.batch.in_backward:
-            raise RuntimeError(
-                "Balancer: the loss that prepare_loss returned last has not been back-propagated. Back-propagate it before the "
-                "next call of the model."
-            )
+        _require_finished_pass(self._engine)
         if losses is not None:
             self.watch(losses)
         watched = self._engine.batch.losses
@@ -184,6 +184,10 @@ class Balancer:
         return total
 
     def _on_backward_start(self, scale: Tensor) -> None:
+        if not self._engine.batch.in_backward:
+            raise RuntimeError(
+                "Balancer: a loss of prepare_loss is back-propagated for the second time. Prepare it again."
+            )
         self._loop.scales.append(scale.detach())
         if not self._loop.is_inside_call:
             # Who back-propagates does not tell us when it is done. This is the hook that DDP uses for the same purpose.
@@ -192,8 +196,7 @@ class Balancer:
     def _finish_backward(self) -> None:
         with self._recovery():
             self._engine.after_backward()
-            if len(self._loop.scales) < self._engine.pending_backwards:
-                raise ValueError("Balancer: backward should back-propagate the loss that it is given; it did not.")
+            _require_one_pass(len(self._loop.scales) - self._engine.pending_backwards + 1)
             require_backpropagated(self._engine.batch.losses, self._engine.batch.backpropagated, caller="Balancer")
         self._engine.start_batch()
 
@@ -237,18 +240,14 @@ class Balancer:
                 "Balancer: step was called without a backward pass since the last step. Call balancer.backward(losses) first."
             )
         skipped = skipped or (scaler is not None and scaler_has_skipped(scaler, caller="Balancer"))
-        needs_them = getattr(self.rule, "needs_losses_after_step", False)
-        if needs_them and losses_after_step is None:
-            raise ValueError(
-                f"Balancer: {getattr(self.rule, 'kind', type(self.rule).__name__)} needs the losses of the batch again after "
-                f"the optimizer's step: balancer.step(losses_after_step=lambda: {{'{self.rule.tasks[0]}': …}})."
-            )
+        check_losses_after_step(self.rule, losses_after_step)
         self._engine.finish_step(skipped=skipped)
         self._loop.scales.clear()
-        if needs_them and self._engine.step_was_taken and losses_after_step is not None:
+        needs_them = getattr(self.rule, "needs_losses_after_step", False)
+        if needs_them and losses_after_step is not None and self._engine.step_was_taken:
             with torch.no_grad():
                 found = losses_after_step()
-            _check_names(found, self.rule.tasks, "losses_after_step")
+            check_names(found, self.rule.tasks, "losses_after_step")
             given = {task: [loss] for task, loss in found.items() if loss is not None}
             self._engine.measurement.update_after_step(given)
 
@@ -260,10 +259,6 @@ class Balancer:
     def _begin_epoch(self) -> None:
         if hasattr(self.rule, "begin_epoch"):
             self.rule.begin_epoch(self._epoch)
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise RuntimeError("Balancer: it is closed. Make a new one.")
 
     # ---- what the user reads -----------------------------------------------------------------------------------------
 
@@ -300,7 +295,7 @@ class Balancer:
             RuntimeError: between a backward pass and its step.
         """
         self._require_open()
-        self._require_no_pending_step("load_state_dict")
+        _require_no_pending_step(self._engine, "load_state_dict")
         _load_state(self.rule, state)
         self._epoch = state.get("epoch") or 0
         self._forget_step()
@@ -312,19 +307,17 @@ class Balancer:
             RuntimeError: between a backward pass and its step, whose measurement would be lost.
         """
         if not self._closed:
-            self._require_no_pending_step("close")
+            _require_no_pending_step(self._engine, "close")
             self._release()
-
-    def _require_no_pending_step(self, method: str) -> None:
-        if self._engine.pending_backwards:
-            raise RuntimeError(
-                f"Balancer: {method} was called between backward and step, which would lose the measurement. Call step() first."
-            )
 
     def _release(self) -> None:
         self._closed = True
         self._engine.close()
         _balanced.pop(self._key, None)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("Balancer: it is closed. Make a new one.")
 
     def __enter__(self) -> Balancer:
         return self
@@ -352,37 +345,26 @@ def _load_state(rule: Rule, state: Mapping[str, Any]) -> None:
         raise ValueError(f"Balancer: state should be that of a {kind}; got one without {error}.") from error
 
 
-def _check_arguments(model: object, rule: object, heads: object, norm_of: object) -> None:
-    if getattr(type(rule), "needs", None) not in _NEEDS:
-        hint = " That is a callback for a Lightning Trainer." if hasattr(rule, "on_train_start") else ""
-        if isinstance(rule, nn.Module):
-            hint = " Give it to ScalarizationRule or AggregationRule, and the rule to Balancer."
-        raise TypeError(
-            f"Balancer: rule should be a rule such as GradNormRule(['seg', 'depth']); got {type(rule).__name__}.{hint}"
+def _require_finished_pass(engine: Engine[Rule]) -> None:
+    if engine.batch.in_backward:
+        raise RuntimeError(
+            "Balancer: the loss that prepare_loss returned last has not been back-propagated to its end. Back-propagate it "
+            "before the next call of the model."
         )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"Balancer: model should be a module; got {type(model).__name__}")
-    check("Balancer", norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", norm_of)
-    is_form = heads is None or heads == "auto" or isinstance(heads, Mapping)
-    check("Balancer", is_form, "heads", "a mapping from task to the name of its head, 'auto' or None", heads)
-    if getattr(rule, "of_parameters", False):
+
+
+def _require_one_pass(times: int) -> None:
+    if times != 1:
         raise ValueError(
-            "Balancer: an aggregation with of_parameters=True sets gradients right before the optimizer steps, a moment that "
-            "only a Trainer announces. Use of_parameters=False, or the callback Aggregation(at='parameters')."
+            f"Balancer: backward should back-propagate the loss that it is given once; it did {times} times."
         )
 
 
-def _require_agreement(setting: Setting, rule: Rule) -> None:
-    compared = {"tasks": list(rule.tasks), "rule": type(rule).__name__}
-    compared |= {name: getattr(setting, name) for name in ("shared_layer", "heads", "representation", "norm_of")}
-    setting.loop.ranks.require_agreement(setting.caller, {what: str(value) for what, value in compared.items()})
-
-
-def _check_heads(heads: Mapping[str, str], tasks: tuple[str, ...]) -> None:
-    _check_names(heads, tasks, "heads")
-    missing = [task for task in tasks if task not in heads]
-    if missing:
-        raise ValueError(f"Balancer: heads should name every task; {missing} are missing")
+def _require_no_pending_step(engine: Engine[Rule], method: str) -> None:
+    if engine.pending_backwards:
+        raise RuntimeError(
+            f"Balancer: {method} was called between backward and step, which would lose the measurement. Call step() first."
+        )
 
 
 def _check_unbalanced(model: nn.Module) -> None:
@@ -390,13 +372,4 @@ def _check_unbalanced(model: nn.Module) -> None:
         raise ValueError(
             f"Balancer: {type(model).__name__} already has a Balancer, with {_balanced[model]}: both would weight the same "
             f"losses. Call close() on the first."
-        )
-
-
-def _check_names(given: Mapping[str, Any], tasks: tuple[str, ...], parameter: str) -> None:
-    unknown = [name for name in given if name not in tasks]
-    if unknown:
-        raise ValueError(
-            f"Balancer: {parameter} names '{unknown[0]}', which is not among the tasks {list(tasks)}; "
-            f"{did_you_mean(str(unknown[0]), tasks)}"
         )

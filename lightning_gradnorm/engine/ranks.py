@@ -165,7 +165,8 @@ def reduce_step(
         reader: holds the gradients, if they were read.
         like: the weights in force, shape (T,).
         ranks: over which to sum.
-        scale: by how much the gradients exceed those of the mean loss.
+        scale: by how much the gradients of this rank exceed those of its mean loss. Ranks may have different ones: other
+            numbers of micro-batches, say.
     """
     nothing = like.new_zeros(())
     losses = torch.stack([step.losses.get(task, nothing).to(like) for task in tasks])
@@ -180,12 +181,13 @@ def reduce_step(
             losses = losses / _to_device(like, [max(count, 1) for count in counts])
         present = None if all(counts) else _to_device(like, counts) > 0
     else:
-        table = torch.stack([losses, _to_device(like, counts)], dim=1)
+        scale = torch.as_tensor(scale).to(like)
+        table = torch.stack([losses, _to_device(like, counts), scale.expand_as(losses)], dim=1)
         table = table if reader is None else torch.cat([table, reader.rows(tasks, like)], dim=1)
         table = ranks.sum(table)
         losses, present = table[:, 0] / table[:, 1].clamp(min=1), table[:, 1] > 0
-        norms = None if reader is None else reader.norms_of(table[:, 2:])
-    return StepMeans(losses, present, norms if norms is None else norms / (scale * ranks.size))
+        norms, scale = None if reader is None else reader.norms_of(table[:, 3:]), table[0, 2]
+    return StepMeans(losses, present, norms if norms is None else norms / scale)
 
 
 def _to_device(like: Tensor, numbers: Sequence[int]) -> Tensor:

@@ -50,10 +50,16 @@ CALLBACKS: dict[str, dict[str, Any]] = {
         "on_task_mismatch": "adapt",
     },
     "Scalarization": {
-        "scalarizer": {"class_path": "torchjd.scalarization.UW", "init_args": {"T": 2}},
+        "scalarizer": {"class_path": "torchjd.scalarization.UW", "init_args": {"shape": 2}},
         "tasks": ["a", "b"],
     },
+    "Scalarization, by class path": {"scalarizer": "torchjd.scalarization.UW", "tasks": ["a", "b"]},
     "Aggregation": {"aggregator": {"class_path": "torchjd.aggregation.UPGrad"}, "tasks": ["a", "b"]},
+    "Aggregation, of a scalarization": {
+        "aggregator": "torchjd.aggregation.UPGrad",
+        "scalarizer": "torchjd.scalarization.IMTLL",
+        "tasks": ["a", "b"],
+    },
     "FixedWeights": {"weights": {"a": 0.5, "b": 2.0}},
     "RandomWeights": {"seed": 3, "tasks": ["a", "b"]},
     "GradientNormMonitor": {"losses": ["a", "b"], "every_n_steps": 1},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import pickle
 import subprocess
 import sys
@@ -48,11 +47,6 @@ CALLBACKS: dict[str, Callable[[], Any]] = {
 }
 
 
-def submodule(package: ModuleType, name: str) -> Any:
-    """`lightning.pytorch.callbacks` or `pytorch_lightning.callbacks`."""
-    return importlib.import_module(package.Trainer.__module__.partition(".trainer")[0] + "." + name)
-
-
 def train(
     package: ModuleType, folder: Path, made: Any, model: Automatic, ckpt_path: Path | None = None, **options: Any
 ) -> Any:
@@ -91,11 +85,11 @@ def test_both_trainers_give_the_same_network_state_and_log_to_the_bit(
 def test_the_dashboard_and_the_monitors_picture_reach_either_tensorboard_logger(
     package: ModuleType, tmp_path: Path
 ) -> None:
-    logger = submodule(package, "loggers").TensorBoardLogger(tmp_path)
+    logger = packages.submodule(package, "loggers").TensorBoardLogger(tmp_path)
     written: dict[str, Any] = {}
     logger.experiment.add_custom_scalars = lambda layout: written.update(layout)
     logger.experiment.add_image = lambda tag, *_: written.update({tag: None})
-    monitor = GradientNormMonitor(TASKS, every_n_steps=2)
+    monitor = GradientNormMonitor(TASKS, every_n_steps=2, cosine_image=lambda names, cosines: torch.zeros(3, 2, 2))
     train(package, tmp_path, None, Automatic(3), callbacks=[TensorBoardDashboard(), monitor], logger=logger)
     assert {"Gradient-norm monitor", "monitor/cosine"} <= written.keys()
 
@@ -136,7 +130,7 @@ def test_trial_steps_of_the_learning_rate_finder_leave_the_weights(package: Modu
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=self.lr)
 
-    finder = submodule(package, "callbacks").LearningRateFinder(num_training_steps=5, update_attr=False)
+    finder = packages.submodule(package, "callbacks").LearningRateFinder(num_training_steps=5, update_attr=False)
     expected, found = GradNorm(TASKS), GradNorm(TASKS)
     plain, with_finder = WithRate(3), WithRate(3)
     train(package, tmp_path, expected, plain)
@@ -151,7 +145,7 @@ def test_trial_steps_of_the_learning_rate_finder_leave_the_weights(package: Modu
 @pytest.mark.parametrize("name", ["GradNorm", "Scalarization", "Aggregation", "FixedWeights", "GradientNormMonitor"])
 def test_a_strategy_that_shards_the_shared_layer_is_refused(name: str, strategy: str, package: ModuleType) -> None:
     """Asked of the callback itself: neither strategy starts on a CPU."""
-    made = object.__new__(getattr(submodule(package, "strategies"), strategy))
+    made = object.__new__(getattr(packages.submodule(package, "strategies"), strategy))
     trainer: Any = SimpleNamespace(
         callbacks=[], optimizers=[], global_step=0, ckpt_path=None, world_size=1, global_rank=0, strategy=made
     )
@@ -173,6 +167,19 @@ def test_lightnings_own_advice_on_mixed_packages_is_left_as_it_is() -> None:
         trainer.fit(BoringModel())
     with pytest.raises(TypeError, match="must be a `LightningModule`"):
         trainer.fit(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.both_packages
+@pytest.mark.parametrize("model", [Automatic, Manual])
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_after_training_a_callback_holds_no_trainer_and_can_be_copied_and_pickled(
+    name: str, model: type[Automatic], package: ModuleType, tmp_path: Path
+) -> None:
+    made = Scalarization(UW(3), TASKS) if name == "Scalarization" else CALLBACKS[name]()
+    trainer = train(package, tmp_path, made, model(3))
+    trainer.cannot_be_pickled = lambda: None
+    for one in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        packages.assert_identical(one.state_dict(), made.state_dict())
 
 
 @pytest.mark.parametrize("name", CALLBACKS)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from types import ModuleType
+from typing import Any
 
 import lightning as L
+import packages
 import pytest
 import torch
 from harness import MemoryLogger, Overflows, Recorder
-from lightning.pytorch.plugins.precision import MixedPrecision
 from models import Automatic, vector_batches
 from torch.utils.data import DataLoader
 
@@ -39,15 +41,17 @@ def _trajectory(quiet_trainer, heads: bool, callbacks: tuple = (), **options) ->
     return torch.tensor([list(weights.values()) for weights in recorder.weights])
 
 
-def _scaled() -> MixedPrecision:
-    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**12))
+def _scaled(package: ModuleType) -> Any:
+    plugin = packages.submodule(package, "plugins.precision").MixedPrecision
+    return plugin("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**12))
 
 
+@pytest.mark.both_packages
 @pytest.mark.parametrize("heads", [False, True])
-def test_half_precision_with_a_scaler_follows_single_precision(quiet_trainer, heads: bool) -> None:
+def test_half_precision_with_a_scaler_follows_single_precision(quiet_trainer, heads: bool, package: ModuleType) -> None:
     single = _trajectory(quiet_trainer, heads)
     assert (single[-1] - 1).abs().max() > 0.1
-    half = _trajectory(quiet_trainer, heads, plugins=[_scaled()])
+    half = _trajectory(quiet_trainer, heads, plugins=[_scaled(package)])
     torch.testing.assert_close(half, single, rtol=0.01, atol=0)
 
 
@@ -58,15 +62,17 @@ def test_bfloat16_follows_single_precision(quiet_trainer, heads: bool) -> None:
     torch.testing.assert_close(half, single, rtol=0.01, atol=0)
 
 
-def test_a_step_that_the_scaler_skips_changes_no_weight(quiet_trainer) -> None:
+@pytest.mark.both_packages
+def test_a_step_that_the_scaler_skips_changes_no_weight(quiet_trainer, package: ModuleType) -> None:
     skipped = {3, 17, 18}
-    weights = _trajectory(quiet_trainer, True, callbacks=(Overflows(skipped),), plugins=[_scaled()])
+    weights = _trajectory(quiet_trainer, True, callbacks=(Overflows(skipped),), plugins=[_scaled(package)])
     moved = (weights[1:] - weights[:-1]).abs().sum(dim=1)
     for step in range(1, STEPS):
         assert (moved[step - 1] == 0) == (step in skipped)
 
 
-def test_norms_are_of_unscaled_gradients(quiet_trainer) -> None:
+@pytest.mark.both_packages
+def test_norms_are_of_unscaled_gradients(quiet_trainer, package: ModuleType) -> None:
     class Norms(L.Callback):
         def __init__(self) -> None:
             self.seen: list[float] = []
@@ -76,7 +82,7 @@ def test_norms_are_of_unscaled_gradients(quiet_trainer) -> None:
 
     single, half = Norms(), Norms()
     _trajectory(quiet_trainer, True, callbacks=(single,))
-    _trajectory(quiet_trainer, True, callbacks=(half,), plugins=[_scaled()])
+    _trajectory(quiet_trainer, True, callbacks=(half,), plugins=[_scaled(package)])
     assert half.seen == pytest.approx(single.seen, rel=0.02)
 
 

@@ -198,6 +198,10 @@ def _with_another_layer(rank: int) -> Balancer:
     return Balancer(Network(), gradnorm_rule(), shared_layer=f"encoder.{2 * rank}")
 
 
+def _with_other_weights(rank: int) -> Balancer:
+    return Balancer(Network(), gradnorm_rule(initial_weights={"seg": 1.0 + rank, "depth": 1.0, "normal": 1.0}))
+
+
 def _with_incomplete_heads(rank: int) -> Balancer:
     return Balancer(Network(), gradnorm_rule(), heads=Network().heads() if rank == 0 else {"seg": "seg_head"})
 
@@ -213,6 +217,10 @@ def _with_incomplete_heads(rank: int) -> Balancer:
             _with_another_layer,
             "all ranks should have the same shared_layer; rank 0 has encoder.0, rank 1 has encoder.2",
         ),
+        (
+            _with_other_weights,
+            r"all ranks should have the same initial weights; rank 0 has \[1.0, 1.0, 1.0\], rank 1 has",
+        ),
         (_with_incomplete_heads, "all ranks should have the same heads; rank 0 has"),
     ],
 )
@@ -223,6 +231,33 @@ def test_ranks_that_disagree_are_an_error_on_all_of_them(
         assert told.startswith("Balancer: ")
         assert re.search(message, told), told
         assert told.endswith("Build the model and the rule in the same way on every rank.")
+
+
+def _uneven_ranks(rank: int, batches: Sequence[Batch]) -> Any:
+    """Rank 0 has one micro-batch of each batch's three parts, rank 1 has two; nobody divides."""
+    model, weights = Network(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    with Balancer(model, gradnorm_rule(), heads=model.heads()) as balancer:
+        for batch in batches:
+            for micro in [0] if rank == 0 else [1, 2]:
+                balancer.backward(model({name: value.chunk(3)[micro] for name, value in batch.items()}))
+            all_reduce_gradients(model)
+            optimizer.step()
+            balancer.step()
+            optimizer.zero_grad()
+            weights.append(balancer.weights)
+    return weights, model
+
+
+def test_ranks_with_different_numbers_of_micro_batches_have_the_same_weights(tmp_path: Path) -> None:
+    batches, model = vector_batches(3, STEPS, size=9), Network()
+    first, second = on_two_ranks(partial(_uneven_ranks, batches=batches), tmp_path)
+    # The gradients that are added up are those of three micro-batches, and are then divided by two ranks.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02 * 3 / 2)
+    expected, _ = train(model, gradnorm_rule(), batches, optimizer=optimizer)
+    assert first[0] == second[0]
+    assert distance(first[0], expected) <= 1e-9
+    assert parameter_distance(first[1], model) <= 1e-9
 
 
 def _rank_without_tasks(rank: int, batches: Sequence[Batch]) -> Any:

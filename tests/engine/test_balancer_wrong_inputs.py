@@ -313,11 +313,22 @@ def test_a_loss_that_is_not_part_of_the_backward_pass(prepared: bool, with_heads
         _assert_works(balancer, model, plain, heads)
 
 
-def test_a_backward_that_does_nothing() -> None:
+def _twice(loss: Tensor) -> None:
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def test_a_loss_is_back_propagated_once() -> None:
     model = Network()
+    once = "backward should back-propagate the loss that it is given once; it did"
     with balance(model=model) as balancer:
-        with pytest.raises(ValueError, match="backward should back-propagate the loss that it is given; it did not"):
+        with pytest.raises(ValueError, match=f"{once} 0 times"):
             balancer.backward(model(BATCHES[0]), backward=lambda loss: None)
+        with pytest.raises(ValueError, match=f"{once} 2 times"):
+            balancer.backward(model(BATCHES[0]), backward=_twice)
+        with pytest.raises(RuntimeError, match="a loss of prepare_loss is back-propagated for the second time"):
+            _twice(balancer.prepare_loss(model(BATCHES[0])))
+        balancer.step()
         with pytest.raises(ValueError, match="loss should be part of the graph, but it carries no gradient"):
             balancer.backward(model(BATCHES[0]), loss=torch.zeros(()))
 

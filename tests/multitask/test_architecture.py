@@ -127,3 +127,8 @@ def test_a_module_with_own_classes_says_what_to_give_and_loads_when_given(tmp_pa
     again = _model(Own())
     loaded = MultiTaskModule.load_from_checkpoint(path, encoder=again.encoder, tasks=dict(again.tasks.items()))
     assert torch.equal(loaded.encoder.layer.weight, model.encoder.layer.weight)
+
+
+def test_the_default_optimizer_comes_back() -> None:
+    model = MultiTaskModule(nn.Linear(2, 2), {"a": Task(nn.Linear(2, 1), nn.MSELoss())})
+    assert unpack(pack({"optimizer": model.optimizer}))["optimizer"] is model.optimizer

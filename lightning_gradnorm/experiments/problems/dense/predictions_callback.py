@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_gradnorm._messages import check, did_you_mean, is_integer
+from lightning_gradnorm.callbacks.packages import is_one_of, works_in_both_packages
 from lightning_gradnorm.experiments.problems.dense.pictures import TASKS, stack, strip
 
 
@@ -28,6 +28,7 @@ class _Predicted:
     """Prediction and target."""
 
 
+@works_in_both_packages
 class DensePredictions(L.Callback):
     """Shows image, prediction and truth of dense tasks side by side in TensorBoard, as ``val/prediction/<task>``.
 
@@ -164,5 +165,5 @@ class DensePredictions(L.Callback):
                 writer.experiment.add_image(f"val/prediction/{task}", picture, predicted.step)
 
 
-def _writers(trainer: L.Trainer) -> list[TensorBoardLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+def _writers(trainer: L.Trainer) -> list[Any]:
+    return [logger for logger in trainer.loggers if is_one_of(logger, "TensorBoardLogger")]

@@ -1,0 +1,86 @@
+"""What `Balancer` checks of its arguments before it touches the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_gradnorm._messages import check, did_you_mean
+from lightning_gradnorm.engine.measurement import Setting
+from lightning_gradnorm.engine.rule import Rule
+
+_NEEDS = ("nothing", "losses", "norms", "gradients")
+
+
+def check_arguments(model: object, rule: object, heads: object, norm_of: object) -> None:
+    """Check the kinds of `Balancer`'s arguments.
+
+    Raises:
+        TypeError, ValueError: one is not what it should be.
+    """
+    if getattr(type(rule), "needs", None) not in _NEEDS:
+        hint = " That is a callback for a Lightning Trainer." if hasattr(rule, "on_train_start") else ""
+        if isinstance(rule, nn.Module):
+            hint = " Give it to ScalarizationRule or AggregationRule, and the rule to Balancer."
+        raise TypeError(
+            f"Balancer: rule should be a rule such as GradNormRule(['seg', 'depth']); got {type(rule).__name__}.{hint}"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Balancer: model should be a module; got {type(model).__name__}")
+    check("Balancer", norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", norm_of)
+    is_form = heads is None or heads == "auto" or isinstance(heads, Mapping)
+    check("Balancer", is_form, "heads", "a mapping from task to the name of its head, 'auto' or None", heads)
+    if getattr(rule, "of_parameters", False):
+        raise ValueError(
+            "Balancer: an aggregation with of_parameters=True sets gradients right before the optimizer steps, a moment that "
+            "only a Trainer announces. Use of_parameters=False, or the callback Aggregation(at='parameters')."
+        )
+
+
+def require_agreement(setting: Setting, rule: Rule) -> None:
+    """Compare what the ranks were given.
+
+    Raises:
+        ValueError: they disagree; raised on all of them.
+    """
+    compared: dict[str, object] = {"tasks": list(rule.tasks), "rule": type(rule).__name__}
+    compared |= {name: getattr(setting, name) for name in ("shared_layer", "heads", "representation", "norm_of")}
+    compared["initial weights"] = rule.loss_weights.tolist()
+    setting.loop.ranks.require_agreement(setting.caller, {what: str(value) for what, value in compared.items()})
+
+
+def check_heads(heads: Mapping[str, str], tasks: tuple[str, ...]) -> None:
+    """Raise ValueError unless the heads are those of exactly these tasks."""
+    check_names(heads, tasks, "heads")
+    missing = [task for task in tasks if task not in heads]
+    if missing:
+        raise ValueError(f"Balancer: heads should name every task; {missing} are missing")
+
+
+def check_names(given: Mapping[str, Any], tasks: tuple[str, ...], parameter: str) -> None:
+    """Raise ValueError, with a suggestion, if a name is not a task's."""
+    unknown = [name for name in given if name not in tasks]
+    if unknown:
+        raise ValueError(
+            f"Balancer: {parameter} names '{unknown[0]}', which is not among the tasks {list(tasks)}; "
+            f"{did_you_mean(str(unknown[0]), tasks)}"
+        )
+
+
+def check_losses(losses: object, tasks: tuple[str, ...]) -> None:
+    """Raise an error unless this is a mapping from task."""
+    if not isinstance(losses, Mapping):
+        raise TypeError(f"Balancer: losses should be a mapping from task to loss; got {type(losses).__name__}")
+    check_names(losses, tasks, "losses")
+
+
+def check_losses_after_step(rule: Rule, losses_after_step: object) -> None:
+    """Raise ValueError if the rule needs them and they are not given."""
+    if losses_after_step is None and getattr(rule, "needs_losses_after_step", False):
+        kind = getattr(rule, "kind", type(rule).__name__)
+        raise ValueError(
+            f"Balancer: {kind} needs the losses of the batch again after the optimizer's step: "
+            f"balancer.step(losses_after_step=lambda: {{'{rule.tasks[0]}': …}})."
+        )
