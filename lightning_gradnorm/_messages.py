@@ -69,17 +69,11 @@ def did_you_mean(name: str, existing: Iterable[str]) -> str:
 def checked_names(
     given: Sequence[str] | Mapping[str, str], *, caller: str, parameter: str = "tasks", least: int = 2
 ) -> tuple[str, ...]:
-    """Return the names of the losses that a user gave to a callback.
-
-    Args:
-        given: a list of names, or name → name under which the loss is logged.
-        caller: begins each error.
-        parameter: what the argument is called.
-        least: how many names it should have.
+    """Return the names of the losses that a user gave: a list, or a mapping to the names under which they are logged.
 
     Raises:
         TypeError: neither a list of names nor a mapping from name to name.
-        ValueError: too few names, one twice, or two with the same loss.
+        ValueError: fewer names than ``least``, one twice, or two with the same loss.
     """
     if isinstance(given, Mapping):
         check_task_names(list(given.values()), caller=caller, parameter=parameter, least=1)

@@ -100,8 +100,6 @@ class Aggregation(LossWeightingCallback[AggregationRule]):
             return self._rule.aggregator
         return self._aggregator if isinstance(self._aggregator, nn.Module) else None
 
-    # ---- what the base asks ------------------------------------------------------------------------------------------
-
     @override
     def _refuse_unsupported(self, trainer: L.Trainer) -> None:
         super()._refuse_unsupported(trainer)

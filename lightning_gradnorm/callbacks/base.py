@@ -112,8 +112,6 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
                 f"should not change. Use another optimizer for the network, or FixedWeights."
             )
 
-    # ------------------------------------------------------------------------------------------------------------------
-
     @property
     def _name(self) -> str:
         return type(self).__name__
@@ -152,6 +150,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         if heads is None and declared is not None:
             shares_one = len({pl_module.get_submodule(head) for head in declared.values()}) < len(declared)
             heads = None if shares_one else declared
+        options = {"timeout": getattr(trainer.strategy, "_timeout", None)}  # the user's, if DDPStrategy was given one
         setting = Setting(
             self._name,
             pl_module,
@@ -161,7 +160,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
             heads,
             self.representation,
             self.norm_of,
-            {"timeout": getattr(trainer.strategy, "_timeout", None)},  # the user's, if DDPStrategy was given one
+            options,
         )
         with ExitStack() as hooks:  # if anything fails, what was placed is removed again
             engine = Engine(self.rule, setting)
@@ -273,12 +272,11 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if self._engine is None or self._loop is None:
-            return
-        self._usage.stepped = True
-        if self._engine.finish_step(skipped=self._loop.skips(optimizer)):
-            self._shown = False
-            self._show_if_logged(trainer)
+        if self._engine is not None and self._loop is not None:
+            self._usage.stepped = True
+            if self._engine.finish_step(skipped=self._loop.skips(optimizer)):
+                self._shown = False
+                self._show_if_logged(trainer)
 
     @override
     def on_train_batch_end(

@@ -159,10 +159,9 @@ def _checkpoint_of(path: Path) -> Path:
     if last.is_file():
         return last
     found = ", ".join(sorted(map(str, path.rglob("*.ckpt")))[:20])
-    there = f"it has {found}: give one of them" if found else "there is none"
-    wanted = f"{last} is none; {there}" if path.is_dir() else f"there is no {path}"
     raise FileNotFoundError(
-        f"GradNormStatic: from_run should be the folder of a finished run, or a checkpoint; {wanted}."
+        f"GradNormStatic: from_run should be the folder of a finished run, or a checkpoint; there is no {last}. "
+        + (f"Give one of {found}." if found else "Train with GradNorm first.")
     )
 
 

@@ -30,9 +30,6 @@ class LossSource:
             tasks of a module that declares them.
         parameter: what the callback calls this argument. ``"tasks"`` are at least two, and must be named unless the module
             declares them. ``"losses"`` are at least one, and may stay unnamed.
-
-    Raises:
-        TypeError, ValueError: no list of different names, or too few.
     """
 
     def __init__(

@@ -27,15 +27,7 @@ AnyLossRule = TypeVar("AnyLossRule", bound=ScalarizationRule)
 
 
 class LossWeightingCallback(BalancingCallback[AnyLossRule]):
-    """Base of the callbacks whose rule may weight the losses by a function of them: `Scalarization` and `Aggregation`.
-
-    Args:
-        tasks: as for `GradNorm`.
-        scalarizer: weights the losses; ``None`` for not at all.
-        optimizer: makes the optimizer of the scalarizer's parameters.
-        heads: task → dotted name of its head module.
-        representation: dotted name of the module whose output the heads read.
-    """
+    """Base of the callbacks whose rule may weight the losses by a function of them: `Scalarization` and `Aggregation`."""
 
     _state_description: str | None = "its weights and all it has learnt"
 
@@ -57,8 +49,6 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
         self._seed = 0
         self._recomputer: LossRecomputer | None = None
 
-    # ---- what the user reads -----------------------------------------------------------------------------------------
-
     @property
     def weights(self) -> dict[str, float]:
         """The weights that were last in force, by task; none before training, and none of a strategy without weights."""
@@ -72,8 +62,6 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
         if self._rule is not None:
             return self._rule.scalarizer
         return self._scalarizer if isinstance(self._scalarizer, nn.Module) else None
-
-    # ---- the rule ----------------------------------------------------------------------------------------------------
 
     def _check_module(self, parameter: str, given: Any) -> None:
         if not (isinstance(given, nn.Module) or callable(given)):
@@ -110,8 +98,6 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
             weights = rule.weights.clone()
             shown |= {f"balancing/weight/{task}": w for task, w in zip(self._names, weights, strict=True)}
         return shown
-
-    # ---- one batch ---------------------------------------------------------------------------------------------------
 
     @override
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:

@@ -9,12 +9,7 @@ from lightning_gradnorm.engine.ranks import Ranks
 
 
 class TrainerLoop:
-    """See `engine.loop.Loop`.
-
-    Args:
-        trainer: the Trainer that trains.
-        callback: the callback at work. In trial steps, such as LearningRateFinder's, it is not among the Trainer's.
-    """
+    """See `engine.loop.Loop`. In trial steps, such as LearningRateFinder's, the callback is not among the Trainer's."""
 
     def __init__(self, trainer: L.Trainer, callback: L.Callback) -> None:
         self.trainer = trainer

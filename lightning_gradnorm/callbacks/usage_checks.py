@@ -18,12 +18,7 @@ _PATIENCE = 50
 
 
 class UsageChecks:
-    """Watches one training. Certain mistakes are errors at once; the rest is a warning, later and once.
-
-    Args:
-        source: where the losses come from.
-        ranks: who warns; ``None`` before any training.
-    """
+    """Watches one training; without ``ranks`` none has begun. Certain mistakes are errors at once, others warnings, once."""
 
     def __init__(self, source: LossSource, ranks: Ranks | None = None) -> None:
         self._source = source

@@ -26,12 +26,8 @@ from lightning_gradnorm.gradients import (
 class StepMeasurement:
     """Measures the optimizer steps that the monitor selects, one after another.
 
-    Args:
-        source: the losses; where it leaves the names open, every scalar with a gradient counts, and ranks agree on the names
-            in each step.
-        model: whose loss is looked at.
-        parameters: by name, frozen ones too; ``None`` for those that at least two losses reach.
-        ranks: the processes that train together.
+    Where the source leaves the names of the losses open, every scalar with a gradient counts, and ranks agree on the names in
+    each step. ``parameters`` are given by name, frozen ones too; ``None`` stands for those that at least two losses reach.
     """
 
     def __init__(

@@ -210,10 +210,6 @@ class MultiTaskModule(L.LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip_val, gradient_clip_algorithm="norm")
 
     @override
-    def on_train_epoch_start(self) -> None:
-        self._trained_in_epoch = False
-
-    @override
     def on_train_epoch_end(self) -> None:
         if not self._trained_in_epoch:
             warnings.warn(
@@ -221,6 +217,7 @@ class MultiTaskModule(L.LightningModule):
                 f"(inputs, targets), targets a dict with keys among {list(self.tasks)}.",
                 stacklevel=2,
             )
+        self._trained_in_epoch = False
         self._step_scheduler("epoch")
 
     def _step_scheduler(self, interval: str) -> None:
@@ -299,7 +296,7 @@ class MultiTaskModule(L.LightningModule):
         Args:
             checkpoint_path: the file.
             args: as for `lightning.LightningModule.load_from_checkpoint`.
-            kwargs: likewise; among them arguments of the constructor, which take precedence over the checkpoint's.
+            kwargs: likewise; arguments of the constructor among them take precedence over the checkpoint's.
 
         Raises:
             ValueError: the architecture has classes of other packages in it; says which.
