@@ -73,9 +73,9 @@ class LossSource:
             self.names = () if declared is None else self._checked(list(declared))
             if declared is None and self._parameter == "tasks":
                 raise ValueError(
-                    f"{self.caller}: tasks=None takes all tasks of a MultiTaskModule; {name} should have its losses named: "
-                    f"tasks=['seg', 'depth'] for keys of what training_step returns, or tasks={{'seg': 'train/seg_loss', …}} "
-                    f"for what it logs."
+                    f"{self.caller}: tasks=None takes all tasks of a MultiTaskModule. Name the losses of {name}: "
+                    f"tasks=['seg', 'depth'] as training_step returns them, or tasks={{'seg': 'train/seg_loss', …}} as it logs "
+                    f"them."
                 )
         if declared is None:
             return None

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_gradnorm._messages import check
 from lightning_gradnorm.callbacks.base import BalancingCallback
 from lightning_gradnorm.callbacks.recompute import LossRecomputer
-from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
+from lightning_gradnorm.engine.ranks import Ranks
 from lightning_gradnorm.strategies.factory import instantiate
 from lightning_gradnorm.strategies.scalarization import OptimizerFactory, ScalarizationRule
 from lightning_gradnorm.strategies.snapshot import load_snapshot, snapshot
@@ -46,7 +46,6 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
         self._scalarizer = scalarizer
         self.optimizer = optimizer
         self._pristine: dict[str, dict[str, Any]] = {}
-        self._seed = 0
         self._recomputer: LossRecomputer | None = None
 
     @property
@@ -80,12 +79,12 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
         return made
 
     def _rule_options(self, like: Tensor) -> dict[str, Any]:
-        """Return the arguments that all rules take."""
-        return {"optimizer": self.optimizer, "seed": self._seed, "dtype": like.dtype, "device": like.device}
+        """Return the arguments that all rules take. Ranks draw the same random numbers."""
+        seed = Ranks.current().broadcast_object(torch.initial_seed() % 2**62)
+        return {"optimizer": self.optimizer, "seed": seed, "dtype": like.dtype, "device": like.device}
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._seed = TrainerLoop(trainer, self).ranks.broadcast_object(torch.initial_seed() % 2**62)
         super().on_train_start(trainer, pl_module)
         if self.rule.needs_losses_after_step:
             self._recomputer = LossRecomputer(pl_module, caller=self._name, strategy=self.rule.kind)
@@ -102,14 +101,10 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
     @override
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         super().on_train_batch_start(trainer, pl_module)
-        if self._recomputer is not None:
-            self._recomputer.record_random_state()
-
-    @override
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         if self._engine is not None:
             self.rule.begin_epoch(trainer.current_epoch)
-        super().on_before_backward(trainer, pl_module, loss)
+        if self._recomputer is not None:
+            self._recomputer.record_random_state()
 
     @override
     def on_train_batch_end(
