@@ -43,14 +43,7 @@ else:
     import importlib
 
     _HOMES = {
-        "callbacks": (
-            "Aggregation",
-            "FixedWeights",
-            "GradNorm",
-            "GradNormStatic",
-            "RandomWeights",
-            "Scalarization",
-        ),
+        "callbacks": ("Aggregation", "FixedWeights", "GradNorm", "GradNormStatic", "RandomWeights", "Scalarization"),
         "engine": ("Balancer",),
         "gradients": ("gradient_norms",),
         "monitor": ("GradientNormMonitor",),

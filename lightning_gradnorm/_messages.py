@@ -69,66 +69,55 @@ def did_you_mean(name: str, existing: Iterable[str]) -> str:
 def checked_names(
     given: Sequence[str] | Mapping[str, str], *, caller: str, parameter: str = "tasks", least: int = 2
 ) -> tuple[str, ...]:
-    """Return the names of the losses that a user gave to a callback.
-
-    Args:
-        given: a list of names, or name → name under which the loss is logged.
-        caller: begins each error.
-        parameter: what the argument is called.
-        least: how many names it should have.
+    """Return the names of the losses that a user gave: a list, or a mapping to the names under which they are logged.
 
     Raises:
         TypeError: neither a list of names nor a mapping from name to name.
-        ValueError: too few names, one twice, or two with the same loss.
+        ValueError: fewer names than ``least``, one twice, or two with the same loss.
     """
-    is_list = isinstance(given, Sequence | Mapping) and not isinstance(given, str)
-    flat = [*given, *given.values()] if isinstance(given, Mapping) else given
-    if not is_list or not all(isinstance(one, str) for one in flat) or (not flat and least == 1):
-        raise TypeError(
-            f"{caller}: {parameter} should be a list of names, such as ['seg', 'depth'], or a mapping from name to the "
-            f"name under which that loss is logged; got {given!r}"
-        )
-    if isinstance(given, Mapping) and len(set(given.values())) != len(given):
-        raise ValueError(f"{caller}: {parameter} should have different losses; got {dict(given)}")
-    names = tuple(given)
-    if "loss" in names and not isinstance(given, Mapping):
+    if isinstance(given, Mapping):
+        check_task_names(list(given.values()), caller=caller, parameter=parameter, least=1)
+        return check_task_names(list(given), caller=caller, parameter=parameter, least=least)
+    names = check_task_names(given, caller=caller, parameter=parameter, least=least)
+    if "loss" in names:
         raise ValueError(
             f"{caller}: {parameter} names 'loss', which is what is back-propagated, the sum of all; it should name the "
             f"losses that are added up in it. Got {list(names)}"
         )
-    if len(set(names)) != len(names):
-        raise ValueError(f"{caller}: {parameter} should all be different; got {list(names)}")
-    return names if least == 1 else check_task_names(names, caller=caller)
+    return names
 
 
-def check_task_names(tasks: Sequence[str], *, caller: str) -> tuple[str, ...]:
+def check_task_names(tasks: Sequence[str], *, caller: str, parameter: str = "tasks", least: int = 2) -> tuple[str, ...]:
     """Return the names as a tuple.
 
     Raises:
         TypeError: not a list of strings.
-        ValueError: fewer than two, or one twice.
+        ValueError: too few, or one twice.
     """
-    is_list = isinstance(tasks, Sequence) and not isinstance(tasks, str)
+    is_list = isinstance(tasks, Sequence) and not isinstance(tasks, str) and (len(tasks) > 0 or least > 1)
     if not is_list or not all(isinstance(one, str) for one in tasks):
-        raise TypeError(f"{caller}: tasks should be a list of names, such as ['seg', 'depth']; got {tasks!r}")
+        raise TypeError(
+            f"{caller}: {parameter} should be a list of names, such as ['seg', 'depth'], or in a callback a mapping to the "
+            f"names under which the losses are logged; got {tasks!r}"
+        )
     names = tuple(tasks)
     if len(set(names)) != len(names):
-        raise ValueError(f"{caller}: tasks should all be different; got {list(names)}")
-    if len(names) < 2:
-        raise ValueError(f"{caller}: tasks should be at least two, or there is nothing to balance; got {list(names)}")
+        raise ValueError(f"{caller}: {parameter} should all be different; got {list(names)}")
+    if len(names) < least:
+        raise ValueError(
+            f"{caller}: {parameter} should be at least two, or there is nothing to balance; got {list(names)}"
+        )
     return names
 
 
-def check_by_task(numbers: Mapping[str, Any], tasks: Sequence[str], *, caller: str, parameter: str) -> None:
+def check_by_task(given: Mapping[str, Any], tasks: Sequence[str], *, caller: str, parameter: str) -> None:
     """Raise ValueError unless the mapping names exactly these tasks."""
-    unknown = [name for name in numbers if name not in tasks]
-    missing = [name for name in tasks if name not in numbers]
-    if unknown:
-        raise ValueError(
-            f"{caller}: {parameter} names '{unknown[0]}', which is not among the tasks "
-            f"{list(tasks)}; {did_you_mean(unknown[0], tasks)}"
-        )
-    if missing:
+    for name in given:
+        if name not in tasks:
+            raise ValueError(
+                f"{caller}: {parameter} names '{name}', which is not among the tasks {list(tasks)}; {did_you_mean(name, tasks)}"
+            )
+    if missing := [name for name in tasks if name not in given]:
         raise ValueError(f"{caller}: {parameter} should name every task; {missing} are missing")
 
 
@@ -136,5 +125,6 @@ def check_positive_by_task(numbers: Mapping[str, Any], tasks: Sequence[str], *, 
     """Raise ValueError unless the mapping gives exactly these tasks positive, finite numbers."""
     check_by_task(numbers, tasks, caller=caller, parameter=parameter)
     for task, number in numbers.items():
-        if not (is_number(number) and math.isfinite(number) and number > 0):
-            raise ValueError(f"{caller}: {parameter}['{task}'] should be positive and finite; got {number!r}")
+        check(
+            caller, is_number(number) and 0 < number < math.inf, f"{parameter}['{task}']", "positive and finite", number
+        )

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 _PACKAGE = "lightning_gradnorm"
+_LOADING = "experiments.loading"
 _SMALL, _DENSE, _ENGINES = (f"experiments.problems.{name}" for name in ("small", "dense", "engines"))
 
 NEW_HOMES: dict[str, tuple[str, ...]] = {
@@ -34,14 +35,7 @@ NEW_HOMES: dict[str, tuple[str, ...]] = {
         "experiments.cli.evaluate",
         "experiments.cli.report",
     ),
-    "data": (
-        _SMALL,
-        "experiments.loading",
-        f"{_DENSE}.rooms",
-        f"{_DENSE}.nyuv2",
-        f"{_ENGINES}.cmapss",
-        f"{_ENGINES}.turbofan",
-    ),
+    "data": (_SMALL, _LOADING, f"{_DENSE}.rooms", f"{_DENSE}.nyuv2", f"{_ENGINES}.cmapss", f"{_ENGINES}.turbofan"),
     "dense_pictures": (f"{_DENSE}.pictures",),
     "dense_targets": (f"{_DENSE}.targets",),
     "dense_tasks": (f"{_DENSE}.tasks",),
@@ -70,11 +64,7 @@ _warned = False
 
 
 def find_moved(old: str, name: str) -> Any:
-    """Return what the old module ``old`` called ``name``.
-
-    Args:
-        old: the old module, relative to this package; its submodules share its entry in `NEW_HOMES`.
-        name: a public name it had.
+    """Return what the old module ``old``, relative to this package, called ``name``.
 
     Raises:
         AttributeError: it had no such name.

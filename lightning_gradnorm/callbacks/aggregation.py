@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_gradnorm._messages import check
 from lightning_gradnorm.callbacks.packages import is_one_of
-from lightning_gradnorm.callbacks.scalarization import LossWeightingCallback, Made, check_made
+from lightning_gradnorm.callbacks.scalarization import LossWeightingCallback, Made
 from lightning_gradnorm.engine.aggregation import GradientMeasurement
 from lightning_gradnorm.strategies.aggregation import AggregationRule
 from lightning_gradnorm.strategies.scalarization import OptimizerFactory
@@ -82,14 +82,14 @@ class Aggregation(LossWeightingCallback[AggregationRule]):
         is_name = isinstance(representation, str)
         check(self._name, is_name, "representation", "a dotted name such as 'encoder'", representation)
         check(self._name, at in ("representation", "parameters"), "at", "'representation' or 'parameters'", at)
-        check_made(self._name, "aggregator", aggregator)
+        self._check_module("aggregator", aggregator)
         if isinstance(aggregator, nn.Module) and not isinstance(aggregator, Aggregator | Weighting):
             raise TypeError(
                 f"{self._name}: aggregator should be a torchjd.aggregation.Aggregator or Weighting; got "
                 f"{type(aggregator).__name__}. (A function of the losses is a Scalarization.)"
             )
         if scalarizer is not None:
-            check_made(self._name, "scalarizer", scalarizer)
+            self._check_module("scalarizer", scalarizer)
         self._aggregator = aggregator
         self.at = at
 
@@ -99,8 +99,6 @@ class Aggregation(LossWeightingCallback[AggregationRule]):
         if self._rule is not None:
             return self._rule.aggregator
         return self._aggregator if isinstance(self._aggregator, nn.Module) else None
-
-    # ---- what the base asks ------------------------------------------------------------------------------------------
 
     @override
     def _refuse_unsupported(self, trainer: L.Trainer) -> None:
@@ -113,15 +111,11 @@ class Aggregation(LossWeightingCallback[AggregationRule]):
 
     @override
     def _build_rule(self, like: Tensor) -> AggregationRule:
+        aggregator = self._pristine_copy("aggregator", self._aggregator)
+        scalarizer = None if self._scalarizer is None else self._pristine_copy("scalarizer", self._scalarizer)
+        of_parameters = self.at == "parameters"
         return AggregationRule(
-            self._names,
-            self._pristine_copy("aggregator", self._aggregator),
-            None if self._scalarizer is None else self._pristine_copy("scalarizer", self._scalarizer),
-            of_parameters=self.at == "parameters",
-            optimizer=self.optimizer,
-            seed=self._seed,
-            dtype=like.dtype,
-            device=like.device,
+            self._names, aggregator, scalarizer, of_parameters=of_parameters, **self._rule_options(like)
         )
 
     @override

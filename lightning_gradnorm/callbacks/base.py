@@ -15,10 +15,9 @@ from typing_extensions import override
 from lightning_gradnorm._messages import check_by_task
 from lightning_gradnorm.callbacks.logging import is_logged_step, log_step_metrics
 from lightning_gradnorm.callbacks.losses import LossSource, explain_errors
-from lightning_gradnorm.callbacks.packages import overrides, works_in_both_packages
-from lightning_gradnorm.callbacks.refusals import refuse_line_search, refuse_sharded
-from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop, scaler_skips
-from lightning_gradnorm.callbacks.usage_checks import UsageChecks, warn_if_trained
+from lightning_gradnorm.callbacks.packages import is_one_of, overrides, works_in_both_packages
+from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
+from lightning_gradnorm.callbacks.usage_checks import UsageChecks
 from lightning_gradnorm.engine.engine import Engine
 from lightning_gradnorm.engine.measurement import AnyRule, Setting
 
@@ -27,8 +26,8 @@ from lightning_gradnorm.engine.measurement import AnyRule, Setting
 class BalancingCallback(L.Callback, Generic[AnyRule]):
     """Plugs a balancing rule into any LightningModule, unchanged.
 
-    A strategy overrides `_build_rule`, and where it differs `_load_rule`, `_on_new_training` and `_step_metrics`. Lightning may
-    restore a checkpoint before or after ``on_fit_start``, and for validation too: its state is kept until training starts.
+    A strategy overrides `_build_rule`, and where it differs `_load_rule`, `_step_metrics` and `_refuse_unsupported`. Lightning
+    may restore a checkpoint before or after ``on_fit_start``, and for validation too: its state is kept until training starts.
 
     Args:
         tasks: keys of the mapping that ``training_step`` returns; or task → name under which the module logs its loss; or
@@ -67,10 +66,8 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._usage = UsageChecks(self._source)
         self._rule: AnyRule | None = None
         self._engine: Engine[AnyRule] | None = None
-        self._hooks = ExitStack()
-        self._trainer: L.Trainer | None = None
         self._loop: TrainerLoop | None = None
-        self._was_started = self._warned_of_idling = False
+        self._hooks = ExitStack()
         self._shown = True
         self._restored: dict[str, Any] | None = None
         self._restored_by: str | None = None
@@ -86,21 +83,34 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         """Load a checkpoint's state into a new rule."""
         rule.load_state_dict(state)
 
-    def _on_new_training(self) -> None:
-        """Called when a training starts without any state."""
-
     def _step_metrics(self) -> Mapping[str, Tensor | float]:
         """Return what to log of the last optimizer step. Called in the steps that Lightning writes."""
         return {}
 
-    def _task_heads(self, module: L.LightningModule, declared: Mapping[str, str] | None) -> Mapping[str, str] | None:
-        """Return the heads at which gradients are read. Called when a training starts."""
-        if declared is None:
-            return self.heads
-        own = {module.get_submodule(name) for name in declared.values()}
-        return self.heads or (declared if len(own) == len(declared) else None)  # no heads where two tasks share one
-
-    # ------------------------------------------------------------------------------------------------------------------
+    def _refuse_unsupported(self, trainer: L.Trainer) -> None:
+        """Raise ValueError if this Trainer's setting cannot be balanced. Called when a training starts."""
+        name, strategy = self._name, trainer.strategy
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, BalancingCallback) and other is not self:
+                raise ValueError(
+                    f"{name}: a Trainer should have one balancing callback; got {name} and {type(other).__name__}. Remove "
+                    f"one: both would weight the same losses."
+                )
+        if is_one_of(strategy, "FSDPStrategy", "DeepSpeedStrategy"):
+            raise ValueError(
+                f"{name}: {type(strategy).__name__} keeps only a piece of the shared layer on each rank, in a form that cannot "
+                f"be put together for one layer alone. Use strategy='ddp', or ModelParallelStrategy with fully_shard."
+            )
+        if is_one_of(strategy, "ModelParallelStrategy") and strategy.device_mesh["tensor_parallel"].size() > 1:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{name}: tensor parallelism cuts the representation into pieces, which is not supported. Use "
+                f"ModelParallelStrategy(tensor_parallel_size=1), or strategy='ddp'."
+            )
+        if self._state_description and any(isinstance(one, torch.optim.LBFGS) for one in trainer.optimizers):
+            raise ValueError(
+                f"{name}: torch.optim.LBFGS evaluates the losses several times within one step, between which their weights "
+                f"should not change. Use another optimizer for the network, or FixedWeights."
+            )
 
     @property
     def _name(self) -> str:
@@ -126,68 +136,60 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._refuse_unsupported(trainer)
-        self._begin(trainer)
+        self._remove_hooks()
+        loop = TrainerLoop(trainer, self)
         declared = self._source.resolve(pl_module)
         self._names = self._source.names
         self._check_heads()
-        self._remove_hooks()
-        self._trainer, self._was_started = trainer, True
-        self._loop = TrainerLoop(trainer, self)
-        self._usage = UsageChecks(self._source, self._loop.ranks)
+        self._usage = UsageChecks(self._source, loop.ranks)
+        self._choose_state(loop)
         # Every rank takes part in sums over the ranks, also one that never sees a loss: all agree on the dtype beforehand.
         parameter = next((p for p in pl_module.parameters() if p.is_floating_point()), torch.zeros(()))
         self._start_rule(torch.zeros((), dtype=parameter.dtype, device=pl_module.device))
+        heads = self.heads
+        if heads is None and declared is not None:
+            shares_one = len({pl_module.get_submodule(head) for head in declared.values()}) < len(declared)
+            heads = None if shares_one else declared
+        options = {"timeout": getattr(trainer.strategy, "_timeout", None)}  # the user's, if DDPStrategy was given one
         setting = Setting(
             self._name,
             pl_module,
-            self._loop,
+            loop,
             self._names,
             self.shared_layer,
-            self._task_heads(pl_module, declared),
+            heads,
             self.representation,
             self.norm_of,
-            {"timeout": getattr(trainer.strategy, "_timeout", None)},  # the user's, if DDPStrategy was given one
+            options,
         )
         with ExitStack() as hooks:  # if anything fails, what was placed is removed again
             engine = Engine(self.rule, setting)
             hooks.callback(engine.close)
-            hooks.callback(self._source.capture(pl_module, self.watch, self._usage.names.logged))
+            hooks.callback(self._source.capture(pl_module, self.watch))
             if engine.plan.candidates:
                 hooks.callback(explain_errors(pl_module, engine.explain_inplace_error))
-            self._engine, self._hooks = engine, hooks.pop_all()
+            self._engine, self._loop, self._hooks = engine, loop, hooks.pop_all()
 
-    def _refuse_unsupported(self, trainer: L.Trainer) -> None:
-        """Raise ValueError if this Trainer's setting cannot be balanced. Called when a training starts."""
-        others = [c for c in trainer.callbacks if isinstance(c, BalancingCallback) and c is not self]  # type: ignore[attr-defined]
-        if others:
-            raise ValueError(
-                f"{self._name}: a Trainer should have one balancing callback; got {self._name} and "
-                f"{type(others[0]).__name__}. Remove one: both would weight the same losses."
-            )
-        refuse_sharded(self._name, trainer.strategy)
-        if self._state_description:
-            refuse_line_search(self._name, trainer.optimizers)
-
-    def _begin(self, trainer: L.Trainer) -> None:
+    def _choose_state(self, loop: TrainerLoop) -> None:
         """Decide whether this training starts from the state of a checkpoint, of an earlier training, or from scratch."""
+        trainer = loop.trainer
         if self._restored_by in ("validate", "test", "predict"):
             self._restored = None  # a checkpoint that was evaluated is not one to resume from
         if self._restored is None and (trainer.global_step == 0 or trainer.ckpt_path is not None):
             self._rule = None
-            self._on_new_training()
             if trainer.global_step > 0 and self._state_description:
-                TrainerLoop(trainer, self).ranks.warn(
+                loop.ranks.warn(
                     f"{self._name}: the checkpoint {trainer.ckpt_path} has no state of {self._name}; {self._state_description} "
                     f"start anew. To keep them, resume from a checkpoint of a run that had {self._name} among its callbacks."
                 )
 
     def _start_rule(self, like: Tensor) -> None:
         """Make the rule, if there is none for these tasks, and put it on the device of ``like``."""
-        if self._rule is not None and set(self._rule.tasks) != set(self._names):
-            self._rule = None  # the same Trainer continues with another model
-            self._on_new_training()
-        if self._rule is None or self._restored is not None or self._rule.tasks != self._names:
-            state = self._restored or (None if self._rule is None else self._rule.state_dict())
+        state = self._restored
+        known = state.get("tasks", ()) if state else () if self._rule is None else self._rule.tasks
+        if set(known) == set(self._names):
+            self._names = tuple(known)  # strategies may know tasks by position: they keep the order they learnt
+        if self._rule is None or state is not None or self._rule.tasks != self._names:
             values = [like, *(state or {}).values()]
             is_double = any(isinstance(one, Tensor) and one.dtype == torch.float64 for one in values)
             rule = self._build_rule(like.double() if is_double else like.float())
@@ -198,7 +200,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     def _remove_hooks(self) -> None:
         self._hooks.close()
-        self._engine = self._trainer = self._loop = None
+        self._engine = self._loop = None
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -237,22 +239,17 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
             raise TypeError(f"{self._name}: watch takes a mapping from task to loss; got {type(losses).__name__}.")
         if not torch.is_grad_enabled():
             return
-        if self._engine is None or self._trainer is None or self._loop is None:
-            if not self._was_started and not self._warned_of_idling:
-                self._warned_of_idling = warn_if_trained(self._name, losses)
-            return
-        if self._engine.batch.in_backward or not self._loop.is_training():
-            return
-        self._usage.on_losses(losses, self._trainer.lightning_module)
-        self._engine.watch(losses)
-        self._usage.seen |= set(self._engine.batch.losses)
+        if self._engine is None or self._loop is None:
+            self._usage.on_idle_losses(losses)
+        elif self._loop.is_training() and not self._engine.batch.in_backward:
+            self._usage.on_losses(losses, self._loop.trainer.lightning_module)
+            self._engine.watch(losses)
+            self._usage.seen |= set(self._engine.batch.losses)
 
     # ---- one batch ---------------------------------------------------------------------------------------------------
 
     @override
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self._engine is not None:
             self._engine.start_batch()
 
@@ -275,12 +272,11 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if self._engine is None:
-            return
-        self._usage.stepped = True
-        if self._engine.finish_step(skipped=scaler_skips(trainer, optimizer)):
-            self._shown = False
-            self._show_if_logged(trainer)
+        if self._engine is not None and self._loop is not None:
+            self._usage.stepped = True
+            if self._engine.finish_step(skipped=self._loop.skips(optimizer)):
+                self._shown = False
+                self._show_if_logged(trainer)
 
     @override
     def on_train_batch_end(

@@ -30,7 +30,7 @@ CHARTS = {
         "imbalance, largest norm / smallest": r"monitor/imbalance$",
     },
 }
-"""Categories, charts and what they show; regular expressions, from the beginning of a name, so that no task need be known."""
+"""Categories → charts → what they show: regular expressions from the beginning of a name, so that no task need be known."""
 
 _METRIC = re.compile(r"val/(?!loss$|loss/)([^/]+)/.")
 
@@ -38,8 +38,8 @@ _METRIC = re.compile(r"val/(?!loss$|loss/)([^/]+)/.")
 def layout_of(names: Collection[str]) -> Layout:
     """Return the layout for a run that logs these names: the charts that would not be empty, one for each metric.
 
-    TensorBoard merges the layouts of all runs, category by category. So a category that some runs have more charts of than
-    others should be there in all of them, else those charts are lost; the losses in each see to that.
+    TensorBoard merges the layouts of all runs, category by category, and loses the charts of a category that one run lacks;
+    the losses see to it that every run has each.
 
     Example:
         >>> layout = layout_of(["balancing/weight/a", "train/loss/a", "val/loss", "val/accuracy/a", "val/accuracy/b"])
@@ -74,29 +74,27 @@ class TensorBoardDashboard(L.Callback):
         self._first_step = 0
 
     @override
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, *_: object) -> None:
         self._names, self._written, self._first_step = set(), {}, trainer.global_step
 
     @override
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         if trainer.global_step <= self._first_step + 1:  # what comes later is found at the validations
             self._update(trainer)
 
     @override
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, *_: object) -> None:
         self._update(trainer)
 
     @override
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, *_: object) -> None:
         self._update(trainer)
 
     def _update(self, trainer: L.Trainer) -> None:
-        loggers = [logger for logger in trainer.loggers if is_one_of(logger, "TensorBoardLogger")]
-        if not loggers:
-            return
         self._names |= trainer.callback_metrics.keys()
         layout = layout_of(sorted(self._names))
         if layout != self._written and not trainer.sanity_checking:  # that only tells what will be logged
             self._written = layout
-            for logger in loggers:
-                logger.experiment.add_custom_scalars(layout)  # type: ignore[attr-defined]
+            for logger in trainer.loggers:
+                if is_one_of(logger, "TensorBoardLogger"):
+                    logger.experiment.add_custom_scalars(layout)  # type: ignore[attr-defined]

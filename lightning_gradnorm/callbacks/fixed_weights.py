@@ -27,8 +27,7 @@ class StaticWeights(BalancingCallback[FixedRule]):
 
     @override
     def _build_rule(self, like: Tensor) -> FixedRule:
-        weights = {task: self.weights[task] for task in self._names}
-        return FixedRule(weights, dtype=like.dtype, device=like.device)
+        return FixedRule({task: self.weights[task] for task in self._names}, dtype=like.dtype, device=like.device)
 
     @override
     def _step_metrics(self) -> dict[str, Tensor | float]:
@@ -142,33 +141,27 @@ class RandomWeights(StaticWeights):
         heads: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(tasks, heads=heads)
-        check(self._name, is_integer(seed) and seed >= 0, "seed", "an integer, at least 0", seed)
+        check(self._name, is_integer(seed, least=0), "seed", "an integer, at least 0", seed)
         self.seed = seed
-        self.weights = self._draw()
 
-    def _draw(self) -> dict[str, float]:
+    @property
+    def weights(self) -> dict[str, float]:  # type: ignore[override]
+        """By task; empty as long as the tasks are unknown."""
         T = len(self._names)
         numbers = 1 - torch.rand(T, dtype=torch.float64, generator=torch.Generator().manual_seed(self.seed))  # never 0
         by_name = dict(zip(sorted(self._names), (T * numbers / numbers.sum()).tolist(), strict=True))
         return {task: by_name[task] for task in self._names}
 
-    @override
-    def _build_rule(self, like: Tensor) -> FixedRule:
-        self.weights = self._draw()  # with tasks=None the tasks are known only now
-        return super()._build_rule(like)
-
 
 def _checkpoint_of(path: Path) -> Path:
     """Return the checkpoint itself, or the last one of the run in that folder."""
-    inside = path / "checkpoints" / "last.ckpt"
-    checkpoint = inside if path.is_dir() else path
-    if checkpoint.is_file():
-        return checkpoint
-    found = sorted(str(file) for file in path.rglob("*.ckpt"))[:20] if path.is_dir() else []
-    there = f"it has {', '.join(found)}: give one of them" if found else "there is none"
-    wanted = f"{inside} is none; {there}" if path.is_dir() else f"there is no {path}"
+    last = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    if last.is_file():
+        return last
+    found = ", ".join(sorted(map(str, path.rglob("*.ckpt")))[:20])
     raise FileNotFoundError(
-        f"GradNormStatic: from_run should be the folder of a finished run, or a checkpoint; {wanted}."
+        f"GradNormStatic: from_run should be the folder of a finished run, or a checkpoint; there is no {last}. "
+        + (f"Give one of {found}." if found else "Train with GradNorm first.")
     )
 
 
@@ -182,10 +175,10 @@ def _mean_weights(checkpoint: Path) -> dict[str, float]:
             f"GradNormStatic: from_run should be a run or a checkpoint of Lightning; {checkpoint} cannot be read as one "
             f"({type(reason).__name__})."
         ) from reason
-    of_gradnorm = [state for state in states if {"tasks", "weights_mean"} <= state.keys()]
-    if not of_gradnorm:
-        raise ValueError(
-            f"GradNormStatic: from_run should be a run with GradNorm; {checkpoint} has no state of it, but of "
-            f"{', '.join(callbacks) or 'no callback'}."
-        )
-    return dict(zip(of_gradnorm[0]["tasks"], of_gradnorm[0]["weights_mean"].tolist(), strict=True))
+    for state in states:
+        if {"tasks", "weights_mean"} <= state.keys():
+            return dict(zip(state["tasks"], state["weights_mean"].tolist(), strict=True))
+    raise ValueError(
+        f"GradNormStatic: from_run should be a run with GradNorm; {checkpoint} has no state of it, but of "
+        f"{', '.join(callbacks) or 'no callback'}."
+    )

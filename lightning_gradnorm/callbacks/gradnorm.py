@@ -23,7 +23,7 @@ _check = partial(check, "GradNorm")
 class GradNorm(BalancingCallback[GradNormRule]):
     """Give every task's gradient at the last shared layer the size that its training rate deserves.
 
-    Chen et al., *GradNorm*, ICML 2018 (arXiv 1711.02257), Algorithm 1; the maths is in `balancing.gradnorm`. The model is
+    Chen et al., *GradNorm*, ICML 2018 (arXiv 1711.02257), Algorithm 1; the maths is in `strategies.gradnorm`. The model is
     used as it is; its own ``loss`` stays what is logged. With ``heads`` the task gradients are read out of the one
     ordinary backward pass; without, by one first-order pass through each head.
 
@@ -90,7 +90,7 @@ class GradNorm(BalancingCallback[GradNormRule]):
         on_task_mismatch: Literal["error", "adapt"] = "error",
     ) -> None:
         super().__init__(tasks, heads=heads, representation=representation, shared_layer=shared_layer, norm_of=norm_of)
-        is_name = shared_layer is None or isinstance(shared_layer, str)
+        is_name = isinstance(shared_layer, str | None)
         _check(is_name, "shared_layer", "a dotted name such as 'encoder.4', or None", shared_layer)
         _check(isinstance(representation, str), "representation", "a dotted name such as 'encoder'", representation)
         _check(norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", norm_of)
@@ -109,8 +109,6 @@ class GradNorm(BalancingCallback[GradNormRule]):
         self.stop_after = stop_after
         self.min_weight = min_weight
         self.on_task_mismatch = on_task_mismatch
-
-    # ---- what the user reads -----------------------------------------------------------------------------------------
 
     @property
     def weights(self) -> dict[str, float]:
@@ -132,8 +130,6 @@ class GradNorm(BalancingCallback[GradNormRule]):
             raise RuntimeError("GradNorm: the tasks of the MultiTaskModule are known once training has started")
         return dict(zip(self._names, self._build_rule(torch.zeros(())).weights.tolist(), strict=True))
 
-    # ---- what the base asks -------------------------------------------------------------------------------------------
-
     @override
     def _build_rule(self, like: Tensor) -> GradNormRule:
         return GradNormRule(
@@ -153,14 +149,14 @@ class GradNorm(BalancingCallback[GradNormRule]):
 
     @override
     def _load_rule(self, rule: GradNormRule, state: Mapping[str, Any]) -> None:
-        known = set(state["tasks"])
-        if known != set(self._names) and self.on_task_mismatch == "adapt":
-            new, gone = sorted(set(self._names) - known), sorted(known - set(self._names))
+        adapts, known, tasks = self.on_task_mismatch == "adapt", set(state["tasks"]), set(self._names)
+        if adapts and known != tasks:
             Ranks.current().warn(
-                f"GradNorm: the checkpoint is of tasks {sorted(known)}: {new or 'no task'} is new and begins with their mean "
-                f"weight, {gone or 'no task'} is gone; the weights are scaled to sum {len(self._names)}."
+                f"GradNorm: the checkpoint is of tasks {sorted(known)}: {sorted(tasks - known) or 'no task'} is new and begins "
+                f"with their mean weight, {sorted(known - tasks) or 'no task'} is gone; the weights are scaled to sum "
+                f"{len(tasks)}."
             )
-        rule.load_state_dict(state, adapt=self.on_task_mismatch == "adapt")
+        rule.load_state_dict(state, adapt=adapts)
 
     @override
     def _step_metrics(self) -> dict[str, Tensor | float]:

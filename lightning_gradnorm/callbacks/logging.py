@@ -14,21 +14,16 @@ def is_logged_step(trainer: L.Trainer) -> bool:
 
     Loggers are written every ``log_every_n_steps``; monitors are read at the end of an epoch.
     """
-    connector = trainer._logger_connector  # as Lightning's own LearningRateMonitor asks
     is_last = trainer.is_last_batch or 0 <= trainer.max_steps <= trainer.global_step + 1
-    written = connector.should_update_logs or trainer.fast_dev_run or is_last  # type: ignore[attr-defined]
+    # As Lightning's own LearningRateMonitor asks.
+    written = trainer._logger_connector.should_update_logs or trainer.fast_dev_run or is_last  # type: ignore[attr-defined]
     return bool(written) and not trainer.barebones
 
 
 def log_step_metrics(trainer: L.Trainer, values: Mapping[str, Tensor | float], *, every_step: bool = False) -> None:
-    """Log values of the current step.
+    """Log values of the current step by name; with ``every_step`` whichever steps ``log_every_n_steps`` selects.
 
     Directly, as `LearningRateMonitor` does: ``LightningModule.log`` takes a hundred microseconds a value.
-
-    Args:
-        trainer: the Trainer that trains.
-        values: by the names under which they are logged.
-        every_step: write to the loggers now, whichever steps ``log_every_n_steps`` selects.
     """
     if not values:
         return

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
 import lightning as L
 
-from lightning_gradnorm._messages import checked_names, did_you_mean
+from lightning_gradnorm._messages import checked_names, did_you_mean, nearest
 from lightning_gradnorm.engine.module_hooks import Remove, not_traced, patch_attribute
 from lightning_gradnorm.engine.rule import DeclaresTasks
 
@@ -22,7 +22,7 @@ Watch = Callable[[Mapping[str, Any]], None]
 
 
 class LossSource:
-    """Finds the losses that a user names, in a module that knows nothing of us.
+    """Finds the losses that a user names, in a module that knows nothing of us, and compares them with those it shows.
 
     Args:
         caller: the callback's name; begins each error.
@@ -30,9 +30,6 @@ class LossSource:
             tasks of a module that declares them.
         parameter: what the callback calls this argument. ``"tasks"`` are at least two, and must be named unless the module
             declares them. ``"losses"`` are at least one, and may stay unnamed.
-
-    Raises:
-        TypeError, ValueError: no list of different names, or too few.
     """
 
     def __init__(
@@ -44,15 +41,20 @@ class LossSource:
         self.caller = caller
         self._given = losses
         self._parameter = parameter
-        self._least = 2 if parameter == "tasks" else 1
-        self.noun = "task" if parameter == "tasks" else "loss"
-        """What errors call one of the names."""
+        is_tasks = parameter == "tasks"
+        self._least, self._noun, self._period = (
+            (2, "task", "first batches") if is_tasks else (1, "loss", "measured steps")
+        )
         self.names: tuple[str, ...] = () if losses is None else self._checked(losses)
         """The names; empty before `resolve` if they are the module's own, and after it if they stay open."""
         self.logged_names = dict(losses) if isinstance(losses, Mapping) else None
         """Name → name under which the loss is logged, if that is where losses are found."""
         self.declared = False
-        """Whether the module declares its tasks."""
+        """Whether the module declares its tasks. Then it shows them itself and knows which are absent: nothing is checked."""
+        self.logged: set[str] = set()
+        """All names that the module has logged in this training."""
+        self.shown: dict[str, None] = {}
+        """All names under which losses were returned or watched, in order of their appearance."""
 
     def _checked(self, losses: Sequence[str] | Mapping[str, str]) -> tuple[str, ...]:
         return checked_names(losses, caller=self.caller, parameter=self._parameter, least=self._least)
@@ -63,6 +65,7 @@ class LossSource:
         Raises:
             ValueError: the module has no such task, or none at all.
         """
+        self.logged, self.shown = set(), {}
         declared = dict(module.task_heads) if isinstance(module, DeclaresTasks) else None
         self.declared = declared is not None
         name = type(module).__name__
@@ -70,9 +73,9 @@ class LossSource:
             self.names = () if declared is None else self._checked(list(declared))
             if declared is None and self._parameter == "tasks":
                 raise ValueError(
-                    f"{self.caller}: tasks=None takes all tasks of a MultiTaskModule; {name} should have its losses named: "
-                    f"tasks=['seg', 'depth'] for keys of what training_step returns, or tasks={{'seg': 'train/seg_loss', …}} "
-                    f"for what it logs."
+                    f"{self.caller}: tasks=None takes all tasks of a MultiTaskModule. Name the losses of {name}: "
+                    f"tasks=['seg', 'depth'] as training_step returns them, or tasks={{'seg': 'train/seg_loss', …}} as it logs "
+                    f"them."
                 )
         if declared is None:
             return None
@@ -81,29 +84,24 @@ class LossSource:
                 f"{self.caller}: {self._parameter} names the losses as they are logged, {sorted(self.logged_names.values())}, "
                 f"but {name} shows them itself. Use {self._parameter}=None for all of its tasks, or a list of their names."
             )
-        unknown = [task for task in self.names if task not in declared]
-        if unknown:
-            raise ValueError(
-                f"{self.caller}: {self.noun} '{unknown[0]}' is not in {name}; {did_you_mean(unknown[0], declared)}"
-            )
+        for task in self.names:
+            if task not in declared:
+                raise ValueError(
+                    f"{self.caller}: {self._noun} '{task}' is not in {name}; {did_you_mean(task, declared)}"
+                )
         return {task: declared[task] for task in self.names}
 
-    def capture(self, module: L.LightningModule, watch: Watch, logged: set[str]) -> Remove:
-        """Hand the losses to ``watch`` in each training step, until the returned function is called.
+    # ---- capturing them ----------------------------------------------------------------------------------------------
 
-        Args:
-            module: the module.
-            watch: is called before the backward pass.
-            logged: every name that the module logs in training is added to it.
-        """
+    def capture(self, module: L.LightningModule, watch: Watch) -> Remove:
+        """Hand the losses to ``watch`` in each training step, until the returned function is called."""
         if self.logged_names is not None:
-            return capture_logged(module, self.logged_names, watch, logged)
+            return self._capture_logged(module, watch, {logged: name for name, logged in self.logged_names.items()})
         if module.automatic_optimization:
             return self._capture_returned(module, watch)
         return ExitStack().close
 
     def _capture_returned(self, module: L.LightningModule, watch: Watch) -> Remove:
-        """Hand the mapping that ``training_step`` returns to ``watch``."""
         training_step = module.training_step
 
         @wraps_innermost(training_step)
@@ -121,29 +119,63 @@ class LossSource:
 
         return patch_attribute(module, "training_step", step)
 
+    def _capture_logged(self, module: L.LightningModule, watch: Watch, names: Mapping[str, str]) -> Remove:
+        log = module.log
+
+        @wraps_innermost(log)
+        def log_and_watch(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+            if module.trainer.training:
+                self.logged.add(name)
+                if name in names:
+                    watch({names[name]: value})
+            log(name, value, *args, **kwargs)  # which detaches the value
+
+        return patch_attribute(module, "log", not_traced(log_and_watch))
+
+    # ---- comparing the names: each method returns a message, or None -------------------------------------------------
+
+    def find_unlogged(self, seen: Iterable[str], *, is_late: bool) -> str | None:
+        """Return which loss was not logged, if it is late or another logged name is similar."""
+        expected = self.logged_names or {}
+        for name, logged in expected.items():
+            near = nearest(logged, self.logged - set(expected.values()))
+            if name not in seen and (is_late or near):
+                return (
+                    f"{self.caller}: '{logged}' was not logged in the {self._period}, which logged {sorted(self.logged)}; "
+                    f"{_question(near)}(In training_step, log the loss before its backward.)"
+                )
+        return None
+
+    def find_misnamed(self, *, is_all: bool) -> str | None:
+        """Return which loss was not shown, if these are all there are or another name is similar."""
+        for name in () if self.declared or self.logged_names is not None else self.names:
+            near = nearest(name, self.shown.keys() - set(self.names))
+            if name not in self.shown and (is_all or near):
+                return (
+                    f"{self.caller}: {self._noun} '{name}' is not among the losses of the {self._period}, which are "
+                    f"{sorted(self.shown)}; {_question(near)}(A {self._noun} that is absent from a batch is given as None.)"
+                )
+        return None
+
+    def find_unwatched(self, module: L.LightningModule) -> str | None:
+        """Return that no loss was shown, for a module that must show them itself."""
+        if self.shown or self.declared or self.logged_names is not None or module.automatic_optimization:
+            return None
+        what = "task loss" if self._noun == "task" else "loss"
+        example = self.names[0] if self.names else "data"
+        return (
+            f"{self.caller}: no {what} was seen in the {self._period}. {type(module).__name__} optimizes manually, so it "
+            f"should call watch({{'{example}': loss, …}}) on this callback before manual_backward."
+        )
+
+
+def _question(near: str | None) -> str:
+    return "" if near is None else f"did you mean '{near}'? "
+
 
 def wraps_innermost(method: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`functools.wraps` of the innermost function: Lightning looks behind one wrapper for a ``batch_idx`` parameter."""
     return functools.wraps(inspect.unwrap(method))
-
-
-def capture_logged(module: L.LightningModule, names: Mapping[str, str], watch: Watch, all_names: set[str]) -> Remove:
-    """Hand what the module logs under ``names`` (task → logged name) to ``watch``, before Lightning detaches it.
-
-    Every name it logs in training is added to ``all_names``.
-    """
-    log = module.log
-    tasks = {logged: task for task, logged in names.items()}
-
-    @wraps_innermost(log)
-    def log_and_watch(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        if module.trainer.training:
-            all_names.add(name)
-            if name in tasks:
-                watch({tasks[name]: value})
-        log(name, value, *args, **kwargs)
-
-    return patch_attribute(module, "log", not_traced(log_and_watch))
 
 
 def explain_errors(module: L.LightningModule, explain: Callable[[RuntimeError], str | None]) -> Remove:
@@ -155,8 +187,7 @@ def explain_errors(module: L.LightningModule, explain: Callable[[RuntimeError], 
         try:
             return training_step(*args, **kwargs)
         except RuntimeError as error:
-            message = explain(error)
-            if message is None:
+            if (message := explain(error)) is None:
                 raise
             raise ValueError(message) from error
 

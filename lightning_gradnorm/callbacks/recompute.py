@@ -30,7 +30,7 @@ class LossRecomputer:
     Args:
         module: one that declares its tasks, as `MultiTaskModule` does; or one with automatic optimization, whose
             ``training_step`` can be called again.
-        caller: the callback's name.
+        caller: begins the error.
         strategy: the strategy that needs the losses.
 
     Raises:
@@ -59,29 +59,28 @@ class LossRecomputer:
     ) -> Mapping[str, Any]:
         """Return the losses by task: as the module declares, logs or returns them."""
         module = self._module
-        tasks = {logged: task for task, logged in (logged_names or {}).items()}
         logged: dict[str, Any] = {}
 
         def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-            if name in tasks:
-                logged[tasks[name]] = value
+            logged[name] = value
 
-        with ExitStack() as stack:
-            for context in (
-                torch.no_grad(),
-                isolate_rng(include_cuda=False),
-                self._same_randomness(),
-                BufferGuard(module.buffers()).preserved(""),
-                _kept_metrics(module),
-                trainer.precision_plugin.train_step_context(),
-            ):
-                stack.enter_context(context)
+        with (
+            ExitStack() as stack,
+            torch.no_grad(),
+            isolate_rng(include_cuda=False),
+            self._same_randomness(),
+            BufferGuard(module.buffers()).preserved(""),
+            _kept_metrics(module),
+            trainer.precision_plugin.train_step_context(),
+        ):
             stack.callback(patch_attribute(module, "log", log))
             if isinstance(module, DeclaresTasks):
                 return module.task_losses(batch)
             takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
             output = module.training_step(*([batch, batch_idx] if takes_index else [batch]))
-        return logged if logged_names is not None else output if isinstance(output, Mapping) else {}
+        if logged_names is not None:
+            return {task: logged[name] for task, name in logged_names.items() if name in logged}
+        return output if isinstance(output, Mapping) else {}
 
     @contextmanager
     def _same_randomness(self) -> Iterator[None]:
@@ -96,10 +95,8 @@ class LossRecomputer:
 @contextmanager
 def _kept_metrics(module: nn.Module) -> Iterator[None]:
     metrics = [part for part in module.modules() if isinstance(part, Metric)]
-    before = [
-        copy.deepcopy({k: v for k, v in vars(one).items() if k in _METRICS_OWN or k in one._defaults})
-        for one in metrics
-    ]
+    own = [{name: vars(one)[name] for name in {*_METRICS_OWN, *one._defaults} & vars(one).keys()} for one in metrics]
+    before = copy.deepcopy(own)
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_gradnorm._messages import check
 from lightning_gradnorm.callbacks.base import BalancingCallback
 from lightning_gradnorm.callbacks.recompute import LossRecomputer
-from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
+from lightning_gradnorm.engine.ranks import Ranks
 from lightning_gradnorm.strategies.factory import instantiate
 from lightning_gradnorm.strategies.scalarization import OptimizerFactory, ScalarizationRule
 from lightning_gradnorm.strategies.snapshot import load_snapshot, snapshot
@@ -27,17 +27,9 @@ AnyLossRule = TypeVar("AnyLossRule", bound=ScalarizationRule)
 
 
 class LossWeightingCallback(BalancingCallback[AnyLossRule]):
-    """Base of the callbacks whose rule may weight the losses by a function of them: `Scalarization` and `Aggregation`.
+    """Base of the callbacks whose rule may weight the losses by a function of them: `Scalarization` and `Aggregation`."""
 
-    Args:
-        tasks: as for `GradNorm`.
-        scalarizer: weights the losses; ``None`` for not at all.
-        optimizer: makes the optimizer of the scalarizer's parameters.
-        heads: task → dotted name of its head module.
-        representation: dotted name of the module whose output the heads read.
-    """
-
-    _state_description: str | None = "its weights and everything it has learnt"
+    _state_description: str | None = "its weights and all it has learnt"
 
     def __init__(
         self,
@@ -46,7 +38,7 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
         optimizer: OptimizerFactory,
         *,
         heads: Mapping[str, str] | None,
-        representation: str,
+        representation: str = "encoder",
     ) -> None:
         super().__init__(tasks, heads=heads, representation=representation)
         is_factory = callable(optimizer)
@@ -54,11 +46,7 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
         self._scalarizer = scalarizer
         self.optimizer = optimizer
         self._pristine: dict[str, dict[str, Any]] = {}
-        self._seed = 0
         self._recomputer: LossRecomputer | None = None
-        self._needs_losses_now = False
-
-    # ---- what the user reads -----------------------------------------------------------------------------------------
 
     @property
     def weights(self) -> dict[str, float]:
@@ -74,7 +62,11 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
             return self._rule.scalarizer
         return self._scalarizer if isinstance(self._scalarizer, nn.Module) else None
 
-    # ---- the rule ----------------------------------------------------------------------------------------------------
+    def _check_module(self, parameter: str, given: Any) -> None:
+        if not (isinstance(given, nn.Module) or callable(given)):
+            raise TypeError(
+                f"{self._name}: {parameter} should be a module, or what makes one from the number of tasks; got {given!r}"
+            )
 
     def _pristine_copy(self, parameter: str, given: Made) -> nn.Module:
         """Return the module in the state in which it was given, or make it."""
@@ -86,21 +78,16 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
                 self._pristine[parameter] = snapshot(made)
         return made
 
+    def _rule_options(self, like: Tensor) -> dict[str, Any]:
+        """Return the arguments that all rules take. Ranks draw the same random numbers."""
+        seed = Ranks.current().broadcast_object(torch.initial_seed() % 2**62)
+        return {"optimizer": self.optimizer, "seed": seed, "dtype": like.dtype, "device": like.device}
+
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._seed = TrainerLoop(trainer, self).ranks.broadcast_object(torch.initial_seed() % 2**62)
         super().on_train_start(trainer, pl_module)
         if self.rule.needs_losses_after_step:
             self._recomputer = LossRecomputer(pl_module, caller=self._name, strategy=self.rule.kind)
-
-    @override
-    def _start_rule(self, like: Tensor) -> None:
-        known = self._restored["tasks"] if self._restored else () if self._rule is None else self._rule.tasks
-        if set(known) == set(self._names):
-            self._names = tuple(
-                known
-            )  # a strategy that knows tasks by position keeps the order in which it learnt them
-        super()._start_rule(like)
 
     @override
     def _step_metrics(self) -> dict[str, Tensor | float]:
@@ -111,53 +98,30 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
             shown |= {f"balancing/weight/{task}": w for task, w in zip(self._names, weights, strict=True)}
         return shown
 
-    # ---- one batch ---------------------------------------------------------------------------------------------------
-
     @override
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._recomputer is not None:
-            self._recomputer.record_random_state()
-
-    @override
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        super().on_train_batch_start(trainer, pl_module)
         if self._engine is not None:
             self.rule.begin_epoch(trainer.current_epoch)
-        super().on_before_backward(trainer, pl_module, loss)
-
-    @override
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        if self._engine is not None and self._engine.step_was_taken:
-            self._needs_losses_now = self._recomputer is not None
+        if self._recomputer is not None:
+            self._recomputer.record_random_state()
 
     @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
+        engine = self._engine
+        took_step = engine is not None and engine.batch.steps > 0 and engine.step_was_taken
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._needs_losses_now and self._recomputer is not None and self._engine is not None:
-            self._needs_losses_now = False
+        if took_step and self._recomputer is not None and engine is not None:
             found = self._recomputer.losses(trainer, batch, batch_idx, self._source.logged_names)
             here = {task: [found[task]] for task in self._names if isinstance(found.get(task), Tensor)}
-            self._engine.measurement.update_after_step(here)
+            engine.measurement.update_after_step(here)
 
     @override
     def _remove_hooks(self) -> None:
         super()._remove_hooks()
-        self._recomputer, self._needs_losses_now = None, False
-
-
-def check_made(name: str, parameter: str, given: Any) -> None:
-    """Refuse what is neither a module nor can make one."""
-    if not (isinstance(given, nn.Module) or callable(given)):
-        raise TypeError(
-            f"{name}: {parameter} should be a module, or what makes one from the number of tasks; got {given!r}"
-        )
+        self._recomputer = None
 
 
 class Scalarization(LossWeightingCallback[ScalarizationRule]):
@@ -201,17 +165,11 @@ class Scalarization(LossWeightingCallback[ScalarizationRule]):
         heads: Mapping[str, str] | None = None,
         optimizer: OptimizerFactory = adam,
     ) -> None:
-        super().__init__(tasks, scalarizer, optimizer, heads=heads, representation="encoder")
-        check_made(self._name, "scalarizer", scalarizer)
+        super().__init__(tasks, scalarizer, optimizer, heads=heads)
+        self._check_module("scalarizer", scalarizer)
 
     @override
     def _build_rule(self, like: Tensor) -> ScalarizationRule:
         assert self._scalarizer is not None
-        return ScalarizationRule(
-            self._names,
-            self._pristine_copy("scalarizer", self._scalarizer),
-            optimizer=self.optimizer,
-            seed=self._seed,
-            dtype=like.dtype,
-            device=like.device,
-        )
+        scalarizer = self._pristine_copy("scalarizer", self._scalarizer)
+        return ScalarizationRule(self._names, scalarizer, **self._rule_options(like))

@@ -197,7 +197,7 @@ class Balancer:
         with self._recovery():
             self._engine.after_backward()
             _require_one_pass(len(self._loop.scales) - self._engine.pending_backwards + 1)
-            require_backpropagated(self._engine.batch, caller="Balancer")
+            require_backpropagated(self._engine.batch.losses, self._engine.batch.backpropagated, caller="Balancer")
         self._engine.start_batch()
 
     @contextmanager

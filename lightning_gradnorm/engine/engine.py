@@ -279,7 +279,7 @@ class Engine(Generic[AnyRule]):
             step.backwards = 0
             return False
         if self.batch.backpropagated:
-            require_backpropagated(self.batch, caller=self._caller)
+            require_backpropagated(self.batch.losses, self.batch.backpropagated, caller=self._caller)
         if skipped:
             self.measurement.discard_step()
             self.start_batch()

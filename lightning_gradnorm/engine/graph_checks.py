@@ -6,7 +6,7 @@ plausible numbers and a wrong balance. Here each is an error that says what to d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import Tensor
 
@@ -139,16 +139,18 @@ class GraphChecks:
         return None
 
 
-def require_backpropagated(batch: BatchState, *, caller: str) -> None:
+def require_backpropagated(
+    shown: Iterable[str], reached: Collection[str], *, caller: str, noun: str = "loss of task"
+) -> None:
     """Check that every loss that was shown took part in the backward pass.
 
     Raises:
         ValueError: one did not.
     """
-    missed = [task for task in batch.losses if task not in batch.backpropagated]
-    if missed:
-        raise ValueError(
-            f"{caller}: what was given as the loss of task '{missed[0]}' took no part in the backward pass. Add it to what is "
-            f"back-propagated; give the very tensor, not a copy of it, and give it before backward (in manual optimization, "
-            f"before manual_backward)."
-        )
+    for name in shown:
+        if name not in reached:
+            raise ValueError(
+                f"{caller}: what was given as the {noun} '{name}' took no part in the backward pass. Add it to what is "
+                f"back-propagated; give the very tensor, not a copy of it, and give it before backward (in manual "
+                f"optimization, before manual_backward)."
+            )

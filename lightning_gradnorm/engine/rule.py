@@ -85,7 +85,7 @@ class LossRule(Rule, Protocol):
         """Called once per optimizer step."""
 
     def begin_epoch(self, epoch: int) -> None:
-        """Called before each backward pass with the number of its epoch."""
+        """Called before the backward passes of each batch with the number of its epoch."""
 
     @property
     def needs_losses_after_step(self) -> bool:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_gradnorm._messages import check, is_integer
 from lightning_gradnorm.callbacks.logging import log_step_metrics, logger_step
 from lightning_gradnorm.callbacks.losses import LossSource, wraps_innermost
 from lightning_gradnorm.callbacks.packages import is_one_of, works_in_both_packages
-from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop, scaler_skips
-from lightning_gradnorm.callbacks.usage_checks import LossNames
+from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
 from lightning_gradnorm.engine.layers import find_parameters
 from lightning_gradnorm.engine.module_hooks import Remove, patch_attribute
 from lightning_gradnorm.gradients import REST, GradientNorms
@@ -95,8 +93,7 @@ class GradientNormMonitor(L.Callback):
         if REST in self._source.names:
             raise ValueError(f"{_NAME}: losses names '{REST}', which stands for the remainder; give it another name.")
         _check(isinstance(parameters, str) and parameters != "", "parameters", "'shared' or a dotted name", parameters)
-        is_count = is_integer(every_n_steps) and every_n_steps >= 1
-        _check(is_count, "every_n_steps", "an integer, at least 1", every_n_steps)
+        _check(is_integer(every_n_steps, least=1), "every_n_steps", "an integer, at least 1", every_n_steps)
         _check(isinstance(prefix, str) and prefix != "", "prefix", "the beginning of logged names", prefix)
         can_draw = cosine_image is None or callable(cosine_image)
         _check(can_draw, "cosine_image", "a function of names and cosines, or None", cosine_image)
@@ -112,7 +109,6 @@ class GradientNormMonitor(L.Callback):
         self._stepped = self._skipped = False
         self._is_aggregated = False
         self._loop: TrainerLoop | None = None
-        self._seen = LossNames(self._source, "measured steps")
         self._measurement: StepMeasurement | None = None
         self._remove_patch: Remove | None = None
 
@@ -130,26 +126,18 @@ class GradientNormMonitor(L.Callback):
             self._steps, self._summary, self.last = 0, RunningSummary(), None
         self._is_aggregated = not all(getattr(one, "update_is_weighted_sum", True) for one in trainer.callbacks)  # type: ignore[attr-defined]
         self._source.resolve(pl_module)
-        self._seen = LossNames(self._source, "measured steps")
+        name: str | None = self.parameters
+        if name == "shared":  # those that two losses reach, unless the module says
+            name = "encoder" if self._source.declared and hasattr(pl_module, "encoder") else None
+        caller = f"{_NAME}: parameters"
+        parameters = None if name is None else find_parameters(pl_module, name, caller=caller, keywords=["shared"])
         self._loop = TrainerLoop(trainer, self)
-        parameters = self._find_parameters(pl_module)
-        self._measurement = StepMeasurement(_NAME, pl_module, self._source.names, parameters, self._loop.ranks)
-
-    def _find_parameters(self, module: L.LightningModule) -> dict[str, nn.Parameter] | None:
-        """Return the named parameters by name; None if they depend on which losses reach them."""
-        name = self.parameters
-        if name == "shared":
-            if not (self._source.declared and isinstance(getattr(module, "encoder", None), nn.Module)):
-                return None
-            name = "encoder"
-        return find_parameters(module, name, caller=f"{_NAME}: parameters", keywords=["shared"])
+        self._measurement = StepMeasurement(self._source, pl_module, parameters, self._loop.ranks)
 
     # ---- one batch ---------------------------------------------------------------------------------------------------
 
     @override
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self._unpatch()
         if self._measurement is None:
             return
@@ -169,10 +157,16 @@ class GradientNormMonitor(L.Callback):
         @wraps_innermost(module.training_step)
         def step(*args: Any, **kwargs: Any) -> Any:
             self._unpatch()
+            manual_backward = module.manual_backward
+
+            def read_first(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+                self._read(loss, share=1.0)
+                manual_backward(loss, *args, **kwargs)
+
             with ExitStack() as patches:
-                patches.callback(self._source.capture(module, self.watch, self._seen.logged))
+                patches.callback(self._source.capture(module, self.watch))
                 if not module.automatic_optimization:
-                    patches.callback(_patch_manual_backward(module, partial(self._read, share=1.0)))
+                    patches.callback(patch_attribute(module, "manual_backward", read_first))
                 output = module.training_step(*args, **kwargs)
             total = output.get("loss") if isinstance(output, Mapping) else output
             if module.automatic_optimization and isinstance(total, Tensor):  # Lightning refuses anything else
@@ -196,10 +190,8 @@ class GradientNormMonitor(L.Callback):
         """
         if not isinstance(losses, Mapping):
             raise TypeError(f"{_NAME}: watch takes a mapping from name to loss; got {type(losses).__name__}.")
-        if self._measurement is None or not self._measurement.is_active or not torch.is_grad_enabled():
-            return
-        self._seen.shown |= dict.fromkeys(losses)
-        self._measurement.watch(losses)
+        if self._measurement is not None and self._measurement.is_active and torch.is_grad_enabled():
+            self._measurement.watch(losses)
 
     def _read(self, total: Tensor, *, share: float) -> None:
         # Before Lightning calls on_before_backward: from then on balancing callbacks scale whatever gradient passes a loss.
@@ -223,13 +215,11 @@ class GradientNormMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         self._stepped = True
-        if self._measurement is not None and self._measurement.is_active:  # to ask costs a wait for the GPU
-            self._skipped = self._skipped or scaler_skips(trainer, optimizer)
+        if self._loop is not None and self._measurement is not None and self._measurement.is_active:
+            self._skipped = self._skipped or self._loop.skips(optimizer)  # which waits for the GPU
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self._unpatch()
         if self._measurement is None:
             return
@@ -237,12 +227,11 @@ class GradientNormMonitor(L.Callback):
         if not self._stepped:
             return
         if self._measurement.is_active and not self._skipped:
-            self._measurement.require_backpropagated()
-            shown = self._seen.shown
-            wrong = self._seen.find_misnamed(is_all=bool(shown)) or self._seen.find_unlogged(shown, is_late=False)
+            shown = self._source.shown
+            wrong = self._source.find_misnamed(is_all=bool(shown)) or self._source.find_unlogged(shown, is_late=False)
             if wrong:
                 raise ValueError(wrong)
-            found = self._measurement.collect(shown)
+            found = self._measurement.collect()
             if found is not None:
                 self._record_step(trainer, *found)
         self._steps += not self._skipped  # a step that the loss scaler skips does not count
@@ -252,18 +241,23 @@ class GradientNormMonitor(L.Callback):
     # ---- what is shown -----------------------------------------------------------------------------------------------
 
     def _record_step(self, trainer: L.Trainer, found: GradientNorms, weights: Mapping[str, float]) -> None:
+        terms = found.of([name for name in found if name != REST])
         if found.get(REST) == 0:
-            found = found.of([name for name in found if name != REST])
+            found = terms
         self.last = found
         self._summary.add(found, weights)
-        terms = found.of([name for name in found if name != REST])
-        log_step_metrics(trainer, _metrics(self.prefix, found, terms), every_step=True)
+        metrics = {f"norm/{name}": norm for name, norm in found.items()}
+        others = {f"share/{name}": share for name, share in found.shares.items()}
+        others["imbalance"] = terms.imbalance
+        others |= {f"cosine/{one}/{other}": terms.cosine(one, other) for one, other in combinations(terms, 2)}
+        metrics |= {name: value for name, value in others.items() if not math.isnan(value)}
+        log_step_metrics(trainer, {f"{self.prefix}/{name}": value for name, value in metrics.items()}, every_step=True)
         if self.cosine_image is None or len(terms) < 2 or not trainer.is_global_zero:
             return
-        loggers: list[Any] = [one for one in trainer.loggers if is_one_of(one, "TensorBoardLogger")]
-        for logger in loggers:
-            image = self.cosine_image(list(terms), terms.cosines)
-            logger.experiment.add_image(f"{self.prefix}/cosine", image, logger_step(trainer))
+        for logger in trainer.loggers:
+            if is_one_of(logger, "TensorBoardLogger"):
+                image = self.cosine_image(list(terms), terms.cosines)
+                logger.experiment.add_image(f"{self.prefix}/cosine", image, logger_step(trainer))  # type: ignore[attr-defined]
 
     @property
     def suggested_weights(self) -> dict[str, float]:
@@ -272,9 +266,9 @@ class GradientNormMonitor(L.Callback):
 
     def summary(self) -> str:
         """Return a few sentences about the steps measured so far."""
-        encoder = self._source.declared and self.parameters == "shared"
-        shared = "`encoder`" if encoder else "the shared parameters"
-        where = shared if self.parameters == "shared" else f"`{self.parameters}`"
+        where = f"`{self.parameters}`"
+        if self.parameters == "shared":
+            where = "`encoder`" if self._source.declared else "the shared parameters"
         what = "the sum of the gradients, before they are aggregated," if self._is_aggregated else "the update"
         return self._summary.sentences(_NAME, what, where)
 
@@ -283,10 +277,9 @@ class GradientNormMonitor(L.Callback):
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._unpatch()
-        if trainer.current_epoch == 0 and self._steps:
-            assert self._loop is not None
-            unlogged = self._seen.find_unlogged(self._seen.shown, is_late=True)
-            for message in (unlogged, self._seen.find_unwatched(pl_module)):
+        if trainer.current_epoch == 0 and self._steps and self._loop is not None:
+            unlogged = self._source.find_unlogged(self._source.shown, is_late=True)
+            for message in (unlogged, self._source.find_unwatched(pl_module)):
                 if message is not None:  # a warning: the loss may come later
                     self._loop.ranks.warn(message)
 
@@ -328,25 +321,3 @@ class GradientNormMonitor(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._steps = state_dict["steps"]
         self._summary.load_state_dict(state_dict["tally"])
-
-
-def _patch_manual_backward(module: L.LightningModule, read: Callable[[Tensor], None]) -> Remove:
-    """Have ``manual_backward`` call ``read`` with the loss first."""
-    manual_backward = module.manual_backward
-
-    def read_first(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        read(loss)
-        manual_backward(loss, *args, **kwargs)
-
-    return patch_attribute(module, "manual_backward", read_first)
-
-
-def _metrics(prefix: str, found: GradientNorms, terms: GradientNorms) -> dict[str, float]:
-    """Return what to log of a step; ``terms`` are those in ``found`` without the remainder."""
-    metrics = {f"norm/{name}": norm for name, norm in found.items()}
-    others = {f"share/{name}": share for name, share in found.shares.items()}
-    others["imbalance"] = terms.imbalance
-    for one, other in itertools.combinations(terms, 2):
-        others[f"cosine/{one}/{other}"] = found.cosine(one, other)
-    metrics |= {name: value for name, value in others.items() if not math.isnan(value)}
-    return {f"{prefix}/{name}": value for name, value in metrics.items()}

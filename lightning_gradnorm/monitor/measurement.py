@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
 
+from lightning_gradnorm.callbacks.losses import LossSource
+from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.layers import plain_name
 from lightning_gradnorm.engine.ranks import Ranks
 from lightning_gradnorm.gradients import (
@@ -23,35 +26,25 @@ from lightning_gradnorm.gradients import (
 class StepMeasurement:
     """Measures the optimizer steps that the monitor selects, one after another.
 
-    Args:
-        caller: begins each error.
-        model: whose loss is looked at.
-        names: the losses; none if every scalar with a gradient counts, in which case ranks agree on the names in each step.
-        parameters: by name, frozen ones too; ``None`` for those that at least two losses reach.
-        ranks: the processes that train together.
+    Where the source leaves the names of the losses open, every scalar with a gradient counts, and ranks agree on the names in
+    each step. ``parameters`` are given by name, frozen ones too; ``None`` stands for those that at least two losses reach.
     """
 
     def __init__(
-        self,
-        caller: str,
-        model: nn.Module,
-        names: Sequence[str],
-        parameters: Mapping[str, nn.Parameter] | None,
-        ranks: Ranks,
+        self, source: LossSource, model: nn.Module, parameters: Mapping[str, nn.Parameter] | None, ranks: Ranks
     ) -> None:
-        self.terms = LossTermGradients(model.buffers(), caller=caller)
+        self.terms = LossTermGradients(model.buffers(), caller=source.caller)
         self.is_active = False
         """Whether the current optimizer step is measured."""
-        self._caller = caller
+        self._source = source
         self._model = model
-        self._names = list(names)
-        self._has_names = bool(names)
+        self._names = list(source.names)
         self._parameters = parameters
         self._ranks = ranks
         self._reached: dict[str, set[str]] = {}
         self._candidates: dict[str, nn.Parameter] = {}
         self._watched: list[tuple[str, Tensor]] = []
-        self._given: set[str] = set()
+        self._given: dict[str, None] = {}
 
     def start_step(self) -> None:
         """Measure the optimizer step that begins now."""
@@ -65,7 +58,7 @@ class StepMeasurement:
     def end_step(self) -> None:
         """Forget the step."""
         self.is_active = False
-        self._candidates, self._watched, self._given = {}, [], set()
+        self._candidates, self._watched, self._given = {}, [], {}
         self.terms.begin([])
 
     def watch(self, losses: Mapping[str, object]) -> None:
@@ -74,15 +67,16 @@ class StepMeasurement:
         Raises:
             TypeError, ValueError: a named loss is no scalar with a gradient.
         """
+        self._source.shown |= dict.fromkeys(losses)
         for name, loss in losses.items():
-            if loss is None or (self._has_names and name not in self._names):
+            is_term = name in self._source.names if self._source.names else _could_be_term(loss)
+            if loss is None or not is_term:
                 continue
-            if not self._has_names and not _could_be_term(loss):
-                continue
-            check_loss(loss, caller=f"{self._caller}: the loss '{name}'")
+            check_loss(loss, caller=f"{self._source.caller}: the loss '{name}'")
             assert isinstance(loss, Tensor)
             if not any(one is loss and called == name for called, one in self._watched):
                 self._watched.append((name, loss))
+                self._given[name] = None
 
     def read(self, total: Tensor, *, share: float, scale: float) -> None:
         """Read the watched losses' gradients before ``total`` is back-propagated; see `LossTermGradients.read`."""
@@ -90,71 +84,45 @@ class StepMeasurement:
 
     def end_batch(self) -> None:
         """Release the losses of this batch."""
-        self._given |= {name for name, _ in self._watched}
         self._watched = []
         self.terms.release_graph()
 
-    def require_backpropagated(self) -> None:
-        """Check that every named loss that was watched in this step took part in a backward pass.
-
-        Raises:
-            ValueError: one did not.
-        """
-        for name in self._names if self._has_names and self._candidates else ():
-            if name in self._given and name not in self.terms.sums:
-                raise ValueError(
-                    f"{self._caller}: what was given as the loss '{name}' took no part in the backward pass. Add it to what "
-                    f"is back-propagated (by manual_backward, in manual optimization); give the very tensor, not a copy of "
-                    f"it, and give it before backward."
-                )
-
     @torch.no_grad()
-    def collect(self, shown: Iterable[str]) -> tuple[GradientNorms, dict[str, float]] | None:
+    def collect(self) -> tuple[GradientNorms, dict[str, float]] | None:
         """Average the step over the ranks, all of which must call this together.
-
-        Args:
-            shown: names under which this rank's model has shown losses so far, in their order.
 
         Returns:
             What the terms' gradients have in common, and the weight that each term had beyond the model's own coefficient;
             or None if no loss has reached a parameter yet.
 
         Raises:
-            ValueError: shared parameters are asked for, and no two losses share any.
+            ValueError: a named loss was not back-propagated; or no two losses share any parameters, and these are asked for.
         """
-        self._agree_on_names(shown)
         sums, parameters = self.terms.sums, list(self._candidates.values())
+        if self._source.names and parameters:
+            require_backpropagated(self._given, sums, caller=self._source.caller, noun="loss")
+        here = {name: (float(term.weighted), float(term.plain), term.reaches) for name, term in sums.items()}
+        of_ranks = self._ranks.gather_objects((list(self._source.shown), here))
+        if not self._source.names:
+            known = set(self._names).union(*(terms for _, terms in of_ranks))
+            self._names = [name for name in dict.fromkeys(n for shown, _ in of_ranks for n in shown) if name in known]
         if not parameters or not self._names:
             return None  # all parameters are frozen, or no loss was shown; the same holds on all ranks
         zeros = flat_row([None] * len(parameters), parameters)
-        names = [*self._names, REST]
-        # One line per term: was it present, its two factors, and which parameters it reached.
-        table = zeros.new_zeros(len(names), 3 + len(parameters))
-        for line, name in zip(table, names, strict=True):
-            if name in sums:
-                term = sums[name]
-                line[0], line[1], line[2] = 1, term.weighted, term.plain
-                line[3:] = torch.tensor(term.reaches)
         rows, weights = {}, {}
-        for (present, weighted, plain, *reaches), name in zip(self._ranks.sum(table).tolist(), names, strict=True):
-            if present:
+        for name in [*self._names, REST]:
+            found = [terms[name] for _, terms in of_ranks if name in terms]
+            if found:
                 # Row by row: one sum over a table of all rows would need a second copy of all of them.
-                row = self._ranks.sum(sums[name].row if name in sums else zeros)
-                rows[name], weights[name] = row / self._ranks.size, weighted / plain if plain else 1.0
-                reached = self._reached.setdefault(name, set())
-                reached.update(called for called, reach in zip(self._candidates, reaches, strict=True) if reach)
+                rows[name] = self._ranks.sum(sums[name].row if name in sums else zeros) / self._ranks.size
+                weighted, plain = sum(one[0] for one in found), sum(one[1] for one in found)
+                weights[name] = weighted / plain if plain else 1.0
+                for _, _, reaches in found:
+                    self._reached.setdefault(name, set()).update(compress(self._candidates, reaches))
         rows = self._cut_to_shared(rows)
         if not set(rows) - {REST}:
             return None
         return GradientNorms(list(rows), inner_products(list(rows.values()))), weights
-
-    def _agree_on_names(self, shown: Iterable[str]) -> None:
-        """Add names that a rank has shown for the first time."""
-        if self._has_names:
-            return
-        of_all = self._ranks.gather_objects((list(shown), list(self.terms.sums)))
-        known = set(self._names).union(*(terms for _, terms in of_all))
-        self._names = [name for name in dict.fromkeys(n for names, _ in of_all for n in names) if name in known]
 
     def _cut_to_shared(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the pieces of the rows that belong to parameters which at least two losses have reached."""
@@ -167,17 +135,12 @@ class StepMeasurement:
             if len(by_loss) < len(self._names):
                 return {}  # there are losses still to come
             raise ValueError(
-                f"{self._caller}: parameters='shared' are those that two of the losses {self._names} reach, and there is "
-                f"none. Name a layer: parameters='encoder'."
+                f"{self._source.caller}: parameters='shared' are those that two of the losses {self._names} reach, and there "
+                f"is none. Name a layer: parameters='encoder'."
             )
         widths = [row_width([parameter]) for parameter in self._candidates.values()]
-
-        def cut(row: Tensor) -> Tensor:
-            return torch.cat(
-                [piece for piece, shared in zip(torch.split(row, widths), is_shared, strict=True) if shared]
-            )
-
-        return {name: cut(row) for name, row in rows.items()}
+        mask = torch.tensor(is_shared).repeat_interleave(torch.tensor(widths))
+        return {name: row[mask.to(row.device)] for name, row in rows.items()}
 
 
 def _could_be_term(loss: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import combinations
 from typing import Any
 
 from lightning_gradnorm.gradients import REST, GradientNorms
@@ -29,7 +30,7 @@ class RunningSummary:
         self._steps = 0
         self._squared = 0.0
         self._along: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, float] = {}
         self._norms: dict[str, float] = {}
         self._plain_norms: dict[str, float] = {}
         self._cosines: dict[str, dict[str, list[float]]] = {}
@@ -45,29 +46,15 @@ class RunningSummary:
         self._steps += 1
         self._squared += float(found.products.sum())
         for name, along in zip(found, found.products.sum(dim=1).tolist(), strict=True):
-            self._along[name] = self._along.get(name, 0.0) + along
-        for name in found:
-            self._counts[name] = self._counts.get(name, 0) + 1
-            self._norms[name] = self._norms.get(name, 0.0) + found[name]
             plain = found[name] / weights[name] if weights[name] else 0.0
-            self._plain_norms[name] = self._plain_norms.get(name, 0.0) + plain
-        losses = [name for name in found if name != REST]
-        for place, one in enumerate(losses):
-            for other in losses[place + 1 :]:
-                cosine = found.cosine(one, other)
-                if math.isfinite(cosine):
-                    row = self._cosines.setdefault(one, {}).setdefault(other, [0.0, 0, 0])
-                    row[:] = row[0] + cosine, row[1] + 1, row[2] + (cosine < 0)
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """Each loss's share of the update, steps weighted by the squared length of their update."""
-        return {name: along / self._squared for name, along in self._along.items()} if self._squared > 0 else {}
-
-    @property
-    def norms(self) -> dict[str, float]:
-        """The mean norm of each loss's gradient, as it was in the update."""
-        return {name: norm / self._counts[name] for name, norm in self._norms.items()}
+            added = (self._along, along), (self._counts, 1), (self._norms, found[name]), (self._plain_norms, plain)
+            for sums, value in added:
+                sums[name] = sums.get(name, 0) + value
+        for one, other in combinations([name for name in found if name != REST], 2):
+            cosine = found.cosine(one, other)
+            if math.isfinite(cosine):
+                total, count, against = self._cosines.setdefault(one, {}).get(other, (0.0, 0, 0))
+                self._cosines[one][other] = [total + cosine, count + 1, against + (cosine < 0)]
 
     @property
     def suggested_weights(self) -> dict[str, float]:
@@ -86,12 +73,9 @@ class RunningSummary:
             what: the sum of all gradients, ``"the update"``.
             where: the parameters.
         """
-        lines = []
         if self._steps:
             steps = f"{self._steps} measured step{'s' if self._steps > 1 else ''}"
-            lines.append(f"{who}, {steps}: {self._update_shares(what, where)}.")
-            lines.append(self._mean_norms())
-            lines.extend(self._conflicts())
+            lines = [f"{who}, {steps}: {self._update_shares(what, where)}.", self._mean_norms(), *self._conflicts()]
             weights = {name: float(f"{weight:.3g}") for name, weight in self.suggested_weights.items()}
             if len(weights) > 1:
                 lines.append(
@@ -99,31 +83,26 @@ class RunningSummary:
                     f"not to be made as large as a task: if there is one among them, name the others in losses."
                 )
         else:
-            lines.append(
-                f"{who}: no step was measured: none of the losses has reached {where}, or all of it is frozen."
-            )
-        lines.extend(
+            lines = [f"{who}: no step was measured: none of the losses has reached {where}, or all of it is frozen."]
+        lines += [
             f"In {count} of the measured steps the gradient of `{name}` was not finite; they are left out of this."
             for name, count in self._not_finite.items()
-        )
+        ]
         return "\n".join(lines)
 
     def _update_shares(self, what: str, where: str) -> str:
-        shares = sorted(self.shares.items(), key=lambda item: -item[1])
-        if not shares:
+        """Return each loss's share of the update, steps weighted by the squared length of their update."""
+        if self._squared <= 0:
             return f"nothing moves {where}, all gradients are zero"
-        (first, most), *others = [(_quoted(name), _percent(share)) for name, share in shares]
-        return ", ".join(
-            [f"{first} carries {most} of {what} on {where}", *(f"{name} {share}" for name, share in others)]
-        )
+        along = sorted(self._along.items(), key=lambda item: -item[1])
+        (first, most), *others = [(_quoted(name), _percent(one / self._squared)) for name, one in along]
+        return ", ".join([f"{first} carries {most} of {what} on {where}", *(f"{one} {share}" for one, share in others)])
 
     def _mean_norms(self) -> str:
-        norms = self.norms
+        norms = {name: norm / self._counts[name] for name, norm in self._norms.items()}
         shown = ", ".join(f"{_quoted(name)} {norm:.3g}" for name, norm in norms.items())
-        of_losses = [norm for name, norm in norms.items() if name != REST and norm > 0]
-        ratio = (
-            f"; the largest is {max(of_losses) / min(of_losses):.3g} times the smallest" if len(of_losses) > 1 else ""
-        )
+        losses = [norm for name, norm in norms.items() if name != REST and norm > 0]
+        ratio = f"; the largest is {max(losses) / min(losses):.3g} times the smallest" if len(losses) > 1 else ""
         return f"Mean norms: {shown}{ratio}."
 
     def _conflicts(self) -> list[str]:

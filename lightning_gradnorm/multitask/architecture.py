@@ -13,7 +13,7 @@ import functools
 import importlib
 import inspect
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,11 +34,7 @@ def pack(parts: Mapping[str, Any]) -> Tensor | str:
         >>> unpack(packed)["encoder"]
         Linear(in_features=1000, out_features=1000, bias=True)
     """
-    memo: dict[int, Any] = {}
-    for module in _modules_in(parts):
-        for tensor in module.state_dict(keep_vars=True).values():
-            if isinstance(tensor, Tensor) and id(tensor) not in memo:
-                memo[id(tensor)] = _hollow(tensor)
+    memo = {id(tensor): _hollow(tensor) for tensor in _tensors_in(parts)}
     buffer = io.BytesIO()
     try:
         torch.save(copy.deepcopy(dict(parts), memo), buffer)
@@ -65,21 +61,21 @@ def unpack(packed: Tensor | str, *, trusted: bool = False) -> dict[str, Any]:
     else:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
         found = {name: _known(name) for name in names}
-        unknown = [name for name, known in found.items() if known is None]
-        if unknown:
+        if unknown := [name for name, known in found.items() if known is None]:
             raise ValueError(f"it has {', '.join(unknown)} in it")
-        with torch.serialization.safe_globals([(known, name) for name, known in found.items() if known is not None]):
+        with torch.serialization.safe_globals([(known, name) for name, known in found.items()]):
             parts = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-    for module in _modules_in(parts):
-        for tensor in module.state_dict(keep_vars=True).values():
-            if isinstance(tensor, Tensor):
-                tensor.data = tensor.data.contiguous()
+    for tensor in _tensors_in(parts):
+        tensor.data = tensor.data.contiguous()
     return dict(parts)
 
 
-def _modules_in(parts: Mapping[str, Any]) -> list[nn.Module]:
-    values = [value for part in parts.values() for value in (part.values() if isinstance(part, Mapping) else [part])]
-    return [value for value in values if isinstance(value, nn.Module)]
+def _tensors_in(parts: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Yield the tensors in the state dicts of all modules among the parts."""
+    for part in parts.values():
+        for value in part.values() if isinstance(part, Mapping) else [part]:
+            if isinstance(value, nn.Module):
+                yield from (one for one in value.state_dict(keep_vars=True).values() if isinstance(one, Tensor))
 
 
 def _hollow(tensor: Tensor) -> Tensor:
@@ -88,7 +84,7 @@ def _hollow(tensor: Tensor) -> Tensor:
     return nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
 
 
-def _known(name: str) -> Any | None:
+def _known(name: str) -> Any:
     """Return the class or function of that dotted name if it is one that may be built; else None."""
     if name == "functools.partial":
         return functools.partial
@@ -96,11 +92,9 @@ def _known(name: str) -> Any | None:
     if module_name.split(".")[0] not in ("torch", "torchmetrics", "lightning_gradnorm"):
         return None
     found = getattr(importlib.import_module(module_name), attribute, None)
-    if inspect.isclass(found) and issubclass(found, _KINDS):
-        return found
     is_plain = (
         module_name in ("torch.nn.functional", "torchmetrics.metric")
         or module_name.startswith("torchmetrics.utilities.")
         or name == "lightning_gradnorm.multitask.task.adam"  # the default optimizer
     )
-    return found if is_plain else None
+    return found if is_plain or (inspect.isclass(found) and issubclass(found, _KINDS)) else None

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -91,7 +91,7 @@ class MultiTaskModule(L.LightningModule):
             taken = "." in name or not name or hasattr(nn.ModuleDict, name)
             _check(not taken, "tasks", "named without dots, and not like a method of ModuleDict", name)
         _check(callable(optimizer), "optimizer", "a callable such as partial(torch.optim.Adam, lr=1e-3)", optimizer)
-        is_count = is_integer(accumulate_grad_batches) and accumulate_grad_batches >= 1
+        is_count = is_integer(accumulate_grad_batches, least=1)
         _check(is_count, "accumulate_grad_batches", "an integer, at least 1", accumulate_grad_batches)
         clips = gradient_clip_val is None or (is_number(gradient_clip_val) and gradient_clip_val > 0)
         _check(clips, "gradient_clip_val", "None or a positive number", gradient_clip_val)
@@ -110,17 +110,7 @@ class MultiTaskModule(L.LightningModule):
         self._architecture = architecture.pack(
             {"encoder": encoder, "tasks": dict(every), "optimizer": optimizer, "lr_scheduler": lr_scheduler}
         )
-        self.metrics = nn.ModuleDict(
-            {
-                stage: nn.ModuleDict(
-                    {
-                        name: nn.ModuleDict({metric: pattern.clone() for metric, pattern in task.metrics.items()})
-                        for name, task in tasks.items()
-                    }
-                )
-                for stage in ("val", "test")
-            }
-        )
+        self.metrics = nn.ModuleDict({stage: _cloned_metrics(tasks) for stage in ("val", "test")})
 
     @property
     def task_heads(self) -> dict[str, str]:
@@ -132,18 +122,17 @@ class MultiTaskModule(L.LightningModule):
     @override
     def forward(self, inputs: Any) -> dict[str, Any]:
         """Return the prediction of each task."""
-        return self._predict(inputs, list(self.tasks))
+        return self._predict(inputs, self.tasks)
 
     def _predict(self, inputs: Any, names: Iterable[str]) -> dict[str, Any]:
         representation = self.encoder(inputs)
         return {name: self._task(name).head(representation) for name in names}
 
     def _task(self, name: str) -> Task:
-        task = self.tasks[name]
-        assert isinstance(task, Task)
-        return task
+        return cast(Task, self.tasks[name])
 
     def _step(self, batch: Any) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any], int]:
+        """Return predictions, losses and targets by task, of the tasks that are present, and the size of the batch."""
         inputs, targets = self._unpack(batch)
         present = {name: targets[name] for name in self.tasks if targets.get(name) is not None}
         predictions = self._predict(inputs, present)
@@ -158,19 +147,14 @@ class MultiTaskModule(L.LightningModule):
         return predictions, losses, present, _batch_size(inputs)
 
     def _unpack(self, batch: Any) -> tuple[Any, Mapping[str, Any]]:
-        expected = "MultiTaskModule: a batch should be (inputs, targets) with targets a dict by task"
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            found = (
-                f"{type(batch).__name__} of length {len(batch)}"
-                if isinstance(batch, tuple | list)
-                else type(batch).__name__
-            )
-            raise TypeError(f"{expected}; got {found}")
-        inputs, targets = batch
-        if not isinstance(targets, Mapping):
+        if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Mapping)):
+            is_list = isinstance(batch, tuple | list)
+            found = f"({', '.join(type(one).__name__ for one in batch)})" if is_list else type(batch).__name__
             raise TypeError(
-                f"{expected} such as {{'{next(iter(self.tasks))}': …}}; got targets of type {type(targets).__name__}"
+                f"MultiTaskModule: a batch should be (inputs, targets) with targets a dict by task, such as "
+                f"{{'{next(iter(self.tasks))}': …}}; got {found}"
             )
+        inputs, targets = batch
         for name in targets:
             if name not in self.tasks and name not in self._left_out:
                 raise ValueError(
@@ -192,23 +176,21 @@ class MultiTaskModule(L.LightningModule):
         assert isinstance(optimizer, LightningOptimizer)
         micro_batches, is_last = self._place_in_window(batch_idx)
         strategy = self.trainer.strategy
-        waits = isinstance(strategy, ParallelStrategy) and not is_last
+        is_parallel = isinstance(strategy, ParallelStrategy)
         if losses:
             self._trained_in_epoch = True
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WatchesLosses):
                     callback.watch(losses)
             loss = _total(losses)
-            with strategy.block_backward_sync() if waits else nullcontext():  # type: ignore[attr-defined]
-                self.manual_backward(loss / micro_batches)
-            if is_logged_step(self.trainer):
-                self._log_losses("train", loss, losses, batch_size)
-        elif isinstance(strategy, ParallelStrategy):
+        elif is_parallel:
             # The other ranks, which may have tasks, wait for this one's part of the gradient and of what balances it.
-            with strategy.block_backward_sync() if waits else nullcontext():
-                self.manual_backward(
-                    _total({name: 0 * p.sum() for name, p in self.encoder.named_parameters() if p.requires_grad})
-                )
+            loss = _total({name: 0 * p.sum() for name, p in self.encoder.named_parameters() if p.requires_grad})
+        if losses or is_parallel:
+            with strategy.block_backward_sync() if is_parallel and not is_last else nullcontext():  # type: ignore[attr-defined]
+                self.manual_backward(loss / micro_batches)
+        if losses and is_logged_step(self.trainer):
+            self._log_losses("train", loss, losses, batch_size)
         if is_last:
             optimizer.step()
             optimizer.zero_grad()
@@ -228,10 +210,6 @@ class MultiTaskModule(L.LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip_val, gradient_clip_algorithm="norm")
 
     @override
-    def on_train_epoch_start(self) -> None:
-        self._trained_in_epoch = False
-
-    @override
     def on_train_epoch_end(self) -> None:
         if not self._trained_in_epoch:
             warnings.warn(
@@ -239,6 +217,7 @@ class MultiTaskModule(L.LightningModule):
                 f"(inputs, targets), targets a dict with keys among {list(self.tasks)}.",
                 stacklevel=2,
             )
+        self._trained_in_epoch = False
         self._step_scheduler("epoch")
 
     def _step_scheduler(self, interval: str) -> None:
@@ -280,10 +259,9 @@ class MultiTaskModule(L.LightningModule):
         if not losses:
             return
         self._log_losses(stage, _total(losses), losses, batch_size)
-        of_stage = self.metrics[stage]
-        assert isinstance(of_stage, nn.ModuleDict)
+        metrics: Any = self.metrics[stage]
         for name, target in targets.items():
-            for metric_name, metric in of_stage[name].items():  # type: ignore[operator]
+            for metric_name, metric in metrics[name].items():
                 metric.update(predictions[name], target)
                 self.log(f"{stage}/{metric_name}/{name}", metric, on_step=False, on_epoch=True, batch_size=batch_size)
 
@@ -295,15 +273,11 @@ class MultiTaskModule(L.LightningModule):
         return predictions
 
     def _log_losses(self, stage: str, loss: Tensor, losses: Mapping[str, Tensor], batch_size: int) -> None:
-        named = {f"{stage}/loss": loss, **{f"{stage}/loss/{name}": value for name, value in losses.items()}}
-        in_training = stage == "train"
-        self.log_dict(
-            {name: value.detach() for name, value in named.items()},
-            on_step=in_training,
-            on_epoch=not in_training,
-            sync_dist=not in_training,
-            batch_size=batch_size,
-        )
+        named = {f"{stage}/loss": loss.detach()} | {
+            f"{stage}/loss/{name}": one.detach() for name, one in losses.items()
+        }
+        by_step = stage == "train"
+        self.log_dict(named, on_step=by_step, on_epoch=not by_step, sync_dist=not by_step, batch_size=batch_size)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -322,7 +296,7 @@ class MultiTaskModule(L.LightningModule):
         Args:
             checkpoint_path: the file.
             args: as for `lightning.LightningModule.load_from_checkpoint`.
-            kwargs: likewise; among them arguments of the constructor, which take precedence over the checkpoint's.
+            kwargs: likewise; arguments of the constructor among them take precedence over the checkpoint's.
 
         Raises:
             ValueError: the architecture has classes of other packages in it; says which.
@@ -345,13 +319,21 @@ def _chosen(tasks: Mapping[str, Task], only: Sequence[str] | None) -> Mapping[st
     """Return the tasks to train, in the order of all of them."""
     if only is None:
         return tasks
-    is_list = isinstance(only, Sequence) and not isinstance(only, str) and len(only) > 0
-    _check(is_list, "only", "None or a list of tasks, such as ['depth']", only)
-    _check(len(set(only)) == len(only), "only", "a list of different tasks", only)
+    is_list = isinstance(only, Sequence) and not isinstance(only, str) and 0 < len(only) == len(set(only))
+    _check(is_list, "only", "None or a list of tasks, each once, such as ['depth']", only)
     for name in only:
         if name not in tasks:
             raise ValueError(f"MultiTaskModule: there is no task '{name}' to train; {did_you_mean(name, tasks)}")
     return {name: task for name, task in tasks.items() if name in only}
+
+
+def _cloned_metrics(tasks: Mapping[str, Task]) -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {
+            name: nn.ModuleDict({metric: pattern.clone() for metric, pattern in task.metrics.items()})
+            for name, task in tasks.items()
+        }
+    )
 
 
 def _total(losses: Mapping[str, Tensor]) -> Tensor:

@@ -42,10 +42,9 @@ class Schedule:
             _check(key in known, "lr_scheduler", f"a dict with keys among {known}", key)
         _check(callable(keys.get("scheduler")), "lr_scheduler", "a callable, or a dict with one as 'scheduler'", given)
         schedule = cls(**keys)
-        on_time = schedule.interval in ("step", "epoch")
-        _check(on_time, "lr_scheduler interval", "'step' or 'epoch'", schedule.interval)
-        is_count = is_integer(schedule.frequency, least=1)
-        _check(is_count, "lr_scheduler frequency", "an integer, at least 1", schedule.frequency)
+        interval, frequency = schedule.interval, schedule.frequency
+        _check(interval in ("step", "epoch"), "lr_scheduler interval", "'step' or 'epoch'", interval)
+        _check(is_integer(frequency, least=1), "lr_scheduler frequency", "an integer, at least 1", frequency)
         return schedule
 
     def make(self, optimizer: torch.optim.Optimizer) -> Scheduler:
@@ -55,11 +54,7 @@ class Schedule:
         return scheduler
 
     def step(self, module: L.LightningModule, interval: str) -> None:
-        """Step the module's scheduler if this is its time.
-
-        Args:
-            module: whose ``lr_schedulers()`` it is.
-            interval: what has just ended: ``"step"`` or ``"epoch"``.
+        """Step the module's scheduler if this is its time; ``interval`` has just ended: ``"step"`` or ``"epoch"``.
 
         Raises:
             ValueError: the metric that a `ReduceLROnPlateau` monitors is not logged.

@@ -39,14 +39,10 @@ class Task(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(head, nn.Module):
-            raise TypeError(f"Task: head should be a module; got {type(head).__name__}")
-        if isinstance(loss, type):
-            raise TypeError(
-                f"Task: loss should be a function of (prediction, target); got the class {loss.__name__}. "
-                f"Give an object of it: {loss.__name__}()"
-            )
-        if not callable(loss):
-            raise TypeError(f"Task: loss should be a function of (prediction, target); got {type(loss).__name__}")
+            raise TypeError(f"Task: head should be a module; got {_kind(head)}")
+        if isinstance(loss, type) or not callable(loss):
+            hint = f". Give an object of it: {loss.__name__}()" if isinstance(loss, type) else ""
+            raise TypeError(f"Task: loss should be a function of (prediction, target); got {_kind(loss)}{hint}")
         self.head = head
         self.loss = loss
         self.metrics = _by_name(metrics)
@@ -57,11 +53,14 @@ def _by_name(metrics: Metric | MetricCollection | Mapping[str, Metric] | None) -
     if isinstance(metrics, Metric):
         return {type(metrics).__name__.lower(): metrics}
     if not (metrics is None or isinstance(metrics, Mapping | MetricCollection)):
-        shown = f"the class {metrics.__name__}" if isinstance(metrics, type) else type(metrics).__name__
-        raise TypeError(f"Task: metrics should be a torchmetrics.Metric, or a mapping from name to Metric; got {shown}")
+        expected = "a torchmetrics.Metric, or a mapping from name to Metric"
+        raise TypeError(f"Task: metrics should be {expected}; got {_kind(metrics)}")
     found = dict(metrics.items() if metrics is not None else {})
     for name, metric in found.items():
         if not isinstance(metric, Metric):
-            shown = f"the class {metric.__name__}" if isinstance(metric, type) else type(metric).__name__
-            raise TypeError(f"Task: metrics['{name}'] should be a torchmetrics.Metric; got {shown}")
+            raise TypeError(f"Task: metrics['{name}'] should be a torchmetrics.Metric; got {_kind(metric)}")
     return found
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

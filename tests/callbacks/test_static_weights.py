@@ -84,13 +84,17 @@ def test_the_tasks_may_be_in_another_order(run: tuple[Path, dict[str, float]], q
 
 def test_a_run_that_is_not_there_is_told_with_what_is(run: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
     folder, _ = run
-    with pytest.raises(FileNotFoundError, match=r"a finished run, or a checkpoint; there is no nowhere\."):
+    with pytest.raises(FileNotFoundError, match=r"a finished run, or a checkpoint; there is no nowhere\. Train"):
         GradNormStatic("nowhere")
     (folder / "other").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"run/other/checkpoints/last\.ckpt is none; there is none\."):
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no .*run/other/checkpoints/last\.ckpt\. Train with GradNorm"
+    ):
         GradNormStatic(folder / "other")
     (folder / "checkpoints/last.ckpt").rename(folder / "checkpoints/best.ckpt")
-    with pytest.raises(FileNotFoundError, match=r"it has .*run/checkpoints/best\.ckpt: give one of them"):
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no .*last\.ckpt\. Give one of .*run/checkpoints/best\.ckpt\."
+    ):
         GradNormStatic(folder)
     (tmp_path / "notes.ckpt").write_text("weights")
     with pytest.raises(ValueError, match=r"notes\.ckpt cannot be read as one \(\w+\)"):

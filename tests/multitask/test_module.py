@@ -236,7 +236,7 @@ def test_a_checkpoint_knows_which_tasks_were_chosen(quiet_trainer, tmp_path) -> 
     ("only", "expected"),
     [
         (["c"], "there is no task 'c' to train; it has 'a', 'b'"),
-        ([], r"only should be None or a list of tasks, such as \['depth'\]; got \[\]"),
+        ([], r"only should be None or a list of tasks, each once, such as \['depth'\]; got \[\]"),
         ("a", "only should be None or a list of tasks"),
     ],
 )

@@ -303,8 +303,8 @@ def test_a_callback_that_does_not_fit_the_module_is_told_the_name(
     fails(quiet_trainer, multi_task_module(3), callback, type(callback).__name__, *expected)
 
 
-def test_negative_initial_losses_are_an_error_before_the_tasks_are_known() -> None:
-    with pytest.raises(ValueError, match=r"GradNorm: initial_losses\['seg'\] should be positive and finite; got -1.0"):
+def test_initial_losses_are_checked_before_the_tasks_are_known() -> None:
+    with pytest.raises(ValueError, match=r"GradNorm: initial_losses\['seg'\] should be positive and finite; got -1\.0"):
         GradNorm(initial_losses={**ONES, "seg": -1.0})
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-IMPORTS: Mapping[tuple[str, str], str] = {
-    ("monitor/callback.py", "callbacks"): "the Lightning side of losses, logging and the Trainer is in callbacks",
-    ("multitask/module.py", "callbacks"): "which steps Lightning logs is asked in callbacks",
-}
+IMPORTS: Mapping[tuple[str, str], str] = {}
 """(file, part of the package or third-party package) → reason."""
 
 LONG_FILES: Mapping[str, str] = {}

@@ -16,8 +16,8 @@ PARTS: dict[str, set[str]] = {
     "gradients": {"_messages"},
     "engine": {"_messages", "gradients"},
     "callbacks": {*LEAVES, "engine", "gradients", "strategies"},
-    "monitor": {"_messages", "engine", "gradients"},
-    "multitask": {"_messages", "engine", "gradients"},
+    "monitor": {"_messages", "callbacks", "engine", "gradients"},  # callbacks: the Lightning side that both share
+    "multitask": {"_messages", "callbacks", "engine", "gradients"},
     "__init__": {*LEAVES, "callbacks", "engine", "gradients", "monitor", "multitask", "strategies"},
     "experiments": {
         *LEAVES,
