@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
-from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -34,47 +33,6 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *arrived: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *ctx.replace(arrived)
-
-
-class _GateState:
-    """The gate of one forward pass behind ``inputs``, the trunk's outputs, and the gradients that were read for it."""
-
-    def __init__(
-        self, inputs: list[Tensor], replace: Callable[[ReferenceType[_GateState], Gradients], Gradients], T: int
-    ):
-        self.inputs = inputs
-        # A weak reference: the graph holds the function, and this state holds the graph. A strong one would close a cycle,
-        # and the whole graph would stay in memory until the garbage collector runs.
-        self.views: list[Tensor] = list(_Gate.apply(partial(replace, ref(self)), *inputs))  # type: ignore[no-untyped-call]
-        self.other_paths: set[Node] = set()
-        """The nodes through which gradients arrive here that do not belong to a task."""
-        self.was_passed = False
-        """Whether a backward pass has passed the gate."""
-        self._T = T
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget what was read."""
-        self.matrix: Tensor | None = None
-        self.read_tasks: set[str] = set()
-        self.passed_through: set[str] = set()
-        """Tasks whose gradient was read on its way here and also arrives at the gate, summed with everything else."""
-        self.reached: set[int] = set()
-        """Indices of the representation's tensors that any task's gradient has reached."""
-
-    @property
-    def rows(self) -> Tensor:
-        """J, shape (T, n)."""
-        if self.matrix is None:
-            dtype = torch.float64 if any(view.dtype == torch.float64 for view in self.views) else torch.float32
-            width = sum(view.numel() for view in self.views)
-            self.matrix = torch.zeros(self._T, width, dtype=dtype, device=self.views[0].device)
-        return self.matrix
-
-    def split(self, row: Tensor) -> list[Tensor]:
-        """Return a vector of n values as views of the shapes of the representation's tensors."""
-        pieces = torch.split(row, [view.numel() for view in self.views])
-        return [piece.view(view.shape) for piece, view in zip(pieces, self.views, strict=True)]
 
 
 class JointGradients(GradientReader):
@@ -109,11 +67,31 @@ class JointGradients(GradientReader):
     module: nn.Module
 
     def __init__(self, module: nn.Module, name: str, tasks: Sequence[str], combine: Callable[[Tensor], Tensor | None]):
-        self.module, self.label, self.targets = module, name, []
+        self.module, self.label = module, name
         self._row_of = {task: row for row, task in enumerate(tasks)}
         self._combine = combine
-        self._state: _GateState | None = None
         self._in_backward = False
+        self._gates = 0
+        self._forget_gate()
+
+    def _forget_gate(self) -> None:
+        self._gates += 1  # a gate of an earlier forward pass is the identity
+        self._inputs: list[Tensor] = []
+        self.targets = []
+        self.other_paths: set[Node] = set()
+        """The nodes on paths to the gate that avoid the places where the tasks' gradients are read."""
+        self.was_passed = False
+        """Whether a backward pass has passed the current forward pass's gate."""
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        self._matrix: Tensor | None = None
+        self.read_tasks: set[str] = set()
+        """The tasks whose gradient has arrived in the current backward pass."""
+        self._passed_through: set[str] = (
+            set()
+        )  # those whose gradient also arrives at the gate, summed with everything else
+        self._reached: set[int] = set()  # indices of the representation's tensors that any task's gradient has reached
 
     def forward_post(self, output: Any) -> Any:
         """Return the encoder's output with a gate behind it.
@@ -125,18 +103,34 @@ class JointGradients(GradientReader):
         return replace_tensors(output, self._open_gate)
 
     def _open_gate(self, inputs: list[Tensor]) -> list[Tensor]:
-        if self._state is not None and not self._state.was_passed:
+        if self.targets and not self.was_passed:
             raise ValueError(
                 f"{self.label} is called more than once in one forward pass, so that the tasks' gradients do not meet in one "
                 f"place. Give it one batch made of all its inputs (torch.cat), or name a module that is called once."
             )
-        self._state = _GateState(inputs, self._replace_gradient, len(self._row_of))
-        self.targets = self._state.views
+        self._forget_gate()
+        self._inputs = inputs
+        # Known to the graph by its number. A reference to its tensors, which hold the graph, would close a cycle.
+        self.targets = [*_Gate.apply(partial(self._replace_gradient, self._gates), *inputs)]  # type: ignore[no-untyped-call]
         return self.targets
+
+    @property
+    def _rows(self) -> Tensor:
+        """J, shape (T, n)."""
+        if self._matrix is None:
+            dtype = torch.float64 if any(view.dtype == torch.float64 for view in self.targets) else torch.float32
+            width = sum(view.numel() for view in self.targets)
+            self._matrix = torch.zeros(len(self._row_of), width, dtype=dtype, device=self.targets[0].device)
+        return self._matrix
+
+    def _split(self, row: Tensor) -> list[Tensor]:
+        """Return a vector of n values as views of the shapes of the representation's tensors."""
+        pieces = torch.split(row, [view.numel() for view in self.targets])
+        return [piece.view(view.shape) for piece, view in zip(pieces, self.targets, strict=True)]
 
     def why_unreadable(self, loss: Tensor) -> str | None:
         """Return why this task's gradient cannot be read here (the end of an error message), or None."""
-        if self._state is None:
+        if not self.targets:
             return (
                 f"cannot be read at {self.label}, which was not called in the forward pass (itself, not its forward or another "
                 f"method), or returned no tensors that carry a gradient, alone or in tuples, lists and dicts."
@@ -158,64 +152,43 @@ class JointGradients(GradientReader):
             stop: the nodes at which the tasks' gradients are read.
         """
         self._in_backward = True
-        if self._state is not None:
-            self._state.other_paths = nodes_on_paths([node_of(backpropagated)], self._state.views, stop=stop)
+        self.other_paths = nodes_on_paths([node_of(backpropagated)], self.targets, stop=stop)
 
     def is_reached_from(self, backpropagated: Tensor) -> bool:
         """Return True if a backward pass from this tensor reaches the gate of the current forward pass."""
         gate = {node_of(view) for view in self.targets[:1]}
         return bool(gate & reachable_nodes([node_of(backpropagated)], stop=gate))
 
-    @property
-    def other_paths(self) -> Collection[Node]:
-        """The nodes on paths to the gate that avoid the places where the tasks' gradients are read."""
-        return set() if self._state is None else self._state.other_paths
-
-    @property
-    def was_passed(self) -> bool:
-        """Whether a backward pass has passed the current forward pass's gate."""
-        return self._state is not None and self._state.was_passed
-
-    @property
-    def read_tasks(self) -> Collection[str]:
-        """The tasks whose gradient has arrived in the current backward pass."""
-        return set() if self._state is None else self._state.read_tasks
-
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> object:
         """Add the task's gradient at the representation to its row."""
-        state = self._state
-        assert state is not None
         arrived = dict(zip(map(id, outputs), gradients, strict=True))
-        at_gate = arrived.keys() <= set(map(id, state.views))
+        at_gate = arrived.keys() <= set(map(id, self.targets))
         if at_gate:
-            found = [arrived.get(id(view)) for view in state.views]
+            found = [arrived.get(id(view)) for view in self.targets]
         else:  # other nodes lie between, such as the head when gradients are read at the loss: traverse them first
-            found = list(torch.autograd.grad(outputs, state.views, gradients, retain_graph=True, allow_unused=True))
-            state.passed_through.add(task)
-        row = state.rows[self._row_of[task]]
-        for place, (piece, gradient) in enumerate(zip(state.split(row), found, strict=True)):
+            found = list(torch.autograd.grad(outputs, self.targets, gradients, retain_graph=True, allow_unused=True))
+            self._passed_through.add(task)
+        for place, (piece, gradient) in enumerate(zip(self._split(self._rows[self._row_of[task]]), found, strict=True)):
             if gradient is not None:
                 piece.add_(gradient)
-                state.reached.add(place)
-        state.read_tasks.add(task)
+                self._reached.add(place)
+        self.read_tasks.add(task)
         return TAKEN if at_gate else None
 
     def read_trunk_gradients(self, reader: WeightGradients) -> None:
         """Have ``reader`` read each task's gradient at the trunk's parameters: one pass through the trunk per task."""
-        state = self._state
-        assert state is not None
-        for task in state.read_tasks:
-            pieces = state.split(state.rows[self._row_of[task]])
-            gradients = [piece.to(tensor.dtype) for piece, tensor in zip(pieces, state.inputs, strict=True)]
-            reader.read(task, state.inputs, gradients)
+        for task in self.read_tasks:
+            pieces = self._split(self._rows[self._row_of[task]])
+            gradients = [piece.to(tensor.dtype) for piece, tensor in zip(pieces, self._inputs, strict=True)]
+            reader.read(task, self._inputs, gradients)
 
     def trunk_nodes(self) -> set[Node]:
         """Return the graph's nodes behind the representation in the current forward pass."""
-        return set() if self._state is None else reachable_nodes([node_of(tensor) for tensor in self._state.inputs])
+        return reachable_nodes(map(node_of, self._inputs))
 
     def trunk_parameters(self) -> list[Tensor]:
         """Return the shared parameters: those behind the representation in the current forward pass."""
-        return [] if self._state is None else leaves_behind(self._state.inputs)
+        return leaves_behind(self._inputs)
 
     def on_backward_end(self) -> None:
         """Make the gate the identity again."""
@@ -223,35 +196,33 @@ class JointGradients(GradientReader):
 
     def release_graph(self) -> None:
         """Release the current forward pass."""
-        self._state, self.targets, self._in_backward = None, [], False
+        self._in_backward = False
+        self._forget_gate()
 
-    def _replace_gradient(self, of: ReferenceType[_GateState], arrived: Gradients) -> Gradients:
+    def _replace_gradient(self, gate: int, arrived: Gradients) -> Gradients:
         """Return the gradients that continue into the trunk. Called in the gate's backward."""
-        state = of()
-        if not self._in_backward or state is None or state is not self._state:
+        if not self._in_backward or gate != self._gates:
             return arrived
-        with torch.no_grad(), torch.autocast(state.views[0].device.type, enabled=False):
-            return self._add_combined(state, self._gradients_of_no_task(state, arrived))
+        with torch.no_grad(), torch.autocast(self.targets[0].device.type, enabled=False):
+            gradients = self._without_tasks(arrived)
+            combined = self._combine(self._rows)
+            for place, piece in enumerate([] if combined is None else self._split(combined)):
+                if place in self._reached:  # a tensor that no head reads has no gradient, rather than one of zeros
+                    before = gradients[place]
+                    gradients[place] = piece if before is None else before + piece
+        self._forget_gradients()  # a second backward pass from other losses may follow
+        self.was_passed = True
+        return [g if g is None else g.to(tensor.dtype) for g, tensor in zip(gradients, self._inputs, strict=True)]
 
-    def _gradients_of_no_task(self, state: _GateState, arrived: Gradients) -> list[Tensor | None]:
+    def _without_tasks(self, arrived: Gradients) -> list[Tensor | None]:
         """Return what has arrived without the tasks' gradients in it.
 
         A gradient read at a branch has stopped there (`TAKEN`). One read at a loss is part of the sum that arrives here.
         """
-        if not state.other_paths:
+        if not self.other_paths:
             return [None] * len(arrived)  # only the tasks' gradients arrive; they are replaced
         others = list(arrived)
-        for task in state.passed_through:
-            pieces = state.split(state.rows[self._row_of[task]])
+        for task in self._passed_through:
+            pieces = self._split(self._rows[self._row_of[task]])
             others = [a if a is None else a - piece for a, piece in zip(others, pieces, strict=True)]
         return others
-
-    def _add_combined(self, state: _GateState, gradients: list[Tensor | None]) -> Gradients:
-        combined = self._combine(state.rows)
-        for place, piece in enumerate([] if combined is None else state.split(combined)):
-            if place in state.reached:  # a tensor that no head reads has no gradient, rather than one of zeros
-                before = gradients[place]
-                gradients[place] = piece if before is None else before + piece
-        state.reset()  # a second backward pass from other losses may follow
-        state.was_passed = True
-        return [g if g is None else g.to(tensor.dtype) for g, tensor in zip(gradients, state.inputs, strict=True)]

@@ -122,9 +122,9 @@ class RowReader(GradientReader):
     def _complete(self, *tasks: str) -> None:
         """Bring the rows of these tasks, by default of all, up to date. Called before a row is used."""
 
-    @abstractmethod
     def width(self) -> int:
-        """Return n, the length of a row."""
+        """Return n, the length of a row: the number of values in the targets."""
+        return row_width(self.targets)
 
     def rows(self, tasks: Sequence[str], like: Tensor) -> Tensor:
         """Return the sums so far, shape (T, n), zero for a task not seen, in the dtype and on the device of ``like``."""
@@ -214,10 +214,6 @@ class WeightGradients(RowReader):
         """Forget what was read: a new optimizer step begins."""
         super().reset()
         self.unreached.clear()
-
-    def width(self) -> int:
-        """Return the number of values in ``W``."""
-        return row_width(self.targets)
 
 
 class ActivationGradients(RowReader):

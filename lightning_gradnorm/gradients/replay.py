@@ -78,12 +78,16 @@ class ReplayedGradients(RowReader):
         super().__init__()
         self.module = module
         self._name, self.label = name, f"the output of '{name}'"
-        self.targets = []
         self._module = getattr(module, "_orig_mod", module)  # the module inside a torch.compile wrapper
         self._parameters = list(parameters)
         self._calls: list[_Call] = []
         self._running: list[_Call] = []
         self._verified = False
+
+    @property
+    def targets(self) -> list[Tensor]:  # type: ignore[override]  # not a list: a reentrant checkpoint adds gradients later
+        """The module's outputs in this forward pass that carry a gradient."""
+        return [tensor for call in self._calls for tensor in call.outputs if tensor.requires_grad]
 
     def width(self) -> int:
         """Return the number of values in ``W``."""
@@ -114,7 +118,6 @@ class ReplayedGradients(RowReader):
         call = self._running.pop()
         views = pytree.tree_map_only(Tensor, lambda tensor: tensor.view_as(tensor), output)
         call.outputs = _tensors_in(views)
-        self.targets += [tensor for tensor in call.outputs if tensor.requires_grad]
         self._calls.append(call)
         return views
 
@@ -141,7 +144,7 @@ class ReplayedGradients(RowReader):
 
     def release_graph(self) -> None:
         """Release the current forward pass."""
-        self._calls, self._running, self.targets = [], [], []
+        self._calls, self._running = [], []
 
     def _whole_tensors(self) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Return the tensors that replace parameters and buffers in the second run, by name; and those that replace ``W``.

@@ -70,9 +70,6 @@ class DBMTLWeighting(Weighting[PSDMatrix]):
         norms = gramian.diagonal().clamp(min=0).sqrt()
         return torch.where(norms == 0, 0.0, norms.max() / torch.where(norms == 0, 1.0, norms))
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
-
 
 class DBMTL(LazyBufferModule, Aggregator, Stateful):
     """The gradient part of DB-MTL; the gradients that it is given are to be those of `LogSum`'s terms.

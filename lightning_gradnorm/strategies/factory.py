@@ -67,6 +67,11 @@ def with_equal_preferences(number_of_tasks: int, /, scalarizer: Callable[..., Ma
         _partial_: true
         scalarizer: {_target_: torchjd.scalarization.PBI, _partial_: true, theta: 5.0}
 
+    Args:
+        number_of_tasks: T.
+        scalarizer: what is called with ``weights``.
+        options: its other arguments.
+
     Example:
         >>> from functools import partial
         >>> from torchjd.scalarization import COSMOS

@@ -105,7 +105,7 @@ AT_THE_START = [
     case("UW for two tasks", scalarization(js.UW(2)), "UW", "3 losses", "(2,)"),
     case("PBI with two preferences", scalarization(js.PBI(5.0, VECTOR)), "PBI", "weights", "2"),
     case("Uncertainty of a task that is misspelt", scalarization(Uncertainty(["dept"])), "'dept'", "did you mean 'depth'"),
-    case("AMNL with a weight too few", scalarization(AMNL(weights={"seg": 0.5, "depth": 0.5})), "'normal' is missing"),
+    case("AMNL with a weight too few", scalarization(AMNL(weights={"seg": 0.5, "depth": 0.5})), "['normal'] are missing"),
     case("a scalarizer that is a number", scalarization(1.5), "scalarizer should be a module", "1.5"),
     case("a scalarizer that is None", scalarization(None), "scalarizer should be a module", "None"),
     case("what makes no module", scalarization(lambda T: T), "scalarizer should be a module", "got 3"),
