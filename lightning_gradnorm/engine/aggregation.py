@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lightning_gradnorm.engine.layers import find_module
 from lightning_gradnorm.engine.measurement import LossMeasurement, Setting
-from lightning_gradnorm.engine.ranks import CpuProcessGroup
 from lightning_gradnorm.engine.rule import GradientRule
 from lightning_gradnorm.engine.shared_parameters import SharedParameters
 from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState
@@ -30,7 +29,7 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
         self.gramian: Tensor | None = None
         """``J Jᵀ`` of the last backward pass, over all ranks (for aggregations of the matrix: of this rank)."""
         self._buffers = BufferGuard(setting.model.buffers())
-        self._group = CpuProcessGroup(setting.loop.ranks, setting.options.get("timeout"))
+        self._on_cpu = setting.loop.ranks.on_cpu(setting.options.get("timeout"))
         self._shared: SharedParameters | None = None
 
     def candidates(self, W: Mapping[str, nn.Parameter], uncompiled: Collection[nn.Module]) -> list[GradientReader]:
@@ -39,7 +38,7 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
         encoder = find_module(setting.model, setting.representation, caller=f"{setting.caller}: representation")
         gate = JointGradients(encoder, f"'{setting.representation}'", setting.tasks, self._combine)
         if self.rule.of_parameters:
-            self._shared = SharedParameters(setting, gate, self._group)
+            self._shared = SharedParameters(setting, gate, self._on_cpu)
         return [gate]
 
     @property
@@ -86,7 +85,7 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
     def _agree(self, gramian: Tensor, present: Sequence[bool]) -> Tensor:
         """Return the weights λ of the Gramian of all ranks together."""
         table = torch.cat([gramian, torch.tensor(present, dtype=gramian.dtype)[:, None]], dim=1)
-        table = self._group.sum(table)
+        table = self._on_cpu.sum(table)
         self.gramian = table[:, :-1] / self.setting.loop.ranks.size**2
         return self._weigh_on_all_ranks(self.gramian, table[:, -1] > 0)
 
@@ -94,7 +93,7 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
         """Return rank 0's weights λ."""
         rule = self.rule
         rule.weigh_gradients(gramian, present, matrix)
-        weights = self._group.broadcast_from_rank0(rule.gradient_weights.cpu())
+        weights = self._on_cpu.broadcast_from_rank0(rule.gradient_weights.cpu())
         rule.gradient_weights = weights.to(rule.gradient_weights)
         return rule.gradient_weights * present.to(rule.gradient_weights)
 
@@ -155,5 +154,5 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
 
     def close(self) -> None:
         """Destroy the process group."""
-        self._group.close()
+        self._on_cpu.close()
         self._shared = None

@@ -20,10 +20,12 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that train together, in torch.distributed's default group."""
+    """The processes that train together. With one, every method returns its argument."""
 
     size: int = 1
     index: int = 0
+    group: dist.ProcessGroup | None = None
+    """``None``: torch.distributed's default group."""
 
     @classmethod
     def current(cls) -> Ranks:
@@ -32,18 +34,35 @@ class Ranks:
             return cls(dist.get_world_size(), dist.get_rank())
         return cls()
 
+    def on_cpu(self, timeout: timedelta | None = None) -> Ranks:
+        """Return the same ranks in a new gloo group, for sums in the middle of a backward pass; `close` it.
+
+        Collectives of one group must be called in the same order on all ranks. Nobody can promise that in backward, where DDP's
+        reductions start as gradients become ready. Nothing else is ever called in this group.
+        """
+        group = dist.new_group(backend="gloo", timeout=timeout) if self.size > 1 else None
+        return Ranks(self.size, self.index, group)
+
+    def close(self) -> None:
+        """Destroy the group of `on_cpu`."""
+        if self.group is not None and dist.is_initialized():
+            dist.destroy_process_group(self.group)
+
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum of a tensor over the ranks."""
         if self.size > 1:
             values = values.contiguous().clone()
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
         return values
 
     def broadcast_from_rank0(self, values: Tensor) -> Tensor:
-        """Return rank 0's tensor, of the same shape on all ranks."""
+        """Return rank 0's tensor, of the same shape on all ranks.
+
+        A solver may give different last bits for the same numbers, depending on how they are aligned in memory.
+        """
         if self.size > 1:
             values = values.contiguous().clone()
-            dist.broadcast(values, src=0)
+            dist.broadcast(values, src=0, group=self.group)
         return values
 
     def broadcast_object(self, value: Value) -> Value:
@@ -81,44 +100,6 @@ class Ranks:
         """Warn on rank 0."""
         if self.index == 0:
             warnings.warn(message, stacklevel=3)
-
-
-class CpuProcessGroup:
-    """A gloo group for sums in the middle of a backward pass, beside whatever DDP is reducing at that moment.
-
-    Collectives of one group must be called in the same order on all ranks. Nobody can promise that in backward, where DDP's
-    reductions start as gradients become ready. Nothing else is ever called in this group.
-
-    Args:
-        ranks: with one rank there is no group.
-        timeout: of its collectives; torch's default if ``None``.
-    """
-
-    def __init__(self, ranks: Ranks, timeout: timedelta | None = None) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if ranks.size > 1 else None
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of a CPU tensor over the ranks."""
-        if self._group is not None:
-            values = values.contiguous().clone()
-            dist.all_reduce(values, group=self._group)
-        return values
-
-    def broadcast_from_rank0(self, values: Tensor) -> Tensor:
-        """Return rank 0's CPU tensor, of the same shape on all ranks.
-
-        A solver may give different last bits for the same numbers, depending on how they are aligned in memory.
-        """
-        if self._group is not None:
-            values = values.contiguous().clone()
-            dist.broadcast(values, src=0, group=self._group)
-        return values
-
-    def close(self) -> None:
-        """Destroy the group."""
-        group, self._group = self._group, None
-        if group is not None and dist.is_initialized():
-            dist.destroy_process_group(group)
 
 
 def all_reduce_losses(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradnorm.engine.measurement import Setting
-from lightning_gradnorm.engine.ranks import CpuProcessGroup
+from lightning_gradnorm.engine.ranks import Ranks
 from lightning_gradnorm.engine.step_state import OptimizerStepState
 from lightning_gradnorm.gradients import JointGradients, WeightGradients, reason_not_retraversable
 
@@ -17,13 +17,13 @@ class SharedParameters:
     Args:
         setting: where the aggregation is at work.
         gate: where the task gradients meet; it lets none of them through to the trunk.
-        group: lets the ranks agree.
+        on_cpu: the ranks in a group that may be used within backward.
     """
 
-    def __init__(self, setting: Setting, gate: JointGradients, group: CpuProcessGroup) -> None:
+    def __init__(self, setting: Setting, gate: JointGradients, on_cpu: Ranks) -> None:
         self._setting = setting
         self._gate = gate
-        self._group = group
+        self._on_cpu = on_cpu
         self._reader: WeightGradients | None = None
         self._size = 1.0
 
@@ -44,7 +44,7 @@ class SharedParameters:
         before = [] if self._reader is None else self._reader.targets
         known = {id(parameter) for parameter in [*self._gate.trunk_parameters(), *before]}
         parameters = [parameter for parameter in self._setting.model.parameters() if parameter.requires_grad]
-        counts = self._group.sum(torch.tensor([float(id(parameter) in known) for parameter in parameters]))
+        counts = self._on_cpu.sum(torch.tensor([float(id(parameter) in known) for parameter in parameters]))
         shared = [parameter for parameter, count in zip(parameters, counts.tolist(), strict=True) if count]
         if self._reader is not None:
             self._reader.set_targets(shared)

@@ -140,14 +140,11 @@ class Part:
 
 
 def _is_default(value: Any, parameter: inspect.Parameter | None) -> bool:
-    """Return True if this is the default, and one that is an object, such as an optimizer."""
-    made = value.make() if isinstance(value, Part) else None
-    default = None if parameter is None else parameter.default
-    return (
-        isinstance(made, partial)
-        and isinstance(default, partial)
-        and (made.func, made.args, made.keywords) == (default.func, default.args, default.keywords)
-    )
+    """Return True if this makes the same optimizer as the default of an ``optimizer`` parameter does."""
+    if parameter is None or parameter.name != "optimizer" or not isinstance(value, Part):
+        return False
+    one, other = (make([torch.zeros(1, requires_grad=True)]) for make in (value.make(), parameter.default))
+    return bool(type(one) is type(other) and one.defaults == other.defaults)
 
 
 def _python(value: Any) -> str:

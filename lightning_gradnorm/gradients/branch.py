@@ -10,6 +10,7 @@ the backward of its own head, and its gradient can be consumed before the next h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -76,15 +77,26 @@ def branch(representation: Tree, receive: Receive) -> tuple[Tree, Node | None]:
             return representation, None
         (view,) = _Branch.apply(receive, (representation,), representation)  # type: ignore[no-untyped-call]
         return view, view.grad_fn
-    leaves, structure = pytree.tree_flatten(representation)
+    views: list[Tensor] = []
+
+    def make(tensors: list[Tensor]) -> list[Tensor]:
+        views.extend(_Branch.apply(receive, tuple(tensors), *tensors))  # type: ignore[no-untyped-call]
+        return views
+
+    tree = replace_tensors(representation, make)
+    return tree, views[0].grad_fn if views else None
+
+
+def replace_tensors(tree: Tree, make: Callable[[list[Tensor]], list[Tensor]]) -> Tree:
+    """Return the same structure with what ``make`` returns in place of the tensors that carry a gradient, if there are any."""
+    leaves, structure = pytree.tree_flatten(tree)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
     if not places:
-        return representation, None
-    tensors = tuple(leaves[i] for i in places)
-    views = _Branch.apply(receive, tensors, *tensors)  # type: ignore[no-untyped-call]
-    for place, view in zip(places, views, strict=True):
-        leaves[place] = view
-    return pytree.tree_unflatten(leaves, structure), views[0].grad_fn
+        return tree
+    for place, new in zip(places, make([leaves[i] for i in places]), strict=True):
+        leaves[place] = new
+    replaced: Tree = pytree.tree_unflatten(leaves, structure)
+    return replaced
 
 
 def fan_out(
@@ -106,8 +118,4 @@ def fan_out(
         >>> reader.norms(["a", "b"]).shape
         torch.Size([2])
     """
-
-    def receiver(task: str) -> Receive:
-        return lambda tensors, gradients: receive(task, tensors, gradients)
-
-    return {task: branch(representation, receiver(task))[0] for task in tasks}
+    return {task: branch(representation, partial(receive, task))[0] for task in tasks}

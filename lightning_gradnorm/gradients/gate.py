@@ -16,9 +16,8 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.utils import _pytree as pytree
 
-from lightning_gradnorm.gradients.branch import TAKEN
+from lightning_gradnorm.gradients.branch import TAKEN, replace_tensors
 from lightning_gradnorm.gradients.graph import leaves_behind, node_of, nodes_on_paths, reachable_nodes
 from lightning_gradnorm.gradients.readers import GradientReader, WeightGradients
 
@@ -38,17 +37,11 @@ class _Gate(torch.autograd.Function):
 
 
 class _GateState:
-    """The gate of one forward pass, and the gradients that have been read for it.
-
-    Args:
-        inputs: the representation's tensors, outputs of the trunk.
-        replace: called in the gate's backward with this state and the gradients that arrived.
-        T: the number of tasks.
-    """
+    """The gate of one forward pass behind ``inputs``, the trunk's outputs, and the gradients that were read for it."""
 
     def __init__(
         self, inputs: list[Tensor], replace: Callable[[ReferenceType[_GateState], Gradients], Gradients], T: int
-    ) -> None:
+    ):
         self.inputs = inputs
         # A weak reference: the graph holds the function, and this state holds the graph. A strong one would close a cycle,
         # and the whole graph would stay in memory until the garbage collector runs.
@@ -70,10 +63,6 @@ class _GateState:
         """Indices of the representation's tensors that any task's gradient has reached."""
 
     @property
-    def node(self) -> Node:
-        return node_of(self.views[0])
-
-    @property
     def rows(self) -> Tensor:
         """J, shape (T, n)."""
         if self.matrix is None:
@@ -87,15 +76,13 @@ class _GateState:
         pieces = torch.split(row, [view.numel() for view in self.views])
         return [piece.view(view.shape) for piece, view in zip(pieces, self.views, strict=True)]
 
-    def index_of(self, tensor: Tensor) -> int | None:
-        return next((i for i, view in enumerate(self.views) if view is tensor), None)
-
 
 class JointGradients(GradientReader):
     """Reads ``∇_z L_i`` of all tasks and replaces their sum by the result of ``combine``.
 
     The gate only acts in a backward pass between `begin` and `on_backward_end`. In any other, for a gradient that the user
-    computes, it is the identity.
+    computes, it is the identity. A gradient that does not come from a task, from a regularizer of the representation for
+    example, passes unchanged.
 
     Args:
         module: the encoder, whose output is the representation.
@@ -104,8 +91,6 @@ class JointGradients(GradientReader):
         combine: called in backward, once per forward pass, with J of shape (T, n), zero in the rows of absent tasks, in
             float32 (float64 if the representation is). Returns a vector of n values that continues through the trunk, or
             ``None`` for nothing.
-
-    A gradient that does not come from a task, from a regularizer of the representation for example, passes unchanged.
 
     Example:
         >>> trunk, heads = torch.nn.Linear(3, 4), {"a": torch.nn.Linear(4, 1), "b": torch.nn.Linear(4, 1)}
@@ -124,22 +109,11 @@ class JointGradients(GradientReader):
     module: nn.Module
 
     def __init__(self, module: nn.Module, name: str, tasks: Sequence[str], combine: Callable[[Tensor], Tensor | None]):
-        self.module = module
-        self._name = name
+        self.module, self.label, self.targets = module, name, []
         self._row_of = {task: row for row, task in enumerate(tasks)}
         self._combine = combine
         self._state: _GateState | None = None
         self._in_backward = False
-
-    @property
-    def label(self) -> str:
-        """The representation."""
-        return self._name
-
-    @property
-    def targets(self) -> list[Tensor]:
-        """The gate's outputs, which the heads read in the current forward pass."""
-        return [] if self._state is None else self._state.views
 
     def forward_post(self, output: Any) -> Any:
         """Return the encoder's output with a gate behind it.
@@ -148,35 +122,31 @@ class JointGradients(GradientReader):
             ValueError: the encoder was called before in this forward pass. Each call would need a gate of its own, and each
                 gate would have to wait for the others.
         """
-        leaves, structure = pytree.tree_flatten(output)
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        if not places:
-            return None
+        return replace_tensors(output, self._open_gate)
+
+    def _open_gate(self, inputs: list[Tensor]) -> list[Tensor]:
         if self._state is not None and not self._state.was_passed:
             raise ValueError(
-                f"{self._name} is called more than once in one forward pass, so that the tasks' gradients do not meet in one "
-                f"place. Give it one batch made of all its inputs (torch.cat), or name as representation a module that is "
-                f"called once."
+                f"{self.label} is called more than once in one forward pass, so that the tasks' gradients do not meet in one "
+                f"place. Give it one batch made of all its inputs (torch.cat), or name a module that is called once."
             )
-        self._state = _GateState([leaves[i] for i in places], self._replace_gradient, len(self._row_of))
-        for place, view in zip(places, self._state.views, strict=True):
-            leaves[place] = view
-        return pytree.tree_unflatten(leaves, structure)
+        self._state = _GateState(inputs, self._replace_gradient, len(self._row_of))
+        self.targets = self._state.views
+        return self.targets
 
     def why_unreadable(self, loss: Tensor) -> str | None:
         """Return why this task's gradient cannot be read here (the end of an error message), or None."""
         if self._state is None:
             return (
-                f"cannot be read at {self._name}, which was not called in the forward pass (itself, not its forward or another "
-                f"method), or returned no tensors, nor tuples, lists or dicts of tensors that carry a gradient."
+                f"cannot be read at {self.label}, which was not called in the forward pass (itself, not its forward or another "
+                f"method), or returned no tensors that carry a gradient, alone or in tuples, lists and dicts."
             )
         # Nodes of parameters are excluded: a loss may read a weight of the trunk directly, as a weight penalty does.
         inside = {node for node in self.trunk_nodes() if not hasattr(node, "variable")}
-        if inside & reachable_nodes([node_of(loss)], stop={self._state.node}):
+        if inside & reachable_nodes([node_of(loss)], stop={node_of(self.targets[0])}):
             return (
-                f"reaches what is within {self._name} by a way that does not pass its output, a skip connection say, so that "
-                f"part of its gradient would not be aggregated. Name as representation the module whose output is all that "
-                f"the heads read, or have the encoder return what they read."
+                f"reaches what is within {self.label} by a way that does not pass its output, a skip connection say. Name as "
+                f"representation the module whose output is all that the heads read, or have the encoder return what they read."
             )
         return None
 
@@ -193,8 +163,8 @@ class JointGradients(GradientReader):
 
     def is_reached_from(self, backpropagated: Tensor) -> bool:
         """Return True if a backward pass from this tensor reaches the gate of the current forward pass."""
-        gate = None if self._state is None else self._state.node
-        return gate is not None and gate in reachable_nodes([node_of(backpropagated)], stop={gate})
+        gate = {node_of(view) for view in self.targets[:1]}
+        return bool(gate & reachable_nodes([node_of(backpropagated)], stop=gate))
 
     @property
     def other_paths(self) -> Collection[Node]:
@@ -215,12 +185,10 @@ class JointGradients(GradientReader):
         """Add the task's gradient at the representation to its row."""
         state = self._state
         assert state is not None
-        places = [state.index_of(output) for output in outputs]
-        at_gate = None not in places
-        found: list[Tensor | None]
+        arrived = dict(zip(map(id, outputs), gradients, strict=True))
+        at_gate = arrived.keys() <= set(map(id, state.views))
         if at_gate:
-            by_place = dict(zip(places, gradients, strict=True))
-            found = [by_place.get(i) for i in range(len(state.views))]
+            found = [arrived.get(id(view)) for view in state.views]
         else:  # other nodes lie between, such as the head when gradients are read at the loss: traverse them first
             found = list(torch.autograd.grad(outputs, state.views, gradients, retain_graph=True, allow_unused=True))
             state.passed_through.add(task)
@@ -255,7 +223,7 @@ class JointGradients(GradientReader):
 
     def release_graph(self) -> None:
         """Release the current forward pass."""
-        self._state, self._in_backward = None, False
+        self._state, self.targets, self._in_backward = None, [], False
 
     def _replace_gradient(self, of: ReferenceType[_GateState], arrived: Gradients) -> Gradients:
         """Return the gradients that continue into the trunk. Called in the gate's backward."""
@@ -265,11 +233,10 @@ class JointGradients(GradientReader):
         with torch.no_grad(), torch.autocast(state.views[0].device.type, enabled=False):
             return self._add_combined(state, self._gradients_of_no_task(state, arrived))
 
-    def _gradients_of_no_task(self, state: _GateState, arrived: Gradients) -> Gradients:
-        """Return what has arrived from elsewhere than the tasks: `arrived` without the tasks' gradients in it.
+    def _gradients_of_no_task(self, state: _GateState, arrived: Gradients) -> list[Tensor | None]:
+        """Return what has arrived without the tasks' gradients in it.
 
-        A gradient that was read at a branch has stopped there (`TAKEN`). One that was read at a loss has taken its own way
-        through the head as well and is part of the sum that arrives here.
+        A gradient read at a branch has stopped there (`TAKEN`). One read at a loss is part of the sum that arrives here.
         """
         if not state.other_paths:
             return [None] * len(arrived)  # only the tasks' gradients arrive; they are replaced
@@ -279,14 +246,12 @@ class JointGradients(GradientReader):
             others = [a if a is None else a - piece for a, piece in zip(others, pieces, strict=True)]
         return others
 
-    def _add_combined(self, state: _GateState, others: Gradients) -> Gradients:
-        gradients = list(others)
+    def _add_combined(self, state: _GateState, gradients: list[Tensor | None]) -> Gradients:
         combined = self._combine(state.rows)
-        if combined is not None:
-            for place, piece in enumerate(state.split(combined)):
+        for place, piece in enumerate([] if combined is None else state.split(combined)):
+            if place in state.reached:  # a tensor that no head reads has no gradient, rather than one of zeros
                 before = gradients[place]
-                if place in state.reached:  # a tensor that no head reads has no gradient, rather than one of zeros
-                    gradients[place] = piece if before is None else before + piece
+                gradients[place] = piece if before is None else before + piece
         state.reset()  # a second backward pass from other losses may follow
         state.was_passed = True
         return [g if g is None else g.to(tensor.dtype) for g, tensor in zip(gradients, state.inputs, strict=True)]

@@ -47,10 +47,9 @@ class _Reading:
 class LossTermGradients:
     """Sums up each term's contribution to ``.grad`` over the backward passes of one optimizer step.
 
-    A balancing strategy may scale a loss's gradient during the backward pass, by a hook on the loss. So the contribution is
-    measured in two steps. Before the pass, `read` takes each term's gradient as it stands in the total, by a first-order pass
-    of its own. During the pass, hooks placed by `attach_hooks` record the factor that actually arrives at each term;
-    `finalize` scales the gradients by it. The graph and the results of the backward pass do not change.
+    A balancing strategy may scale a loss's gradient during the backward pass, by a hook on the loss. So `read` takes each
+    term's gradient before the pass, as it stands in the total, by a first-order pass of its own. During the pass, hooks placed
+    by `attach_hooks` record the factor that actually arrives at each term, and `finalize` scales the gradients by it.
 
     Args:
         buffers: all buffers of the model; they keep their values where reading recomputes a checkpointed region.
@@ -78,8 +77,8 @@ class LossTermGradients:
             total: the loss that the model back-propagates.
             losses: the terms by name; those that do not contribute to this total are ignored.
             share: the factor that the total will be multiplied by: 1 over the number of micro-batches.
-            scale: the factor of a loss scaler. The extra passes apply it as the backward pass does, because small numbers
-                would underflow in half precision; the results are divided by it.
+            scale: that of a loss scaler. It is applied here too, lest small numbers underflow in half precision, and divided
+                out of the results.
 
         Raises:
             ValueError: a term contains another, or the graph cannot be traversed twice.
@@ -93,7 +92,8 @@ class LossTermGradients:
             torch.autocast(total.device.type, enabled=False),
             self._buffers.preserved(",".join(name for name, _ in losses)),
         ):
-            seeds = self._grad(total, [loss for _, loss in losses], seed)
+            inputs = [loss for _, loss in losses]
+            seeds = torch.autograd.grad(total, inputs, seed, retain_graph=True, allow_unused=True) if inputs else ()
             found = [(name, loss, own) for (name, loss), own in zip(losses, seeds, strict=True) if own is not None]
             self._check_graph(total, [(name, loss) for name, loss, _ in found])
             for name, loss, own in found:
@@ -125,12 +125,10 @@ class LossTermGradients:
             row = reading.row * weight.to(reading.row)
             weighted, plain = (one.to(row).reshape(()).abs() for one in (reading.weighted, reading.plain))
             term = self.sums.get(reading.name)
-            if term is None:
-                self.sums[reading.name] = LossTerm(row, reading.reaches, weighted, plain)
-            else:
-                term.row = term.row + row
-                term.reaches = [a or b for a, b in zip(term.reaches, reading.reaches, strict=True)]
-                term.weighted, term.plain = term.weighted + weighted, term.plain + plain
+            if term is not None:
+                row, weighted, plain = term.row + row, term.weighted + weighted, term.plain + plain
+                reading.reaches = [a or b for a, b in zip(term.reaches, reading.reaches, strict=True)]
+            self.sums[reading.name] = LossTerm(row, reading.reaches, weighted, plain)
         self._readings = []
 
     def release_graph(self) -> None:
@@ -139,14 +137,8 @@ class LossTermGradients:
         self._readings = []
 
     def _row(self, output: Tensor, seed: Tensor, scale: float) -> tuple[Tensor, list[bool]]:
-        found = self._grad(output, self.parameters, seed)
+        found = torch.autograd.grad(output, self.parameters, seed, retain_graph=True, allow_unused=True)
         return flat_row(found, self.parameters) / scale, [one is not None for one in found]
-
-    @staticmethod
-    def _grad(output: Tensor, inputs: Sequence[Tensor], seed: Tensor) -> Sequence[Tensor | None]:
-        if not inputs:
-            return ()
-        return torch.autograd.grad(output, list(inputs), seed, retain_graph=True, allow_unused=True)
 
     def _check_graph(self, total: Tensor, terms: Sequence[tuple[str, Tensor]]) -> None:
         """Check the graph when a term appears for the first time."""
@@ -160,16 +152,16 @@ class LossTermGradients:
                 f"cannot be walked twice. Look at the gradients in a short run without it."
             )
         for name, loss in terms:
-            others = [(other, tensor) for other, tensor in terms if other != name]
-            same = next((other for other, tensor in others if tensor is loss), None)
-            inside = [(other, tensor) for other, tensor in others if node_of(tensor) is not node_of(loss)]
-            between = nodes_on_paths([node_of(loss)], [tensor for _, tensor in inside])
-            nested = same or next((other for other, tensor in inside if node_of(tensor) in between), None)
-            if nested is not None:
-                separate = [other for other, _ in others if other != nested] + [nested]
+            others = {other: tensor for other, tensor in terms if other != name}
+            inside = {other: tensor for other, tensor in others.items() if node_of(tensor) is not node_of(loss)}
+            between = nodes_on_paths([node_of(loss)], inside.values())
+            nested = [other for other, tensor in others.items() if tensor is loss]
+            nested += [other for other, tensor in inside.items() if node_of(tensor) in between]
+            if nested:
+                separate = [other for other in others if other != nested[0]] + nested[:1]
                 raise ValueError(
-                    f"{self._caller}: the loss '{name}' contains the loss '{nested}', so that their gradients are not parts of "
-                    f"one sum. Name losses that are, for example losses={separate}."
+                    f"{self._caller}: the loss '{name}' contains the loss '{nested[0]}', so that their gradients are not parts "
+                    f"of one sum. Name losses that are, for example losses={separate}."
                 )
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from lightning_gradnorm.gradients.readers import flat_row
 
 
-class GradientNorms(Mapping[str, float]):
+class GradientNorms(dict[str, float]):
     """The norm of each loss's gradient, by name; also shares and cosines, from the inner products of the gradients.
 
     Args:
@@ -31,24 +30,12 @@ class GradientNorms(Mapping[str, float]):
         self.products = products.double().cpu()
         """Inner products of the gradients, shape (T, T)."""
         norms = self.products.diagonal().clamp(min=0).sqrt()
-        self._norms: dict[str, float] = dict(zip(names, norms.tolist(), strict=True))
+        super().__init__(zip(names, norms.tolist(), strict=True))
         self.cosines = self.products / torch.outer(norms, norms)
         """Cosine of the angle between each pair of gradients, shape (T, T): -1 if they are opposed; nan if one is zero."""
 
-    @override
-    def __getitem__(self, name: str) -> float:
-        return self._norms[name]
-
-    @override
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._norms)
-
-    @override
-    def __len__(self) -> int:
-        return len(self._norms)
-
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._norms})"
+        return f"{type(self).__name__}({super().__repr__()})"
 
     @property
     def shares(self) -> dict[str, float]:
@@ -105,8 +92,7 @@ def gradient_norms(losses: Mapping[str, Tensor], parameters: Iterable[Tensor]) -
     for name, loss in losses.items():
         check_loss(loss, caller=f"gradient_norms: the loss '{name}'")
     tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    wrong = [type(one).__name__ for one in tensors if not isinstance(one, Tensor)]
-    if wrong:
+    if wrong := [type(one).__name__ for one in tensors if not isinstance(one, Tensor)]:
         raise TypeError(
             f"gradient_norms: parameters should be tensors, such as model.encoder.parameters(); got {wrong[0]}"
         )
@@ -138,13 +124,7 @@ def inner_products(rows: Sequence[Tensor]) -> Tensor:
 def check_loss(loss: Any, *, caller: str, otherwise: str = "") -> None:
     """Raise an error unless ``loss`` is a scalar with a gradient.
 
-    Args:
-        loss: of any type.
-        caller: the beginning of the error, which names the loss.
-        otherwise: what else may be given where there is no gradient.
-
-    Raises:
-        TypeError, ValueError: what is wrong, and how to fix it.
+    ``caller`` begins the error and names the loss; ``otherwise`` is what else may be given where there is no gradient.
     """
     if not isinstance(loss, Tensor):
         raise TypeError(f"{caller} should be a tensor; got {type(loss).__name__}.")

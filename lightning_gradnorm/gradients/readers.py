@@ -4,28 +4,29 @@ A row reader sums over the passes of one optimizer step (micro-batches, heads th
 task. Sum the rows over ranks before taking the norm: the norm of a sum is not the sum of norms.
 """
 
+# ruff: noqa: B027 (a reader overrides only the hooks it needs)
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-_PIECE = 1024
-"""Length of the pieces in which the norm of a long row is taken."""
+_PIECE = 1024  # length of the pieces in which the norm of a long row is taken
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _dense(gradient: Tensor) -> Tensor:
-    """Return a sparse gradient (of an Embedding) as a dense one, and a complex one as pairs of real numbers."""
+def _flat(gradient: Tensor) -> Tensor:
+    """Return the values as a vector: a sparse gradient (of an Embedding) dense, a complex one as pairs of real numbers."""
     gradient = gradient.to_dense() if gradient.is_sparse else gradient
-    return torch.view_as_real(gradient) if gradient.is_complex() else gradient
+    return (torch.view_as_real(gradient) if gradient.is_complex() else gradient).reshape(-1)
 
 
 def norms_of_rows(rows: Tensor) -> Tensor:
@@ -50,12 +51,9 @@ def row_width(parameters: Sequence[Tensor]) -> int:
 
 def flat_row(found: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
     """Return the gradients of ``parameters`` as one vector in float32 or float64, with zeros where there is none."""
-    parts = [
-        _dense(torch.zeros_like(parameter) if part is None else part)
-        for part, parameter in zip(found, parameters, strict=True)
-    ]
-    row = parts[0].reshape(-1) if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
-    return _at_least_float32(row)
+    pairs = zip(found, parameters, strict=True)
+    parts = [_flat(torch.zeros_like(parameter) if part is None else part) for part, parameter in pairs]
+    return _at_least_float32(parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
 def add_up(old: list[Tensor | None] | None, new: list[Tensor | None]) -> list[Tensor | None]:
@@ -74,16 +72,10 @@ class GradientReader(ABC):
 
     module: nn.Module | None = None
     """The module whose calls the reader must see, by `forward_pre` and `forward_post`."""
-
-    @property
-    @abstractmethod
-    def label(self) -> str:
-        """What errors call the targets."""
-
-    @property
-    @abstractmethod
-    def targets(self) -> list[Tensor]:
-        """The tensors whose gradient is read."""
+    targets: list[Tensor]
+    """The tensors whose gradient is read."""
+    label: str
+    """What errors call them."""
 
     @abstractmethod
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> object:
@@ -91,15 +83,12 @@ class GradientReader(ABC):
 
     def finalize_task(self, task: str) -> None:
         """Called when this task's gradient is complete for this optimizer step."""
-        return
 
     def forward_pre(self, args: Any, kwargs: Any) -> None:
         """Called with the arguments of each call of `module`."""
-        return
 
     def forward_post(self, output: Any) -> Any:
-        """Called with the output of each call of `module`. Return a replacement, or ``None``."""
-        return None
+        """Called with the output of each call of `module`. Returns a replacement, or ``None``."""
 
     def why_unreadable(self, loss: Tensor) -> str | None:
         """Return why this task's gradient cannot be read here (the end of an error message), or None."""
@@ -107,11 +96,9 @@ class GradientReader(ABC):
 
     def on_backward_end(self) -> None:
         """Called when a backward pass is over."""
-        return
 
     def release_graph(self) -> None:
         """Release the tensors of the current forward pass; the results stay."""
-        return
 
     def reset(self) -> None:
         """Forget what was read: a new optimizer step begins."""
@@ -120,6 +107,8 @@ class GradientReader(ABC):
 
 class RowReader(GradientReader):
     """Sums up one row per task over the passes of one optimizer step."""
+
+    _power = 1  # of the gradient in a row
 
     def __init__(self) -> None:
         self._rows: dict[str, Tensor] = {}
@@ -130,16 +119,17 @@ class RowReader(GradientReader):
         """Return the T norms for rows of shape (T, n), which may have been summed over ranks."""
         return norms_of_rows(rows)
 
+    def _complete(self, *tasks: str) -> None:
+        """Bring the rows of these tasks, by default of all, up to date. Called before a row is used."""
+
     @abstractmethod
     def width(self) -> int:
         """Return n, the length of a row."""
 
     def rows(self, tasks: Sequence[str], like: Tensor) -> Tensor:
-        """Return the sums so far, shape (T, n), zero for a task not seen, in the dtype and on the device of ``like``.
-
-        Not available once a task has been finalized.
-        """
+        """Return the sums so far, shape (T, n), zero for a task not seen, in the dtype and on the device of ``like``."""
         assert not self._finalized
+        self._complete()
         rows = like.new_zeros(len(tasks), self.width())
         for row, task in zip(rows, tasks, strict=True):
             if task in self._rows:
@@ -148,6 +138,7 @@ class RowReader(GradientReader):
 
     def norms(self, tasks: Sequence[str]) -> Tensor:
         """Return the norms of the gradients read so far, shape (T,), zero for a task not seen."""
+        self._complete()
         # Row by row: filling a table of T copies of W would take longer than computing the norms.
         known = self._finalized | {task: self.norms_of(row[None]).squeeze(0) for task, row in self._rows.items()}
         zero = next(iter(known.values()), torch.zeros(())).new_zeros(())
@@ -155,15 +146,16 @@ class RowReader(GradientReader):
 
     def finalize_task(self, task: str) -> None:
         """Replace the task's row by its norm."""
+        self._complete(task)
         if task in self._rows:
             self._finalized[task] = self.norms_of(self._rows.pop(task)[None]).squeeze(0)
 
     def rescale(self, task: str, factor: Tensor) -> None:
         """Multiply the task's gradient by ``factor``."""
-        if task in self._rows:
-            self._rows[task] = self._rows[task] * factor
-        if task in self._finalized:
-            self._finalized[task] = self._finalized[task] * factor
+        self._complete(task)
+        for values, power in ((self._rows, self._power), (self._finalized, 1)):
+            if task in values:
+                values[task] = values[task] * factor**power
 
     def reset(self) -> None:
         """Forget what was read: a new optimizer step begins."""
@@ -174,9 +166,8 @@ class RowReader(GradientReader):
     def _refuse_if_finalized(self, task: str) -> None:
         if task in self._finalized:
             raise RuntimeError(
-                f"the gradient of task '{task}' is read again after it was said to be complete: the task's loss was "
-                f"back-propagated twice for one optimizer step, in on_before_backward, say. Do it once, or in the module's own "
-                f"backward(), or optimize manually."
+                f"the gradient of task '{task}' is read again after it was said to be complete: its loss was back-propagated "
+                f"twice for one optimizer step, in on_before_backward, say. Do it once, or optimize manually."
             )
 
     def _add(self, task: str, row: Tensor) -> None:
@@ -194,38 +185,30 @@ class WeightGradients(RowReader):
         parameters: the tensors that make up ``W``.
     """
 
+    label = "the shared layer"
+
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__()
-        self._parameters = list(parameters)
+        self.targets = list(parameters)
         self.unreached: set[str] = set()
         """Tasks whose gradient did not reach ``W`` in a pass of this optimizer step."""
 
-    @property
-    def label(self) -> str:
-        """The shared layer."""
-        return "the shared layer"
-
-    @property
-    def targets(self) -> list[Tensor]:
-        """The tensors of ``W``."""
-        return self._parameters
-
     def set_targets(self, parameters: Sequence[Tensor]) -> None:
         """Let ``W`` consist of these tensors from now on. Gradients of tensors that remain are kept."""
-        if [id(parameter) for parameter in parameters] == [id(parameter) for parameter in self._parameters]:
+        if list(map(id, parameters)) == list(map(id, self.targets)):
             return
         for task, row in self._rows.items():
-            parts = torch.split(row, [row_width([parameter]) for parameter in self._parameters])
-            read = {id(parameter): part for parameter, part in zip(self._parameters, parts, strict=True)}
+            parts = torch.split(row, [row_width([parameter]) for parameter in self.targets])
+            read = dict(zip(map(id, self.targets), parts, strict=True))
             self._rows[task] = torch.cat([read.get(id(p), row.new_zeros(row_width([p]))) for p in parameters])
-        self._parameters = list(parameters)
+        self.targets = list(parameters)
 
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add the task's contribution to the gradient of ``W``."""
-        found = torch.autograd.grad(outputs, self._parameters, gradients, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(outputs, self.targets, gradients, retain_graph=True, allow_unused=True)
         if all(part is None for part in found):
             self.unreached.add(task)
-        self._add(task, flat_row(found, self._parameters))
+        self._add(task, flat_row(found, self.targets))
 
     def reset(self) -> None:
         """Forget what was read: a new optimizer step begins."""
@@ -234,7 +217,7 @@ class WeightGradients(RowReader):
 
     def width(self) -> int:
         """Return the number of values in ``W``."""
-        return row_width(self._parameters)
+        return row_width(self.targets)
 
 
 class ActivationGradients(RowReader):
@@ -248,65 +231,35 @@ class ActivationGradients(RowReader):
         name: what errors call the representation.
     """
 
+    _power = 2
+
     def __init__(self, module: nn.Module | None = None, name: str = "the representation") -> None:
         super().__init__()
-        self.module = module
-        self._name = name
-        self._targets: list[Tensor] = []
+        self.module, self.label, self.targets = module, name, []
         self._arrived: dict[str, list[Tensor | None]] = {}
-
-    @property
-    def label(self) -> str:
-        """The representation."""
-        return self._name
 
     def forward_post(self, output: Any) -> None:
         """Read gradients at the tensors in ``output`` in this forward pass."""
-        self._targets.extend(t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad)
-
-    @property
-    def targets(self) -> list[Tensor]:
-        """The tensors of the current forward pass."""
-        return self._targets
+        self.targets.extend(t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad)
 
     def release_graph(self) -> None:
         """Release the tensors of the current forward pass; the results stay."""
-        self._square()
-        self._targets = []
+        self._complete()
+        self.targets = []
 
     def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add the task's gradient at the representation."""
         self._refuse_if_finalized(task)
-        found = torch.autograd.grad(outputs, self._targets, gradients, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(outputs, self.targets, gradients, retain_graph=True, allow_unused=True)
         self._arrived[task] = add_up(self._arrived.get(task), list(found))
 
-    def _square(self, tasks: Iterable[str] | None = None) -> None:
-        """Reduce the gradients of these tasks, by default of all, to sums of squares. No more of them may arrive."""
-        for task in list(self._arrived if tasks is None else tasks):
+    def _complete(self, *tasks: str) -> None:
+        """Reduce gradients, each as large as the representation, to sums of squares. No more of them may arrive."""
+        for task in tasks or list(self._arrived):
             gradients = self._arrived.pop(task, [])
             squares = [_at_least_float32(part).square().sum() for part in gradients if part is not None]
             if squares:
                 self._add(task, torch.stack(squares).sum().reshape(1))
-
-    def finalize_task(self, task: str) -> None:
-        """Replace the task's gradient by its norm. It is as large as the representation."""
-        self._square([task])
-        super().finalize_task(task)
-
-    def rows(self, tasks: Sequence[str], like: Tensor) -> Tensor:
-        """Return the sums of squares so far, shape (T, 1)."""
-        self._square()
-        return super().rows(tasks, like)
-
-    def norms(self, tasks: Sequence[str]) -> Tensor:
-        """Return the norms of the gradients read so far, shape (T,)."""
-        self._square()
-        return super().norms(tasks)
-
-    def rescale(self, task: str, factor: Tensor) -> None:
-        """Multiply the task's gradient by ``factor``, and so its square by the factor's square."""
-        self._square([task])
-        super().rescale(task, factor if task in self._finalized else factor.square())
 
     def norms_of(self, rows: Tensor) -> Tensor:
         """Return the square root of each row's sum of squares."""

@@ -1,10 +1,7 @@
 """Runs a module again to get gradients of its parameters, where the graph of the forward pass cannot be traversed twice.
 
-Reading a task's gradient traverses part of the graph that the ordinary backward pass is about to traverse. Some parts do not
-allow that: a graph from `torch.compile` frees its buffers or, worse, returns wrong numbers; a layer sharded by FSDP has freed
-its weight; a reentrant activation checkpoint has no graph at all. `ReplayedGradients` records how a module was called and
-which gradient of each task arrives at its output. After the backward pass it runs the module again, eagerly, with the same
-input, the same random numbers and unsharded parameters, on a small graph of its own.
+A graph from `torch.compile` frees its buffers or, worse, returns wrong numbers; a layer sharded by FSDP has freed its weight; a
+reentrant activation checkpoint has no graph at all.
 """
 
 from __future__ import annotations
@@ -26,41 +23,27 @@ from lightning_gradnorm.gradients.graph import node_of
 from lightning_gradnorm.gradients.readers import RowReader, add_up, flat_row, row_width
 
 
-@dataclass
 class _Environment:
-    """The state that a module's output depends on besides its arguments and parameters: random numbers and autocast."""
+    """What a module's output depends on besides its arguments and parameters: random numbers and autocast."""
 
-    cpu: Tensor
-    devices: list[int]
-    states: list[Tensor]
-    device_type: str
-    autocast: bool
-    autocast_dtype: torch.dtype
-
-    @classmethod
-    def current(cls, tensors: Sequence[Tensor]) -> _Environment:
-        device_type = next((t.device.type for t in tensors if t.device.type != "cpu"), "cpu")
-        devices, states = get_device_states(*tensors)
-        return cls(
-            torch.get_rng_state(),
-            list(devices),
-            list(states),
-            device_type,
-            torch.is_autocast_enabled(device_type),
-            torch.get_autocast_dtype(device_type),
-        )
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._device_type = next((t.device.type for t in tensors if t.device.type != "cpu"), "cpu")
+        self._cpu = torch.get_rng_state()
+        self._devices, self._states = get_device_states(*tensors)
+        self._autocast = torch.is_autocast_enabled(self._device_type), torch.get_autocast_dtype(self._device_type)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Run the block in this environment. Afterwards, the random number generators are as before."""
-        kind = "cuda" if self.device_type == "cpu" else self.device_type
+        kind = "cuda" if self._device_type == "cpu" else self._device_type
+        enabled, dtype = self._autocast
         with (
-            torch.random.fork_rng(self.devices, device_type=kind),
-            torch.autocast(self.device_type, dtype=self.autocast_dtype, enabled=self.autocast),
+            torch.random.fork_rng(self._devices, device_type=kind),
+            torch.autocast(self._device_type, dtype=dtype, enabled=enabled),
         ):
-            torch.set_rng_state(self.cpu)
-            if self.devices:
-                set_device_states(self.devices, self.states, device_type=kind)
+            torch.set_rng_state(self._cpu)
+            if self._devices:
+                set_device_states(self._devices, self._states, device_type=kind)
             yield
 
 
@@ -80,6 +63,9 @@ class _Call:
 class ReplayedGradients(RowReader):
     """Reads ``∇_W L_i`` as `WeightGradients` does, by running a module that contains ``W`` again.
 
+    It records how the module was called and which gradient of each task arrives at its output. After the backward pass it runs
+    the module again, eagerly, with the same input, random numbers and unsharded parameters, on a small graph of its own.
+
     Args:
         module: a module that contains ``W`` and is called in the forward pass.
         parameters: the names of ``W`` in ``module``.
@@ -91,22 +77,13 @@ class ReplayedGradients(RowReader):
     def __init__(self, module: nn.Module, parameters: Sequence[str], name: str) -> None:
         super().__init__()
         self.module = module
-        self._name = name
+        self._name, self.label = name, f"the output of '{name}'"
+        self.targets = []
         self._module = getattr(module, "_orig_mod", module)  # the module inside a torch.compile wrapper
         self._parameters = list(parameters)
         self._calls: list[_Call] = []
         self._running: list[_Call] = []
         self._verified = False
-
-    @property
-    def label(self) -> str:
-        """The module's output."""
-        return f"the output of '{self._name}'"
-
-    @property
-    def targets(self) -> list[Tensor]:
-        """The module's outputs in this forward pass that carry a gradient."""
-        return [tensor for call in self._calls for tensor in call.outputs if tensor.requires_grad]
 
     def width(self) -> int:
         """Return the number of values in ``W``."""
@@ -124,10 +101,10 @@ class ReplayedGradients(RowReader):
 
     def forward_pre(self, args: Any, kwargs: Any) -> None:
         """Record the arguments and the environment of a call."""
-        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = _tensors_in((args, kwargs))
         nodes = {node_of(tensor) for tensor in given if tensor.requires_grad}
         detached = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-        self._running.append(_Call(detached, _Environment.current(given), nodes))
+        self._running.append(_Call(detached, _Environment(given), nodes))
 
     def forward_post(self, output: Any) -> Any:
         """Return views of the module's output, at which gradients will be read.
@@ -136,7 +113,8 @@ class ReplayedGradients(RowReader):
         """
         call = self._running.pop()
         views = pytree.tree_map_only(Tensor, lambda tensor: tensor.view_as(tensor), output)
-        call.outputs = [leaf for leaf in pytree.tree_leaves(views) if isinstance(leaf, Tensor)]
+        call.outputs = _tensors_in(views)
+        self.targets += [tensor for tensor in call.outputs if tensor.requires_grad]
         self._calls.append(call)
         return views
 
@@ -163,7 +141,7 @@ class ReplayedGradients(RowReader):
 
     def release_graph(self) -> None:
         """Release the current forward pass."""
-        self._calls, self._running = [], []
+        self._calls, self._running, self.targets = [], [], []
 
     def _whole_tensors(self) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Return the tensors that replace parameters and buffers in the second run, by name; and those that replace ``W``.
@@ -179,9 +157,9 @@ class ReplayedGradients(RowReader):
                 if own is None:
                     continue
                 if id(own) not in replacements:
+                    whole = own.full_tensor() if isinstance(own, DTensor) else own
                     # Buffers are copied: running statistics must not count the batch twice.
-                    is_parameter = isinstance(own, nn.Parameter)
-                    tensor = _whole(own).detach() if is_parameter else own.detach().clone()
+                    tensor = whole.detach() if isinstance(own, nn.Parameter) else whole.detach().clone()
                     replacements[id(own)] = tensor.requires_grad_(id(own) in W)
                 tensors[f"{prefix}.{name}" if prefix else name] = replacements[id(own)]
         return tensors, [replacements[parameter] for parameter in W]
@@ -196,7 +174,7 @@ class ReplayedGradients(RowReader):
         ):
             inside = {f"module.{name}": tensor for name, tensor in tensors.items()}
             again = functional_call(_Forward(self._module), inside, args, kwargs, tie_weights=False)
-        outputs = [leaf for leaf in pytree.tree_leaves(again) if isinstance(leaf, Tensor)]
+        outputs = _tensors_in(again)
         self._verify(call.outputs, outputs)
         for task, gradients in call.arrived.items():
             pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
@@ -211,10 +189,10 @@ class ReplayedGradients(RowReader):
             return
         if len(first) != len(again) or not all(_close(a, b) for a, b in zip(first, again, strict=True)):
             raise RuntimeError(
-                f"running '{self._name}' again did not give what it gave in the forward pass, so that no gradient can be "
-                f"read there. It should depend on nothing but its input, parameters and buffers (Dropout that "
-                f"torch.compile has compiled draws other masks), and what it returns should not be changed in place. Leave the "
-                f"last shared layer out of what is compiled, checkpointed or sharded."
+                f"running '{self._name}' again did not give what it gave in the forward pass. It "
+                f"should depend on nothing but its input, parameters and buffers (compiled Dropout draws other masks), and its "
+                f"output should not be changed in place. Leave the last shared layer out of what is compiled, checkpointed or "
+                f"sharded."
             )
         self._verified = True
 
@@ -233,20 +211,16 @@ class _Forward(nn.Module):
 @contextmanager
 def _without_sharding_hooks(module: nn.Module) -> Iterator[None]:
     """Disable FSDP2's hooks inside ``module``: they would gather and free weights that are already replaced."""
-    tables = [
-        (inner, table)
-        for inner in module.modules()
-        if is_sharded(inner)
-        for table in ("_forward_pre_hooks", "_forward_hooks")
-    ]
-    kept = [dict(getattr(inner, table)) for inner, table in tables]
-    for inner, table in tables:
-        getattr(inner, table).clear()
+    sharded = [inner for inner in module.modules() if is_sharded(inner)]
+    tables = [table for inner in sharded for table in (inner._forward_pre_hooks, inner._forward_hooks)]
+    kept = [dict(table) for table in tables]
+    for table in tables:
+        table.clear()
     try:
         yield
     finally:
-        for (inner, table), hooks in zip(tables, kept, strict=True):
-            getattr(inner, table).update(hooks)
+        for table, hooks in zip(tables, kept, strict=True):
+            table.update(hooks)
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -258,16 +232,13 @@ def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _tensors_in(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape:
-        return False
-    if not a.is_floating_point():
-        return True
-    a, b = a.detach(), b.detach()
-    tolerance = 1e-2 if torch.finfo(a.dtype).bits >= 32 and torch.finfo(b.dtype).bits >= 32 else 5e-2
-    difference, size = (a.double() - b.double()).norm(), b.double().norm()
-    return bool(difference <= tolerance * size) or not bool(size.isfinite())
+    if a.shape != b.shape or not a.is_floating_point():
+        return a.shape == b.shape
+    tolerance = 1e-2 if min(torch.finfo(one.dtype).bits for one in (a, b)) >= 32 else 5e-2
+    a, b = a.detach().double(), b.detach().double()
+    return bool((a - b).norm() <= tolerance * b.norm()) or not bool(b.norm().isfinite())

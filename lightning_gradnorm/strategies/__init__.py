@@ -6,7 +6,6 @@ are imported by name below only where that gives type checkers their types.
 
 import importlib
 import pkgutil
-from types import ModuleType
 from typing import Any
 
 from torchjd.aggregation import Aggregator, Weighting
@@ -15,10 +14,10 @@ from torchjd.scalarization import Scalarizer
 from lightning_gradnorm.strategies.aggregation import AggregationRule
 from lightning_gradnorm.strategies.amnl import AMNL
 from lightning_gradnorm.strategies.db_mtl import DBMTL, DBMTLWeighting, LogSum
+from lightning_gradnorm.strategies.factory import with_equal_preferences
 from lightning_gradnorm.strategies.fixed import FixedRule
 from lightning_gradnorm.strategies.gaba import GABA
 from lightning_gradnorm.strategies.gradnorm import GradNormRule, GradNormTerms, WeightUpdate, gradnorm_terms
-from lightning_gradnorm.strategies.preference import with_equal_preferences
 from lightning_gradnorm.strategies.scalarization import ScalarizationRule
 from lightning_gradnorm.strategies.snapshot import load_snapshot, snapshot
 from lightning_gradnorm.strategies.uncertainty import Uncertainty
@@ -43,29 +42,20 @@ __all__ = [
 ]
 
 
-def _strategies_in(module: ModuleType) -> dict[str, type[Any]]:
-    return {
-        name: kind
-        for name, kind in vars(module).items()
-        if isinstance(kind, type)
-        and issubclass(kind, Scalarizer | Aggregator | Weighting)
-        and kind.__module__ == module.__name__
-        and not name.startswith("_")
-    }
-
-
 def _discover() -> dict[str, type[Any]]:
     """Return the strategies of all modules in this folder by name."""
     found: dict[str, type[Any]] = {}
-    for module in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
-        found |= _strategies_in(importlib.import_module(module.name))
+    for info in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
+        for name, kind in vars(importlib.import_module(info.name)).items():
+            is_own = isinstance(kind, type) and kind.__module__ == info.name and not name.startswith("_")
+            if is_own and issubclass(kind, Scalarizer | Aggregator | Weighting):
+                found[name] = kind
     return found
 
 
-for _name, _kind in _discover().items():
-    globals()[_name] = _kind
-    if _name not in __all__:
-        __all__ += [_name]
+_found = _discover()
+globals().update(_found)
+__all__ += [name for name in _found if name not in __all__]
 
 
 def __getattr__(name: str) -> Any:

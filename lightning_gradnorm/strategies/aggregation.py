@@ -67,7 +67,8 @@ class AggregationRule(ScalarizationRule):
         self._check_usable(aggregator, of_parameters)
         if isinstance(aggregator, jd.Weighting) and any(facts_of(p).input == "matrix" for p in aggregator.modules()):
             aggregator = jd.WeightedAggregator(aggregator)
-        self.input: Input = _input(aggregator)
+        takes_gramian = isinstance(aggregator, jd.GramianWeightedAggregator | jd.Weighting)
+        self.input: Input = facts_of(aggregator).input or ("gramian" if takes_gramian else "matrix")
         """What the aggregator is called with: the Gramian of J, a root of it, or J itself."""
         self.of_parameters = of_parameters
         # A T × T matrix is handled faster on the CPU, and many solvers only run there.
@@ -94,8 +95,8 @@ class AggregationRule(ScalarizationRule):
     @property
     def kind(self) -> str:
         """The names of the strategy's classes, by which a checkpoint knows it."""
-        kinds = [type(self.aggregator).__name__] + ([] if self.scalarizer is None else [super().kind])
-        return " of ".join(kinds)
+        kind = type(self.aggregator).__name__
+        return kind if self.scalarizer is None else f"{kind} of {super().kind}"
 
     def _check_usable(self, aggregator: nn.Module, of_parameters: bool) -> None:
         if not isinstance(aggregator, jd.Aggregator | jd.Weighting):
@@ -106,13 +107,13 @@ class AggregationRule(ScalarizationRule):
         kind = type(aggregator).__name__
         if any_part(aggregator, "needs_two_batches"):
             raise ValueError(
-                f"{self.name}: {kind} weights by the gradients of two independent batches, which one training step does not "
-                f"have. Use MGDA or UPGrad, whose weights are those of one."
+                f"{self.name}: {kind} needs the gradients of two independent batches, which one training step does not have. "
+                f"Use MGDA or UPGrad."
             )
         if any_part(aggregator, "averages_over_steps") and not of_parameters:
             raise ValueError(
-                f"{self.name}: {kind} averages gradients over steps, for which they should be those of the same numbers: at "
-                f"the representation each batch has others. Use at='parameters'."
+                f"{self.name}: {kind} averages gradients over steps, but at the representation each batch has other entries. "
+                f"Use at='parameters'."
             )
 
     def _validate_aggregator(self) -> None:
@@ -143,26 +144,42 @@ class AggregationRule(ScalarizationRule):
         return root
 
     def _call_aggregator(self, given: Tensor, rank: int = 0) -> Tensor:
-        weights_of: Any = _weights_of(self.aggregator)
         given = given.to(self.loss_weights.dtype)  # the precision of the aggregator's state and options
+        call: Any = _weights_of(self.aggregator) or self.aggregator
         with torch.no_grad(), seeded_rng(self._seed + rank, self._drawn, given.device), warnings.catch_warnings():
             # cvxpy's, of every NashMTL: it says that solving the same problem again is not faster.
             warnings.filterwarnings("ignore", message="You are solving a parameterized problem that is not DPP")
-            answer: Tensor = self.aggregator(given) if weights_of is None else weights_of(given)
+            answer: Tensor = call(given)
+        return answer
+
+    def _answer(self, gramian: Tensor, matrix: Tensor | None, length: int, rank: int = 0) -> Tensor | None:
+        """Return the aggregator's answer, of this length; or ``None`` if it is unusable, and set `reason`."""
+        if not bool(gramian.isfinite().all()):
+            self.reason = "a gradient is not finite"
+            return None
+        try:
+            answer = self._call_aggregator(self._input_from(gramian, matrix), rank)
+        except Exception as reason:
+            self.reason = f"{type(reason).__name__}: {reason}"
+            return None
+        finally:
+            self._drawn += 1
+        if not _is_vector(answer, length):
+            self.reason = f"it returned {_shown(answer)}"
+            return None
         return answer
 
     def weigh_gradients(self, gramian: Tensor, present: Tensor | None = None, matrix: Tensor | None = None) -> Tensor:
         """Return the weights λ of the rows, shape (T,).
+
+        If the Gramian is not finite or the aggregator fails, they are equal, with the sum of the last ones, and ``fallbacks``
+        counts it.
 
         Args:
             gramian: ``J Jᵀ``, shape (T, T), of the mean losses' gradients, zero for an absent task.
             present: which tasks take part, bool of shape (T,); all by default. The others are left out of what the
                 aggregator sees; one that knows the tasks by their place is not asked, and the weights stay.
             matrix: J itself, for an aggregator that needs it (`input`).
-
-        Returns:
-            The weights. If the Gramian is not finite or the aggregator fails, equal weights with the sum of the last ones;
-            ``fallbacks`` counts it.
         """
         T = len(self.tasks)
         here = torch.ones(T, dtype=torch.bool) if present is None else present.cpu()
@@ -170,29 +187,14 @@ class AggregationRule(ScalarizationRule):
             return self.gradient_weights
         if self._depends_on_task_order and not bool(here.all()):
             return self.gradient_weights * here.to(self.gradient_weights)
-        if not bool(gramian.isfinite().all()):
-            self.reason = "a gradient is not finite"
-            return self._fall_back_to_equal()
         some = here.nonzero().squeeze(1)
-        try:
-            given = self._input_from(
-                gramian.cpu()[some][:, some], None if matrix is None else matrix[some.to(matrix.device)]
-            )
-            weights = self._call_aggregator(given)
-        except Exception as reason:
-            self.reason = f"{type(reason).__name__}: {reason}"
-            return self._fall_back_to_equal()
-        self._drawn += 1
-        if not _is_vector(weights, len(some)):
-            self.reason = f"it returned {_shown(weights)}"
-            return self._fall_back_to_equal()
-        spread = torch.zeros(T, dtype=weights.dtype).index_copy(0, some, weights.cpu())
-        self.gradient_weights = spread.to(self.gradient_weights)
-        return self.gradient_weights
-
-    def _fall_back_to_equal(self) -> Tensor:
-        self.fallbacks += 1
-        self.gradient_weights = torch.full_like(self.gradient_weights, float(self.gradient_weights.mean()))
+        rows = None if matrix is None else matrix[some.to(matrix.device)]
+        weights = self._answer(gramian.cpu()[some][:, some], rows, len(some))
+        if weights is None:
+            self.gradient_weights = self._fall_back(self.gradient_weights)
+        else:
+            spread = torch.zeros(T, dtype=weights.dtype).index_copy(0, some, weights.cpu())
+            self.gradient_weights = spread.to(self.gradient_weights)
         return self.gradient_weights
 
     def aggregate(self, matrix: Tensor, present: Tensor, rank: int = 0) -> Tensor:
@@ -208,14 +210,10 @@ class AggregationRule(ScalarizationRule):
             return matrix.new_zeros(matrix.shape[1])
         if self._depends_on_task_order and len(rows) < len(matrix):
             return rows.mean(dim=0)
-        try:
-            answer = self._call_aggregator(rows, rank)
-        except Exception as reason:
-            self.reason, answer = f"{type(reason).__name__}: {reason}", None
-        else:
-            self.reason = f"it returned {_shown(answer)}" if bool(rows.isfinite().all()) else "a gradient is not finite"
-        self._drawn += 1
-        if answer is None or not _is_vector(answer, rows.shape[1]):
+        answer = self._answer(
+            rows, rows, rows.shape[1], rank
+        )  # the rows stand for the Gramian: both are finite, or none
+        if answer is None:
             self.fallbacks += 1
             return rows.mean(dim=0)
         return answer
@@ -240,11 +238,7 @@ class AggregationRule(ScalarizationRule):
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the state of another rule for the same tasks in the same order.
-
-        Raises:
-            ValueError: the state is that of other tasks, another strategy, or another version.
-        """
+        """Load the state of another rule for the same tasks in the same order; see `ScalarizationRule`."""
         super().load_state_dict(state)
         self.gradient_weights = state["gradient_weights"].to(self.gradient_weights)
         self._drawn = state["drawn"]
@@ -257,23 +251,14 @@ def _is_vector(found: Any, length: int) -> bool:
 
 def _shown(found: Any) -> str:
     """Return what was found, in a few words."""
-    if isinstance(found, Tensor):
-        return (
-            str(found.tolist())
-            if found.numel() <= 12
-            else f"shape {tuple(found.shape)}, or numbers that are not finite"
-        )
-    return f"a {type(found).__name__}, {found!r}"
+    if not isinstance(found, Tensor):
+        return f"a {type(found).__name__}, {found!r}"
+    return str(found.tolist()) if found.numel() <= 12 else f"shape {tuple(found.shape)}, or numbers that are not finite"
 
 
 def _is_by_task(value: Any, T: int) -> bool:
     """Return True if this may hold one number for each task."""
     return T in value.shape if isinstance(value, Tensor) else isinstance(value, list | tuple) and len(value) == T
-
-
-def _input(aggregator: nn.Module) -> Input:
-    by_kind: Input = "gramian" if isinstance(aggregator, jd.GramianWeightedAggregator | jd.Weighting) else "matrix"
-    return facts_of(aggregator).input or by_kind
 
 
 def _weights_of(aggregator: Any) -> Callable[[Tensor], Tensor] | None:

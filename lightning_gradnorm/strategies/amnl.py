@@ -26,7 +26,7 @@ from torch import Tensor
 from torchjd import Stateful
 from torchjd.scalarization import Scalarizer
 
-from lightning_gradnorm._messages import did_you_mean
+from lightning_gradnorm._messages import check, check_by_task
 from lightning_gradnorm.strategies.snapshot import LazyBufferModule
 
 
@@ -63,16 +63,12 @@ class AMNL(LazyBufferModule, Scalarizer, Stateful):
         self, edition: Literal[1, 2] = 1, weights: Mapping[str, float] | None = None, beta: float | None = None
     ) -> None:
         super().__init__()
-        if edition not in (1, 2):
-            raise ValueError(f"AMNL: edition should be 1 or 2; got {edition!r}.")
-        if beta is not None and edition == 2:
-            raise ValueError("AMNL: beta is of edition 1's moving average; edition 2 does not normalise. Leave it out.")
-        if beta is not None and not 0.0 <= beta < 1.0:
-            raise ValueError(f"AMNL: beta should be at least 0 and less than 1; got {beta}.")
-        if weights is not None and not (
-            all(weight >= 0 for weight in weights.values()) and math.isclose(sum(weights.values()), 1.0, rel_tol=1e-6)
-        ):
-            raise ValueError(f"AMNL: the weights should not be negative and should sum to 1; got {dict(weights)}.")
+        given = [1.0] if weights is None else list(weights.values())
+        are_shares = min(given, default=0) >= 0 and math.isclose(sum(given), 1.0, rel_tol=1e-6)
+        check("AMNL", edition in (1, 2), "edition", "1 or 2", edition)
+        check("AMNL", beta is None or edition == 1, "beta", "None in edition 2, which does not normalise", beta)
+        check("AMNL", beta is None or 0.0 <= beta < 1.0, "beta", "at least 0 and less than 1", beta)
+        check("AMNL", are_shares, "weights", "numbers that are not negative and sum to 1", weights)
         self.edition = edition
         self.weights = None if weights is None else dict(weights)
         self.beta = beta
@@ -86,12 +82,8 @@ class AMNL(LazyBufferModule, Scalarizer, Stateful):
         Raises:
             ValueError: ``weights`` are of other tasks.
         """
-        for task in self.weights or {}:
-            if task not in tasks:
-                raise ValueError(f"AMNL: weights names '{task}', which is no task; {did_you_mean(task, tasks)}")
-        for task in tasks:
-            if self.weights is not None and task not in self.weights:
-                raise ValueError(f"AMNL: weights should name every task; '{task}' is missing. Add '{task}': 0.0.")
+        if self.weights is not None:
+            check_by_task(self.weights, tasks, caller="AMNL", parameter="weights")
         self.tasks = tuple(tasks)
 
     def forward(self, values: Tensor, /) -> Tensor:
@@ -105,7 +97,7 @@ class AMNL(LazyBufferModule, Scalarizer, Stateful):
             return (weights * values).sum()
         if bool((values < 0).any()):
             raise ValueError(
-                f"AMNL: edition 1 divides by the losses, so that none may be negative; got {values.tolist()}"
+                f"AMNL: edition 1 divides by the losses, so none may be negative; got {values.tolist()}"
                 f"{f' for {list(self.tasks)}' if self.tasks else ''}. Use edition=2, or a loss bounded below by zero."
             )
         normalisers = self._normalisers(values.detach())
@@ -119,8 +111,8 @@ class AMNL(LazyBufferModule, Scalarizer, Stateful):
             return torch.full_like(values, 1 / values.numel())
         if values.shape != (len(self.tasks),):
             raise ValueError(
-                f"AMNL: weights are by task and the tasks are {list(self.tasks)}; got losses of shape "
-                f"{tuple(values.shape)}. Call name_tasks(['seg', 'depth', …]) with the tasks in their order."
+                f"AMNL: weights are by task and the tasks are {list(self.tasks)}; got losses of shape {tuple(values.shape)}. "
+                f"Call name_tasks(['seg', 'depth', …]) with the tasks in their order."
             )
         return values.new_tensor([self.weights[task] for task in self.tasks])
 
@@ -128,10 +120,7 @@ class AMNL(LazyBufferModule, Scalarizer, Stateful):
         if self.beta is None:
             return values
         if self.means.numel() == 0:
-            self.means, self.updates = (
-                torch.zeros_like(values, dtype=torch.float32),
-                torch.zeros_like(values, dtype=torch.float32),
-            )
+            self.means, self.updates = torch.zeros(2, *values.shape, device=values.device)
         if self.means.shape != values.shape:
             raise ValueError(
                 f"AMNL: the moving averages are of shape {tuple(self.means.shape)}, the losses of shape "

@@ -19,6 +19,7 @@ from torchjd.aggregation import Aggregator, Weighting
 from torchjd.linalg import Matrix, PSDMatrix
 from torchjd.scalarization import Scalarizer
 
+from lightning_gradnorm._messages import check
 from lightning_gradnorm.strategies.snapshot import LazyBufferModule
 
 
@@ -37,8 +38,7 @@ class LogSum(Scalarizer):
 
     def __init__(self, epsilon: float = 1e-8) -> None:
         super().__init__()
-        if not epsilon >= 0.0:
-            raise ValueError(f"LogSum: epsilon should not be negative; got {epsilon}.")
+        check("LogSum", epsilon >= 0.0, "epsilon", "at least 0", epsilon)
         self.epsilon = epsilon
 
     def forward(self, values: Tensor, /) -> Tensor:
@@ -105,10 +105,8 @@ class DBMTL(LazyBufferModule, Aggregator, Stateful):
 
     def __init__(self, beta: float = 0.9, sigma: float = 0.0) -> None:
         super().__init__()
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"DBMTL: beta should be at least 0 and less than 1; got {beta}.")
-        if not sigma >= 0.0:
-            raise ValueError(f"DBMTL: sigma should not be negative; got {sigma}.")
+        check("DBMTL", 0.0 <= beta < 1.0, "beta", "at least 0 and less than 1", beta)
+        check("DBMTL", sigma >= 0.0, "sigma", "at least 0", sigma)
         self.beta, self.sigma = beta, sigma
         self.weighting = DBMTLWeighting()
         self.register_buffer("average", torch.empty(0))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+Made = TypeVar("Made", bound=nn.Module)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -38,23 +39,47 @@ def instantiate(tasks: Sequence[str], given: nn.Module | Callable[[int], nn.Modu
         DWA(temperature=2.0)
     """
     made: Any = given
+    expected = f"{caller} should be a module, or make one from the number of tasks, as torchjd.scalarization.UW does"
     if not isinstance(given, nn.Module):
         arguments = _arguments(given, len(tasks), caller)
         try:
             made = given(*arguments)
         except TypeError as reason:
-            raise TypeError(
-                f"{caller} should be a module, or make one from the number of tasks, as torchjd.scalarization.UW does; "
-                f"calling it with {len(tasks)} failed: {reason}"
-            ) from reason
+            raise TypeError(f"{expected}; calling it with {len(tasks)} failed: {reason}") from reason
         except ImportError as reason:
             if (missing := missing_solver(reason)) is None:
                 raise
             raise ModuleNotFoundError(f"{caller}: {missing}") from reason
     if not isinstance(made, nn.Module):
-        raise TypeError(f"{caller} should be a module, or make one from the number of tasks; got {made!r}")
+        raise TypeError(f"{expected}; got {made!r}")
     if isinstance(made, TaskAware):
         made.name_tasks(tasks)
+    return made
+
+
+def with_equal_preferences(number_of_tasks: int, /, scalarizer: Callable[..., Made], **options: Any) -> Made:
+    """Return ``scalarizer(weights=[1/T, …, 1/T], **options)`` for T tasks.
+
+    For torchjd's ``PBI`` (Zhang, Li, *MOEA/D*, 2007), ``COSMOS`` (Ruchte, Grabocka, arXiv 2103.13392) and ``Constant``. With
+    all but the number of tasks it is what a callback wants, in Python or in a configuration of Hydra's::
+
+        _target_: lightning_gradnorm.strategies.with_equal_preferences
+        _partial_: true
+        scalarizer: {_target_: torchjd.scalarization.PBI, _partial_: true, theta: 5.0}
+
+    Example:
+        >>> from functools import partial
+        >>> from torchjd.scalarization import COSMOS
+        >>> make = partial(with_equal_preferences, scalarizer=COSMOS, lambda_=1.0)
+        >>> make(4).weights
+        tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    """
+    made = scalarizer(weights=torch.full((number_of_tasks,), 1 / number_of_tasks), **options)
+    weights = vars(made).get("weights")
+    # A plain attribute would stay behind when the module goes to another device or precision.
+    if isinstance(weights, Tensor):
+        del made.weights
+        made.register_buffer("weights", weights)
     return made
 
 
@@ -77,14 +102,12 @@ def _arguments(given: Callable[..., Any], number_of_tasks: int, caller: str) -> 
         parameters = inspect.signature(given).parameters.values()
     except ValueError:  # written in C, without a signature
         return (number_of_tasks,)
-    needed = [
-        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p.name for p in positional if p.default is p.empty]
     if not needed and (isinstance(made_by, type) or not parameters):
         return ()
     if made_by.__module__.startswith("torchjd.") and needed[0] not in ("shape", "n_tasks"):
-        kind = made_by.__name__
-        options = ", ".join(f"{name}=…" for name in needed)
+        kind, options = made_by.__name__, ", ".join(f"{name}=…" for name in needed)
         raise TypeError(
             f"{caller} {kind} cannot be made from the number of tasks alone: it needs {' and '.join(needed)}. Give "
             f"{kind}({options}), or partial({kind}, {options})."
@@ -99,18 +122,10 @@ def move_to(
     dtype: torch.dtype | None = None,
     only: torch.dtype | None = None,
 ) -> nn.Module:
-    """Move a module in place, with everything that it holds as plain attributes, as TorchJD's classes hold their history.
+    """Move a module in place, with what it holds in plain attributes, as TorchJD's classes hold their history; return it.
 
-    Those are tensors, devices and dtypes, also inside lists, tuples and dicts, and the state of optimizers.
-
-    Args:
-        module: the module.
-        device: the new device.
-        dtype: the new precision of floating-point tensors.
-        only: the precision that plain attributes have to have to be converted; any by default.
-
-    Returns:
-        The module.
+    Those are tensors, devices and dtypes, also inside lists, tuples and dicts, and the state of optimizers. If ``only`` is
+    given, plain attributes of another precision keep theirs.
 
     Example:
         >>> import torchjd.scalarization
@@ -118,9 +133,9 @@ def move_to(
         >>> move_to(torchjd.scalarization.Constant(preferences), device="cpu", dtype=torch.float64).weights.dtype
         torch.float64
     """
-    before = {id(tensor): name for name, tensor in _tensors_of(module)}
+    before = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     module.to(device=device, dtype=dtype)
-    after = dict(_tensors_of(module))
+    after = dict((*module.named_parameters(), *module.named_buffers()))
     # "cuda" is never equal to "cuda:0", the device of a tensor.
     place = None if device is None else torch.empty(0, device=device).device
 
@@ -128,9 +143,8 @@ def move_to(
         if id(value) in before:
             return after[before[id(value)]]
         if isinstance(value, Tensor):
-            return value.to(
-                device=place, dtype=dtype if value.is_floating_point() and only in (None, value.dtype) else None
-            )
+            converts = value.is_floating_point() and only in (None, value.dtype)
+            return value.to(device=place, dtype=dtype if converts else None)
         if isinstance(value, torch.dtype):
             return dtype if dtype is not None and value == only else value
         if isinstance(value, torch.device):
@@ -152,8 +166,3 @@ def move_to(
 def follow_parameters(optimizer: torch.optim.Optimizer) -> None:
     """Move the state of an optimizer to the device and precision of its parameters."""
     optimizer.load_state_dict(optimizer.state_dict())
-
-
-def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()

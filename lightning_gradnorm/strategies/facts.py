@@ -44,8 +44,6 @@ class Facts:
     """For the documentation: how many tasks it needs, with the options of its yaml."""
 
 
-_NAMES = tuple(field.name for field in dataclasses.fields(Facts))
-
 _TORCHJD: Mapping[type[nn.Module], Facts] = {
     scalarization.COSMOS: Facts(weights_may_be_negative=True),
     scalarization.DWA: Facts(steps_each_epoch=True, remembers="losses of two epochs", weights_sum_to="T"),
@@ -95,7 +93,8 @@ def facts_of(module: nn.Module) -> Facts:
         >>> facts_of(Mine()).steps_each_epoch
         True
     """
-    stated: dict[str, Any] = {name: getattr(module, name) for name in _NAMES if hasattr(type(module), name)}
+    names = (field.name for field in dataclasses.fields(Facts))
+    stated: dict[str, Any] = {name: getattr(module, name) for name in names if hasattr(type(module), name)}
     return dataclasses.replace(_inherited(module), **stated)
 
 
@@ -105,9 +104,8 @@ def any_part(module: nn.Module, fact: str) -> bool:
 
 
 def _inherited(module: nn.Module) -> Facts:
-    for kind in type(module).__mro__:
-        if kind in _TORCHJD:
-            return _TORCHJD[kind]
+    if found := next((_TORCHJD[kind] for kind in type(module).__mro__ if kind in _TORCHJD), None):
+        return found
     if isinstance(module, aggregation.GramianWeightedAggregator):
         return facts_of(module.gramian_weighting)
     if isinstance(module, aggregation.WeightedAggregator):

@@ -19,6 +19,7 @@ from torchjd import Stateful
 from torchjd.aggregation import Weighting
 from torchjd.linalg import PSDMatrix
 
+from lightning_gradnorm._messages import check
 from lightning_gradnorm.strategies.snapshot import LazyBufferModule
 
 
@@ -44,12 +45,9 @@ class GABA(LazyBufferModule, Weighting[PSDMatrix], Stateful):
 
     def __init__(self, beta: float = 0.99, floor: float = 0.05, warmup: int = 100) -> None:
         super().__init__()
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"GABA: beta should be at least 0 and less than 1; got {beta}.")
-        if not floor >= 0.0:
-            raise ValueError(f"GABA: floor should not be negative; got {floor}.")
-        if warmup < 0:
-            raise ValueError(f"GABA: warmup should not be negative; got {warmup}.")
+        check("GABA", 0.0 <= beta < 1.0, "beta", "at least 0 and less than 1", beta)
+        check("GABA", floor >= 0.0, "floor", "at least 0", floor)
+        check("GABA", warmup >= 0, "warmup", "at least 0", warmup)
         self.beta, self.floor, self.warmup = beta, floor, warmup
         self.register_buffer("average", torch.empty(0))
         self.register_buffer("calls", torch.tensor(0))

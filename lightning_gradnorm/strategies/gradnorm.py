@@ -32,8 +32,7 @@ from lightning_gradnorm.strategies.snapshot import matched_by_task
 from lightning_gradnorm.strategies.weight_optimizer import WeightOptimizerFactory, make_weight_optimizer
 
 _VERSION = 1  # of the layout of `GradNormRule.state_dict`
-MAX_WEIGHT_SHARE = 1e6
-"""Upper bound of a weight before the weights are scaled to sum T, as a multiple of T."""
+_MAX_WEIGHT_SHARE = 1e6  # upper bound of a weight before the weights are scaled to sum T, as a multiple of T
 _MAX_PENDING = 1000  # updates whose outcome the host has not read; it then does, so that they do not pile up
 
 
@@ -168,34 +167,30 @@ class GradNormRule:
         check_arguments(caller, self.tasks, by_task, alpha, optimizer, min_weight, update_every, stop_after)
         self.alpha, self.min_weight = float(alpha), min_weight
         self.update_every, self.stop_after = update_every, stop_after
-        self._updates_in_initial = initial_losses if isinstance(initial_losses, int) else 0
-        ones, zeros = (dict.fromkeys(self.tasks, value) for value in (1.0, 0.0))
-        first_losses = zeros if isinstance(initial_losses, int) else dict(initial_losses)
-        self._given = (dict(initial_weights or ones), dict(priorities or ones), first_losses)
+        ones, first_losses, self._updates_in_initial = dict.fromkeys(self.tasks, 1.0), initial_losses, 0
+        if isinstance(first_losses, int):
+            self._updates_in_initial, first_losses = first_losses, dict.fromkeys(self.tasks, 0.0)
+        self._given = (dict(initial_weights or ones), dict(priorities or ones), dict(first_losses))
         weights, self._priorities, self.initial_losses = self._initial_values(dtype, device)
         self.weights = weights.requires_grad_()
         self._optimizer = make_weight_optimizer(self.weights, optimizer)
         self._all_present = torch.ones(len(self.tasks), dtype=torch.bool, device=device)
         self._updates_seen = torch.zeros_like(weights, requires_grad=False)
-        self._initial_known = False
-        """Whether every ``L_i(0)`` is final, and positive unless ``alpha`` is 0."""
+        self._initial_known = False  # whether every ``L_i(0)`` is final, and positive unless ``alpha`` is 0
         self.mean_weights = self.weights.detach().clone()
         """``E_t[w_i(t)]`` over the steps counted by `count_step`, shape (T,)."""
         self.steps = 0
         """Number of the network's optimizer steps, with and without a weight update."""
-        self._is_fresh = True
-        """Whether the state is still the constructor's."""
+        self._is_fresh = True  # whether the state is still the constructor's
         self._skipped = 0
         self._tasks_at_fault: dict[str, float] = {}
         self._last: WeightUpdate | None = None
-        self._pending: list[WeightUpdate] = []
-        """Updates whose outcome the host has not read yet."""
+        self._pending: list[WeightUpdate] = []  # updates whose outcome the host has not read yet
 
     def _initial_values(self, dtype: torch.dtype, device: torch.device | str | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the weights, the priorities and ``L_i(0)`` as they were given."""
-        weights, priorities, initial_losses = (
-            torch.tensor([numbers[task] for task in self.tasks], dtype=dtype, device=device) for numbers in self._given
-        )
+        rows = [[numbers[task] for task in self.tasks] for numbers in self._given]
+        weights, priorities, initial_losses = torch.tensor(rows, dtype=dtype, device=device).unbind()
         return weights * len(self.tasks) / weights.sum(), priorities / priorities.mean(), initial_losses
 
     @property
@@ -257,8 +252,7 @@ class GradNormRule:
         if self.alpha > 0:
             problems = problems + losses.clamp(max=0)
         if present is not None:
-            problems = torch.where(present, problems, 0.0)
-            problems = problems.masked_fill_(~present.any(), 1.0)
+            problems = torch.where(present, problems, 0.0).masked_fill_(~present.any(), 1.0)
 
         initial_losses, updates_seen = self.initial_losses, self._updates_seen
         if not self._initial_known and bool((problems == 0).all()):
@@ -272,8 +266,7 @@ class GradNormRule:
             are_final = (updates_seen >= self._updates_in_initial) & ((initial_losses > 0) | (self.alpha == 0))
             self._initial_known = bool(are_final.all())
         self._is_fresh = False
-        present = self._all_present if present is None else present
-        update = WeightUpdate(norms, losses, present, problems, terms, taken)
+        update = WeightUpdate(norms, losses, self._all_present if present is None else present, problems, terms, taken)
         self._pending.append(update)
         if self.syncs_every_step or len(self._pending) == _MAX_PENDING:
             self._sync_pending()
@@ -284,7 +277,7 @@ class GradNormRule:
         T = len(self.tasks)
         # The upper bound is out of reach in ordinary steps. If one weight explodes, dividing by the sum would push the others
         # to zero, where no gradient can be measured any more.
-        weights = weights.clamp(self.min_weight, MAX_WEIGHT_SHARE * T)
+        weights = weights.clamp(self.min_weight, _MAX_WEIGHT_SHARE * T)
         if present is None:
             return weights * (T / weights.sum())
         left, had = T - (before * ~present).sum(), (before * present).sum()
@@ -298,12 +291,11 @@ class GradNormRule:
         updates_seen = self._updates_seen + counts
         mean = self.initial_losses + (losses - self.initial_losses) / updates_seen.clamp(min=1)
         initial_losses = torch.where(counts, mean, self.initial_losses)
-        if self.alpha > 0 and bool((present & (initial_losses <= 0)).any()):
-            index = int((present & (initial_losses <= 0)).nonzero()[0])
+        if self.alpha > 0 and bool((bad := present & (initial_losses <= 0)).any()):
+            index = int(bad.nonzero()[0])
             raise ValueError(
-                f"GradNorm: the initial loss of task '{self.tasks[index]}' should be positive, since training rates "
-                f"divide by it; got {initial_losses[index].item()}. Give a number that fits the loss, for example "
-                f"initial_losses={{'{self.tasks[index]}': 1.0, …}}, or use alpha=0, which needs no rates."
+                f"GradNorm: the initial loss of task '{self.tasks[index]}' should be positive, since training rates divide by "
+                f"it; got {initial_losses[index].item()}. Use initial_losses={{'{self.tasks[index]}': 1.0, …}}, or alpha=0."
             )
         return initial_losses, updates_seen
 
@@ -327,10 +319,7 @@ class GradNormRule:
     def explain_fault(self, task: str, loss: float) -> str:
         """Return why a task's numbers allowed no update."""
         if loss < 0 and self.alpha > 0:
-            return (
-                f"the loss of task '{task}' is negative ({loss:g}), so that it has no training rate (add a constant that keeps "
-                f"it positive, or use alpha=0)"
-            )
+            return f"the loss of task '{task}' is negative ({loss:g}); add a constant that keeps it positive, or use alpha=0"
         return f"the loss or the gradient norm of task '{task}' is not finite"
 
     @property
@@ -377,12 +366,11 @@ class GradNormRule:
         """
         if state.get("version") != _VERSION:
             raise ValueError(
-                f"GradNorm: the checkpoint's state should be of version {_VERSION}; got {state.get('version')!r}. "
-                f"Resume with the version of lightning-gradnorm that wrote it."
+                f"GradNorm: the checkpoint's state should be of version {_VERSION}; got {state.get('version')!r}. Resume with "
+                f"the version of lightning-gradnorm that wrote it."
             )
-        known = list(state["tasks"])
-        same_tasks = set(known) == set(self.tasks)
-        if not (same_tasks or adapt):
+        known = set(state["tasks"])
+        if known != set(self.tasks) and not adapt:
             raise ValueError(
                 f"GradNorm: the checkpoint is of tasks {sorted(known)}, but this run has {sorted(self.tasks)}. Resume with the "
                 f"same tasks; or with on_task_mismatch='adapt', which keeps what is known and gives new tasks the mean."
@@ -392,7 +380,7 @@ class GradNormRule:
 
         def scaled(name: str) -> Tensor:
             weights = torch.where(is_new, state[name].mean().to(self.weights), matched[name].to(self.weights))
-            return weights if same_tasks else weights * (len(self.tasks) / weights.sum())
+            return weights if known == set(self.tasks) else weights * (len(self.tasks) / weights.sum())
 
         self._optimizer.load_state_dict(matched["optimizer"])
         self.weights.copy_(scaled("weights"))

@@ -20,17 +20,10 @@ def check_arguments(
     update_every: Any,
     stop_after: Any,
 ) -> None:
-    """Raise ValueError for an argument out of range, in the name of ``caller``.
+    """Raise ValueError for an argument of `GradNormRule` out of range, in the name of ``caller``.
 
-    Args:
-        caller: whom the user called.
-        tasks: the tasks' names; ``None`` if they are not known yet, then those in the mappings are not checked.
-        by_task: ``initial_losses``, ``initial_weights`` and ``priorities``.
-        alpha: see `GradNormRule`.
-        optimizer: the same.
-        min_weight: the same.
-        update_every: the same.
-        stop_after: the same.
+    ``by_task`` holds ``initial_losses``, ``initial_weights`` and ``priorities``. While ``tasks`` is ``None``, because they are
+    not known yet, the names in these mappings are not checked.
 
     Example:
         >>> check_arguments("GradNorm", None, {"initial_losses": 1}, -1, print, 1e-4, 1, None)

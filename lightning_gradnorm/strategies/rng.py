@@ -10,12 +10,7 @@ import torch
 
 @contextmanager
 def seeded_rng(seed: int, step: int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Seed torch's generators with ``seed`` and ``step``, and restore them on exit.
-
-    Args:
-        seed: of the whole training.
-        step: number of earlier draws by the strategy.
-        device: a GPU whose generator is seeded besides the CPU's.
+    """Seed torch's generators, those of ``device`` included, with ``seed`` and ``step``; restore them on exit.
 
     Example:
         >>> with seeded_rng(seed=1, step=7):

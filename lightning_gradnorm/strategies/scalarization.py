@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchjd.aggregation import Aggregator, Weighting
 
+from lightning_gradnorm._messages import check_task_names
 from lightning_gradnorm.strategies.factory import follow_parameters, move_to
 from lightning_gradnorm.strategies.facts import facts_of
 from lightning_gradnorm.strategies.rng import seeded_rng
@@ -62,15 +63,11 @@ class ScalarizationRule:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        self.tasks = tuple(tasks)
-        if len(set(self.tasks)) < max(len(self.tasks), 2):
-            raise ValueError(
-                f"{self.name}: tasks should be at least two different names; got {list(tasks)}. Name each task once."
-            )
+        self.tasks = check_task_names(tasks, caller=self.name)
         if isinstance(scalarizer, Aggregator | Weighting):
             raise TypeError(
-                f"{self.name}: scalarizer should make a number of the losses; got {type(scalarizer).__name__}, which makes one "
-                f"gradient of the tasks' gradients. Use Aggregation({type(scalarizer).__name__}(…), tasks=…)."
+                f"{self.name}: scalarizer should make a number of the losses; got {type(scalarizer).__name__}, which combines "
+                f"gradients. Use Aggregation({type(scalarizer).__name__}(…), tasks=…)."
             )
         self.scalarizer = None if scalarizer is None else move_to(scalarizer, device=device, dtype=dtype)
         self.loss_weights = torch.ones(len(tasks), dtype=dtype, device=device)
@@ -83,9 +80,8 @@ class ScalarizationRule:
         self._losses = torch.full_like(self.loss_weights, torch.nan)
         self._passes = 0
         self._epoch: int | None = None
-        self._parameters = (
-            [] if self.scalarizer is None else [p for p in self.scalarizer.parameters() if p.requires_grad]
-        )
+        parameters = [] if self.scalarizer is None else self.scalarizer.parameters()
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._optimizer = optimizer([*self._parameters]) if self._parameters else None
         if self.scalarizer is not None:
             self._validate()
@@ -106,12 +102,7 @@ class ScalarizationRule:
         return type(self.scalarizer).__name__
 
     def _validate(self) -> None:
-        """Call a copy of the scalarizer once, to find errors that would otherwise only show in the first step.
-
-        Raises:
-            ValueError: it cannot be called with T losses, returns no scalar, or one that is no number or does not depend on
-                them.
-        """
+        """Call a copy of the scalarizer once, to find errors that would otherwise only show in the first step."""
         ones = torch.ones_like(self.loss_weights)
         asked = f"{self.name}: {self.kind}, asked for the scalarization of {len(self.tasks)} losses of 1,"
         try:
@@ -127,6 +118,7 @@ class ScalarizationRule:
 
     def _value_and_grad(self, scalarizer: Any, losses: Tensor, *, learn: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return the scalar and its derivatives; with ``learn``, accumulate the gradients of the scalarizer's parameters."""
+        parameters = self._parameters if learn else []
         with torch.enable_grad(), seeded_rng(self._seed, self._asked, losses.device):
             leaf = losses.detach().clone().requires_grad_()
             scalar = scalarizer(leaf)
@@ -135,11 +127,7 @@ class ScalarizationRule:
                 raise ValueError(f"it should return a scalar tensor; got {found}")
             if not scalar.requires_grad:
                 return scalar, None
-            parameters = self._parameters if learn else []
-            derivatives: Sequence[Tensor | None] = torch.autograd.grad(
-                scalar.reshape(()), [leaf, *parameters], allow_unused=True
-            )
-        weights, *of_parameters = derivatives
+            weights, *of_parameters = torch.autograd.grad(scalar.reshape(()), [leaf, *parameters], allow_unused=True)
         if all(bool(one.isfinite().all()) for one in of_parameters if one is not None):
             for parameter, gradient in zip(parameters, of_parameters, strict=True):
                 if gradient is not None:
@@ -149,37 +137,35 @@ class ScalarizationRule:
     def weigh(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         """Return the weights ``∂s/∂L_i`` for the backward pass that is about to begin, shape (T,).
 
+        If a loss or a derivative is not finite, they are equal, with the sum of the last ones: the scalarizer learns nothing
+        from that step, and ``fallbacks`` counts it.
+
         Args:
             losses: shape (T,).
             present: which tasks take part, bool of shape (T,); all by default. An absent task enters with its last loss;
                 until every task has been seen, all weights are 1.
-
-        Returns:
-            The weights. If a loss or a derivative is not finite, equal weights with the sum of the last ones: the scalarizer
-            learns nothing from that step, and ``fallbacks`` counts it.
         """
         if self.scalarizer is None:
             return self.loss_weights
         losses = losses.to(self.loss_weights)
         here = torch.ones_like(losses, dtype=torch.bool) if present is None else present
         if bool((here & ~losses.isfinite()).any()):
-            return self._fall_back()
-        given = torch.where(here, losses, self._losses)
-        self._losses = given
-        if not bool(given.isfinite().all()):
+            self.loss_weights = self._fall_back(self.loss_weights)
             return self.loss_weights
-        _, weights = self._value_and_grad(self.scalarizer, given, learn=True)
-        self._asked += 1
-        self._passes += 1
-        if weights is None or not bool(weights.isfinite().all()):
-            return self._fall_back()
-        self.loss_weights = weights
-        return weights
-
-    def _fall_back(self) -> Tensor:
-        self.fallbacks += 1
-        self.loss_weights = torch.full_like(self.loss_weights, float(self.loss_weights.mean()))
+        self._losses = torch.where(here, losses, self._losses)
+        if bool(self._losses.isfinite().all()):
+            _, weights = self._value_and_grad(self.scalarizer, self._losses, learn=True)
+            self._asked += 1
+            self._passes += 1
+            if weights is None or not bool(weights.isfinite().all()):
+                weights = self._fall_back(self.loss_weights)
+            self.loss_weights = weights
         return self.loss_weights
+
+    def _fall_back(self, weights: Tensor) -> Tensor:
+        """Return equal weights with the same sum, and count them."""
+        self.fallbacks += 1
+        return torch.full_like(weights, float(weights.mean()))
 
     def begin_epoch(self, epoch: int) -> None:
         """Call the scalarizer's ``step()`` if an epoch is over and it has one; call this in every step."""
@@ -252,8 +238,8 @@ class ScalarizationRule:
         """
         if state.get("version") != _VERSION or state.get("kind") != self.kind:
             raise ValueError(
-                f"{self.name}: the checkpoint's state should be of {self.kind}, version {_VERSION}; got "
-                f"{state.get('kind')!r}, version {state.get('version')!r}. Resume with the strategy that wrote it."
+                f"{self.name}: the checkpoint's state should be of {self.kind}, version {_VERSION}; got {state.get('kind')!r}, "
+                f"version {state.get('version')!r}. Resume with the strategy that wrote it."
             )
         if list(state["tasks"]) != list(self.tasks):
             raise ValueError(

@@ -18,15 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_VERSION = 2
-"""Version of the layout of `snapshot`; version 1 can still be loaded."""
+_VERSION = 2  # of the layout of `snapshot`
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
 _FUNCTIONS = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """Hooks, the dicts of parameters, buffers and submodules, and the training mode."""
-_ON_CPU = frozenset({"GradVacWeighting", "PCDWeighting"})
-"""Classes that compute on the CPU wherever their input is."""
 _CONSTANT = {"UPGradWeighting": {"_projector"}, "DualProjWeighting": {"_projector"}}
 """Class → attributes whose objects have no state."""
 
@@ -55,8 +52,7 @@ def snapshot(module: nn.Module) -> dict[str, Any]:
 
     That is: parameters, buffers, and attributes (the options it was built with included) that are tensors, numbers, strings,
     ``None``, lists, tuples or dicts of these, or torch optimizers of the module's parameters. Functions and classes are not
-    state. A class with ``get_extra_state`` and ``set_extra_state`` is asked instead of its attributes; a strategy that
-    implements ``state_dict`` and ``load_state_dict`` itself is asked for everything.
+    state. A class with ``get_extra_state`` and ``set_extra_state`` is asked instead of its attributes.
 
     Raises:
         TypeError: an attribute is none of these, so its content would be lost.
@@ -71,9 +67,6 @@ def snapshot(module: nn.Module) -> dict[str, Any]:
         >>> fresh._previous_averages
         [tensor([4., 1.]), tensor([2., 1.])]
     """
-    if _overrides(module, "state_dict"):
-        owner = type(module).__qualname__
-        return {"version": _VERSION, "class": owner, "state_dict": _copied(module.state_dict(), owner, "state_dict()")}
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return {"version": _VERSION, "modules": {path: _state_of(part, names) for path, part in module.named_modules()}}
 
@@ -81,8 +74,7 @@ def snapshot(module: nn.Module) -> dict[str, Any]:
 def _state_of(part: nn.Module, names: Mapping[int, str]) -> dict[str, Any]:
     owner = type(part).__qualname__
     state = {"class": owner, "parameters": _copied(part._parameters, owner), "buffers": _copied(part._buffers, owner)}
-    extra = _extra_state_methods(part)
-    if extra:
+    if extra := _extra_state_methods(part):
         return {**state, "extra_state": _copied(extra[0](part), owner, "get_extra_state()")}
     attributes, optimizers = _attributes_of(part), {}
     for name in [name for name, value in attributes.items() if isinstance(value, torch.optim.Optimizer)]:
@@ -90,8 +82,8 @@ def _state_of(part: nn.Module, names: Mapping[int, str]) -> dict[str, Any]:
         groups = [[names.get(id(parameter)) for parameter in group["params"]] for group in optimizer.param_groups]
         if any(None in group for group in groups):
             raise TypeError(
-                f"{owner}: the optimizer '{name}' has parameters that are not the module's, so they cannot be found again. "
-                f"Make them nn.Parameters of it; or implement get_extra_state and set_extra_state in {owner}."
+                f"{owner}: the optimizer '{name}' has parameters that are not the module's. Make them nn.Parameters of it; or "
+                f"implement get_extra_state and set_extra_state in {owner}."
             )
         saved = _copied(optimizer.state_dict(), owner, name)
         optimizers[name] = {"class": type(optimizer).__qualname__, "parameters": groups, "state": saved}
@@ -109,9 +101,8 @@ def _copied(value: Any, owner: str, where: str = "") -> Any:
         items = [(key, item, f"{where}[{key!r}]" if where else str(key)) for key, item in value.items()]
         return {_copied(key, owner, place): _copied(item, owner, place) for key, item, place in items}
     raise TypeError(
-        f"{owner}: '{where}' is a {type(value).__module__}.{type(value).__qualname__}, whose content cannot be saved. Keep "
-        f"state in tensors, numbers, strings, lists, tuples or dicts; or implement get_extra_state, which returns those, and "
-        f"set_extra_state in {owner}."
+        f"{owner}: '{where}' is a {type(value).__module__}.{type(value).__qualname__}, which cannot be saved. Keep state in "
+        f"tensors, numbers, strings, lists, tuples or dicts; or implement get_extra_state and set_extra_state in {owner}."
     )
 
 
@@ -133,40 +124,31 @@ def load_snapshot(module: nn.Module, state: Mapping[str, Any], device: torch.dev
         UserWarning: an option differs from the state's. The state's is in force, as with torch's optimizers.
     """
     owner, parts = type(module).__qualname__, dict(module.named_modules())
-    if state.get("version") not in (1, _VERSION):
+    if state.get("version") != _VERSION:
         raise ValueError(
-            f"{owner}: the state should be of version {_VERSION}; got {state.get('version')!r}. "
-            f"Resume with the version of lightning-gradnorm that wrote it."
+            f"{owner}: the state should be of version {_VERSION}; got {state.get('version')!r}. Resume with the version of "
+            f"lightning-gradnorm that wrote it."
         )
-    if _overrides(module, "state_dict") and state.get("class") == owner:
-        module.load_state_dict(copy.deepcopy(state["state_dict"]))
-        return
-    saved = state.get("modules") or {"": state}
-    saved = {path: _upgraded(of) for path, of in saved.items()} if state["version"] == 1 else saved
-    for path, of in saved.items():
-        if path in parts and of["class"] != type(parts[path]).__qualname__:
-            where = f"submodule '{path}'" if path else "the strategy"
-            kind = type(parts[path]).__qualname__
-            raise ValueError(
-                f"{owner}: {where} should be a {of['class']} as in the state; got a {kind}. Resume with the same."
-            )
+    saved = state["modules"]
+    for path in saved.keys() & parts.keys():
+        where = f"submodule '{path}'" if path else "the strategy"
+        _check_class(f"{owner}: {where}", saved[path]["class"], parts[path])
     _check_names(f"{owner}: submodules", parts, saved, may_lack=False)
     if device is not None:
         device = torch.empty(0, device=device).device  # 'cuda' alone would not equal the gradients' 'cuda:0'
-    devices = {path: None if type(part).__name__ in _ON_CPU else device for path, part in parts.items()}
     for path, part in parts.items():
         name = type(part).__qualname__
-        _load_into(part._buffers, saved[path]["buffers"], f"{name}: buffer", devices[path])
-        _load_into(part._parameters, saved[path]["parameters"], f"{name}: parameter", devices[path])
+        _load_into(part._buffers, saved[path]["buffers"], f"{name}: buffer", device)
+        _load_into(part._parameters, saved[path]["parameters"], f"{name}: parameter", device)
         for key, value in part._parameters.items():
             if value is not None and not isinstance(value, nn.Parameter):
                 part._parameters[key] = nn.Parameter(value, requires_grad=value.requires_grad)
+    parameters = dict(module.named_parameters())
     for path, part in parts.items():
-        extra = _extra_state_methods(part)
-        if extra:
+        if extra := _extra_state_methods(part):
             extra[1](part, copy.deepcopy(saved[path]["extra_state"]))
         else:
-            _load_attributes(part, saved[path], dict(module.named_parameters()), devices[path])
+            _load_attributes(part, saved[path], parameters, device)
 
 
 def _load_attributes(
@@ -181,11 +163,7 @@ def _load_attributes(
         # FAMO creates its own only in its first update; the options come with the state.
         groups = [{"params": [parameters[one] for one in group]} for group in of["parameters"]]
         optimizer: Any = optimizers[name] or getattr(torch.optim, of["class"], lambda _: None)(groups)
-        kind = type(optimizer).__qualname__
-        if kind != of["class"]:
-            raise ValueError(
-                f"{owner}: {name} should be a {of['class']} as in the state; got {kind}. Resume with the same."
-            )
+        _check_class(f"{owner}: {name}", of["class"], optimizer)
         optimizer.load_state_dict(copy.deepcopy(of["state"]))
         vars(part)[name] = optimizer
 
@@ -213,9 +191,8 @@ def _loaded(saved: Any, present: Any, where: str, device: torch.device | None) -
     if isinstance(saved, torch.device):
         return device or saved
     if type(saved) in (list, tuple):
-        is_alike = isinstance(present, list | tuple) and len(present) == len(saved)
-        pairs = enumerate(zip(saved, present if is_alike else [None] * len(saved), strict=True))
-        return type(saved)(_loaded(value, was, f"{where}[{index}]", device) for index, (value, was) in pairs)
+        known = dict(enumerate(present)) if isinstance(present, list | tuple) and len(present) == len(saved) else {}
+        return type(saved)(_loaded(one, known.get(i), f"{where}[{i}]", device) for i, one in enumerate(saved))
     if isinstance(saved, dict):
         known = present if isinstance(present, dict) else {}
         return {key: _loaded(value, known.get(key), f"{where}[{key!r}]", device) for key, value in saved.items()}
@@ -242,12 +219,14 @@ def _attributes_of(part: nn.Module) -> dict[str, Any]:
     return {name: one for name, one in vars(part).items() if name not in left_out and not isinstance(one, _FUNCTIONS)}
 
 
-def _overrides(part: nn.Module, method: str) -> bool:
-    return getattr(type(part), method) is not getattr(nn.Module, method)
+def _check_class(what: str, expected: str, found: object) -> None:
+    if type(found).__qualname__ != expected:
+        kind = type(found).__qualname__
+        raise ValueError(f"{what} should be a {expected} as in the state; got a {kind}. Resume with the same.")
 
 
 def _extra_state_methods(part: nn.Module) -> tuple[Callable[[Any], Any], Callable[[Any, Any], None]] | None:
-    if _overrides(part, "get_extra_state"):
+    if type(part).get_extra_state is not nn.Module.get_extra_state:
         return type(part).get_extra_state, type(part).set_extra_state
     return _EXTRA_STATE.get(type(part).__qualname__)
 
@@ -270,57 +249,14 @@ def _warn_of_other_options(owner: str, part: nn.Module, saved: Mapping[str, Any]
                 warnings.warn(
                     f"{owner}: {argument} is {old!r} in the state and {new!r} here; the state's is in force. "
                     f"To change it, set it after the state is loaded.",
-                    UserWarning,
                     stacklevel=4,
                 )
-
-
-def _upgraded(part: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the state of a module in version 1 as of version 2."""
-    unused = _CONSTANT.get(part["class"], set())
-    attributes = {name: _plain_of_version_1(one) for name, one in part["attributes"].items() if name not in unused}
-    optimizers = {
-        name: one for name, one in attributes.items() if isinstance(one, dict) and one.get("kind") == "optimizer"
-    }
-    plain = {name: value for name, value in attributes.items() if name not in optimizers}
-    return {**part, "attributes": plain, "optimizers": optimizers, "extra_state": attributes}
-
-
-def _plain_of_version_1(value: Any) -> Any:
-    match value:
-        case {"kind": "dict", "items": items}:
-            return {_plain_of_version_1(key): _plain_of_version_1(item) for key, item in items}
-        case {"kind": "list" | "tuple" as kind, "items": items}:
-            return (list if kind == "list" else tuple)(map(_plain_of_version_1, items))
-        case {"kind": "dtype", "name": name}:
-            return getattr(torch, name)
-        case {"kind": "device", "name": name}:
-            return torch.device(name)
-        case {"kind": "array", "content": content}:
-            return content
-        case {"kind": kind} if kind != "optimizer":
-            raise ValueError(
-                f"The strategy in the checkpoint has an attribute of kind '{kind}', which this version of lightning-gradnorm "
-                f"does not load. Resume with the version that wrote it."
-            )
-    return value
 
 
 class LazyBufferModule(nn.Module):
     """Base of modules whose buffers start empty and get their size in the first call.
 
     ``load_state_dict`` gives a buffer that is still empty the size and precision of the checkpoint's.
-
-    Example:
-        >>> class Last(LazyBufferModule):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.register_buffer("losses", torch.empty(0))
-        >>> fresh = Last()
-        >>> fresh.load_state_dict({"losses": torch.tensor([1.0, 2.0])})
-        <All keys matched successfully>
-        >>> fresh.losses
-        tensor([1., 2.])
     """
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:

@@ -1,9 +1,4 @@
-"""One step of the task weights along a gradient, by any torch optimizer, and by Adam without waiting for the device.
-
-Whether a step is usable depends on numbers that lie on the device. Branching on them would make the host wait for the GPU in
-every training step. `MaskedAdam`, for the paper's optimizer, therefore computes the step in any case and selects the outcome
-with ``torch.where``.
-"""
+"""One step of the task weights along a gradient, by any torch optimizer, and by Adam without waiting for the device."""
 
 from __future__ import annotations
 
@@ -17,9 +12,6 @@ from typing_extensions import override
 
 WeightOptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 Constraint = Callable[[Tensor, Tensor], Tensor]
-
-_CORRECTIONS = ("ones_avg", "ones_avg_sq")
-"""State entries of `MaskedAdam` for 1 − βᵗ of both averages, with the rounding they have accumulated."""
 
 
 def adam(parameters: Iterable[Tensor], lr: float = 0.025) -> torch.optim.Optimizer:
@@ -69,14 +61,14 @@ class WeightOptimizer:
                 if value.shape == self.weights.shape:
                     value.copy_(torch.where(present, value, state_before.get(name, torch.zeros_like(value))))
         self.weights.copy_(constrain(before, self.weights.detach()))
-        if not all(bool(value.isfinite().all()) for value in (self.weights.detach(), *self._state_tensors().values())):
-            self.weights.copy_(before)
-            if not state_before:
-                self.optimizer.state.clear()
-            for name, value in state_before.items():
-                self._state_tensors()[name].copy_(value)
-            taken = ~taken
-        return taken
+        if all(bool(value.isfinite().all()) for value in (self.weights.detach(), *self._state_tensors().values())):
+            return taken
+        self.weights.copy_(before)
+        if not state_before:
+            self.optimizer.state.clear()
+        for name, value in state_before.items():
+            self._state_tensors()[name].copy_(value)
+        return ~taken
 
     def _state_tensors(self) -> dict[str, Tensor]:
         """Return the optimizer's state tensors. Entries of shape (T,) are treated as per-task."""
@@ -109,27 +101,25 @@ class WeightOptimizer:
 class MaskedAdam(WeightOptimizer):
     """Adam (Kingma and Ba, ICLR 2015, Algorithm 1) that never branches on a number of the device.
 
-    It averages the gradient and its square. The bias correction 1 − βᵗ is the same average of ones, so all four are rows of
-    one matrix and updated together.
+    Whether a step is usable depends on such numbers, and reading them would make the host wait for the GPU in every training
+    step. So the step is computed in any case, and ``torch.where`` selects the outcome.
     """
 
     def __init__(self, weights: Tensor, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(weights, optimizer)
-        self._averages = torch.zeros(4, *weights.shape)
-        """Of the gradient, of its square, and of ones with the decay of both."""
-        self._steps = torch.zeros(())
+        self._averages = torch.zeros(2, *weights.shape)  # of the gradient and of its square
+        self._next_step = torch.ones(())
         self.follow_weights()
 
     @override
     def follow_weights(self) -> None:
-        self._averages, self._steps = self._averages.to(self.weights), self._steps.to(self.weights)
-        self._ones = torch.ones_like(self.weights, requires_grad=False)
+        self._averages, self._next_step = self._averages.to(self.weights), self._next_step.to(self.weights)
         self._read_betas()
 
     def _read_betas(self) -> None:
         self._betas = self.optimizer.param_groups[0]["betas"]
-        decays = self._ones.new_tensor([*self._betas, *self._betas], dtype=torch.float64)[:, None]
-        self._update_rates = (1 - decays).to(self._ones)
+        decays = torch.tensor(self._betas, dtype=torch.float64)[:, None]
+        self._update_rates, self._log_decays = (1 - decays).to(self._averages), decays.log().to(self._averages)
 
     @staticmethod
     def supports(optimizer: torch.optim.Optimizer) -> bool:
@@ -147,45 +137,36 @@ class MaskedAdam(WeightOptimizer):
         weights, (group,) = self.weights.detach(), self.optimizer.param_groups
         if group["betas"] != self._betas:  # a scheduler changed them
             self._read_betas()
-            self._averages[2:] = (
-                1 - (1 - self._update_rates[2:]) ** self._steps
-            )  # as torch, which has no average of ones
-        new = torch.stack((gradient, gradient * gradient, self._ones, self._ones))
-        averages = torch.lerp(self._averages, new, self._update_rates)
+        averages = torch.lerp(self._averages, torch.stack((gradient, gradient * gradient)), self._update_rates)
         if present is not None:
-            averages[:2] = torch.where(present, averages[:2], self._averages[:2])
-        m, v, m_correction, v_correction = averages.unbind()
-        direction = (m / m_correction).div_((v / v_correction).sqrt_().add_(group["eps"]))
-        moved = torch.sub(weights, direction, alpha=float(group["lr"]))
+            averages = torch.where(present, averages, self._averages)
+        # 1 − βᵗ as −expm1(t log β): in float32, the difference itself would have four digits at first.
+        m, v = (averages / torch.expm1(self._log_decays * self._next_step).neg_()).unbind()
+        moved = torch.sub(weights, m / v.sqrt().add_(group["eps"]), alpha=float(group["lr"]))
         if present is not None:
             moved = torch.where(present, moved, weights)
         problems = problems + (moved - moved) + (v - v)  # 0 if finite, else NaN
         taken = (problems == 0).all()
         weights.copy_(torch.where(taken, constrain(weights, moved), weights))
         self._averages = torch.where(taken, averages, self._averages)
-        self._steps += taken
+        self._next_step += taken
         return taken
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        rows = dict(zip(("exp_avg", "exp_avg_sq", *_CORRECTIONS), self._averages.clone(), strict=True))
-        # The corrections are the same for all tasks: one number each.
-        state = {"step": self._steps.clone(), **rows, **{name: rows[name][0] for name in _CORRECTIONS}}
-        return {**super().state_dict(), "state": {0: state} if float(self._steps) else {}}
+        steps, (average, squares) = self._next_step - 1, self._averages.clone()
+        state = {0: {"step": steps, "exp_avg": average, "exp_avg_sq": squares}} if float(steps) else {}
+        return {**super().state_dict(), "state": state}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._read_betas()
         loaded = self.optimizer.state.pop(self.weights, {})
+        self._next_step.fill_(1.0 + float(loaded.get("step", 0.0)))
         self._averages.zero_()
-        self._steps.zero_()
         if loaded:
-            self._steps += float(loaded["step"])
-            exact = [1 - beta ** float(loaded["step"]) for beta in self._betas]  # torch's Adam does not save them
-            corrections = [float(loaded.get(name, one)) for name, one in zip(_CORRECTIONS, exact, strict=True)]
-            rows = (loaded["exp_avg"], loaded["exp_avg_sq"], *(one * self._ones for one in corrections))
-            self._averages.copy_(torch.stack([row.to(self._ones) for row in rows]))
+            self._averages.copy_(torch.stack([loaded["exp_avg"], loaded["exp_avg_sq"]]))
 
 
 def make_weight_optimizer(weights: Tensor, factory: WeightOptimizerFactory) -> WeightOptimizer:
@@ -194,18 +175,19 @@ def make_weight_optimizer(weights: Tensor, factory: WeightOptimizerFactory) -> W
     Raises:
         TypeError, ValueError: the factory makes something that cannot update them.
     """
-    expected = "GradNorm: optimizer should make a torch optimizer of the parameters it is given"
-    example = "as partial(torch.optim.Adam, lr=0.025) does"
+    expected = (
+        "GradNorm: optimizer should make a torch optimizer of the parameters it is given, as torch.optim.Adam does"
+    )
     try:
         made = factory([weights])
     except TypeError as reason:
-        raise TypeError(f"{expected}, {example}; calling it failed: {reason}") from reason
+        raise TypeError(f"{expected}; calling it failed: {reason}") from reason
     if not isinstance(made, torch.optim.Optimizer):
-        raise TypeError(f"{expected}, {example}; it returned {type(made).__name__}")
-    if not (len(made.param_groups) == 1 and [id(p) for p in made.param_groups[0]["params"]] == [id(weights)]):
+        raise TypeError(f"{expected}; it returned {type(made).__name__}")
+    if len(made.param_groups) != 1 or [id(p) for p in made.param_groups[0]["params"]] != [id(weights)]:
         raise ValueError(
-            f"{expected}; it returned {type(made).__name__} with other parameters. Pass on those it is given."
+            f"{expected}; it returned {type(made).__name__} with other parameters. Pass on the given ones."
         )
     if isinstance(made, torch.optim.LBFGS):
-        raise ValueError(f"{expected} and steps by their gradient alone; LBFGS evaluates the loss again and again.")
+        raise ValueError(f"{expected}; LBFGS does not step by their gradient alone but evaluates the loss repeatedly.")
     return (MaskedAdam if MaskedAdam.supports(made) else WeightOptimizer)(weights, made)

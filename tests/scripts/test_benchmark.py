@@ -218,7 +218,9 @@ def test_all_loops_write_their_losses_every_50_steps(name: str, plan: Any, tmp_p
     header, *written = (tmp_path / "lightning" / "version_0" / "metrics.csv").read_text().splitlines()
     assert {"train/loss/task_0", "train/loss/task_1"} <= set(header.split(","))
     assert ("gradnorm/weight/task_0" in header) == (name != "equal weights")
-    assert [line.split(",")[header.split(",").index("step")] for line in written] == ["49", "99"]
+    # The callback writes its values itself: a step has a row of its own for them.
+    steps = [line.split(",")[header.split(",").index("step")] for line in written]
+    assert list(dict.fromkeys(steps)) == ["49", "99"]
 
 
 def test_the_share_of_waiting_for_the_loader_is_measured_with_the_command_lines_data(call: Call) -> None:

@@ -126,24 +126,6 @@ class KeepsItsOwn(nn.Module):
         self.generator.set_state(state["generator"])
 
 
-class WritesItsStateDict(nn.Module):
-    """Another one, which implements ``state_dict`` itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[float] = set()
-
-    def forward(self, values: Tensor) -> Tensor:
-        self.seen.add(float(values[0]))
-        return torch.tensor(sorted(self.seen))
-
-    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
-        return {"seen": sorted(self.seen)}
-
-    def load_state_dict(self, state: Any, *_: Any, **__: Any) -> None:  # type: ignore[override]
-        self.seen = set(state["seen"])
-
-
 def call_anything(anything: Any, t: int) -> list[Tensor]:
     return [anything(losses_at(t)[:2])]
 
@@ -164,7 +146,6 @@ CASES = {
     **{name: case_of(make) for name, make in MODULES.items()},
     "a user's own": Case(Anything, call_anything),
     "a user's own with get_extra_state": Case(KeepsItsOwn, call_anything),
-    "a user's own with state_dict": Case(WritesItsStateDict, call_anything),
     "a user's own within another module": Case(lambda: nn.Sequential(KeepsItsOwn()), call_anything),
 }
 
@@ -342,8 +323,6 @@ def test_a_module_that_is_registered_needs_nothing_else() -> None:
         ),
         (nn.Sequential(S.DWA()), nn.Sequential(S.DWA(), S.DWA()), r"submodules: the state lacks \['1'\]"),
         (nn.Sequential(S.DWA(), S.DWA()), nn.Sequential(S.DWA()), r"has \['1'\] that this one lacks"),
-        (WritesItsStateDict(), S.DWA(), "DWA: the strategy should be a WritesItsStateDict as in the state; got a DWA"),
-        (S.DWA(), WritesItsStateDict(), "should be a DWA as in the state; got a WritesItsStateDict"),
         (With(torch.ones(2)), With(torch.ones(3)), r"With: attribute 'memory' should be of shape \(2,\)"),
     ],
 )
@@ -355,7 +334,7 @@ def test_another_class_or_shape_is_refused(saved: nn.Module, into: nn.Module, sa
 def test_an_optimizer_of_another_class_is_refused() -> None:
     one, other = Anything(), Anything()
     other.optimizer = torch.optim.Adagrad([other.w])  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="Anything: optimizer should be a SGD as in the state; got Adagrad"):
+    with pytest.raises(ValueError, match="Anything: optimizer should be a SGD as in the state; got a Adagrad"):
         load_snapshot(other, snapshot(one))
 
 
@@ -365,7 +344,7 @@ def test_an_optimizer_that_cannot_be_made_is_refused() -> None:
 
     one, other = Anything(), Anything()
     one.late_optimizer = Own([one.w])
-    with pytest.raises(ValueError, match=r"Anything: late_optimizer should be a .*Own as in the state; got NoneType"):
+    with pytest.raises(ValueError, match=r"Anything: late_optimizer should be a .*Own as in the state; got a NoneType"):
         load_snapshot(other, snapshot(one))
 
 
@@ -408,62 +387,8 @@ def test_a_parameter_that_is_not_made_yet_is_made() -> None:
 
 def test_what_was_kept_on_a_device_goes_to_the_one_named() -> None:
     """The meta device stands for an accelerator."""
-    weighting, gradvac = A.MoDoWeighting(), A.GradVacWeighting()
-    for one in (weighting, gradvac):
-        call_weighting(one, 0)
-    moved, stays = A.MoDoWeighting(), A.GradVacWeighting()
+    weighting, moved = A.MoDoWeighting(), A.MoDoWeighting()
+    call_weighting(weighting, 0)
     load_snapshot(moved, snapshot(weighting), device="meta")
-    load_snapshot(stays, snapshot(gradvac), device="meta")
     assert moved._lambda.device.type == "meta"  # type: ignore[union-attr]
     assert moved._state_key == (T, torch.float32, torch.device("meta"))
-    assert stays._phi_t.device.type == "cpu"  # type: ignore[union-attr]
-
-
-# ---- states of the first edition, which named the kind of everything that is not plain ---------------------------------
-
-
-def first_edition(kind: str, attributes: dict[str, Any], **tensors: Any) -> dict[str, Any]:
-    return {"class": kind, "parameters": {}, "buffers": {}, "attributes": attributes, **tensors}
-
-
-def test_a_state_of_the_first_edition_is_loaded() -> None:
-    key = [2, {"kind": "dtype", "name": "float32"}, {"kind": "device", "name": "cpu"}]
-    modo = first_edition(
-        "MoDoWeighting",
-        {"_gamma": 0.1, "_rho": 0.1, "_state_key": {"kind": "tuple", "items": key}},
-        buffers={"_lambda": torch.tensor([0.25, 0.75])},
-    )
-    loaded = A.MoDoWeighting()
-    load_snapshot(loaded, through_a_file({"version": 1, "modules": {"": modo}}))
-    assert loaded._state_key == (2, torch.float32, torch.device("cpu"))
-    assert loaded._lambda.tolist() == [0.25, 0.75]  # type: ignore[union-attr]
-
-
-def test_an_optimizer_in_a_state_of_the_first_edition_is_loaded() -> None:
-    one, other = S.FAMO(T), S.FAMO(T)
-    for t in range(3):
-        call_scalarizer(one, t)
-    assert one._optimizer is not None
-    assert one._prev_losses is not None
-    optimizer = {
-        "kind": "optimizer",
-        "class": "Adam",
-        "defaults": {"kind": "dict", "items": [["lr", 0.025]]},
-        "parameters": [["_w"]],
-        "state": one._optimizer.state_dict(),
-    }
-    famo = first_edition(
-        "FAMO",
-        {"lr": 0.025, "weight_decay": 1e-3, "_optimizer": optimizer, "_prev_losses": one._prev_losses},
-        parameters={"_w": one._w},
-        buffers={"min_losses": torch.zeros(T)},
-    )
-    load_snapshot(other, through_a_file({"version": 1, "modules": {"": famo}}))
-    for t in range(3, 6):
-        assert same(call_scalarizer(one, t), call_scalarizer(other, t))
-
-
-def test_a_kind_of_the_first_edition_that_is_no_longer_known_is_refused() -> None:
-    state = first_edition("With", {"memory": {"kind": "set", "items": [1]}})
-    with pytest.raises(ValueError, match=r"an attribute of kind 'set', which this version .* does not load"):
-        load_snapshot(With(None), {"version": 1, "modules": {"": state}})

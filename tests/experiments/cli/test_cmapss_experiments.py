@@ -77,7 +77,7 @@ def test_the_recipe_is_the_books(tmp_path: Path) -> None:
     optimizer = model.optimizer(model.parameters())
     assert isinstance(optimizer, torch.optim.AdamW)
     assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (1e-3, 1e-4)
-    scheduler, rates = model._schedule["scheduler"](optimizer), []
+    scheduler, rates = model._schedule.make(optimizer), []
     for _ in range(12):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
