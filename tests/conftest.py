@@ -21,7 +21,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _same_seed_for_every_test() -> None:
+def _same_seed_for_every_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # seed_everything leaves them to all processes that start later
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
     random.seed(0)
     torch.manual_seed(0)
 

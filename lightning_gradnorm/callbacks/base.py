@@ -137,7 +137,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._refuse_unsupported(trainer)
         self._remove_hooks()
-        loop = TrainerLoop(trainer, self)
+        self._loop = loop = TrainerLoop(trainer, self)
         declared = self._source.resolve(pl_module)
         self._names = self._source.names
         self._check_heads()
@@ -168,7 +168,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
             hooks.callback(self._source.capture(pl_module, self.watch))
             if engine.plan.candidates:
                 hooks.callback(explain_errors(pl_module, engine.explain_inplace_error))
-            self._engine, self._loop, self._hooks = engine, loop, hooks.pop_all()
+            self._engine, self._hooks = engine, hooks.pop_all()
 
     def _choose_state(self, loop: TrainerLoop) -> None:
         """Decide whether this training starts from the state of a checkpoint, of an earlier training, or from scratch."""

@@ -14,7 +14,6 @@ from typing_extensions import override
 from lightning_gradnorm._messages import check
 from lightning_gradnorm.callbacks.base import BalancingCallback
 from lightning_gradnorm.callbacks.recompute import LossRecomputer
-from lightning_gradnorm.engine.ranks import Ranks
 from lightning_gradnorm.strategies.factory import instantiate
 from lightning_gradnorm.strategies.scalarization import OptimizerFactory, ScalarizationRule
 from lightning_gradnorm.strategies.snapshot import load_snapshot, snapshot
@@ -80,7 +79,8 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
 
     def _rule_options(self, like: Tensor) -> dict[str, Any]:
         """Return the arguments that all rules take. Ranks draw the same random numbers."""
-        seed = Ranks.current().broadcast_object(torch.initial_seed() % 2**62)
+        assert self._loop is not None
+        seed = self._loop.ranks.broadcast_object(torch.initial_seed() % 2**62)
         return {"optimizer": self.optimizer, "seed": seed, "dtype": like.dtype, "device": like.device}
 
     @override

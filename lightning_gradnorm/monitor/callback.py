@@ -12,7 +12,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
@@ -108,7 +107,6 @@ class GradientNormMonitor(L.Callback):
         self._steps = 0
         self._stepped = self._skipped = False
         self._is_aggregated = False
-        self._loop: TrainerLoop | None = None
         self._measurement: StepMeasurement | None = None
         self._remove_patch: Remove | None = None
 
@@ -131,8 +129,7 @@ class GradientNormMonitor(L.Callback):
             name = "encoder" if self._source.declared and hasattr(pl_module, "encoder") else None
         caller = f"{_NAME}: parameters"
         parameters = None if name is None else find_parameters(pl_module, name, caller=caller, keywords=["shared"])
-        self._loop = TrainerLoop(trainer, self)
-        self._measurement = StepMeasurement(self._source, pl_module, parameters, self._loop.ranks)
+        self._measurement = StepMeasurement(self._source, pl_module, parameters, TrainerLoop(trainer, self))
 
     # ---- one batch ---------------------------------------------------------------------------------------------------
 
@@ -145,9 +142,9 @@ class GradientNormMonitor(L.Callback):
             if self._steps % self.every_n_steps:
                 return
             self._measurement.start_step()
-        self._patch_next_step(pl_module)
+        self._patch_next_step(pl_module, self._measurement)
 
-    def _patch_next_step(self, module: L.LightningModule) -> None:
+    def _patch_next_step(self, module: L.LightningModule, measurement: StepMeasurement) -> None:
         """Capture the losses of the next call of ``training_step``, and read their gradients before the backward pass.
 
         Balancing callbacks patch ``training_step`` too, for the whole training. This patch is placed on top of theirs right
@@ -160,7 +157,7 @@ class GradientNormMonitor(L.Callback):
             manual_backward = module.manual_backward
 
             def read_first(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-                self._read(loss, share=1.0)
+                measurement.read(loss, share=1.0)
                 manual_backward(loss, *args, **kwargs)
 
             with ExitStack() as patches:
@@ -170,7 +167,7 @@ class GradientNormMonitor(L.Callback):
                 output = module.training_step(*args, **kwargs)
             total = output.get("loss") if isinstance(output, Mapping) else output
             if module.automatic_optimization and isinstance(total, Tensor):  # Lightning refuses anything else
-                self._read(total, share=1 / module.trainer.accumulate_grad_batches)
+                measurement.read(total, share=1 / module.trainer.accumulate_grad_batches)
             return output
 
         self._remove_patch = patch_attribute(module, "training_step", step)
@@ -193,13 +190,6 @@ class GradientNormMonitor(L.Callback):
         if self._measurement is not None and self._measurement.is_active and torch.is_grad_enabled():
             self._measurement.watch(losses)
 
-    def _read(self, total: Tensor, *, share: float) -> None:
-        # Before Lightning calls on_before_backward: from then on balancing callbacks scale whatever gradient passes a loss.
-        assert self._measurement is not None
-        assert self._loop is not None
-        with isolate_rng():
-            self._measurement.read(total, share=share, scale=self._loop.loss_scale())
-
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         if self._measurement is not None:
@@ -215,8 +205,8 @@ class GradientNormMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         self._stepped = True
-        if self._loop is not None and self._measurement is not None and self._measurement.is_active:
-            self._skipped = self._skipped or self._loop.skips(optimizer)  # which waits for the GPU
+        if self._measurement is not None and self._measurement.is_active:
+            self._skipped = self._skipped or self._measurement.loop.skips(optimizer)  # which waits for the GPU
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -277,11 +267,11 @@ class GradientNormMonitor(L.Callback):
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._unpatch()
-        if trainer.current_epoch == 0 and self._steps and self._loop is not None:
+        if trainer.current_epoch == 0 and self._steps and self._measurement is not None:
             unlogged = self._source.find_unlogged(self._source.shown, is_late=True)
             for message in (unlogged, self._source.find_unwatched(pl_module)):
                 if message is not None:  # a warning: the loss may come later
-                    self._loop.ranks.warn(message)
+                    self._measurement.loop.ranks.warn(message)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -305,7 +295,7 @@ class GradientNormMonitor(L.Callback):
         self._unpatch()
         if self._measurement is not None:
             self._measurement.terms.release_graph()  # removes the hooks on the losses
-        self._measurement = self._loop = None
+            self._measurement = None
         self._stepped = self._skipped = False
 
     @property

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from itertools import compress
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_gradnorm.callbacks.losses import LossSource
+from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
 from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.layers import plain_name
-from lightning_gradnorm.engine.ranks import Ranks
 from lightning_gradnorm.gradients import (
     REST,
     GradientNorms,
@@ -31,8 +32,9 @@ class StepMeasurement:
     """
 
     def __init__(
-        self, source: LossSource, model: nn.Module, parameters: Mapping[str, nn.Parameter] | None, ranks: Ranks
+        self, source: LossSource, model: nn.Module, parameters: Mapping[str, nn.Parameter] | None, loop: TrainerLoop
     ) -> None:
+        self.loop = loop
         self.terms = LossTermGradients(model.buffers(), caller=source.caller)
         self.is_active = False
         """Whether the current optimizer step is measured."""
@@ -40,7 +42,7 @@ class StepMeasurement:
         self._model = model
         self._names = list(source.names)
         self._parameters = parameters
-        self._ranks = ranks
+        self._ranks = loop.ranks
         self._reached: dict[str, set[str]] = {}
         self._candidates: dict[str, nn.Parameter] = {}
         self._watched: list[tuple[str, Tensor]] = []
@@ -78,9 +80,13 @@ class StepMeasurement:
                 self._watched.append((name, loss))
                 self._given[name] = None
 
-    def read(self, total: Tensor, *, share: float, scale: float) -> None:
-        """Read the watched losses' gradients before ``total`` is back-propagated; see `LossTermGradients.read`."""
-        self.terms.read(total, self._watched, share=share, scale=scale)
+    def read(self, total: Tensor, *, share: float) -> None:
+        """Read the watched losses' gradients before ``total`` is back-propagated; see `LossTermGradients.read`.
+
+        Before Lightning calls ``on_before_backward``: from then on balancing callbacks scale whatever gradient passes a loss.
+        """
+        with isolate_rng():
+            self.terms.read(total, self._watched, share=share, scale=self.loop.loss_scale())
 
     def end_batch(self) -> None:
         """Release the losses of this batch."""
