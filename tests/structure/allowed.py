@@ -13,8 +13,8 @@ LONG_CLASSES: Mapping[str, str] = {}
 
 DEEP_CLASSES: Mapping[str, str] = {}
 
-CORE_IS_TOO_LONG = "the engine is new; what it made superfluous is still being removed"
-"""The reason, or an empty string."""
+CORE_LINES_TODAY: int | None = 9_450
+"""Lines outside experiments, as long as they are more than the rule allows: they may only become fewer. Else ``None``."""
 
 
 def assert_only_allowed(
