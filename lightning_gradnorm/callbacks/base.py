@@ -285,7 +285,8 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         if self._engine is None:
             return
         self._usage.on_batch_end(pl_module, self._engine.batch)
-        self._show_if_logged(trainer)  # in a batch that Lightning writes, but without an optimizer step
+        if not (pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1):
+            self._show_if_logged(trainer)  # in a batch that Lightning writes, but without an optimizer step
         self._engine.start_batch()
 
     def _show_if_logged(self, trainer: L.Trainer) -> None:

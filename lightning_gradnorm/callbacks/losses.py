@@ -15,7 +15,7 @@ from typing import Any, Literal
 import lightning as L
 
 from lightning_gradnorm._messages import checked_names, did_you_mean, nearest
-from lightning_gradnorm.engine.module_hooks import Remove, not_traced, patch_attribute
+from lightning_gradnorm.engine.module_hooks import Remove, ReplacedMethod, not_traced, patch_attribute
 from lightning_gradnorm.engine.rule import DeclaresTasks
 
 Watch = Callable[[Mapping[str, Any]], None]
@@ -117,7 +117,7 @@ class LossSource:
                 watch({name: value for name, value in output.items() if name != "loss"})
             return output
 
-        return patch_attribute(module, "training_step", step)
+        return patch_attribute(module, "training_step", ReplacedMethod(module, "training_step", step))
 
     def _capture_logged(self, module: L.LightningModule, watch: Watch, names: Mapping[str, str]) -> Remove:
         log = module.log
@@ -130,7 +130,7 @@ class LossSource:
                     watch({names[name]: value})
             log(name, value, *args, **kwargs)  # which detaches the value
 
-        return patch_attribute(module, "log", not_traced(log_and_watch))
+        return patch_attribute(module, "log", ReplacedMethod(module, "log", not_traced(log_and_watch)))
 
     # ---- comparing the names: each method returns a message, or None -------------------------------------------------
 
@@ -191,4 +191,4 @@ def explain_errors(module: L.LightningModule, explain: Callable[[RuntimeError], 
                 raise
             raise ValueError(message) from error
 
-    return patch_attribute(module, "training_step", step)
+    return patch_attribute(module, "training_step", ReplacedMethod(module, "training_step", step))

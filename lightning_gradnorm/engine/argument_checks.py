@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -69,11 +69,17 @@ def check_names(given: Mapping[str, Any], tasks: tuple[str, ...], parameter: str
         )
 
 
-def check_losses(losses: object, tasks: tuple[str, ...]) -> None:
-    """Raise an error unless this is a mapping from task."""
+def check_losses(losses: object, tasks: tuple[str, ...], waiting: Mapping[str, Sequence[object]]) -> None:
+    """Raise an error unless this is a mapping from task, to losses of tasks that have none waiting for their backward pass."""
     if not isinstance(losses, Mapping):
         raise TypeError(f"Balancer: losses should be a mapping from task to loss; got {type(losses).__name__}")
     check_names(losses, tasks, "losses")
+    for task, loss in losses.items():
+        if loss is not None and any(one is not loss for one in waiting.get(task, ())):
+            raise ValueError(
+                f"Balancer: the loss of task '{task}' was given before and has not been back-propagated. Give the losses of a "
+                f"batch once, and only if you back-propagate them. That step is dropped now."
+            )
 
 
 def check_losses_after_step(rule: Rule, losses_after_step: object) -> None:

@@ -120,7 +120,7 @@ class Balancer:
                 "forward pass; single layers, such as a frozen batch norm, may stay in evaluation mode."
             )
         with self._recovery():
-            check_losses(losses, self.rule.tasks)
+            check_losses(losses, self.rule.tasks, self._engine.batch.losses)
             self._engine.watch(losses)
 
     def backward(
@@ -197,6 +197,7 @@ class Balancer:
         with self._recovery():
             self._engine.after_backward()
             _require_one_pass(len(self._loop.scales) - self._engine.pending_backwards + 1)
+            self._loop.note_losses(self._engine.batch.losses)
             require_backpropagated(self._engine.batch.losses, self._engine.batch.backpropagated, caller="Balancer")
         self._engine.start_batch()
 
@@ -242,7 +243,7 @@ class Balancer:
         skipped = skipped or (scaler is not None and scaler_has_skipped(scaler, caller="Balancer"))
         check_losses_after_step(self.rule, losses_after_step)
         self._engine.finish_step(skipped=skipped)
-        self._loop.scales.clear()
+        self._loop.finish_step(self.rule.tasks)
         needs_them = getattr(self.rule, "needs_losses_after_step", False)
         if needs_them and losses_after_step is not None and self._engine.step_was_taken:
             with torch.no_grad():

@@ -65,7 +65,8 @@ class Engine(Generic[AnyRule]):
             self.measurement.reader = candidates[0] if candidates else None
             self._checks = GraphChecks(self._caller, candidates, at_heads=self.plan.at_heads)
             self._buffers = BufferGuard(setting.model.buffers() if candidates else [])
-            for head, task in heads.items() if self.plan.at_heads else ():
+            self._heads = {task: head for head, task in heads.items()} if self.plan.at_heads else {}
+            for task, head in self._heads.items():
                 self._hooks.callback(wrap_call(head, before=partial(self._before_head, task), first=True))
             self._candidate_hooks: dict[GradientReader, Remove] = {}
             for reader in candidates:
@@ -200,9 +201,20 @@ class Engine(Generic[AnyRule]):
         self.batch.in_backward = True
         self.batch.is_whole_step = is_whole_step and self._loop.ranks.size == 1
         if self._step.measured:
+            self._require_heads()
             self._checks.require_separate_heads(loss, self.batch)
         self.measurement.before_backward(loss, self.batch, at_heads=self.plan.at_heads)
         self._step.weights = self._weights_by_task()
+
+    def _require_heads(self) -> None:
+        """Refuse to read at a head that the model no longer has. One that a loss leaves out gives a norm of 0."""
+        for task, head in self._heads.items():
+            is_passed_by = task in self.batch.losses and task not in self.batch.branches
+            if is_passed_by and all(module is not head for module in self._setting.model.modules()):
+                raise ValueError(
+                    f"{self._caller}: the head that task '{task}' had when the training began has been replaced, so that no "
+                    f"gradient is read there. Replace it before, or leave heads out."
+                )
 
     def after_backward(self) -> None:
         """Called right after each backward pass."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -60,6 +62,30 @@ def patch_attribute(owner: Any, name: str, replacement: Any) -> Remove:
             _patches[owner][name] = now
 
     return undo
+
+
+class ReplacedMethod:
+    """A function in place of a method. In a copy of its owner, and in a pickled one, it is the class's own method again.
+
+    A plain function would stay bound to the original: a copy would run the original's step, and train nothing.
+
+    Args:
+        owner: whose method it is.
+        name: of the method.
+        function: takes its place.
+    """
+
+    def __init__(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        self._owner, self._name, self._function = owner, name, function
+        functools.update_wrapper(self, function)
+        self.__wrapped__ = inspect.unwrap(function)  # Lightning looks behind one wrapper for the parameters
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self._function(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._owner, self._name)
 
 
 def supports_hooks(module: nn.Module) -> bool:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_gradnorm.engine.ranks import Ranks
+
+_PATIENCE = 50
+"""Steps after which a task without any loss is warned of."""
 
 
 class PlainLoop:
@@ -26,6 +30,23 @@ class PlainLoop:
         """The gradients with which the backward passes since the last step began."""
         self.is_inside_call = False
         """Whether `Balancer.backward` is running."""
+        self._seen: set[str] = set()
+        self._steps = 0
+
+    def note_losses(self, tasks: Collection[str]) -> None:
+        """Called with the tasks of each backward pass."""
+        self._seen.update(tasks)
+
+    def finish_step(self, tasks: Sequence[str]) -> None:
+        """Called after each step. Warn once of tasks that have had no loss for a long time."""
+        self.scales.clear()
+        self._steps += 1
+        missing = [task for task in tasks if task not in self._seen]
+        if self._steps == _PATIENCE and missing and self.ranks.size == 1:
+            self.ranks.warn(
+                f"Balancer: no loss of tasks {missing} was seen in the first {_PATIENCE} steps, so that they are not balanced. "
+                f"Give them to backward, or make the rule without them."
+            )
 
     def is_training(self) -> bool:
         """Return True in training mode. What an evaluation calls belongs to no backward pass, and would never be released."""

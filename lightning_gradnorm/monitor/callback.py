@@ -21,7 +21,7 @@ from lightning_gradnorm.callbacks.losses import LossSource, wraps_innermost
 from lightning_gradnorm.callbacks.packages import is_one_of, works_in_both_packages
 from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
 from lightning_gradnorm.engine.layers import find_parameters
-from lightning_gradnorm.engine.module_hooks import Remove, patch_attribute
+from lightning_gradnorm.engine.module_hooks import Remove, ReplacedMethod, patch_attribute
 from lightning_gradnorm.gradients import REST, GradientNorms
 from lightning_gradnorm.monitor.measurement import StepMeasurement
 from lightning_gradnorm.monitor.summary import RunningSummary
@@ -170,7 +170,7 @@ class GradientNormMonitor(L.Callback):
                 measurement.read(total, share=1 / module.trainer.accumulate_grad_batches)
             return output
 
-        self._remove_patch = patch_attribute(module, "training_step", step)
+        self._remove_patch = patch_attribute(module, "training_step", ReplacedMethod(module, "training_step", step))
 
     def watch(self, losses: Mapping[str, Tensor | None]) -> None:
         """Measure these losses in the backward pass that follows, if this is a measured step.

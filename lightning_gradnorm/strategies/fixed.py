@@ -64,4 +64,12 @@ class FixedRule:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Do nothing: the weights stay those that were given."""
+        """Keep the weights that were given.
+
+        Raises:
+            ValueError: the state is another strategy's.
+        """
+        if state:
+            raise ValueError(
+                "FixedRule: the state should be empty, as fixed weights have none; it is another strategy's."
+            )

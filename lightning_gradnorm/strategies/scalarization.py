@@ -69,6 +69,9 @@ class ScalarizationRule:
                 f"{self.name}: scalarizer should make a number of the losses; got {type(scalarizer).__name__}, which combines "
                 f"gradients. Use Aggregation({type(scalarizer).__name__}(…), tasks=…)."
             )
+        if not (scalarizer is None or isinstance(scalarizer, nn.Module)):
+            found = f"the class {scalarizer.__name__}" if isinstance(scalarizer, type) else type(scalarizer).__name__
+            raise TypeError(f"{self.name}: scalarizer should be a module, such as UW({len(tasks)}); got {found}.")
         self.scalarizer = None if scalarizer is None else move_to(scalarizer, device=device, dtype=dtype)
         self.loss_weights = torch.ones(len(tasks), dtype=dtype, device=device)
         """The factors of the losses' gradients, shape (T,)."""
@@ -243,8 +246,8 @@ class ScalarizationRule:
             )
         if list(state["tasks"]) != list(self.tasks):
             raise ValueError(
-                f"{self.name}: the checkpoint is of tasks {sorted(state['tasks'])}, but this run has {sorted(self.tasks)}. "
-                f"Resume with the same tasks."
+                f"{self.name}: the checkpoint is of tasks {list(state['tasks'])}, but this run has {list(self.tasks)}. "
+                f"Resume with the same tasks in the same order."
             )
         self.loss_weights = state["loss_weights"].to(self.loss_weights)
         self._losses = state["losses"].to(self._losses)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import csv
+import pickle
+from typing import Any
+
 import lightning as L
 import pytest
 import torch
 from harness import Batches, assert_clean, traces
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
-from models import Automatic, vector_batches
+from lightning.pytorch.loggers import CSVLogger
+from models import Automatic, OnlyLogs, vector_batches
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -184,3 +190,47 @@ def test_a_head_that_reads_what_another_head_gives_is_refused_also_if_it_reads_t
         ValueError, match=r"the loss of task 'normal' also reads the head of 'seg' and not its head alone"
     ):
         quiet_trainer(callbacks=[GradNorm(NAMES, heads=Fed(3).heads())]).fit(Fed(3), Batches(vector_batches(3, 5)))
+
+
+@pytest.mark.parametrize("make", [Automatic, OnlyLogs])
+def test_a_copy_made_during_training_trains_itself(quiet_trainer, make: Any) -> None:
+    class KeepsACopy(L.Callback):
+        best: Any = None
+
+        def on_train_batch_end(self, trainer, pl_module, *_: Any) -> None:
+            self.best = pickle.loads(pickle.dumps(copy.deepcopy(pl_module)))
+
+    tasks = NAMES if make is Automatic else {task: f"train/{task}_loss" for task in NAMES}
+    model, keeps, batches = make(3), KeepsACopy(), vector_batches(3, 4)
+    quiet_trainer(callbacks=[GradNorm(tasks), keeps]).fit(model, Batches(batches))
+    before = {one: [p.detach().clone() for p in one.parameters()] for one in (model, keeps.best)}
+    quiet_trainer(callbacks=[GradNorm(tasks)]).fit(keeps.best, Batches(batches))
+    moved = [
+        any(not torch.equal(p, q) for p, q in zip(one.parameters(), was, strict=True)) for one, was in before.items()
+    ]
+    assert moved == [False, True]
+
+
+def test_a_head_replaced_during_training_is_an_error(quiet_trainer) -> None:
+    class Replaces(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 2:
+                pl_module.seg_head = copy.deepcopy(pl_module.seg_head)
+
+    gradnorm = GradNorm(NAMES, heads=Automatic(3).heads())
+    with pytest.raises(
+        ValueError, match="GradNorm: the head that task 'seg' had when the training began has been replaced"
+    ):
+        quiet_trainer(callbacks=[gradnorm, Replaces()]).fit(Automatic(3), Batches(vector_batches(3, 4)))
+
+
+def test_accumulated_steps_are_logged_once(quiet_trainer, tmp_path) -> None:
+    logger = CSVLogger(tmp_path)
+    trainer = quiet_trainer(
+        callbacks=[GradNorm(NAMES)], logger=logger, log_every_n_steps=3, accumulate_grad_batches=2, max_epochs=1
+    )
+    trainer.fit(Automatic(3), Batches(vector_batches(3, 12)))
+    logger.save()
+    with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
+        steps = [row["step"] for row in csv.DictReader(file) if row["gradnorm/weight/seg"]]
+    assert steps == ["2", "5"]

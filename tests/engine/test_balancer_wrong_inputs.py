@@ -14,7 +14,7 @@ from torchjd import aggregation as A
 from torchjd import scalarization as S
 
 from lightning_gradnorm import Balancer, GradNorm
-from lightning_gradnorm.strategies import AggregationRule, GradNormRule, ScalarizationRule
+from lightning_gradnorm.strategies import AggregationRule, FixedRule, GradNormRule, ScalarizationRule
 
 NAMES = TASKS[:3]
 BATCHES = vector_batches(3, 4)
@@ -400,3 +400,40 @@ def test_a_balancer_shows_its_plan() -> None:
     with balance() as balancer:
         expected = "Balancer(GradNormRule['seg', 'depth', 'normal'], W = encoder.2.weight (6 × 7), heads: none)"
         assert repr(balancer) == expected
+
+
+def test_losses_of_a_batch_that_is_not_back_propagated_are_not_mixed_with_the_next() -> None:
+    model, plain = Network(), Network()
+    with balance(model=model) as balancer:
+        balancer.watch(model(BATCHES[0]))
+        with pytest.raises(
+            ValueError, match=r"the loss of task 'seg' was given before and has not been back-propagated"
+        ):
+            balancer.backward(model(BATCHES[0]))
+        _assert_works(balancer, model, plain)
+
+
+def test_a_task_that_never_has_a_loss_is_warned_of_once() -> None:
+    model = Network()
+
+    def train_without(task: str, balancer: Balancer) -> None:
+        for _ in range(60):
+            balancer.backward({**model(BATCHES[0]), task: None})
+            balancer.step()
+
+    message = r"no loss of tasks \['normal'\] was seen in the first 50 steps"
+    with balance(model=model) as balancer, pytest.warns(UserWarning, match=message) as warned:
+        train_without("normal", balancer)
+    assert len(warned) == 1
+
+
+def test_fixed_weights_take_no_state_of_another_strategy() -> None:
+    with balance(FixedRule(dict.fromkeys(NAMES, 1.0))) as balancer:
+        balancer.load_state_dict(balancer.state_dict())
+        with pytest.raises(ValueError, match="FixedRule: the state should be empty"):
+            balancer.load_state_dict(gradnorm_rule().state_dict())
+
+
+def test_a_scalarizer_that_is_not_made_yet() -> None:
+    with pytest.raises(TypeError, match=r"scalarizer should be a module, such as UW\(3\); got the class UW"):
+        ScalarizationRule(NAMES, S.UW)  # type: ignore[arg-type]
