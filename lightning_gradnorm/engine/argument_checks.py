@@ -14,7 +14,7 @@ from lightning_gradnorm.engine.rule import Rule
 _NEEDS = ("nothing", "losses", "norms", "gradients")
 
 
-def check_arguments(model: object, rule: object, heads: object, norm_of: object) -> None:
+def check_arguments(model: object, rule: object, shared_layer: object, heads: object, norm_of: object) -> None:
     """Check the kinds of `Balancer`'s arguments.
 
     Raises:
@@ -24,12 +24,13 @@ def check_arguments(model: object, rule: object, heads: object, norm_of: object)
         hint = " That is a callback for a Lightning Trainer." if hasattr(rule, "on_train_start") else ""
         if isinstance(rule, nn.Module):
             hint = " Give it to ScalarizationRule or AggregationRule, and the rule to Balancer."
-        raise TypeError(
-            f"Balancer: rule should be a rule such as GradNormRule(['seg', 'depth']); got {type(rule).__name__}.{hint}"
-        )
+        found = f"the class {rule.__name__}" if isinstance(rule, type) else type(rule).__name__
+        raise TypeError(f"Balancer: rule should be a rule such as GradNormRule(['seg', 'depth']); got {found}.{hint}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"Balancer: model should be a module; got {type(model).__name__}")
     check("Balancer", norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", norm_of)
+    is_name = shared_layer is None or isinstance(shared_layer, str)
+    check("Balancer", is_name, "shared_layer", "a dotted name such as 'encoder.4', or None", shared_layer)
     is_form = heads is None or heads == "auto" or isinstance(heads, Mapping)
     check("Balancer", is_form, "heads", "a mapping from task to the name of its head, 'auto' or None", heads)
     if getattr(rule, "of_parameters", False):

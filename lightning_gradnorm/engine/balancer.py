@@ -80,7 +80,7 @@ class Balancer:
         representation: str = "encoder",
         norm_of: Literal["weight", "activation"] = "weight",
     ) -> None:
-        check_arguments(model, rule, heads, norm_of)
+        check_arguments(model, rule, shared_layer, heads, norm_of)
         self.rule = rule
         self._model = unwrap_model(model)
         named = dict(sorted(heads.items())) if isinstance(heads, Mapping) else None

@@ -32,7 +32,7 @@ def balance(rule: Any = None, model: nn.Module | None = None, **options: Any) ->
     ("rule", "found"),
     [
         ("GradNorm", "got str."),
-        (GradNormRule, "got type."),
+        (GradNormRule, "got the class GradNormRule."),
         (S.UW(3), "got UW. Give it to ScalarizationRule or AggregationRule, and the rule to Balancer."),
         (A.UPGrad(), "got UPGrad. Give it to ScalarizationRule or AggregationRule, and the rule to Balancer."),
         (GradNorm(NAMES), "got GradNorm. That is a callback for a Lightning Trainer."),
@@ -66,6 +66,7 @@ def test_what_is_not_a_model() -> None:
             "'segm_head' is not in Network; did you mean 'seg_head'",
         ),
         ({"heads": {**Network().heads(), "seg": "depth_head"}}, "heads should name one module for each task"),
+        ({"shared_layer": 3}, "shared_layer should be a dotted name such as 'encoder.4', or None; got 3"),
         ({"heads": ["seg_head"]}, "heads should be a mapping from task to the name of its head, 'auto' or None"),
         ({"norm_of": "weights"}, "norm_of should be 'weight' or 'activation'; got 'weights'"),
         ({"norm_of": "activation", "representation": "enc"}, "representation 'enc' is not in Network"),
