@@ -68,6 +68,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._engine: Engine[AnyRule] | None = None
         self._loop: TrainerLoop | None = None
         self._hooks = ExitStack()
+        self._backward_is_lightnings = False
         self._shown = True
         self._restored: dict[str, Any] | None = None
         self._restored_by: str | None = None
@@ -142,6 +143,8 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._names = self._source.names
         self._check_heads()
         self._usage = UsageChecks(self._source, loop.ranks)
+        # A backward of the user's own may pass a loss as often as it likes.
+        self._backward_is_lightnings = not overrides(pl_module, "backward")
         self._choose_state(loop)
         # Every rank takes part in sums over the ranks, also one that never sees a loss: all agree on the dtype beforehand.
         parameter = next((p for p in pl_module.parameters() if p.is_floating_point()), torch.zeros(()))
@@ -256,11 +259,8 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         if self._engine is not None:
-            is_whole_step = (
-                pl_module.automatic_optimization
-                and not overrides(pl_module, "backward")  # which may pass a loss as often as it likes
-                and trainer.accumulate_grad_batches == 1
-            )
+            is_lightnings = pl_module.automatic_optimization and self._backward_is_lightnings
+            is_whole_step = is_lightnings and trainer.accumulate_grad_batches == 1
             self._engine.before_backward(loss, is_whole_step=is_whole_step)
 
     @override

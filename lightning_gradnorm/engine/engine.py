@@ -65,7 +65,7 @@ class Engine(Generic[AnyRule]):
             self.measurement.reader = candidates[0] if candidates else None
             self._checks = GraphChecks(self._caller, candidates, at_heads=self.plan.at_heads)
             self._buffers = BufferGuard(setting.model.buffers() if candidates else [])
-            self._heads = {task: head for head, task in heads.items()} if self.plan.at_heads else {}
+            self._heads = heads if self.plan.at_heads else {}
             for task, head in self._heads.items():
                 self._hooks.callback(wrap_call(head, before=partial(self._before_head, task), first=True))
             self._candidate_hooks: dict[GradientReader, Remove] = {}

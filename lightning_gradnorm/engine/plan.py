@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_gradnorm.engine.compiled import UncompiledDuringTraining
 from lightning_gradnorm.engine.layers import find_module
-from lightning_gradnorm.engine.measurement import AnyRule, Measurement
+from lightning_gradnorm.engine.measurement import AnyRule, Measurement, Setting
 from lightning_gradnorm.engine.module_hooks import supports_hooks
 from lightning_gradnorm.gradients import GradientReader
 
@@ -44,17 +44,17 @@ class Plan:
         return ", ".join([*parts, f"heads: {heads}" if heads else "heads: none"])
 
 
-def inspect_model(measurement: Measurement[AnyRule]) -> tuple[Plan, dict[nn.Module, str], UncompiledDuringTraining]:
+def inspect_model(measurement: Measurement[AnyRule]) -> tuple[Plan, dict[str, nn.Module], UncompiledDuringTraining]:
     """Find the heads, the shared layer and the readers of a model; split it where compiled code would hide them.
 
     Returns:
-        The plan; the head modules with their tasks; and what undoes the splitting.
+        The plan; task → head module; and what undoes the splitting.
 
     Raises:
         ValueError: a name does not exist, or a module cannot be used.
     """
     setting = measurement.setting
-    modules = _head_modules(measurement)
+    heads = _head_modules(setting)
     W = measurement.find_layer()
     uncompiled = UncompiledDuringTraining(setting.model, (setting.heads or {}).values(), W)
     try:
@@ -62,15 +62,15 @@ def inspect_model(measurement: Measurement[AnyRule]) -> tuple[Plan, dict[nn.Modu
     except BaseException:
         uncompiled.close()
         raise
-    return Plan(W, setting.heads, candidates), modules, uncompiled
+    return Plan(W, setting.heads, candidates), heads, uncompiled
 
 
-def _head_modules(measurement: Measurement[AnyRule]) -> dict[nn.Module, str]:
-    setting = measurement.setting
+def _head_modules(setting: Setting) -> dict[str, nn.Module]:
+    """Return task → head."""
+    names = setting.heads or {}
     tasks: dict[nn.Module, str] = {}
-    for task in setting.tasks if setting.heads is not None else ():
-        assert setting.heads is not None
-        name = setting.heads[task]
+    for task in setting.tasks if names else ():
+        name = names[task]
         head = find_module(setting.model, name, caller=f"{setting.caller}: heads['{task}']")
         if head in tasks:
             raise ValueError(
@@ -83,4 +83,4 @@ def _head_modules(measurement: Measurement[AnyRule]) -> dict[nn.Module, str]:
                 f"out: then each loss gets a first-order pass of its own."
             )
         tasks[head] = task
-    return tasks
+    return {task: head for head, task in tasks.items()}
