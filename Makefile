@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# One process per core; tests that measure memory or load the machine themselves share one.
+PARALLEL := -n auto --dist loadgroup
 
-.PHONY: demo test test-slow test-lowest docs build try-wheel try-core format clean
+.PHONY: demo test test-slow coverage test-lowest docs build try-wheel try-core format clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py
@@ -12,10 +14,15 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -m "not slow and not gpu"
+	$(BIN)/pytest -q $(PARALLEL) -m "not slow and not gpu"
 
+# AT_MOST=40 skips what is not reached after 40 minutes, and counts it.
 test-slow: $(STAMP)
-	$(BIN)/pytest -q -m slow
+	$(BIN)/pytest -q $(PARALLEL) -m "(slow or hypothesis) and not gpu" $(AT_MOST:%=--at-most %)
+
+# Branch coverage of the core by the fast set.
+coverage: $(STAMP)
+	$(BIN)/pytest -q $(PARALLEL) -m "not slow and not gpu" --cov --cov-report term-missing
 
 # The documentation site, in site/; a warning is an error.
 docs: .venv/.docs-installed
@@ -47,7 +54,7 @@ try-core: $(STAMP)
 # The tests with the lowest versions that pyproject.toml promises; TESTS="tests/cli tests/callbacks" for some of them.
 LOWEST := .venv-lowest
 test-lowest: $(LOWEST)/.installed
-	$(LOWEST)/bin/pytest -q -m "not slow and not gpu" $(TESTS)
+	$(LOWEST)/bin/pytest -q $(PARALLEL) -m "not slow and not gpu" $(TESTS)
 
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import fast_set
 import packages
 import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: others run beside them
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    fast_set.add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    fast_set.configure(config)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    fast_set.report_what_was_not_reached(terminalreporter)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    fast_set.skip_if_late(item)
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device; torch.cuda.is_available() is False here")
 
@@ -36,6 +52,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     packages.select(items)
+    fast_set.thin_out(items)
 
 
 @pytest.fixture

@@ -15,9 +15,6 @@ from torch import Tensor
 
 from lightning_gradnorm.strategies.gradnorm import GradNormRule, gradnorm_terms
 
-settings.register_profile("frugal", max_examples=60, deadline=None, derandomize=True)
-settings.load_profile("frugal")
-
 F64 = torch.float64
 wild = st.one_of(
     st.floats(1e-30, 1e30),
