@@ -14,6 +14,7 @@ from lightning_gradnorm._messages import check
 from lightning_gradnorm.callbacks.packages import is_one_of
 from lightning_gradnorm.callbacks.scalarization import LossWeightingCallback, Made
 from lightning_gradnorm.engine.aggregation import GradientMeasurement
+from lightning_gradnorm.engine.measurement import Heads
 from lightning_gradnorm.strategies.aggregation import AggregationRule
 from lightning_gradnorm.strategies.scalarization import OptimizerFactory
 from lightning_gradnorm.strategies.weight_optimizer import adam
@@ -72,7 +73,7 @@ class Aggregation(LossWeightingCallback[AggregationRule]):
         aggregator: Made,
         tasks: Sequence[str] | Mapping[str, str] | None = None,
         *,
-        heads: Mapping[str, str] | None = None,
+        heads: Heads = "auto",
         representation: str = "encoder",
         at: Literal["representation", "parameters"] = "representation",
         scalarizer: Made | None = None,

@@ -19,7 +19,7 @@ from lightning_gradnorm.callbacks.packages import is_one_of, overrides, works_in
 from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
 from lightning_gradnorm.callbacks.usage_checks import UsageChecks
 from lightning_gradnorm.engine.engine import Engine
-from lightning_gradnorm.engine.measurement import AnyRule, Setting
+from lightning_gradnorm.engine.measurement import AnyRule, Heads, Setting
 
 
 @works_in_both_packages
@@ -32,7 +32,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
     Args:
         tasks: keys of the mapping that ``training_step`` returns; or task → name under which the module logs its loss; or
             ``None`` for all tasks of a module that declares them (`MultiTaskModule`).
-        heads: task → dotted name of its head module.
+        heads: task → dotted name of its head module; ``"auto"`` finds them in the first batch; ``None``: no heads.
         representation: dotted name of the module whose output the heads read.
         shared_layer: dotted name of the last shared layer.
         norm_of: where norms are taken, for rules that need them.
@@ -47,15 +47,18 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self,
         tasks: Sequence[str] | Mapping[str, str] | None = None,
         *,
-        heads: Mapping[str, str] | None = None,
+        heads: Heads = "auto",
         representation: str = "encoder",
         shared_layer: str | None = None,
         norm_of: Literal["weight", "activation"] = "weight",
     ) -> None:
-        if heads is not None and not (isinstance(heads, Mapping) and all(isinstance(h, str) for h in heads.values())):
-            raise TypeError(f"{self._name}: heads should be a mapping from task to the name of its head; got {heads!r}")
+        is_mapping = isinstance(heads, Mapping) and all(isinstance(head, str) for head in heads.values())
+        if not (is_mapping or heads is None or heads == "auto"):
+            raise TypeError(
+                f"{self._name}: heads should be a mapping from task to the name of its head, 'auto' or None; got {heads!r}"
+            )
         self.tasks = tasks
-        self.heads = None if heads is None else dict(heads)
+        self.heads = dict(heads) if isinstance(heads, Mapping) else heads
         self.representation = representation
         self.shared_layer = shared_layer
         self.norm_of = norm_of
@@ -129,7 +132,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         return self._rule
 
     def _check_heads(self) -> None:
-        if self.heads is not None:
+        if isinstance(self.heads, dict):
             check_by_task(self.heads, self._names, caller=self._name, parameter="heads")
 
     # ---- the start and the end ---------------------------------------------------------------------------------------
@@ -150,9 +153,9 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         parameter = next((p for p in pl_module.parameters() if p.is_floating_point()), torch.zeros(()))
         self._start_rule(torch.zeros((), dtype=parameter.dtype, device=pl_module.device))
         heads = self.heads
-        if heads is None and declared is not None:
+        if heads == "auto" and declared is not None:
             shares_one = len({pl_module.get_submodule(head) for head in declared.values()}) < len(declared)
-            heads = None if shares_one else declared
+            heads = "auto" if shares_one else declared
         options = {"timeout": getattr(trainer.strategy, "_timeout", None)}  # the user's, if DDPStrategy was given one
         setting = Setting(
             self._name,
@@ -169,7 +172,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
             engine = Engine(self.rule, setting)
             hooks.callback(engine.close)
             hooks.callback(self._source.capture(pl_module, self.watch))
-            if engine.plan.candidates:
+            if engine.reads_gradients:
                 hooks.callback(explain_errors(pl_module, engine.explain_inplace_error))
             self._engine, self._hooks = engine, hooks.pop_all()
 

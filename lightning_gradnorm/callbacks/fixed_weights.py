@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_gradnorm._messages import check, check_positive_by_task, is_integer
 from lightning_gradnorm.callbacks.base import BalancingCallback
+from lightning_gradnorm.engine.measurement import Heads
 from lightning_gradnorm.engine.rule import DeclaresTasks
 from lightning_gradnorm.strategies.fixed import FixedRule
 
@@ -59,7 +60,7 @@ class FixedWeights(StaticWeights):
         weights: Mapping[str, float],
         *,
         tasks: Sequence[str] | Mapping[str, str] | None = None,
-        heads: Mapping[str, str] | None = None,
+        heads: Heads = "auto",
     ) -> None:
         if not (isinstance(weights, Mapping) and all(isinstance(task, str) for task in weights)):
             raise TypeError(f"{self._name}: weights should be a mapping from task's name to number; got {weights!r}")
@@ -89,7 +90,7 @@ class GradNormStatic(StaticWeights):
         from_run: str | Path,
         tasks: Sequence[str] | Mapping[str, str] | None = None,
         *,
-        heads: Mapping[str, str] | None = None,
+        heads: Heads = "auto",
     ) -> None:
         self.from_run = Path(from_run)
         weights = _mean_weights(_checkpoint_of(self.from_run))
@@ -138,7 +139,7 @@ class RandomWeights(StaticWeights):
         seed: int = 0,
         tasks: Sequence[str] | Mapping[str, str] | None = None,
         *,
-        heads: Mapping[str, str] | None = None,
+        heads: Heads = "auto",
     ) -> None:
         super().__init__(tasks, heads=heads)
         check(self._name, is_integer(seed, least=0), "seed", "an integer, at least 0", seed)

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_gradnorm._messages import check
 from lightning_gradnorm.callbacks.base import BalancingCallback
+from lightning_gradnorm.engine.measurement import Heads
 from lightning_gradnorm.engine.ranks import Ranks
 from lightning_gradnorm.strategies.gradnorm import GradNormRule
 from lightning_gradnorm.strategies.gradnorm_arguments import check_arguments
@@ -36,8 +37,10 @@ class GradNorm(BalancingCallback[GradNormRule]):
             the module logs its losses; or ``None`` for all tasks of a `MultiTaskModule`. A module with manual optimization
             calls `watch` before ``manual_backward``.
         shared_layer: dotted name of the last shared layer ``W``: a module (its ``weight``; all its parameters if it has
-            none) or a parameter. ``None``: the last module with a weight of two or more dimensions inside ``encoder``.
-        heads: task → dotted name of its head module.
+            none; the last trained weight inside it if it contains modules) or a parameter. ``None``: the deepest trained weight
+            that all losses of the first batch depend on.
+        heads: task → dotted name of its head module; ``"auto"`` finds them in the first batch. ``None``: one first-order pass
+            from each loss to ``W`` instead. All give the same numbers.
         alpha: the asymmetry: how strongly tasks are pulled to a common training rate. 0 asks for equal gradient norms.
         optimizer: makes the optimizer of the weights from a list of parameters.
         initial_losses: ``L_i(0)``: the mean over so many of the first weight updates, or numbers by task.
@@ -76,7 +79,7 @@ class GradNorm(BalancingCallback[GradNormRule]):
         tasks: Sequence[str] | Mapping[str, str] | None = None,
         *,
         shared_layer: str | None = None,
-        heads: Mapping[str, str] | None = None,
+        heads: Heads = "auto",
         alpha: float = 1.5,
         optimizer: WeightOptimizerFactory = adam,
         initial_losses: int | Mapping[str, float] = 1,

@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_gradnorm._messages import check
 from lightning_gradnorm.callbacks.base import BalancingCallback
 from lightning_gradnorm.callbacks.recompute import LossRecomputer
+from lightning_gradnorm.engine.measurement import Heads
 from lightning_gradnorm.strategies.factory import instantiate
 from lightning_gradnorm.strategies.scalarization import OptimizerFactory, ScalarizationRule
 from lightning_gradnorm.strategies.snapshot import load_snapshot, snapshot
@@ -36,7 +37,7 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
         scalarizer: Made | None,
         optimizer: OptimizerFactory,
         *,
-        heads: Mapping[str, str] | None,
+        heads: Heads,
         representation: str = "encoder",
     ) -> None:
         super().__init__(tasks, heads=heads, representation=representation)
@@ -162,7 +163,7 @@ class Scalarization(LossWeightingCallback[ScalarizationRule]):
         scalarizer: Made,
         tasks: Sequence[str] | Mapping[str, str] | None = None,
         *,
-        heads: Mapping[str, str] | None = None,
+        heads: Heads = "auto",
         optimizer: OptimizerFactory = adam,
     ) -> None:
         super().__init__(tasks, scalarizer, optimizer, heads=heads)

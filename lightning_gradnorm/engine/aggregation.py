@@ -51,23 +51,22 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
         assert isinstance(self.reader, JointGradients)
         return self.reader
 
-    def before_backward(self, loss: Tensor, batch: BatchState, *, at_heads: bool) -> None:
+    def before_backward(self, loss: Tensor, batch: BatchState) -> None:
         """Open the gate for a backward pass.
 
         Raises:
             ValueError: part of a task's gradient would miss the gate, or the tasks are back-propagated one by one.
         """
-        super().before_backward(loss, batch, at_heads=at_heads)
+        super().before_backward(loss, batch)
         caller = self.setting.caller
         if not isinstance(self.reader, JointGradients):
             return
-        losses = {node_of(loss) for losses in batch.losses.values() for loss in losses}
-        branches = {node for nodes in batch.branches.values() for node in nodes}
-        self._gate.begin(loss, stop=branches if at_heads else losses)
-        if at_heads and losses & set(self._gate.other_paths):
+        self._gate.begin(loss, stop=batch.reading_nodes())
+        at_heads = [losses for task, losses in batch.losses.items() if task not in batch.read_at_losses]
+        if {node_of(loss) for losses in at_heads for loss in losses} & set(self._gate.other_paths):
             raise ValueError(
                 f"{caller}: part of a task's gradient now reaches '{self.setting.representation}' by a path that does not "
-                f"pass the task's head. Leave heads out: then each loss gets a first-order pass of its own."
+                f"pass the task's head. Give heads=None: then each loss gets a first-order pass of its own."
             )
         waiting = [task for task in batch.losses if task not in batch.backpropagated]
         if self._shared is None and self._gate.was_passed and waiting and self._gate.is_reached_from(loss):

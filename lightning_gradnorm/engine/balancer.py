@@ -23,7 +23,7 @@ from lightning_gradnorm.engine.argument_checks import (
 )
 from lightning_gradnorm.engine.engine import Engine
 from lightning_gradnorm.engine.graph_checks import require_backpropagated
-from lightning_gradnorm.engine.measurement import Setting
+from lightning_gradnorm.engine.measurement import Heads, Setting
 from lightning_gradnorm.engine.plain_loop import PlainLoop, scaler_has_skipped, unwrap_model
 from lightning_gradnorm.engine.rule import Rule
 
@@ -42,10 +42,11 @@ class Balancer:
         model: the network; one wrapped by DDP or Fabric is unwrapped. Balance it after it is on its device.
         rule: what to balance by, for example `GradNormRule(["seg", "depth"])`, `ScalarizationRule`, `AggregationRule`.
         shared_layer: dotted name of the last shared layer ``W``, for rules that need gradient norms: a module (its
-            ``weight``; all its parameters if it has none) or a parameter. ``None``: the last module with a weight of two or
-            more dimensions inside ``encoder``.
-        heads: task → dotted name of its head. All task gradients are then read out of the ordinary backward pass. ``"auto"``
-            and ``None``: one first-order pass through each head instead. Both give the same numbers.
+            ``weight``; all its parameters if it has none; the last trained weight inside it if it contains modules) or a
+            parameter. ``None``: the deepest trained weight that all losses of the first batch depend on.
+        heads: task → dotted name of its head: all task gradients are then read out of the ordinary backward pass. ``"auto"``
+            finds the heads in the first batch. Tasks without one, or all with ``None``, get a first-order pass from the
+            loss to ``W`` instead. All ways give the same numbers.
         representation: dotted name of the module whose output the heads read, for aggregations.
         norm_of: ``"weight"`` for norms of ``∇_W L_i``, the paper's; ``"activation"`` for those at the representation.
 
@@ -76,21 +77,21 @@ class Balancer:
         rule: Rule,
         *,
         shared_layer: str | None = None,
-        heads: Mapping[str, str] | Literal["auto"] | None = "auto",
+        heads: Heads = "auto",
         representation: str = "encoder",
         norm_of: Literal["weight", "activation"] = "weight",
     ) -> None:
         check_arguments(model, rule, shared_layer, heads, norm_of)
         self.rule = rule
         self._model = unwrap_model(model)
-        named = dict(sorted(heads.items())) if isinstance(heads, Mapping) else None
+        named = dict(sorted(heads.items())) if isinstance(heads, Mapping) else heads
         self._loop = PlainLoop(self._model)
         setting = Setting("Balancer", self._model, self._loop, rule.tasks, shared_layer, named, representation, norm_of)
         # Before anything that may fail on one rank alone, for which the others would wait.
         require_agreement(setting, rule)
         self._key: nn.Module = getattr(self._model, "_orig_mod", self._model)  # what torch.compile has wrapped
         _check_unbalanced(self._key)
-        if named is not None:
+        if isinstance(named, dict):
             check_heads(named, rule.tasks)
         parameter = next((p for p in self._model.parameters() if p.is_floating_point()), torch.zeros(()))
         rule.to(dtype=torch.float64 if parameter.dtype == torch.float64 else None, device=parameter.device)
@@ -114,7 +115,7 @@ class Balancer:
         self._require_open()
         if not torch.is_grad_enabled():
             return  # an evaluation
-        if self._engine.plan.candidates and not self._model.training:
+        if self._engine.reads_gradients and not self._model.training:
             raise RuntimeError(
                 "Balancer: the model is in evaluation mode, in which its calls are not recorded. Call model.train() before the "
                 "forward pass; single layers, such as a frozen batch norm, may stay in evaluation mode."

@@ -38,6 +38,11 @@ def is_compiled(module: nn.Module) -> bool:
     )
 
 
+def hides_its_graph(model: nn.Module) -> bool:
+    """Return True if a part of the model is compiled or sharded: its autograd graph cannot be looked into."""
+    return any(is_compiled(module) or is_sharded(module) for module in model.modules())
+
+
 class UncompiledDuringTraining:
     """Splits what is compiled as a whole around the heads and the shared layer, until `close` undoes it.
 

@@ -8,8 +8,8 @@ between.
 (`lightning_gradnorm.gradients`); without, by one first-order pass from the loss, inside the same hook. What is read is the
 task's actual contribution to the step, ``scale · w_i · c_i · ∇L_i``.
 
-`inspect_model` decides once what to read and where; the first batch selects the reader. After that the engine follows the
-plan: `start_batch`, `watch`, `before_backward`, `after_backward`, `finish_step`.
+`inspect_model` decides once what to read and where; the first batch selects the reader, and `Discovery` finds in it what nobody
+has named. After that the engine follows the plan: `start_batch`, `watch`, `before_backward`, `after_backward`, `finish_step`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from functools import partial
 from typing import Any, Generic
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_gradnorm.engine.aggregation import GradientMeasurement
+from lightning_gradnorm.engine.compiled import hides_its_graph
+from lightning_gradnorm.engine.discovery import Discovery, tasks_off_course
 from lightning_gradnorm.engine.graph_checks import GraphChecks, require_backpropagated
 from lightning_gradnorm.engine.measurement import AnyRule, LossMeasurement, Measurement, NormMeasurement, Setting
 from lightning_gradnorm.engine.module_hooks import Remove, wrap_call
@@ -64,10 +66,12 @@ class Engine(Generic[AnyRule]):
             candidates = self.plan.candidates
             self.measurement.reader = candidates[0] if candidates else None
             self._checks = GraphChecks(self._caller, candidates, at_heads=self.plan.at_heads)
-            self._buffers = BufferGuard(setting.model.buffers() if candidates else [])
-            self._heads = heads if self.plan.at_heads else {}
-            for task, head in self._heads.items():
-                self._hooks.callback(wrap_call(head, before=partial(self._before_head, task), first=True))
+            self._named_heads = heads if self.plan.at_heads else {}
+            self._place_branches(self._named_heads)
+            self._discovery = self._begin_discovery()
+            self.reads_gradients = bool(candidates) or self._needs_layer
+            """Whether task gradients are read at all."""
+            self._buffers = BufferGuard(setting.model.buffers() if self.reads_gradients else [])
             self._candidate_hooks: dict[GradientReader, Remove] = {}
             for reader in candidates:
                 if reader.module is not None:
@@ -81,6 +85,26 @@ class Engine(Generic[AnyRule]):
         """Whether the last `finish_step` was given to the rule: the scaler did not skip it, and some rank had losses."""
         self.start_step()
 
+    def _modules(self, names: Mapping[str, str]) -> dict[str, nn.Module]:
+        return {task: self._setting.model.get_submodule(name) for task, name in names.items()}
+
+    def _place_branches(self, heads: Mapping[str, nn.Module]) -> None:
+        for task, head in heads.items():
+            self._hooks.callback(wrap_call(head, before=partial(self._before_head, task), first=True))
+
+    def _begin_discovery(self) -> Discovery | None:
+        """Record the forward passes until it is known what nobody has named: the shared layer, the heads."""
+        setting, plan = self._setting, self.plan
+        self._needs_layer = self.measurement.searches_layer
+        self._needs_heads = setting.heads == "auto" and (self._needs_layer or bool(plan.candidates))
+        self._found_heads: dict[str, str] = {}
+        if hides_its_graph(setting.model) or not (self._needs_layer or self._needs_heads):
+            self._needs_layer = self._needs_heads = False
+            return None
+        discovery = Discovery(setting, self._is_forward_pass, plan.shared_layer)
+        self._hooks.callback(discovery.close)
+        return discovery
+
     def close(self) -> None:
         """Remove everything from the model."""
         self._hooks.close()
@@ -92,6 +116,12 @@ class Engine(Generic[AnyRule]):
         """Release all that belongs to the last forward and backward pass."""
         self.batch = BatchState()
         self._uncompiled.begin_pass()
+        if self._discovery is not None:
+            self._discovery.start_batch()
+            if not (self._needs_layer or self._needs_heads):
+                self._discovery.close()
+                self._discovery = None
+                self._place_branches(self._modules(self._found_heads))
         for reader in self._checks.readers:
             reader.release_graph()
 
@@ -126,8 +156,6 @@ class Engine(Generic[AnyRule]):
             return  # logged twice, or both returned and watched: a second hook would apply the weight twice
         if owner is not None:
             raise ValueError(f"{self._caller}: tasks '{owner}' and '{task}' have the same tensor as their loss.")
-        if self._step.measured:
-            self._select(self._checks.select_reader(task, loss, self.batch))
         index = self.batch.add(task, loss)
         # The hook must not hold the tensor that holds the hook: it finds it by its index.
         loss.register_hook(partial(self._on_loss_gradient, task, index))  # type: ignore[no-untyped-call]
@@ -145,9 +173,12 @@ class Engine(Generic[AnyRule]):
                 f"shared layer that is trained to the end, or use stop_after."
             )
 
+    def _is_forward_pass(self) -> bool:
+        return not self.batch.in_backward and self._loop.is_training()
+
     def _records_calls(self) -> bool:
         """Return True if a module called now belongs to a forward pass whose gradients will be read."""
-        return self._step.measured and not self.batch.in_backward and self._loop.is_training()
+        return self._step.measured and self._is_forward_pass()
 
     def _before_head(self, task: str, args: Any, kwargs: Any) -> Any:
         if not self._records_calls() or not torch.is_grad_enabled():
@@ -177,15 +208,15 @@ class Engine(Generic[AnyRule]):
         if not (("of _Branch" in str(error) or "of _Gate" in str(error)) and "inplace" in str(error)):
             return None
         if self.batch.in_head is None:
-            first = "before the heads read it" if self.plan.at_heads else "by what reads it"
+            first = "before the heads read it" if self._named_heads else "by what reads it"
             return (
                 f"{self._caller}: the representation is changed in place, as relu_(z) and ReLU(inplace=True) do, {first}. Use "
                 f"relu(z)."
             )
         return (
             f"{self._caller}: the head of task '{self.batch.in_head}' changes the representation in place, as "
-            f"ReLU(inplace=True) does, and with it what the other heads read. Make its first operation inplace=False, or leave "
-            f"heads out: then each loss gets a first-order pass of its own."
+            f"ReLU(inplace=True) does, and with it what the other heads read. Make its first operation inplace=False, or give "
+            f"heads=None: then each loss gets a first-order pass of its own."
         )
 
     # ---- backward ----------------------------------------------------------------------------------------------------
@@ -198,17 +229,59 @@ class Engine(Generic[AnyRule]):
             is_whole_step: whether the optimizer is known to step on this pass alone. Norms are then taken as soon as a
                 gradient has arrived, and fewer rows are kept.
         """
-        self.batch.in_backward = True
-        self.batch.is_whole_step = is_whole_step and self._loop.ranks.size == 1
+        batch = self.batch
+        if self._discovery is not None and self._needs_layer:
+            self._find_layer(self._discovery)
         if self._step.measured:
-            self._require_heads()
-            self._checks.require_separate_heads(loss, self.batch)
-        self.measurement.before_backward(loss, self.batch, at_heads=self.plan.at_heads)
+            for task in batch.losses:
+                self._select(self._checks.select_reader(task, batch.losses[task][0], batch))
+            if self._discovery is not None and self._needs_heads:
+                self._find_heads(self._discovery)
+            self._decide_where_to_read(loss)
+        batch.in_backward = True
+        batch.is_whole_step = is_whole_step and self._loop.ranks.size == 1
+        self.measurement.before_backward(loss, batch)
         self._step.weights = self._weights_by_task()
+
+    def _find_layer(self, discovery: Discovery) -> None:
+        """Have the shared layer found; leave the step unmeasured as long as it is not."""
+        self._reading = True
+        try:
+            W = discovery.find_layer(self.batch.waiting())
+        finally:
+            self._reading = False
+        if W is None:
+            self._step.measured = False
+            return
+        self._needs_layer = False
+        if set(map(id, W.values())) != set(map(id, self.plan.shared_layer.values())):
+            self._select(None)
+            reader = WeightGradients(list(W.values()))
+            self.plan = replace(self.plan, shared_layer=W, candidates=[reader])
+            self._checks = GraphChecks(self._caller, [reader], at_heads=bool(self._named_heads))
+            self.measurement.reader = reader
+
+    def _find_heads(self, discovery: Discovery) -> None:
+        reader = self.measurement.reader
+        heads = discovery.find_heads(self.batch.losses, [] if reader is None else reader.targets)
+        if heads is not None:
+            self._needs_heads, self._found_heads = False, heads
+            self.plan = replace(self.plan, heads=heads)
+
+    def _decide_where_to_read(self, loss: Tensor) -> None:
+        """Read at the heads whose branches this forward pass has called and whose tasks keep to them, else at the losses."""
+        batch, reader = self.batch, self.measurement.reader
+        if self._named_heads:
+            self._require_heads()
+            self._checks.require_separate_heads(loss, batch)
+        elif not batch.branches or reader is None:
+            batch.read_at_losses = set(self._tasks)
+        else:
+            batch.read_at_losses |= tasks_off_course(batch.losses, batch.branches, loss, reader.targets)
 
     def _require_heads(self) -> None:
         """Refuse to read at a head that the model no longer has. One that a loss leaves out gives a norm of 0."""
-        for task, head in self._heads.items():
+        for task, head in self._named_heads.items():
             is_passed_by = task in self.batch.losses and task not in self.batch.branches
             if is_passed_by and all(module is not head for module in self._setting.model.modules()):
                 raise ValueError(
@@ -236,12 +309,12 @@ class Engine(Generic[AnyRule]):
             if torch.finfo(applied.dtype).bits < torch.finfo(weight.dtype).bits:
                 step.rounded_weights[task] = applied.to(weight)
         weighted = gradient * applied
-        if step.measured and not self.plan.at_heads:
+        if step.measured and task in self.batch.read_at_losses:
             self._read(task, [loss], [weighted])
         return weighted
 
     def _read_at_head(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> object:
-        if self.batch.in_backward:  # and not a gradient that a user takes
+        if self.batch.in_backward and task not in self.batch.read_at_losses:  # and not a gradient that a user takes
             return self._read(task, outputs, gradients)
         return None
 
@@ -253,7 +326,7 @@ class Engine(Generic[AnyRule]):
         try:
             with self._buffers.preserved(task):
                 answer = reader.read(task, outputs, gradients)
-            if self.batch.is_whole_step and self.batch.is_read_once(task, at_heads=self.plan.at_heads):
+            if self.batch.is_whole_step and self.batch.is_read_once(task):
                 reader.finalize_task(task)
             return answer
         finally:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_gradnorm._messages import did_you_mean
 
@@ -47,79 +46,122 @@ def _modules(root: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
-def find_shared_layer(root: nn.Module, name: str | None, *, caller: str) -> dict[str, nn.Parameter]:
+def find_shared_layer(root: nn.Module, name: str, *, caller: str) -> dict[str, nn.Parameter]:
     """Return the parameters ``W`` by name.
 
     Args:
         root: the model.
-        name: dotted name of a module (its ``weight``; all its parameters if it has none) or of a parameter. ``None``
-            stands for the last module with a weight of two or more dimensions inside ``root.encoder``.
+        name: dotted name of a parameter or of a module: its ``weight``, or all its parameters if it has none. A module that
+            contains others stands for the last trained weight inside it.
         caller: the beginning of the error, ``"GradNorm"``.
 
     Raises:
         ValueError: no such layer, or it has nothing to train.
     """
-    if name is None:
-        name = _last_layer_of_encoder(root, caller=caller)
     name, modules = plain_name(name), _modules(root)
-    parameters = {plain_name(n): p for n, p in root.named_parameters(remove_duplicate=False)}
-    if name in parameters:
-        found = {name: parameters[name]}
-    elif name and name in modules:
-        # A parametrized weight (weight norm, say) is computed from parameters of its own. The older
-        # torch.nn.utils.weight_norm and spectral_norm put these beside the bias.
-        inside = {n: p for n, p in parameters.items() if n.startswith(f"{name}.")}
-        parametrized = {n: p for n, p in inside.items() if n.startswith(f"{name}.parametrizations.weight.")}
-        weight = {n: p for n, p in inside.items() if n == f"{name}.weight"}
-        older = {
-            n: p for n, p in inside.items() if n.removeprefix(f"{name}.") in ("weight_g", "weight_v", "weight_orig")
-        }
-        found = weight or parametrized or older or inside
-        if not found:
-            raise ValueError(
-                f"{caller}: shared_layer '{name}' of {type(root).__name__} is a {type(modules[name]).__name__}, which has no "
-                f"parameters. Name the last layer with parameters that all tasks share: {_with_weights(modules)}."
-            )
-    else:
+    parameters = _named_parameters(root)
+    if name not in parameters and name not in modules:
         raise ValueError(
             f"{caller}: shared_layer '{name}' is not in {type(root).__name__}; "
             f"{did_you_mean(name, [*modules, *parameters])}"
         )
+    found = layer_parameters(root, name) or _last_weight_inside(root, name)
+    if not found:
+        raise ValueError(
+            f"{caller}: shared_layer '{name}' of {type(root).__name__} is a {type(modules[name]).__name__}, which has no "
+            f"parameters. Name the last layer with parameters that all tasks share: {_with_weights(modules)}."
+        )
     frozen = [n for n, p in found.items() if not p.requires_grad]
     if frozen:
+        trained = [n for n, p in parameters.items() if p.requires_grad and p.ndim >= 2]
         raise ValueError(
-            f"{caller}: shared_layer '{name}' is frozen ({', '.join(frozen)} should have requires_grad=True; got "
-            f"False). Name the last shared layer that is trained."
+            f"{caller}: shared_layer '{name}' is frozen ({_shortened(frozen)} should have requires_grad=True; got False). Name "
+            f"the last shared layer that is trained, or leave shared_layer out: then it is found. Trained are "
+            f"{_shortened(trained) or 'none'}."
         )
     return found
+
+
+def layer_parameters(root: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Return the parameters that make up one layer, by name; none if ``name`` is a module that only contains others.
+
+    Args:
+        root: the model.
+        name: of a parameter; or of a module, which stands for its ``weight``, or all its own parameters if it has none.
+    """
+    parameters = _named_parameters(root)
+    if name in parameters:
+        return {name: parameters[name]}
+    # A parametrized weight (weight norm, say) is computed from parameters of its own. The older
+    # torch.nn.utils.weight_norm and spectral_norm put these beside the bias.
+    inside = {n: p for n, p in parameters.items() if n.startswith(f"{name}.")}
+    parametrized = {n: p for n, p in inside.items() if n.startswith(f"{name}.parametrizations.weight.")}
+    weight = {n: p for n, p in inside.items() if n == f"{name}.weight"}
+    older = {n: p for n, p in inside.items() if n.removeprefix(f"{name}.") in _OLDER_NAMES}
+    is_container = any(True for _ in _modules(root)[name].children())
+    return weight or parametrized or older or ({} if is_container else inside)
+
+
+_OLDER_NAMES = ("weight_g", "weight_v", "weight_orig")
+
+
+def trained_layers(root: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Return all trained parameters, layer by layer: layer → name → parameter.
+
+    A layer is called as `layer_parameters` knows it: by the module, if the parameter is its weight or one of several that make
+    it up, as in an LSTM; else by the parameter.
+    """
+    modules = _modules(root)
+    layers: dict[str, dict[str, nn.Parameter]] = {}
+    for name, parameter in root.named_parameters():
+        if parameter.requires_grad:
+            name = plain_name(name)
+            layers.setdefault(_layer_of(name, modules), {})[name] = parameter
+    return layers
+
+
+def _layer_of(name: str, modules: Mapping[str, nn.Module]) -> str:
+    module, _, own = name.rpartition(".")
+    owner, is_inside, parametrized = module.partition(".parametrizations.")
+    if is_inside:
+        return owner if parametrized == "weight" else name
+    if not module or own in ("weight", *_OLDER_NAMES):
+        return module or name
+    holder = modules[module]
+    has_weight = any(n == "weight" for n, _ in holder.named_parameters(recurse=False))
+    is_list = isinstance(holder, nn.ParameterList | nn.ParameterDict)
+    return name if has_weight or is_list or any(True for _ in holder.children()) else module
+
+
+def _last_weight_inside(root: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Return the last layer inside a module with a trained weight of two or more dimensions; all inside if there is none."""
+    inside = {n: p for n, p in _named_parameters(root).items() if n.startswith(f"{name}.")}
+    heavy = [
+        layer
+        for layer in trained_layers(root).values()
+        if inside.keys() & layer.keys() and any(p.ndim >= 2 for p in layer.values())
+    ]
+    return heavy[-1] if heavy else inside
+
+
+def encoder_layer(root: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of the last trained layer inside ``root.encoder``; none if there is no such module."""
+    encoder = getattr(root, "encoder", None)
+    found = _last_weight_inside(root, "encoder") if isinstance(encoder, nn.Module) else {}
+    return found if all(parameter.requires_grad for parameter in found.values()) else {}
+
+
+def _named_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
+    return {plain_name(n): p for n, p in root.named_parameters(remove_duplicate=False)}
+
+
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _with_weights(modules: dict[str, nn.Module]) -> str:
     found = [name for name, module in modules.items() if any(True for _ in module.parameters(recurse=False))]
     return ", ".join(f"'{name}'" for name in found[:20]) + (", …" if len(found) > 20 else "") or "there is none"
-
-
-def _last_layer_of_encoder(root: nn.Module, *, caller: str) -> str:
-    encoder = getattr(root, "encoder", None)
-    how = "Name the last layer that all tasks share, for example shared_layer='encoder.layer4'"
-    if not isinstance(encoder, nn.Module):
-        raise ValueError(
-            f"{caller}: shared_layer=None looks inside 'encoder', which {type(root).__name__} lacks. {how}."
-        )
-    # By the parameters: accessing the weight of a parametrized module would compute it (and change spectral norm's state).
-    # The weights of recurrent layers have longer names, such as weight_ih_l0.
-    layers: list[str] = [
-        name
-        for name, module in encoder.named_modules(prefix="encoder")
-        if any(n.startswith("weight") and p.ndim >= 2 for n, p in module.named_parameters(recurse=False))
-        or (is_parametrized(module, "weight") and any(p.ndim >= 2 for p in module.parametrizations.weight.parameters()))
-    ]
-    if not layers:
-        raise ValueError(
-            f"{caller}: shared_layer=None found no module with a weight of two or more dimensions in "
-            f"{type(root).__name__}.encoder. {how}."
-        )
-    return layers[-1]
 
 
 def find_parameters(

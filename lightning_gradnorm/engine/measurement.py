@@ -8,7 +8,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 from torch import Tensor, nn
 
-from lightning_gradnorm.engine.layers import find_module, find_shared_layer
+from lightning_gradnorm.engine.compiled import hides_its_graph
+from lightning_gradnorm.engine.layers import encoder_layer, find_module, find_shared_layer
 from lightning_gradnorm.engine.loop import Loop
 from lightning_gradnorm.engine.ranks import all_reduce_losses, reduce_step
 from lightning_gradnorm.engine.reader_choice import weight_readers
@@ -17,6 +18,8 @@ from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState
 from lightning_gradnorm.gradients import ActivationGradients, GradientReader, RowReader, WeightGradients
 
 AnyRule = TypeVar("AnyRule", bound=Rule)
+Heads = Mapping[str, str] | Literal["auto"] | None
+"""Task → dotted name of its head; ``"auto"``: found in the first batch; ``None``: gradients are not read at heads."""
 
 
 @dataclass
@@ -29,7 +32,7 @@ class Setting:
     loop: Loop
     tasks: tuple[str, ...]
     shared_layer: str | None = None
-    heads: Mapping[str, str] | None = None
+    heads: Heads = None
     representation: str = "encoder"
     norm_of: Literal["weight", "activation"] = "weight"
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -59,11 +62,16 @@ class Measurement(Generic[AnyRule]):
         return []
 
     @property
+    def searches_layer(self) -> bool:
+        """Whether the shared layer is to be found in the graph of the first batch."""
+        return False
+
+    @property
     def should_measure(self) -> bool:
         """Whether the task gradients of the coming optimizer step are read."""
         return self.reader is not None
 
-    def before_backward(self, loss: Tensor, batch: BatchState, *, at_heads: bool) -> None:
+    def before_backward(self, loss: Tensor, batch: BatchState) -> None:
         """Called before each backward pass."""
 
     def after_step(self, step: OptimizerStepState) -> bool:
@@ -91,8 +99,13 @@ class NormMeasurement(Measurement[NormRule]):
         super().__init__(rule, setting)
         self._warned: set[str] = set()
 
+    @property
+    def searches_layer(self) -> bool:
+        """Whether the shared layer is to be found in the graph of the first batch."""
+        return self.setting.norm_of == "weight" and self.setting.shared_layer is None
+
     def find_layer(self) -> Mapping[str, nn.Parameter]:
-        """Return the parameters ``W`` by name.
+        """Return the parameters ``W`` by name. If the graph is to be searched for them, those that serve where it is hidden.
 
         Raises:
             ValueError: there is no such layer, or it lies inside a head.
@@ -100,8 +113,16 @@ class NormMeasurement(Measurement[NormRule]):
         setting = self.setting
         if setting.norm_of == "activation":
             return {}
+        if setting.shared_layer is None:
+            W = encoder_layer(setting.model)
+            if not W and hides_its_graph(setting.model):
+                raise ValueError(
+                    f"{setting.caller}: shared_layer=None cannot look into {type(setting.model).__name__}, parts of which are "
+                    f"compiled or sharded. Name the last layer that all tasks share: shared_layer='encoder.layer4'."
+                )
+            return W
         W = find_shared_layer(setting.model, setting.shared_layer, caller=setting.caller)
-        for task, head in (setting.heads or {}).items():
+        for task, head in setting.heads.items() if isinstance(setting.heads, Mapping) else ():
             inside = [name for name in W if name.startswith(f"{head}.")]
             if inside:
                 raise ValueError(
@@ -119,7 +140,7 @@ class NormMeasurement(Measurement[NormRule]):
             encoder = find_module(setting.model, setting.representation, caller=caller)
         if setting.norm_of == "activation":
             return [ActivationGradients(encoder, f"'{setting.representation}'")]
-        return weight_readers(setting.model, W, uncompiled)
+        return weight_readers(setting.model, W, uncompiled) if W else []
 
     @property
     def should_measure(self) -> bool:
@@ -178,7 +199,7 @@ class LossMeasurement(Measurement[AnyLossRule]):
         self._fallbacks = rule.fallbacks
         self._has_warned = False
 
-    def before_backward(self, loss: Tensor, batch: BatchState, *, at_heads: bool) -> None:
+    def before_backward(self, loss: Tensor, batch: BatchState) -> None:
         """Have the rule set the weights of the losses that are about to be back-propagated."""
         if self._scalarizer is None:
             return

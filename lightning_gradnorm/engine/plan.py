@@ -54,20 +54,20 @@ def inspect_model(measurement: Measurement[AnyRule]) -> tuple[Plan, dict[str, nn
         ValueError: a name does not exist, or a module cannot be used.
     """
     setting = measurement.setting
-    heads = _head_modules(setting)
+    names = setting.heads if isinstance(setting.heads, Mapping) else None
+    heads = _head_modules(setting, names or {})
     W = measurement.find_layer()
-    uncompiled = UncompiledDuringTraining(setting.model, (setting.heads or {}).values(), W)
+    uncompiled = UncompiledDuringTraining(setting.model, (names or {}).values(), W)
     try:
         candidates = measurement.candidates(W, uncompiled.modules)
     except BaseException:
         uncompiled.close()
         raise
-    return Plan(W, setting.heads, candidates), heads, uncompiled
+    return Plan(W, names, candidates), heads, uncompiled
 
 
-def _head_modules(setting: Setting) -> dict[str, nn.Module]:
+def _head_modules(setting: Setting, names: Mapping[str, str]) -> dict[str, nn.Module]:
     """Return task → head."""
-    names = setting.heads or {}
     tasks: dict[nn.Module, str] = {}
     for task in setting.tasks if names else ():
         name = names[task]

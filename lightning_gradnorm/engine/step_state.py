@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from lightning_gradnorm.gradients.graph import node_of
+
 
 @dataclass
 class OptimizerStepState:
@@ -54,6 +56,8 @@ class BatchState:
     """Backward passes in this batch."""
     steps: int = 0
     """Optimizer steps in this batch."""
+    read_at_losses: set[str] = field(default_factory=set)
+    """Tasks whose gradient is read by a first-order pass from the loss: those without a head, or off its course."""
     tasks_of: dict[int, str] = field(default_factory=dict)
     """``id`` of each watched loss → its task."""
 
@@ -64,9 +68,20 @@ class BatchState:
         self.tasks_of[id(loss)] = task
         return len(watched) - 1
 
-    def is_read_once(self, task: str, *, at_heads: bool) -> bool:
+    def waiting(self) -> dict[str, list[Tensor]]:
+        """Return the losses that are still to be back-propagated."""
+        return {task: losses for task, losses in self.losses.items() if task not in self.backpropagated}
+
+    def is_read_once(self, task: str) -> bool:
         """Return True if the task's gradient arrives in one piece: through one branch of its head, or from one loss."""
-        return len(self.branches.get(task, ()) if at_heads else self.losses[task]) == 1
+        at_loss = task in self.read_at_losses
+        return len(self.losses[task] if at_loss else self.branches.get(task, ())) == 1
+
+    def reading_nodes(self) -> set[Node]:
+        """Return the nodes at which the gradients of the tasks are read: their branches, or their losses."""
+        of_losses = [loss for task in self.read_at_losses for loss in self.losses.get(task, ())]
+        at_heads = [nodes for task, nodes in self.branches.items() if task not in self.read_at_losses]
+        return set().union(map(node_of, of_losses), *at_heads)
 
     def task_of(self, loss: Tensor) -> str | None:
         """Return the task for which this very tensor is watched."""

@@ -1,0 +1,84 @@
+"""Records the module calls of one forward pass, for the search for heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils import _pytree as pytree
+
+from lightning_gradnorm.engine.compiled import is_compiled
+from lightning_gradnorm.engine.module_hooks import supports_hooks, wrap_call
+from lightning_gradnorm.gradients.graph import node_of
+from lightning_gradnorm.gradients.loss_graph import ModuleCalls
+
+
+class CallRecorder:
+    """Records where the gradients of each module's inputs and outputs arrive, until it is closed.
+
+    Modules inside compiled or scripted code are not seen, and no call without gradients is.
+
+    Args:
+        root: the model. Its own calls are not recorded.
+        is_active: whether a call made now is to be recorded.
+    """
+
+    def __init__(self, root: nn.Module, is_active: Callable[[], bool]) -> None:
+        self._is_active = is_active
+        self._hooks = ExitStack()
+        self._versions: dict[str, list[list[tuple[Tensor, int]]]] = {}
+        self.start_batch()
+        hidden: tuple[str, ...] = ()
+        for name, module in root.named_modules():
+            if not name or isinstance(module, ParametrizationList) or name.startswith(hidden):
+                continue
+            if supports_hooks(module):
+                before, after = partial(self._before, name), partial(self._after, name)
+                self._hooks.callback(wrap_call(module, before=before, after=after, first=True))
+            if is_compiled(module) or not supports_hooks(module):
+                hidden = (*hidden, f"{name}.")
+
+    def start_batch(self) -> None:
+        """Forget the calls of the last forward pass."""
+        self._calls: dict[str, ModuleCalls] = {}
+        self._in_place: set[str] = set()
+        self._versions.clear()
+
+    @property
+    def calls(self) -> list[ModuleCalls]:
+        """The calls by module, an outer module before those inside it; without modules that change their input in place."""
+        return [calls for name, calls in self._calls.items() if name not in self._in_place]
+
+    @property
+    def outputs(self) -> set[torch.autograd.graph.Node]:
+        """The nodes of all outputs."""
+        return {node for calls in self._calls.values() for node in calls.outputs}
+
+    def _before(self, name: str, args: Any, kwargs: Any) -> None:
+        if not self._is_active():
+            return
+        given = _tensors_with_gradient((args, kwargs))
+        calls = self._calls.setdefault(name, ModuleCalls(name))
+        calls.inputs.update(map(node_of, given))
+        self._versions.setdefault(name, []).append([(tensor, tensor._version) for tensor in given])
+
+    def _after(self, name: str, output: Any) -> None:
+        if self._is_active() and self._versions.get(name):
+            before = self._versions[name].pop()
+            self._calls[name].outputs.update(map(node_of, _tensors_with_gradient(output)))
+            if any(tensor._version != version for tensor, version in before):
+                self._in_place.add(name)  # its input would be a view, which autograd lets nobody change
+
+    def close(self) -> None:
+        """Remove all hooks."""
+        self._hooks.close()
+        self.start_batch()
+
+
+def _tensors_with_gradient(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.requires_grad]

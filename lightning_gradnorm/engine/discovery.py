@@ -1,0 +1,218 @@
+"""Finds the shared layer and the heads of a model that nobody has described, from the graphs of its first batches.
+
+The shared layer is the deepest trained weight that every task's loss depends on, with some entry that all of them move. A head
+is the outermost module in which a task is alone. Both are decided once, on all ranks together, as soon as each task has
+been seen; until then no step is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from lightning_gradnorm.engine.call_recorder import CallRecorder
+from lightning_gradnorm.engine.layers import trained_layers
+from lightning_gradnorm.engine.measurement import Setting
+from lightning_gradnorm.gradients import BufferGuard, flat_row, reason_not_retraversable, row_width
+from lightning_gradnorm.gradients.graph import node_of, nodes_on_paths
+from lightning_gradnorm.gradients.loss_graph import LossGraph, Position
+
+_PATIENCE = 50
+"""Batches in which a task may be missing before the heads are decided without it."""
+
+Losses = Mapping[str, Sequence[Tensor]]
+
+
+@dataclass
+class _Seen:
+    """What one rank, or all of them, have seen so far."""
+
+    positions: dict[str, dict[str, Position]] = field(default_factory=dict)
+    """Layer → task → how deep it lies."""
+    tasks: set[str] = field(default_factory=set)
+    opaque: str | None = None
+    """Why part of a graph cannot be looked into."""
+
+    def merge(self, other: _Seen) -> None:
+        for name, of_task in other.positions.items():
+            self.positions.setdefault(name, {}).update(of_task)
+        self.tasks |= other.tasks
+        self.opaque = self.opaque or other.opaque
+
+
+class Discovery:
+    """Looks at the graph of a batch before its backward pass.
+
+    Args:
+        setting: the model, the ranks and the tasks.
+        is_recorded: whether a module called now belongs to a forward pass that is trained on.
+        fallback: the layer to use where the graph is hidden, by compiled code for example; may be empty.
+    """
+
+    def __init__(self, setting: Setting, is_recorded: Callable[[], bool], fallback: Mapping[str, nn.Parameter]) -> None:
+        self._setting = setting
+        self._fallback = fallback
+        self._calls = CallRecorder(setting.model, is_recorded)
+        self._buffers = BufferGuard(setting.model.buffers())
+        self._seen = _Seen()
+        self._batches = 0
+        self._has_warned = False
+
+    def close(self) -> None:
+        """Remove all hooks from the model."""
+        self._calls.close()
+
+    def start_batch(self) -> None:
+        """Forget the last forward pass."""
+        self._calls.start_batch()
+
+    # ---- the shared layer --------------------------------------------------------------------------------------------
+
+    def find_layer(self, losses: Losses) -> Mapping[str, nn.Parameter] | None:
+        """Return the shared layer's parameters by name, or ``None`` as long as some task has not been seen. Collective.
+
+        Raises:
+            ValueError: all tasks have been seen, and nothing trained is shared by them.
+        """
+        setting = self._setting
+        model, ranks = setting.model, setting.loop.ranks
+        layers = trained_layers(model)
+        graph = LossGraph(losses)
+        positions = graph.positions({name: list(layer.values()) for name, layer in layers.items()}, self._calls.outputs)
+        here = _Seen(positions, set(losses), reason_not_retraversable(graph.nodes))
+        for seen in ranks.gather_objects(here):
+            self._seen.merge(seen)
+        if not self._seen.tasks >= set(setting.tasks):
+            return None
+        if self._seen.opaque and self._fallback:
+            return self._fallback
+        for name in self._deepest_first():
+            W = layers[name]
+            if self._is_moved_by_all(losses, list(W.values())):
+                return W
+        self._require_frozen_part()
+        return None
+
+    def _deepest_first(self) -> list[str]:
+        """Return the layers that all tasks depend on. A layer lies as deep as the task that uses it least deep says."""
+        tasks = self._setting.tasks
+        shared = {
+            name: min(of_task.values()) for name, of_task in self._seen.positions.items() if len(of_task) == len(tasks)
+        }
+        return sorted(shared, key=lambda name: shared[name], reverse=True)
+
+    def _is_moved_by_all(self, losses: Losses, W: Sequence[Tensor]) -> bool:
+        """Return False if no entry of ``W`` is moved by every task, as in an output layer with a row for each of them.
+
+        A task that moves nothing yet, behind a head of zeros, says nothing.
+        """
+        setting = self._setting
+        moved = torch.zeros(len(setting.tasks), row_width(W), dtype=torch.bool, device=W[0].device)
+        for row, task in zip(moved, setting.tasks, strict=True):
+            for loss in losses.get(task, ()):
+                with self._buffers.preserved(task):
+                    found = torch.autograd.grad(loss.sum(), W, retain_graph=True, allow_unused=True)
+                row |= flat_row(found, W) != 0
+        moved = setting.loop.ranks.sum(moved.float()) > 0
+        moved = moved[moved.any(dim=1)]
+        return bool(moved.all(dim=0).any())
+
+    def _require_frozen_part(self) -> None:
+        """Warn, once, that all the tasks share is frozen for now.
+
+        Raises:
+            ValueError: it is not.
+        """
+        setting = self._setting
+        model = type(setting.model).__name__
+        if self._seen.opaque:
+            raise ValueError(
+                f"{setting.caller}: shared_layer=None found no layer that all tasks share in {model}: the losses reach "
+                f"{self._seen.opaque.split('. ')[0].split(', whose')[0]}. Name the layer: shared_layer='encoder.layer4'."
+            )
+        frozen = [name for name, parameter in setting.model.named_parameters() if not parameter.requires_grad]
+        if not frozen:
+            raise ValueError(
+                f"{setting.caller}: shared_layer=None found no trained weight that moves the losses of all tasks "
+                f"{list(setting.tasks)} in {model}: they share no layer, or only one in which each has entries of its own. "
+                f"There is nothing to balance them by; Scalarization balances by the losses alone."
+            )
+        if not self._has_warned:
+            self._has_warned = True
+            setting.loop.ranks.warn(
+                f"{setting.caller}: all that the tasks share in {model} is frozen ({len(frozen)} parameters, such as "
+                f"'{frozen[0]}'), so that their gradients cannot be compared. The weights stay as they are until a shared "
+                f"layer is trained."
+            )
+        self._seen = _Seen()
+
+    # ---- the heads ---------------------------------------------------------------------------------------------------
+
+    def find_heads(self, losses: Losses, targets: Sequence[Tensor]) -> dict[str, str] | None:
+        """Return task → head for the tasks that have one, or ``None`` as long as a task is missing. Collective.
+
+        Args:
+            losses: those of this batch.
+            targets: the tensors whose gradient is read.
+        """
+        self._batches += 1
+        heads = LossGraph(losses).heads(set(map(node_of, targets)), self._calls.calls)
+        of_ranks = self._setting.loop.ranks.gather_objects((heads, set(losses)))
+        seen = set().union(*(tasks for _, tasks in of_ranks))
+        if not seen >= set(self._setting.tasks) and self._batches < _PATIENCE:
+            return None
+        found: dict[str, str] = {}
+        for of_rank, _ in reversed(of_ranks):
+            found |= of_rank
+        modules = list(found.values())
+        return {task: name for task, name in sorted(found.items()) if modules.count(name) == 1}
+
+
+def tasks_off_course(
+    losses: Losses, branches: Mapping[str, set[Node]], backpropagated: Tensor, targets: Sequence[Tensor]
+) -> set[str]:
+    """Return the tasks whose gradient does not pass their own head alone: this forward pass took another course.
+
+    Args:
+        losses: those about to be back-propagated.
+        branches: the branches that each head reads.
+        backpropagated: the whole loss.
+        targets: the tensors whose gradient is read.
+    """
+    owner = {node: task for task, nodes in branches.items() for node in nodes}
+    # No node of the trunk is younger than all branches, so that only the heads are searched, unless something older is met.
+    oldest = min((node._sequence_nr() for node in owner), default=0)
+    ends = set(map(node_of, targets))
+    roots = {node_of(loss) for of_task in losses.values() for loss in of_task}
+    rest = _walk([node_of(backpropagated)], stop=roots | owner.keys(), oldest=oldest)
+    off = {owner[node] for node in rest if node in owner}
+    for task, of_task in losses.items():
+        for node in _walk([node_of(loss) for loss in of_task], stop=owner.keys() | ends, oldest=oldest):
+            if node in owner:
+                off |= {task, owner[node]} if owner[node] != task else set()
+            elif node in ends or (
+                node._sequence_nr() < oldest and nodes_on_paths([node], targets, stop=branches.get(task, set()))
+            ):
+                off.add(task)
+        if task not in branches:
+            off.add(task)
+    return off
+
+
+def _walk(start: Sequence[Node], *, stop: Collection[Node], oldest: int) -> Iterator[Node]:
+    """Yield the nodes reached from ``start``; not what lies behind ``stop``, nor behind nodes that are older."""
+    seen = set(start)
+    to_visit = list(seen)
+    while to_visit:
+        node = to_visit.pop()
+        yield node
+        if node in stop or node._sequence_nr() < oldest:
+            continue
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                to_visit.append(child)

@@ -1,0 +1,163 @@
+"""The autograd graph of one batch's losses: which tasks' gradients pass a node, and how deep a weight lies.
+
+Everything `engine.discovery` needs to find the shared layer and the heads is in this graph and in the list of module calls of
+the forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from lightning_gradnorm.gradients.graph import node_of, reachable_nodes
+
+Position = tuple[int, int]
+"""Weights on the longest path from the input up to and including this one; then the order of the forward pass."""
+
+
+@dataclass(frozen=True)
+class ModuleCalls:
+    """All calls of one module in a forward pass: the nodes at which gradients of its inputs and outputs arrive."""
+
+    name: str
+    inputs: set[Node] = field(default_factory=set)
+    outputs: set[Node] = field(default_factory=set)
+
+
+class LossGraph:
+    """The graph behind the losses of a batch.
+
+    Args:
+        losses: task → its losses, of which there may be several.
+
+    Example:
+        >>> import torch
+        >>> trunk, a, b = (torch.nn.Linear(3, 3) for _ in range(3))
+        >>> z = trunk(torch.ones(2, 3))
+        >>> graph = LossGraph({"a": [a(z).sum()], "b": [b(z).sum()]})
+        >>> graph.heads({node_of(trunk.weight)}, [])
+        {}
+        >>> {name: list(of_task) for name, of_task in graph.positions({"trunk": [trunk.weight], "a": [a.weight]}, []).items()}
+        {'trunk': ['a', 'b'], 'a': ['a']}
+    """
+
+    def __init__(self, losses: Mapping[str, Sequence[Tensor]]) -> None:
+        self.tasks = list(losses)
+        roots = {task: {node_of(loss) for loss in of_task} for task, of_task in losses.items()}
+        self._order = _children_first(node for nodes in roots.values() for node in nodes)
+        self._reached_by = dict.fromkeys(self._order, 0)
+        for bit, nodes in enumerate(roots.values()):
+            for node in nodes:
+                self._reached_by[node] |= 1 << bit
+        for node in reversed(self._order):
+            for child in _children(node):
+                self._reached_by[child] |= self._reached_by[node]
+
+    @property
+    def nodes(self) -> Collection[Node]:
+        """All nodes."""
+        return self._reached_by
+
+    def tasks_at(self, nodes: Iterable[Node]) -> list[str]:
+        """Return the tasks whose gradient passes any of these nodes."""
+        mask = 0
+        for node in nodes:
+            mask |= self._reached_by.get(node, 0)
+        return self._names(mask)
+
+    def _names(self, mask: int) -> list[str]:
+        return [task for bit, task in enumerate(self.tasks) if mask >> bit & 1]
+
+    def positions(
+        self, layers: Mapping[str, Sequence[Tensor]], outputs: Collection[Node]
+    ) -> dict[str, dict[str, Position]]:
+        """Return how deep each layer lies below the losses it is reached from: layer → task → position.
+
+        A layer may be used several times; its deepest use that a task reaches counts for that task.
+
+        Args:
+            layers: the parameters of each layer by name. Several of them may make up one weight (weight norm).
+            outputs: nodes of module outputs. An expression of one parameter alone is a weight, unless it is one of these.
+        """
+        own = {node_of(parameter): name for name, parameters in layers.items() for parameter in parameters}
+        heavy = {name for name, parameters in layers.items() if any(one.ndim >= 2 for one in parameters)}
+        weight_of: dict[Node, str] = {}
+        """The layer of nodes that are reached by no other gradient than that of its parameters: .T, a cast, weight norm."""
+        depth: dict[Node, int] = {}
+        found: dict[str, dict[str, Position]] = {}
+        for node in self._order:
+            if node in own:
+                weight_of[node] = own[node]
+                continue
+            children = _children(node)
+            of_layers = {weight_of.get(child) for child in children}
+            if len(of_layers) == 1 and None not in of_layers and node not in outputs:
+                weight_of[node] = weight_of[children[0]]
+                continue
+            below = [depth[child] for child in children if child not in weight_of]
+            met = {weight_of[child] for child in children if child in weight_of} & heavy
+            depth[node] = max(below) + bool(met) if below else len(met)
+            for name in met:
+                of_task = found.setdefault(name, {})
+                for task in self._names(self._reached_by[node]):
+                    of_task[task] = max(of_task.get(task, (0, 0)), (depth[node], node._sequence_nr()))
+        return found
+
+    def heads(self, targets: Collection[Node], modules: Iterable[ModuleCalls]) -> dict[str, str]:
+        """Return, for each task that parts from the others at a module, the outermost such module: task → name.
+
+        A task parts at a module if its whole gradient on the way to the targets passes from inside the module to its inputs,
+        and no other task's gradient enters the module.
+
+        Args:
+            targets: nodes of what the gradients are read at.
+            modules: the module calls of the forward pass, an outer module before those inside it.
+        """
+        leads: set[Node] = set()
+        for node in self._order:
+            if node in targets or any(child in leads for child in _children(node)):
+                leads.add(node)
+        crossings: dict[int, list[tuple[Node, Node]]] = {}  # from a node of one task to one of several
+        for node in leads:
+            mask = self._reached_by[node]
+            if mask & (mask - 1) == 0:
+                for child in _children(node):
+                    if child in leads and self._reached_by[child] != mask:
+                        crossings.setdefault(mask, []).append((node, child))
+        heads: dict[str, str] = {}
+        for module in modules:
+            mask = 0
+            for node in module.outputs:
+                mask |= self._reached_by.get(node, 0)
+            if mask & (mask - 1) or mask not in crossings or self._names(mask)[0] in heads:
+                continue
+            body = (
+                reachable_nodes([node for node in module.outputs if node in self._reached_by], stop=module.inputs)
+                - module.inputs
+            )
+            if all(node in body and child in module.inputs for node, child in crossings[mask]):
+                heads[self._names(mask)[0]] = module.name
+        return heads
+
+
+def _children(node: Node) -> list[Node]:
+    return [child for child, _ in node.next_functions if child is not None]
+
+
+def _children_first(roots: Iterable[Node]) -> list[Node]:
+    """Return the nodes that are reached from ``roots``, each after all it leads to."""
+    order: dict[Node, None] = {}
+    entered: set[Node] = set()
+    to_visit = list(roots)
+    while to_visit:
+        node = to_visit[-1]
+        if node in entered:
+            to_visit.pop()
+            order.setdefault(node)
+        else:
+            entered.add(node)
+            to_visit.extend(child for child in _children(node) if child not in entered)
+    return list(order)
