@@ -31,7 +31,6 @@ class CallRecorder:
     def __init__(self, root: nn.Module, is_active: Callable[[], bool]) -> None:
         self._is_active = is_active
         self._hooks = ExitStack()
-        self._versions: dict[str, list[list[tuple[Tensor, int]]]] = {}
         self.start_batch()
         hidden: tuple[str, ...] = ()
         for name, module in root.named_modules():
@@ -46,13 +45,16 @@ class CallRecorder:
     def start_batch(self) -> None:
         """Forget the calls of the last forward pass."""
         self._calls: dict[str, ModuleCalls] = {}
-        self._in_place: set[str] = set()
-        self._versions.clear()
+        self._given: dict[str, list[tuple[Tensor, int]]] = {}
 
     @property
     def calls(self) -> list[ModuleCalls]:
-        """The calls by module, an outer module before those inside it; without modules that change their input in place."""
-        return [calls for name, calls in self._calls.items() if name not in self._in_place]
+        """The calls by module, an outer module before those inside it.
+
+        Modules whose input is changed in place later on are left out: a view could not take its place.
+        """
+        changed = {name for name, given in self._given.items() if any(one._version != known for one, known in given)}
+        return [calls for name, calls in self._calls.items() if name not in changed]
 
     @property
     def outputs(self) -> set[torch.autograd.graph.Node]:
@@ -63,16 +65,12 @@ class CallRecorder:
         if not self._is_active():
             return
         given = _tensors_with_gradient((args, kwargs))
-        calls = self._calls.setdefault(name, ModuleCalls(name))
-        calls.inputs.update(map(node_of, given))
-        self._versions.setdefault(name, []).append([(tensor, tensor._version) for tensor in given])
+        self._calls.setdefault(name, ModuleCalls(name)).inputs.update(map(node_of, given))
+        self._given.setdefault(name, []).extend((tensor, tensor._version) for tensor in given)
 
     def _after(self, name: str, output: Any) -> None:
-        if self._is_active() and self._versions.get(name):
-            before = self._versions[name].pop()
+        if self._is_active() and name in self._calls:
             self._calls[name].outputs.update(map(node_of, _tensors_with_gradient(output)))
-            if any(tensor._version != version for tensor, version in before):
-                self._in_place.add(name)  # its input would be a view, which autograd lets nobody change
 
     def close(self) -> None:
         """Remove all hooks."""

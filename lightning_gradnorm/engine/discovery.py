@@ -160,7 +160,8 @@ class Discovery:
             targets: the tensors whose gradient is read.
         """
         self._batches += 1
-        heads = LossGraph(losses).heads(set(map(node_of, targets)), self._calls.calls)
+        # Of one task alone everything would be its head.
+        heads = LossGraph(losses).heads(set(map(node_of, targets)), self._calls.calls) if len(losses) > 1 else {}
         of_ranks = self._setting.loop.ranks.gather_objects((heads, set(losses)))
         seen = set().union(*(tasks for _, tasks in of_ranks))
         if not seen >= set(self._setting.tasks) and self._batches < _PATIENCE:

@@ -128,7 +128,7 @@ def _layer_of(name: str, modules: Mapping[str, nn.Module]) -> str:
     if not module or own in ("weight", *_OLDER_NAMES):
         return module or name
     holder = modules[module]
-    has_weight = any(n == "weight" for n, _ in holder.named_parameters(recurse=False))
+    has_weight = any(n in ("weight", *_OLDER_NAMES) for n, _ in holder.named_parameters(recurse=False))
     is_list = isinstance(holder, nn.ParameterList | nn.ParameterDict)
     return name if has_weight or is_list or any(True for _ in holder.children()) else module
 

@@ -46,10 +46,10 @@ class LossGraph:
 
     def __init__(self, losses: Mapping[str, Sequence[Tensor]]) -> None:
         self.tasks = list(losses)
-        roots = {task: {node_of(loss) for loss in of_task} for task, of_task in losses.items()}
-        self._order = _children_first(node for nodes in roots.values() for node in nodes)
+        self._roots = {task: {node_of(loss) for loss in of_task} for task, of_task in losses.items()}
+        self._order = _children_first(node for nodes in self._roots.values() for node in nodes)
         self._reached_by = dict.fromkeys(self._order, 0)
-        for bit, nodes in enumerate(roots.values()):
+        for bit, nodes in enumerate(self._roots.values()):
             for node in nodes:
                 self._reached_by[node] |= 1 << bit
         for node in reversed(self._order):
@@ -107,40 +107,45 @@ class LossGraph:
         return found
 
     def heads(self, targets: Collection[Node], modules: Iterable[ModuleCalls]) -> dict[str, str]:
-        """Return, for each task that parts from the others at a module, the outermost such module: task → name.
+        """Return, for each task that has one, the head: the first module called that is this task's alone, task → name.
 
-        A task parts at a module if its whole gradient on the way to the targets passes from inside the module to its inputs,
-        and no other task's gradient enters the module.
+        Its whole gradient passes from inside the module to the module's inputs on the way to the targets, and no other task's
+        gradient enters it.
 
         Args:
             targets: nodes of what the gradients are read at.
-            modules: the module calls of the forward pass, an outer module before those inside it.
+            modules: the module calls of the forward pass, in the order of the first calls.
         """
         leads: set[Node] = set()
         for node in self._order:
             if node in targets or any(child in leads for child in _children(node)):
                 leads.add(node)
-        crossings: dict[int, list[tuple[Node, Node]]] = {}  # from a node of one task to one of several
-        for node in leads:
-            mask = self._reached_by[node]
-            if mask & (mask - 1) == 0:
-                for child in _children(node):
-                    if child in leads and self._reached_by[child] != mask:
-                        crossings.setdefault(mask, []).append((node, child))
         heads: dict[str, str] = {}
         for module in modules:
-            mask = 0
-            for node in module.outputs:
-                mask |= self._reached_by.get(node, 0)
-            if mask & (mask - 1) or mask not in crossings or self._names(mask)[0] in heads:
-                continue
-            body = (
-                reachable_nodes([node for node in module.outputs if node in self._reached_by], stop=module.inputs)
-                - module.inputs
-            )
-            if all(node in body and child in module.inputs for node, child in crossings[mask]):
-                heads[self._names(mask)[0]] = module.name
+            outputs = module.outputs & leads
+            tasks = self.tasks_at(outputs)
+            if (
+                len(tasks) == 1
+                and tasks[0] not in heads
+                and self._is_all_inside(tasks[0], outputs, module.inputs, targets)
+            ):
+                heads[tasks[0]] = module.name
         return heads
+
+    def _is_all_inside(self, task: str, outputs: set[Node], inputs: set[Node], targets: Collection[Node]) -> bool:
+        """Return True if each path from the task's losses to the targets leaves the module by an edge to its inputs."""
+        inside = reachable_nodes(outputs, stop=inputs) - inputs
+        seen = set(self._roots[task])
+        to_visit = list(seen)
+        while to_visit:
+            node = to_visit.pop()
+            if node in targets:
+                return False
+            for child in _children(node):
+                if child not in seen and not (node in inside and child in inputs):
+                    seen.add(child)
+                    to_visit.append(child)
+        return True
 
 
 def _children(node: Node) -> list[Node]:
