@@ -34,8 +34,9 @@ class Aggregation(LossWeightingCallback[AggregationRule]):
             `TrimmedMean`) is applied on each rank to the rank's own rows of the representation; so is a matrix aggregator of
             your own, which then must not mix numbers of different rows if several ranks are to agree.
         tasks: as for `GradNorm`.
-        heads: task → dotted name of its head module. With it each gradient is caught on its way out of the head; without
-            it, by one first-order pass through each head.
+        losses_from: as for `GradNorm`.
+        heads: task → dotted name of its head module, at which its gradient is read; ``"auto"`` finds them in the first batch;
+            ``None``: it is read by one first-order pass through each head.
         representation: dotted name of the module whose output the heads read; called once in a forward pass.
         at: ``"representation"``; or ``"parameters"``: aggregate the gradients of all shared parameters, those behind the
             representation, averaged over micro-batches and ranks. That is the textbook's: T passes through the trunk, and a
@@ -73,13 +74,16 @@ class Aggregation(LossWeightingCallback[AggregationRule]):
         aggregator: Made,
         tasks: Sequence[str] | Mapping[str, str] | None = None,
         *,
+        losses_from: str | Mapping[str, str] | None = None,
         heads: Heads = "auto",
         representation: str = "encoder",
         at: Literal["representation", "parameters"] = "representation",
         scalarizer: Made | None = None,
         optimizer: OptimizerFactory = adam,
     ) -> None:
-        super().__init__(tasks, scalarizer, optimizer, heads=heads, representation=representation)
+        super().__init__(
+            tasks, scalarizer, optimizer, losses_from=losses_from, heads=heads, representation=representation
+        )
         is_name = isinstance(representation, str)
         check(self._name, is_name, "representation", "a dotted name such as 'encoder'", representation)
         check(self._name, at in ("representation", "parameters"), "at", "'representation' or 'parameters'", at)

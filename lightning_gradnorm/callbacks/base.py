@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Generic, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from typing_extensions import override
@@ -32,6 +33,8 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
     Args:
         tasks: keys of the mapping that ``training_step`` returns; or task → name under which the module logs its loss; or
             ``None`` for all tasks of a module that declares them (`MultiTaskModule`).
+        losses_from: for models that return their total only. Dotted path to the module, method or function that returns the
+            losses, in which ``tasks`` are keys, attributes or indices; or task → path of what returns its loss.
         heads: task → dotted name of its head module; ``"auto"`` finds them in the first batch; ``None``: no heads.
         representation: dotted name of the module whose output the heads read.
         shared_layer: dotted name of the last shared layer.
@@ -47,6 +50,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self,
         tasks: Sequence[str] | Mapping[str, str] | None = None,
         *,
+        losses_from: str | Mapping[str, str] | None = None,
         heads: Heads = "auto",
         representation: str = "encoder",
         shared_layer: str | None = None,
@@ -58,11 +62,12 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
                 f"{self._name}: heads should be a mapping from task to the name of its head, 'auto' or None; got {heads!r}"
             )
         self.tasks = tasks
+        self.losses_from = losses_from
         self.heads = dict(heads) if isinstance(heads, Mapping) else heads
         self.representation = representation
         self.shared_layer = shared_layer
         self.norm_of = norm_of
-        self._source = LossSource(self._name, tasks)
+        self._source = LossSource(self._name, tasks, losses_from=losses_from)
         self._names = self._source.names
         if self._names:
             self._check_heads()
@@ -72,7 +77,10 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._loop: TrainerLoop | None = None
         self._hooks = ExitStack()
         self._backward_is_lightnings = False
+        self._recomputed: dict[str, list[Any]] | None = None
+        """Takes the losses while they are computed again without being trained on."""
         self._shown = True
+        self._described: str | None = None
         self._restored: dict[str, Any] | None = None
         self._restored_by: str | None = None
         self._stage: str | None = None
@@ -141,6 +149,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._refuse_unsupported(trainer)
         self._remove_hooks()
+        self._described = None
         self._loop = loop = TrainerLoop(trainer, self)
         declared = self._source.resolve(pl_module)
         self._names = self._source.names
@@ -171,7 +180,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         with ExitStack() as hooks:  # if anything fails, what was placed is removed again
             engine = Engine(self.rule, setting)
             hooks.callback(engine.close)
-            hooks.callback(self._source.capture(pl_module, self.watch))
+            hooks.callback(self._source.capture(pl_module, self._watch))
             if engine.reads_gradients:
                 hooks.callback(explain_errors(pl_module, engine.explain_inplace_error))
             self._engine, self._hooks = engine, hooks.pop_all()
@@ -230,26 +239,31 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
     def watch(self, losses: Mapping[str, Tensor | None]) -> None:
         """Balance these losses in the backward pass that follows.
 
-        A module with manual optimization calls it in ``training_step``, before its own ``manual_backward``; for the
-        others the callback calls it.
+        Call it anywhere in the forward pass, with all losses or some at a time, where ``training_step`` neither returns nor
+        logs them; with manual optimization, before ``manual_backward``.
 
         Args:
-            losses: task → scalar loss, the very tensors that make up the back-propagated loss. Names that are not among
-                the tasks are ignored; ``None``: the task is absent from this batch.
+            losses: task → loss of any shape, the very tensors that make up the back-propagated loss. Several for one task
+                are summed. Names that are not among the tasks are ignored; ``None``: the task is absent from this batch.
 
         Raises:
-            ValueError: a task is missing, or its loss is not a scalar, carries no gradient, or does not depend on the
-                shared layer.
+            TypeError, ValueError: a loss is no tensor, or carries no gradient. That a task is missing is an error of the
+                backward pass, or of the end of the batch.
         """
         if not isinstance(losses, Mapping):
             raise TypeError(f"{self._name}: watch takes a mapping from task to loss; got {type(losses).__name__}.")
-        if not torch.is_grad_enabled():
-            return
-        if self._engine is None or self._loop is None:
+        self._source.were_watched = True
+        self._watch(losses)
+
+    def _watch(self, losses: Mapping[str, Any]) -> None:
+        if self._recomputed is not None:
+            for task, loss in losses.items():
+                self._recomputed.setdefault(task, []).append(loss)
+        elif self._engine is None or self._loop is None:
             self._usage.on_idle_losses(losses)
         elif self._loop.is_training() and not self._engine.batch.in_backward:
-            self._usage.on_losses(losses, self._loop.trainer.lightning_module)
-            self._engine.watch(losses)
+            trained = self._usage.on_losses(losses)
+            self._engine.watch(trained)
             self._usage.seen |= set(self._engine.batch.losses)
 
     # ---- one batch ---------------------------------------------------------------------------------------------------
@@ -264,6 +278,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         if self._engine is not None:
             is_lightnings = pl_module.automatic_optimization and self._backward_is_lightnings
             is_whole_step = is_lightnings and trainer.accumulate_grad_batches == 1
+            self._usage.on_before_backward(pl_module, self._engine.batch)
             self._engine.before_backward(loss, is_whole_step=is_whole_step)
 
     @override
@@ -291,6 +306,14 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         if not (pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1):
             self._show_if_logged(trainer)  # in a batch that Lightning writes, but without an optimizer step
         self._engine.start_batch()
+        if self._described is None and self._engine.is_settled and self._usage.seen:
+            parts = [str(self._engine.plan), f"losses: {self._source}"]
+            self._described = f"{self._name}: {', '.join(filter(None, parts))}"
+            rank_zero_info(self._described)
+
+    def __repr__(self) -> str:
+        tasks = "all tasks of the module" if self.tasks is None else ", ".join(self._names)
+        return self._described or f"{self._name}({tasks})"
 
     def _show_if_logged(self, trainer: L.Trainer) -> None:
         if not self._shown and is_logged_step(trainer):

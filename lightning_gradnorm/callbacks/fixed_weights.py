@@ -42,6 +42,7 @@ class FixedWeights(StaticWeights):
         weights: task → weight ``w_i > 0``, used as given (they need not sum to T).
         tasks: where the losses are found, as for `GradNorm`; by default the names in ``weights`` (keys of what
             ``training_step`` returns, tasks of a `MultiTaskModule`).
+        losses_from: as for `GradNorm`.
         heads: accepted by every strategy, so that one can be exchanged for another; no gradient is read.
 
     Raises:
@@ -60,11 +61,12 @@ class FixedWeights(StaticWeights):
         weights: Mapping[str, float],
         *,
         tasks: Sequence[str] | Mapping[str, str] | None = None,
+        losses_from: str | Mapping[str, str] | None = None,
         heads: Heads = "auto",
     ) -> None:
         if not (isinstance(weights, Mapping) and all(isinstance(task, str) for task in weights)):
             raise TypeError(f"{self._name}: weights should be a mapping from task's name to number; got {weights!r}")
-        super().__init__(list(weights) if tasks is None else tasks, heads=heads)
+        super().__init__(list(weights) if tasks is None else tasks, losses_from=losses_from, heads=heads)
         check_positive_by_task(weights, self._names, caller=self._name, parameter="weights")
         self.weights = {task: float(weights[task]) for task in self._names}
 
@@ -76,6 +78,7 @@ class GradNormStatic(StaticWeights):
         from_run: folder of a run of ``gradnorm-train``, whose ``checkpoints/last.ckpt`` is read; or any checkpoint of a
             Trainer that had `GradNorm` among its callbacks. The weights are the mean over all its steps, by task name.
         tasks: where the losses are found, as for `GradNorm`; by default the names in the checkpoint.
+        losses_from: as for `GradNorm`.
         heads: accepted by every strategy, so that one can be exchanged for another; no gradient is read.
 
     Raises:
@@ -90,13 +93,14 @@ class GradNormStatic(StaticWeights):
         from_run: str | Path,
         tasks: Sequence[str] | Mapping[str, str] | None = None,
         *,
+        losses_from: str | Mapping[str, str] | None = None,
         heads: Heads = "auto",
     ) -> None:
         self.from_run = Path(from_run)
         weights = _mean_weights(_checkpoint_of(self.from_run))
         if tasks is not None:
             self._check_same(weights, tasks)
-        super().__init__(list(weights) if tasks is None else tasks, heads=heads)
+        super().__init__(list(weights) if tasks is None else tasks, losses_from=losses_from, heads=heads)
         self.weights = {task: weights[task] for task in self._names}
 
     @override
@@ -122,6 +126,7 @@ class RandomWeights(StaticWeights):
     Args:
         seed: at least 0; the same seed gives the same weights everywhere. Torch's own generator is left alone.
         tasks: as for `GradNorm`.
+        losses_from: as for `GradNorm`.
         heads: accepted by every strategy, so that one can be exchanged for another; no gradient is read.
 
     Raises:
@@ -139,9 +144,10 @@ class RandomWeights(StaticWeights):
         seed: int = 0,
         tasks: Sequence[str] | Mapping[str, str] | None = None,
         *,
+        losses_from: str | Mapping[str, str] | None = None,
         heads: Heads = "auto",
     ) -> None:
-        super().__init__(tasks, heads=heads)
+        super().__init__(tasks, losses_from=losses_from, heads=heads)
         check(self._name, is_integer(seed, least=0), "seed", "an integer, at least 0", seed)
         self.seed = seed
 

@@ -41,6 +41,9 @@ class GradNorm(BalancingCallback[GradNormRule]):
             that all losses of the first batch depend on.
         heads: task → dotted name of its head module; ``"auto"`` finds them in the first batch. ``None``: one first-order pass
             from each loss to ``W`` instead. All give the same numbers.
+        losses_from: for models that return their total only. Dotted path to what returns the losses, a module, a method or a
+            function: ``"module.loss"``. The tasks are looked up in what it returns, by key, attribute or index:
+            ``tasks={"recon": "reconstruction_loss", "kl": "extra.kl"}``. Or task → path of what returns its loss.
         alpha: the asymmetry: how strongly tasks are pulled to a common training rate. 0 asks for equal gradient norms.
         optimizer: makes the optimizer of the weights from a list of parameters.
         initial_losses: ``L_i(0)``: the mean over so many of the first weight updates, or numbers by task.
@@ -80,6 +83,7 @@ class GradNorm(BalancingCallback[GradNormRule]):
         *,
         shared_layer: str | None = None,
         heads: Heads = "auto",
+        losses_from: str | Mapping[str, str] | None = None,
         alpha: float = 1.5,
         optimizer: WeightOptimizerFactory = adam,
         initial_losses: int | Mapping[str, float] = 1,
@@ -92,7 +96,14 @@ class GradNorm(BalancingCallback[GradNormRule]):
         representation: str = "encoder",
         on_task_mismatch: Literal["error", "adapt"] = "error",
     ) -> None:
-        super().__init__(tasks, heads=heads, representation=representation, shared_layer=shared_layer, norm_of=norm_of)
+        super().__init__(
+            tasks,
+            losses_from=losses_from,
+            heads=heads,
+            representation=representation,
+            shared_layer=shared_layer,
+            norm_of=norm_of,
+        )
         is_name = isinstance(shared_layer, str | None)
         _check(is_name, "shared_layer", "a dotted name such as 'encoder.4', or None", shared_layer)
         _check(isinstance(representation, str), "representation", "a dotted name such as 'encoder'", representation)

@@ -1,7 +1,8 @@
 """Where the task losses of a LightningModule come from, while they are still part of the graph.
 
-Three sources: the mapping that ``training_step`` returns, the values that the module logs, or a module that declares its tasks
-and calls `watch` itself. The methods that see a loss are replaced on the module instance for the duration of a training.
+Four sources: the mapping that ``training_step`` returns; the values that the module logs; what something inside the module
+returns (`CalledLosses`); or `watch`, called by the module itself. What sees a loss is replaced on the module instance for the
+duration of a training.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any, Literal
 
 import lightning as L
 
-from lightning_gradnorm._messages import checked_names, did_you_mean, nearest
+from lightning_gradnorm._messages import check_by_task, checked_names, did_you_mean, nearest
+from lightning_gradnorm.callbacks.called_losses import CalledLosses
 from lightning_gradnorm.engine.module_hooks import Remove, ReplacedMethod, not_traced, patch_attribute
 from lightning_gradnorm.engine.rule import DeclaresTasks
 
@@ -30,6 +32,8 @@ class LossSource:
             tasks of a module that declares them.
         parameter: what the callback calls this argument. ``"tasks"`` are at least two, and must be named unless the module
             declares them. ``"losses"`` are at least one, and may stay unnamed.
+        losses_from: dotted path to what returns the losses, in which the names are keys, attributes or indices; or name →
+            path.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class LossSource:
         caller: str,
         losses: Sequence[str] | Mapping[str, str] | None,
         parameter: Literal["tasks", "losses"] = "tasks",
+        losses_from: str | Mapping[str, str] | None = None,
     ) -> None:
         self.caller = caller
         self._given = losses
@@ -47,8 +52,14 @@ class LossSource:
         )
         self.names: tuple[str, ...] = () if losses is None else self._checked(losses)
         """The names; empty before `resolve` if they are the module's own, and after it if they stay open."""
-        self.logged_names = dict(losses) if isinstance(losses, Mapping) else None
+        is_logged = isinstance(losses, Mapping) and losses_from is None
+        self.logged_names = dict(losses) if isinstance(losses, Mapping) and is_logged else None
         """Name → name under which the loss is logged, if that is where losses are found."""
+        self._called = None if losses_from is None else self._checked_calls(losses, losses_from)
+        self.were_watched = False
+        """Whether the module has called `watch` itself."""
+        self.without_gradient: dict[str, None] = {}
+        """Names shown under ``torch.no_grad``."""
         self.declared = False
         """Whether the module declares its tasks. Then it shows them itself and knows which are absent: nothing is checked."""
         self.logged: set[str] = set()
@@ -59,13 +70,43 @@ class LossSource:
     def _checked(self, losses: Sequence[str] | Mapping[str, str]) -> tuple[str, ...]:
         return checked_names(losses, caller=self.caller, parameter=self._parameter, least=self._least)
 
+    def _checked_calls(
+        self, losses: Sequence[str] | Mapping[str, str] | None, losses_from: str | Mapping[str, str]
+    ) -> CalledLosses:
+        parameter = self._parameter
+        if isinstance(losses_from, Mapping):
+            check_by_task(losses_from, self.names, caller=self.caller, parameter="losses_from")
+            if isinstance(losses, Mapping):
+                raise ValueError(
+                    f"{self.caller}: losses_from names a place for each loss, and {parameter} a name for each. Give "
+                    f"{parameter}={list(losses)} with these places, or losses_from as one place."
+                )
+        elif not isinstance(losses_from, str) or not losses_from:
+            raise TypeError(
+                f"{self.caller}: losses_from should be a dotted path such as 'module.loss', or a mapping from task to path; "
+                f"got {losses_from!r}"
+            )
+        if losses is None:
+            raise ValueError(f"{self.caller}: losses_from needs {parameter}, the names of the losses; got None")
+        return CalledLosses(
+            self.caller, losses if isinstance(losses, Mapping) else dict(zip(losses, losses, strict=True)), losses_from
+        )
+
+    def __str__(self) -> str:
+        """Where the losses are found, in words."""
+        if self._called is not None:
+            return str(self._called)
+        if self.logged_names is not None:
+            return "logged as " + ", ".join(self.logged_names.values())
+        return "watched" if self.were_watched or self.declared else "returned by training_step"
+
     def resolve(self, module: L.LightningModule) -> dict[str, str] | None:
         """Find the tasks in a module. Return task → head if the module declares them, else None.
 
         Raises:
             ValueError: the module has no such task, or none at all.
         """
-        self.logged, self.shown = set(), {}
+        self.logged, self.shown, self.without_gradient, self.were_watched = set(), {}, {}, False
         declared = dict(module.task_heads) if isinstance(module, DeclaresTasks) else None
         self.declared = declared is not None
         name = type(module).__name__
@@ -75,10 +116,15 @@ class LossSource:
                 raise ValueError(
                     f"{self.caller}: tasks=None takes all tasks of a MultiTaskModule. Name the losses of {name}: "
                     f"tasks=['seg', 'depth'] as training_step returns them, or tasks={{'seg': 'train/seg_loss', …}} as it logs "
-                    f"them."
+                    f"them, or losses_from='…' as something inside {name} returns them."
                 )
         if declared is None:
             return None
+        if self._called is not None:
+            raise ValueError(
+                f"{self.caller}: losses_from is for models that return their total only, but {name} shows the losses of its "
+                f"tasks itself. Leave it out."
+            )
         if self.logged_names is not None:
             raise ValueError(
                 f"{self.caller}: {self._parameter} names the losses as they are logged, {sorted(self.logged_names.values())}, "
@@ -95,6 +141,8 @@ class LossSource:
 
     def capture(self, module: L.LightningModule, watch: Watch) -> Remove:
         """Hand the losses to ``watch`` in each training step, until the returned function is called."""
+        if self._called is not None:
+            return self._called.capture(module, watch)
         if self.logged_names is not None:
             return self._capture_logged(module, watch, {logged: name for name, logged in self.logged_names.items()})
         if module.automatic_optimization:
@@ -107,14 +155,15 @@ class LossSource:
         @wraps_innermost(training_step)
         def step(*args: Any, **kwargs: Any) -> Any:
             output = training_step(*args, **kwargs)
-            if output is not None:
-                if not isinstance(output, Mapping):
-                    raise TypeError(
-                        f"{self.caller}: {type(module).__name__}.training_step should return a mapping with 'loss' and its "
-                        f"parts; got {type(output).__name__}. Return {{'loss': loss, 'seg': seg, …}}, or name the losses as "
-                        f"they are logged: {self._parameter}={{'seg': 'train/seg_loss', …}}."
-                    )
+            if isinstance(output, Mapping):
                 watch({name: value for name, value in output.items() if name != "loss"})
+            elif output is not None and not self.shown:
+                raise TypeError(
+                    f"{self.caller}: {type(module).__name__}.training_step should return a mapping with 'loss' and its "
+                    f"parts; got {type(output).__name__}. Return {{'loss': loss, 'seg': seg, …}}; or name the losses as "
+                    f"they are logged: {self._parameter}={{'seg': 'train/seg_loss', …}}; or name what returns them: "
+                    f"losses_from='…'; or call watch({{'seg': seg, …}}) on this callback."
+                )
             return output
 
         return patch_attribute(module, "training_step", ReplacedMethod(module, "training_step", step))
@@ -154,12 +203,22 @@ class LossSource:
                 return (
                     f"{self.caller}: {self._noun} '{name}' is not among the losses of the {self._period}, which are "
                     f"{sorted(self.shown)}; {_question(near)}(A {self._noun} that is absent from a batch is given as None.)"
+                    f"{self._no_gradient_note(name)}"
                 )
         return None
 
+    def _no_gradient_note(self, name: str) -> str:
+        is_noted = name in self.without_gradient
+        return f" The loss '{name}' was computed under torch.no_grad() or inference_mode()." if is_noted else ""
+
     def find_unwatched(self, module: L.LightningModule) -> str | None:
         """Return that no loss was shown, for a module that must show them itself."""
-        if self.shown or self.declared or self.logged_names is not None or module.automatic_optimization:
+        if self.shown or self.declared or self.logged_names is not None:
+            return None
+        if self._called is not None:
+            noted = self._no_gradient_note(next(iter(self.without_gradient), ""))
+            return f"{self.caller}: no loss came {self._called} in the {self._period}; was it called?{noted}"
+        if module.automatic_optimization:
             return None
         what = "task loss" if self._noun == "task" else "loss"
         example = self.names[0] if self.names else "data"

@@ -56,8 +56,8 @@ class LossRecomputer:
 
     def losses(
         self, trainer: L.Trainer, batch: Any, batch_idx: int, logged_names: Mapping[str, str] | None
-    ) -> Mapping[str, Any]:
-        """Return the losses by task: as the module declares, logs or returns them."""
+    ) -> Mapping[str, list[Any]]:
+        """Return the losses by task as the module declares or logs them; none if it shows them to the callback."""
         module = self._module
         logged: dict[str, Any] = {}
 
@@ -75,12 +75,12 @@ class LossRecomputer:
         ):
             stack.callback(patch_attribute(module, "log", log))
             if isinstance(module, DeclaresTasks):
-                return module.task_losses(batch)
+                return {task: [loss] for task, loss in module.task_losses(batch).items()}
             takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-            output = module.training_step(*([batch, batch_idx] if takes_index else [batch]))
+            module.training_step(*([batch, batch_idx] if takes_index else [batch]))
         if logged_names is not None:
-            return {task: logged[name] for task, name in logged_names.items() if name in logged}
-        return output if isinstance(output, Mapping) else {}
+            return {task: [logged[name]] for task, name in logged_names.items() if name in logged}
+        return {}
 
     @contextmanager
     def _same_randomness(self) -> Iterator[None]:

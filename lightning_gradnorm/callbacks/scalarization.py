@@ -37,10 +37,11 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
         scalarizer: Made | None,
         optimizer: OptimizerFactory,
         *,
+        losses_from: str | Mapping[str, str] | None,
         heads: Heads,
         representation: str = "encoder",
     ) -> None:
-        super().__init__(tasks, heads=heads, representation=representation)
+        super().__init__(tasks, losses_from=losses_from, heads=heads, representation=representation)
         is_factory = callable(optimizer)
         check(self._name, is_factory, "optimizer", "a callable such as partial(torch.optim.Adam, lr=0.025)", optimizer)
         self._scalarizer = scalarizer
@@ -115,8 +116,14 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
         took_step = engine is not None and engine.batch.steps > 0 and engine.step_was_taken
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if took_step and self._recomputer is not None and engine is not None:
-            found = self._recomputer.losses(trainer, batch, batch_idx, self._source.logged_names)
-            here = {task: [found[task]] for task in self._names if isinstance(found.get(task), Tensor)}
+            self._recomputed = {}
+            try:
+                found = (
+                    self._recomputer.losses(trainer, batch, batch_idx, self._source.logged_names) or self._recomputed
+                )
+            finally:
+                self._recomputed = None
+            here = {task: [one for one in found.get(task, ()) if isinstance(one, Tensor)] for task in self._names}
             engine.measurement.update_after_step(here)
 
     @override
@@ -138,6 +145,7 @@ class Scalarization(LossWeightingCallback[ScalarizationRule]):
             of the same batch after the step: ``training_step`` is called once more, without gradients and without a trace in
             metrics, logs, statistics or random numbers, as long as it leaves its batch as it is.
         tasks: as for `GradNorm`.
+        losses_from: as for `GradNorm`.
         heads: taken as by every strategy, so that one can be exchanged for another; no gradient is read.
         optimizer: makes the optimizer of the scalarizer's parameters; the default is GradNorm's.
 
@@ -163,10 +171,11 @@ class Scalarization(LossWeightingCallback[ScalarizationRule]):
         scalarizer: Made,
         tasks: Sequence[str] | Mapping[str, str] | None = None,
         *,
+        losses_from: str | Mapping[str, str] | None = None,
         heads: Heads = "auto",
         optimizer: OptimizerFactory = adam,
     ) -> None:
-        super().__init__(tasks, scalarizer, optimizer, heads=heads)
+        super().__init__(tasks, scalarizer, optimizer, losses_from=losses_from, heads=heads)
         self._check_module("scalarizer", scalarizer)
 
     @override

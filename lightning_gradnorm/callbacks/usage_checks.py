@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from lightning_gradnorm.callbacks.losses import LossSource
@@ -33,21 +34,33 @@ class UsageChecks:
 
     def on_idle_losses(self, losses: Mapping[str, Any]) -> None:
         """Called with losses shown outside training. Warn if no Trainer has ever started, but these are trained on."""
-        is_trained = any(isinstance(loss, Tensor) and loss.requires_grad for loss in losses.values())
+        is_trained = (
+            any(isinstance(one, Tensor) and one.requires_grad for one in losses.values()) and torch.is_grad_enabled()
+        )
         if self._ranks is None and is_trained:
             self._warn_once(
                 "watch was called, but this callback is not at work: no Trainer has started it. Give it to the Trainer that "
                 "trains the module, L.Trainer(callbacks=[gradnorm]). The losses are not balanced.",
             )
 
-    def on_losses(self, losses: Mapping[str, Any], module: L.LightningModule) -> None:
-        """Called with the losses that are being watched.
+    def on_losses(self, losses: Mapping[str, Any]) -> dict[str, Any]:
+        """Called with losses that are shown. Return those that can be trained on: not what is computed under no_grad."""
+        trained = dict(losses)
+        if not torch.is_grad_enabled():
+            idle = [name for name, loss in losses.items() if not (isinstance(loss, Tensor) and loss.requires_grad)]
+            self._source.without_gradient |= dict.fromkeys(idle)
+            trained = {name: loss for name, loss in losses.items() if name not in idle}
+        self._source.shown |= dict.fromkeys(trained)
+        return trained
+
+    def on_before_backward(self, module: L.LightningModule, batch: BatchState) -> None:
+        """Called before each backward pass.
 
         Raises:
             ValueError: a task has never been among the losses, and these are all there are, or one is nearly called so.
         """
-        self._source.shown |= dict.fromkeys(losses)
-        _raise(self._source.find_misnamed(is_all=module.automatic_optimization))
+        if batch.losses or batch.absent:
+            _raise(self._source.find_misnamed(is_all=module.automatic_optimization))
 
     def on_batch_end(self, module: L.LightningModule, batch: BatchState) -> None:
         """Called at the end of each batch.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -96,7 +97,7 @@ class Balancer:
         parameter = next((p for p in self._model.parameters() if p.is_floating_point()), torch.zeros(()))
         rule.to(dtype=torch.float64 if parameter.dtype == torch.float64 else None, device=parameter.device)
         self._engine: Engine[Rule] = Engine(rule, setting)
-        self._closed = False
+        self._closed = self._is_described = False
         self._epoch = 0
         _balanced[self._key] = type(rule).__name__
 
@@ -106,11 +107,11 @@ class Balancer:
         """Balance these losses in the next backward pass, where they are created away from it.
 
         Args:
-            losses: task → scalar loss, the very tensors that make up the back-propagated loss; some or all. ``None``, or no
-                entry by the time of the backward pass: the task is absent from this batch.
+            losses: task → loss of any shape, the very tensors that make up the back-propagated loss; some or all. ``None``,
+                or no entry by the time of the backward pass: the task is absent from this batch.
 
         Raises:
-            ValueError: a name is not a task, or a loss is not a scalar with a gradient.
+            ValueError: a name is not a task, or a loss carries no gradient.
         """
         self._require_open()
         if not torch.is_grad_enabled():
@@ -201,6 +202,10 @@ class Balancer:
             self._loop.note_losses(self._engine.batch.losses)
             require_backpropagated(self._engine.batch.losses, self._engine.batch.backpropagated, caller="Balancer")
         self._engine.start_batch()
+        if not self._is_described and self._engine.is_settled:
+            self._is_described = True
+            if self._loop.ranks.index == 0:
+                logging.getLogger("lightning_gradnorm").info("%r", self)
 
     @contextmanager
     def _recovery(self) -> Iterator[None]:
@@ -334,9 +339,9 @@ class Balancer:
 
 
 def _sum(losses: Mapping[str, Tensor | list[Tensor] | None]) -> Tensor:
-    """Return the sum of the losses that are there, of which a task may have several."""
+    """Return the sum of the losses that are there, of which a task may have several; the mean of one with several values."""
     each = [one for of_task in losses.values() for one in (of_task if isinstance(of_task, list) else [of_task])]
-    return functools.reduce(operator.add, [one for one in each if one is not None])
+    return functools.reduce(operator.add, [one.mean() for one in each if one is not None])
 
 
 def _load_state(rule: Rule, state: Mapping[str, Any]) -> None:

@@ -129,11 +129,11 @@ class Engine(Generic[AnyRule]):
         """Weight these losses in the backward pass that follows.
 
         Args:
-            losses: task → scalar loss, the very tensors that make up the back-propagated loss. ``None``: the task is absent.
-                Other names are ignored.
+            losses: task → loss of any shape, the very tensors that make up the back-propagated loss. ``None``: the task is
+                absent. Other names are ignored.
 
         Raises:
-            TypeError, ValueError: a loss is not a scalar tensor with a gradient, or is not what it should be.
+            TypeError, ValueError: a loss is not a tensor with a gradient, or is that of another task.
         """
         known = len(self.batch.losses)
         for task in self._tasks:
@@ -142,7 +142,7 @@ class Engine(Generic[AnyRule]):
                 self.batch.absent |= {task} & set(losses)
             else:
                 asked = f"{self._caller}: the loss of task '{task}'"
-                check_loss(loss, caller=asked, otherwise="; or None, if the task is absent")
+                check_loss(loss, caller=asked, otherwise="; or None, if the task is absent", is_scalar=False)
                 self._watch_one(task, loss)
         if len(self.batch.losses) > known:
             self._checks.require_disjoint_losses(self.batch)
@@ -301,8 +301,8 @@ class Engine(Generic[AnyRule]):
         if self._reading or not self.batch.in_backward:
             return None  # our own first-order pass, with the weight already in it; or a gradient that a user takes
         step, loss = self._step, self.batch.losses[task][index]
+        step.add(task, loss, is_first=task not in self.batch.backpropagated)
         self.batch.backpropagated.add(task)
-        step.add(task, loss)
         weight = applied = step.weights[task]
         if gradient.dtype != weight.dtype or gradient.device != weight.device:
             applied = weight.to(gradient)
@@ -342,6 +342,11 @@ class Engine(Generic[AnyRule]):
 
     def _weights_by_task(self) -> dict[str, Tensor]:
         return dict(zip(self._tasks, self.rule.loss_weights.unbind(), strict=True))
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the shared layer and the heads are known."""
+        return self._discovery is None
 
     @property
     def pending_backwards(self) -> int:

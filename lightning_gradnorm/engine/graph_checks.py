@@ -151,6 +151,6 @@ def require_backpropagated(
         if name not in reached:
             raise ValueError(
                 f"{caller}: what was given as the {noun} '{name}' took no part in the backward pass. Add it to what is "
-                f"back-propagated; give the very tensor, not a copy of it, and give it before backward (in manual "
-                f"optimization, before manual_backward)."
+                f"back-propagated; give the very tensor, not a copy of it such as .clone() or .mean(), and give it before "
+                f"backward (in manual optimization, before manual_backward)."
             )

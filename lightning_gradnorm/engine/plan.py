@@ -41,7 +41,7 @@ class Plan:
         W = ", ".join(f"{name} ({' × '.join(map(str, p.shape))})" for name, p in self.shared_layer.items())
         heads = ", ".join(f"{task} → {head}" for task, head in (self.heads or {}).items())
         parts = [f"W = {W}"] if W else []
-        return ", ".join([*parts, f"heads: {heads}" if heads else "heads: none"])
+        return ", ".join([*parts, f"heads: {heads or 'none'}"] if W or self.candidates else [])
 
 
 def inspect_model(measurement: Measurement[AnyRule]) -> tuple[Plan, dict[str, nn.Module], UncompiledDuringTraining]:

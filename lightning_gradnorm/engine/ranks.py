@@ -112,8 +112,8 @@ def all_reduce_losses(
     table = like.new_zeros(2, len(tasks))
     for row, task in enumerate(tasks):
         for loss in losses.get(task, ()):
-            table[0, row] += loss.detach().reshape(()).to(like)
-            table[1, row] += 1
+            table[0, row] += loss.detach().mean().to(like)
+            table[1, row] = 1
     table = ranks.sum(table)
     return table[0] / table[1].clamp(min=1), table[1] > 0
 

@@ -23,15 +23,15 @@ class OptimizerStepState:
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Sum of each task's back-propagated losses, detached."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Number of losses in each sum."""
+    """Number of backward passes in each sum."""
     rounded_weights: dict[str, Tensor] = field(default_factory=dict)
     """The weights of tasks whose losses have so low a precision that the weight was rounded to it."""
 
-    def add(self, task: str, loss: Tensor) -> None:
-        """Count a loss that is being back-propagated."""
-        value = loss.detach().reshape(())
+    def add(self, task: str, loss: Tensor, *, is_first: bool) -> None:
+        """Add a loss that is being back-propagated: the first of its task in this batch, or another that is part of it."""
+        value = loss.detach().mean()
         self.losses[task] = self.losses[task] + value if task in self.losses else value
-        self.counts[task] = self.counts.get(task, 0) + 1
+        self.counts[task] = self.counts.get(task, 0) + is_first
 
 
 @dataclass

@@ -121,9 +121,11 @@ class LossTermGradients:
         for reading in self._readings:
             if reading.weighted is None:
                 continue  # the backward pass did not reach this term
-            weight = torch.where(reading.plain == 0, 1, reading.weighted / reading.plain).reshape(())
-            row = reading.row * weight.to(reading.row)
-            weighted, plain = (one.to(row).reshape(()).abs() for one in (reading.weighted, reading.plain))
+            # A strategy multiplies all entries of a loss by the same weight.
+            largest = reading.plain.abs().argmax()
+            of_plain, of_weighted = reading.plain.reshape(-1)[largest], reading.weighted.reshape(-1)[largest]
+            row = reading.row * torch.where(of_plain == 0, 1, of_weighted / of_plain).to(reading.row)
+            weighted, plain = (one.to(row).abs().sum() for one in (reading.weighted, reading.plain))
             term = self.sums.get(reading.name)
             if term is not None:
                 row, weighted, plain = term.row + row, term.weighted + weighted, term.plain + plain

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_gradnorm._messages import is_number
 from lightning_gradnorm.gradients.readers import flat_row
 
 
@@ -121,14 +122,23 @@ def inner_products(rows: Sequence[Tensor]) -> Tensor:
     return products
 
 
-def check_loss(loss: Any, *, caller: str, otherwise: str = "") -> None:
-    """Raise an error unless ``loss`` is a scalar with a gradient.
+def check_loss(loss: Any, *, caller: str, otherwise: str = "", is_scalar: bool = True) -> None:
+    """Raise an error unless ``loss`` is a tensor with a gradient.
 
-    ``caller`` begins the error and names the loss; ``otherwise`` is what else may be given where there is no gradient.
+    ``caller`` begins the error and names the loss; ``otherwise`` is what else may be given where there is no gradient;
+    ``is_scalar``: it should have one value.
     """
+    ways = (
+        "If it is not at hand here, name what returns it with losses_from, or give it to watch() where it is computed."
+    )
     if not isinstance(loss, Tensor):
-        raise TypeError(f"{caller} should be a tensor; got {type(loss).__name__}.")
-    if loss.numel() != 1:
+        kind = type(loss).__name__
+        is_metric = callable(getattr(loss, "update", None)) and callable(getattr(loss, "compute", None))
+        cause = "a metric, not what it returns" if is_metric else "its value alone, as of .item()"
+        raise TypeError(
+            f"{caller} should be a tensor; got {kind}{f', {cause}' if is_metric or is_number(loss) else ''}. {ways}"
+        )
+    if is_scalar and loss.numel() != 1:
         raise ValueError(
             f"{caller} should be a scalar; got shape {tuple(loss.shape)}. Reduce it, for example with .mean()."
         )
@@ -137,5 +147,5 @@ def check_loss(loss: Any, *, caller: str, otherwise: str = "") -> None:
     if not loss.requires_grad:
         raise ValueError(
             f"{caller} should be part of the graph, but it carries no gradient. Give the loss itself, not .detach() or "
-            f".item(){otherwise}."
+            f".item(){otherwise}. {ways}"
         )

@@ -59,6 +59,7 @@ class GradientNormMonitor(L.Callback):
         cosine_image: draws the cosines for TensorBoard: a function of the terms' names and a tensor of shape (T, T), nan
             where unknown, that returns an RGB image of shape (3, height, width), a tensor or an array. The ``experiments``
             extra has `cosine_heatmap` in ``lightning_gradnorm.experiments.report.heatmap``. ``None`` logs no image.
+        losses_from: as for `GradNorm`.
 
     Raises:
         ValueError: an argument out of range; and in training, a loss or a parameter that the model lacks, or a loss that
@@ -86,9 +87,10 @@ class GradientNormMonitor(L.Callback):
         every_n_steps: int = 50,
         prefix: str = "monitor",
         cosine_image: Callable[[Sequence[str], Tensor], Any] | None = None,
+        losses_from: str | Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
-        self._source = LossSource(_NAME, losses, parameter="losses")
+        self._source = LossSource(_NAME, losses, parameter="losses", losses_from=losses_from)
         if REST in self._source.names:
             raise ValueError(f"{_NAME}: losses names '{REST}', which stands for the remainder; give it another name.")
         _check(isinstance(parameters, str) and parameters != "", "parameters", "'shared' or a dotted name", parameters)
@@ -179,16 +181,17 @@ class GradientNormMonitor(L.Callback):
         others the callback calls it.
 
         Args:
-            losses: name → scalar loss, the very tensors that make up the back-propagated loss. ``None``: the loss is absent
-                from this batch.
+            losses: name → loss of any shape, the very tensors that make up the back-propagated loss. ``None``: the loss is
+                absent from this batch.
 
         Raises:
-            TypeError, ValueError: a named loss is not a scalar, or carries no gradient.
+            TypeError, ValueError: a named loss is no tensor, or carries no gradient.
         """
         if not isinstance(losses, Mapping):
             raise TypeError(f"{_NAME}: watch takes a mapping from name to loss; got {type(losses).__name__}.")
-        if self._measurement is not None and self._measurement.is_active and torch.is_grad_enabled():
-            self._measurement.watch(losses)
+        if self._measurement is not None and self._measurement.is_active:
+            idle = not torch.is_grad_enabled()
+            self._measurement.watch({name: one for name, one in losses.items() if not idle or _has_gradient(one)})
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
@@ -311,3 +314,7 @@ class GradientNormMonitor(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._steps = state_dict["steps"]
         self._summary.load_state_dict(state_dict["tally"])
+
+
+def _has_gradient(loss: object) -> bool:
+    return isinstance(loss, Tensor) and loss.requires_grad

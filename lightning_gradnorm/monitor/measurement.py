@@ -74,7 +74,7 @@ class StepMeasurement:
             is_term = name in self._source.names if self._source.names else _could_be_term(loss)
             if loss is None or not is_term:
                 continue
-            check_loss(loss, caller=f"{self._source.caller}: the loss '{name}'")
+            check_loss(loss, caller=f"{self._source.caller}: the loss '{name}'", is_scalar=False)
             assert isinstance(loss, Tensor)
             if not any(one is loss and called == name for called, one in self._watched):
                 self._watched.append((name, loss))
