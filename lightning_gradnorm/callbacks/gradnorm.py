@@ -46,7 +46,8 @@ class GradNorm(BalancingCallback[GradNormRule]):
             ``tasks={"recon": "reconstruction_loss", "kl": "extra.kl"}``. Or task → path of what returns its loss.
         alpha: the asymmetry: how strongly tasks are pulled to a common training rate. 0 asks for equal gradient norms.
         optimizer: makes the optimizer of the weights from a list of parameters.
-        initial_losses: ``L_i(0)``: the mean over so many of the first weight updates, or numbers by task.
+        initial_losses: ``L_i(0)``: the mean over so many of the first weight updates; or numbers by task, for some or all. The
+            others' is their first loss. As long as a task's loss is 0 from the start, no update is made.
         initial_weights: by task, positive; scaled to sum T.
         priorities: by task, positive; an intended ratio of the gradient norms: ``target_i = Ḡ · p_i · r_i^alpha``.
         update_every: update the weights in every so many optimizer steps; no gradients are read in the others.

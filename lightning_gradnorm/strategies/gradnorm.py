@@ -126,7 +126,7 @@ class GradNormRule:
         alpha: the asymmetry.
         optimizer: makes the optimizer of the weights; the paper's is ``partial(torch.optim.Adam, lr=0.025)``.
         initial_losses: the number of first updates whose mean loss is ``L_i(0)`` (as long as there are fewer, the mean of
-            those so far); or the values by task, for example ``{"seg": math.log(13), "depth": 1.0}``.
+            those so far); or the values by task, for example ``{"seg": math.log(13)}``. The others' is their first loss.
         initial_weights: by task; scaled to sum T. Equal by default.
         priorities: by task; scaled to mean 1. Equal by default.
         update_every: number of the network's optimizer steps from one weight update to the next.
@@ -167,11 +167,14 @@ class GradNormRule:
         check_arguments(caller, self.tasks, by_task, alpha, optimizer, min_weight, update_every, stop_after)
         self.alpha, self.min_weight = float(alpha), min_weight
         self.update_every, self.stop_after = update_every, stop_after
-        ones, first_losses, self._updates_in_initial = dict.fromkeys(self.tasks, 1.0), initial_losses, 0
-        if isinstance(first_losses, int):
-            self._updates_in_initial, first_losses = first_losses, dict.fromkeys(self.tasks, 0.0)
-        self._given = (dict(initial_weights or ones), dict(priorities or ones), dict(first_losses))
+        ones, first_losses = dict.fromkeys(self.tasks, 1.0), dict.fromkeys(self.tasks, 0.0)
+        counts = dict.fromkeys(self.tasks, initial_losses if isinstance(initial_losses, int) else 1)
+        if isinstance(initial_losses, Mapping):
+            first_losses |= initial_losses
+            counts |= dict.fromkeys(initial_losses, 0)
+        self._given = (dict(initial_weights or ones), dict(priorities or ones), first_losses)
         weights, self._priorities, self.initial_losses = self._initial_values(dtype, device)
+        self._updates_in_initial = torch.tensor(list(counts.values()), dtype=dtype, device=device)
         self.weights = weights.requires_grad_()
         self._optimizer = make_weight_optimizer(self.weights, optimizer)
         self._all_present = torch.ones(len(self.tasks), dtype=torch.bool, device=device)
@@ -241,11 +244,8 @@ class GradNormRule:
                 optimizer state and is left out of the means; the others share the rest of the sum T.
 
         Returns:
-            The update. It is not taken if a number is not finite or a loss is negative; then only `skipped` and
-            `tasks_at_fault` change.
-
-        Raises:
-            ValueError: ``L_i(0)`` is not positive, so the training rate is undefined (unless ``alpha`` is 0).
+            The update. It is not taken if a number is not finite, or if a loss is negative or has never been positive (unless
+            ``alpha`` is 0); then only `skipped` and `tasks_at_fault` change, and ``L_i(0)`` of the other tasks.
         """
         norms, losses = norms.to(self.weights), losses.to(self.weights)
         problems = losses - losses  # 0 if finite, else NaN; a bad norm shows in the weights that result
@@ -257,6 +257,9 @@ class GradNormRule:
         initial_losses, updates_seen = self.initial_losses, self._updates_seen
         if not self._initial_known and bool((problems == 0).all()):
             initial_losses, updates_seen = self._initial_losses_with(losses, present)
+            if self.alpha > 0 and bool((initial_losses <= 0).any()):  # some training rate divides by zero
+                problems = (initial_losses <= 0).to(problems) * (1.0 if present is None else present)
+                self.initial_losses, self._updates_seen = initial_losses, updates_seen
         weights = self.weights.detach()
         terms = gradnorm_terms(weights, norms, losses, initial_losses, self.alpha, self._priorities, present)
         gradient = terms.gradient if present is None else torch.where(present, terms.gradient, 0.0)
@@ -288,16 +291,11 @@ class GradNormRule:
     def _initial_losses_with(self, losses: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
         present = self._all_present if present is None else present
         counts = present & (self._updates_seen < self._updates_in_initial)
+        if self.alpha > 0:
+            counts &= (losses > 0) | (self._updates_seen > 0)
         updates_seen = self._updates_seen + counts
         mean = self.initial_losses + (losses - self.initial_losses) / updates_seen.clamp(min=1)
-        initial_losses = torch.where(counts, mean, self.initial_losses)
-        if self.alpha > 0 and bool((bad := present & (initial_losses <= 0)).any()):
-            index = int(bad.nonzero()[0])
-            raise ValueError(
-                f"GradNorm: the initial loss of task '{self.tasks[index]}' should be positive, since training rates divide by "
-                f"it; got {initial_losses[index].item()}. Use initial_losses={{'{self.tasks[index]}': 1.0, …}}, or alpha=0."
-            )
-        return initial_losses, updates_seen
+        return torch.where(counts, mean, self.initial_losses), updates_seen
 
     @property
     def syncs_every_step(self) -> bool:
@@ -320,6 +318,11 @@ class GradNormRule:
         """Return why a task's numbers allowed no update."""
         if loss < 0 and self.alpha > 0:
             return f"the loss of task '{task}' is negative ({loss:g}); add a constant that keeps it positive, or use alpha=0"
+        if loss == 0 and self.alpha > 0:
+            return (
+                f"the loss of task '{task}' has been 0 from the start, so that its training rate is undefined (give "
+                f"initial_losses={{'{task}': 1.0}} if it will stay so, or use alpha=0)"
+            )
         return f"the loss or the gradient norm of task '{task}' is not finite"
 
     @property

@@ -43,5 +43,6 @@ def check_arguments(
             check_one(is_integer(numbers, least=1), parameter, expected, numbers)
         elif numbers is not None:
             check_one(isinstance(numbers, Mapping), parameter, "a mapping from task to number", numbers)
-            names = list(numbers) if tasks is None else tasks
+            is_partial = parameter == "initial_losses" and tasks is not None and set(numbers) <= set(tasks) and numbers
+            names = list(numbers) if tasks is None or is_partial else tasks
             check_positive_by_task(numbers, names, caller=caller, parameter=parameter)

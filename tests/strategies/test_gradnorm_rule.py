@@ -296,10 +296,34 @@ def test_state_of_other_tasks_is_refused_with_both_sets() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.12, 1.5])
-def test_a_first_loss_of_zero_is_an_error_that_names_the_task(alpha: float) -> None:
-    rule = GradNormRule(["seg", "depth"], alpha=alpha)
-    with pytest.raises(ValueError, match="depth"):
-        rule.step(torch.ones(2), torch.tensor([1.0, 0.0]))
+def test_as_long_as_a_task_has_only_shown_zeros_the_weights_wait(alpha: float) -> None:
+    rule = GradNormRule(["seg", "depth"], alpha=alpha, dtype=F64)
+    norms = torch.tensor([1.0, 2.0], dtype=F64)
+    for loss in (4.0, 3.0):
+        update = rule.step(norms, torch.tensor([loss, 0.0], dtype=F64))
+        assert not update.taken
+    assert rule.skipped == 2
+    assert now(rule).tolist() == [1.0, 1.0]
+    assert rule.tasks_at_fault == {"depth": 0.0}
+    assert "depth" in rule.explain_fault("depth", 0.0)
+    # From its first positive loss on it is as if these had been given: the first loss of each task.
+    rule.step(norms, torch.tensor([2.0, 0.5], dtype=F64))
+    rule.step(norms, torch.tensor([1.0, 0.0], dtype=F64))  # by now a loss of 0 is one like any other
+    other = GradNormRule(["seg", "depth"], alpha=alpha, initial_losses={"seg": 4.0, "depth": 0.5}, dtype=F64)
+    other.step(norms, torch.tensor([2.0, 0.5], dtype=F64))
+    other.step(norms, torch.tensor([1.0, 0.0], dtype=F64))
+    assert now(rule).tolist() == now(other).tolist()
+    assert rule.skipped == 2
+
+
+def test_some_initial_losses_may_be_given_and_the_others_are_the_first() -> None:
+    norms, losses = torch.tensor([1.0, 2.0], dtype=F64), torch.tensor([3.0, 0.7], dtype=F64)
+    some = GradNormRule(["seg", "depth"], initial_losses={"depth": 0.5}, dtype=F64)
+    all_given = GradNormRule(["seg", "depth"], initial_losses={"seg": 3.0, "depth": 0.5}, dtype=F64)
+    for rule in (some, all_given):
+        rule.step(norms, losses)
+        rule.step(norms, losses / 2)
+    assert now(some).tolist() == now(all_given).tolist()
 
 
 @pytest.mark.parametrize("optimizer", [partial(torch.optim.Adam, lr=50.0), partial(torch.optim.SGD, lr=1e6)])
@@ -330,7 +354,6 @@ def test_a_huge_learning_rate_leaves_positive_weights(optimizer: Any) -> None:
         ({"optimizer": 0.025}, "optimizer should be a callable such as .*; got 0.025"),
         ({"initial_losses": 0}, "initial_losses should be a number of updates, at least 1, or a mapping .*; got 0"),
         ({"initial_losses": None}, "initial_losses should be a number of updates, at least 1, .*; got None"),
-        ({"initial_losses": {"seg": 1.0}}, r"initial_losses should name every task; \['depth'\] are missing"),
         ({"initial_losses": {"seg": 1.0, "depth": 0.0}}, r"initial_losses\['depth'\] should be positive and finite"),
         ({"initial_weights": [1.0, 2.0]}, r"initial_weights should be a mapping from task to number; got \[1.0, 2.0\]"),
         ({"initial_weights": {}}, "initial_weights should name every task"),
