@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import textbook
 import torch
-from harness import Batches, BeforeBatch, MemoryLogger, Recorder, assert_agrees
+from harness import Batches, BeforeBatch, MemoryLogger, Recorder, assert_agrees, seed
 from models import network_sgd
 from shapes import (
     BEHIND,
@@ -69,7 +69,7 @@ def learn(
     named = dict(twin.named_parameters())
     shared = [named[name] for name in case.W]
     with sdpa_kernel(SDPBackend.MATH):
-        options = {"before_micro_batch": torch.manual_seed, **options}
+        options = {"before_micro_batch": seed, **options}
         trajectory = textbook.train(twin, twin.forward_for_textbook, batches, shared, optimizer(twin), **options)
     moved = max(abs(weight - 1.0) for weight in trajectory.weights[-1].values())
     assert moved > 1e-3, "the oracle's weights did not move: this test would prove nothing"
@@ -81,7 +81,7 @@ def fit(
 ) -> tuple[Recorder, MemoryLogger]:
     """Train; the masks of dropout are drawn from a seed for each batch, as the textbook draws them."""
     recorder, logger = Recorder(gradnorm, accumulate), MemoryLogger()
-    callbacks = [BeforeBatch(torch.manual_seed), gradnorm, recorder]
+    callbacks = [BeforeBatch(seed), gradnorm, recorder]
     options = {"callbacks": callbacks, "logger": logger, "accumulate_grad_batches": accumulate, **options}
     trainer(**options).fit(model, Batches(batches))
     return recorder, logger
