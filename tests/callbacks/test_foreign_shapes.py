@@ -357,8 +357,8 @@ def test_a_second_callback_on_the_same_compiled_heads_reads_its_own_numbers(
     model, twin = case.make(), case.make()
     compile_heads(model, case, way, graphs)
     weights = []
-    for seed, every in ((1, 1), (2, 3)):
-        batches = case.batches(STEPS, seed)
+    for draw, every in ((1, 1), (2, 3)):
+        batches = case.batches(STEPS, draw)
         shared = [dict(twin.named_parameters())[name] for name in case.W]
         optimizer = network_sgd(twin.parameters())
         trajectory = textbook.train(twin, twin.forward_for_textbook, batches, shared, optimizer, update_every=every)

@@ -49,7 +49,7 @@ from lightning_gradnorm import Aggregation
 
 # cvxpy's, of NashMTL
 pytestmark = pytest.mark.filterwarnings("ignore:You are solving a parameterized problem")
-STEPS = 8
+STEPS = 6
 ROWS = 16  # of the whole batch of one optimizer step
 KINDS = ["at the heads", "from the losses", "manual", "MultiTaskModule"]
 TOLERANCE = 1e-8
@@ -163,12 +163,29 @@ def possible(cases: Iterable[Case]) -> tuple[Case, ...]:
     return tuple(case for case in cases if not (case.name.startswith("FAMO") and case.kind == "manual"))
 
 
-SHORT = possible([*(Case(name) for name in SOME), *(Case(name, *way) for way in WAYS for name in FEW)])
+FAST = (
+    *(f"{name} of the losses" for name in ("DWA", "Random", "UW")),
+    *(f"{name} at the representation" for name in ("CR-MOGM", "GradDrop of the larger part", "Krum", "NashMTL")),
+    *(f"{name} at the parameters" for name in ("ExcessMTL", "GradDrop")),
+    "IMTL",
+)
+"""One of each kind: what has parameters, a memory, draws, an own number of tasks, a solver, or no weights."""
+IN_TURN = [Case(name, *way) for i, way in enumerate(WAYS) for name in (FEW[i % 4], FEW[(i + 1 + i // 4) % 4])]
+SHORT = possible([*(Case(name) for name in FAST), *IN_TURN])
+LONGER = possible([*(Case(name) for name in SOME), *(Case(name, *way) for way in WAYS for name in FEW)])
 
 
+@pytest.mark.xdist_group("strategies on two ranks")  # all in one pair of processes
 @pytest.mark.parametrize("case", SHORT, ids=str)
 def test_two_ranks_give_what_one_process_gives(case: Case) -> None:
     assert_as_alone(case, outcomes(SHORT)[str(case)])
+
+
+@pytest.mark.slow
+def test_two_ranks_give_what_one_process_gives_with_more_strategies() -> None:
+    found = outcomes(LONGER)
+    for case in LONGER:
+        print("APART", case, assert_as_alone(case, found[str(case)]))
 
 
 @pytest.mark.slow
@@ -353,6 +370,7 @@ def assert_as_by_hand(name: str, missing: str, told: list[Told] | str) -> None:
         assert weights <= TOLERANCE, f"{name}, {missing}: the weights differ by {weights}"
 
 
+@pytest.mark.xdist_group("tasks absent on two ranks")  # all in one pair of processes
 @pytest.mark.parametrize("case", LACKING_SHORT, ids=", ".join)
 def test_uneven_presence_gives_what_it_gives_by_hand(case: tuple[str, str, str]) -> None:
     name, _, missing = case
@@ -463,6 +481,8 @@ class StopsOnRank1(MayLack):
         return super().training_step(batch, batch_idx)
 
 
+@pytest.mark.each_value_once
+@pytest.mark.xdist_group("processes that wait")
 @pytest.mark.parametrize("fails", [True, False])
 @pytest.mark.parametrize("at", ["representation", "parameters"])
 def test_a_rank_that_fails_or_is_stuck_ends_the_other_within_the_timeout_of_ddp(
