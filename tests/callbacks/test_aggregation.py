@@ -12,7 +12,7 @@ import pytest
 import torch
 import torchjd.aggregation as jd
 import torchjd.scalarization as js
-from harness import Batches, BeforeBatch, assert_clean, state_by_part, traces
+from harness import Batches, BeforeBatch, assert_clean, seed, state_by_part, traces
 from lightning.pytorch.plugins.precision import MixedPrecision
 from models import (
     Automatic,
@@ -179,6 +179,7 @@ def test_every_aggregator_trains_as_by_hand_at_the_representation(quiet_trainer:
     assert noted.callback.rule.has_weights == has_weights(MADE[name]())
 
 
+@pytest.mark.each_value_once
 @pytest.mark.both_packages
 @pytest.mark.filterwarnings("ignore:You are solving")
 @pytest.mark.parametrize("name", _some_of(EVERYWHERE_MADE))
@@ -189,6 +190,7 @@ def test_every_aggregator_trains_as_by_hand(quiet_trainer: MakeTrainer, name: st
     assert noted.callback.rule.has_weights == has_weights(MADE[name]())
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("name", AT_PARAMETERS_ALONE)
 @WITH_AND_WITHOUT_HEADS
 def test_what_averages_gradients_over_steps_trains_as_by_hand_at_parameters(
@@ -206,6 +208,7 @@ COMBINED: dict[str, tuple[Callable[[], Any], Callable[[], nn.Module], str]] = {
 }
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("name", COMBINED)
 @WITH_AND_WITHOUT_HEADS
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -356,10 +359,6 @@ class MayStop(nn.Sequential):
         return x
 
 
-def seeded(index: int) -> None:
-    torch.manual_seed(index)
-
-
 SITUATIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "two batches to a step": {"accumulate": 2},
@@ -377,8 +376,8 @@ SITUATIONS: dict[str, dict[str, Any]] = {
     "a dict of feature maps": {"kind": partial(Maps, container=dict)},
     "a tuple of feature maps": {"kind": partial(Maps, container=tuple)},
     "BatchNorm": {"kind": Convolutional, "batches": image_batches(T, STEPS)},
-    "Dropout": {"kind": WithDropout, "before_batch": seeded},
-    "Dropout, two batches to a step": {"kind": WithDropout, "before_batch": seeded, "accumulate": 2},
+    "Dropout": {"kind": WithDropout, "before_batch": seed},
+    "Dropout, two batches to a step": {"kind": WithDropout, "before_batch": seed, "accumulate": 2},
     "activation checkpointing": {"kind": Checkpointed},
     "a head called twice": {"kind": Twice},
     "gradient clipping": {"clip": 0.05},
@@ -389,6 +388,7 @@ SITUATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.each_value_once
 @pytest.mark.both_packages
 @pytest.mark.parametrize("name", SITUATIONS)
 @WITH_EVERYTHING
@@ -399,6 +399,7 @@ def test_it_trains_as_by_hand_with(quiet_trainer: MakeTrainer, name: str, at: st
     train_both(quiet_trainer, jd.UPGrad, at=at, with_heads=with_heads, **options)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.both_packages
 @pytest.mark.parametrize("how", ["manual", "MultiTaskModule", "logged"])
 @WITH_EVERYTHING
@@ -504,6 +505,7 @@ def test_a_class_that_needs_no_arguments_is_called_without_any(quiet_trainer: Ma
 # compiled -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_value_once
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own
 @pytest.mark.filterwarnings("ignore:`torch.jit.script")
 @pytest.mark.parametrize(
@@ -570,6 +572,7 @@ def _scaled(scale: float = 2.0**12) -> MixedPrecision:
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("precision", ["16-mixed with a scaler", "bf16-mixed"])
 @pytest.mark.parametrize(
     "made",

@@ -17,6 +17,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from garbage import only_what_comes_from_here
 from harness import (
     Batches,
     MemoryLogger,
@@ -243,6 +244,7 @@ def options_for(sentence: str) -> dict[str, Any]:
     return options
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize(
     ("mode", "first"), [("heads", False), ("heads", True), ("own", False)], ids=["after", "before", "own"]
 )
@@ -278,6 +280,7 @@ FLAGS: dict[str, tuple[dict[str, Any], list[int]]] = {
 }
 
 
+@pytest.mark.each_value_once
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 @pytest.mark.parametrize(
     "mode", ["heads", "own", *(pytest.param(m, marks=pytest.mark.slow) for m in ("manual", "automatic", "logged"))]
@@ -404,6 +407,7 @@ def moving_average(folder: Path) -> L.Callback:
     return pl.EMAWeightAveraging(decay=0.8)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("mode", ["heads", "logged", "manual", "own"])
 @pytest.mark.parametrize(
     ("make_average", "decay"), [(average_of_all, None), (moving_average, 0.8)], ids=["mean", "ema"]
@@ -448,6 +452,7 @@ def learning_rate_finder(**options: Any) -> pl.LearningRateFinder:
     )
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("first", [False, True], ids=["after", "before"])
 @pytest.mark.parametrize("mode", ["automatic", "heads"])
 def test_the_trial_steps_of_a_learning_rate_finder_leave_weights_and_initial_losses_alone(
@@ -550,6 +555,7 @@ class Sized(Plain):
         return DataLoader(Rows(), batch_size=8)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("how", ["callback", "tuner"])
 @pytest.mark.parametrize("heads", [False, True], ids=["no-heads", "heads"])
 def test_the_trial_steps_of_a_batch_size_finder_leave_weights_and_initial_losses_alone(
@@ -565,10 +571,11 @@ def test_the_trial_steps_of_a_batch_size_finder_leave_weights_and_initial_losses
     course = Course(gradnorm)
     finder = [pl.BatchSizeFinder(**options)] if how == "callback" else []
     trainer = quiet_trainer(callbacks=[*finder, gradnorm, course], max_epochs=2)
-    if how == "tuner":
-        Tuner(trainer).scale_batch_size(model, **options)
-        assert course.weights == []
-    trainer.fit(model)
+    with only_what_comes_from_here():  # the finder collects garbage after each trial
+        if how == "tuner":
+            Tuner(trainer).scale_batch_size(model, **options)
+            assert course.weights == []
+        trainer.fit(model)
     assert model.batch_size == 4
     assert_as_before(model, before | {": attribute batch_size"}, keys)
 
@@ -739,6 +746,7 @@ ENDINGS = {
 }
 
 
+@pytest.mark.each_value_once
 @pytest.mark.usefixtures("_signals")
 @pytest.mark.parametrize("others", [False, True], ids=["alone", "beside"])
 @pytest.mark.parametrize("mode", MODES)
@@ -782,6 +790,7 @@ def test_a_checkpoint_written_at_an_exception_has_the_state_of_that_moment(
     assert state["steps"] == BATCHES + 2
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("others", [False, True], ids=["alone", "beside"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("after", ["validate", "test", "a second fit"])
