@@ -143,10 +143,12 @@ FAST = [
     Way("at the heads", 2, 2, ddp="bucket view"),
 ]
 """The other ways add no line of code that these do not run."""
+TOGETHER = pytest.mark.xdist_group("GradNorm on ranks")
+"""What is trained in the same processes is for one worker."""
 
 
 def _table(ways: Iterable[Way]) -> Any:
-    rows = [pytest.param(way, id=str(way), marks=[] if way in FAST else [pytest.mark.slow]) for way in ways]
+    rows = [pytest.param(way, id=str(way), marks=TOGETHER if way in FAST else pytest.mark.slow) for way in ways]
     return pytest.mark.parametrize("way", rows)
 
 
@@ -159,7 +161,6 @@ def _with_the_same_tasks() -> Iterator[Way]:
                         yield Way(kind, ranks, accumulate, dtype)
 
 
-@pytest.mark.xdist_group("GradNorm on ranks")
 @_table(_with_the_same_tasks())
 def test_ranks_and_micro_batches_give_what_one_process_gives(way: Way) -> None:
     assert_close(told_of(way), alone(way.kind, way.dtype), TOLERANCE[way.dtype])
@@ -207,7 +208,6 @@ def _with_options_of_ddp() -> Iterator[Way]:
                 yield Way(kind, ranks, 2 if accumulates else 1, ddp=option)
 
 
-@pytest.mark.xdist_group("GradNorm on ranks")
 @_table(_with_options_of_ddp())
 def test_ddp_options_change_nothing(way: Way) -> None:
     assert_close(told_of(way), alone(way.kind), 1e-9)
@@ -258,7 +258,7 @@ UNEVEN_FAST = [
 def _uneven_grid() -> Iterator[Any]:
     for name in {**PRESENCE, **NO_TASK}:
         for kind in KINDS:
-            marks = [] if (name, kind) in UNEVEN_FAST else [pytest.mark.slow]
+            marks = TOGETHER if (name, kind) in UNEVEN_FAST else pytest.mark.slow
             yield pytest.param(name, kind, {}, id=f"{name}, {kind}", marks=marks)
     for name in ("a task absent on one rank", "a task absent on all ranks", "at random"):
         option = {"gradient_as_bucket_view": True}
@@ -277,7 +277,6 @@ def uneven_outcomes(ranks: int) -> dict[str, list[Told] | str]:
     return train_each({name: one for name, one in runs.items() if one.ranks == ranks})
 
 
-@pytest.mark.xdist_group("GradNorm on ranks that lack tasks")
 @pytest.mark.parametrize(("name", "kind", "ddp"), list(_uneven_grid()))
 def test_uneven_presence_follows_the_textbook(name: str, kind: str, ddp: dict[str, Any]) -> None:
     presence = {**PRESENCE, **NO_TASK}[name]
