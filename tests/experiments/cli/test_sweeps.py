@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -20,7 +19,6 @@ from hydra.errors import MissingConfigException
 from machines import MODULE
 from torch import distributed
 
-from lightning_gradnorm.experiments.callbacks.save_last import SaveLast
 from lightning_gradnorm.experiments.cli import errors, job_runner, report, sweep, train
 from lightning_gradnorm.experiments.report import delta_m, read_run
 
@@ -93,25 +91,6 @@ def test_the_folder_of_another_sweep_is_left_as_it_is(call: Call, tmp_path: Path
 def test_a_sweep_without_test_is_finished_by_its_training(call: Call, tmp_path: Path) -> None:
     for expected in ("2 done", "2 finished before"):
         assert expected in call(train.main, "-m", *QUICK, "test=false", "seed=0,1", "hydra.sweep.dir=sweep")
-
-
-@pytest.fixture
-def interrupting(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """`interrupting(n)` presses Ctrl-C when the n-th epoch ends."""
-
-    def arm(left: int) -> None:
-        save = SaveLast.on_train_batch_end
-
-        def pressed(self: Any, trainer: Any, *arguments: Any) -> None:
-            nonlocal left
-            save(self, trainer, *arguments)
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGINT)
-
-        monkeypatch.setattr(SaveLast, "on_train_batch_end", pressed)
-
-    return arm
 
 
 def test_a_sweep_that_was_interrupted_goes_on_with_the_same_command(
