@@ -7,24 +7,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
+from commands import as_in_a_terminal, run_in, status_of
 
 from lightning_gradnorm.experiments.callbacks.save_last import SaveLast
 
 Call = Callable[..., str]
 Start = Callable[..., subprocess.Popen[str]]
-
-
-def as_in_a_terminal(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    patch.chdir(folder)
-    patch.setenv("COLUMNS", "200")
-    patch.delenv("HYDRA_FULL_ERROR", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +30,8 @@ def run_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def run(main: Callable[[], None], *arguments: str) -> Path:
         command = (main, *arguments)
         if command not in folders:
-            folder = folders[command] = tmp_path_factory.mktemp("once")
-            with pytest.MonkeyPatch.context() as patch:
-                as_in_a_terminal(patch, folder)
-                for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-                    patch.setenv(name, "0")
-                    patch.delenv(name)
-                patch.setattr(sys, "argv", ["command", *arguments])
-                GlobalHydra.instance().clear()
-                with redirect_stdout(StringIO()):
-                    main()
+            folders[command] = tmp_path_factory.mktemp("once")
+            run_in(folders[command], main, *arguments)
         return folders[command]
 
     return run
@@ -78,18 +62,11 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     as_in_a_terminal(monkeypatch, tmp_path)
 
     def run(main: Callable[[], None], *arguments: str, status: int = 0) -> str:
-        GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["command", *arguments])
-        found = 0
-        try:
-            main()
-        except SystemExit as left:
-            found = int(left.code or 0)
+        found = status_of(main, arguments)
         seen = capsys.readouterr()
         assert found == status, seen.out + seen.err
         assert "Traceback" not in seen.err
         assert "HYDRA_FULL_ERROR" not in os.environ
-        assert sys.argv == ["command", *arguments]
         return seen.out + seen.err
 
     return run
