@@ -61,3 +61,11 @@ def _composed(overrides: tuple[str, ...]) -> DictConfig:
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose("config", overrides=["paths.run_dir=not/given", *overrides])
+
+
+def compose_alone(group: str, option: str) -> DictConfig | None:
+    """Compose an option of a group without the rest of a configuration; what it takes from there is not resolved."""
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        option_alone: DictConfig | None = compose(f"{group}/{option}")[group]
+    return option_alone

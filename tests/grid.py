@@ -40,6 +40,9 @@ SETTINGS = {
 }
 """The experiments with their tasks."""
 
+FAMILIES = ["toy_ten", "sinusoids", "multimnist", "nyuv2_seg_small", "cmapss_small"]
+"""One of each kind of data; those on NYUv2, or on C-MAPSS, differ in numbers and networks, not in what strategies are told."""
+
 TINY = [
     "trainer.max_epochs=1",
     "trainer.limit_train_batches=2",

@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 import yaml
-from configurations import options
-from hydra import compose, initialize_config_dir
+from configurations import compose_alone, options
 from omegaconf import DictConfig
 
 import lightning_gradnorm
-from lightning_gradnorm.experiments.cli.config import conf_dir, left_out, register
+from lightning_gradnorm.experiments.cli.config import conf_dir, left_out
 from lightning_gradnorm.experiments.cli.schema import schema_of
 
 ROOT = Path(__file__).parents[1]
@@ -156,9 +155,7 @@ def test_every_file_of_a_group_is_in_the_reference_with_its_comment(group: str) 
 )
 def test_every_key_that_an_option_composes_is_in_the_reference(group: str, option: str) -> None:
     """The option alone, without the rest of a configuration."""
-    register()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        node = compose(f"{group}/{option}")[group]
+    node = compose_alone(group, option)
     told = page(f"configuration/{site_pages.page_of(group)}")
     for key in keys_of(node) if node else ():
         is_there = f"| `{key}` |" in told or re.search(rf"^ *{key}:|{{ ?{key}:|\.{key}\b|, {key}:", told, re.MULTILINE)

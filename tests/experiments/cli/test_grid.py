@@ -8,15 +8,12 @@ from pathlib import Path
 
 import pytest
 from configurations import TASKS, options
-from grid import SETTINGS, combination, composed, needed, problem, problems_on_two_ranks
+from grid import FAMILIES, SETTINGS, combination, composed, needed, problem, problems_on_two_ranks
 from omegaconf import OmegaConf
 from strategies_page import ROWS, TEXT
 
 SOME = ["equal", "gradnorm", "uncertainty", "famo", "upgrad", "graddrop", "gaba", "db_mtl"]
 """One of each kind: plain, norms at a layer, learnt, a second look, weights, number by number, at the parameters."""
-
-FAMILIES = ["toy_ten", "sinusoids", "multimnist", "nyuv2_seg_small", "cmapss_small"]
-"""One of each kind of data; those on NYUv2, or on C-MAPSS, differ in numbers and networks, not in what strategies are told."""
 
 
 def check_problem(setting: str, balancing: str, told: str | None) -> None:
