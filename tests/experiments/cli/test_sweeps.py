@@ -340,6 +340,7 @@ def test_a_search_for_the_mean_gain_takes_the_single_tasks_runs(call: Call, tmp_
     assert f"best_value: {max(gains)}" in (tmp_path / "gains/optimization_results.yaml").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optuna")
 @OPTUNAS_OWN
 def test_a_trial_can_be_carried_on_alone(call: Call, tmp_path: Path) -> None:
