@@ -42,3 +42,18 @@ def assert_same(found: Path, expected: Path) -> None:
         is_tensor = isinstance(value, torch.Tensor)
         same = torch.equal(value, second[name]) if is_tensor else value == second[name]
         assert same, f"{name}: {value} instead of {second[name]}"
+
+
+def farthest(found: Path, expected: Path) -> tuple[float, float]:
+    """The largest differences of a task's weight and of a parameter of the network."""
+    weights, network = 0.0, 0.0
+    one, other = content(found), content(expected)
+    assert one["global_step"] == other["global_step"] > 0
+    state, other_state = one["callbacks"]["GradNorm"], other["callbacks"]["GradNorm"]
+    for name in ("weights", "weights_mean"):
+        weights = max(weights, float((state[name] - other_state[name]).abs().max()))
+    assert (state["weights"] - 1).abs().max() > 1e-3  # there is something to agree about
+    assert one["state_dict"].keys() == other["state_dict"].keys()
+    for name, value in one["state_dict"].items():
+        network = max(network, float((value - other["state_dict"][name]).abs().max()))
+    return weights, network

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -48,6 +50,22 @@ def options(group: str) -> list[str]:
 
 
 def compose_run(run_dir: Path, *overrides: str) -> DictConfig:
+    """Compose the configuration of a run whose folder is ``run_dir``; each set of overrides is composed once."""
+    config = copy.deepcopy(_composed(overrides))
+    config.paths.run_dir = str(run_dir)
+    return config
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("config", overrides=[f"paths.run_dir={run_dir}", *overrides])
+        return compose("config", overrides=["paths.run_dir=not/given", *overrides])
+
+
+def compose_alone(group: str, option: str) -> DictConfig | None:
+    """Compose an option of a group without the rest of a configuration; what it takes from there is not resolved."""
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        option_alone: DictConfig | None = compose(f"{group}/{option}")[group]
+    return option_alone

@@ -48,7 +48,8 @@ def thin_out(items: list[pytest.Item]) -> None:
     """Mark slow what adds no new value of any parameter, in tests marked ``each_value_once``.
 
     The first test of a product runs with the first value of each parameter, the second with the second, and so on: n tests
-    for parameters of at most n values. What is marked slow already counts for nothing.
+    for parameters of at most n values. The values of a parameter that has fewer take turns. What is marked slow already
+    counts for nothing.
     """
     products: dict[str, list[pytest.Function]] = {}
     for item in items:
@@ -57,17 +58,24 @@ def thin_out(items: list[pytest.Item]) -> None:
             products.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for product in products.values():
         missing = {value for item in product for value in _values(item)}
-        left = list(product)
+        left, used = list(product), Counter[tuple[int, str]]()
+
+        def gain(item: pytest.Function) -> tuple[int, int]:
+            values = _values(item)
+            return len(missing & values), -sum(used[value] for value in values)  # noqa: B023
+
         while missing:
-            best = max(left, key=lambda item: len(missing & _values(item)))
+            best = max(left, key=gain)
             missing -= _values(best)
+            used.update(_values(best))
             left.remove(best)
         for item in left:
             item.add_marker(pytest.mark.slow)
 
 
-def _values(item: pytest.Function) -> set[tuple[str, int]]:
-    return set(item.callspec.indices.items())
+def _values(item: pytest.Function) -> set[tuple[int, str]]:
+    """The number of each parameter and the name of its value; pytest's `indices` count the tests, if it is no fixture."""
+    return set(enumerate(item.callspec._idlist))
 
 
 _deadline = pytest.StashKey[float]()

@@ -15,11 +15,9 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from configurations import options, tiny
-from hydra import compose, initialize_config_dir
+from configurations import compose_run, options, tiny
 from omegaconf import DictConfig
 
-from lightning_gradnorm.experiments.cli.config import conf_dir, register
 from lightning_gradnorm.experiments.cli.train import train
 from lightning_gradnorm.strategies import GradNormRule
 
@@ -41,6 +39,9 @@ SETTINGS = {
     "cmapss_fd004": ["rul", "health"],
 }
 """The experiments with their tasks."""
+
+FAMILIES = ["toy_ten", "sinusoids", "multimnist", "nyuv2_seg_small", "cmapss_small"]
+"""One of each kind of data; those on NYUv2, or on C-MAPSS, differ in numbers and networks, not in what strategies are told."""
 
 TINY = [
     "trainer.max_epochs=1",
@@ -90,9 +91,7 @@ def needed(balancing: str, tasks: Sequence[str], folder: Path) -> list[str]:
 
 def composed(folder: Path, combinations: Sequence[Sequence[str]]) -> list[DictConfig]:
     """Compose each, with the run's folder in ``folder``."""
-    register()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return [compose("config", overrides=[f"paths.run_dir={folder}", *overrides]) for overrides in combinations]
+    return [compose_run(folder, *overrides) for overrides in combinations]
 
 
 def combination(setting: str, balancing: str, folder: Path, *more: str) -> list[str]:

@@ -83,6 +83,11 @@ class MemoryLogger(Logger):
         pass
 
 
+def seed(number: int) -> None:
+    """Seed what the CPU draws. `torch.manual_seed` formats the stack for each other device, which takes longer than a step."""
+    torch.default_generator.manual_seed(number)
+
+
 class BeforeBatch(L.Callback):
     """Calls a function with the batch's index before each training batch."""
 

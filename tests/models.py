@@ -66,7 +66,7 @@ class Automatic(L.LightningModule):
         self.tasks = TASKS[:T]
         self.reverse = reverse  # returns its losses in another order, under the same names
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # built on the CPU
             self.build()
         self.double()
 

@@ -1,10 +1,10 @@
-"""Trains on one of two ranks with FSDP2; run as a script, since Lightning starts the second process by running it again."""
+"""Trains in two processes that share one network between them (FSDP2)."""
 
 from __future__ import annotations
 
-import json
-import sys
+import traceback
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from harness import Recorder, state_by_part
 from lightning.pytorch.strategies import ModelParallelStrategy
 from models import Automatic, Manual, vector_batches
-from ranks import _OwnBatches, shares
+from ranks import _OwnBatches, in_processes, shares
 from strategies import STRATEGIES
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -55,25 +55,41 @@ class Tell(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         state = state_by_part(pl_module)
         whole = {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in state.items()}
-        told = {"weights": self.recorder.weights, "network": {n: v.detach().clone() for n, v in whole.items()}}
+        told = {
+            "weights": self.recorder.weights,
+            "network": {n: v.detach().clone() for n, v in whole.items()},
+            "sharded": [name for name, value in state.items() if isinstance(value, DTensor)],
+        }
         torch.save(told, self.folder / f"{trainer.global_rank}.pt")
         trainer.strategy.barrier()
 
 
-def main(
+def train_sharded(folder: Path, case: str, **options: Any) -> list[str]:
+    """Train, and return what each rank has failed with, as a traceback; both write to `folder` what became of the network."""
+
+    def work(rank: int) -> None:
+        try:
+            _train_on_this_rank(folder, case, **options)
+        except BaseException:
+            (folder / f"{rank}.txt").write_text(traceback.format_exc())
+
+    in_processes(work, timeout=120)
+    return [error.read_text() for error in sorted(folder.glob("*.txt"))]
+
+
+def _train_on_this_rank(
     folder: Path,
     case: str,
-    manual: bool,
-    heads: bool,
-    accumulate: int,
-    options: dict[str, Any],
+    manual: bool = False,
+    heads: bool = True,
+    accumulate: int = 1,
+    options: Mapping[str, Any] | None = None,
     strategy: str | None = None,
 ) -> None:
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     model: Any = ShardedManual(T, accumulate=accumulate) if manual else Sharded(T)
     model.sharded = SHARDED[case]
-    named = {"heads": model.heads() if heads else None, **options}
+    named = {"heads": model.heads() if heads else None, **(options or {})}
     balancing: Any
     if strategy is None:
         balancing = GradNorm(TASKS, shared_layer="encoder.2", **named)
@@ -97,7 +113,3 @@ def main(
     )
     steps = [shares(batch, 2, accumulate) for batch in vector_batches(T, STEPS, size=8)]
     trainer.fit(model, datamodule=_OwnBatches(steps))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), **json.loads(sys.argv[2]))

@@ -8,12 +8,13 @@ import importlib
 import re
 import sys
 import textwrap
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from configurations import compose_run, options
+from configurations import compose_alone, options
 from omegaconf import DictConfig
 
 import lightning_gradnorm
@@ -30,10 +31,25 @@ try:
 finally:
     sys.path.remove(str(ROOT / "scripts"))
 
-MADE: dict[str, str] = site_pages.pages()
 WRITTEN = {file.relative_to(DOCS).as_posix(): file.read_text(encoding="utf-8") for file in sorted(DOCS.rglob("*.md"))}
-PAGES = {**WRITTEN, **MADE, **{name: strategy_tables.filled(WRITTEN[name]) for name in strategy_tables.PAGES}}
 GROUPS = sorted({file.parent.relative_to(conf_dir()).as_posix() for file in conf_dir().glob("*/**/*.yaml")})
+MADE_NAMES = ["changelog.md", "configuration/index.md", *(f"configuration/{site_pages.page_of(one)}" for one in GROUPS)]
+
+
+@cache
+def made() -> dict[str, str]:
+    """The pages that are made, not written."""
+    pages: dict[str, str] = site_pages.pages()
+    return pages
+
+
+@cache
+def page(name: str) -> str:
+    """A page as the site has it."""
+    if name in strategy_tables.PAGES:
+        filled: str = strategy_tables.filled(WRITTEN[name])
+        return filled
+    return WRITTEN[name] if name in WRITTEN else made()[name]
 
 
 def without_code(markdown: str) -> str:
@@ -42,7 +58,7 @@ def without_code(markdown: str) -> str:
 
 
 def python_blocks(name: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", PAGES[name], flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```python\n(.*?)^```", WRITTEN[name], flags=re.MULTILINE | re.DOTALL)
 
 
 def navigation(entry: Any) -> list[str]:
@@ -55,19 +71,19 @@ def navigation(entry: Any) -> list[str]:
 # ---- links -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", [*WRITTEN, *MADE_NAMES])
 def test_links_and_pictures_of_a_page_are_there(name: str) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(PAGES[name])):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page(name))):
         if target.startswith(("http://", "https://", "#")):
             continue
         path = (DOCS / name).parent / target.partition("#")[0]
         inside = path.resolve().relative_to(ROOT).as_posix().removeprefix("docs/")
-        assert path.resolve().exists() or inside in MADE, f"{name}: {target}"
+        assert path.resolve().exists() or inside in MADE_NAMES, f"{name}: {target}"
 
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_what_a_page_includes_is_there(name: str) -> None:
-    for included in re.findall(r'^--8<-- "([^":]+)', PAGES[name], flags=re.MULTILINE):
+    for included in re.findall(r'^--8<-- "([^":]+)', page(name), flags=re.MULTILINE):
         assert (DOCS / included).is_file(), f"{name}: {included}"
 
 
@@ -75,9 +91,14 @@ def test_every_page_is_in_the_navigation_and_every_entry_is_a_page() -> None:
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = navigation(yaml.safe_load(text)["nav"])
     assert len(listed) == len(set(listed))
-    assert set(listed) <= set(PAGES)
-    by_hook = {name for name in PAGES if name.startswith(("results/", "configuration/"))}
-    assert set(PAGES) - by_hook <= set(listed)
+    names = {*WRITTEN, *MADE_NAMES}
+    assert set(listed) <= names
+    by_hook = {name for name in names if name.startswith(("results/", "configuration/"))}
+    assert names - by_hook <= set(listed)
+
+
+def test_the_pages_that_are_made_are_these() -> None:
+    assert sorted(made()) == sorted(MADE_NAMES)
 
 
 # ---- the Python pages ------------------------------------------------------------------------------------------------
@@ -85,8 +106,8 @@ def test_every_page_is_in_the_navigation_and_every_entry_is_a_page() -> None:
 
 @pytest.mark.parametrize("name", lightning_gradnorm.__all__)
 def test_a_public_name_is_explained_on_the_python_pages(name: str) -> None:
-    page = next(page for page, text in WRITTEN.items() if f"::: lightning_gradnorm.{name}\n" in f"{text}\n")
-    assert f"({Path(page).name}#lightning_gradnorm.{name})" in WRITTEN["api/index.md"]
+    found = next(found for found, text in WRITTEN.items() if f"::: lightning_gradnorm.{name}\n" in f"{text}\n")
+    assert f"({Path(found).name}#lightning_gradnorm.{name})" in WRITTEN["api/index.md"]
 
 
 def test_the_python_pages_name_what_exists() -> None:
@@ -115,13 +136,13 @@ def keys_of(node: DictConfig) -> set[str]:
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_file_of_a_group_is_in_the_reference_with_its_comment(group: str) -> None:
-    page = MADE[f"configuration/{site_pages.page_of(group)}"]
+    told = page(f"configuration/{site_pages.page_of(group)}")
     for file in (conf_dir() / group).glob("*.yaml"):
-        assert f"\n## `{group}={file.stem}`" in page
-        assert f"[`{file.stem}`]({site_pages.page_of(group)}#{file.stem})" in MADE["configuration/index.md"]
+        assert f"\n## `{group}={file.stem}`" in told
+        assert f"[`{file.stem}`]({site_pages.page_of(group)}#{file.stem})" in page("configuration/index.md")
         first = file.read_text(encoding="utf-8").splitlines()[0]
         words = re.findall(r"[A-Za-z]{4,}", first.removeprefix("# @package _global_")) if first.startswith("# ") else []
-        assert all(word in page for word in words)
+        assert all(word in told for word in words)
 
 
 @pytest.mark.parametrize(
@@ -132,12 +153,12 @@ def test_every_file_of_a_group_is_in_the_reference_with_its_comment(group: str) 
         for one in options(group)
     ],
 )
-def test_every_key_that_an_option_composes_is_in_the_reference(group: str, option: str, tmp_path: Path) -> None:
-    given = [f"{group}={option}", *([f"model={option}"] if group == "data" else [])]
-    node = compose_run(tmp_path, *given)[group]
-    page = MADE[f"configuration/{site_pages.page_of(group)}"]
+def test_every_key_that_an_option_composes_is_in_the_reference(group: str, option: str) -> None:
+    """The option alone, without the rest of a configuration."""
+    node = compose_alone(group, option)
+    told = page(f"configuration/{site_pages.page_of(group)}")
     for key in keys_of(node) if node else ():
-        is_there = f"| `{key}` |" in page or re.search(rf"^ *{key}:|{{ ?{key}:|\.{key}\b|, {key}:", page, re.MULTILINE)
+        is_there = f"| `{key}` |" in told or re.search(rf"^ *{key}:|{{ ?{key}:|\.{key}\b|, {key}:", told, re.MULTILINE)
         assert is_there, f"{group}={option}: {key}"
 
 
@@ -157,15 +178,15 @@ def test_every_parameter_of_every_schema_has_its_row_with_its_default_and_its_me
 
 
 def test_single_values_of_the_commands_have_a_row_and_a_sentence() -> None:
-    page = MADE["configuration/index.md"]
+    told = page("configuration/index.md")
     for file in ("config.yaml", "eval.yaml"):
         content = yaml.safe_load((conf_dir() / file).read_text(encoding="utf-8"))
         for key in content.keys() - {"defaults", "hydra"}:
-            assert re.search(rf"^\| `{key}` \| `[^`]+` \| \S.+\|$", page, re.MULTILINE), key
+            assert re.search(rf"^\| `{key}` \| `[^`]+` \| \S.+\|$", told, re.MULTILINE), key
 
 
 def test_every_strategy_has_a_formula() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| \S", PAGES["formulas.md"], flags=re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| \S", page("formulas.md"), flags=re.MULTILINE)
     assert sorted(rows) == options("balancing")
 
 

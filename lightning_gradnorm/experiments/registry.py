@@ -348,8 +348,9 @@ _HELP = {
 def help_text(conf: Path, *, default: str = "gradnorm", width: int = 112, indent: str = " " * 12) -> str:
     """Return the names of all strategies for ``--help``, by what they need."""
     groups = []
+    strategies = read_strategies(conf)
     for title, kinds in _HELP.items():
-        names = [name for name, one in read_strategies(conf).items() if one.kind in kinds and name != default]
+        names = [name for name, one in strategies.items() if one.kind in kinds and name != default]
         names = [f"{default} (default)", *names] if not title else names
         groups.append(f"{title}: {', '.join(names)}" if title else ", ".join(names))
     text = f"how the tasks are balanced, see docs/strategies.md: {'; '.join(groups)}"

@@ -104,6 +104,7 @@ def assert_same_run(one: Any, other: Any) -> None:
     packages.assert_identical(state, expected_state)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("package", NAMESPACES)
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_the_saved_config_is_loaded_again_and_trains_the_same(name: str, package: str, tmp_path: Path) -> None:
@@ -156,7 +157,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("optimizer", [None, ADAM])
+@pytest.mark.parametrize("optimizer", [pytest.param(None, marks=pytest.mark.slow), ADAM])
 def test_a_multi_task_module_is_built_from_a_yaml_and_its_saved_config(optimizer: Any, tmp_path: Path) -> None:
     model = {"encoder": linear(4, 3), "tasks": TASKS} | ({} if optimizer is None else {"optimizer": optimizer})
     callback = {"class_path": "lightning_gradnorm.GradNorm"}

@@ -88,6 +88,7 @@ def train(
     return compare
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("norm_of", ["weight", "activation"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("heads", [False, True], ids=["no-heads", "heads"])

@@ -7,9 +7,9 @@ losses that are there. SGD updates the weights: Adam would hide a norm that is w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import pytest
@@ -33,6 +33,7 @@ from ranks import (
     MayLackManual,
     Notes,
     Presence,
+    Run,
     Sent,
     Step,
     Told,
@@ -42,6 +43,7 @@ from ranks import (
     lacking,
     shares,
     train,
+    train_each,
     when,
 )
 
@@ -49,7 +51,7 @@ from lightning_gradnorm import GradNorm
 
 NAMES = ["seg", "depth", "normal"]
 T = len(NAMES)
-STEPS = 50
+STEPS = 24
 ROWS = 16  # of the whole batch of one optimizer step
 KINDS = ["from the losses", "at the heads", "manual", "MultiTaskModule", "activation"]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -77,15 +79,45 @@ def cut(kind: str, ranks: int, accumulate: int, dtype: torch.dtype = torch.float
     return in_form_of(kind, [shares(batch, ranks, accumulate) for batch in batches])
 
 
-def run(kind: str, ranks: int, accumulate: int, dtype: torch.dtype = torch.float64, **options: Any) -> list[Told]:
-    model, gradnorm = build(kind, accumulate)
-    return train(model.to(dtype), gradnorm, cut(kind, ranks, accumulate, dtype), **options)
+class Way(NamedTuple):
+    """How the same network is trained on the same rows."""
+
+    kind: str
+    ranks: int = 2
+    accumulate: int = 1
+    dtype: torch.dtype = torch.float64
+    ddp: str = ""
+
+    def __str__(self) -> str:
+        single = "float32" if self.dtype == torch.float32 else "float64"
+        return ", ".join([self.kind, f"{self.ranks} ranks x {self.accumulate}", single, *filter(None, [self.ddp])])
+
+
+def run_of(way: Way) -> Run:
+    model, gradnorm = build(way.kind, way.accumulate)
+    steps = cut(way.kind, way.ranks, way.accumulate, way.dtype)
+    return Run(model.to(way.dtype), gradnorm, steps, ddp=DDP[way.ddp] if way.ddp else {})
+
+
+@cache
+def outcomes(ways: tuple[Way, ...]) -> dict[str, list[Told] | str]:
+    """All in the same processes, which cost more to start than a training."""
+    return train_each({str(way): run_of(way) for way in ways})
+
+
+def told_of(way: Way) -> list[Told]:
+    if way in FAST and way.ranks > 1:
+        told = outcomes(tuple(one for one in FAST if one.ranks == way.ranks))[str(way)]
+        assert not isinstance(told, str), told
+        return told
+    one = run_of(way)
+    return train(one.model, one.balancing, one.steps, ddp=one.ddp)
 
 
 @cache
 def alone(kind: str, dtype: torch.dtype = torch.float64) -> Told:
     """One process on the concatenated batch."""
-    (told,) = run(kind, ranks=1, accumulate=1, dtype=dtype)
+    (told,) = told_of(Way(kind, ranks=1, dtype=dtype))
     assert max(abs(weight - 1) for weight in told.weights[-1].values()) > 0.1, "weights that never moved prove nothing"
     return told
 
@@ -100,30 +132,38 @@ def assert_close(ranks: list[Told], expected: Told, tolerance: float) -> None:
 # ---- the same tasks everywhere -----------------------------------------------------------------------------------------
 
 
-def _grid() -> Iterator[Any]:
-    """All combinations; those marked slow add no line of code that the others do not run."""
+FAST = [
+    *(Way(kind) for kind in KINDS),
+    Way("at the heads", dtype=torch.float32),
+    Way("at the heads", 1, 2),
+    Way("MultiTaskModule", 1, 2),
+    Way("MultiTaskModule", 4, 2),
+    Way("at the heads", 2, 1, ddp="static graph"),
+    Way("MultiTaskModule", 2, 2, ddp="find unused"),
+    Way("at the heads", 2, 2, ddp="bucket view"),
+]
+"""The other ways add no line of code that these do not run."""
+TOGETHER = pytest.mark.xdist_group("GradNorm on ranks")
+"""What is trained in the same processes is for one worker."""
+
+
+def _table(ways: Iterable[Way]) -> Any:
+    rows = [pytest.param(way, id=str(way), marks=TOGETHER if way in FAST else pytest.mark.slow) for way in ways]
+    return pytest.mark.parametrize("way", rows)
+
+
+def _with_the_same_tasks() -> Iterator[Way]:
     for kind in KINDS:
         for ranks in (1, 2, 4):
             for accumulate in (1, 2, 4):
                 for dtype in (torch.float64, torch.float32):
-                    if ranks == accumulate == 1:
-                        continue
-                    single = dtype == torch.float32
-                    cheap = {(2, 1, False)}
-                    if kind in ("at the heads", "MultiTaskModule"):
-                        cheap |= {(1, 2, False), (4, 2, False)}
-                    if kind == "at the heads":
-                        cheap |= {(2, 1, True)}
-                    marks = [] if (ranks, accumulate, single) in cheap else [pytest.mark.slow]
-                    name = f"{kind}, {ranks} ranks x {accumulate}, {'float32' if single else 'float64'}"
-                    yield pytest.param(kind, ranks, accumulate, dtype, id=name, marks=marks)
+                    if ranks * accumulate > 1:
+                        yield Way(kind, ranks, accumulate, dtype)
 
 
-@pytest.mark.parametrize(("kind", "ranks", "accumulate", "dtype"), list(_grid()))
-def test_ranks_and_micro_batches_give_what_one_process_gives(
-    kind: str, ranks: int, accumulate: int, dtype: torch.dtype
-) -> None:
-    assert_close(run(kind, ranks, accumulate, dtype), alone(kind, dtype), TOLERANCE[dtype])
+@_table(_with_the_same_tasks())
+def test_ranks_and_micro_batches_give_what_one_process_gives(way: Way) -> None:
+    assert_close(told_of(way), alone(way.kind, way.dtype), TOLERANCE[way.dtype])
 
 
 @pytest.mark.parametrize("kind", ["at the heads", "activation"])
@@ -158,22 +198,19 @@ DDP = {
 }
 
 
-def _ddp_grid() -> Iterator[Any]:
+def _with_options_of_ddp() -> Iterator[Way]:
     for option, arguments in DDP.items():
         for kind in KINDS:
             # A static graph cannot begin with a backward pass under no_sync, with or without this callback: DDP fails an
             # assertion of its own. So what accumulates under no_sync is tried without it.
             accumulates = kind == "manual" or "static_graph" not in arguments
             for ranks in (2, 4):
-                accumulate = 2 if accumulates else 1
-                cheap = ranks == 2 and kind in ("at the heads", "MultiTaskModule") and " and " not in option
-                name = f"{option}, {kind}, {ranks} ranks x {accumulate}"
-                yield pytest.param(option, kind, ranks, accumulate, id=name, marks=[] if cheap else [pytest.mark.slow])
+                yield Way(kind, ranks, 2 if accumulates else 1, ddp=option)
 
 
-@pytest.mark.parametrize(("option", "kind", "ranks", "accumulate"), list(_ddp_grid()))
-def test_ddp_options_change_nothing(option: str, kind: str, ranks: int, accumulate: int) -> None:
-    assert_close(run(kind, ranks, accumulate, ddp=DDP[option]), alone(kind), 1e-9)
+@_table(_with_options_of_ddp())
+def test_ddp_options_change_nothing(way: Way) -> None:
+    assert_close(told_of(way), alone(way.kind), 1e-9)
 
 
 # ---- tasks that are here and not there ---------------------------------------------------------------------------------
@@ -206,42 +243,54 @@ def complete(parts: int, kind: str) -> Told:
     return oracle(uneven(Presence(lambda s, r, m: set(), ranks=parts)), kind)
 
 
-SHORT = [
-    "a task absent on one rank",
-    "a task absent on all ranks",
-    "absent tasks wander over the ranks",
-    "absent on one rank in one micro-batch",
-    "at random",
-    "no task on one rank",
+UNEVEN_FAST = [
+    ("a task absent on one rank", "at the heads"),
+    ("a task absent on all ranks", "manual"),
+    ("absent tasks wander over the ranks", "from the losses"),
+    ("absent on one rank in one micro-batch", "at the heads"),
+    ("no task on one rank", "at the heads"),
+    ("no task on one rank in the first batch", "MultiTaskModule"),
+    ("at random", "at the heads"),
 ]
-"""What the default suite runs; the others are slow."""
+"""What the fast set runs; the others are slow."""
 
 
 def _uneven_grid() -> Iterator[Any]:
     for name in {**PRESENCE, **NO_TASK}:
         for kind in KINDS:
-            cheap = (kind == "at the heads" and name in SHORT) or (kind, name) == (
-                "MultiTaskModule",
-                "no task on one rank in the first batch",
-            )
-            marks = [] if cheap else [pytest.mark.slow]
+            marks = TOGETHER if (name, kind) in UNEVEN_FAST else pytest.mark.slow
             yield pytest.param(name, kind, {}, id=f"{name}, {kind}", marks=marks)
     for name in ("a task absent on one rank", "a task absent on all ranks", "at random"):
         option = {"gradient_as_bucket_view": True}
         yield pytest.param(name, "at the heads", option, id=f"{name}, bucket view", marks=pytest.mark.slow)
 
 
+def uneven_run(name: str, kind: str, **ddp: Any) -> Run:
+    presence = {**PRESENCE, **NO_TASK}[name]
+    model, gradnorm = build(kind, presence.accumulate)
+    return Run(model, gradnorm, in_form_of(kind, uneven(presence)), ddp={"find_unused_parameters": True, **ddp})
+
+
+@cache
+def uneven_outcomes(ranks: int) -> dict[str, list[Told] | str]:
+    runs = {f"{name}, {kind}": uneven_run(name, kind) for name, kind in UNEVEN_FAST}
+    return train_each({name: one for name, one in runs.items() if one.ranks == ranks})
+
+
 @pytest.mark.parametrize(("name", "kind", "ddp"), list(_uneven_grid()))
 def test_uneven_presence_follows_the_textbook(name: str, kind: str, ddp: dict[str, Any]) -> None:
     presence = {**PRESENCE, **NO_TASK}[name]
-    steps = uneven(presence)
-    expected = oracle(steps, kind)
+    expected = oracle(uneven(presence), kind)
     assert distance(expected, complete(presence.ranks * presence.accumulate, kind))[0] > 1e-3, (
         "what is absent makes no difference here"
     )
-    model, gradnorm = build(kind, presence.accumulate)
-    ranks = train(model, gradnorm, in_form_of(kind, steps), ddp={"find_unused_parameters": True, **ddp})
-    assert_close(ranks, expected, 1e-9)
+    if (name, kind) in UNEVEN_FAST and not ddp:
+        told = uneven_outcomes(presence.ranks)[f"{name}, {kind}"]
+        assert not isinstance(told, str), told
+    else:
+        one = uneven_run(name, kind, **ddp)
+        told = train(one.model, one.balancing, one.steps, ddp=one.ddp)
+    assert_close(told, expected, 1e-9)
 
 
 def without(steps: list[Step], left_out: set[int]) -> list[Step]:
@@ -258,7 +307,7 @@ def standing_still(expected: Told, at: set[int]) -> Told:
 
 def test_steps_without_any_task_on_any_rank_move_no_weight_and_stop_nobody() -> None:
     """The network's optimizer does take such a step, along a gradient of zero: no rank knows that the others had none."""
-    empty = {4, 5, 30}
+    empty = {4, 5, 15}
     steps = uneven(Presence(lambda s, r, m: when(s in empty, *NAMES), accumulate=2))
     model, gradnorm = build("MultiTaskModule", 2)
     ranks = train(model, gradnorm, in_form_of("MultiTaskModule", steps), ddp={"find_unused_parameters": True})
@@ -270,7 +319,7 @@ def test_steps_without_any_task_on_any_rank_move_no_weight_and_stop_nobody() -> 
 # ---- batch statistics --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize("heads", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(("ranks", "accumulate"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_batch_norm_takes_each_ranks_statistics_and_keeps_those_of_rank_0(
     ranks: int, accumulate: int, heads: bool
@@ -325,8 +374,8 @@ class LeavesOutWhatIsNotFinite(L.Callback):
 @pytest.mark.parametrize(
     ("kind", "ranks", "accumulate"),
     [
-        ("at the heads", 2, 1),
         ("MultiTaskModule", 2, 2),
+        pytest.param("at the heads", 2, 1, marks=pytest.mark.slow),
         pytest.param("from the losses", 2, 1, marks=pytest.mark.slow),
         pytest.param("manual", 2, 2, marks=pytest.mark.slow),
         pytest.param("activation", 4, 2, marks=pytest.mark.slow),
@@ -368,7 +417,7 @@ class Scales(Notes):
     ("kind", "ranks", "accumulate"),
     [
         ("at the heads", 2, 1),
-        ("MultiTaskModule", 2, 2),
+        pytest.param("MultiTaskModule", 2, 2, marks=pytest.mark.slow),
         pytest.param("from the losses", 2, 2, marks=pytest.mark.slow),
         pytest.param("manual", 2, 2, marks=pytest.mark.slow),
         pytest.param("activation", 4, 2, marks=pytest.mark.slow),
@@ -409,7 +458,15 @@ def test_an_overflow_on_one_rank_is_skipped_by_all_together(kind: str, ranks: in
 
 
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind
+        if kind in ("at the heads", "MultiTaskModule", "activation")
+        else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in KINDS
+    ],
+)
 def test_one_sum_over_the_ranks_for_each_step_and_none_in_backward(kind: str, accumulate: int) -> None:
     update_every, stop_after = 3, 20
     model, gradnorm = build(kind, accumulate, update_every=update_every, stop_after=stop_after)

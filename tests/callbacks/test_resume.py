@@ -70,6 +70,7 @@ def run(
     return recorder.weights, state_by_part(model), gradnorm
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("mode", ["automatic", "automatic+heads", "manual", "own"])

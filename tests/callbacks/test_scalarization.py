@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 import torchjd.scalarization as jd
-from harness import Batches, BeforeBatch, MemoryLogger, assert_clean, state_by_part, traces
+from harness import Batches, BeforeBatch, MemoryLogger, assert_clean, seed, state_by_part, traces
 from models import (
     Automatic,
     Convolutional,
@@ -94,6 +94,7 @@ def assert_same(
     assert max(differences) <= tolerance, f"they differ by {differences}"
 
 
+@pytest.mark.each_value_once
 @pytest.mark.both_packages
 @pytest.mark.parametrize("given", ["an object", "what makes one"])
 @pytest.mark.parametrize("name", MADE)
@@ -182,10 +183,7 @@ COMING_AND_GOING = [["seg"], ["seg", "depth"], ["depth"], NAMES, NAMES, ["seg", 
 ] * 4
 
 
-def seeded(index: int) -> None:
-    torch.manual_seed(index)
-
-
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("made", ["UW", "FAMO", "a user's own"])
 @pytest.mark.parametrize(
     ("kind", "options"),
@@ -215,14 +213,14 @@ def test_it_trains_as_by_hand_with(
         network_sgd(twin.parameters()),
         tasks=NAMES,
         coefficients=getattr(kind, "coefficients", None),
-        before_batch=seeded,
+        before_batch=seed,
         **options,
     )
     torch.manual_seed(0)
     model, callback = kind(T), Scalarization(MADE[made], NAMES)
     states, before = States(callback), traces(model)
     trainer = quiet_trainer(
-        callbacks=[BeforeBatch(seeded), callback, states],
+        callbacks=[BeforeBatch(seed), callback, states],
         accumulate_grad_batches=options.get("accumulate", 1),
         gradient_clip_val=options.get("clip"),
     )
@@ -262,6 +260,7 @@ def test_an_absent_task_enters_with_its_last_loss_and_until_all_were_seen_all_we
     assert_same(states, model, hand, twin)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.both_packages
 @pytest.mark.parametrize("how", ["manual", "manual, two batches to a step", "MultiTaskModule", "logged"])
 @pytest.mark.parametrize("made", ["UW", "FAMO", "DWA"])

@@ -97,7 +97,7 @@ def _resumed(trainer: MakeTrainer, folder: Path, name: str, steps: Sequence[int]
         assert_goes_on(train(trainer, make(name), resume=checkpoint, T=tasks_for(name), **options), whole, step)
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", [n if n in ONCE else pytest.param(n, marks=pytest.mark.slow) for n in STATEFUL])
 def test_a_resumed_run_is_bit_identical(name: str, quiet_trainer: MakeTrainer, tmp_path: Path) -> None:
     """In the midst of an epoch, and at an epoch's end."""
     _resumed(quiet_trainer, tmp_path, name, [STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH + 1])
@@ -112,6 +112,7 @@ def test_a_run_resumed_after_any_step_is_bit_identical(
     _resumed(quiet_trainer, tmp_path, name, range(1, 4 * STEPS_PER_EPOCH), accumulate=accumulate, epochs=4)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("name", ["DWA of the losses", "FAMO of the losses", "DB-MTL"])
 @pytest.mark.parametrize("within", [True, False])
 def test_a_checkpoint_written_at_the_end_of_validation_goes_on_bit_identically(

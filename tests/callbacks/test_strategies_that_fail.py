@@ -350,6 +350,7 @@ def test_an_error_that_a_scalarizer_raises_in_mid_training_is_the_users(quiet_tr
     fails(quiet_trainer, lambda: callback, "the solver gave up", error=RuntimeError, batches=6)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
     "made",

@@ -47,6 +47,7 @@ def assert_equal(
     assert parameter_distance(model, expected[0]) <= bound
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("heads", ["mapping", None, "auto"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("T", [2, 3, 6])

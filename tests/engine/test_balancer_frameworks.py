@@ -44,6 +44,7 @@ def _double_outputs() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.usefixtures("_double_outputs")
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("with_heads", [True, False])
@@ -85,6 +86,7 @@ def _fresh_accelerate() -> Iterator[None]:
     accelerate.state.GradientState._reset_state()
 
 
+@pytest.mark.each_value_once
 @pytest.mark.usefixtures("_fresh_accelerate")
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("with_heads", [True, False])
@@ -174,6 +176,7 @@ def _huggingface(
     return model, steps.weights, trainer
 
 
+@pytest.mark.each_value_once
 @pytest.mark.usefixtures("_fresh_accelerate")
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("with_heads", [True, False])

@@ -96,6 +96,7 @@ def train_on_rank(
     return weights, model
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("with_ddp", [True, False], ids=["DDP", "all-reduce by hand"])
 @pytest.mark.parametrize(
     ("name", "heads", "accumulate"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from garbage import Garbage, only_what_comes_from_here
 from harness import Batches
 from loops import Network, gradnorm_rule, parameter_distance, train
 from models import TASKS, Automatic, Batch, network_sgd, vector_batches
@@ -263,33 +264,25 @@ def test_evaluations_between_and_within_steps_change_nothing(name: str) -> None:
 @pytest.mark.parametrize("with_heads", [True, False])
 @pytest.mark.parametrize("name", ["GradNorm", "GradNorm of activations", "FAMO", "UPGrad"])
 def test_no_tensor_of_a_step_waits_for_the_garbage_collector(name: str, with_heads: bool, form: str) -> None:
-    model, batches = Network(), vector_batches(3, 9)
-    optimizer = network_sgd(model.parameters())
-    heads, options = model.heads() if with_heads else None, OPTIONS.get(name, {})
-    try:
-        with Balancer(model, RULES[name](), heads=heads, **options) as balancer:
-            for index, batch in enumerate(batches):
-                if index == 3:
-                    gc.collect()
-                    gc.disable()
-                    before = {id(one) for one in gc.get_objects() if issubclass(type(one), Tensor)}
-                if form == "backward":
-                    balancer.backward(model(batch))
-                else:
-                    balancer.prepare_loss(model(batch)).backward()
-                optimizer.step()
-                _finish(name, model)(balancer, batch)
-                optimizer.zero_grad()
-            alive = [one for one in gc.get_objects() if issubclass(type(one), Tensor) and id(one) not in before]
-            of_graphs = [one.shape for one in alive if one.grad_fn is not None]
-            del alive
-            gc.set_debug(gc.DEBUG_SAVEALL)
-            gc.collect()
-            gc.set_debug(0)
-            found = [one.shape for one in gc.garbage if issubclass(type(one), Tensor) and id(one) not in before]
-    finally:
-        gc.set_debug(0)
-        gc.garbage.clear()
-        gc.enable()
-    assert of_graphs == []
-    assert found == []
+    garbage = Garbage()
+    with only_what_comes_from_here():
+        model, batches = Network(), vector_batches(3, 9)
+        optimizer = network_sgd(model.parameters())
+        heads, options = model.heads() if with_heads else None, OPTIONS.get(name, {})
+        try:
+            with Balancer(model, RULES[name](), heads=heads, **options) as balancer:
+                for index, batch in enumerate(batches):
+                    if index == 3:
+                        garbage.begin()
+                    if form == "backward":
+                        balancer.backward(model(batch))
+                    else:
+                        balancer.prepare_loss(model(batch)).backward()
+                    optimizer.step()
+                    _finish(name, model)(balancer, batch)
+                    optimizer.zero_grad()
+                garbage.end()
+        finally:
+            gc.enable()
+    assert garbage.of_graphs == []
+    assert garbage.tensors == []

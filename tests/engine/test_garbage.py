@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 import pytest
-import torch
+from garbage import Garbage, only_what_comes_from_here
 from harness import Batches
 from models import TASKS, Automatic, vector_batches
 from strategies import STRATEGIES, tasks_for
@@ -32,41 +32,31 @@ SOME = [
 
 
 class Collects(L.Callback):
-    """Keeps what the collector finds after a few steps in which it did not run."""
+    """Looks at what a few steps leave."""
 
     def __init__(self) -> None:
-        self.tensors: list[torch.Size] = []
-        self.before: set[int] = set()
-        """The tensors that were there when it began: one of a test before may go at any time."""
+        self.garbage = Garbage()
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == 3:
-            gc.collect()
-            gc.disable()
-            self.before = {id(one) for one in gc.get_objects() if issubclass(type(one), torch.Tensor)}
+            self.garbage.begin()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == 6:
-            gc.set_debug(gc.DEBUG_SAVEALL)
-            gc.collect()
-            gc.set_debug(0)
-            gc.enable()
-            self.tensors = [
-                one.shape for one in gc.garbage if issubclass(type(one), torch.Tensor) and id(one) not in self.before
-            ]
-            gc.garbage.clear()
+            self.garbage.end()
 
 
 @pytest.mark.parametrize("with_heads", [True, False])
 @pytest.mark.parametrize("name", [*GRADNORMS, *SOME])
 def test_no_tensor_waits_for_the_garbage_collector(name: str, with_heads: bool, quiet_trainer: Any) -> None:
     T = tasks_for(name)
-    model, collects = Automatic(T), Collects()
-    make = (GRADNORMS | STRATEGIES)[name]
-    options = {} if "losses" in name else {"heads": model.heads() if with_heads else None}
-    try:
-        trainer = quiet_trainer(callbacks=[make(tasks=TASKS[:T], **options), collects], max_steps=7)
-        trainer.fit(model, Batches(vector_batches(T, 7)))
-    finally:
-        gc.enable()
-    assert collects.tensors == []
+    with only_what_comes_from_here():
+        model, collects = Automatic(T), Collects()
+        make = (GRADNORMS | STRATEGIES)[name]
+        options = {} if "losses" in name else {"heads": model.heads() if with_heads else None}
+        try:
+            trainer = quiet_trainer(callbacks=[make(tasks=TASKS[:T], **options), collects], max_steps=7)
+            trainer.fit(model, Batches(vector_batches(T, 7)))
+        finally:
+            gc.enable()
+    assert collects.garbage.tensors == []

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -16,24 +11,13 @@ import pytest
 import torch
 from models import Automatic, vector_batches
 from ranks import shares, train
+from sharded import train_sharded
 from strategies import STRATEGIES
 
 from lightning_gradnorm import GradNorm
 
 STEPS, T = 12, 3
 TASKS = ["seg", "depth", "normal"]
-TESTS = Path(__file__).parents[1]
-
-
-def _run(folder: Path, case: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    call = {"case": case, "manual": False, "heads": True, "accumulate": 1, "options": {}, **options}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    script = [sys.executable, str(TESTS / "sharded.py"), str(folder), json.dumps(call)]
-    return subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 @cache
@@ -65,12 +49,13 @@ ALL: Sequence[tuple[str, dict[str, Any]]] = [
 def test_two_processes_that_share_the_network_give_the_weights_of_one(
     case: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    done = _run(tmp_path, case, **options)
-    assert done.returncode == 0, done.stderr[-2000:]
+    failures = train_sharded(tmp_path, case, **options)
+    assert not failures, failures[0]
     one = _alone(options.get("options", {}).get("norm_of", "weight"))
     assert max(abs(weight - 1) for weight in one.weights[-1].values()) > 0.05
     for rank in (0, 1):
         told = torch.load(tmp_path / f"{rank}.pt")
+        assert told["sharded"]
         for found, expected in zip(told["weights"], one.weights, strict=True):
             assert found == pytest.approx(expected, abs=1e-9)
         for name, value in one.network.items():
@@ -79,9 +64,10 @@ def test_two_processes_that_share_the_network_give_the_weights_of_one(
 
 @pytest.mark.slow
 def test_sharded_heads_that_are_not_named_are_refused(tmp_path: Path) -> None:
-    done = _run(tmp_path, "encoder and heads", heads=False)
-    assert done.returncode != 0
-    assert "through a module sharded by FSDP, which cannot be passed twice. Name the heads with heads=" in done.stderr
+    failures = train_sharded(tmp_path, "encoder and heads", heads=False)
+    assert "through a module sharded by FSDP, which cannot be passed twice. Name the heads with heads=" in "".join(
+        failures
+    )
 
 
 # ---- other strategies --------------------------------------------------------------------------------------------------
@@ -101,8 +87,8 @@ def test_sharded_heads_that_are_not_named_are_refused(tmp_path: Path) -> None:
 def test_a_strategy_on_processes_that_share_the_network_gives_what_it_gives_on_one(
     strategy: str, case: str, accumulate: int, heads: bool, tmp_path: Path
 ) -> None:
-    done = _run(tmp_path, case, strategy=strategy, accumulate=accumulate, heads=heads)
-    assert done.returncode == 0, done.stderr[-2000:]
+    failures = train_sharded(tmp_path, case, strategy=strategy, accumulate=accumulate, heads=heads)
+    assert not failures, failures[0]
     model = Automatic(T)
     balancing = STRATEGIES[strategy](tasks=TASKS, heads=model.heads() if heads else None)
     steps = [
@@ -112,6 +98,7 @@ def test_a_strategy_on_processes_that_share_the_network_gives_what_it_gives_on_o
     (one,) = train(model, balancing, steps)
     for rank in (0, 1):
         told = torch.load(tmp_path / f"{rank}.pt")
+        assert told["sharded"]
         for found, expected in zip(told["weights"], one.weights, strict=True):
             assert found == pytest.approx(expected, abs=1e-9)
         for name, value in one.network.items():
@@ -120,6 +107,5 @@ def test_a_strategy_on_processes_that_share_the_network_gives_what_it_gives_on_o
 
 @pytest.mark.slow
 def test_gradients_at_parameters_that_are_sharded_are_refused(tmp_path: Path) -> None:
-    done = _run(tmp_path, "encoder and heads", strategy="UPGrad at the parameters")
-    assert done.returncode != 0
-    assert "at='parameters' takes whole gradients, of which ModelParallelStrategy keeps pieces" in done.stderr
+    failures = train_sharded(tmp_path, "encoder and heads", strategy="UPGrad at the parameters")
+    assert "at='parameters' takes whole gradients, of which ModelParallelStrategy keeps pieces" in "".join(failures)

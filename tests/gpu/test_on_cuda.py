@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,15 @@ import lightning as L
 import pytest
 import textbook
 import torch
-from harness import Batches, NoNumberIsAskedFor, Overflows, Recorder, Shares, assert_agrees, state_by_part
+from devices import CUDA, MODES, NAMES, STEPS, MakeTrainer, T, fit, make, on_each_device
+from harness import Batches, Overflows, Recorder, Shares, assert_agrees, state_by_part
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from models import (
     Automatic,
     Convolutional,
-    Manual,
     as_inputs_and_targets,
     image_batches,
-    multi_task_module,
     network_sgd,
     vector_batches,
 )
@@ -33,80 +31,12 @@ from torchjd import aggregation as A
 from torchjd import scalarization as S
 
 from lightning_gradnorm import Aggregation, FixedWeights, GradNorm, Scalarization
-from lightning_gradnorm.strategies import DBMTL, GradNormRule, LogSum
-
-STEPS = 24
-T = 3
-NAMES = ["seg", "depth", "normal"]
-MakeTrainer = Callable[..., L.Trainer]
-
-CUDA = [
-    pytest.mark.gpu,
-    # What torch and Lightning have to say about a certain card is not ours to mend; what we say is.
-    pytest.mark.filterwarnings(
-        "default",
-        *(f"error:{name}" for name in ("GradNorm", "FixedWeights", "Scalarization", "Aggregation", "MultiTask")),
-    ),
-]
-
-
-def on_each_device(name: str, values: Sequence[str], quick: Collection[str]) -> pytest.MarkDecorator:
-    """Every value on CUDA and on the CPU, where those that are not `quick` are left to the slow tests."""
-    cases = [pytest.param(value, "cpu", marks=[] if value in quick else [pytest.mark.slow]) for value in values]
-    cases += [pytest.param(value, "cuda", marks=CUDA) for value in values]
-    return pytest.mark.parametrize((name, "device"), cases, indirect=["device"])
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=CUDA)])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The device's type; float32 is float32 on it, not TF32."""
-    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
-    yield request.param
-    torch.backends.cudnn.allow_tf32 = before[0]
-    torch.set_float32_matmul_precision(before[1])
-
-
-@pytest.fixture
-def make_trainer(quiet_trainer: MakeTrainer, device: str) -> MakeTrainer:
-    """`quiet_trainer` on the device."""
-    return partial(quiet_trainer, accelerator="gpu" if device == "cuda" else "cpu")
-
-
-def in_single_precision(batch: Any) -> Any:
-    return torch.utils._pytree.tree_map(lambda tensor: tensor.float(), batch)
-
-
-def fit(trainer: MakeTrainer, model: L.LightningModule, gradnorm: GradNorm, data: Any, **options: Any) -> Recorder:
-    """Train, and return the weights after each step; single precision is the model's choice."""
-    callbacks = options.pop("callbacks", [])
-    resume = options.pop("ckpt_path", None)
-    if next(model.parameters()).dtype == torch.float32 and not isinstance(data, L.LightningDataModule):
-        data = [in_single_precision(batch) for batch in data]
-    if isinstance(model, Manual):
-        model.gradnorm = [gradnorm]
-    recorder = Recorder(gradnorm)
-    data = data if isinstance(data, L.LightningDataModule) else Batches(data)
-    trainer(callbacks=[*callbacks, gradnorm, recorder], **options).fit(model, data, ckpt_path=resume)
-    model.cpu()  # as Lightning does at the end of a fit, in all strategies but some
-    return recorder
-
+from lightning_gradnorm.strategies import DBMTL, LogSum
 
 # ---- against the textbook --------------------------------------------------------------------------------------------
 
-MODES = ["automatic", "manual", "batch-norm", "activation"]
+
 CASES = [*MODES, *(f"{mode} with heads" for mode in MODES), "module"]
-
-
-def make(mode: str) -> tuple[L.LightningModule, GradNorm, list[Any]]:
-    kind, _, with_heads = mode.partition(" with ")
-    if kind == "module":
-        return multi_task_module(T), GradNorm(), as_inputs_and_targets(vector_batches(T, STEPS))
-    model = {"manual": Manual, "batch-norm": Convolutional}.get(kind, Automatic)(T)
-    heads = model.heads() if with_heads else None
-    gradnorm = GradNorm(NAMES, heads=heads, norm_of="activation" if kind == "activation" else "weight")
-    return model, gradnorm, (image_batches if kind == "batch-norm" else vector_batches)(T, STEPS)
 
 
 def learn_from_textbook(mode: str) -> tuple[Automatic, textbook.Trajectory]:
@@ -213,88 +143,6 @@ def test_the_weights_are_on_the_device_and_shown_as_floats(mode: str, make_train
     for shown in (gradnorm.weights, gradnorm.mean_weights):
         assert [type(value) for value in shown.values()] == [float] * T
         assert sum(shown.values()) == pytest.approx(T)
-
-
-# ---- the host does not wait for the device ---------------------------------------------------------------------------
-
-
-@pytest.fixture
-def as_on_a_gpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a CPU do as a GPU does: do not look at each weight update at once."""
-    if device == "cpu":
-        monkeypatch.setattr(GradNormRule, "syncs_every_step", False)
-
-
-@contextmanager
-def waiting_is_an_error(device: str) -> Iterator[None]:
-    if device == "cpu":
-        with NoNumberIsAskedFor():
-            yield
-        return
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-class Watched(L.Callback):
-    """An error if the host waits for the device in backward passes, or in whole batches: forward to optimizer step."""
-
-    def __init__(self, device: str, *, backward: bool = False, batches: Collection[int] = ()) -> None:
-        self.device, self.backward, self.batches = device, backward, batches
-        self.watched = 0
-        self.open = ExitStack()
-
-    def _begin(self) -> None:
-        self.open.enter_context(waiting_is_an_error(self.device))
-        self.watched += 1
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx in self.batches:
-            self._begin()
-
-    def on_before_backward(self, *args: Any) -> None:
-        if self.backward:
-            self._begin()
-
-    def on_after_backward(self, *args: Any) -> None:
-        if self.backward:
-            self.open.close()
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.open.close()
-
-    def on_exception(self, *args: Any) -> None:
-        self.open.close()
-
-
-@on_each_device(
-    "mode",
-    ["automatic", "automatic with heads", "manual", "activation with heads"],
-    quick=["automatic", "automatic with heads"],
-)
-@pytest.mark.usefixtures("as_on_a_gpu")
-def test_no_backward_pass_waits_for_the_device(mode: str, make_trainer: MakeTrainer, device: str) -> None:
-    model, gradnorm, batches = make(mode)
-    watched = Watched(device, backward=True)
-    fit(make_trainer, model, gradnorm, batches, callbacks=[watched])
-    assert watched.watched == STEPS
-
-
-@pytest.mark.parametrize("update_every", [1, 4])
-@pytest.mark.parametrize("mode", ["automatic", "automatic with heads", "activation with heads", "manual with heads"])
-@pytest.mark.usefixtures("as_on_a_gpu")
-def test_no_step_waits_for_the_device(mode: str, update_every: int, make_trainer: MakeTrainer, device: str) -> None:
-    """But the first, in which L_i(0) is looked at, and the last of an epoch, which is logged."""
-    model, gradnorm, batches = make(mode)
-    gradnorm.update_every = update_every
-    watched = Watched(device, batches=range(1, STEPS - 1))
-    if isinstance(model, Manual):
-        model.gradnorm = [gradnorm]
-    make_trainer(callbacks=[watched, gradnorm], log_every_n_steps=2 * STEPS).fit(model, Batches(batches))
-    assert watched.watched == STEPS - 2
-    assert gradnorm.weights != dict.fromkeys(NAMES, 1.0)
 
 
 # ---- mixed precision -------------------------------------------------------------------------------------------------

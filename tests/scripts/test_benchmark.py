@@ -51,16 +51,20 @@ def number(cell: str) -> float:
     return float(cell.split(" ")[0])
 
 
-def test_every_way_has_a_column_of_ratios_and_one_of_milliseconds(call: Call, ways: Any) -> None:
-    told = call("--cases", "toy:2,3", "--steps", "11", *SHORT)
+@pytest.mark.parametrize(
+    "asked", [["textbook", "with heads"], pytest.param([], marks=pytest.mark.slow)], ids=["two", "all"]
+)
+def test_every_way_has_a_column_of_ratios_and_one_of_milliseconds(asked: list[str], call: Call, ways: Any) -> None:
+    told = call("--cases", "toy:2,3", "--steps", "11", *(["--ways", *asked] if asked else []), *SHORT)
     ratios, milliseconds = tables("step_time")
     assert [(row["model"], row["T"]) for row in ratios] == [("toy", "2"), ("toy", "3")]
     there = [name for name, way in ways.OF_GRADNORM.items() if way.what_is_missing() is None]
+    left_out = set() if asked else set(ways.OF_GRADNORM) - set(there)
+    there = ["equal weights", *asked] if asked else there
     assert list(milliseconds[0]) == ["model", "T", *there]
     for of_ratio, of_time in zip(ratios, milliseconds, strict=True):
         assert all(number(of_ratio[name]) > 0 and number(of_time[name]) > 0 for name in there[1:])
     assert image.imread(OUTPUT / "step_time.png").std() > 0.05
-    left_out = set(ways.OF_GRADNORM) - set(there)
     assert told.count("Left out:") == len(left_out)
     assert all(f"{name} (" in (OUTPUT / "step_time.md").read_text() for name in left_out)
 
@@ -163,6 +167,19 @@ def test_compiled_trunk_and_heads_train_in_all_our_ways(call: Call) -> None:
     assert ratios[0]["textbook"] == "fails"  # torch.compile has no double backward
 
 
+def test_peaks_become_a_median_and_a_ratio_to_equal_weights(
+    call: Call, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarking import memory
+
+    peaks = {"equal weights": iter([4.0, 10.0, 5.0]), "with heads": iter([9.0, 2.0, 7.5])}
+    monkeypatch.setattr(memory, "peak_in_a_fresh_process", lambda group, name, *_: next(peaks[name]))
+    call("--measure", "memory", "--cases", "mlp:2", "--ways", "with heads", *SHORT, "--rounds", "3")
+    ((row,),) = tables("peak_memory")
+    assert (row["equal weights, MiB"], row["with heads"]) == ("5", "1.500")
+
+
+@pytest.mark.slow
 def test_the_peak_of_a_run_counts_what_it_allocates(plan: Any) -> None:
     from benchmarking.memory import peak_in_a_fresh_process
 

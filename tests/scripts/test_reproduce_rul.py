@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from commands import start_no_process
 from configurations import compose_run
 
 from lightning_gradnorm.experiments.cli.build import build
@@ -40,7 +41,12 @@ def made_up(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, li
     return asked
 
 
-def test_the_quick_table_is_trained_measured_and_kept(call: Call, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", ["this", pytest.param("of their own", marks=pytest.mark.slow)])
+def test_the_quick_table_is_trained_measured_and_kept(
+    processes: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if processes == "this":
+        start_no_process(monkeypatch)
     told = call("--quick", "--methods", "fixed", "gradnorm", "--subsets", "FD001")
     page = (tmp_path / "outputs" / "rul.md").read_text()
     assert "Simulated engines" in told

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from harness import seed
 from strategies import MODULES, has_memory
 from torch import Tensor, nn
 from torchjd import aggregation as A
@@ -35,7 +36,7 @@ def matrix_at(t: int) -> Tensor:
 
 def call_scalarizer(scalarizer: Any, t: int) -> list[Tensor]:
     """One training step with an optimizer of its parameters, and what the class asks for besides."""
-    torch.manual_seed(t)  # Random draws weights
+    seed(t)  # Random draws weights
     values = losses_at(t).requires_grad_()
     total = scalarizer(values)
     total.backward()
@@ -53,12 +54,12 @@ def call_scalarizer(scalarizer: Any, t: int) -> list[Tensor]:
 
 
 def call_aggregator(aggregator: Any, t: int) -> list[Tensor]:
-    torch.manual_seed(t)  # GradVac draws an order
+    seed(t)  # GradVac draws an order
     return [aggregator(matrix_at(t)).clone()]
 
 
 def call_weighting(weighting: Any, t: int) -> list[Tensor]:
-    torch.manual_seed(t)
+    seed(t)
     return [weighting(matrix_at(t) @ matrix_at(t).T).clone()]
 
 
@@ -178,7 +179,7 @@ def test_every_stateful_class_of_torchjd_is_among_the_cases() -> None:
 
 
 @quiet
-@pytest.mark.parametrize("calls", [0, 1, 2, 5])
+@pytest.mark.parametrize("calls", [2, *(pytest.param(calls, marks=pytest.mark.slow) for calls in (0, 1, 5))])
 @pytest.mark.parametrize("name", CASES)
 def test_a_fresh_object_goes_on_bit_by_bit(name: str, calls: int) -> None:
     case = of(name)

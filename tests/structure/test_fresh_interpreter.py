@@ -17,6 +17,7 @@ from structure.source import PACKAGE, ROOT, modules
 import lightning_gradnorm
 
 OF_THE_EXPERIMENTS = ("PIL", "hydra", "matplotlib", "omegaconf", "rich", "tensorboard", "yaml")
+PURE = ("gradients", "strategies", "engine")
 CORE = [
     ".".join([PACKAGE, *module.path.removesuffix(".py").split("/")]).removesuffix(".__init__")
     for module in modules()
@@ -29,43 +30,47 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_the_core_loads_no_package_of_the_experiments_beyond_what_lightning_loads() -> None:
-    """In one interpreter: Lightning, the public names, then every module of the core."""
-    done = run(
-        "import importlib, json, sys\n"
-        "import lightning\n"
-        "before = set(sys.modules)\n"
-        f"from {PACKAGE} import *\n"
-        "assert GradNorm and MultiTaskModule\n"
-        f"for name in {CORE}: importlib.import_module(name)\n"
-        "print(json.dumps(sorted(set(sys.modules) - before)))"
-    )
-    assert done.returncode == 0, done.stderr
-    loaded = json.loads(done.stdout.splitlines()[-1])
-    assert set(CORE) <= set(loaded)
-    assert [name for name in loaded if name.partition(".")[0] in OF_THE_EXPERIMENTS] == []
-    assert [name for name in loaded if name.startswith(f"{PACKAGE}.experiments")] == []
-
-
 def test_the_package_itself_loads_neither_lightning_nor_torch() -> None:
     done = run(f"import sys, {PACKAGE}; print({{'lightning', 'torch'}} & set(sys.modules))")
     assert done.stdout == "set()\n", done.stderr
 
 
-def test_the_pure_torch_parts_load_no_lightning() -> None:
-    """One after the other, in one interpreter, the engine last: first the part itself, then all of its modules."""
-    code = "import sys, importlib\n"
-    for part in ("gradients", "strategies", "engine"):
-        for names in ([f"{PACKAGE}.{part}"], [name for name in CORE if name.startswith(f"{PACKAGE}.{part}")]):
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, list[str]]:
+    """What an interpreter has loaded after each part, in this order; only a bare import of Lightning leaves no trace."""
+    code = "import importlib, json, sys\nfound, before = {}, set()\n"
+    for part in (*PURE, ""):
+        if not part:
+            code += "import lightning\nbefore = set(sys.modules) - set(found['engine modules'])\n"
+            code += f"from {PACKAGE} import *\nassert GradNorm and MultiTaskModule\n"
+        package = f"{PACKAGE}.{part}".rstrip(".")
+        for title, names in (
+            (part, [package]),
+            (f"{part} modules", [name for name in CORE if name.startswith(package)]),
+        ):
             code += f"for name in {names}: importlib.import_module(name)\n"
-            code += f"print({part!r}, {len(names)}, bool({{'lightning', 'pytorch_lightning'}} & set(sys.modules)))\n"
-    done = run(code)
+            code += f"found[{title!r}] = sorted(set(sys.modules) - before)\n"
+    done = run(f"{code}print(json.dumps(found))")
     assert done.returncode == 0, done.stderr
-    told = [line.split() for line in done.stdout.splitlines()]
-    assert len(told) == 6
+    found: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_the_core_loads_no_package_of_the_experiments_beyond_what_lightning_loads(loaded: dict[str, list[str]]) -> None:
+    names = loaded[" modules"]
+    assert set(CORE) <= set(names)
+    assert [name for name in names if name.partition(".")[0] in OF_THE_EXPERIMENTS] == []
+    assert [name for name in names if name.startswith(f"{PACKAGE}.experiments")] == []
+
+
+def test_the_pure_torch_parts_load_no_lightning(loaded: dict[str, list[str]]) -> None:
+    """The engine last: first the part itself, then all of its modules."""
     may_load = {path.partition("/")[0] for path, name in allowed.IMPORTS if name == "lightning"}
-    for part, count, loads in told:
-        assert (loads == "True") == (part in may_load and int(count) > 1), (part, count)
+    for part in PURE:
+        for title, may in ((part, False), (f"{part} modules", part in may_load)):
+            assert f"{PACKAGE}.{part}" in loaded[title]
+            loads = not {"lightning", "pytorch_lightning"}.isdisjoint(loaded[title])
+            assert loads == may, title
 
 
 @pytest.mark.parametrize(("function", "command"), [("train", "train"), ("evaluate", "eval"), ("report", "report")])

@@ -106,6 +106,14 @@ def _store_schemas() -> None:
         store.store(
             group=group, name=name, node=schema_of(constructor, leave_out=left_out(constructor), partial=for_tasks)
         )
+    store.repo = _Shared(store.repo)
+
+
+class _Shared(dict[str, Any]):
+    """Is not copied: Hydra copies all that is stored each time it composes or looks into a group, and each schema it loads."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
 
 
 def _length(values: Sequence[Any]) -> int:

@@ -8,34 +8,65 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
+from commands import as_in_a_terminal, run_in, status_of
+
+from lightning_gradnorm.experiments.callbacks.save_last import SaveLast
 
 Call = Callable[..., str]
 Start = Callable[..., subprocess.Popen[str]]
 
 
+@pytest.fixture(scope="module")
+def run_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`run_once(main, *arguments)` runs a command and returns the folder it ran in, for tests that only read there.
+
+    The same command is run once for all tests of the module.
+    """
+    folders: dict[tuple[Any, ...], Path] = {}
+
+    def run(main: Callable[[], None], *arguments: str) -> Path:
+        command = (main, *arguments)
+        if command not in folders:
+            folders[command] = tmp_path_factory.mktemp("once")
+            run_in(folders[command], main, *arguments)
+        return folders[command]
+
+    return run
+
+
+@pytest.fixture
+def interrupting(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`interrupting(n)` presses Ctrl-C after the n-th step."""
+
+    def arm(left: int) -> None:
+        save = SaveLast.on_train_batch_end
+
+        def pressed(self: Any, trainer: Any, *arguments: Any) -> None:
+            nonlocal left
+            save(self, trainer, *arguments)
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        monkeypatch.setattr(SaveLast, "on_train_batch_end", pressed)
+
+    return arm
+
+
 @pytest.fixture
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """`call(main, *arguments, status=0)` runs a command in ``tmp_path`` and returns what it printed."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    as_in_a_terminal(monkeypatch, tmp_path)
 
     def run(main: Callable[[], None], *arguments: str, status: int = 0) -> str:
-        GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["command", *arguments])
-        found = 0
-        try:
-            main()
-        except SystemExit as left:
-            found = int(left.code or 0)
+        found = status_of(main, arguments)
         seen = capsys.readouterr()
         assert found == status, seen.out + seen.err
         assert "Traceback" not in seen.err
         assert "HYDRA_FULL_ERROR" not in os.environ
-        assert sys.argv == ["command", *arguments]
         return seen.out + seen.err
 
     return run

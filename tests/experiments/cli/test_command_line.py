@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import sys
 import time
@@ -139,7 +140,13 @@ def test_the_help_explains_every_group_and_names_every_option(call: Call) -> Non
         (line,) = [line for line in said if line.startswith(f"{group} ")]
         for option in (conf_dir() / group).glob("*.yaml"):
             assert re.search(rf"\b{option.stem}\b", line), option.stem
-    assert "gradnorm-eval ckpt_path=" in call(evaluate.main, "--help")
+
+
+def test_the_help_of_evaluation_explains_it_and_the_comparison_with_single_tasks(call: Call) -> None:
+    said = call(evaluate.main, "--help")
+    assert "gradnorm-eval ckpt_path=" in said
+    assert "single_task=ALONE" in said
+    assert "Δm in percent" in said
 
 
 # ---- what is asked wrongly -------------------------------------------------------------------------------------------
@@ -234,13 +241,22 @@ def test_whoever_asks_for_the_traceback_gets_it(monkeypatch: pytest.MonkeyPatch,
     assert caught.value.__cause__ is not None
 
 
+@pytest.fixture
+def run(run_once: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy of a finished run, in the folder of the test."""
+    made = run_once(train.main, *SMALL, "trainer.max_epochs=1", "hydra.run.dir=run", "test=false")
+    return shutil.copytree(made / "run", tmp_path / "run")
+
+
 def test_evaluation_says_what_it_needs(call: Call, tmp_path: Path) -> None:
     assert "ckpt_path should be given" in call(evaluate.main, status=1)
     assert "nope.ckpt is none; there is none in . either" in call(evaluate.main, "ckpt_path=nope.ckpt", status=1)
     (tmp_path / "lonely.ckpt").write_text("weights")
     assert "should lie in the folder of its run" in call(evaluate.main, "ckpt_path=lonely.ckpt", status=1)
-    call(train.main, *SMALL, "trainer.max_epochs=1", "hydra.run.dir=run", "test=false")
-    (tmp_path / "run" / "notes.ckpt").write_text("weights")
+
+
+def test_a_file_that_is_no_checkpoint_of_the_run_is_told(call: Call, run: Path) -> None:
+    (run / "notes.ckpt").write_text("weights")
     assert "cannot be read as one" in call(evaluate.main, "ckpt_path=run/notes.ckpt", status=1)
     assert "cannot be read as one" in call(train.main, "ckpt_path=run/notes.ckpt", status=1)
     assert "did you mean run/checkpoints/last.ckpt" in call(
@@ -250,9 +266,9 @@ def test_evaluation_says_what_it_needs(call: Call, tmp_path: Path) -> None:
     assert "did you mean 'batch_size'?" in call(evaluate.main, good, "data.batchsize=3", status=1)
 
 
+@pytest.mark.usefixtures("run")
 @pytest.mark.parametrize("main", [train.main, evaluate.main], ids=["gradnorm-train", "gradnorm-eval"])
 def test_weights_of_another_network_are_told_by_what_differs_first(call: Call, main: Callable[[], None]) -> None:
-    call(train.main, *SMALL, "trainer.max_epochs=1", "hydra.run.dir=run", "test=false")
     said = call(main, "ckpt_path=run/checkpoints/last.ckpt", "model.encoder.hidden=[100, 100, 100, 7]", status=1)
     assert "last.ckpt are of another network than the options describe (size mismatch for encoder." in said
     assert "Give the options of its run, or none" in said
@@ -261,7 +277,27 @@ def test_weights_of_another_network_are_told_by_what_differs_first(call: Call, m
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_leaves_a_checkpoint_that_goes_on_exactly(start: Any, call: Call, tmp_path: Path) -> None:
+def assert_goes_on_exactly(call: Call, folder: Path, options: list[str]) -> None:
+    """Go on with the interrupted run ``parts`` for an epoch and a bit, and train as long without a stop."""
+    interrupted = torch.load(folder / "parts/checkpoints/interrupted.ckpt", weights_only=True)
+    epochs = f"trainer.max_epochs={interrupted['epoch'] + 2}"
+    call(train.main, "ckpt_path=parts/checkpoints/interrupted.ckpt", epochs)
+    call(train.main, *options, epochs, "hydra.run.dir=whole")
+    assert same(weights_of(folder / "whole/checkpoints/last.ckpt"), weights_of(folder / "parts/checkpoints/last.ckpt"))
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_goes_on_exactly(
+    call: Call, tmp_path: Path, interrupting: Callable[[int], None]
+) -> None:
+    options = [*SMALL, "test=false"]
+    interrupting(6)  # an epoch is four steps
+    said = call(train.main, *options, "trainer.max_epochs=100", "hydra.run.dir=parts", status=130)
+    assert "gradnorm-train ckpt_path=parts/checkpoints/interrupted.ckpt" in said
+    assert_goes_on_exactly(call, tmp_path, options)
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_any_moment_leaves_a_checkpoint_that_goes_on_exactly(start: Any, call: Call, tmp_path: Path) -> None:
     options = [*SMALL, "test=false", "data.train_size=2000", "trainer.max_epochs=150"]
     process = start(*MODULE, *options, "hydra.run.dir=parts")
     metrics = tmp_path / "parts" / "checkpoints" / "last.ckpt"
@@ -273,11 +309,4 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on_exactly(start: Any, call: Call,
     assert process.returncode == 130, said
     assert "gradnorm-train ckpt_path=parts/checkpoints/interrupted.ckpt" in said
     assert "Traceback" not in said
-
-    interrupted = torch.load(tmp_path / "parts/checkpoints/interrupted.ckpt", weights_only=True)
-    epochs = f"trainer.max_epochs={interrupted['epoch'] + 2}"
-    call(train.main, "ckpt_path=parts/checkpoints/interrupted.ckpt", epochs)
-    call(train.main, *options, epochs, "hydra.run.dir=whole")
-    assert same(
-        weights_of(tmp_path / "whole/checkpoints/last.ckpt"), weights_of(tmp_path / "parts/checkpoints/last.ckpt")
-    )
+    assert_goes_on_exactly(call, tmp_path, options)

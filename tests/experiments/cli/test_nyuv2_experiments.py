@@ -58,6 +58,7 @@ def test_the_channels_of_the_heads_follow_from_the_network(tmp_path: Path) -> No
         assert config.model.tasks.in_channels == channels
 
 
+@pytest.mark.slow
 def test_the_communitys_setup_leaves_an_incomplete_last_batch_out(call: Call) -> None:
     options = [*QUICK, *tiny("nyuv2_mtan"), "callbacks=none", "logger=none", "test=false"]
     nine = ["data.train_size=9", "trainer.limit_train_batches=1.0"]  # batches of 4

@@ -34,6 +34,16 @@ FAILS = "+callbacks.fails={_target_: reporting.FailsAtStep, step: 3}"
 
 
 def test_a_sweep_becomes_a_page_with_the_numbers_of_its_logs(call: Call, tmp_path: Path) -> None:
+    call(train.main, "-m", *OPTIONS, "balancing=equal,gradnorm", "seed=0,1", "hydra.sweep.dir=runs/sweep")
+    assert "4 of 4 runs are finished, 2 methods" in call(report.main, "runs")
+    assert_table_agrees_with_logs(tmp_path / "runs", ["equal", "gradnorm"])
+    page = (tmp_path / "runs" / "report.html").read_text()
+    for title in ("Metrics during training", "Task weights during training", "Gradient norms"):
+        assert title in page
+
+
+@pytest.mark.slow
+def test_sweeps_single_tasks_and_a_failed_run_become_one_page(call: Call, tmp_path: Path) -> None:
     call(train.main, "-m", *OPTIONS, "balancing=equal,gradnorm,random_static", "seed=0,1", "hydra.sweep.dir=runs/sweep")
     call(train.main, "-m", *OPTIONS, "balancing.alpha=0.5", "seed=0,1", "hydra.sweep.dir=runs/alpha")
     call(train.main, "-m", *OPTIONS, "tasks=[task_0],[task_1]", "hydra.sweep.dir=runs/alone")
@@ -42,18 +52,38 @@ def test_a_sweep_becomes_a_page_with_the_numbers_of_its_logs(call: Call, tmp_pat
     said = call(report.main, "runs")
     assert "10 of 11 runs are finished, 4 methods" in said
     assert "failed: failed, step 3, epoch 1 of 2; RuntimeError: the <b>disk</b> is full" in said
-    page, text = ((tmp_path / "runs" / name).read_text() for name in ("report.html", "report.md"))
+    page = (tmp_path / "runs" / "report.html").read_text()
     assert "the &lt;b&gt;disk&lt;/b&gt; is full" in page
 
+    assert_table_agrees_with_logs(tmp_path / "runs", ["equal", "gradnorm α=0.5", "gradnorm α=1.5", "random_static"])
+
+    titles = [figure.title for figure in figures(compare(collect(["runs"])))]
+    for title in (
+        "Metrics during training",
+        "Task weights during training",
+        "Gradient norms",
+        "Loss ratios",
+        "Pairs of tasks",
+        "α sweep: mean change against equal",
+        "Static weights: distance to GradNorm's against change",
+    ):
+        assert title in titles
+        assert html.escape(title) in page
+
+
+def assert_table_agrees_with_logs(runs: Path, methods: list[str]) -> None:
+    """Each mean and deviation in the report's table is that of the runs' CSV logs."""
     of_method: dict[str, list[Path]] = {}
-    for folder in [*(tmp_path / "runs/sweep").iterdir(), *(tmp_path / "runs/alpha").iterdir()]:
+    varies_alpha = (runs / "alpha").is_dir()
+    for folder in [*runs.glob("sweep/*"), *runs.glob("alpha/*")]:
         given = folder / "overrides.yaml"
         if given.is_file():
             words = given.read_text()
             name = (re.findall(r"balancing=(\w+)", words) or ["gradnorm"])[0]
-            alpha = " α=0.5" if "alpha=0.5" in words else " α=1.5" if name == "gradnorm" else ""
+            alpha = " α=0.5" if "alpha=0.5" in words else " α=1.5" if name == "gradnorm" and varies_alpha else ""
             of_method.setdefault(name + alpha, []).append(folder)
-    assert sorted(of_method) == ["equal", "gradnorm α=0.5", "gradnorm α=1.5", "random_static"]
+    assert sorted(of_method) == methods
+    text = (runs / "report.md").read_text()
     heading = [
         cell.strip() for cell in re.findall(r"^\| method \| runs \|.*$", text, flags=re.M)[0].strip("|").split("|")
     ]
@@ -70,19 +100,6 @@ def test_a_sweep_becomes_a_page_with_the_numbers_of_its_logs(call: Call, tmp_pat
                 digits = len(mean.partition(".")[2])
                 assert mean == f"{statistics.mean(values):.{digits}f}"
                 assert wide == f"{statistics.stdev(values):.{digits}f}"
-
-    titles = [figure.title for figure in figures(compare(collect(["runs"])))]
-    for title in (
-        "Metrics during training",
-        "Task weights during training",
-        "Gradient norms",
-        "Loss ratios",
-        "Pairs of tasks",
-        "α sweep: mean change against equal",
-        "Static weights: distance to GradNorm's against change",
-    ):
-        assert title in titles
-        assert html.escape(title) in page
 
 
 def logged_in_the_test(folder: Path, name: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -9,13 +10,14 @@ from functools import partial
 from typing import Any, Literal, Optional, Union
 
 import pytest
+from hydra.core.config_store import ConfigStore
 from hydra.utils import get_object
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, ValidationError
 
 from lightning_gradnorm import GradNorm
 from lightning_gradnorm.experiments.cli.build import build
-from lightning_gradnorm.experiments.cli.config import WITH_SCHEMA, left_out
+from lightning_gradnorm.experiments.cli.config import WITH_SCHEMA, left_out, register
 from lightning_gradnorm.experiments.cli.schema import schema_of
 
 
@@ -114,3 +116,13 @@ def test_nested_nodes_are_checked_against_their_constructors() -> None:
 
 def test_a_group_without_target_makes_nothing() -> None:
     assert build(OmegaConf.create({"balancing": {}}), "balancing") is None
+
+
+def test_hydra_copies_a_schema_that_it_loads_and_not_all_of_them() -> None:
+    """It copies the store each time it composes, and for --help once a group."""
+    register()
+    store = ConfigStore.instance()
+    assert copy.deepcopy(store).repo is store.repo
+    first, second = (store.load("schema/GradNorm.yaml").node for _ in range(2))
+    first.alpha = 7.0
+    assert second.alpha == GradNorm().alpha

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from checkpoints import assert_same, content
+from checkpoints import assert_same, content, farthest
 from machines import MODULE, environment, free_port, started, train_on_two, two_machines, wait_until
 
 from lightning_gradnorm.experiments.cli import evaluate, launch, train
@@ -30,30 +30,16 @@ def of_size(one_process: int) -> tuple[str, str]:
     return f"data.batch_size={one_process}", f"data.batch_size={one_process // 2}"
 
 
-def farthest(found: Path, expected: Path) -> tuple[float, float]:
-    """The largest differences of a task's weight and of a parameter of the network."""
-    weights, network = 0.0, 0.0
-    one, other = content(found), content(expected)
-    assert one["global_step"] == other["global_step"] > 0
-    state, other_state = one["callbacks"]["GradNorm"], other["callbacks"]["GradNorm"]
-    for name in ("weights", "weights_mean"):
-        weights = max(weights, float((state[name] - other_state[name]).abs().max()))
-    assert (state["weights"] - 1).abs().max() > 1e-3  # there is something to agree about
-    assert one["state_dict"].keys() == other["state_dict"].keys()
-    for name, value in one["state_dict"].items():
-        network = max(network, float((value - other["state_dict"][name]).abs().max()))
-    return weights, network
-
-
 # ---- as one process --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # what holds it every day is in test_two_processes
 @pytest.mark.parametrize(
     ("options", "precision", "tolerance"),
     [
         (TOY, "64-true", 1e-9),
-        pytest.param(DIGITS, "64-true", 1e-9, marks=pytest.mark.slow),
-        pytest.param(TOY, "32-true", 1e-5, marks=pytest.mark.slow),
+        (DIGITS, "64-true", 1e-9),
+        (TOY, "32-true", 1e-5),
     ],
     ids=["toy float64", "digits float64", "toy float32"],
 )

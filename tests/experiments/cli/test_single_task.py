@@ -52,9 +52,3 @@ def test_the_last_row_is_delta_m_and_what_stands_in_its_way_is_said(call: Call, 
     assert "single_task should be the folders of runs of one task each; in run there is none" in said
     said = call(evaluate.main, CHECKPOINT, "single_task=nowhere", status=1)
     assert "nowhere/test_metrics.json should be there once a run is finished" in said
-
-
-def test_the_help_explains_it(call: Call) -> None:
-    said = call(evaluate.main, "--help")
-    assert "single_task=ALONE" in said
-    assert "Δm in percent" in said

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchjd.aggregation
 import torchjd.scalarization
-from configurations import compose_run, options
+from configurations import compose_alone, compose_run, options
 from strategies_page import LEFT_OUT, ROWS, TEXT, in_python, table
 from torch import Tensor, nn
 
@@ -35,7 +35,11 @@ quiet = pytest.mark.filterwarnings(
 
 
 def from_yaml(name: str, *overrides: str) -> Any:
-    return build(compose_run(Path("unused"), f"balancing={name}", *overrides), "balancing")
+    if overrides:
+        return build(compose_run(Path("unused"), f"balancing={name}", *overrides), "balancing")
+    config = compose_run(Path("unused"))  # the rest is the same for all
+    config.balancing = compose_alone("balancing", name)
+    return build(config, "balancing")
 
 
 def parts(callback: Scalarization) -> Iterator[nn.Module]:

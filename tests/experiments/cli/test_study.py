@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+from commands import start_no_process
 from models import as_inputs_and_targets, multi_task_module, vector_batches
 from torch.utils.data import DataLoader
 
@@ -20,13 +21,20 @@ TINY = [
 ]  # fmt: skip
 
 
-def test_finished_runs_are_kept_and_what_fails_does_not_end_the_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "at_once", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["in this process", "two at once"]
+)
+def test_finished_runs_are_kept_and_what_fails_does_not_end_the_others(
+    at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if at_once == 1:
+        start_no_process(monkeypatch)
     jobs = {
         "equal/seed 0": [*TINY, "balancing=equal"],
         "wrong": [*TINY, "data.batch_size=-1"],
         "gradnorm": [*TINY, "balancing=gradnorm"],
     }
-    finished, failed = carry_out(jobs, tmp_path, at_once=2, threads=1)
+    finished, failed = carry_out(jobs, tmp_path, at_once=at_once, threads=1)
     assert [run.name for run in finished] == ["equal/seed 0", "gradnorm"]
     assert all(run.metrics["test/loss"] > 0 for run in finished)
     assert [failure.name for failure in failed] == ["wrong"]

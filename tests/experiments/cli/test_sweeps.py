@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +20,6 @@ from hydra.errors import MissingConfigException
 from machines import MODULE
 from torch import distributed
 
-from lightning_gradnorm.experiments.callbacks.save_last import SaveLast
 from lightning_gradnorm.experiments.cli import errors, job_runner, report, sweep, train
 from lightning_gradnorm.experiments.report import delta_m, read_run
 
@@ -75,8 +74,15 @@ def test_a_defect_in_one_job_is_shown_with_its_traceback_and_ends_no_other(
     assert list(results(tmp_path / "sweep")) == ["1_1"]
 
 
+@pytest.fixture
+def finished_sweep(run_once: Callable[..., Path], tmp_path: Path) -> None:
+    """A copy of a finished sweep over two seeds, in the folder of the test."""
+    made = run_once(train.main, "-m", *QUICK, "seed=0,1", "hydra.sweep.dir=sweep")
+    shutil.copytree(made / "sweep", tmp_path / "sweep")
+
+
+@pytest.mark.usefixtures("finished_sweep")
 def test_the_folder_of_another_sweep_is_left_as_it_is(call: Call, tmp_path: Path) -> None:
-    call(train.main, "-m", *QUICK, "seed=0,1", "hydra.sweep.dir=sweep")
     before = written(tmp_path / "sweep")
     said = call(train.main, "-m", *QUICK, "alpha=2", "seed=0,1", "hydra.sweep.dir=sweep", status=1)
     assert "sweep/0_0 should be a run of" in said
@@ -91,27 +97,9 @@ def test_the_folder_of_another_sweep_is_left_as_it_is(call: Call, tmp_path: Path
 
 
 def test_a_sweep_without_test_is_finished_by_its_training(call: Call, tmp_path: Path) -> None:
-    for expected in ("2 done", "2 finished before"):
-        assert expected in call(train.main, "-m", *QUICK, "test=false", "seed=0,1", "hydra.sweep.dir=sweep")
-
-
-@pytest.fixture
-def interrupting(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """`interrupting(n)` presses Ctrl-C when the n-th epoch ends."""
-
-    def arm(left: int) -> None:
-        save = SaveLast.on_train_batch_end
-
-        def pressed(self: Any, trainer: Any, *arguments: Any) -> None:
-            nonlocal left
-            save(self, trainer, *arguments)
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGINT)
-
-        monkeypatch.setattr(SaveLast, "on_train_batch_end", pressed)
-
-    return arm
+    for expected in ("1 job, 1 done", "1 job, 1 finished before"):
+        assert expected in call(train.main, "-m", *QUICK, "test=false", "hydra.sweep.dir=sweep")
+    assert not (tmp_path / "sweep/0/test_metrics.json").exists()
 
 
 def test_a_sweep_that_was_interrupted_goes_on_with_the_same_command(
@@ -135,18 +123,20 @@ def test_a_sweep_that_was_interrupted_goes_on_with_the_same_command(
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("lost", [["test_metrics.json"], ["test_metrics.json", "metrics.json"]], ids=" ".join)
-def test_a_job_killed_between_training_and_test_ends_as_the_others(call: Call, tmp_path: Path, lost: list[str]) -> None:
+def test_a_job_killed_between_training_and_test_ends_as_the_others(call: Call, tmp_path: Path) -> None:
     asked = ["-m", *TINY, "seed=0,1", "hydra.sweep.dir=sweep"]
     call(train.main, *asked)
-    expected = {name: json.loads((tmp_path / "sweep/1_1" / name).read_text()) for name in ("metrics.json", *lost)}
-    trained = (tmp_path / "sweep/1_1/training.json").stat().st_mtime_ns
-    for name in lost:
-        (tmp_path / "sweep/1_1" / name).unlink()
-    assert "2 jobs, 1 done, 1 finished before" in call(train.main, *asked)
-    assert {name: json.loads((tmp_path / "sweep/1_1" / name).read_text()) for name in expected} == expected
-    is_trained_again = (tmp_path / "sweep/1_1/training.json").stat().st_mtime_ns != trained
-    assert is_trained_again == ("metrics.json" in lost)
+    job = tmp_path / "sweep/1_1"
+    names = ("test_metrics.json", "metrics.json")
+    expected = {name: json.loads((job / name).read_text()) for name in names}
+    for lost in (names[:1], names):
+        trained = (job / "training.json").stat().st_mtime_ns
+        for name in lost:
+            (job / name).unlink()
+        assert "2 jobs, 1 done, 1 finished before" in call(train.main, *asked)
+        assert {name: json.loads((job / name).read_text()) for name in names} == expected
+        is_trained_again = (job / "training.json").stat().st_mtime_ns != trained
+        assert is_trained_again == ("metrics.json" in lost)
 
 
 def test_two_processes_do_not_run_one_job_at_once(tmp_path: Path) -> None:
@@ -315,6 +305,7 @@ def optuna() -> None:
     pytest.importorskip("optuna").logging.disable_default_handler()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optuna")
 @OPTUNAS_OWN
 def test_a_search_begun_again_repeats_no_trial(call: Call, tmp_path: Path) -> None:
@@ -335,6 +326,7 @@ def test_a_search_begun_again_repeats_no_trial(call: Call, tmp_path: Path) -> No
     assert f"best_value: {min(last)}" in best
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optuna")
 @OPTUNAS_OWN
 def test_a_search_for_the_mean_gain_takes_the_single_tasks_runs(call: Call, tmp_path: Path) -> None:
@@ -348,6 +340,7 @@ def test_a_search_for_the_mean_gain_takes_the_single_tasks_runs(call: Call, tmp_
     assert f"best_value: {max(gains)}" in (tmp_path / "gains/optimization_results.yaml").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optuna")
 @OPTUNAS_OWN
 def test_a_trial_can_be_carried_on_alone(call: Call, tmp_path: Path) -> None:
@@ -368,10 +361,10 @@ def test_a_search_for_what_is_not_logged_says_what_is(call: Call) -> None:
 
 
 def test_a_sweep_that_looks_for_nothing_needs_no_metric(call: Call) -> None:
-    asked = ["-m", *QUICK, "seed=0,1", "hydra.sweep.dir=sweep"]
-    assert "2 jobs, 2 done" in call(train.main, *asked, "optimized_metric=nope")
+    asked = ["-m", *QUICK, "hydra.sweep.dir=sweep"]
+    assert "1 job, 1 done" in call(train.main, *asked, "optimized_metric=nope")
     # Nor does it make another run of it: what was mistyped is mended without training again.
-    assert "2 jobs, 2 finished before" in call(train.main, *asked, "optimized_metric=val/loss")
+    assert "1 job, 1 finished before" in call(train.main, *asked, "optimized_metric=val/loss")
 
 
 @pytest.mark.parametrize(

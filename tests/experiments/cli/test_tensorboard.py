@@ -60,6 +60,7 @@ def test_the_runs_of_a_sweep_can_be_compared_by_strategy_alpha_and_seed(call: Ca
     assert "http://localhost:6006/#hparams compares the runs" in said
 
 
+@pytest.mark.slow
 def test_what_else_a_sweep_varies_is_a_column_and_what_it_does_not_is_none(call: Call, tmp_path: Path) -> None:
     call(train.main, "-m", *OPTIONS, "model.optimizer.lr=0.1,0.01", "data.batch_size=50", "hydra.sweep.dir=runs")
     options, columns, _ = line_of(tmp_path / "runs" / "1_0.01")
@@ -87,6 +88,7 @@ def test_delta_m_is_a_result_where_single_task_runs_are_given(call: Call, tmp_pa
     assert not (tmp_path / "other" / "tensorboard").exists(), "it is said before anything is trained"
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_has_the_line_of_what_it_goes_on_with(call: Call, tmp_path: Path) -> None:
     call(train.main, *OPTIONS, "balancing.alpha=0.5", "hydra.run.dir=run")
     _, _, before = line_of(tmp_path / "run")

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import farthest
 from machines import MODULE
 
 from lightning_gradnorm.experiments.cli import hparams, train
 from lightning_gradnorm.experiments.report import read_run
 
+LAST = "checkpoints/last.ckpt"
 OPTIONS = [
     "trainer=ddp_cpu",
     "data.sigmas=[1, 5, 9]",
@@ -29,18 +31,23 @@ OPTIONS = [
 ]
 
 
-def test_two_forked_processes_leave_what_one_process_leaves(call: Callable[..., str], tmp_path: Path) -> None:
-    """The batches are others, since each rank has a share of its own: the numbers agree but roughly."""
-    said = call(train.main, *OPTIONS, "trainer.max_epochs=2", "callbacks=none", "hydra.run.dir=two")
-    alone = ["trainer=cpu", "data.batch_size=100", "trainer.max_epochs=2", "callbacks=none", "hydra.run.dir=one"]
+def test_two_forked_processes_train_as_one_process_does_and_leave_what_it_leaves(
+    call: Callable[..., str], tmp_path: Path
+) -> None:
+    """Weights, network and test metrics: each of the two has one half of every batch."""
+    options = [*OPTIONS, "trainer.precision=64-true", "trainer.max_epochs=2"]
+    said = call(train.main, *options, "hydra.run.dir=two")
     assert said.count("Test metrics by task") == 1
-    call(train.main, *OPTIONS[1:], *alone)
+    call(train.main, *options, "trainer=cpu", "data.batch_size=100", "hydra.run.dir=one")
+    weights, network = farthest(tmp_path / "two" / LAST, tmp_path / "one" / LAST)
+    assert weights <= 1e-9
+    assert network <= 1e-9
     one, two = (json.loads((tmp_path / run / "weights.json").read_text()) for run in ("one", "two"))
     assert two["weights"] != dict.fromkeys(two["weights"], 1.0)
-    assert two["weights"] == pytest.approx(one["weights"], abs=0.05)
+    assert two["weights"] == pytest.approx(one["weights"], abs=1e-6)
     assert one.keys() == two.keys()
     first, second = (read_run(tmp_path / run).metrics for run in ("one", "two"))
-    assert second == pytest.approx(first, rel=0.05)  # the same names, those of the test alone
+    assert second == pytest.approx(first, rel=1e-4)  # the same names, those of the test alone
     files = {run: {file.name for file in (tmp_path / run).iterdir()} for run in ("one", "two")}
     assert files["one"] == files["two"]
 

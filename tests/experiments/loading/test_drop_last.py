@@ -83,7 +83,7 @@ def test_each_epoch_leaves_out_other_images(make: Make) -> None:
     assert all(len(of_epoch) == 8 for of_epoch in seen)
 
 
-@pytest.mark.parametrize("step", [2, 4, 5])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 4, 5])
 def test_a_run_resumed_within_an_epoch_is_bit_identical(quiet_trainer: Any, tmp_path: Path, step: int) -> None:
     rooms = partial(RoomsDataModule, SIZE, (6, 8), ["depth", "normals"], 9, 3, 1, batch_size=2, drop_last=True)
 

@@ -87,6 +87,7 @@ def fit(quiet_trainer: Callable[..., L.Trainer]) -> Callable[..., Recorder]:
 
 
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("kind", [Recorder, Manual])
 @pytest.mark.parametrize("validate", [True, False], ids=["validating", "not validating"])
 def test_run_resumed_after_any_batch_is_bit_identical(fit: Any, tmp_path: Path, kind: Any, validate: bool) -> None:
@@ -100,7 +101,9 @@ def test_run_resumed_after_any_batch_is_bit_identical(fit: Any, tmp_path: Path, 
             assert torch.equal(resumed.state_dict()[name], parameter), f"{name} resumed after step {step}"
 
 
-@pytest.mark.parametrize("step", [1, 4, 5, 7])
+@pytest.mark.parametrize(
+    "step", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(5, marks=pytest.mark.slow), 7]
+)
 def test_workers_that_prefetch_change_nothing(fit: Any, tmp_path: Path, step: int) -> None:
     whole = fit(Recorder(), Numbered())
     stopped = fit(Recorder(), Numbered(num_workers=2), callbacks=[each_step(tmp_path)])
@@ -136,6 +139,7 @@ def test_run_validated_within_the_epoch_resumes_there(fit: Any, tmp_path: Path) 
     assert resumed.seen == whole.seen[2:]
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("trained", [0, 2, 5, 8])
 def test_batch_during_which_the_run_was_interrupted_is_trained_on_again(

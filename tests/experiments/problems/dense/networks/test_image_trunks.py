@@ -111,6 +111,7 @@ def test_papers_images_become_80_by_80_maps_and_those_of_the_community_36_by_48(
         assert encoder(torch.rand(2, 3, 288, 384)).shape == (2, channels, 288 // stride, 384 // stride)
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("stride", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize(
     ("trunk", "channels"),
@@ -163,6 +164,7 @@ def test_nothing_of_the_image_goes_past_the_last_shared_layer(trunk: Callable[..
     assert torch.equal(*model.encoder(images))
 
 
+@pytest.mark.each_value_once
 @each_trunk
 @pytest.mark.parametrize("head", [ConvHead, partial(ConvHead, hidden=8), partial(DeepLabHead, channels=8, dropout=0)])
 def test_gradient_reaches_every_parameter_from_every_task(
@@ -244,6 +246,7 @@ def test_half_precision_gives_nearly_the_same(trunk: Callable[..., Any]) -> None
     half.float().sum().backward()
 
 
+@pytest.mark.each_value_once
 @each_trunk
 @pytest.mark.parametrize(
     ("size", "head"),

@@ -1,0 +1,58 @@
+"""The commands in this process: as a shell would call them, and in the place of processes that would be started for them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any, TextIO
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from machines import MODULE
+
+from lightning_gradnorm.experiments.cli import job_runner, train
+
+
+def as_in_a_terminal(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.chdir(folder)
+    patch.setenv("COLUMNS", "200")
+    patch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+
+def status_of(main: Callable[[], None], arguments: Sequence[str]) -> int:
+    """Run a command and return its exit status."""
+    GlobalHydra.instance().clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["command", *arguments])
+        try:
+            main()
+        except SystemExit as left:
+            return int(left.code or 0)
+        finally:
+            assert sys.argv == ["command", *arguments]
+    return 0
+
+
+def run_in(folder: Path, main: Callable[[], None], *arguments: str) -> None:
+    """Run a command in a folder; it is to succeed, and leaves nothing in this process."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()):
+        as_in_a_terminal(patch, folder)
+        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+            patch.setenv(name, "0")
+            patch.delenv(name)
+        assert status_of(main, arguments) == 0
+
+
+def start_no_process(patch: pytest.MonkeyPatch) -> None:
+    """Have the runs of a study train in this process, one after the other: half a second each instead of many."""
+
+    def run(words: Sequence[str], *, stdout: TextIO, **_: Any) -> CompletedProcess[str]:
+        assert tuple(words[:3]) == (sys.executable, *MODULE)
+        with redirect_stdout(stdout), redirect_stderr(stdout):
+            return CompletedProcess(list(words), status_of(train.main, words[3:]))
+
+    patch.setattr(job_runner.subprocess, "run", run)
