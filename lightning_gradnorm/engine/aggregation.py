@@ -66,7 +66,7 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
         if {node_of(loss) for losses in at_heads for loss in losses} & set(self._gate.other_paths):
             raise ValueError(
                 f"{caller}: part of a task's gradient now reaches '{self.setting.representation}' by a path that does not "
-                f"pass the task's head. Give heads=None: then each loss gets a first-order pass of its own."
+                f"pass the task's head. Leave heads out: then each loss gets a first-order pass of its own."
             )
         waiting = [task for task in batch.losses if task not in batch.backpropagated]
         if self._shared is None and self._gate.was_passed and waiting and self._gate.is_reached_from(loss):

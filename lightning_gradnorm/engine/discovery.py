@@ -61,6 +61,8 @@ class Discovery:
         self._seen = _Seen()
         self._batches = 0
         self._has_warned = False
+        self.has_new_losses = False
+        """Whether any rank had losses when `find_layer` was called last."""
 
     def close(self) -> None:
         """Remove all hooks from the model."""
@@ -84,18 +86,18 @@ class Discovery:
         graph = LossGraph(losses)
         positions = graph.positions({name: list(layer.values()) for name, layer in layers.items()}, self._calls.outputs)
         here = _Seen(positions, set(losses), reason_not_retraversable(graph.nodes))
-        for seen in ranks.gather_objects(here):
+        of_ranks = ranks.gather_objects(here)
+        self.has_new_losses = any(seen.tasks for seen in of_ranks)
+        for seen in of_ranks:
             self._seen.merge(seen)
         if not self._seen.tasks >= set(setting.tasks):
             return None
         if self._seen.opaque and self._fallback:
             return self._fallback
-        for name in self._deepest_first():
-            W = layers[name]
-            if self._is_moved_by_all(losses, list(W.values())):
-                return W
-        self._require_frozen_part()
-        return None
+        found = self._deepest_moved_by_all(losses, [layers[name] for name in self._deepest_first()])
+        if found is None:
+            self._require_frozen_part()
+        return found
 
     def _deepest_first(self) -> list[str]:
         """Return the layers that all tasks depend on. A layer lies as deep as the task that uses it least deep says."""
@@ -105,11 +107,30 @@ class Discovery:
         }
         return sorted(shared, key=lambda name: shared[name], reverse=True)
 
-    def _is_moved_by_all(self, losses: Losses, W: Sequence[Tensor]) -> bool:
-        """Return False if no entry of ``W`` is moved by every task, as in an output layer with a row for each of them.
+    def _deepest_moved_by_all(
+        self, losses: Losses, layers: Sequence[Mapping[str, nn.Parameter]]
+    ) -> Mapping[str, nn.Parameter] | None:
+        """Return the first layer with an entry that all tasks move: not an output layer with a row for each of them.
 
-        A task that moves nothing yet, behind a head of zeros, says nothing.
+        A task that moves nothing yet, behind a head of zeros, decides nothing. Such a layer serves if no other does.
         """
+        fallback = None
+        start, count = 0, 1
+        while start < len(layers):
+            some = layers[start : start + count]
+            widths = [row_width(list(W.values())) for W in some]
+            moved = self._moved(losses, [parameter for W in some for parameter in W.values()])
+            for W, entries in zip(some, torch.split(moved, widths, dim=1), strict=True):
+                does_move = entries.any(dim=1)
+                if bool(entries[does_move].all(dim=0).any()):
+                    if bool(does_move.all()):
+                        return W
+                    fallback = fallback or W
+            start, count = start + count, 2 * count  # all in one go would cost a whole gradient for each task
+        return fallback
+
+    def _moved(self, losses: Losses, W: Sequence[Tensor]) -> Tensor:
+        """Return the entries that each task moves, bool of shape (T, n). Collective."""
         setting = self._setting
         moved = torch.zeros(len(setting.tasks), row_width(W), dtype=torch.bool, device=W[0].device)
         for row, task in zip(moved, setting.tasks, strict=True):
@@ -117,9 +138,7 @@ class Discovery:
                 with self._buffers.preserved(task):
                     found = torch.autograd.grad(loss.sum(), W, retain_graph=True, allow_unused=True)
                 row |= flat_row(found, W) != 0
-        moved = setting.loop.ranks.sum(moved.float()) > 0
-        moved = moved[moved.any(dim=1)]
-        return bool(moved.all(dim=0).any())
+        return setting.loop.ranks.sum(moved.float()) > 0
 
     def _require_frozen_part(self) -> None:
         """Warn, once, that all the tasks share is frozen for now.

@@ -108,6 +108,7 @@ class Engine(Generic[AnyRule]):
     def close(self) -> None:
         """Remove everything from the model."""
         self._hooks.close()
+        self._discovery = None
         self.start_batch()
 
     # ---- one batch ---------------------------------------------------------------------------------------------------
@@ -215,8 +216,9 @@ class Engine(Generic[AnyRule]):
             )
         return (
             f"{self._caller}: the head of task '{self.batch.in_head}' changes the representation in place, as "
-            f"ReLU(inplace=True) does, and with it what the other heads read. Make its first operation inplace=False, or give "
-            f"heads=None: then each loss gets a first-order pass of its own."
+            f"ReLU(inplace=True) does, and with it what the other heads read. Make its first operation inplace=False, or "
+            f"{'leave heads out' if self._named_heads else 'give heads=None'}: then each loss gets a first-order pass of its "
+            f"own."
         )
 
     # ---- backward ----------------------------------------------------------------------------------------------------
@@ -244,14 +246,14 @@ class Engine(Generic[AnyRule]):
         self._step.weights = self._weights_by_task()
 
     def _find_layer(self, discovery: Discovery) -> None:
-        """Have the shared layer found; leave the step unmeasured as long as it is not."""
+        """Have the shared layer found. As long as it is not, the encoder's last layer serves, or the step is not measured."""
         self._reading = True
         try:
             W = discovery.find_layer(self.batch.waiting())
         finally:
             self._reading = False
         if W is None:
-            self._step.measured = False
+            self._step.measured &= bool(self.plan.candidates) or not discovery.has_new_losses
             return
         self._needs_layer = False
         if set(map(id, W.values())) != set(map(id, self.plan.shared_layer.values())):
