@@ -59,7 +59,7 @@ class UsageChecks:
         Raises:
             ValueError: a task has never been among the losses, and these are all there are, or one is nearly called so.
         """
-        if batch.losses or batch.absent:
+        if batch.losses or batch.absent or (module.automatic_optimization and self._source.shown):
             _raise(self._source.find_misnamed(is_all=module.automatic_optimization))
 
     def on_batch_end(self, module: L.LightningModule, batch: BatchState) -> None:
