@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, ClassVar, Generic, Literal
+from typing import Any, ClassVar, Generic, Literal, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_gradnorm._messages import check_by_task
 from lightning_gradnorm.callbacks.logging import is_logged_step, log_step_metrics
@@ -81,6 +82,8 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         """Takes the losses while they are computed again without being trained on."""
         self._shown = True
         self._described: str | None = None
+        self._original: BalancingCallback[AnyRule] | None = None
+        self._trained_copy: BalancingCallback[AnyRule] | None = None
         self._restored: dict[str, Any] | None = None
         self._restored_by: str | None = None
         self._stage: str | None = None
@@ -135,9 +138,27 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         Raises:
             RuntimeError: no training has started.
         """
-        if self._rule is None:
+        rule = self._trained._rule
+        if rule is None:
             raise RuntimeError(f"{self._name}: the rule is known once training has started")
-        return self._rule
+        return rule
+
+    @property
+    def _trained(self) -> Self:
+        """The copy that a library has made of this callback and trained in its place, if it has; or this callback."""
+        return self if self._rule is not None or self._trained_copy is None else cast(Self, self._trained_copy)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        # What is placed on a model in training belongs to this callback alone.
+        own = {"_engine": None, "_loop": None, "_hooks": ExitStack(), "_original": self, "_trained_copy": None}
+        for name, value in vars(self).items():
+            vars(new)[name] = own[name] if name in own else copy.deepcopy(value, memo)
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_original": None, "_trained_copy": None}
 
     def _check_heads(self) -> None:
         if isinstance(self.heads, dict):
@@ -150,6 +171,9 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._refuse_unsupported(trainer)
         self._remove_hooks()
         self._described = None
+        original = self._original
+        while original is not None:
+            original._trained_copy, original = self, original._original
         self._loop = loop = TrainerLoop(trainer, self)
         declared = self._source.resolve(pl_module)
         self._names = self._source.names
@@ -313,7 +337,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     def __repr__(self) -> str:
         tasks = "all tasks of the module" if self.tasks is None else ", ".join(self._names)
-        return self._described or f"{self._name}({tasks})"
+        return self._trained._described or f"{self._name}({tasks})"
 
     def _show_if_logged(self, trainer: L.Trainer) -> None:
         if not self._shown and is_logged_step(trainer):

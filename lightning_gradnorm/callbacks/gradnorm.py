@@ -136,8 +136,8 @@ class GradNorm(BalancingCallback[GradNormRule]):
         return self._by_task("mean_weights")
 
     def _by_task(self, which: Literal["weights", "mean_weights"]) -> dict[str, float]:
-        if self._rule is not None:
-            return dict(zip(self._rule.tasks, getattr(self._rule, which).tolist(), strict=True))
+        if (rule := self._trained._rule) is not None:
+            return dict(zip(rule.tasks, getattr(rule, which).tolist(), strict=True))
         if self._restored is not None:
             key = "weights" if which == "weights" else "weights_mean"
             return dict(zip(self._restored["tasks"], self._restored[key].tolist(), strict=True))

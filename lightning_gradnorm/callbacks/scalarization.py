@@ -52,9 +52,10 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
     @property
     def weights(self) -> dict[str, float]:
         """The weights that were last in force, by task; none before training, and none of a strategy without weights."""
-        if self._rule is None or not self._rule.has_weights:
-            return {}
-        return dict(zip(self._rule.tasks, self._rule.weights.tolist(), strict=True))
+        rule = self._trained._rule
+        return (
+            dict(zip(rule.tasks, rule.weights.tolist(), strict=True)) if rule is not None and rule.has_weights else {}
+        )
 
     @property
     def scalarizer(self) -> nn.Module | None:

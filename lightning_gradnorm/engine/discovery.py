@@ -169,6 +169,24 @@ class Discovery:
             )
         self._seen = _Seen()
 
+    def warn_if_hardly_shared(self, losses: Losses, W: Mapping[str, nn.Parameter]) -> None:
+        """Warn if the layer that the user has named is hardly shared, or is all of the network. Collective."""
+        setting, name = self._setting, ", ".join(list(W)[:2]) + (", …" if len(W) > 2 else "")
+        moved = self._moved(losses, list(W.values()))
+        moved = moved[moved.any(dim=1)]
+        shared, entries = int(moved.all(dim=0).sum()), moved.shape[1]
+        if len(moved) > 1 and shared < 0.01 * entries:
+            setting.loop.ranks.warn(
+                f"{setting.caller}: only {shared} of the {entries} entries of the shared layer ({name}) move the losses of all "
+                f"tasks, as in an output layer with a row for each task. Name the layer before it, or leave shared_layer out."
+            )
+        heavy = {n for n, p in setting.model.named_parameters() if p.requires_grad and p.ndim >= 2}
+        if len(heavy) > 2 and heavy <= W.keys():
+            setting.loop.ranks.warn(
+                f"{setting.caller}: the shared layer ({name}) is the whole network, but norms should be taken at the last layer "
+                f"that all tasks share. Name that layer, or leave shared_layer out."
+            )
+
     # ---- the heads ---------------------------------------------------------------------------------------------------
 
     def find_heads(self, losses: Losses, targets: Sequence[Tensor]) -> dict[str, str] | None:

@@ -247,11 +247,7 @@ class Engine(Generic[AnyRule]):
 
     def _find_layer(self, discovery: Discovery) -> None:
         """Have the shared layer found. As long as it is not, the encoder's last layer serves, or the step is not measured."""
-        self._reading = True
-        try:
-            W = discovery.find_layer(self.batch.waiting())
-        finally:
-            self._reading = False
+        W = discovery.find_layer(self.batch.waiting())
         if W is None:
             self._step.measured &= bool(self.plan.candidates) or not discovery.has_new_losses
             return
@@ -267,6 +263,8 @@ class Engine(Generic[AnyRule]):
         reader = self.measurement.reader
         heads = discovery.find_heads(self.batch.losses, [] if reader is None else reader.targets)
         if heads is not None:
+            if self._setting.shared_layer is not None and isinstance(reader, WeightGradients):
+                discovery.warn_if_hardly_shared(self.batch.waiting(), self.plan.shared_layer)
             self._needs_heads, self._found_heads = False, heads
             self.plan = replace(self.plan, heads=heads)
 
