@@ -183,8 +183,8 @@ class Discovery:
         heavy = {n for n, p in setting.model.named_parameters() if p.requires_grad and p.ndim >= 2}
         if len(heavy) > 2 and heavy <= W.keys():
             setting.loop.ranks.warn(
-                f"{setting.caller}: the shared layer ({name}) is the whole network, but norms should be taken at the last layer "
-                f"that all tasks share. Name that layer, or leave shared_layer out."
+                f"{setting.caller}: the shared layer ({name}) is the whole network, but norms should be taken at the last "
+                f"layer that all tasks share. Name that layer, or leave shared_layer out."
             )
 
     # ---- the heads ---------------------------------------------------------------------------------------------------

@@ -269,25 +269,16 @@ class Engine(Generic[AnyRule]):
             self.plan = replace(self.plan, heads=heads)
 
     def _decide_where_to_read(self, loss: Tensor) -> None:
-        """Read at the heads whose branches this forward pass has called and whose tasks keep to them, else at the losses."""
+        """Read at the heads of the tasks that keep to them in this forward pass, else at the losses."""
         batch, reader = self.batch, self.measurement.reader
         if self._named_heads:
-            self._require_heads()
             self._checks.require_separate_heads(loss, batch)
-        elif not batch.branches or reader is None:
+        if reader is None or not (self._named_heads or batch.branches):
             batch.read_at_losses = set(self._tasks)
         else:
-            batch.read_at_losses |= tasks_off_course(batch.losses, batch.branches, loss, reader.targets)
-
-    def _require_heads(self) -> None:
-        """Refuse to read at a head that the model no longer has. One that a loss leaves out gives a norm of 0."""
-        for task, head in self._named_heads.items():
-            is_passed_by = task in self.batch.losses and task not in self.batch.branches
-            if is_passed_by and all(module is not head for module in self._setting.model.modules()):
-                raise ValueError(
-                    f"{self._caller}: the head that task '{task}' had when the training began has been replaced, so that no "
-                    f"gradient is read there. Replace it before, or leave heads out."
-                )
+            off = tasks_off_course(batch.losses, batch.branches, loss, reader.targets)
+            self._checks.require_readable_at_losses(off - batch.read_at_losses, batch)
+            batch.read_at_losses |= off
 
     def after_backward(self) -> None:
         """Called right after each backward pass."""

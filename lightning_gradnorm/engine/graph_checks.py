@@ -97,6 +97,23 @@ class GraphChecks:
                     f"a pass of its own."
                 )
 
+    def require_readable_at_losses(self, tasks: Collection[str], batch: BatchState) -> None:
+        """Check that tasks off their head's course can be read by a first-order pass from the loss.
+
+        Raises:
+            ValueError: the pass comes through a graph that cannot be traversed twice.
+        """
+        for task in tasks:
+            starts = [node_of(loss) for loss in batch.losses.get(task, ())]
+            for reader in self.readers if starts else ():
+                if cause := reason_not_retraversable(
+                    nodes_on_paths(starts, reader.targets) - set(map(node_of, reader.targets))
+                ):
+                    raise ValueError(
+                        f"{self._caller}: in this batch the loss of task '{task}' does not pass its head alone, but reaches "
+                        f"{reader.label} through {cause}"
+                    )
+
     def _why_unreadable(self, reader: GradientReader, task: str, loss: Tensor, batch: BatchState) -> str | None:
         """Return why this reader cannot read the task (the end of an error message), or None."""
         if reason := reader.why_unreadable(loss):
