@@ -1,10 +1,9 @@
-"""Mutation check: does the fast set notice when the core computes something else?
+"""Put faults into the core, one after another, and see whether the fast tests notice.
 
-Puts one deliberate fault after another into the core, runs the fast tests that should notice it, and says which test did.
-The faults are data, in `mutations.py`.
+Each fault is data, in `mutations.py`: a text of the core, what it becomes, and the fast tests that should notice. The first test
+that fails has caught it.
 
-The faults never touch your tree. Each goes into a copy of its own, in a temporary folder that is removed with it; nothing is
-left to restore, also if the check is killed.
+No fault touches your tree, so that nothing has to be restored: each goes into a copy of its own in a temporary folder.
 
 Status 1 if a fault survives or does not load, if its text no longer occurs exactly once, or if the tests fail without one.
 
