@@ -1,7 +1,7 @@
 """Put faults into the core, one after another, and see whether the fast tests notice.
 
-Each fault is data, in `mutations.py`: a text of the core, what it becomes, and the fast tests that should notice. The first test
-that fails has caught it.
+Each fault is data, in `mutations.py`: a text of the core, what it becomes, and the fast tests that should notice. The first
+test that fails has caught it.
 
 No fault touches your tree, so that nothing has to be restored: each goes into a copy of its own in a temporary folder.
 

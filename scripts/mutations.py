@@ -28,12 +28,12 @@ _ADAM = f"{_CORE}strategies/weight_optimizer.py"
 _ENGINE = f"{_CORE}engine/engine.py"
 _RANKS = f"{_CORE}engine/ranks.py"
 
-_OF_RULE = ("tests/strategies/test_gradnorm_rule.py",)
 _OF_TERMS = ("tests/strategies/test_gradnorm_terms.py",)
+_OF_RULE = (*_OF_TERMS, "tests/strategies/test_gradnorm_rule.py")
 _OF_NETWORK = ("tests/callbacks/test_network_gradients.py",)
 _OF_BALANCER = ("tests/engine/test_balancer.py",)
 _OF_PRECISION = ("tests/callbacks/test_precision.py",)
-_OF_RANKS = ("tests/engine/test_balancer_ranks.py",)
+_OF_MEANS = ("tests/engine/test_means_of_a_step.py",)
 _OF_GATE = ("tests/gradients/test_gate.py",)
 _OF_READING = ("tests/gradients/test_one_backward_pass.py",)
 
@@ -200,9 +200,21 @@ FAULTS = (
         "the network trains with weights of the step before",
         _ENGINE,
         "        self._step.weights = self._weights_by_task()\n\n    def _require_heads",
-        "        now = self._weights_by_task()\n"
+        "        now = {task: weight.clone() for task, weight in self._weights_by_task().items()}\n"
         "        self._step.weights, self._before = getattr(self, '_before', now), now\n\n    def _require_heads",
         _OF_BALANCER,
+    ),
+    Fault(
+        "the heads train with the new weights instead of the old",
+        f"{_CORE}engine/measurement.py",
+        "            self.rule.step(means.norms / weights, means.losses, means.present)\n",
+        "            old = weights.clone()\n"
+        "            self.rule.step(means.norms / weights, means.losses, means.present)\n"
+        "            for task, ratio in zip(self.setting.tasks, self.rule.loss_weights / old, strict=True):\n"
+        "                head = (self.setting.heads or {}).get(task)\n"
+        "                for one in [] if head is None else self.setting.model.get_submodule(head).parameters():\n"
+        "                    one.grad.mul_(ratio)\n",
+        _OF_NETWORK,
     ),
     Fault(
         "a scalarization's weights are those of the batch before",
@@ -233,7 +245,7 @@ FAULTS = (
         _RANKS,
         "losses = torch.stack([step.losses.get(task, nothing).to(like) for task in tasks])",
         "losses = torch.stack([step.losses.get(task, nothing).to(like) for task in reversed(tasks)])",
-        _OF_BALANCER,
+        _OF_MEANS,
     ),
     Fault(
         "the norms are over all parameters, not over the shared layer",
@@ -298,21 +310,21 @@ FAULTS = (
         _RANKS,
         "reader.norms_of(table[:, 3:]), table[0, 2]",
         "ranks.sum(reader.norms_of(reader.rows(tasks, like))), table[0, 2]",
-        _OF_RANKS,
+        _OF_MEANS,
     ),
     Fault(
         "a loss that one rank lacks counts there as 0",
         _RANKS,
         "losses, present = table[:, 0] / table[:, 1].clamp(min=1), table[:, 1] > 0\n        norms",
         "losses, present = table[:, 0] / ranks.size, table[:, 1] > 0\n        norms",
-        _OF_RANKS,
+        _OF_MEANS,
     ),
     Fault(
         "the losses of micro-batches are added up, not averaged",
         _RANKS,
         "losses = losses / _to_device(like, [max(count, 1) for count in counts])",
         "pass",
-        _OF_BALANCER,
+        _OF_MEANS,
     ),
     Fault(
         "gradients of micro-batches are averaged over the wrong number",
