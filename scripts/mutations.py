@@ -304,6 +304,13 @@ FAULTS = (
         "",
         ("tests/engine/test_balancer_wrong_inputs.py",),
     ),
+    Fault(
+        "a layer that no gradient reaches goes unnoticed",
+        f"{_CORE}gradients/readers.py",
+        "if all(part is None for part in found):",
+        "if False:",
+        ("tests/engine/test_replaced_layer.py",),
+    ),
     # ---- ranks, accumulation, the loss scaler ------------------------------------------------------------------------
     Fault(
         "over the ranks, the mean of local norms replaces the norm of the mean gradient",
