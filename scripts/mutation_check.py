@@ -8,7 +8,7 @@ No fault touches your tree, so that nothing has to be restored: each goes into a
 Status 1 if a fault survives or does not load, if its text no longer occurs exactly once, or if the tests fail without one.
 
 Example:
-    python scripts/mutation_check.py            # all faults, one process, some minutes
+    python scripts/mutation_check.py            # all faults: ten to twenty minutes in one process
     python scripts/mutation_check.py --jobs 4
     python scripts/mutation_check.py --list
     python scripts/mutation_check.py --fault "the exponent is -alpha"
