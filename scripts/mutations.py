@@ -1,0 +1,464 @@
+"""The faults of `mutation_check.py`: what each changes in the core, and the fast tests that should notice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_CORE = "lightning_gradnorm/"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One deliberate fault."""
+
+    name: str
+    """What is wrong, in words."""
+    file: str
+    """Where, from the root of the repository."""
+    old: str
+    """What stands there; occurs exactly once."""
+    new: str
+    """What the fault makes of it."""
+    tests: tuple[str, ...]
+    """The test files that should notice, the cheapest first."""
+
+
+_GRADNORM = f"{_CORE}strategies/gradnorm.py"
+_ADAM = f"{_CORE}strategies/weight_optimizer.py"
+_ENGINE = f"{_CORE}engine/engine.py"
+_RANKS = f"{_CORE}engine/ranks.py"
+
+_OF_TERMS = ("tests/strategies/test_gradnorm_terms.py",)
+_OF_RULE = (*_OF_TERMS, "tests/strategies/test_gradnorm_rule.py")
+_OF_NETWORK = ("tests/callbacks/test_network_gradients.py",)
+_OF_BALANCER = ("tests/engine/test_balancer.py",)
+_OF_PRECISION = ("tests/callbacks/test_precision.py",)
+_OF_MEANS = ("tests/engine/test_means_of_a_step.py",)
+_OF_ROWS = ("tests/gradients/test_rows_of_the_gate.py",)
+_OF_READING = ("tests/gradients/test_one_backward_pass.py",)
+
+FAULTS = (
+    # ---- the rule ----------------------------------------------------------------------------------------------------
+    Fault(
+        "the exponent is -alpha",
+        _GRADNORM,
+        "priorities * rates**alpha\n",
+        "priorities * rates**-alpha\n",
+        _OF_RULE,
+    ),
+    Fault(
+        "the target is not detached: the gradient goes through it too",
+        _GRADNORM,
+        "(grad_norms - targets).sign() * norms)",
+        "norms * ((s := (grad_norms - targets).sign()) - _mean(s * priorities * rates**alpha, present)))",
+        _OF_RULE,
+    ),
+    Fault(
+        "the weights are not scaled to sum T",
+        _GRADNORM,
+        "return weights * (T / weights.sum())",
+        "return weights",
+        _OF_RULE,
+    ),
+    Fault(
+        "min_weight is ignored, and weights may be negative",
+        _GRADNORM,
+        "weights.clamp(self.min_weight, _MAX_WEIGHT_SHARE * T)",
+        "weights.clamp(max=_MAX_WEIGHT_SHARE * T)",
+        _OF_RULE,
+    ),
+    Fault(
+        "priorities are not scaled to mean 1",
+        _GRADNORM,
+        "priorities / priorities.mean(), initial_losses",
+        "priorities, initial_losses",
+        _OF_TERMS,
+    ),
+    Fault(
+        "priorities of the present tasks are not scaled to mean 1",
+        _GRADNORM,
+        "        priorities = priorities / _mean(priorities, present)\n",
+        "",
+        _OF_TERMS,
+    ),
+    Fault(
+        "an absent task counts in the means",
+        _GRADNORM,
+        "torch.where(present, values, 0.0).sum() / present.sum()",
+        "torch.where(present, values, 0.0).sum() / present.numel()",
+        _OF_RULE,
+    ),
+    Fault(
+        "the weight of an absent task changes",
+        _GRADNORM,
+        "return torch.where(present, weights * (total / (weights * present).sum()), before)",
+        "return weights * (T / weights.sum())",
+        _OF_RULE,
+    ),
+    Fault(
+        "a loss that is not finite updates the weights",
+        _GRADNORM,
+        "problems = losses - losses  #",
+        "problems = torch.zeros_like(losses)  #",
+        _OF_RULE,
+    ),
+    Fault(
+        "the last losses take the place of L(0)",
+        _GRADNORM,
+        "        self._is_fresh = False\n        update = WeightUpdate(",
+        "        self._is_fresh, self.initial_losses = False, losses\n        update = WeightUpdate(",
+        _OF_BALANCER,
+    ),
+    Fault(
+        "L(0) is the mean over one update more than asked for",
+        _GRADNORM,
+        "counts = present & (self._updates_seen < self._updates_in_initial)",
+        "counts = present & (self._updates_seen <= self._updates_in_initial)",
+        _OF_RULE,
+    ),
+    Fault(
+        "L(0) is not restored",
+        _GRADNORM,
+        'torch.where(is_new, self.initial_losses, matched["initial_losses"].to(self.weights))',
+        "self.initial_losses",
+        (*_OF_RULE, "tests/callbacks/test_resume.py"),
+    ),
+    Fault(
+        "L(0) is taken anew after a resume",
+        _GRADNORM,
+        'self._updates_seen = matched["updates_seen"].to(self.weights)',
+        "self._updates_seen = torch.zeros_like(self._updates_seen)",
+        (*_OF_RULE, "tests/callbacks/test_resume.py"),
+    ),
+    Fault(
+        "update_every is off by one",
+        _GRADNORM,
+        "self.steps % self.update_every == 0",
+        "(self.steps + 1) % self.update_every == 0",
+        _OF_RULE,
+    ),
+    Fault(
+        "stop_after is off by one",
+        _GRADNORM,
+        "self.steps < self.stop_after",
+        "self.steps <= self.stop_after",
+        _OF_RULE,
+    ),
+    Fault(
+        "the mean weights count one step too many",
+        _GRADNORM,
+        "1 / self.steps)",
+        "1 / (self.steps + 1))",
+        _OF_TERMS,
+    ),
+    Fault(
+        "the state keeps its old precision",
+        _GRADNORM,
+        "return value.to(device, dtype if value.is_floating_point() else value.dtype)",
+        "return value.to(device)",
+        _OF_RULE,
+    ),
+    Fault(
+        "only a copy of the weights is scaled, not what the optimizer holds",
+        _ADAM,
+        "        self.weights.copy_(constrain(before, self.weights.detach()))\n",
+        "        constrain(before, self.weights.detach().clone())\n",
+        _OF_RULE,
+    ),
+    Fault(
+        "only a copy of the weights is scaled, with Adam",
+        _ADAM,
+        "torch.where(taken, constrain(weights, moved), weights)",
+        "torch.where(taken, moved, weights)",
+        _OF_RULE,
+    ),
+    Fault(
+        "Adam is made anew in each step",
+        _ADAM,
+        "        self._averages = torch.where(taken, averages, self._averages)\n        self._next_step += taken\n",
+        "",
+        _OF_RULE,
+    ),
+    # ---- the weights in the network ----------------------------------------------------------------------------------
+    Fault(
+        "a loss that is shown twice is weighted twice",
+        _ENGINE,
+        "        if owner == task:\n"
+        "            return  # logged twice, or both returned and watched: a second hook would apply the weight twice\n"
+        "        if owner is not None:\n",
+        "        if owner not in (None, task):\n",
+        ("tests/engine/test_watched_twice.py",),
+    ),
+    Fault(
+        "the weight is applied twice",
+        _ENGINE,
+        "weighted = gradient * applied",
+        "weighted = gradient * applied * applied",
+        _OF_NETWORK,
+    ),
+    Fault(
+        "the network trains with weights of the step before",
+        _ENGINE,
+        "        self._step.weights = self._weights_by_task()\n\n    def _require_heads",
+        "        now = {task: weight.clone() for task, weight in self._weights_by_task().items()}\n"
+        "        self._step.weights, self._before = getattr(self, '_before', now), now\n\n    def _require_heads",
+        _OF_BALANCER,
+    ),
+    Fault(
+        "the heads train with the new weights instead of the old",
+        f"{_CORE}engine/measurement.py",
+        "            self.rule.step(means.norms / weights, means.losses, means.present)\n",
+        "            old = weights.clone()\n"
+        "            self.rule.step(means.norms / weights, means.losses, means.present)\n"
+        "            for task, ratio in zip(self.setting.tasks, self.rule.loss_weights / old, strict=True):\n"
+        "                head = (self.setting.heads or {}).get(task)\n"
+        "                for one in [] if head is None else self.setting.model.get_submodule(head).parameters():\n"
+        "                    one.grad.mul_(ratio)\n",
+        _OF_NETWORK,
+    ),
+    Fault(
+        "a scalarization's weights are those of the batch before",
+        _ENGINE,
+        "        self.measurement.before_backward(loss, self.batch, at_heads=self.plan.at_heads)\n"
+        "        self._step.weights = self._weights_by_task()\n",
+        "        self._step.weights = {task: weight.clone() for task, weight in self._weights_by_task().items()}\n"
+        "        self.measurement.before_backward(loss, self.batch, at_heads=self.plan.at_heads)\n",
+        _OF_BALANCER,
+    ),
+    # ---- what is read ------------------------------------------------------------------------------------------------
+    Fault(
+        "the first-order pass reads without the weight",
+        _ENGINE,
+        "self._read(task, [loss], [weighted])",
+        "self._read(task, [loss], [gradient])",
+        _OF_BALANCER,
+    ),
+    Fault(
+        "the gradient of another task's head is read",
+        _ENGINE,
+        "receive = partial(self._read_at_head, task)",
+        "receive = partial(self._read_at_head, self._tasks[self._tasks.index(task) - 1])",
+        _OF_BALANCER,
+    ),
+    Fault(
+        "a task gets the loss of another",
+        _RANKS,
+        "losses = torch.stack([step.losses.get(task, nothing).to(like) for task in tasks])",
+        "losses = torch.stack([step.losses.get(task, nothing).to(like) for task in reversed(tasks)])",
+        _OF_MEANS,
+    ),
+    Fault(
+        "the norms are over all parameters, not over the shared layer",
+        f"{_CORE}engine/reader_choice.py",
+        "return [WeightGradients(list(W.values())),",
+        "return [WeightGradients([p for p in root.parameters() if p.requires_grad]),",
+        _OF_BALANCER,
+    ),
+    Fault(
+        "the bias counts as part of the shared layer",
+        f"{_CORE}engine/layers.py",
+        "found = weight or parametrized or older or inside",
+        "found = inside",
+        _OF_BALANCER,
+    ),
+    Fault(
+        "a second reading of a task takes the place of the first",
+        f"{_CORE}gradients/readers.py",
+        "self._rows[task] = self._rows[task] + row if task in self._rows else row",
+        "self._rows[task] = row",
+        _OF_READING,
+    ),
+    Fault(
+        "a task's norm is taken before all of its gradient is there",
+        f"{_CORE}engine/step_state.py",
+        "if at_heads else self.losses[task]) == 1",
+        "if at_heads else self.losses[task]) >= 1",
+        ("tests/engine/test_head_called_twice.py",),
+    ),
+    Fault(
+        "a module that has to run again does not",
+        _ENGINE,
+        "        if self._step.measured and self.measurement.reader is not None:\n"
+        "            self.measurement.reader.on_backward_end()\n",
+        "",
+        ("tests/engine/test_replay.py",),
+    ),
+    Fault(
+        "running statistics count what is computed again",
+        f"{_CORE}gradients/buffers.py",
+        "                    buffer.data.copy_(value)\n",
+        "",
+        ("tests/gradients/test_buffers.py",),
+    ),
+    Fault(
+        "the engine does not put running statistics back",
+        _ENGINE,
+        "with self._buffers.preserved(task):",
+        "if True:",
+        ("tests/gradients/test_buffers.py",),
+    ),
+    Fault(
+        "a loss that took no part in the backward pass goes unnoticed",
+        f"{_CORE}engine/balancer.py",
+        '            require_backpropagated(self._engine.batch.losses, self._engine.batch.backpropagated, caller="Balancer")\n',
+        "",
+        ("tests/engine/test_balancer_wrong_inputs.py",),
+    ),
+    Fault(
+        "a layer that no gradient reaches goes unnoticed",
+        f"{_CORE}gradients/readers.py",
+        "if all(part is None for part in found):",
+        "if False:",
+        ("tests/engine/test_replaced_layer.py",),
+    ),
+    # ---- ranks, accumulation, the loss scaler ------------------------------------------------------------------------
+    Fault(
+        "over the ranks, the mean of local norms replaces the norm of the mean gradient",
+        _RANKS,
+        "reader.norms_of(table[:, 3:]), table[0, 2]",
+        "ranks.sum(reader.norms_of(reader.rows(tasks, like))), table[0, 2]",
+        _OF_MEANS,
+    ),
+    Fault(
+        "a loss that one rank lacks counts there as 0",
+        _RANKS,
+        "losses, present = table[:, 0] / table[:, 1].clamp(min=1), table[:, 1] > 0\n        norms",
+        "losses, present = table[:, 0] / ranks.size, table[:, 1] > 0\n        norms",
+        _OF_MEANS,
+    ),
+    Fault(
+        "the losses of micro-batches are added up, not averaged",
+        _RANKS,
+        "losses = losses / _to_device(like, [max(count, 1) for count in counts])",
+        "pass",
+        _OF_MEANS,
+    ),
+    Fault(
+        "gradients of micro-batches are averaged over the wrong number",
+        f"{_CORE}callbacks/trainer_loop.py",
+        "(passes / self.trainer.accumulate_grad_batches if is_automatic else 1.0)",
+        "(passes if is_automatic else 1.0)",
+        ("tests/callbacks/test_accumulated_norms.py",),
+    ),
+    Fault(
+        "the scale of a Balancer's last micro-batch stands for all",
+        f"{_CORE}engine/plain_loop.py",
+        "for scale in self.scales[-passes:]]",
+        "for scale in self.scales[-1:]]",
+        _OF_BALANCER,
+    ),
+    Fault(
+        "norms are not divided by the loss scale",
+        f"{_CORE}callbacks/trainer_loop.py",
+        "return self.loss_scale() * (passes",
+        "return 1.0 * (passes",
+        _OF_PRECISION,
+    ),
+    Fault(
+        "a step that the scaler skips is counted",
+        _ENGINE,
+        "        if skipped:\n            self.measurement",
+        "        if False:\n            self.measurement",
+        _OF_PRECISION,
+    ),
+    Fault(
+        "a weight that the loss's precision rounds spoils the norm",
+        _RANKS,
+        "            reader.rescale(task, like[tasks.index(task)] / rounded)\n",
+        "            pass\n",
+        _OF_PRECISION,
+    ),
+    # ---- aggregation -------------------------------------------------------------------------------------------------
+    Fault(
+        "the sum of the tasks' gradients passes the gate beside the combination",
+        f"{_CORE}gradients/gate.py",
+        "return [None] * len(arrived)  #",
+        "return list(arrived)  #",
+        _OF_BALANCER,
+    ),
+    Fault(
+        "an aggregation's weights go to the rows in reverse",
+        f"{_CORE}engine/aggregation.py",
+        "return self._agree(gramian, present).to(J) @ J",
+        "return self._agree(gramian, present).flip(0).to(J) @ J",
+        _OF_BALANCER,
+    ),
+    Fault(
+        "rows of J are those of other tasks",
+        f"{_CORE}gradients/gate.py",
+        "{task: row for row, task in enumerate(tasks)}",
+        "{task: row for row, task in enumerate(reversed(tasks))}",
+        _OF_ROWS,
+    ),
+    Fault(
+        "the weight of a row goes to another task's where one is absent",
+        f"{_CORE}strategies/aggregation.py",
+        "torch.zeros(T, dtype=weights.dtype).index_copy(0, some, weights.cpu())",
+        "torch.cat([weights.cpu(), torch.zeros(T - len(some), dtype=weights.dtype)])",
+        _OF_ROWS,
+    ),
+    # ---- the callbacks, Balancer, the monitor ------------------------------------------------------------------------
+    Fault(
+        "Balancer.step counts without a backward pass",
+        f"{_CORE}engine/balancer.py",
+        "if not self._engine.pending_backwards:",
+        "if False:",
+        ("tests/engine/test_balancer_wrong_inputs.py",),
+    ),
+    Fault(
+        "a closed Balancer stays on the model",
+        f"{_CORE}engine/balancer.py",
+        "        self._closed = True\n        self._engine.close()\n",
+        "        self._closed = True\n",
+        ("tests/engine/test_balancer_state.py",),
+    ),
+    Fault(
+        "a callback keeps its rule's state out of the checkpoint",
+        f"{_CORE}callbacks/base.py",
+        "        if self._rule is not None and self._restored is None:\n            return self._rule.state_dict()\n",
+        "",
+        ("tests/callbacks/test_resume.py",),
+    ),
+    Fault(
+        "a MultiTaskModule clips each micro-batch, not the whole gradient",
+        f"{_CORE}multitask/module.py",
+        "    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:\n",
+        "    def on_after_backward(self) -> None:\n        optimizer = self.optimizers()\n",
+        ("tests/multitask/test_clipping.py",),
+    ),
+    Fault(
+        "the monitor shows norms without the weight",
+        f"{_CORE}gradients/loss_terms.py",
+        "row = reading.row * weight.to(reading.row)",
+        "row = reading.row",
+        ("tests/monitor/test_weight_in_norm.py",),
+    ),
+    Fault(
+        "the monitor suggests weights for norms that have weights in them",
+        f"{_CORE}monitor/summary.py",
+        "plain = found[name] / weights[name] if weights[name] else 0.0",
+        "plain = found[name]",
+        ("tests/monitor/test_weight_in_norm.py",),
+    ),
+    Fault(
+        "the second look of FAMO draws other random numbers",
+        f"{_CORE}callbacks/recompute.py",
+        "            torch.set_rng_state(cpu)\n",
+        "",
+        ("tests/callbacks/test_famo_and_dwa.py",),
+    ),
+    Fault(
+        "uncertainty weighting has no 1/2 for a regression",
+        f"{_CORE}strategies/uncertainty.py",
+        "1.0 if task in self.classification else 0.5 for",
+        "1.0 for",
+        ("tests/strategies/test_uncertainty.py",),
+    ),
+    Fault(
+        "the hook on a loss keeps the loss alive",
+        _ENGINE,
+        "loss.register_hook(partial(self._on_loss_gradient, task, index))",
+        "loss.register_hook(lambda gradient, kept=loss: self._on_loss_gradient(task, index, gradient))",
+        ("tests/engine/test_losses_are_released.py",),
+    ),
+)
