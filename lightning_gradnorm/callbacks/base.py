@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, ClassVar, Generic, Literal, cast
+from typing import Any, ClassVar, Generic, Literal
 
 import lightning as L
 import torch
@@ -15,11 +14,17 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from lightning_gradnorm._messages import check_by_task
+from lightning_gradnorm.callbacks.copies import linked_copy, tell_originals
 from lightning_gradnorm.callbacks.logging import is_logged_step, log_step_metrics
 from lightning_gradnorm.callbacks.losses import LossSource, explain_errors
-from lightning_gradnorm.callbacks.packages import is_one_of, overrides, works_in_both_packages
+from lightning_gradnorm.callbacks.packages import overrides, works_in_both_packages
 from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
-from lightning_gradnorm.callbacks.usage_checks import UsageChecks
+from lightning_gradnorm.callbacks.usage_checks import (
+    UsageChecks,
+    refuse_company,
+    refuse_repeated_closures,
+    refuse_strategy,
+)
 from lightning_gradnorm.engine.engine import Engine
 from lightning_gradnorm.engine.measurement import AnyRule, Heads, Setting
 
@@ -82,8 +87,8 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         """Takes the losses while they are computed again without being trained on."""
         self._shown = True
         self._described: str | None = None
-        self._original: BalancingCallback[AnyRule] | None = None
-        self._trained_copy: BalancingCallback[AnyRule] | None = None
+        self._original: Self | None = None
+        self._trained_copy: Self | None = None
         self._restored: dict[str, Any] | None = None
         self._restored_by: str | None = None
         self._stage: str | None = None
@@ -104,28 +109,10 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     def _refuse_unsupported(self, trainer: L.Trainer) -> None:
         """Raise ValueError if this Trainer's setting cannot be balanced. Called when a training starts."""
-        name, strategy = self._name, trainer.strategy
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(other, BalancingCallback) and other is not self:
-                raise ValueError(
-                    f"{name}: a Trainer should have one balancing callback; got {name} and {type(other).__name__}. Remove "
-                    f"one: both would weight the same losses."
-                )
-        if is_one_of(strategy, "FSDPStrategy", "DeepSpeedStrategy"):
-            raise ValueError(
-                f"{name}: {type(strategy).__name__} keeps only a piece of the shared layer on each rank, in a form that cannot "
-                f"be put together for one layer alone. Use strategy='ddp', or ModelParallelStrategy with fully_shard."
-            )
-        if is_one_of(strategy, "ModelParallelStrategy") and strategy.device_mesh["tensor_parallel"].size() > 1:  # type: ignore[attr-defined]
-            raise ValueError(
-                f"{name}: tensor parallelism cuts the representation into pieces, which is not supported. Use "
-                f"ModelParallelStrategy(tensor_parallel_size=1), or strategy='ddp'."
-            )
-        if self._state_description and any(isinstance(one, torch.optim.LBFGS) for one in trainer.optimizers):
-            raise ValueError(
-                f"{name}: torch.optim.LBFGS evaluates the losses several times within one step, between which their weights "
-                f"should not change. Use another optimizer for the network, or FixedWeights."
-            )
+        refuse_company(self, [one for one in trainer.callbacks if isinstance(one, BalancingCallback)])  # type: ignore[attr-defined]
+        refuse_strategy(trainer.strategy, caller=self._name)
+        if self._state_description:
+            refuse_repeated_closures(trainer.optimizers, caller=self._name)
 
     @property
     def _name(self) -> str:
@@ -145,17 +132,12 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     @property
     def _trained(self) -> Self:
-        """The copy that a library has made of this callback and trained in its place, if it has; or this callback."""
-        return self if self._rule is not None or self._trained_copy is None else cast(Self, self._trained_copy)
+        """The copy that a library has trained in place of this callback, if it has; or this callback."""
+        return self if self._rule is not None or self._trained_copy is None else self._trained_copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
         # What is placed on a model in training belongs to this callback alone.
-        own = {"_engine": None, "_loop": None, "_hooks": ExitStack(), "_original": self, "_trained_copy": None}
-        for name, value in vars(self).items():
-            vars(new)[name] = own[name] if name in own else copy.deepcopy(value, memo)
-        return new
+        return linked_copy(self, memo, {"_engine": None, "_loop": None, "_hooks": ExitStack()})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_original": None, "_trained_copy": None}
@@ -171,9 +153,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._refuse_unsupported(trainer)
         self._remove_hooks()
         self._described = None
-        original = self._original
-        while original is not None:
-            original._trained_copy, original = self, original._original
+        tell_originals(self)
         self._loop = loop = TrainerLoop(trainer, self)
         declared = self._source.resolve(pl_module)
         self._names = self._source.names
@@ -186,21 +166,11 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         parameter = next((p for p in pl_module.parameters() if p.is_floating_point()), torch.zeros(()))
         self._start_rule(torch.zeros((), dtype=parameter.dtype, device=pl_module.device))
         heads = self.heads
-        if heads == "auto" and declared is not None:
-            shares_one = len({pl_module.get_submodule(head) for head in declared.values()}) < len(declared)
-            heads = "auto" if shares_one else declared
+        if heads == "auto" and declared and len(set(map(pl_module.get_submodule, declared.values()))) == len(declared):
+            heads = declared
         options = {"timeout": getattr(trainer.strategy, "_timeout", None)}  # the user's, if DDPStrategy was given one
-        setting = Setting(
-            self._name,
-            pl_module,
-            loop,
-            self._names,
-            self.shared_layer,
-            heads,
-            self.representation,
-            self.norm_of,
-            options,
-        )
+        names, W, z = self._names, self.shared_layer, self.representation
+        setting = Setting(self._name, pl_module, loop, names, W, heads, z, self.norm_of, options)
         with ExitStack() as hooks:  # if anything fails, what was placed is removed again
             engine = Engine(self.rule, setting)
             hooks.callback(engine.close)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradnorm.callbacks.losses import LossSource
+from lightning_gradnorm.callbacks.packages import is_one_of
 from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.ranks import Ranks
 from lightning_gradnorm.engine.step_state import BatchState
@@ -114,3 +115,37 @@ class UsageChecks:
 def _raise(message: str | None) -> None:
     if message is not None:
         raise ValueError(message)
+
+
+def refuse_strategy(strategy: Any, *, caller: str) -> None:
+    """Raise ValueError if a Trainer's strategy keeps the model in pieces that cannot be balanced."""
+    if is_one_of(strategy, "FSDPStrategy", "DeepSpeedStrategy"):
+        raise ValueError(
+            f"{caller}: {type(strategy).__name__} keeps only a piece of the shared layer on each rank, in a form that cannot "
+            f"be put together for one layer alone. Use strategy='ddp', or ModelParallelStrategy with fully_shard."
+        )
+    if is_one_of(strategy, "ModelParallelStrategy") and strategy.device_mesh["tensor_parallel"].size() > 1:
+        raise ValueError(
+            f"{caller}: tensor parallelism cuts the representation into pieces, which is not supported. Use "
+            f"ModelParallelStrategy(tensor_parallel_size=1), or strategy='ddp'."
+        )
+
+
+def refuse_company(callback: object, others: Sequence[object]) -> None:
+    """Raise ValueError if there is another balancing callback among ``others``."""
+    name = type(callback).__name__
+    for other in others:
+        if other is not callback:
+            raise ValueError(
+                f"{name}: a Trainer should have one balancing callback; got {name} and {type(other).__name__}. Remove "
+                f"one: both would weight the same losses."
+            )
+
+
+def refuse_repeated_closures(optimizers: Sequence[object], *, caller: str) -> None:
+    """Raise ValueError for an optimizer that evaluates its closure more than once in a step."""
+    if any(isinstance(one, torch.optim.LBFGS) for one in optimizers):
+        raise ValueError(
+            f"{caller}: torch.optim.LBFGS evaluates the losses several times within one step, between which their weights "
+            f"should not change. Use another optimizer for the network, or FixedWeights."
+        )

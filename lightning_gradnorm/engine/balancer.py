@@ -35,19 +35,18 @@ _balanced: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 class Balancer:
     """Balances the losses of a model in any training loop.
 
-    The user's loss keeps its form: the gradient of each task loss is multiplied by the task's weight on its way into the
-    network, and the rule learns from what passes. In a distributed training the result is that of one process on the
-    concatenated batch; ranks come from ``torch.distributed``, which should be initialised first.
+    The gradient of each task loss is multiplied by the task's weight on its way into the network, and the rule learns from
+    what passes. In a distributed training the result is that of one process on the concatenated batch; ranks come from
+    ``torch.distributed``, which should be initialised first.
 
     Args:
         model: the network; one wrapped by DDP or Fabric is unwrapped. Balance it after it is on its device.
         rule: what to balance by, for example `GradNormRule(["seg", "depth"])`, `ScalarizationRule`, `AggregationRule`.
         shared_layer: dotted name of the last shared layer ``W``, for rules that need gradient norms: a module (its
-            ``weight``; all its parameters if it has none; the last trained weight inside it if it contains modules) or a
-            parameter. ``None``: the deepest trained weight that all losses of the first batch depend on.
-        heads: task → dotted name of its head: all task gradients are then read out of the ordinary backward pass. ``"auto"``
-            finds the heads in the first batch. Tasks without one, or all with ``None``, get a first-order pass from the
-            loss to ``W`` instead. All ways give the same numbers.
+            ``weight``; the last trained weight inside it if it contains modules) or a parameter. ``None``: the deepest
+            trained weight that all losses of the first batch depend on.
+        heads: task → dotted name of its head, at which its gradient is read out of the ordinary backward pass. ``"auto"``
+            finds the heads in the first batch. A task without one gets a first-order pass from its loss: the same numbers.
         representation: dotted name of the module whose output the heads read, for aggregations.
         norm_of: ``"weight"`` for norms of ``∇_W L_i``, the paper's; ``"activation"`` for those at the representation.
 
@@ -97,8 +96,7 @@ class Balancer:
         parameter = next((p for p in self._model.parameters() if p.is_floating_point()), torch.zeros(()))
         rule.to(dtype=torch.float64 if parameter.dtype == torch.float64 else None, device=parameter.device)
         self._engine: Engine[Rule] = Engine(rule, setting)
-        self._closed = self._is_described = False
-        self._epoch = 0
+        self._closed, self._is_described, self._epoch = False, False, 0
         _balanced[self._key] = type(rule).__name__
 
     # ---- one step ----------------------------------------------------------------------------------------------------
@@ -155,8 +153,7 @@ class Balancer:
     def prepare_loss(self, losses: Mapping[str, Tensor | None] | None = None, *, loss: Tensor | None = None) -> Tensor:
         """Return the loss that somebody else back-propagates, such as Hugging Face's Trainer. Takes what `backward` takes.
 
-        The tensor returned must be back-propagated once before the next call of the model. While gradients are switched off
-        it is the plain sum, or ``loss``.
+        It must be back-propagated once before the next call of the model. Without gradients it is the plain sum, or ``loss``.
         """
         self._require_open()
         if not torch.is_grad_enabled() and (losses or loss is not None):
@@ -202,10 +199,9 @@ class Balancer:
             self._loop.note_losses(self._engine.batch.losses)
             require_backpropagated(self._engine.batch.losses, self._engine.batch.backpropagated, caller="Balancer")
         self._engine.start_batch()
-        if not self._is_described and self._engine.is_settled:
+        if not self._is_described and self._engine.is_settled and self._loop.ranks.index == 0:
             self._is_described = True
-            if self._loop.ranks.index == 0:
-                logging.getLogger("lightning_gradnorm").info("%r", self)
+            logging.getLogger("lightning_gradnorm").info("%r", self)
 
     @contextmanager
     def _recovery(self) -> Iterator[None]:

@@ -8,31 +8,28 @@ between.
 (`lightning_gradnorm.gradients`); without, by one first-order pass from the loss, inside the same hook. What is read is the
 task's actual contribution to the step, ``scale · w_i · c_i · ∇L_i``.
 
-`inspect_model` decides once what to read and where; the first batch selects the reader, and `Discovery` finds in it what nobody
-has named. After that the engine follows the plan: `start_batch`, `watch`, `before_backward`, `after_backward`, `finish_step`.
+`Inspection` decides what to read and where, once. After that the engine follows the plan: `start_batch`, `watch`,
+`before_backward`, `after_backward`, `finish_step`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from typing import Any, Generic
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_gradnorm.engine.aggregation import GradientMeasurement
-from lightning_gradnorm.engine.compiled import hides_its_graph
-from lightning_gradnorm.engine.discovery import Discovery, tasks_off_course
-from lightning_gradnorm.engine.graph_checks import GraphChecks, require_backpropagated
+from lightning_gradnorm.engine.graph_checks import require_backpropagated
+from lightning_gradnorm.engine.inspection import Inspection, ReadingHooks
 from lightning_gradnorm.engine.measurement import AnyRule, LossMeasurement, Measurement, NormMeasurement, Setting
-from lightning_gradnorm.engine.module_hooks import Remove, wrap_call
-from lightning_gradnorm.engine.plan import inspect_model
+from lightning_gradnorm.engine.plan import Plan
 from lightning_gradnorm.engine.rule import Needs
 from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState
-from lightning_gradnorm.gradients import BufferGuard, GradientReader, WeightGradients, branch, check_loss
+from lightning_gradnorm.gradients import BufferGuard, GradientReader, branch, check_loss
 
 _MEASUREMENTS: dict[Needs, type[Measurement[Any]]] = {
     "nothing": Measurement,
@@ -61,70 +58,43 @@ class Engine(Generic[AnyRule]):
         with self._hooks:  # if anything fails, what was placed is removed again
             self.measurement: Measurement[AnyRule] = _MEASUREMENTS[rule.needs](rule, setting)
             self._hooks.callback(self.measurement.close)
-            self.plan, heads, self._uncompiled = inspect_model(self.measurement)
-            self._hooks.callback(self._uncompiled.close)
-            candidates = self.plan.candidates
-            self.measurement.reader = candidates[0] if candidates else None
-            self._checks = GraphChecks(self._caller, candidates, at_heads=self.plan.at_heads)
-            self._named_heads = heads if self.plan.at_heads else {}
-            self._place_branches(self._named_heads)
-            self._discovery = self._begin_discovery()
-            self.reads_gradients = bool(candidates) or self._needs_layer
-            """Whether task gradients are read at all."""
-            self._buffers = BufferGuard(setting.model.buffers() if self.reads_gradients else [])
-            self._candidate_hooks: dict[GradientReader, Remove] = {}
-            for reader in candidates:
-                if reader.module is not None:
-                    before, after = partial(self._before_call, reader), partial(self._after_call, reader)
-                    self._candidate_hooks[reader] = wrap_call(reader.module, before=before, after=after)
-                    self._hooks.callback(self._candidate_hooks[reader])
+            hooks = ReadingHooks(self._before_head, self._before_call, self._after_call, self._is_forward_pass)
+            self._inspection = Inspection(self.measurement, hooks)
+            self._hooks.callback(self._inspection.close)
             self._hooks = self._hooks.pop_all()
+        self._buffers = BufferGuard(setting.model.buffers() if self.reads_gradients else [])
         self._reading = False
         self.batch = BatchState()
         self.step_was_taken = False
         """Whether the last `finish_step` was given to the rule: the scaler did not skip it, and some rank had losses."""
         self.start_step()
 
-    def _modules(self, names: Mapping[str, str]) -> dict[str, nn.Module]:
-        return {task: self._setting.model.get_submodule(name) for task, name in names.items()}
+    @property
+    def plan(self) -> Plan:
+        """Where the gradients are read."""
+        return self._inspection.plan
 
-    def _place_branches(self, heads: Mapping[str, nn.Module]) -> None:
-        for task, head in heads.items():
-            self._hooks.callback(wrap_call(head, before=partial(self._before_head, task), first=True))
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether task gradients are read at all."""
+        return self._inspection.reads_gradients
 
-    def _begin_discovery(self) -> Discovery | None:
-        """Record the forward passes until it is known what nobody has named: the shared layer, the heads."""
-        setting, plan = self._setting, self.plan
-        self._needs_layer = self.measurement.searches_layer
-        self._needs_heads = setting.heads == "auto" and (self._needs_layer or bool(plan.candidates))
-        self._found_heads: dict[str, str] = {}
-        if hides_its_graph(setting.model) or not (self._needs_layer or self._needs_heads):
-            self._needs_layer = self._needs_heads = False
-            return None
-        discovery = Discovery(setting, self._is_forward_pass, plan.shared_layer)
-        self._hooks.callback(discovery.close)
-        return discovery
+    @property
+    def is_settled(self) -> bool:
+        """Whether the shared layer and the heads are known."""
+        return self._inspection.is_settled
 
     def close(self) -> None:
         """Remove everything from the model."""
         self._hooks.close()
-        self._discovery = None
-        self.start_batch()
+        self.batch = BatchState()
 
     # ---- one batch ---------------------------------------------------------------------------------------------------
 
     def start_batch(self) -> None:
         """Release all that belongs to the last forward and backward pass."""
         self.batch = BatchState()
-        self._uncompiled.begin_pass()
-        if self._discovery is not None:
-            self._discovery.start_batch()
-            if not (self._needs_layer or self._needs_heads):
-                self._discovery.close()
-                self._discovery = None
-                self._place_branches(self._modules(self._found_heads))
-        for reader in self._checks.readers:
-            reader.release_graph()
+        self._inspection.start_batch()
 
     def watch(self, losses: Mapping[str, Tensor | None]) -> None:
         """Weight these losses in the backward pass that follows.
@@ -146,7 +116,7 @@ class Engine(Generic[AnyRule]):
                 check_loss(loss, caller=asked, otherwise="; or None, if the task is absent", is_scalar=False)
                 self._watch_one(task, loss)
         if len(self.batch.losses) > known:
-            self._checks.require_disjoint_losses(self.batch)
+            self._inspection.checks.require_disjoint_losses(self.batch)
 
     def _watch_one(self, task: str, loss: Tensor) -> None:
         if loss.dtype == torch.float64 != self.rule.loss_weights.dtype:
@@ -160,19 +130,6 @@ class Engine(Generic[AnyRule]):
         index = self.batch.add(task, loss)
         # The hook must not hold the tensor that holds the hook: it finds it by its index.
         loss.register_hook(partial(self._on_loss_gradient, task, index))  # type: ignore[no-untyped-call]
-
-    def _select(self, reader: GradientReader | None) -> None:
-        """Read with this one from now on; remove the hooks of the other candidates."""
-        self.measurement.reader = reader
-        for other in [other for other in self._candidate_hooks if other is not reader]:
-            self._candidate_hooks.pop(other)()
-        if len(self.plan.candidates) > 1 and reader is not None:
-            self.plan = replace(self.plan, candidates=(reader,))
-        if isinstance(reader, WeightGradients) and not all(W.requires_grad for W in reader.targets):
-            raise ValueError(
-                f"{self._caller}: the shared layer has been frozen (requires_grad=False) during the training. Name the last "
-                f"shared layer that is trained to the end, or use stop_after."
-            )
 
     def _is_forward_pass(self) -> bool:
         return not self.batch.in_backward and self._loop.is_training()
@@ -209,16 +166,16 @@ class Engine(Generic[AnyRule]):
         if not (("of _Branch" in str(error) or "of _Gate" in str(error)) and "inplace" in str(error)):
             return None
         if self.batch.in_head is None:
-            first = "before the heads read it" if self._named_heads else "by what reads it"
+            first = "before the heads read it" if self._inspection.named_heads else "by what reads it"
             return (
                 f"{self._caller}: the representation is changed in place, as relu_(z) and ReLU(inplace=True) do, {first}. Use "
                 f"relu(z)."
             )
+        way_out = "leave heads out" if self._inspection.named_heads else "give heads=None"
         return (
             f"{self._caller}: the head of task '{self.batch.in_head}' changes the representation in place, as "
             f"ReLU(inplace=True) does, and with it what the other heads read. Make its first operation inplace=False, or "
-            f"{'leave heads out' if self._named_heads else 'give heads=None'}: then each loss gets a first-order pass of its "
-            f"own."
+            f"{way_out}: then each loss gets a first-order pass of its own."
         )
 
     # ---- backward ----------------------------------------------------------------------------------------------------
@@ -232,53 +189,11 @@ class Engine(Generic[AnyRule]):
                 gradient has arrived, and fewer rows are kept.
         """
         batch = self.batch
-        if self._discovery is not None and self._needs_layer:
-            self._find_layer(self._discovery)
-        if self._step.measured:
-            for task in batch.losses:
-                self._select(self._checks.select_reader(task, batch.losses[task][0], batch))
-            if self._discovery is not None and self._needs_heads:
-                self._find_heads(self._discovery)
-            self._decide_where_to_read(loss)
+        self._inspection.inspect_batch(batch, self._step, loss)
         batch.in_backward = True
         batch.is_whole_step = is_whole_step and self._loop.ranks.size == 1
         self.measurement.before_backward(loss, batch)
         self._step.weights = self._weights_by_task()
-
-    def _find_layer(self, discovery: Discovery) -> None:
-        """Have the shared layer found. As long as it is not, the encoder's last layer serves, or the step is not measured."""
-        W = discovery.find_layer(self.batch.waiting())
-        if W is None:
-            self._step.measured &= bool(self.plan.candidates) or not discovery.has_new_losses
-            return
-        self._needs_layer = False
-        if set(map(id, W.values())) != set(map(id, self.plan.shared_layer.values())):
-            self._select(None)
-            reader = WeightGradients(list(W.values()))
-            self.plan = replace(self.plan, shared_layer=W, candidates=[reader])
-            self._checks = GraphChecks(self._caller, [reader], at_heads=bool(self._named_heads))
-            self.measurement.reader = reader
-
-    def _find_heads(self, discovery: Discovery) -> None:
-        reader = self.measurement.reader
-        heads = discovery.find_heads(self.batch.losses, [] if reader is None else reader.targets)
-        if heads is not None:
-            if self._setting.shared_layer is not None and isinstance(reader, WeightGradients):
-                discovery.warn_if_hardly_shared(self.batch.waiting(), self.plan.shared_layer)
-            self._needs_heads, self._found_heads = False, heads
-            self.plan = replace(self.plan, heads=heads)
-
-    def _decide_where_to_read(self, loss: Tensor) -> None:
-        """Read at the heads of the tasks that keep to them in this forward pass, else at the losses."""
-        batch, reader = self.batch, self.measurement.reader
-        if self._named_heads:
-            self._checks.require_separate_heads(loss, batch)
-        if reader is None or not (self._named_heads or batch.branches):
-            batch.read_at_losses = set(self._tasks)
-        else:
-            off = tasks_off_course(batch.losses, batch.branches, loss, reader.targets)
-            self._checks.require_readable_at_losses(off - batch.read_at_losses, batch)
-            batch.read_at_losses |= off
 
     def after_backward(self) -> None:
         """Called right after each backward pass."""
@@ -333,11 +248,6 @@ class Engine(Generic[AnyRule]):
 
     def _weights_by_task(self) -> dict[str, Tensor]:
         return dict(zip(self._tasks, self.rule.loss_weights.unbind(), strict=True))
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether the shared layer and the heads are known."""
-        return self._discovery is None
 
     @property
     def pending_backwards(self) -> int:

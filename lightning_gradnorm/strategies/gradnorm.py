@@ -132,8 +132,7 @@ class GradNormRule:
         update_every: number of the network's optimizer steps from one weight update to the next.
         stop_after: number of the network's optimizer steps after which the weights stay fixed; ``None`` for never.
         min_weight: lower bound of the weights before they are scaled to sum T.
-        dtype: of the weights.
-        device: of the weights.
+        dtype, device: of the weights.
         caller: begins the error messages.
 
     Example:
@@ -244,8 +243,8 @@ class GradNormRule:
                 optimizer state and is left out of the means; the others share the rest of the sum T.
 
         Returns:
-            The update. It is not taken if a number is not finite, or if a loss is negative or has never been positive (unless
-            ``alpha`` is 0); then only `skipped` and `tasks_at_fault` change, and ``L_i(0)`` of the other tasks.
+            The update. It is not taken if a number is not finite, or (unless ``alpha`` is 0) a loss is negative or has never
+            been positive; then only `skipped`, `tasks_at_fault` and ``L_i(0)`` of the other tasks change.
         """
         norms, losses = norms.to(self.weights), losses.to(self.weights)
         problems = losses - losses  # 0 if finite, else NaN; a bad norm shows in the weights that result
@@ -257,8 +256,8 @@ class GradNormRule:
         initial_losses, updates_seen = self.initial_losses, self._updates_seen
         if not self._initial_known and bool((problems == 0).all()):
             initial_losses, updates_seen = self._initial_losses_with(losses, present)
-            if self.alpha > 0 and bool((initial_losses <= 0).any()):  # some training rate divides by zero
-                problems = (initial_losses <= 0).to(problems) * (1.0 if present is None else present)
+            if self.alpha > 0 and bool((no_rate := initial_losses <= 0).any()):
+                problems = no_rate.to(problems) * (1.0 if present is None else present)
                 self.initial_losses, self._updates_seen = initial_losses, updates_seen
         weights = self.weights.detach()
         terms = gradnorm_terms(weights, norms, losses, initial_losses, self.alpha, self._priorities, present)

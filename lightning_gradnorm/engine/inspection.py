@@ -1,0 +1,170 @@
+"""Inspection: decides where the task gradients of a model are read, before the first batch and in it.
+
+`inspect_model` makes the plan; the first batch selects the reader, and `Discovery` finds in it what nobody has named. Later
+forward passes are compared with the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_gradnorm.engine.compiled import hides_its_graph
+from lightning_gradnorm.engine.discovery import Discovery, tasks_off_course
+from lightning_gradnorm.engine.graph_checks import GraphChecks
+from lightning_gradnorm.engine.measurement import Measurement
+from lightning_gradnorm.engine.module_hooks import Remove, wrap_call
+from lightning_gradnorm.engine.plan import inspect_model
+from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState
+from lightning_gradnorm.gradients import GradientReader, WeightGradients
+
+
+@dataclass(frozen=True)
+class ReadingHooks:
+    """What the engine does when modules of the model are called."""
+
+    before_head: Callable[[str, Any, Any], Any]
+    before_call: Callable[[GradientReader, Any, Any], None]
+    after_call: Callable[[GradientReader, Any], Any]
+    is_forward_pass: Callable[[], bool]
+    """Whether a module called now belongs to a forward pass that is trained on."""
+
+
+class Inspection:
+    """Places what reads the gradients on a model, until `close`.
+
+    Args:
+        measurement: what is fed with the gradients.
+        hooks: what is to happen when modules are called.
+
+    Raises:
+        ValueError: the model has no such layer, head or representation.
+    """
+
+    def __init__(self, measurement: Measurement[Any], hooks: ReadingHooks) -> None:
+        self._measurement = measurement
+        self._setting = setting = measurement.setting
+        self._on_call = hooks
+        self._hooks = ExitStack()
+        with self._hooks:  # if anything fails, what was placed is removed again
+            self.plan, heads, self._uncompiled = inspect_model(measurement)
+            self._hooks.callback(self._uncompiled.close)
+            candidates = self.plan.candidates
+            measurement.reader = candidates[0] if candidates else None
+            self.checks = GraphChecks(setting.caller, candidates, at_heads=self.plan.at_heads)
+            self.named_heads = heads if self.plan.at_heads else {}
+            """Task → head, for heads that the user has named."""
+            self._place_branches(self.named_heads)
+            is_visible = not hides_its_graph(setting.model)
+            self._needs_layer = is_visible and measurement.searches_layer
+            self.reads_gradients = bool(candidates) or self._needs_layer
+            """Whether task gradients are read at all."""
+            self._needs_heads = is_visible and setting.heads == "auto" and self.reads_gradients
+            self._found_heads: dict[str, str] = {}
+            self._discovery: Discovery | None = None
+            if self._needs_layer or self._needs_heads:
+                self._discovery = Discovery(setting, hooks.is_forward_pass, self.plan.shared_layer)
+                self._hooks.callback(self._discovery.close)
+            self._candidate_hooks: dict[GradientReader, Remove] = {}
+            for reader in candidates:
+                if reader.module is not None:
+                    before, after = partial(hooks.before_call, reader), partial(hooks.after_call, reader)
+                    self._candidate_hooks[reader] = wrap_call(reader.module, before=before, after=after)
+                    self._hooks.callback(self._candidate_hooks[reader])
+            self._hooks = self._hooks.pop_all()
+
+    def _place_branches(self, heads: Mapping[str, nn.Module]) -> None:
+        for task, head in heads.items():
+            self._hooks.callback(wrap_call(head, before=partial(self._on_call.before_head, task), first=True))
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the shared layer and the heads are known."""
+        return self._discovery is None
+
+    def close(self) -> None:
+        """Remove everything from the model."""
+        self._hooks.close()
+        self._discovery = None
+        self.start_batch()
+
+    def start_batch(self) -> None:
+        """Called before each forward pass. Release the last one, and place what was found in it."""
+        self._uncompiled.begin_pass()
+        if self._discovery is not None:
+            self._discovery.start_batch()
+            if not (self._needs_layer or self._needs_heads):
+                self._discovery.close()
+                self._discovery = None
+                model = self._setting.model
+                self._place_branches({task: model.get_submodule(head) for task, head in self._found_heads.items()})
+        for reader in self.checks.readers:
+            reader.release_graph()
+
+    def inspect_batch(self, batch: BatchState, step: OptimizerStepState, loss: Tensor) -> None:
+        """Called before each backward pass. Decide where each task of the batch is read.
+
+        Raises:
+            ValueError: what would be read is not the task's gradient.
+        """
+        if self._discovery is not None and self._needs_layer:
+            self._find_layer(self._discovery, batch, step)
+        if step.measured:
+            for task, losses in batch.losses.items():
+                self._select(self.checks.select_reader(task, losses[0], batch))
+            if self._discovery is not None and self._needs_heads:
+                self._find_heads(self._discovery, batch)
+            self._decide_where_to_read(batch, loss)
+
+    def _find_layer(self, discovery: Discovery, batch: BatchState, step: OptimizerStepState) -> None:
+        """Have the shared layer found. As long as it is not, the encoder's last layer serves, or the step is not measured."""
+        W = discovery.find_layer(batch.waiting())
+        if W is None:
+            step.measured &= bool(self.plan.candidates) or not discovery.has_new_losses
+            return
+        self._needs_layer = False
+        if set(map(id, W.values())) != set(map(id, self.plan.shared_layer.values())):
+            self._select(None)
+            reader = WeightGradients(list(W.values()))
+            self.plan = replace(self.plan, shared_layer=W, candidates=[reader])
+            self.checks = GraphChecks(self._setting.caller, [reader], at_heads=bool(self.named_heads))
+            self._measurement.reader = reader
+
+    def _select(self, reader: GradientReader | None) -> None:
+        """Read with this one from now on; remove the hooks of the other candidates."""
+        self._measurement.reader = reader
+        for other in [other for other in self._candidate_hooks if other is not reader]:
+            self._candidate_hooks.pop(other)()
+        if len(self.plan.candidates) > 1 and reader is not None:
+            self.plan = replace(self.plan, candidates=(reader,))
+        if isinstance(reader, WeightGradients) and not all(W.requires_grad for W in reader.targets):
+            raise ValueError(
+                f"{self._setting.caller}: the shared layer has been frozen (requires_grad=False) during the training. Name the "
+                f"last shared layer that is trained to the end, or use stop_after."
+            )
+
+    def _find_heads(self, discovery: Discovery, batch: BatchState) -> None:
+        reader = self._measurement.reader
+        heads = discovery.find_heads(batch.losses, [] if reader is None else reader.targets)
+        if heads is not None:
+            if self._setting.shared_layer is not None and isinstance(reader, WeightGradients):
+                discovery.warn_if_hardly_shared(batch.waiting(), self.plan.shared_layer)
+            self._needs_heads, self._found_heads = False, heads
+            self.plan = replace(self.plan, heads=heads)
+
+    def _decide_where_to_read(self, batch: BatchState, loss: Tensor) -> None:
+        """Read at the heads of the tasks that keep to them in this forward pass, else at the losses."""
+        reader = self._measurement.reader
+        if self.named_heads:
+            self.checks.require_separate_heads(loss, batch)
+        if reader is None or not (self.named_heads or batch.branches):
+            batch.read_at_losses = set(self._setting.tasks)
+        else:
+            off = tasks_off_course(batch.losses, batch.branches, loss, reader.targets)
+            self.checks.require_readable_at_losses(off - batch.read_at_losses, batch)
+            batch.read_at_losses |= off
