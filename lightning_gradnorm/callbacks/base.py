@@ -21,6 +21,7 @@ from lightning_gradnorm.callbacks.packages import overrides, works_in_both_packa
 from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
 from lightning_gradnorm.callbacks.usage_checks import (
     UsageChecks,
+    check_heads_form,
     refuse_company,
     refuse_repeated_closures,
     refuse_strategy,
@@ -62,11 +63,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         shared_layer: str | None = None,
         norm_of: Literal["weight", "activation"] = "weight",
     ) -> None:
-        is_mapping = isinstance(heads, Mapping) and all(isinstance(head, str) for head in heads.values())
-        if not (is_mapping or heads is None or heads == "auto"):
-            raise TypeError(
-                f"{self._name}: heads should be a mapping from task to the name of its head, 'auto' or None; got {heads!r}"
-            )
+        check_heads_form(heads, caller=self._name)
         self.tasks = tasks
         self.losses_from = losses_from
         self.heads = dict(heads) if isinstance(heads, Mapping) else heads
@@ -75,8 +72,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self.norm_of = norm_of
         self._source = LossSource(self._name, tasks, losses_from=losses_from)
         self._names = self._source.names
-        if self._names:
-            self._check_heads()
+        self._check_heads()
         self._usage = UsageChecks(self._source)
         self._rule: AnyRule | None = None
         self._engine: Engine[AnyRule] | None = None
@@ -143,7 +139,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         return {**vars(self), "_original": None, "_trained_copy": None}
 
     def _check_heads(self) -> None:
-        if isinstance(self.heads, dict):
+        if isinstance(self.heads, dict) and self._names:
             check_by_task(self.heads, self._names, caller=self._name, parameter="heads")
 
     # ---- the start and the end ---------------------------------------------------------------------------------------
