@@ -7,7 +7,7 @@ been seen; until then no step is measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,7 @@ from lightning_gradnorm.engine.call_recorder import CallRecorder
 from lightning_gradnorm.engine.layers import trained_layers
 from lightning_gradnorm.engine.measurement import Setting
 from lightning_gradnorm.gradients import BufferGuard, flat_row, reason_not_retraversable, row_width
-from lightning_gradnorm.gradients.graph import node_of, nodes_on_paths
+from lightning_gradnorm.gradients.graph import node_of
 from lightning_gradnorm.gradients.loss_graph import LossGraph, Position
 
 _PATIENCE = 50
@@ -222,35 +222,31 @@ def tasks_off_course(
         targets: the tensors whose gradient is read.
     """
     owner = {node: task for task, nodes in branches.items() for node in nodes}
-    # No node of the trunk is younger than all branches, so that only the heads are searched, unless something older is met.
-    oldest = min((node._sequence_nr() for node in owner), default=0)
-    ends = set(map(node_of, targets))
-    roots = {node_of(loss) for of_task in losses.values() for loss in of_task}
-    rest = _walk([node_of(backpropagated)], stop=roots | owner.keys(), oldest=oldest)
-    off = {owner[node] for node in rest if node in owner}
+    ends = dict.fromkeys(map(node_of, targets), "")
+    off = set(losses) - branches.keys()
     for task, of_task in losses.items():
-        for node in _walk([node_of(loss) for loss in of_task], stop=owner.keys() | ends, oldest=oldest):
-            if node in owner:
-                off |= {task, owner[node]} if owner[node] != task else set()
-            elif node in ends or (
-                node._sequence_nr() < oldest and nodes_on_paths([node], targets, stop=branches.get(task, set()))
-            ):
-                off.add(task)
-        if task not in branches:
-            off.add(task)
-    return off
+        for node in _reached([node_of(loss) for loss in of_task], stop=owner | ends):
+            if (found := owner.get(node, "")) != task:
+                off |= {task, found} - {""}
+    # No node of the trunk is younger than all branches: behind an older one there is none.
+    oldest = min((node._sequence_nr() for node in owner), default=0)
+    roots = {node_of(loss): task for task, of_task in losses.items() for loss in of_task}
+    rest = _reached([node_of(backpropagated)], stop=roots | owner, oldest=oldest)
+    return off | {owner[node] for node in rest if node in owner}
 
 
-def _walk(start: Sequence[Node], *, stop: Collection[Node], oldest: int) -> Iterator[Node]:
-    """Yield the nodes reached from ``start``; not what lies behind ``stop``, nor behind nodes that are older."""
+def _reached(start: Sequence[Node], *, stop: Mapping[Node, str], oldest: int = 0) -> list[Node]:
+    """Return the nodes of ``stop`` that are reached from ``start`` without passing another one. Called in every batch."""
+    found = []
     seen = set(start)
     to_visit = list(seen)
     while to_visit:
         node = to_visit.pop()
-        yield node
-        if node in stop or node._sequence_nr() < oldest:
-            continue
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                to_visit.append(child)
+        if node in stop:
+            found.append(node)
+        elif not oldest or node._sequence_nr() >= oldest:
+            for child, _ in node.next_functions:
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    to_visit.append(child)
+    return found

@@ -112,13 +112,15 @@ class Inspection:
         Raises:
             ValueError: what would be read is not the task's gradient.
         """
-        if self._discovery is not None and self._needs_layer:
-            self._find_layer(self._discovery, batch, step)
+        # Other ranks may have losses where this one has none: then all look together.
+        discovery = self._discovery if batch.losses or self._setting.loop.ranks.size > 1 else None
+        if discovery is not None and self._needs_layer:
+            self._find_layer(discovery, batch, step)
         if step.measured:
             for task, losses in batch.losses.items():
                 self._select(self.checks.select_reader(task, losses[0], batch))
-            if self._discovery is not None and self._needs_heads:
-                self._find_heads(self._discovery, batch)
+            if discovery is not None and self._needs_heads:
+                self._find_heads(discovery, batch)
             self._decide_where_to_read(batch, loss)
 
     def _find_layer(self, discovery: Discovery, batch: BatchState, step: OptimizerStepState) -> None:

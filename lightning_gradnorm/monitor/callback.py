@@ -252,6 +252,10 @@ class GradientNormMonitor(L.Callback):
                 image = self.cosine_image(list(terms), terms.cosines)
                 logger.experiment.add_image(f"{self.prefix}/cosine", image, logger_step(trainer))  # type: ignore[attr-defined]
 
+    def __repr__(self) -> str:
+        names = ", ".join(self._source.names) or "all losses"
+        return f"{_NAME}({names}; parameters='{self.parameters}', every {self.every_n_steps} steps)"
+
     @property
     def suggested_weights(self) -> dict[str, float]:
         """Static weights, summing to T, that would have made the losses' mean norms equal in the steps measured so far."""
