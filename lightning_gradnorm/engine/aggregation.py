@@ -13,7 +13,6 @@ from lightning_gradnorm.engine.rule import GradientRule
 from lightning_gradnorm.engine.shared_parameters import SharedParameters
 from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState
 from lightning_gradnorm.gradients import BufferGuard, GradientReader, JointGradients
-from lightning_gradnorm.gradients.graph import node_of
 
 
 class GradientMeasurement(LossMeasurement[GradientRule]):
@@ -63,7 +62,7 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
             return
         self._gate.begin(loss, stop=batch.reading_nodes())
         at_heads = [losses for task, losses in batch.losses.items() if task not in batch.read_at_losses]
-        if {node_of(loss) for losses in at_heads for loss in losses} & set(self._gate.other_paths):
+        if {loss.node for losses in at_heads for loss in losses} & set(self._gate.other_paths):
             raise ValueError(
                 f"{caller}: part of a task's gradient now reaches '{self.setting.representation}' by a path that does not "
                 f"pass the task's head. Leave heads out: then each loss gets a first-order pass of its own."

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_gradnorm._messages import check, did_you_mean
 from lightning_gradnorm.engine.measurement import Setting
 from lightning_gradnorm.engine.rule import Rule
+from lightning_gradnorm.engine.step_state import WatchedLoss
 
 _NEEDS = ("nothing", "losses", "norms", "gradients")
 
@@ -70,13 +71,13 @@ def check_names(given: Mapping[str, Any], tasks: tuple[str, ...], parameter: str
         )
 
 
-def check_losses(losses: object, tasks: tuple[str, ...], waiting: Mapping[str, Sequence[object]]) -> None:
+def check_losses(losses: object, tasks: tuple[str, ...], waiting: Mapping[str, Sequence[WatchedLoss]]) -> None:
     """Raise an error unless this is a mapping from task, to losses of tasks that have none waiting for their backward pass."""
     if not isinstance(losses, Mapping):
         raise TypeError(f"Balancer: losses should be a mapping from task to loss; got {type(losses).__name__}")
     check_names(losses, tasks, "losses")
     for task, loss in losses.items():
-        if loss is not None and any(one is not loss for one in waiting.get(task, ())):
+        if loss is not None and any(one.tensor is not loss for one in waiting.get(task, ())):
             raise ValueError(
                 f"Balancer: the loss of task '{task}' was given before and has not been back-propagated. Give the losses of a "
                 f"batch once, and only if you back-propagate them. That step is dropped now."

@@ -171,7 +171,15 @@ class Balancer:
                 f"Balancer: backward needs the losses, a mapping from task to loss for {list(self.rule.tasks)}; got none. Give "
                 f"them to backward, or to watch before it."
             )
-        total = _sum(watched) if loss is None else loss
+        changed = [task for task, of_task in watched.items() if any(one.has_changed for one in of_task)]
+        if changed and loss is None:
+            raise ValueError(
+                f"Balancer: the loss of task '{changed[0]}' has been changed in place since it was shown (as by loss += …). "
+                f"Give the sum that you want as loss=…, or write loss = loss + …"
+            )
+        total = (
+            _sum({task: [one.tensor for one in of_task] for task, of_task in watched.items()}) if loss is None else loss
+        )
         if not total.requires_grad:
             raise ValueError("Balancer: loss should be part of the graph, but it carries no gradient.")
         # A node of our own, whose gradient is the factor that a scaler or a division has put on the whole loss. On the

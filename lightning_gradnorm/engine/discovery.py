@@ -17,6 +17,7 @@ from torch.autograd.graph import Node
 from lightning_gradnorm.engine.call_recorder import CallRecorder
 from lightning_gradnorm.engine.layers import trained_layers
 from lightning_gradnorm.engine.measurement import Setting
+from lightning_gradnorm.engine.step_state import WatchedLoss
 from lightning_gradnorm.gradients import BufferGuard, flat_row, reason_not_retraversable, row_width
 from lightning_gradnorm.gradients.graph import node_of
 from lightning_gradnorm.gradients.loss_graph import LossGraph, Position
@@ -24,7 +25,7 @@ from lightning_gradnorm.gradients.loss_graph import LossGraph, Position
 _PATIENCE = 50
 """Batches in which a task may be missing before the heads are decided without it."""
 
-Losses = Mapping[str, Sequence[Tensor]]
+Losses = Mapping[str, Sequence[WatchedLoss]]
 
 
 @dataclass
@@ -83,7 +84,7 @@ class Discovery:
         setting = self._setting
         model, ranks = setting.model, setting.loop.ranks
         layers = trained_layers(model)
-        graph = LossGraph(losses)
+        graph = LossGraph(_nodes(losses))
         positions = graph.positions({name: list(layer.values()) for name, layer in layers.items()}, self._calls.outputs)
         here = _Seen(positions, set(losses), reason_not_retraversable(graph.nodes))
         of_ranks = ranks.gather_objects(here)
@@ -136,7 +137,8 @@ class Discovery:
         for row, task in zip(moved, setting.tasks, strict=True):
             for loss in losses.get(task, ()):
                 with self._buffers.preserved(task):
-                    found = torch.autograd.grad(loss.sum(), W, retain_graph=True, allow_unused=True)
+                    seed = torch.ones_like(loss.tensor)
+                    found = torch.autograd.grad([loss.edge], W, [seed], retain_graph=True, allow_unused=True)
                 row |= flat_row(found, W) != 0
         return setting.loop.ranks.sum(moved.float()) > 0
 
@@ -198,7 +200,9 @@ class Discovery:
         """
         self._batches += 1
         # Of one task alone everything would be its head.
-        heads = LossGraph(losses).heads(set(map(node_of, targets)), self._calls.calls) if len(losses) > 1 else {}
+        heads = (
+            LossGraph(_nodes(losses)).heads(set(map(node_of, targets)), self._calls.calls) if len(losses) > 1 else {}
+        )
         of_ranks = self._setting.loop.ranks.gather_objects((heads, set(losses)))
         seen = set().union(*(tasks for _, tasks in of_ranks))
         if not seen >= set(self._setting.tasks) and self._batches < _PATIENCE:
@@ -225,14 +229,18 @@ def tasks_off_course(
     ends = dict.fromkeys(map(node_of, targets), "")
     off = set(losses) - branches.keys()
     for task, of_task in losses.items():
-        for node in _reached([node_of(loss) for loss in of_task], stop=owner | ends):
+        for node in _reached([loss.node for loss in of_task], stop=owner | ends):
             if (found := owner.get(node, "")) != task:
                 off |= {task, found} - {""}
     # No node of the trunk is younger than all branches: behind an older one there is none.
     oldest = min((node._sequence_nr() for node in owner), default=0)
-    roots = {node_of(loss): task for task, of_task in losses.items() for loss in of_task}
+    roots = {loss.node: task for task, of_task in losses.items() for loss in of_task}
     rest = _reached([node_of(backpropagated)], stop=roots | owner, oldest=oldest)
     return off | {owner[node] for node in rest if node in owner}
+
+
+def _nodes(losses: Losses) -> dict[str, list[Node]]:
+    return {task: [loss.node for loss in of_task] for task, of_task in losses.items()}
 
 
 def _reached(start: Sequence[Node], *, stop: Mapping[Node, str], oldest: int = 0) -> list[Node]:

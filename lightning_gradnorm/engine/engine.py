@@ -30,6 +30,7 @@ from lightning_gradnorm.engine.plan import Plan
 from lightning_gradnorm.engine.rule import Needs
 from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState
 from lightning_gradnorm.gradients import BufferGuard, GradientReader, branch, check_loss
+from lightning_gradnorm.gradients.readers import Outputs
 
 _MEASUREMENTS: dict[Needs, type[Measurement[Any]]] = {
     "nothing": Measurement,
@@ -207,7 +208,7 @@ class Engine(Generic[AnyRule]):
         if self._reading or not self.batch.in_backward:
             return None  # our own first-order pass, with the weight already in it; or a gradient that a user takes
         step, loss = self._step, self.batch.losses[task][index]
-        step.add(task, loss, is_first=task not in self.batch.backpropagated)
+        step.add(task, loss.value, is_first=task not in self.batch.backpropagated)
         self.batch.backpropagated.add(task)
         weight = applied = step.weights[task]
         if gradient.dtype != weight.dtype or gradient.device != weight.device:
@@ -216,7 +217,7 @@ class Engine(Generic[AnyRule]):
                 step.rounded_weights[task] = applied.to(weight)
         weighted = gradient * applied
         if step.measured and task in self.batch.read_at_losses:
-            self._read(task, [loss], [weighted])
+            self._read(task, [loss.edge], [weighted])
         return weighted
 
     def _read_at_head(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> object:
@@ -224,7 +225,7 @@ class Engine(Generic[AnyRule]):
             return self._read(task, outputs, gradients)
         return None
 
-    def _read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> object:
+    def _read(self, task: str, outputs: Outputs, gradients: Sequence[Tensor]) -> object:
         reader = self.measurement.reader
         if reader is None or self._reading:
             return None

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from torch import Tensor
 
-from lightning_gradnorm.engine.step_state import BatchState
+from lightning_gradnorm.engine.step_state import BatchState, WatchedLoss
 from lightning_gradnorm.gradients import GradientReader, ReplayedGradients, nodes_on_paths, reason_not_retraversable
 from lightning_gradnorm.gradients.graph import node_of, reachable_nodes
 
@@ -34,7 +34,7 @@ class GraphChecks:
         self._disjoint: set[str] = set()
         self._separate: set[str] = set()
 
-    def select_reader(self, task: str, loss: Tensor, batch: BatchState) -> GradientReader | None:
+    def select_reader(self, task: str, loss: WatchedLoss, batch: BatchState) -> GradientReader | None:
         """Return the reader of this task; look at the graph the first time the task appears.
 
         Raises:
@@ -64,13 +64,10 @@ class GraphChecks:
         if self._disjoint >= set(batch.losses):
             return
         self._disjoint |= set(batch.losses)
-        losses = [(task, loss) for task, losses in batch.losses.items() for loss in losses]
-        nodes = {
-            node_of(loss): task for task, loss in losses
-        }  # several losses may be outputs of one node, as of unbind
-        for task, loss in losses:
-            others = [other for _, other in losses if node_of(other) is not node_of(loss)]
-            for node in nodes_on_paths([node_of(loss)], others):
+        # Several losses may be outputs of one node, as of unbind.
+        nodes = {node: task for task, of_task in batch.nodes().items() for node in of_task}
+        for start, task in nodes.items():
+            for node in nodes_on_paths([start], nodes.keys() - {start}):
                 if nodes.get(node, task) != task:
                     raise ValueError(
                         f"{self._caller}: the loss of task '{task}' contains that of task '{nodes[node]}', so that the weight "
@@ -86,7 +83,7 @@ class GraphChecks:
         if self._separate >= set(batch.branches):
             return
         self._separate |= set(batch.branches)
-        losses = {node_of(loss) for losses in batch.losses.values() for loss in losses}
+        losses = {node for nodes in batch.nodes().values() for node in nodes}
         reached = reachable_nodes([node_of(backpropagated)], stop=losses)
         for task, branches in batch.branches.items():
             if task in batch.losses and branches & reached:
@@ -104,7 +101,7 @@ class GraphChecks:
             ValueError: the pass comes through a graph that cannot be traversed twice.
         """
         for task in tasks:
-            starts = [node_of(loss) for loss in batch.losses.get(task, ())]
+            starts = [loss.node for loss in batch.losses.get(task, ())]
             for reader in self.readers if starts else ():
                 if cause := reason_not_retraversable(
                     nodes_on_paths(starts, reader.targets) - set(map(node_of, reader.targets))
@@ -114,12 +111,12 @@ class GraphChecks:
                         f"{reader.label} through {cause}"
                     )
 
-    def _why_unreadable(self, reader: GradientReader, task: str, loss: Tensor, batch: BatchState) -> str | None:
+    def _why_unreadable(self, reader: GradientReader, task: str, loss: WatchedLoss, batch: BatchState) -> str | None:
         """Return why this reader cannot read the task (the end of an error message), or None."""
-        if reason := reader.why_unreadable(loss):
+        if reason := reader.why_unreadable(loss.node):
             return reason
         targets, label = reader.targets, reader.label
-        if not nodes_on_paths([node_of(loss)], targets):
+        if not nodes_on_paths([loss.node], targets):
             return (
                 f"does not depend on {label}. Name a layer that all tasks share. (Activation checkpointing hides it, unless "
                 f"it is called with use_reentrant=False.)"
@@ -129,13 +126,13 @@ class GraphChecks:
         if self._at_heads:
             leave_out = "Leave heads out: then each loss gets a first-order pass of its own."
             others = {node: other for other, nodes in batch.branches.items() if other != task for node in nodes}
-            reached = sorted({others[node] for node in reachable_nodes([node_of(loss)]) if node in others})
+            reached = sorted({others[node] for node in reachable_nodes([loss.node]) if node in others})
             if reached:
                 return (
                     f"also reads the head of '{reached[0]}' and not its head alone, so that their gradients cannot be told "
                     f"apart at the heads. Are the names in heads exchanged? Are the losses pieces of one tensor? {leave_out}"
                 )
-            around = nodes_on_paths([node_of(loss)], targets, stop=own)
+            around = nodes_on_paths([loss.node], targets, stop=own)
             if around and (cause := reason_not_retraversable(around - ends)):
                 return f"reaches {label} through {cause}"
             if around and not own:
@@ -145,12 +142,10 @@ class GraphChecks:
                 )
             if around:
                 return f"reaches {label} by a way that does not pass its head. {leave_out}"
-        if cause := reason_not_retraversable(
-            nodes_on_paths(own if self._at_heads else [node_of(loss)], targets) - ends
-        ):
+        if cause := reason_not_retraversable(nodes_on_paths(own if self._at_heads else [loss.node], targets) - ends):
             return f"reaches {label} through {cause}"
         if isinstance(reader, ReplayedGradients) and nodes_on_paths(
-            [node_of(loss), *reader.argument_nodes], reader.shared, stop=ends
+            [loss.node, *reader.argument_nodes], reader.shared, stop=ends
         ):
             return f"reaches the shared layer by a way that does not pass {label}."
         return None

@@ -204,7 +204,7 @@ class LossMeasurement(Measurement[AnyLossRule]):
         if self._scalarizer is None:
             return
         ranks = self.setting.loop.ranks
-        waiting = {task: losses for task, losses in batch.losses.items() if task not in batch.backpropagated}
+        waiting = {task: [loss.value for loss in losses] for task, losses in batch.waiting().items()}
         if not waiting and ranks.size == 1:
             return
         losses, present = all_reduce_losses(self.setting.tasks, waiting, self.rule.loss_weights, ranks)

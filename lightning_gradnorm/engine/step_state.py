@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from lightning_gradnorm.gradients.graph import node_of
+
+@dataclass(frozen=True, eq=False)
+class WatchedLoss:
+    """A loss as it was when it was shown. It may be changed in place later: ``loss = a; loss += b``."""
+
+    tensor: Tensor
+    """What was shown."""
+    edge: GradientEdge
+    """Where its gradient arrives."""
+    value: Tensor
+    """Its mean then, detached."""
+    version: int
+    """How often the tensor had been changed in place."""
+
+    @classmethod
+    def of(cls, loss: Tensor) -> WatchedLoss:
+        """Return the loss as it is now."""
+        return cls(loss, get_gradient_edge(loss), loss.detach().mean(), loss._version)
+
+    @property
+    def node(self) -> Node:
+        """The node at which its gradient arrives."""
+        return self.edge.node
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether it has been changed in place since."""
+        return self.tensor._version != self.version
 
 
 @dataclass
@@ -27,9 +55,8 @@ class OptimizerStepState:
     rounded_weights: dict[str, Tensor] = field(default_factory=dict)
     """The weights of tasks whose losses have so low a precision that the weight was rounded to it."""
 
-    def add(self, task: str, loss: Tensor, *, is_first: bool) -> None:
+    def add(self, task: str, value: Tensor, *, is_first: bool) -> None:
         """Add a loss that is being back-propagated: the first of its task in this batch, or another that is part of it."""
-        value = loss.detach().mean()
         self.losses[task] = self.losses[task] + value if task in self.losses else value
         self.counts[task] = self.counts.get(task, 0) + is_first
 
@@ -38,7 +65,7 @@ class OptimizerStepState:
 class BatchState:
     """Collected in one batch: its forward pass and the backward pass that follows."""
 
-    losses: dict[str, list[Tensor]] = field(default_factory=dict)
+    losses: dict[str, list[WatchedLoss]] = field(default_factory=dict)
     """The watched losses by task; kept alive until they are back-propagated."""
     backpropagated: set[str] = field(default_factory=set)
     """Tasks whose loss a backward pass has reached."""
@@ -64,11 +91,15 @@ class BatchState:
     def add(self, task: str, loss: Tensor) -> int:
         """Add a watched loss; return its index among the losses of its task."""
         watched = self.losses.setdefault(task, [])
-        watched.append(loss)
+        watched.append(WatchedLoss.of(loss))
         self.tasks_of[id(loss)] = task
         return len(watched) - 1
 
-    def waiting(self) -> dict[str, list[Tensor]]:
+    def nodes(self, tasks: Iterable[str] | None = None) -> dict[str, list[Node]]:
+        """Return the nodes at which the losses' gradients arrive, by task."""
+        return {task: [loss.node for loss in self.losses[task]] for task in (self.losses if tasks is None else tasks)}
+
+    def waiting(self) -> dict[str, list[WatchedLoss]]:
         """Return the losses that are still to be back-propagated."""
         return {task: losses for task, losses in self.losses.items() if task not in self.backpropagated}
 
@@ -79,9 +110,9 @@ class BatchState:
 
     def reading_nodes(self) -> set[Node]:
         """Return the nodes at which the gradients of the tasks are read: their branches, or their losses."""
-        of_losses = [loss for task in self.read_at_losses for loss in self.losses.get(task, ())]
+        of_losses = [loss.node for task in self.read_at_losses for loss in self.losses.get(task, ())]
         at_heads = [nodes for task, nodes in self.branches.items() if task not in self.read_at_losses]
-        return set().union(map(node_of, of_losses), *at_heads)
+        return set().union(of_losses, *at_heads)
 
     def task_of(self, loss: Tensor) -> str | None:
         """Return the task for which this very tensor is watched."""

@@ -18,7 +18,7 @@ from torch.autograd.graph import Node
 
 from lightning_gradnorm.gradients.branch import TAKEN, replace_tensors
 from lightning_gradnorm.gradients.graph import leaves_behind, node_of, nodes_on_paths, reachable_nodes
-from lightning_gradnorm.gradients.readers import GradientReader, WeightGradients
+from lightning_gradnorm.gradients.readers import GradientReader, Outputs, WeightGradients
 
 Gradients = Sequence[Tensor | None]
 
@@ -128,7 +128,7 @@ class JointGradients(GradientReader):
         pieces = torch.split(row, [view.numel() for view in self.targets])
         return [piece.view(view.shape) for piece, view in zip(pieces, self.targets, strict=True)]
 
-    def why_unreadable(self, loss: Tensor) -> str | None:
+    def why_unreadable(self, loss: Node) -> str | None:
         """Return why this task's gradient cannot be read here (the end of an error message), or None."""
         if not self.targets:
             return (
@@ -137,7 +137,7 @@ class JointGradients(GradientReader):
             )
         # Nodes of parameters are excluded: a loss may read a weight of the trunk directly, as a weight penalty does.
         inside = {node for node in self.trunk_nodes() if not hasattr(node, "variable")}
-        if inside & reachable_nodes([node_of(loss)], stop={node_of(self.targets[0])}):
+        if inside & reachable_nodes([loss], stop={node_of(self.targets[0])}):
             return (
                 f"reaches what is within {self.label} by a way that does not pass its output, a skip connection say. Name as "
                 f"representation the module whose output is all that the heads read, or have the encoder return what they read."
@@ -159,7 +159,7 @@ class JointGradients(GradientReader):
         gate = {node_of(view) for view in self.targets[:1]}
         return bool(gate & reachable_nodes([node_of(backpropagated)], stop=gate))
 
-    def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> object:
+    def read(self, task: str, outputs: Outputs, gradients: Sequence[Tensor]) -> object:
         """Add the task's gradient at the representation to its row."""
         arrived = dict(zip(map(id, outputs), gradients, strict=True))
         at_gate = arrived.keys() <= set(map(id, self.targets))

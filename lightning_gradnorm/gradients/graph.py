@@ -36,12 +36,14 @@ def _sources(start: Iterable[Node], stop: Collection[Node]) -> dict[Node, list[N
     return sources
 
 
-def nodes_on_paths(start: Iterable[Node], targets: Iterable[Tensor], *, stop: Collection[Node] = ()) -> set[Node]:
+def nodes_on_paths(
+    start: Iterable[Node], targets: Iterable[Tensor | Node], *, stop: Collection[Node] = ()
+) -> set[Node]:
     """Return the nodes on any path from ``start`` to ``targets``, both ends included; empty if there is no path.
 
     Args:
         start: where the gradient comes from, for example ``[node_of(loss)]``.
-        targets: tensors whose gradient is wanted: parameters or intermediate results.
+        targets: tensors whose gradient is wanted, parameters or intermediate results; or their nodes.
         stop: nodes that no path may pass. A path may end there if the node belongs to a target.
 
     Example:
@@ -55,7 +57,8 @@ def nodes_on_paths(start: Iterable[Node], targets: Iterable[Tensor], *, stop: Co
     """
     sources = _sources(start, stop)
     found: set[Node] = set()
-    to_visit = [node for node in map(node_of, targets) if node in sources]
+    ends = (node_of(target) if isinstance(target, Tensor) else target for target in targets)
+    to_visit = [node for node in ends if node in sources]
     while to_visit:
         node = to_visit.pop()
         if node not in found:

@@ -31,22 +31,22 @@ class LossGraph:
     """The graph behind the losses of a batch.
 
     Args:
-        losses: task → its losses, of which there may be several.
+        losses: task → the nodes at which the gradients of its losses arrive.
 
     Example:
         >>> import torch
         >>> trunk, a, b = (torch.nn.Linear(3, 3) for _ in range(3))
         >>> z = trunk(torch.ones(2, 3))
-        >>> graph = LossGraph({"a": [a(z).sum()], "b": [b(z).sum()]})
+        >>> graph = LossGraph({"a": [a(z).sum().grad_fn], "b": [b(z).sum().grad_fn]})
         >>> graph.heads({node_of(trunk.weight)}, [])
         {}
         >>> {name: list(of_task) for name, of_task in graph.positions({"trunk": [trunk.weight], "a": [a.weight]}, []).items()}
         {'trunk': ['a', 'b'], 'a': ['a']}
     """
 
-    def __init__(self, losses: Mapping[str, Sequence[Tensor]]) -> None:
+    def __init__(self, losses: Mapping[str, Iterable[Node]]) -> None:
         self.tasks = list(losses)
-        self._roots = {task: {node_of(loss) for loss in of_task} for task, of_task in losses.items()}
+        self._roots = {task: set(nodes) for task, nodes in losses.items()}
         self._order = _children_first(node for nodes in self._roots.values() for node in nodes)
         self._reached_by = dict.fromkeys(self._order, 0)
         for bit, nodes in enumerate(self._roots.values()):

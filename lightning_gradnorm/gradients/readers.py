@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
 from torch.utils import _pytree as pytree
 
+Outputs = Sequence[Tensor] | Sequence[GradientEdge]
+"""Where gradients arrive."""
 _PIECE = 1024  # length of the pieces in which the norm of a long row is taken
 
 
@@ -78,7 +81,7 @@ class GradientReader(ABC):
     """What errors call them."""
 
     @abstractmethod
-    def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> object:
+    def read(self, task: str, outputs: Outputs, gradients: Sequence[Tensor]) -> object:
         """Read this task's gradients, which have just arrived at ``outputs``. Return what a `Receive` returns."""
 
     def finalize_task(self, task: str) -> None:
@@ -90,7 +93,7 @@ class GradientReader(ABC):
     def forward_post(self, output: Any) -> Any:
         """Called with the output of each call of `module`. Returns a replacement, or ``None``."""
 
-    def why_unreadable(self, loss: Tensor) -> str | None:
+    def why_unreadable(self, loss: Node) -> str | None:
         """Return why this task's gradient cannot be read here (the end of an error message), or None."""
         return None
 
@@ -203,7 +206,7 @@ class WeightGradients(RowReader):
             self._rows[task] = torch.cat([read.get(id(p), row.new_zeros(row_width([p]))) for p in parameters])
         self.targets = list(parameters)
 
-    def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    def read(self, task: str, outputs: Outputs, gradients: Sequence[Tensor]) -> None:
         """Add the task's contribution to the gradient of ``W``."""
         found = torch.autograd.grad(outputs, self.targets, gradients, retain_graph=True, allow_unused=True)
         if all(part is None for part in found):
@@ -243,7 +246,7 @@ class ActivationGradients(RowReader):
         self._complete()
         self.targets = []
 
-    def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    def read(self, task: str, outputs: Outputs, gradients: Sequence[Tensor]) -> None:
         """Add the task's gradient at the representation."""
         self._refuse_if_finalized(task)
         found = torch.autograd.grad(outputs, self.targets, gradients, retain_graph=True, allow_unused=True)

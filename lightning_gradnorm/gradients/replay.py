@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from lightning_gradnorm.gradients.graph import node_of
-from lightning_gradnorm.gradients.readers import RowReader, add_up, flat_row, row_width
+from lightning_gradnorm.gradients.readers import Outputs, RowReader, add_up, flat_row, row_width
 
 
 class _Environment:
@@ -121,7 +121,7 @@ class ReplayedGradients(RowReader):
         self._calls.append(call)
         return views
 
-    def read(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    def read(self, task: str, outputs: Outputs, gradients: Sequence[Tensor]) -> None:
         """Compute the task's gradient at the module's output and keep it until the backward pass is over."""
         found = iter(torch.autograd.grad(outputs, self.targets, gradients, retain_graph=True, allow_unused=True))
         for call in self._calls:

@@ -46,6 +46,7 @@ class StepMeasurement:
         self._reached: dict[str, set[str]] = {}
         self._candidates: dict[str, nn.Parameter] = {}
         self._watched: list[tuple[str, Tensor]] = []
+        self._versions: list[int] = []
         self._given: dict[str, None] = {}
 
     def start_step(self) -> None:
@@ -60,7 +61,7 @@ class StepMeasurement:
     def end_step(self) -> None:
         """Forget the step."""
         self.is_active = False
-        self._candidates, self._watched, self._given = {}, [], {}
+        self._candidates, self._watched, self._versions, self._given = {}, [], [], {}
         self.terms.begin([])
 
     def watch(self, losses: Mapping[str, object]) -> None:
@@ -78,19 +79,29 @@ class StepMeasurement:
             assert isinstance(loss, Tensor)
             if not any(one is loss and called == name for called, one in self._watched):
                 self._watched.append((name, loss))
+                self._versions.append(loss._version)
                 self._given[name] = None
 
     def read(self, total: Tensor, *, share: float) -> None:
         """Read the watched losses' gradients before ``total`` is back-propagated; see `LossTermGradients.read`.
 
         Before Lightning calls ``on_before_backward``: from then on balancing callbacks scale whatever gradient passes a loss.
+
+        Raises:
+            ValueError: a loss has been changed in place since it was shown.
         """
+        for (name, loss), version in zip(self._watched, self._versions, strict=True):
+            if loss._version != version:
+                raise ValueError(
+                    f"{self._source.caller}: the loss '{name}' has been changed in place since it was shown, as by "
+                    f"loss += …, so that its own gradient cannot be told apart. Write loss = loss + …"
+                )
         with isolate_rng():
             self.terms.read(total, self._watched, share=share, scale=self.loop.loss_scale())
 
     def end_batch(self) -> None:
         """Release the losses of this batch."""
-        self._watched = []
+        self._watched, self._versions = [], []
         self.terms.release_graph()
 
     @torch.no_grad()
