@@ -33,7 +33,6 @@ DEEPEST: Mapping[str, tuple[str, str]] = {
         for norm in ("LayerNorm", "GroupNorm", "BatchNorm", "PReLU")
     },
     "MultiheadAttention: in_proj_weight": OUT_PROJ,
-    "MultiheadAttention: all its parameters": OUT_PROJ,
     "weight_norm, the old one: weight_v": ("encoder.layer", "layer.weight_g"),
     "LSTM: weight_ih_l0": ("encoder.rnn", "rnn.weight_ih_l0"),
     "GRU: weight_ih_l0": ("encoder.rnn", "rnn.weight_ih_l0"),
