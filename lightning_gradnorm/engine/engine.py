@@ -22,6 +22,7 @@ from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import unserializable_hook
 
 from lightning_gradnorm.engine.aggregation import GradientMeasurement
 from lightning_gradnorm.engine.compiled import hides_its_graph
@@ -158,8 +159,10 @@ class Engine(Generic[AnyRule]):
         if owner is not None:
             raise ValueError(f"{self._caller}: tasks '{owner}' and '{task}' have the same tensor as their loss.")
         index = self.batch.add(task, loss)
-        # The hook must not hold the tensor that holds the hook: it finds it by its index.
-        loss.register_hook(partial(self._on_loss_gradient, task, index))  # type: ignore[no-untyped-call]
+        # The hook must not hold the tensor that holds the hook: it finds it by its index. Whoever keeps the loss, as a metric
+        # does, can pickle it without a word about the hook.
+        hook = unserializable_hook(partial(self._on_loss_gradient, task, index))  # type: ignore[no-untyped-call]
+        loss.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _select(self, reader: GradientReader | None) -> None:
         """Read with this one from now on; remove the hooks of the other candidates."""
