@@ -63,7 +63,7 @@ def train(
 
     `tasks` names all of them where a batch may lack some (then use an optimizer of the weights that has no state): a
     task's loss is the mean over the micro-batches that have it, its gradient the mean over all of them. No weight step
-    is taken in `skip_steps`.
+    is taken in `skip_steps`, nor as long as a task's loss has never been positive.
     """
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -98,7 +98,8 @@ def train(
         network_gradient = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
 
         frozen = stop_after is not None and step >= stop_after
-        if step % update_every == 0 and not frozen and step not in skip_steps:
+        measured = step % update_every == 0 and not frozen and step not in skip_steps
+        if measured:
             where = list(shared) if norm_of == "weight" else [z for f in passes for z in f.representation]
             norms = []
             for i in range(len(here)):
@@ -107,14 +108,15 @@ def train(
                 )
                 norms.append(torch.cat([g.flatten() for g in gradients if g is not None]).norm())
             G = torch.stack(norms)
+            given, count = ({}, initial_losses) if isinstance(initial_losses, int) else (initial_losses, 1)
             for t, loss in zip(names, L.detach(), strict=True):
                 seen = first_losses.setdefault(t, [])
-                if isinstance(initial_losses, int) and len(seen) < initial_losses:
+                if len(seen) < count and (seen or loss > 0 or alpha == 0):
                     seen.append(loss)
-            if isinstance(initial_losses, int):
-                L0 = torch.stack([torch.stack(first_losses[t]).mean() for t in names])
-            else:
-                L0 = torch.tensor([initial_losses[t] for t in names], dtype=torch.float64)
+        waiting = [t for t, seen in first_losses.items() if not seen and t not in given]
+        if measured and not waiting:
+            known = {t: torch.stack(seen).mean() for t, seen in first_losses.items() if seen}
+            L0 = torch.stack([torch.tensor(given[t]).double() if t in given else known[t] for t in names])
             ratio = L.detach() / L0
             r = ratio / ratio.mean()
             target = (G.mean() * p * r**alpha).detach()

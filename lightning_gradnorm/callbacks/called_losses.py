@@ -109,12 +109,10 @@ class CalledLosses:
     def _take(self, path: str, tasks: Mapping[str, str], output: Any, show: Show) -> Any:
         """Show the losses in ``output``. Return what takes its place, if it is a tensor with a loss in each entry."""
         if isinstance(output, Tensor) and output.ndim and any(tasks.values()):
-            if not output.requires_grad:
-                return None
             # An entry taken out of the tensor would be no part of the loss. So the loss is made of the entries.
             parts = output.unbind(0)
             show({task: self._look_up(path, task, inside, parts) for task, inside in tasks.items()})
-            return torch.stack(parts)
+            return torch.stack(parts) if output.requires_grad else None
         for task, inside in tasks.items():
             value = self._look_up(path, task, inside, output) if inside else output
             losses = list(_tensors(value))

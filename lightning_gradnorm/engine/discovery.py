@@ -158,9 +158,7 @@ class Discovery:
         frozen = [name for name, parameter in setting.model.named_parameters() if not parameter.requires_grad]
         if not frozen:
             raise ValueError(
-                f"{setting.caller}: shared_layer=None found no trained weight that moves the losses of all tasks "
-                f"{list(setting.tasks)} in {model}: they share no layer, or only one in which each has entries of its own. "
-                f"There is nothing to balance them by; Scalarization balances by the losses alone."
+                f"{setting.caller}: shared_layer=None found no layer by which to balance {model}: {self._why_none_is_shared()}"
             )
         if not self._has_warned:
             self._has_warned = True
@@ -170,6 +168,21 @@ class Discovery:
                 f"layer is trained."
             )
         self._seen = _Seen()
+
+    def _why_none_is_shared(self) -> str:
+        tasks = list(self._setting.tasks)
+        reaching = [set(of_task) for of_task in self._seen.positions.values()]
+        apart = [task for task in tasks if len(tasks) > 2 and set(tasks) - {task} in reaching]
+        if len(apart) == 1 and set(tasks) not in reaching:
+            others = [task for task in tasks if task not in apart]
+            return (
+                f"task '{apart[0]}' shares no trained weight with the others, {others}. Leave it out of tasks, or balance by "
+                f"the losses alone, as Scalarization does."
+            )
+        return (
+            f"the tasks {tasks} share no trained weight of two or more dimensions, or only one in which each has entries of "
+            f"its own. Name what they share, shared_layer='…', or balance by the losses alone, as Scalarization does."
+        )
 
     def warn_if_hardly_shared(self, losses: Losses, W: Mapping[str, nn.Parameter]) -> None:
         """Warn if the layer that the user has named is hardly shared, or is all of the network. Collective."""

@@ -21,6 +21,7 @@ from typing import Any, Generic
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import unserializable_hook
 
 from lightning_gradnorm.engine.aggregation import GradientMeasurement
 from lightning_gradnorm.engine.graph_checks import require_backpropagated
@@ -129,8 +130,10 @@ class Engine(Generic[AnyRule]):
         if owner is not None:
             raise ValueError(f"{self._caller}: tasks '{owner}' and '{task}' have the same tensor as their loss.")
         index = self.batch.add(task, loss)
-        # The hook must not hold the tensor that holds the hook: it finds it by its index.
-        loss.register_hook(partial(self._on_loss_gradient, task, index))  # type: ignore[no-untyped-call]
+        # The hook must not hold the tensor that holds the hook: it finds it by its index. Whoever keeps the loss, as a metric
+        # does, can pickle it without a word about the hook.
+        hook = unserializable_hook(partial(self._on_loss_gradient, task, index))  # type: ignore[no-untyped-call]
+        loss.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _is_forward_pass(self) -> bool:
         return not self.batch.in_backward and self._loop.is_training()

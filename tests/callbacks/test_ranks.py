@@ -60,15 +60,17 @@ weight_sgd = partial(torch.optim.SGD, lr=0.05)
 
 def build(kind: str, accumulate: int = 1, **options: Any) -> tuple[L.LightningModule, GradNorm]:
     """The same network trained in one of five ways, and the callback for it."""
-    options = {"optimizer": weight_sgd, **options}
+    options = {"optimizer": weight_sgd, "shared_layer": "encoder.2", **options}
     if kind == "MultiTaskModule":
         return multi_task_module(T, accumulate_grad_batches=accumulate), GradNorm(**options)
     model = MayLackManual(T, accumulate=accumulate) if kind == "manual" else MayLack(T)
     if kind in ("at the heads", "activation"):
         options["heads"] = model.heads()
+    else:
+        options.setdefault("heads", None)
     if kind == "activation":
         options["norm_of"] = "activation"
-    gradnorm = GradNorm(NAMES, shared_layer="encoder.2", **options)
+    gradnorm = GradNorm(NAMES, **options)
     if isinstance(model, MayLackManual):
         model.gradnorm = [gradnorm]
     return model, gradnorm
@@ -455,6 +457,19 @@ def test_an_overflow_on_one_rank_is_skipped_by_all_together(kind: str, ranks: in
 
 
 # ---- what is sent ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "accumulate"), [("from the losses", 1), pytest.param("manual", 2, marks=pytest.mark.slow)]
+)
+def test_once_layer_and_heads_are_found_there_is_one_sum_for_each_step(kind: str, accumulate: int) -> None:
+    model, gradnorm = build(kind, accumulate, shared_layer=None, heads="auto")
+    told = train(model, gradnorm, cut(kind, 2, accumulate, count=6), callbacks=[Sent(accumulate)])
+    for one in told:
+        sent = [(step, name) for step, name, _, _, _ in one.notes if step < 6]
+        assert [note for note in sent if note[0] > 0] == [(step, "all_reduce") for step in range(1, 6)]
+        assert 1 < len([note for note in sent if note[0] == 0]) <= 5
+        assert not any(in_backward for _, _, in_backward, _, _ in one.notes)
 
 
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])

@@ -68,7 +68,7 @@ ARGUMENTS = [
         {"initial_losses": {"seg": 1.0, "depth": 1.0, "norml": 1.0}},
         ["initial_losses", "'norml'", "did you mean 'normal'"],
     ),
-    case("initial losses lack a task", {"initial_losses": {"seg": 1.0}}, ["initial_losses", "['depth', 'normal']"]),
+    case("initial losses are empty", {"initial_losses": {}}, ["initial_losses", "['seg', 'depth', 'normal']"]),
     case("min_weight is negative", {"min_weight": -1e-4}, ["min_weight", "between 0 and 1", "-0.0001"]),
     case("min_weight is zero", {"min_weight": 0.0}, ["min_weight", "between 0 and 1", "0.0"]),
     case("min_weight is above one", {"min_weight": 1.5}, ["min_weight", "1.5"]),
@@ -295,10 +295,20 @@ class Auxiliary(Automatic):
 
 
 MODELS = [
-    case("no encoder", WithoutEncoder, {}, ["shared_layer=None", "'encoder'", "Name the last layer"]),
-    case("an encoder without weights", WithoutWeights, {}, ["shared_layer=None", "Name the last layer"]),
-    case("an encoder that is frozen", Frozen, {}, ["shared_layer 'encoder.2'", "requires_grad=True", "Name"]),
-    case("a task beside the encoder", Apart, {}, ["'depth'", "the shared layer"]),
+    case("an encoder without weights", WithoutWeights, {}, ["shared_layer=None", "share no trained", "Scalarization"]),
+    case(
+        "an encoder that is frozen, and named",
+        Frozen,
+        {"shared_layer": "encoder.2"},
+        ["shared_layer 'encoder.2'", "requires_grad=True", "Name"],
+    ),
+    case(
+        "a task beside the encoder",
+        Apart,
+        {},
+        ["shared_layer=None", "'depth'", "shares no trained", "Leave it out of tasks"],
+    ),
+    case("a task beside the layer named", Apart, {"shared_layer": "encoder.2"}, ["'depth'", "the shared layer"]),
     case("a task beside the representation", Apart, {"norm_of": "activation"}, ["'depth'", "'encoder'"]),
 ]
 
@@ -324,10 +334,13 @@ def test_a_task_inside_the_loss_of_another_is_an_error(
     fails(quiet_trainer, Auxiliary(3), GradNorm(TASKS, heads=heads), "GradNorm", "'seg'", "'depth'")
 
 
-def test_without_an_encoder_naming_the_shared_layer_is_enough(quiet_trainer: MakeTrainer) -> None:
-    gradnorm = GradNorm(TASKS, shared_layer="trunk.2")
+@pytest.mark.parametrize("shared_layer", ["trunk.2", "trunk", None])
+def test_an_encoder_may_have_any_name(shared_layer: str | None, quiet_trainer: MakeTrainer) -> None:
+    gradnorm = GradNorm(TASKS, shared_layer=shared_layer)
     quiet_trainer(callbacks=[gradnorm]).fit(WithoutEncoder(3), Batches(vector_batches(3, 2)))
-    assert gradnorm.weights != ONES
+    named = GradNorm(TASKS)
+    quiet_trainer(callbacks=[named]).fit(Automatic(3), Batches(vector_batches(3, 2)))
+    assert gradnorm.weights == named.weights != ONES
 
 
 def test_a_layer_that_a_module_holds_under_two_names_is_found_by_either(quiet_trainer: MakeTrainer) -> None:

@@ -379,6 +379,24 @@ def test_a_scaler_in_double_precision_changes_nothing() -> None:
     assert_equal(model, found, by_textbook(3, batches, 2))
 
 
+def test_losses_of_any_shape_count_with_their_means() -> None:
+    found = []
+    for each in (False, True):
+        model = Network()
+        optimizer = network_sgd(model.parameters())
+        with Balancer(model, gradnorm_rule()) as balancer:
+            for batch in vector_batches(3, 5):
+                optimizer.zero_grad()
+                z = model.encoder(batch["x"])
+                errors = {t: (model.get_submodule(h)(z) - batch[t]).square() for t, h in model.heads().items()}
+                balancer.backward({t: error.mean(1) if each else error.mean() for t, error in errors.items()})
+                optimizer.step()
+                balancer.step()
+            found.append(balancer.weights)
+    assert found[1] == pytest.approx(found[0], rel=0, abs=1e-9)
+    assert max(abs(weight - 1) for weight in found[0].values()) > 1e-3
+
+
 def test_weights_are_double_only_for_a_double_network() -> None:
     for model, dtype in ((Network(), torch.float64), (Single(), torch.float32)):
         rule = GradNormRule(TASKS[:3])

@@ -166,9 +166,7 @@ LAYERS: dict[str, Case] = {
     "BatchNorm, by its name": simple(lambda: between(nn.BatchNorm1d(HIDDEN)), features=HIDDEN),
     "PReLU, by its name": simple(lambda: between(nn.PReLU(HIDDEN)), features=HIDDEN),
     "MultiheadAttention: in_proj_weight": attentive("in_proj_weight"),
-    "MultiheadAttention: all its parameters": attentive(
-        "in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias", layer="encoder.attention.layer"
-    ),
+    "MultiheadAttention, by its name: its out_proj": attentive("out_proj.weight", layer="encoder.attention.layer"),
     "MultiheadAttention, by default: its out_proj": attentive("out_proj.weight", layer=None),
     "weight_norm": parametrized(parametrizations.weight_norm, "original0", "original1"),
     "weight_norm, by default": parametrized(parametrizations.weight_norm, "original0", "original1", layer=None),

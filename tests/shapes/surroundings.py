@@ -128,14 +128,14 @@ SURROUNDINGS: dict[str, Case] = {
     "BatchNorm before and after and in the heads, with Dropout": simple(normed, head=normed_readout),
     "BatchNorm in the shared layer": simple(
         lambda: between(nn.Sequential(nn.Linear(HIDDEN, FEATURES), nn.BatchNorm1d(FEATURES))),
-        W=tuple(f"encoder.layer.{p}" for p in ("0.weight", "0.bias", "1.weight", "1.bias")),
+        W=("encoder.layer.0.weight",),
     ),
     "Dropout before and after and in the heads": simple(
         dropped, head=lambda: nn.Sequential(nn.Dropout(0.2), readout())
     ),
     "Dropout in the shared layer": simple(
         lambda: between(nn.Sequential(nn.Linear(HIDDEN, FEATURES), nn.Dropout(0.3))),
-        W=("encoder.layer.0.weight", "encoder.layer.0.bias"),
+        W=("encoder.layer.0.weight",),
     ),
     "early layers frozen": simple(lambda: Frozen(normed(), in_eval=())),
     "early layers frozen and in eval mode": simple(lambda: Frozen(normed(), in_eval=("stem", "norm_before"))),

@@ -1,0 +1,278 @@
+"""Networks that say nothing about themselves, in the ways people train, held against the double-backward textbook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import lightning as L
+import pytest
+import textbook
+import torch
+from found import NETWORKS, ByHand, EachAlone, EachShownAlone, Found, ZeroAtFirst
+from harness import Batches, Recorder, assert_agrees, assert_clean, traces
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
+from models import Manual, network_sgd, vector_batches
+from ranks import NO_TASK, PRESENCE, MayLack, Presence, Run, Told, lacking, train_each, when
+
+from lightning_gradnorm import GradNorm
+
+STEPS = 5
+TOLERANCE = 1e-9
+NAMES = ["seg", "depth", "normal"]
+MakeTrainer = Callable[..., L.Trainer]
+
+
+def state(model: Any) -> dict[str, torch.Tensor]:
+    return dict(model.state_dict())
+
+
+def train_unnamed(
+    trainer: MakeTrainer, model: Any, batches: list[Any], accumulate: int = 1, **options: Any
+) -> tuple[GradNorm, Recorder]:
+    """Train with nothing named but the tasks."""
+    gradnorm = GradNorm(NAMES, **options)
+    if not model.automatic_optimization:
+        model.gradnorm = [gradnorm]
+    of_trainer = {"accumulate_grad_batches": accumulate} if model.automatic_optimization else {}
+    recorder, before = Recorder(gradnorm, accumulate), traces(model)
+    trainer(callbacks=[gradnorm, recorder], **of_trainer).fit(model, Batches(batches))
+    assert_clean(model, before)
+    return gradnorm, recorder
+
+
+def assert_follows_textbook(
+    trainer: MakeTrainer,
+    make: Callable[[], Found],
+    *,
+    accumulate: int = 1,
+    oracle: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> str:
+    """Train with nothing named, and as the textbook says; return how the callback describes what it has found."""
+    batches, twin, model = vector_batches(3, STEPS * accumulate), make(), make()
+    W = [twin.get_parameter(name) for name in twin.W]
+    of_oracle = {"accumulate": accumulate, **twin.oracle_options(batches), **(oracle or {}), **options}
+    trajectory = textbook.train(twin, twin.forward_for_textbook, batches, W, twin.oracle_optimizer(), **of_oracle)
+    assert max(abs(weight - 1) for weight in trajectory.weights[-1].values()) > 1e-3
+    gradnorm, recorder = train_unnamed(trainer, model, batches, accumulate, **options)
+    assert_agrees(recorder, model, trajectory, twin, tolerance=TOLERANCE, state=state)
+    for name in twin.W:
+        assert f"{name} (" in repr(gradnorm)
+    return repr(gradnorm)
+
+
+@pytest.mark.both_packages
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_network_that_nobody_has_described_follows_the_textbook(
+    network: str, quiet_trainer: MakeTrainer, package: ModuleType
+) -> None:
+    make = NETWORKS[network]
+    assert make(3).heads_found in assert_follows_textbook(quiet_trainer, lambda: make(3))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "update_every=3": {"update_every": 3},
+    "initial_losses=2": {"initial_losses": 2},
+    "priorities": {"priorities": {"seg": 2.0, "depth": 1.0, "normal": 0.5}},
+}
+
+
+@pytest.mark.each_value_once
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", [Found, ByHand, EachAlone], ids=["automatic", "manual", "a pass for each task"])
+def test_layer_and_heads_are_found_in_every_way_of_training(
+    kind: type[Found], accumulate: int, options: str, quiet_trainer: MakeTrainer
+) -> None:
+    make = partial(kind, 3, **({"accumulate": accumulate} if issubclass(kind, Manual) else {}))
+    assert_follows_textbook(quiet_trainer, make, accumulate=accumulate, **OPTIONS[options])
+
+
+def test_losses_shown_one_by_one_are_balanced_from_the_second_step_on(quiet_trainer: MakeTrainer) -> None:
+    """In the first, the layer is known only when two losses have gone back already."""
+    assert_follows_textbook(quiet_trainer, lambda: EachShownAlone(3), oracle={"skip_steps": [0]})
+
+
+def test_a_head_of_zeros_moves_nothing_at_first_and_decides_nothing(quiet_trainer: MakeTrainer) -> None:
+    batches, found = vector_batches(3, STEPS), []
+    for options in ({}, {"shared_layer": "trunk.2", "heads": None}):
+        gradnorm, recorder = train_unnamed(quiet_trainer, ZeroAtFirst(3), batches, **options)
+        found.append(recorder.weights)
+        assert "W = trunk.2.weight (" in repr(gradnorm)
+    for one, named in zip(*found, strict=True):
+        assert one == pytest.approx(named, rel=0, abs=TOLERANCE)
+    assert found[1][-1] != found[1][0]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*pre-optimization state.*",  # a checkpoint in a step of manual optimization is what is meant
+    "ignore:.*manual optimization.*",
+    "ignore:Be aware that when using .ckpt_path., callbacks used to create the checkpoint",
+)
+@pytest.mark.parametrize("kind", [Found, ByHand])
+def test_a_training_resumed_in_the_middle_finds_them_again(
+    kind: type[Found], quiet_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    batches = vector_batches(3, 6)
+    _, whole = train_unnamed(quiet_trainer, kind(3), batches)
+    gradnorm, model = GradNorm(NAMES), kind(3)
+    model.gradnorm = [gradnorm]
+    saves = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    trainer = quiet_trainer(callbacks=[gradnorm, saves], max_steps=3, enable_checkpointing=True)
+    trainer.fit(model, Batches(batches))
+
+    again, other = GradNorm(NAMES), kind(3)
+    other.gradnorm = [again]
+    recorder = Recorder(again)
+    quiet_trainer(callbacks=[again, recorder]).fit(other, Batches(batches), ckpt_path=tmp_path / "step=3.ckpt")
+    assert recorder.weights == whole.weights[3:]
+    assert "W = trunk.2.weight (" in repr(again)
+
+
+# ---- a trunk that is frozen at first -----------------------------------------------------------------------------------
+
+
+class Frozen(Found):
+    """Its trunk is frozen until somebody unfreezes it; plain gradient descent, so that a rate of 0 is the same."""
+
+    def build(self) -> None:
+        super().build()
+        self.backbone = self.trunk
+        del self.trunk
+        self.backbone.requires_grad_(False)
+
+    def represent(self, x: torch.Tensor) -> Any:
+        return self.backbone(x)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.02)
+
+
+class FrozenEncoder(Frozen):
+    """The same with the name that is looked for where nothing can be found."""
+
+    def build(self) -> None:
+        super().build()
+        self.encoder = self.backbone
+
+
+class UnfreezesAt(L.Callback):
+    """Unfreezes the backbone in a batch, and hands it to the optimizer."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.batch:
+            pl_module.backbone.requires_grad_(True)
+            trainer.optimizers[0].add_param_group({"params": list(pl_module.backbone.parameters()), "lr": 0.02})
+
+
+def finetuning() -> L.Callback:
+    return BackboneFinetuning(
+        unfreeze_backbone_at_epoch=1, backbone_initial_lr=0.02, lambda_func=always_the_same, should_align=False
+    )
+
+
+def always_the_same(epoch: int) -> float:
+    return 1.0
+
+
+@pytest.mark.parametrize("kind", [Frozen, FrozenEncoder])
+@pytest.mark.parametrize(
+    ("unfreeze", "epochs", "at"),
+    [(partial(UnfreezesAt, 2), 1, 2), (finetuning, 2, 6)],
+    ids=["by a callback", "by BackboneFinetuning"],
+)
+def test_weights_wait_until_something_shared_is_trained(
+    unfreeze: Callable[[], L.Callback], epochs: int, at: int, kind: type[Frozen], quiet_trainer: MakeTrainer
+) -> None:
+    batches, model, twin = vector_batches(3, 6), kind(3), kind(3)
+    gradnorm, before = GradNorm(NAMES), traces(model)
+    recorder = Recorder(gradnorm)
+    expected = r"GradNorm: all that the tasks share in Frozen\w* is frozen \(4 parameters, such as '\w+.0.weight'\)"
+    with pytest.warns(UserWarning, match=expected) as warned:
+        quiet_trainer(callbacks=[unfreeze(), gradnorm, recorder], max_epochs=epochs).fit(model, Batches(batches))
+    assert len([one for one in warned if "GradNorm" in str(one.message)]) == 1
+    assert_clean(model, before)
+
+    backbone, rest = list(twin.backbone.parameters()), [p for p in twin.parameters() if p.requires_grad]
+    twin.backbone.requires_grad_(True)
+    sgd = torch.optim.SGD([{"params": backbone, "lr": 0.0}, {"params": rest}], lr=0.02)
+
+    def thaw(micro_batch: int) -> None:
+        sgd.param_groups[0]["lr"] = 0.02 if micro_batch >= at else 0.0
+
+    trajectory = textbook.train(
+        twin,
+        twin.forward_for_textbook,
+        batches * epochs,
+        [twin.backbone[2].weight],
+        sgd,
+        before_micro_batch=thaw,
+        skip_steps=range(at),
+    )
+    assert recorder.weights[:at] == [dict.fromkeys(NAMES, 1.0)] * at
+    assert recorder.weights[at] != recorder.weights[0]
+    assert_agrees(recorder, model, trajectory, twin, tolerance=TOLERANCE, state=state)
+    assert f"W = {'encoder' if kind is FrozenEncoder else 'backbone'}.2.weight (" in repr(gradnorm) or (
+        "W = backbone.2.weight (" in repr(gradnorm)
+    )
+
+
+# ---- several ranks -----------------------------------------------------------------------------------------------------
+
+RANKED = {
+    "all tasks everywhere": Presence(lambda s, r, m: set()),
+    "a task never on one rank": PRESENCE["a task never on one rank"],
+    "a task absent in the first batch": Presence(lambda s, r, m: when(s == 0, "depth")),
+    "a task absent in the first batch of one rank": Presence(lambda s, r, m: when(s == 0 and r == 0, "depth")),
+    "no task on one rank in the first batch": NO_TASK["no task on one rank in the first batch"],
+    "two batches to a step": Presence(lambda s, r, m: when(m == 0 and s == 0, "depth"), accumulate=2),
+    "no rank sees all tasks": PRESENCE["no task on two ranks"],
+}
+weight_sgd = partial(torch.optim.SGD, lr=0.05)
+
+
+def ranked(name: str) -> tuple[Presence, list[Any]]:
+    presence = RANKED[name]
+    return presence, lacking(vector_batches(3, 6, size=12), presence)
+
+
+@cache
+def told_by(ranks: int) -> dict[str, list[Told] | str]:
+    """What all trainings with so many ranks tell, in the same processes."""
+    runs = {}
+    for name, presence in RANKED.items():
+        if presence.ranks == ranks:
+            balancing = GradNorm(NAMES, optimizer=weight_sgd)
+            runs[name] = Run(MayLack(3), balancing, ranked(name)[1], ddp={"find_unused_parameters": True})
+    return train_each(runs)
+
+
+@pytest.mark.xdist_group("found on ranks")
+@pytest.mark.parametrize("name", RANKED)
+def test_ranks_find_the_same_and_follow_the_textbook(name: str) -> None:
+    presence, steps = ranked(name)
+    told = told_by(presence.ranks)[name]
+    assert not isinstance(told, str), told
+    twin = MayLack(3)
+    trajectory = textbook.train(
+        twin,
+        twin.forward_for_textbook,
+        [batch for step in steps for of_rank in step for batch in of_rank],
+        twin.shared_parameters(),
+        network_sgd(twin.parameters()),
+        weight_optimizer=weight_sgd,
+        accumulate=presence.ranks * presence.accumulate,
+        tasks=NAMES,
+    )
+    assert max(abs(weight - 1) for weight in trajectory.weights[-1].values()) > 1e-3
+    for of_rank in told:
+        for weights, expected in zip(of_rank.weights, trajectory.weights, strict=True):
+            assert weights == pytest.approx(expected, rel=0, abs=TOLERANCE)
