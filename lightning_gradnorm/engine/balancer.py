@@ -27,6 +27,7 @@ from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.measurement import Heads, Setting
 from lightning_gradnorm.engine.plain_loop import PlainLoop, scaler_has_skipped, unwrap_model
 from lightning_gradnorm.engine.rule import Rule
+from lightning_gradnorm.engine.step_state import WatchedLoss
 
 _balanced: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 """Models that have a Balancer → the name of its rule."""
@@ -171,15 +172,7 @@ class Balancer:
                 f"Balancer: backward needs the losses, a mapping from task to loss for {list(self.rule.tasks)}; got none. Give "
                 f"them to backward, or to watch before it."
             )
-        changed = [task for task, of_task in watched.items() if any(one.has_changed for one in of_task)]
-        if changed and loss is None:
-            raise ValueError(
-                f"Balancer: the loss of task '{changed[0]}' has been changed in place since it was shown (as by loss += …). "
-                f"Give the sum that you want as loss=…, or write loss = loss + …"
-            )
-        total = (
-            _sum({task: [one.tensor for one in of_task] for task, of_task in watched.items()}) if loss is None else loss
-        )
+        total = _sum_of_watched(watched) if loss is None else loss
         if not total.requires_grad:
             raise ValueError("Balancer: loss should be part of the graph, but it carries no gradient.")
         # A node of our own, whose gradient is the factor that a scaler or a division has put on the whole loss. On the
@@ -346,6 +339,16 @@ def _sum(losses: Mapping[str, Tensor | list[Tensor] | None]) -> Tensor:
     """Return the sum of the losses that are there, of which a task may have several; the mean of one with several values."""
     each = [one for of_task in losses.values() for one in (of_task if isinstance(of_task, list) else [of_task])]
     return functools.reduce(operator.add, [one.mean() for one in each if one is not None])
+
+
+def _sum_of_watched(watched: Mapping[str, list[WatchedLoss]]) -> Tensor:
+    changed = [task for task, of_task in watched.items() if any(one.has_changed for one in of_task)]
+    if changed:
+        raise ValueError(
+            f"Balancer: the loss of task '{changed[0]}' has been changed in place since it was shown (as by loss += …). "
+            f"Give the sum that you want as loss=…, or write loss = loss + …"
+        )
+    return _sum({task: [one.tensor for one in of_task] for task, of_task in watched.items()})
 
 
 def _load_state(rule: Rule, state: Mapping[str, Any]) -> None:
