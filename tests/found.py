@@ -117,7 +117,7 @@ class Auxiliary(Found):
     """One task reads an earlier layer than the others."""
 
     W = ("trunk.0.weight",)
-    heads_found = "normal → normal_head"
+    heads_found = "heads: depth → depth_head, normal → normal_head, seg → seg_head"
 
     def build(self) -> None:
         super().build()
@@ -134,7 +134,7 @@ class Auxiliary(Found):
 class Penalized(Found):
     """One task's loss has a term on what the heads read, which passes no head."""
 
-    heads_found = "heads: depth → depth_head, normal → normal_head, "
+    heads_found = "heads: depth → depth_head, normal → normal_head, losses"
 
     def task_losses(self, batch: Batch) -> dict[str, Tensor]:
         z = self.represent(batch["x"])

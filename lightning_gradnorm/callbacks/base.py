@@ -81,6 +81,8 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._backward_is_lightnings = False
         self._recomputed: dict[str, list[Any]] | None = None
         """Takes the losses while they are computed again without being trained on."""
+        self._with_gradients: list[bool] = []
+        """Whether gradients were on in each call of `watch` in this batch: computed again, none of them has any."""
         self._shown = True
         self._described: str | None = None
         self._original: Self | None = None
@@ -247,11 +249,13 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     def _watch(self, losses: Mapping[str, Any]) -> None:
         if self._recomputed is not None:
-            for task, loss in losses.items():
-                self._recomputed.setdefault(task, []).append(loss)
+            if self._with_gradients and self._with_gradients.pop(0):
+                for task, loss in losses.items():
+                    self._recomputed.setdefault(task, []).append(loss)
         elif self._engine is None or self._loop is None:
             self._usage.on_idle_losses(losses)
         elif self._loop.is_training() and not self._engine.batch.in_backward:
+            self._with_gradients.append(torch.is_grad_enabled())
             trained = self._usage.on_losses(losses)
             self._engine.watch(trained)
             self._usage.seen |= set(self._engine.batch.losses)
@@ -260,6 +264,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     @override
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self._with_gradients.clear()
         if self._engine is not None:
             self._engine.start_batch()
 

@@ -59,6 +59,11 @@ class CalledLosses:
     def __str__(self) -> str:
         return "from " + ", ".join(self._inside)
 
+    @property
+    def places(self) -> str:
+        """The paths, in quotes."""
+        return ", ".join(f"'{path}'" for path in self._inside)
+
     def capture(self, root: nn.Module, show: Show) -> Remove:
         """Hand the losses to ``show`` whenever one of the places is called, until the returned function is called.
 
@@ -93,10 +98,12 @@ class CalledLosses:
         for key in path.split("."):
             owner, found = found, _item(found, key)
             if found is None:
-                where = f"'{'.'.join(walked)}'" if walked else type(root).__name__
+                where = f"'{'.'.join(walked)}' ({type(owner).__name__})" if walked else "it"
+                hint = did_you_mean(key, _keys(owner))
+                if key == "self" and not walked:
+                    hint = f"leave 'self.' out: losses_from='{path.removeprefix('self.')}'"
                 raise ValueError(
-                    f"{self._caller}: losses_from '{path}' is not in {type(root).__name__}: {where} "
-                    f"({type(owner).__name__}) has no '{key}'; {did_you_mean(key, _keys(owner))}"
+                    f"{self._caller}: losses_from '{path}' is not in {type(root).__name__}: {where} has no '{key}'; {hint}"
                 )
             walked.append(key)
         if not callable(found):
@@ -111,7 +118,7 @@ class CalledLosses:
         if isinstance(output, Tensor) and output.ndim and any(tasks.values()):
             # An entry taken out of the tensor would be no part of the loss. So the loss is made of the entries.
             parts = output.unbind(0)
-            show({task: self._look_up(path, task, inside, parts) for task, inside in tasks.items()})
+            show({task: self._look_up(path, task, inside, parts, "Tensor") for task, inside in tasks.items()})
             return torch.stack(parts) if output.requires_grad else None
         for task, inside in tasks.items():
             value = self._look_up(path, task, inside, output) if inside else output
@@ -121,16 +128,22 @@ class CalledLosses:
                 show({task: loss})
         return None
 
-    def _look_up(self, path: str, task: str, inside: str, output: Any) -> Any:
+    def _look_up(self, path: str, task: str, inside: str, output: Any, kind: str | None = None) -> Any:
         value = output
         for key in inside.split("."):
             found = _item(value, key)
             if found is None and key not in _keys(value):
-                raise ValueError(
-                    f"{self._caller}: the loss of task '{task}' should be '{inside}' in what '{path}' returns, but this "
-                    f"{type(value).__name__} has no '{key}'; {did_you_mean(key, _keys(value))}"
-                )
-            value = found
+                kind = kind or type(value).__name__
+                what = f"{self._caller}: the loss of task '{task}' should be '{inside}' in what '{path}' returns, but"
+                if isinstance(value, Tensor) and value.ndim:
+                    raise ValueError(
+                        f"{what} the entries of a tensor are found only if it is all that is returned: elsewhere they are no "
+                        f"part of the loss. Name a module or a method that returns the tensor itself, or call watch()."
+                    )
+                if not _keys(value):
+                    raise ValueError(f"{what} got a {kind}, in which there is nothing. Name what returns each loss.")
+                raise ValueError(f"{what} this {kind} has no '{key}'; {did_you_mean(key, _keys(value))}")
+            value, kind = found, None
         return value
 
 
@@ -160,10 +173,16 @@ def _keys(holder: Any) -> list[str]:
         return [str(key) for key in holder]
     if isinstance(holder, Sequence) and not hasattr(holder, "_fields"):
         return [str(index) for index in range(len(holder))]
+    if isinstance(holder, Tensor):
+        return []
     own = [*vars(holder)] if hasattr(holder, "__dict__") else []
     own += [name for kind in type(holder).__mro__ if not _is_framework(kind) for name in vars(kind)]
     inside = [name for name, _ in holder.named_children()] if isinstance(holder, nn.Module) else []
-    return [name for name in dict.fromkeys([*inside, *own]) if not name.startswith("_")]
+    return [name for name in dict.fromkeys([*inside, *own]) if not name.startswith("_") and name not in _LIGHTNINGS]
+
+
+_LIGHTNINGS = ("training", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices")
+"""Attributes of every LightningModule."""
 
 
 def _is_framework(kind: type) -> bool:

@@ -76,6 +76,11 @@ class LossSource:
         parameter = self._parameter
         if isinstance(losses_from, Mapping):
             check_by_task(losses_from, self.names, caller=self.caller, parameter="losses_from")
+            for name, path in losses_from.items():
+                if not isinstance(path, str) or not path:
+                    raise TypeError(
+                        f"{self.caller}: losses_from['{name}'] should be a dotted path such as 'module.loss'; got {path!r}"
+                    )
             if isinstance(losses, Mapping):
                 raise ValueError(
                     f"{self.caller}: losses_from names a place for each loss, and {parameter} a name for each. Give "
@@ -190,7 +195,7 @@ class LossSource:
             near = nearest(logged, self.logged - set(expected.values()))
             if name not in seen and (is_late or near):
                 return (
-                    f"{self.caller}: '{logged}' was not logged in the {self._period}, which logged {sorted(self.logged)}; "
+                    f"{self.caller}: '{logged}' was not logged in the {self._period}, which logged {sorted(self.logged)}"
                     f"{_question(near)}(In training_step, log the loss before its backward.)"
                 )
         return None
@@ -202,7 +207,7 @@ class LossSource:
             if name not in self.shown and (is_all or near):
                 return (
                     f"{self.caller}: {self._noun} '{name}' is not among the losses of the {self._period}, which are "
-                    f"{sorted(self.shown)}; {_question(near)}(A {self._noun} that is absent from a batch is given as None.)"
+                    f"{sorted(self.shown)}{_question(near)}(A {self._noun} that is absent from a batch is given as None.)"
                     f"{self._no_gradient_note(name)}"
                 )
         return None
@@ -217,7 +222,10 @@ class LossSource:
             return None
         if self._called is not None:
             noted = self._no_gradient_note(next(iter(self.without_gradient), ""))
-            return f"{self.caller}: no loss came {self._called} in the {self._period}; was it called?{noted}"
+            return (
+                f"{self.caller}: no loss came from {self._called.places} in the {self._period}. Name in losses_from what "
+                f"training_step calls with gradients. (A module is seen if it is called itself, not its forward.){noted}"
+            )
         if module.automatic_optimization:
             return None
         what = "task loss" if self._noun == "task" else "loss"
@@ -229,7 +237,7 @@ class LossSource:
 
 
 def _question(near: str | None) -> str:
-    return "" if near is None else f"did you mean '{near}'? "
+    return ". " if near is None else f"; did you mean '{near}'? "
 
 
 def wraps_innermost(method: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

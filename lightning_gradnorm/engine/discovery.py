@@ -181,7 +181,8 @@ class Discovery:
             )
         return (
             f"the tasks {tasks} share no trained weight of two or more dimensions, or only one in which each has entries of "
-            f"its own. Name what they share, shared_layer='…', or balance by the losses alone, as Scalarization does."
+            f"its own. (Is what they share detached, or computed under torch.no_grad()?) Name what they share, "
+            f"shared_layer='…', or balance by the losses alone, as Scalarization does."
         )
 
     def warn_if_hardly_shared(self, losses: Losses, W: Mapping[str, nn.Parameter]) -> None:

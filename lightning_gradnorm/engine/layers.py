@@ -61,10 +61,10 @@ def find_shared_layer(root: nn.Module, name: str, *, caller: str) -> dict[str, n
     name, modules = plain_name(name), _modules(root)
     parameters = _named_parameters(root)
     if name not in parameters and name not in modules:
-        raise ValueError(
-            f"{caller}: shared_layer '{name}' is not in {type(root).__name__}; "
-            f"{did_you_mean(name, [*modules, *parameters])}"
-        )
+        hint = did_you_mean(name, [*modules, *parameters])
+        if name in ("auto", "None", "none"):
+            hint = "leave it out (shared_layer=None), and the layer is found"
+        raise ValueError(f"{caller}: shared_layer '{name}' is not in {type(root).__name__}; {hint}")
     found = layer_parameters(root, name) or _last_weight_inside(root, name)
     if not found:
         raise ValueError(

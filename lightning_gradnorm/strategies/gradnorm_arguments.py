@@ -38,11 +38,11 @@ def check_arguments(
     stops = stop_after is None or is_integer(stop_after, least=0)
     check_one(stops, "stop_after", "None or an integer, at least 0", stop_after)
     for parameter, numbers in by_task.items():
-        if parameter == "initial_losses" and not isinstance(numbers, Mapping):
-            expected = "a number of updates, at least 1, or a mapping from task to number"
+        if parameter == "initial_losses" and not (isinstance(numbers, Mapping) and numbers):
+            expected = "a number of updates, at least 1, or a mapping from task to number, for some tasks or all"
             check_one(is_integer(numbers, least=1), parameter, expected, numbers)
         elif numbers is not None:
             check_one(isinstance(numbers, Mapping), parameter, "a mapping from task to number", numbers)
-            is_partial = parameter == "initial_losses" and tasks is not None and set(numbers) <= set(tasks) and numbers
+            is_partial = parameter == "initial_losses" and tasks is not None and set(numbers) <= set(tasks)
             names = list(numbers) if tasks is None or is_partial else tasks
             check_positive_by_task(numbers, names, caller=caller, parameter=parameter)

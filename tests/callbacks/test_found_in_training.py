@@ -13,7 +13,7 @@ import pytest
 import textbook
 import torch
 from found import NETWORKS, ByHand, EachAlone, EachShownAlone, Found, ZeroAtFirst
-from harness import Batches, Recorder, assert_agrees, assert_clean, traces
+from harness import Batches, Recorder, assert_agrees, assert_clean, state_by_part, traces
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from models import Manual, network_sgd, vector_batches
 from ranks import NO_TASK, PRESENCE, MayLack, Presence, Run, Told, lacking, train_each, when
@@ -227,6 +227,7 @@ def test_weights_wait_until_something_shared_is_trained(
 
 # ---- several ranks -----------------------------------------------------------------------------------------------------
 
+RANK_STEPS = 6
 RANKED = {
     "all tasks everywhere": Presence(lambda s, r, m: set()),
     "a task never on one rank": PRESENCE["a task never on one rank"],
@@ -239,9 +240,37 @@ RANKED = {
 weight_sgd = partial(torch.optim.SGD, lr=0.05)
 
 
+class OfAnotherName(MayLack):
+    """Its trunk is no submodule called `encoder`, whose last layer could serve until all tasks have been seen."""
+
+    def build(self) -> None:
+        super().build()
+        self.trunk = self.encoder
+        del self.encoder
+
+    @property
+    def encoder(self) -> Any:
+        return self.trunk
+
+
+KINDS = {"encoder": MayLack, "trunk": OfAnotherName}
+
+
+def unmeasured(presence: Presence, kind: str) -> list[int]:
+    """The steps that begin before each task has been on some rank, with nothing that could serve."""
+    steps, seen = [], set()
+    for step in range(RANK_STEPS):
+        for micro in range(presence.accumulate):
+            for rank in range(presence.ranks):
+                seen |= set(NAMES) - presence.lacks(step, rank, micro)
+            if seen != set(NAMES) and step not in steps:
+                steps.append(step)
+    return steps if kind == "trunk" else []
+
+
 def ranked(name: str) -> tuple[Presence, list[Any]]:
     presence = RANKED[name]
-    return presence, lacking(vector_batches(3, 6, size=12), presence)
+    return presence, lacking(vector_batches(3, RANK_STEPS, size=12), presence)
 
 
 @cache
@@ -249,17 +278,18 @@ def told_by(ranks: int) -> dict[str, list[Told] | str]:
     """What all trainings with so many ranks tell, in the same processes."""
     runs = {}
     for name, presence in RANKED.items():
-        if presence.ranks == ranks:
+        for kind, make in KINDS.items() if presence.ranks == ranks else ():
             balancing = GradNorm(NAMES, optimizer=weight_sgd)
-            runs[name] = Run(MayLack(3), balancing, ranked(name)[1], ddp={"find_unused_parameters": True})
+            runs[f"{name}, {kind}"] = Run(make(3), balancing, ranked(name)[1], ddp={"find_unused_parameters": True})
     return train_each(runs)
 
 
 @pytest.mark.xdist_group("found on ranks")
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", RANKED)
-def test_ranks_find_the_same_and_follow_the_textbook(name: str) -> None:
+def test_ranks_find_the_same_and_follow_the_textbook(name: str, kind: str) -> None:
     presence, steps = ranked(name)
-    told = told_by(presence.ranks)[name]
+    told = told_by(presence.ranks)[f"{name}, {kind}"]
     assert not isinstance(told, str), told
     twin = MayLack(3)
     trajectory = textbook.train(
@@ -271,8 +301,12 @@ def test_ranks_find_the_same_and_follow_the_textbook(name: str) -> None:
         weight_optimizer=weight_sgd,
         accumulate=presence.ranks * presence.accumulate,
         tasks=NAMES,
+        skip_steps=unmeasured(presence, kind),
     )
     assert max(abs(weight - 1) for weight in trajectory.weights[-1].values()) > 1e-3
     for of_rank in told:
         for weights, expected in zip(of_rank.weights, trajectory.weights, strict=True):
             assert weights == pytest.approx(expected, rel=0, abs=TOLERANCE)
+        own = state_by_part(twin)
+        for part, value in of_rank.network.items():
+            torch.testing.assert_close(value, own[part], rtol=0, atol=TOLERANCE, msg=part)

@@ -440,14 +440,17 @@ class Evaluates(Hidden):
             self.log("val", total_of(self.output(self.pairs(batch))))
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("output", ["a dict", "a tuple", "a tensor with a loss in each entry"])
 @pytest.mark.parametrize("place", ["criterion", "compute_losses", "listed.0"])
+@pytest.mark.parametrize("strategy", ["GradNorm", "FAMO"])
 def test_calls_without_gradients_and_in_validation_are_ignored(
-    place: str, output: str, quiet_trainer: MakeTrainer
+    strategy: str, place: str, output: str, quiet_trainer: MakeTrainer
 ) -> None:
-    expected, twin = expected_of(quiet_trainer, GradNorm)
+    """FAMO has the losses computed once more, all without gradients."""
+    expected, twin = expected_of(quiet_trainer, STRATEGIES[strategy])
     pack, tasks = OUTPUTS[output]
-    model, gradnorm = Evaluates(place, pack), GradNorm(tasks, losses_from=place)
+    model, gradnorm = Evaluates(place, pack), STRATEGIES[strategy](tasks, losses_from=place)
     weights, before = Weights(gradnorm), traces(model)
     batches = vector_batches(3, STEPS)
     trainer = quiet_trainer(callbacks=[gradnorm, weights], num_sanity_val_steps=1, val_check_interval=2)

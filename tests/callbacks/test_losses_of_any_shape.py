@@ -92,6 +92,11 @@ def learn(batches: list[Batch], **options: Any) -> tuple[Automatic, textbook.Tra
     return twin, trajectory
 
 
+def growing(count: int) -> list[Batch]:
+    """Batches of 2, 3, … examples, in which a sum is no multiple of the mean."""
+    return [vector_batches(3, 1, seed=11 + index, size=2 + index)[0] for index in range(count)]
+
+
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("heads", ["auto", HEADS, None], ids=["auto", "heads", "no-heads"])
 @pytest.mark.parametrize("kind", [Unreduced, Watched, ByHand])
@@ -99,7 +104,7 @@ def learn(batches: list[Batch], **options: Any) -> tuple[Automatic, textbook.Tra
 def test_a_loss_of_any_shape_counts_with_its_mean(
     shape: str, kind: type[Unreduced], heads: Any, quiet_trainer: MakeTrainer
 ) -> None:
-    batches, model = vector_batches(3, STEPS), kind(shape)
+    batches, model = growing(STEPS), kind(shape)
     twin, trajectory = learn(batches)
     gradnorm, logger, before = GradNorm(NAMES, heads=heads), MemoryLogger(), traces(model)
     recorder = Recorder(gradnorm)
@@ -118,7 +123,7 @@ def test_losses_of_different_shapes_are_balanced_together(accumulate: int, quiet
             losses = super().losses(batch)
             return {"seg": losses["seg"], "depth": losses["depth"].mean(0), "normal": losses["normal"].mean()}
 
-    batches, model = vector_batches(3, STEPS * accumulate), Mixed("one for each entry")
+    batches, model = growing(STEPS * accumulate), Mixed("one for each entry")
     twin, trajectory = learn(batches, accumulate=accumulate)
     gradnorm = GradNorm(NAMES)
     recorder = Recorder(gradnorm, accumulate)

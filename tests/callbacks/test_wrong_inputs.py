@@ -68,7 +68,7 @@ ARGUMENTS = [
         {"initial_losses": {"seg": 1.0, "depth": 1.0, "norml": 1.0}},
         ["initial_losses", "'norml'", "did you mean 'normal'"],
     ),
-    case("initial losses are empty", {"initial_losses": {}}, ["initial_losses", "['seg', 'depth', 'normal']"]),
+    case("initial losses are empty", {"initial_losses": {}}, ["initial_losses", "for some tasks or all; got {}"]),
     case("min_weight is negative", {"min_weight": -1e-4}, ["min_weight", "between 0 and 1", "-0.0001"]),
     case("min_weight is zero", {"min_weight": 0.0}, ["min_weight", "between 0 and 1", "0.0"]),
     case("min_weight is above one", {"min_weight": 1.5}, ["min_weight", "1.5"]),
