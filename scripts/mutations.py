@@ -37,6 +37,8 @@ _OF_MEANS = ("tests/engine/test_means_of_a_step.py",)
 _OF_ROWS = ("tests/gradients/test_rows_of_the_gate.py",)
 _OF_READING = ("tests/gradients/test_one_backward_pass.py",)
 
+_OF_SEARCH = ("tests/engine/test_discovery_fuzzed.py",)
+
 FAULTS = (
     # ---- the rule ----------------------------------------------------------------------------------------------------
     Fault(
@@ -199,9 +201,9 @@ FAULTS = (
     Fault(
         "the network trains with weights of the step before",
         _ENGINE,
-        "        self._step.weights = self._weights_by_task()\n\n    def _require_heads",
+        "        self._step.weights = self._weights_by_task()\n\n    def after_backward",
         "        now = {task: weight.clone() for task, weight in self._weights_by_task().items()}\n"
-        "        self._step.weights, self._before = getattr(self, '_before', now), now\n\n    def _require_heads",
+        "        self._step.weights, self._before = getattr(self, '_before', now), now\n\n    def after_backward",
         _OF_BALANCER,
     ),
     Fault(
@@ -219,18 +221,17 @@ FAULTS = (
     Fault(
         "a scalarization's weights are those of the batch before",
         _ENGINE,
-        "        self.measurement.before_backward(loss, self.batch, at_heads=self.plan.at_heads)\n"
-        "        self._step.weights = self._weights_by_task()\n",
+        "        self.measurement.before_backward(loss, batch)\n        self._step.weights = self._weights_by_task()\n",
         "        self._step.weights = {task: weight.clone() for task, weight in self._weights_by_task().items()}\n"
-        "        self.measurement.before_backward(loss, self.batch, at_heads=self.plan.at_heads)\n",
+        "        self.measurement.before_backward(loss, batch)\n",
         _OF_BALANCER,
     ),
     # ---- what is read ------------------------------------------------------------------------------------------------
     Fault(
         "the first-order pass reads without the weight",
         _ENGINE,
-        "self._read(task, [loss], [weighted])",
-        "self._read(task, [loss], [gradient])",
+        "self._read(task, [loss.edge], [weighted])",
+        "self._read(task, [loss.edge], [gradient])",
         _OF_BALANCER,
     ),
     Fault(
@@ -257,8 +258,8 @@ FAULTS = (
     Fault(
         "the bias counts as part of the shared layer",
         f"{_CORE}engine/layers.py",
-        "found = weight or parametrized or older or inside",
-        "found = inside",
+        "return weight or parametrized or older or ({} if is_container else inside)",
+        "return inside",
         _OF_BALANCER,
     ),
     Fault(
@@ -271,8 +272,8 @@ FAULTS = (
     Fault(
         "a task's norm is taken before all of its gradient is there",
         f"{_CORE}engine/step_state.py",
-        "if at_heads else self.losses[task]) == 1",
-        "if at_heads else self.losses[task]) >= 1",
+        "if at_loss else self.branches.get(task, ())) == 1",
+        "if at_loss else self.branches.get(task, ())) >= 1",
         ("tests/engine/test_head_called_twice.py",),
     ),
     Fault(
@@ -429,7 +430,7 @@ FAULTS = (
     Fault(
         "the monitor shows norms without the weight",
         f"{_CORE}gradients/loss_terms.py",
-        "row = reading.row * weight.to(reading.row)",
+        "row = reading.row * torch.where(of_plain == 0, 1, of_weighted / of_plain).to(reading.row)",
         "row = reading.row",
         ("tests/monitor/test_weight_in_norm.py",),
     ),
@@ -457,8 +458,51 @@ FAULTS = (
     Fault(
         "the hook on a loss keeps the loss alive",
         _ENGINE,
-        "loss.register_hook(partial(self._on_loss_gradient, task, index))",
+        "loss.register_hook(hook)",
         "loss.register_hook(lambda gradient, kept=loss: self._on_loss_gradient(task, index, gradient))",
         ("tests/engine/test_losses_are_released.py",),
+    ),
+    Fault(
+        "a loss counts as it is in the backward pass, not as it was when it was shown",
+        _ENGINE,
+        "step.add(task, loss.value, is_first",
+        "step.add(task, loss.tensor.detach().mean(), is_first",
+        ("tests/callbacks/test_losses_changed_in_place.py",),
+    ),
+    # ---- what is found -----------------------------------------------------------------------------------------------
+    Fault(
+        "the last layer in the forward pass is taken, not the deepest",
+        f"{_CORE}gradients/loss_graph.py",
+        "depth[node] = max(below) + bool(met) if below else len(met)",
+        "depth[node] = 1",
+        _OF_SEARCH,
+    ),
+    Fault(
+        "a layer that one task leaves out is taken",
+        f"{_CORE}engine/discovery.py",
+        "if len(of_task) == len(tasks)",
+        "if len(of_task) >= 1",
+        _OF_SEARCH,
+    ),
+    Fault(
+        "an output layer with a row for each task is taken",
+        f"{_CORE}engine/discovery.py",
+        "if bool(entries[does_move].all(dim=0).any()):",
+        "if True:",
+        _OF_SEARCH,
+    ),
+    Fault(
+        "a head is taken though some of the gradient goes around it",
+        f"{_CORE}gradients/loss_graph.py",
+        "            if node in targets:\n                return False",
+        "            if node in targets:\n                continue",
+        _OF_SEARCH,
+    ),
+    Fault(
+        "a forward pass that takes another course is read at the heads all the same",
+        f"{_CORE}engine/inspection.py",
+        "batch.read_at_losses |= off",
+        "batch.read_at_losses |= set()",
+        _OF_SEARCH,
     ),
 )

@@ -45,7 +45,7 @@ def means(batches: Batches, ranks: Ranks) -> StepMeans:
     step = OptimizerStepState(measured=True, weights=dict(zip(TASKS, weights, strict=True)))
     for batch in batches:
         for task, (loss, gradient) in batch.items():
-            step.add(task, torch.tensor(loss, dtype=torch.float64))
+            step.add(task, torch.tensor(loss, dtype=torch.float64), is_first=True)
             share = W * torch.tensor(gradient, dtype=torch.float64) / len(batches)
             reader.read(task, [share.sum()], [torch.ones((), dtype=torch.float64)])
     return reduce_step(TASKS, step, reader, weights, ranks, scale=1.0)
