@@ -393,7 +393,8 @@ def neuralforecast(width: int = 32) -> Project:
         noise, length = np.random.default_rng(0), 80
         days = pd.date_range("2026-01-01", periods=length)
         rows = [
-            pd.DataFrame({"unique_id": str(i), "ds": days, "y": noise.standard_normal(length).cumsum()}) for i in range(4)
+            pd.DataFrame({"unique_id": str(i), "ds": days, "y": noise.standard_normal(length).cumsum()})
+            for i in range(4)
         ]
         options = {"accelerator": "cpu", "enable_model_summary": False, **QUIET, **options}
         model = MLP(
