@@ -40,8 +40,6 @@ class Project:
     gradnorm: Mapping[str, Any]
     fit: Callable[..., Any]
     losses: Callable[[Any, Any], Forward]
-    connect: Callable[[Any, Any], object] = lambda model, gradnorm: None
-    """Further lines that a user writes, with the model and GradNorm."""
     coefficients: Mapping[str, float] = field(default_factory=dict)
     found: str = ""
     """What GradNorm should say that it has found."""
@@ -59,14 +57,14 @@ def _lightning(name: str = "lightning") -> ModuleType:
     return importlib.import_module(name)
 
 
-def loader(*tensors: Tensor, size: int = 4) -> Any:
+def loader(*tensors: Tensor, size: int) -> Any:
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*tensors), batch_size=size)
 
 
 # ---- transformers, peft ----------------------------------------------------------------------------------------------
 
 
-def bert(lora: bool = False, width: int = 32, layers: int = 2) -> Project:
+def bert(lora: bool = False, width: int = 32, layers: int = 2, batch: int = 4) -> Project:
     """Two heads on BERT in a LightningModule as tutorials write it; or LoRA in a frozen BERT."""
 
     def make(L: ModuleType) -> Any:
@@ -111,10 +109,10 @@ def bert(lora: bool = False, width: int = 32, layers: int = 2) -> Project:
 
         return Tutorial()
 
-    def fit(callbacks: Sequence[Any], *, connect: Any = None, steps: int = STEPS, **options: Any) -> Any:
-        L, n = _lightning(), 4 * steps
+    def fit(callbacks: Sequence[Any], *, steps: int = STEPS, **options: Any) -> Any:
+        L, n = _lightning(), batch * steps
         model = make(L)
-        data = loader(torch.randint(64, (n, 12)), torch.randint(5, (n,)), torch.randn(n))
+        data = loader(torch.randint(64, (n, 12)), torch.randint(5, (n,)), torch.randn(n), size=batch)
         trainer(L, callbacks, **options).fit(model, data)
         return model
 
@@ -144,10 +142,10 @@ def bert(lora: bool = False, width: int = 32, layers: int = 2) -> Project:
 # ---- pytorch-forecasting ---------------------------------------------------------------------------------------------
 
 
-def tft(width: int = 16) -> Project:
+def tft(width: int = 16, batch: int = 16) -> Project:
     """A temporal fusion transformer with two targets, whose MultiLoss keeps its metrics in a plain list."""
 
-    def fit(callbacks: Sequence[Any], *, connect: Any = None, steps: int = STEPS, **options: Any) -> Any:
+    def fit(callbacks: Sequence[Any], *, steps: int = STEPS, **options: Any) -> Any:
         L = _lightning()
         import numpy as np
         import pandas as pd
@@ -155,7 +153,8 @@ def tft(width: int = 16) -> Project:
         from pytorch_forecasting.metrics import MAE, RMSE, MultiLoss
 
         noise, length = np.random.default_rng(0), 60
-        rows = [pd.DataFrame({"time": range(length), "series": str(s)}) for s in range(4)]
+        series = 1 + batch * steps // 40
+        rows = [pd.DataFrame({"time": range(length), "series": str(s)}) for s in range(series)]
         frame = pd.concat(rows, ignore_index=True)
         frame["volume"] = np.sin(frame["time"] / 5) + 0.1 * noise.standard_normal(len(frame))
         frame["price"] = 10 * np.cos(frame["time"] / 7) + noise.standard_normal(len(frame))
@@ -178,7 +177,7 @@ def tft(width: int = 16) -> Project:
             learning_rate=0.01,
             log_interval=0,
         )
-        batches = data.to_dataloader(train=True, batch_size=16)
+        batches = data.to_dataloader(train=True, batch_size=batch)
         trainer(L, callbacks, **{"limit_train_batches": steps, **options}).fit(model, batches)
         return model
 
@@ -201,10 +200,10 @@ def tft(width: int = 16) -> Project:
 # ---- scvi-tools ------------------------------------------------------------------------------------------------------
 
 
-def scvi(adversarial: bool = False, width: int = 32) -> Project:
+def scvi(adversarial: bool = False, width: int = 32, batch: int = 16) -> Project:
     """SCVI, which returns its total and keeps reconstruction and KL for each cell; or trained by hand against a classifier."""
 
-    def fit(callbacks: Sequence[Any], *, connect: Any = None, steps: int = STEPS, **options: Any) -> Any:
+    def fit(callbacks: Sequence[Any], *, steps: int = STEPS, **options: Any) -> Any:
         _lightning()
         import anndata
         import numpy as np
@@ -214,7 +213,7 @@ def scvi(adversarial: bool = False, width: int = 32) -> Project:
             _training_plan_cls = package.train.AdversarialTrainingPlan
 
         package.settings.seed = 0
-        noise, n = np.random.default_rng(0), 16 * steps
+        noise, n = np.random.default_rng(0), batch * steps
         cells = anndata.AnnData(noise.poisson(2.0, (n, 20)).astype("float32"))
         cells.obs["sample"] = noise.choice(["a", "b"], n)
         kind = Adversarial if adversarial else package.model.SCVI
@@ -225,7 +224,7 @@ def scvi(adversarial: bool = False, width: int = 32) -> Project:
             plan |= {"adversarial_classifier": True, "scale_adversarial_loss": 1.0}
         model.train(
             accelerator="cpu",
-            batch_size=16,
+            batch_size=batch,
             train_size=1.0,
             plan_kwargs=plan,
             callbacks=list(callbacks),
@@ -265,50 +264,42 @@ def _in_float64(batch: Any) -> Any:
     return batch
 
 
-def chemprop(width: int = 32) -> Project:
+def chemprop(width: int = 32, batch: int = 8) -> Project:
     """A message-passing network with one head of three columns, whose criterion is a torchmetrics Metric."""
     tasks = ["solubility", "toxicity", "melting"]
 
-    def fit(callbacks: Sequence[Any], *, connect: Any = None, steps: int = STEPS, **options: Any) -> Any:
+    def fit(callbacks: Sequence[Any], *, steps: int = STEPS, **options: Any) -> Any:
         L = _lightning()
         from chemprop import data, models
         from chemprop import nn as layers
 
         molecules = ["CCO", "c1ccccc1", "CC(=O)O", "CCN", "C1CCCCC1", "CC(C)C", "CCCl", "O=C=O"]
         noise = torch.Generator().manual_seed(0)
-        targets = torch.randn(8 * steps, 3, generator=noise).numpy()
+        targets = torch.randn(batch * steps, 3, generator=noise).numpy()
         points = [data.MoleculeDatapoint.from_smi(molecules[i % 8], y) for i, y in enumerate(targets)]
-        batches = data.build_dataloader(data.MoleculeDataset(points), batch_size=8, shuffle=False)
+        batches = data.build_dataloader(data.MoleculeDataset(points), batch_size=batch, shuffle=False)
         if options.get("precision") == "64-true":
             collate = batches.collate_fn
             batches.collate_fn = lambda points: _in_float64(collate(points))
         head = layers.RegressionFFN(n_tasks=3, input_dim=width, hidden_dim=width)
         model = models.MPNN(layers.BondMessagePassing(d_h=width, depth=2), layers.MeanAggregation(), head)
-        if connect is not None:
-            connect(model)
         trainer(L, callbacks, **options).fit(model, batches)
         return model
-
-    def connect(model: Any, gradnorm: Any) -> None:
-        def watched(*given: Any, unreduced: Any = model.criterion._calc_unreduced_loss) -> Tensor:
-            gradnorm.watch(columns := dict(zip(tasks, unreduced(*given).unbind(1), strict=True)))
-            return torch.stack(list(columns.values()), 1)
-
-        model.criterion._calc_unreduced_loss = watched
 
     def losses(model: Any, batch: Any) -> Forward:
         error = model(batch.bmg, batch.V_d, batch.X_d) - batch.Y
         return Forward(dict(zip(tasks, error.square().mean(0), strict=True)))
 
-    third = dict.fromkeys(tasks, 1 / 3)
     return Project(
         ["chemprop"],
-        {"tasks": tasks},
+        {
+            "tasks": {task: f"T.{column}" for column, task in enumerate(tasks)},
+            "losses_from": "predictor.criterion._calc_unreduced_loss",
+        },
         fit,
         losses,
-        connect,
-        third,
-        found="W = predictor.ffn.0.0.weight (32 × 32), heads: none, losses: watched",
+        coefficients=dict.fromkeys(tasks, 1 / 3),
+        found="W = predictor.ffn.0.0.weight (32 × 32), heads: none, losses: from predictor.criterion._calc_unreduced_loss",
     )
 
 
@@ -327,10 +318,10 @@ def import_neuromancer() -> ModuleType:
             del sys.modules["wandb"]
 
 
-def neuromancer(width: int = 32, limit: float = -0.5) -> Project:
+def neuromancer(width: int = 32, batch: int = 8, limit: float = -0.5) -> Project:
     """An objective and a constraint, whose loss is 0 as long as it is satisfied."""
 
-    def fit(callbacks: Sequence[Any], *, connect: Any = None, steps: int = STEPS, **options: Any) -> Any:
+    def fit(callbacks: Sequence[Any], *, steps: int = STEPS, **options: Any) -> Any:
         L = _lightning()
         nm = import_neuromancer()
         from neuromancer.problem import LitProblem
@@ -342,8 +333,8 @@ def neuromancer(width: int = 32, limit: float = -0.5) -> Project:
         constraint.name = "limit"
         loss = nm.loss.PenaltyLoss([cost], [constraint])
         problem = nm.problem.Problem([nm.system.Node(net, ["p"], ["x"], name="net")], loss)
-        dataset = nm.dataset.DictDataset({"p": torch.randn(8 * steps, 2)}, name="train")
-        batches = torch.utils.data.DataLoader(dataset, batch_size=8, collate_fn=dataset.collate_fn)
+        dataset = nm.dataset.DictDataset({"p": torch.randn(batch * steps, 2)}, name="train")
+        batches = torch.utils.data.DataLoader(dataset, batch_size=batch, collate_fn=dataset.collate_fn)
         model = LitProblem(problem, custom_optimizer=torch.optim.Adam(problem.parameters(), lr=0.02))
         trainer(L, callbacks, **options).fit(model, batches)
         return model
@@ -368,10 +359,10 @@ def neuromancer(width: int = 32, limit: float = -0.5) -> Project:
 # ---- neuralforecast --------------------------------------------------------------------------------------------------
 
 
-def neuralforecast(width: int = 32) -> Project:
+def neuralforecast(width: int = 32, batch: int = 32) -> Project:
     """An MLP in `pytorch_lightning` with a loss of two terms; the package copies its models and their callbacks."""
 
-    def fit(callbacks: Sequence[Any], *, connect: Any = None, steps: int = STEPS, **options: Any) -> Any:
+    def fit(callbacks: Sequence[Any], *, steps: int = STEPS, **options: Any) -> Any:
         _lightning("pytorch_lightning")
         import numpy as np
         import pandas as pd
@@ -404,7 +395,7 @@ def neuralforecast(width: int = 32) -> Project:
             loss=LevelAndChange(),
             valid_loss=MAE(),
             max_steps=steps,
-            windows_batch_size=32,
+            windows_batch_size=batch,
             callbacks=list(callbacks),
             **options,
         )
@@ -436,7 +427,7 @@ def neuralforecast(width: int = 32) -> Project:
 # ---- a VAE experiment ------------------------------------------------------------------------------------------------
 
 
-def vae(width: int = 32) -> Project:
+def vae(width: int = 32, batch: int = 8) -> Project:
     """An experiment in `pytorch_lightning` that logs plain numbers and returns the sum of its losses."""
 
     def make(pl: ModuleType) -> Any:
@@ -478,10 +469,10 @@ def vae(width: int = 32) -> Project:
 
         return Experiment()
 
-    def fit(callbacks: Sequence[Any], *, connect: Any = None, steps: int = STEPS, **options: Any) -> Any:
+    def fit(callbacks: Sequence[Any], *, steps: int = STEPS, **options: Any) -> Any:
         pl = _lightning("pytorch_lightning")
         model = make(pl)
-        trainer(pl, callbacks, **options).fit(model, loader(torch.randn(8 * steps, 20), size=8))
+        trainer(pl, callbacks, **options).fit(model, loader(torch.randn(batch * steps, 20), size=batch))
         return model
 
     def losses(model: Any, batch: Any) -> Forward:

@@ -40,7 +40,7 @@ def fit(project: Project, **options: Any) -> tuple[Tape, GradNorm]:
     """Train with GradNorm; return the tape and the callback that the user made."""
     arguments = {name: options.pop(name) for name in ("heads",) if name in options}
     gradnorm, tape = GradNorm(**project.gradnorm, **arguments), Tape()
-    project.fit([tape, gradnorm], connect=lambda model: project.connect(model, gradnorm), **options)
+    project.fit([tape, gradnorm], **options)
     return tape, gradnorm
 
 
