@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class Clock(L.Callback):
 
     def step(self) -> float:
         starts = self.starts[WARM_UP:]
-        return statistics.median(later - start for start, later in zip(starts, starts[1:], strict=False))
+        return statistics.median(later - start for start, later in pairwise(starts))
 
 
 works_in_both_packages(Clock)
