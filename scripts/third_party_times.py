@@ -3,8 +3,8 @@
     .venv-third-party/bin/python scripts/third_party_times.py
 
 Each round trains every model without GradNorm, with the heads that it finds, and with `heads=None`, in turn, in one process.
-A time is the processor time from the start of a batch to the start of the next: the median of a training's steps; of the
-rounds, the median, the least and the most.
+A time is the processor time from the start of a batch to the start of the next, the median of a training's steps. It is
+divided by the plain one of the same round; of the rounds, the median and the quartiles are printed.
 """
 
 from __future__ import annotations
@@ -95,15 +95,16 @@ def exactness(name: str, precision: str) -> float:
 
 
 def ratio(times: Sequence[float], plain: Sequence[float]) -> str:
-    """Return the ratio to the plain step of the same round: median (least to most)."""
+    """Return the ratio to the plain step of the same round: median (quartiles)."""
     of_rounds = [time / base for time, base in zip(times, plain, strict=True)]
-    return f"{statistics.median(of_rounds):.2f} ({min(of_rounds):.2f} to {max(of_rounds):.2f})"
+    low, middle, high = statistics.quantiles(of_rounds, n=4, method="inclusive")
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("names", nargs="*", default=list(PROJECTS), metavar="MODEL", help=", ".join(PROJECTS))
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
