@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import textbook
 import torch
-from third_party.projects import Project
+from third_party.project import Project
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

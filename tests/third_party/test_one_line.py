@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from third_party.exactness import Tape, distances
-from third_party.projects import PROJECTS, Project, neuromancer
+from third_party.project import Project
+from third_party.projects import PROJECTS, neuromancer
 
 from lightning_gradnorm import GradNorm
 
@@ -89,7 +90,7 @@ def test_a_package_that_copies_its_callbacks_keeps_the_one_that_trained() -> Non
     assert trained.weights == tape.weights[-1] != gradnorm.weights
 
 
-def test_without_the_callback_the_model_is_untouched() -> None:
+def test_nothing_is_left_on_a_model_after_its_training() -> None:
     require("scvi")
     project = PROJECTS["SCVI"]()
     plain, balanced = project.fit([]), project.fit([GradNorm(**project.gradnorm)])
