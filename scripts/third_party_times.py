@@ -53,6 +53,7 @@ PACKAGES = (
     "scvi-tools",
     "chemprop",
     "neuromancer",
+    "neuralforecast",
 )
 WARM_UP = 10
 
