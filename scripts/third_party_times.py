@@ -104,8 +104,8 @@ def ratio(times: Sequence[float], plain: Sequence[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=9, help="at least 2")
+    parser.add_argument("--steps", type=int, default=40, help=f"more than {WARM_UP + 2}")
     parser.add_argument("names", nargs="*", default=list(PROJECTS), metavar="MODEL", help=", ".join(PROJECTS))
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
