@@ -35,6 +35,8 @@ class Project:
     fit: Callable[..., Any]
     losses: Callable[[Any, Any], Forward]
     coefficients: Mapping[str, float] = field(default_factory=dict)
+    computes_in_float32: bool = False
+    """Whether it does so, in part, in a model of float64 too."""
     found: str = ""
     """What GradNorm should say that it has found."""
 

@@ -200,6 +200,7 @@ def chemprop(width: int = 32, batch: int = 8) -> Project:
         fit,
         losses,
         coefficients=dict.fromkeys(tasks, 1 / 3),
+        computes_in_float32=True,
         found="W = predictor.ffn.0.0.weight (32 × 32), heads: none, losses: from predictor.criterion._calc_unreduced_loss",
     )
 
