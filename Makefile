@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # One process per core; tests that measure memory or load the machine themselves share one.
 PARALLEL := -n auto --dist loadgroup
 
-.PHONY: demo test test-slow coverage test-lowest docs build try-wheel try-core format clean
+.PHONY: demo test test-slow coverage test-lowest test-third-party docs build try-wheel try-core format clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py
@@ -61,6 +61,18 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[dev]"
 	touch $@
 
+# Models of other packages, unchanged, with one line of ours; TESTS="-k BERT" for some of them.
+THIRD_PARTY := .venv-third-party
+THIRD_PARTY_PACKAGES := transformers peft pytorch-lightning pytorch-forecasting scvi-tools chemprop neuromancer neuralforecast
+test-third-party: $(THIRD_PARTY)/.installed
+	$(THIRD_PARTY)/bin/pytest -q -m third_party tests/third_party $(TESTS)
+
+$(THIRD_PARTY)/.installed: pyproject.toml constraints-third-party.txt
+	test -x $(THIRD_PARTY)/bin/python || $(PYTHON) -m venv $(THIRD_PARTY)
+	$(THIRD_PARTY)/bin/python -m pip install --quiet --constraint constraints-third-party.txt --editable . \
+		pytest pytest-timeout hypothesis $(THIRD_PARTY_PACKAGES)
+	touch $@
+
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -72,4 +84,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf .venv $(LOWEST) outputs dist site
+	rm -rf .venv $(LOWEST) $(THIRD_PARTY) outputs dist site

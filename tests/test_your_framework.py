@@ -13,6 +13,7 @@ import torch.distributed as dist
 from loops import Network, distance, parameter_distance, train
 from models import TASKS, Batch, network_sgd, vector_batches
 from ranks import in_processes
+from third_party.projects import PROJECTS
 from torch.utils.data import DataLoader
 
 from lightning_gradnorm import Balancer
@@ -22,6 +23,7 @@ PAGE = (Path(__file__).parents[1] / "docs" / "your_framework.md").read_text(enco
 RECIPES = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
 BATCHES = vector_batches(2, 16, size=8)
 NAMES = TASKS[:2]
+GALLERY = "Models you did not write"
 
 
 def compute_losses(model: Any, batch: Any) -> dict[str, torch.Tensor]:
@@ -66,7 +68,7 @@ def _fresh_accelerate() -> Iterator[None]:
 
 def test_every_section_has_a_recipe_of_at_most_twenty_lines() -> None:
     assert list(RECIPES) == re.findall(r"^## (.+)$", PAGE, re.MULTILINE)
-    assert len(RECIPES) == 8
+    assert len(RECIPES) == 9
     assert max(len(code.splitlines()) for code in RECIPES.values()) <= 20
 
 
@@ -147,6 +149,23 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = run("Hugging Face Trainer", arguments=arguments, dataset=rows)
     assert_as_in_a_plain_loop(names)
     assert names["trainer"].state.global_step == len(BATCHES)
+
+
+def test_the_lines_for_other_peoples_models_are_those_that_make_test_third_party_trains_them_with() -> None:
+    lines: list[dict[str, Any]] = []
+    exec(RECIPES[GALLERY], {"GradNorm": lambda tasks, **options: lines.append({"tasks": tasks, **options})})
+    same_line = ("BERT with LoRA", "SCVI, adversarial")
+    assert lines == [make().gradnorm for name, make in PROJECTS.items() if name not in same_line]
+
+
+@pytest.mark.parametrize("name", PROJECTS)
+def test_what_the_page_says_was_found_in_a_model_is_what_make_test_third_party_finds(name: str) -> None:
+    (row,) = re.findall(rf"^\| {name.partition(',')[0]} \| `.*", PAGE, re.MULTILINE)
+    W, heads = re.findall(r"W = (\S+) .*, heads: (.*), losses:", PROJECTS[name]().found)[0]
+    modules = [head.partition(" → ")[2] for head in heads.split(", ") if head != "none"]
+    assert f"| `{W}` |" in row
+    assert ("none:" in row) != bool(modules)
+    assert all(f"`{module}`" in row for module in modules)
 
 
 def test_save_and_resume() -> None:

@@ -114,12 +114,14 @@ class CalledLosses:
         return _Place(owner, walked[-1], found)
 
     def _take(self, path: str, tasks: Mapping[str, str], output: Any, show: Show) -> Any:
-        """Show the losses in ``output``. Return what takes its place, if it is a tensor with a loss in each entry."""
+        """Show the losses in ``output``. Return what takes its place, if it is a tensor with a loss in each entry or column."""
         if isinstance(output, Tensor) and output.ndim and any(tasks.values()):
             # An entry taken out of the tensor would be no part of the loss. So the loss is made of the entries.
-            parts = output.unbind(0)
-            show({task: self._look_up(path, task, inside, parts, "Tensor") for task, inside in tasks.items()})
-            return torch.stack(parts) if output.requires_grad else None
+            are_columns = output.ndim == 2 and all(inside.startswith("T.") for inside in tasks.values())
+            parts = output.unbind(int(are_columns))
+            names = {task: inside.removeprefix("T.") if are_columns else inside for task, inside in tasks.items()}
+            show({task: self._look_up(path, task, inside, parts, "Tensor") for task, inside in names.items()})
+            return torch.stack(parts, int(are_columns)) if output.requires_grad else None
         for task, inside in tasks.items():
             value = self._look_up(path, task, inside, output) if inside else output
             losses = list(_tensors(value))

@@ -43,7 +43,8 @@ class GradNorm(BalancingCallback[GradNormRule]):
             from each loss to ``W`` instead. All give the same numbers.
         losses_from: for models that return their total only. Dotted path to what returns the losses, a module, a method or a
             function: ``"module.loss"``. The tasks are looked up in what it returns, by key, attribute or index:
-            ``tasks={"recon": "reconstruction_loss", "kl": "extra.kl"}``. Or task → path of what returns its loss.
+            ``tasks={"recon": "reconstruction_loss", "kl": "extra.kl"}``; ``"T.0"`` is the first column of a matrix.
+            Or task → path of what returns its loss.
         alpha: the asymmetry: how strongly tasks are pulled to a common training rate. 0 asks for equal gradient norms.
         optimizer: makes the optimizer of the weights from a list of parameters.
         initial_losses: ``L_i(0)``: the mean over so many of the first weight updates; or numbers by task, for some or all. The

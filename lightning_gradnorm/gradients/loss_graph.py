@@ -110,7 +110,8 @@ class LossGraph:
         """Return, for each task that has one, the head: the first module called that is this task's alone, task → name.
 
         Its whole gradient passes from inside the module to the module's inputs on the way to the targets, and no other task's
-        gradient enters it.
+        gradient enters it. Nor is it given what other tasks alone depend on, their losses say, used or not: reading its inputs
+        would tie it to them.
 
         Args:
             targets: nodes of what the gradients are read at.
@@ -127,6 +128,7 @@ class LossGraph:
             if (
                 len(tasks) == 1
                 and tasks[0] not in heads
+                and all(tasks[0] in (self.tasks_at([node]) or tasks) for node in module.inputs)
                 and self._is_all_inside(tasks[0], outputs, module.inputs, targets)
             ):
                 heads[tasks[0]] = module.name

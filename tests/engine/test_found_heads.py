@@ -1,0 +1,54 @@
+"""Heads that are found in models whose modules are handed more than they use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradnorm import Balancer
+from lightning_gradnorm.strategies import GradNormRule
+
+
+class Term(nn.Module):
+    """Is handed a dict of all that has been computed so far; its loss depends on `x` alone."""
+
+    def __init__(self, name: str, goal: float) -> None:
+        super().__init__()
+        self.name, self.goal = name, goal
+        self.distance = nn.MSELoss()
+
+    def forward(self, known: dict[str, Tensor]) -> dict[str, Tensor]:
+        x = known["x"]
+        return {self.name: self.distance(x, torch.full_like(x, self.goal))}
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(3, 2)
+        self.near, self.far = Term("near", 0.5), Term("far", 9.0)
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        known = {"x": self.trunk(inputs)}
+        near = self.near(known)
+        return near | self.far(known | near)
+
+
+def train(heads: Any) -> tuple[list[dict[str, float]], dict[str, str]]:
+    torch.manual_seed(0)
+    model, weights = Chain().double(), []
+    with Balancer(model, GradNormRule(["near", "far"]), heads=heads) as balancer:
+        for inputs in torch.randn(4, 5, 3, dtype=torch.float64):
+            balancer.backward(model(inputs))
+            balancer.step()
+            weights.append(balancer.weights)
+        return weights, dict(balancer._engine.plan.heads or {})
+
+
+def test_a_module_that_is_handed_the_loss_of_another_task_is_no_head() -> None:
+    weights, heads = train("auto")
+    assert heads == {"near": "near", "far": "far.distance"}
+    assert weights == train(None)[0]
+    assert weights[-1]["near"] > 1.05
