@@ -123,8 +123,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         Raises:
             RuntimeError: no training has started.
         """
-        rule = self._trained._rule
-        if rule is None:
+        if (rule := self._trained._rule) is None:
             raise RuntimeError(f"{self._name}: the rule is known once training has started")
         return rule
 
@@ -249,15 +248,14 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     def _watch(self, losses: Mapping[str, Any]) -> None:
         if self._recomputed is not None:
-            if self._with_gradients and self._with_gradients.pop(0):
-                for task, loss in losses.items():
-                    self._recomputed.setdefault(task, []).append(loss)
+            is_trained = self._with_gradients and self._with_gradients.pop(0)
+            for task, loss in losses.items() if is_trained else ():
+                self._recomputed.setdefault(task, []).append(loss)
         elif self._engine is None or self._loop is None:
             self._usage.on_idle_losses(losses)
         elif self._loop.is_training() and not self._engine.batch.in_backward:
             self._with_gradients.append(torch.is_grad_enabled())
-            trained = self._usage.on_losses(losses)
-            self._engine.watch(trained)
+            self._engine.watch(self._usage.on_losses(losses))
             self._usage.seen |= set(self._engine.batch.losses)
 
     # ---- one batch ---------------------------------------------------------------------------------------------------
@@ -271,10 +269,9 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         if self._engine is not None:
-            is_lightnings = pl_module.automatic_optimization and self._backward_is_lightnings
-            is_whole_step = is_lightnings and trainer.accumulate_grad_batches == 1
             self._usage.on_before_backward(pl_module, self._engine.batch)
-            self._engine.before_backward(loss, is_whole_step=is_whole_step)
+            is_lightnings = pl_module.automatic_optimization and self._backward_is_lightnings
+            self._engine.before_backward(loss, is_whole_step=is_lightnings and trainer.accumulate_grad_batches == 1)
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -302,13 +299,12 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
             self._show_if_logged(trainer)  # in a batch that Lightning writes, but without an optimizer step
         self._engine.start_batch()
         if self._described is None and self._engine.is_settled and self._usage.seen:
-            parts = [str(self._engine.plan), f"losses: {self._source}"]
-            self._described = f"{self._name}: {', '.join(filter(None, parts))}"
+            parts = filter(None, [str(self._engine.plan), f"losses: {self._source}"])
+            self._described = f"{self._name}: {', '.join(parts)}"
             rank_zero_info(self._described)
 
     def __repr__(self) -> str:
-        tasks = "all tasks of the module" if self.tasks is None else ", ".join(self._names)
-        return self._trained._described or f"{self._name}({tasks})"
+        return self._trained._described or f"{self._name}({', '.join(self._names) or 'all tasks of the module'})"
 
     def _show_if_logged(self, trainer: L.Trainer) -> None:
         if not self._shown and is_logged_step(trainer):
