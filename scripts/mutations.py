@@ -469,6 +469,13 @@ FAULTS = (
         "step.add(task, loss.tensor.detach().mean(), is_first",
         ("tests/callbacks/test_losses_changed_in_place.py",),
     ),
+    Fault(
+        "a gradient of zero raises the weight of its task",
+        _GRADNORM,
+        "        present = self._zero_gradients.present(norms, present, may_look=self.syncs_every_step)\n",
+        "",
+        ("tests/strategies/test_zero_gradients.py",),
+    ),
     # ---- what is found -----------------------------------------------------------------------------------------------
     Fault(
         "the last layer in the forward pass is taken, not the deepest",

@@ -178,7 +178,15 @@ class NormMeasurement(Measurement[NormRule]):
             )
 
     def warn(self) -> None:
-        """Warn, once for each task, that its numbers allowed no update."""
+        """Warn, once for each task, that its numbers allowed no update, or that it has had no gradient for long."""
+        for task in self.rule.tasks_without_gradient:
+            if f"{task}: no gradient" not in self._warned:
+                self._warned.add(f"{task}: no gradient")
+                self.setting.loop.ranks.warn(
+                    f"{self.setting.caller}: the gradient of task '{task}' at the shared layer has been exactly 0 in the last "
+                    f"50 updates (a coefficient of 0, masked labels, a constraint that holds?). As long as that lasts the task "
+                    f"counts as absent: its weight stays as it is."
+                )
         for task, loss in self.rule.tasks_at_fault.items():
             if task not in self._warned:
                 self._warned.add(task)

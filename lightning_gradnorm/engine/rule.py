@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -69,6 +69,10 @@ class NormRule(Rule, Protocol):
 
     def explain_fault(self, task: str, loss: float) -> str:
         """Return why the task's numbers allowed no update."""
+
+    @property
+    def tasks_without_gradient(self) -> Sequence[str]:
+        """Tasks whose gradient has been exactly zero for so long that it should be told."""
 
 
 class LossRule(Rule, Protocol):

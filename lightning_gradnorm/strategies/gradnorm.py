@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from lightning_gradnorm._messages import check_task_names
-from lightning_gradnorm.strategies.gradnorm_arguments import check_arguments
+from lightning_gradnorm.strategies.gradnorm_arguments import check_arguments, why_not_updated
 from lightning_gradnorm.strategies.snapshot import matched_by_task
-from lightning_gradnorm.strategies.weight_optimizer import WeightOptimizerFactory, make_weight_optimizer
+from lightning_gradnorm.strategies.weight_optimizer import WeightOptimizerFactory, make_weight_optimizer, moved
+from lightning_gradnorm.strategies.zero_gradients import ZeroGradients
 
 _VERSION = 1  # of the layout of `GradNormRule.state_dict`
 _MAX_WEIGHT_SHARE = 1e6  # upper bound of a weight before the weights are scaled to sum T, as a multiple of T
@@ -127,10 +128,9 @@ class GradNormRule:
         optimizer: makes the optimizer of the weights; the paper's is ``partial(torch.optim.Adam, lr=0.025)``.
         initial_losses: the number of first updates whose mean loss is ``L_i(0)`` (as long as there are fewer, the mean of
             those so far); or the values by task, for example ``{"seg": math.log(13)}``. The others' is their first loss.
-        initial_weights: by task; scaled to sum T. Equal by default.
-        priorities: by task; scaled to mean 1. Equal by default.
-        update_every: number of the network's optimizer steps from one weight update to the next.
-        stop_after: number of the network's optimizer steps after which the weights stay fixed; ``None`` for never.
+        initial_weights, priorities: by task; scaled to sum T, and to mean 1. Equal by default.
+        update_every: the network's optimizer steps from one weight update to the next.
+        stop_after: the network's optimizer steps after which the weights stay fixed; ``None`` for never.
         min_weight: lower bound of the weights before they are scaled to sum T.
         dtype, device: of the weights.
         caller: begins the error messages.
@@ -164,8 +164,12 @@ class GradNormRule:
         self.tasks = check_task_names(tasks, caller=caller)
         by_task = {"initial_losses": initial_losses, "initial_weights": initial_weights, "priorities": priorities}
         check_arguments(caller, self.tasks, by_task, alpha, optimizer, min_weight, update_every, stop_after)
-        self.alpha, self.min_weight = float(alpha), min_weight
-        self.update_every, self.stop_after = update_every, stop_after
+        self.alpha, self.min_weight, self.update_every, self.stop_after = (
+            float(alpha),
+            min_weight,
+            update_every,
+            stop_after,
+        )
         ones, first_losses = dict.fromkeys(self.tasks, 1.0), dict.fromkeys(self.tasks, 0.0)
         counts = dict.fromkeys(self.tasks, initial_losses if isinstance(initial_losses, int) else 1)
         if isinstance(initial_losses, Mapping):
@@ -184,6 +188,7 @@ class GradNormRule:
         self.steps = 0
         """Number of the network's optimizer steps, with and without a weight update."""
         self._is_fresh = True  # whether the state is still the constructor's
+        self._zero_gradients = ZeroGradients(self.tasks)
         self._skipped = 0
         self._tasks_at_fault: dict[str, float] = {}
         self._last: WeightUpdate | None = None
@@ -220,7 +225,7 @@ class GradNormRule:
         dtype, device = dtype or self.weights.dtype, device or self.weights.device
         for name, value in vars(self).items():
             if isinstance(value, Tensor | WeightUpdate) and value is not self.weights:
-                setattr(self, name, _moved(value, dtype, device))
+                setattr(self, name, moved(value, dtype, device))
         self.weights.data = self.weights.data.to(device, dtype)
         self._optimizer.follow_weights()
         # Numbers that were given are converted anew, so that float64 does not get what float32 has rounded.
@@ -239,14 +244,17 @@ class GradNormRule:
         Args:
             norms: ``n_i`` of the unweighted losses, shape (T,).
             losses: ``L_i``, shape (T,).
-            present: the tasks that take part, bool of shape (T,); all by default. An absent task keeps its weight and its
-                optimizer state and is left out of the means; the others share the rest of the sum T.
+            present: the tasks that take part, bool of shape (T,); all by default. One whose norm is exactly 0 does not. An
+                absent task keeps its weight and its optimizer state and is left out of the means; the others share the rest.
 
         Returns:
             The update. It is not taken if a number is not finite, or (unless ``alpha`` is 0) a loss is negative or has never
             been positive; then only `skipped`, `tasks_at_fault` and ``L_i(0)`` of the other tasks change.
         """
         norms, losses = norms.to(self.weights), losses.to(self.weights)
+        shown = self._all_present if present is None else present
+        present = self._zero_gradients.present(norms, present, may_look=self.syncs_every_step)
+        counted = self._all_present if present is None else present
         problems = losses - losses  # 0 if finite, else NaN; a bad norm shows in the weights that result
         if self.alpha > 0:
             problems = problems + losses.clamp(max=0)
@@ -256,8 +264,9 @@ class GradNormRule:
         initial_losses, updates_seen = self.initial_losses, self._updates_seen
         if not self._initial_known and bool((problems == 0).all()):
             initial_losses, updates_seen = self._initial_losses_with(losses, present)
-            if self.alpha > 0 and bool((no_rate := initial_losses <= 0).any()):
-                problems = no_rate.to(problems) * (1.0 if present is None else present)
+            no_rate = (initial_losses <= 0) & (losses <= 0) & shown
+            if self.alpha > 0 and bool(no_rate.any()):
+                problems, counted = no_rate.to(problems), shown
                 self.initial_losses, self._updates_seen = initial_losses, updates_seen
         weights = self.weights.detach()
         terms = gradnorm_terms(weights, norms, losses, initial_losses, self.alpha, self._priorities, present)
@@ -268,8 +277,7 @@ class GradNormRule:
             are_final = (updates_seen >= self._updates_in_initial) & ((initial_losses > 0) | (self.alpha == 0))
             self._initial_known = bool(are_final.all())
         self._is_fresh = False
-        update = WeightUpdate(norms, losses, self._all_present if present is None else present, problems, terms, taken)
-        self._pending.append(update)
+        self._pending.append(update := WeightUpdate(norms, losses, counted, problems, terms, taken))
         if self.syncs_every_step or len(self._pending) == _MAX_PENDING:
             self._sync_pending()
         return update
@@ -315,14 +323,12 @@ class GradNormRule:
 
     def explain_fault(self, task: str, loss: float) -> str:
         """Return why a task's numbers allowed no update."""
-        if loss < 0 and self.alpha > 0:
-            return f"the loss of task '{task}' is negative ({loss:g}); add a constant that keeps it positive, or use alpha=0"
-        if loss == 0 and self.alpha > 0:
-            return (
-                f"the loss of task '{task}' has been 0 from the start, so that its training rate is undefined (give "
-                f"initial_losses={{'{task}': 1.0}} if it will stay so, or use alpha=0)"
-            )
-        return f"the loss or the gradient norm of task '{task}' is not finite"
+        return why_not_updated(task, loss, self.alpha)
+
+    @property
+    def tasks_without_gradient(self) -> list[str]:
+        """Tasks whose norm has been exactly 0 in the last 50 updates. Synchronizes with the device."""
+        return self._zero_gradients.lasting
 
     @property
     def last(self) -> WeightUpdate | None:
@@ -392,9 +398,3 @@ class GradNormRule:
         self.steps, self._skipped = state["steps"], state["skipped"]
         self._initial_known = self._is_fresh = False
         self._pending.clear()
-
-
-def _moved(value: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else value.dtype)
-    return type(value)(*(_moved(part, dtype, device) for part in value))

@@ -1,4 +1,4 @@
-"""Checks of GradNorm's arguments, for the rule and for the callbacks that pass them on."""
+"""What GradNorm says of wrong arguments, for the rule and for the callbacks that pass them on, and of numbers it cannot use."""
 
 from __future__ import annotations
 
@@ -46,3 +46,17 @@ def check_arguments(
             is_partial = parameter == "initial_losses" and tasks is not None and set(numbers) <= set(tasks)
             names = list(numbers) if tasks is None or is_partial else tasks
             check_positive_by_task(numbers, names, caller=caller, parameter=parameter)
+
+
+def why_not_updated(task: str, loss: float, alpha: float) -> str:
+    """Return why a task's loss, or its norm, allowed no update."""
+    if loss < 0 and alpha > 0:
+        return (
+            f"the loss of task '{task}' is negative ({loss:g}); add a constant that keeps it positive, or use alpha=0"
+        )
+    if loss == 0 and alpha > 0:
+        return (
+            f"the loss of task '{task}' has been 0 from the start, so that its training rate is undefined (give "
+            f"initial_losses={{'{task}': 1.0}} if it will stay so, or use alpha=0)"
+        )
+    return f"the loss or the gradient norm of task '{task}' is not finite"

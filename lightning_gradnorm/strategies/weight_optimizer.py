@@ -191,3 +191,10 @@ def make_weight_optimizer(weights: Tensor, factory: WeightOptimizerFactory) -> W
     if isinstance(made, torch.optim.LBFGS):
         raise ValueError(f"{expected}; LBFGS does not step by their gradient alone but evaluates the loss repeatedly.")
     return (MaskedAdam if MaskedAdam.supports(made) else WeightOptimizer)(weights, made)
+
+
+def moved(value: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """Return a tensor, or a named tuple of them, on another device and with another dtype if it is a floating one."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+    return type(value)(*(moved(part, dtype, device) for part in value))
