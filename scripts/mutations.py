@@ -107,8 +107,8 @@ FAULTS = (
     Fault(
         "the last losses take the place of L(0)",
         _GRADNORM,
-        "        self._is_fresh = False\n        update = WeightUpdate(",
-        "        self._is_fresh, self.initial_losses = False, losses\n        update = WeightUpdate(",
+        "        self._is_fresh = False\n        self._pending.append(",
+        "        self._is_fresh, self.initial_losses = False, losses\n        self._pending.append(",
         _OF_BALANCER,
     ),
     Fault(
@@ -155,7 +155,7 @@ FAULTS = (
     ),
     Fault(
         "the state keeps its old precision",
-        _GRADNORM,
+        _ADAM,
         "return value.to(device, dtype if value.is_floating_point() else value.dtype)",
         "return value.to(device)",
         _OF_RULE,
