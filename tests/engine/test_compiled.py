@@ -91,7 +91,7 @@ CASES: dict[str, tuple[type[Automatic], str, Callable[[Any, str], Any]]] = {
     "what precedes the shared layer": (Automatic, "encoder.2", wrapped("encoder.0")),
     "convolutions with BatchNorm": (Convolutional, "encoder.3", wrapped("encoder")),
     "a layer that is never called": (Functional, "encoder.last", wrapped("encoder")),
-    "all of the encoder is shared layer": (Automatic, "encoder", wrapped("encoder")),
+    "the encoder by its name": (Automatic, "encoder", wrapped("encoder")),  # its last weight, encoder.2
     "one network of encoder and heads": (Nested, "network.encoder.2", in_place("network")),
     "one network, torch.compile": (Nested, "network.encoder.2", wrapped("network")),
     "whole module": (Automatic, "encoder.2", as_a_whole),
@@ -127,7 +127,7 @@ REPLAYED = {"what follows the shared layer"}
 def test_it_agrees_with_the_textbook_where_this_is_compiled(quiet_trainer, replays, case: str, backend: str) -> None:
     kind, shared_layer, compiled = CASES[case]
     batches = (image_batches if kind is Convolutional else vector_batches)(T, STEPS)
-    twin, trajectory = learn(lambda: kind(T), shared_layer, batches)
+    twin, trajectory = learn(lambda: kind(T), "encoder.2" if shared_layer == "encoder" else shared_layer, batches)
     model = kind(T)
     heads = model.heads()
     given = compiled(model, backend)
