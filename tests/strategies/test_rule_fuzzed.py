@@ -212,10 +212,10 @@ def test_whatever_it_is_given_the_weights_are_right_and_ordinary_steps_are_the_t
                     assert draw.alpha > 0
                     assert bool((losses[present] <= 0).any())
                     assert changed == {".updates_seen", ".initial_losses"}
-                    first.note(losses, present)
+                    first.note(losses, present & (norms != 0))
             else:
                 happened["taken"] += 1
-                first.note(losses, present)
+                first.note(losses, present & (norms != 0))  # without a gradient it counts as absent
                 ordinary = is_ordinary(norms[present]) and is_ordinary(losses[present]) and first.are_ordinary(present)
                 if (
                     ordinary
