@@ -480,7 +480,7 @@ FAULTS = (
     Fault(
         "the last layer in the forward pass is taken, not the deepest",
         f"{_CORE}gradients/loss_graph.py",
-        "depth[node] = max(below) + bool(met) if below else len(met)",
+        "depth[node] = max(depths) + bool(met) if depths else len(met)",
         "depth[node] = 1",
         _OF_SEARCH,
     ),

@@ -9,7 +9,7 @@ import pytest
 import textbook
 import torch
 from harness import Recorder
-from models import Automatic, network_sgd
+from models import Automatic, learn_from_textbook
 from torch import nn
 
 T, STEPS = 3, 10
@@ -65,8 +65,7 @@ def _shared(model: Automatic, name: str) -> list[nn.Parameter]:
 
 def learn(make: Callable[[], Automatic], shared_layer: str, batches: list[Any]) -> tuple[Automatic, Any]:
     twin = make()
-    shared, optimizer = _shared(twin, shared_layer), network_sgd(twin.parameters())
-    return twin, textbook.train(twin, twin.forward_for_textbook, batches, shared, optimizer)
+    return twin, learn_from_textbook(twin, batches, shared=_shared(twin, shared_layer))
 
 
 def assert_same(recorder: Recorder, model: nn.Module, trajectory: textbook.Trajectory, twin: nn.Module) -> None:

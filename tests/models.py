@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import lightning as L
+import textbook
 import torch
 from textbook import Forward
 from torch import Tensor, nn
@@ -262,3 +263,24 @@ def multi_task_module(T: int = 3, seed: int = 0, **options: Any) -> MultiTaskMod
     network = Automatic(T, seed)
     tasks = {task: Task(head=getattr(network, f"{task}_head"), loss=F.mse_loss) for task in network.tasks}
     return MultiTaskModule(encoder=network.encoder, tasks=tasks, **{"optimizer": network_sgd, **options})
+
+
+class Regularized(Automatic):
+    """`loss` has a term that is no task, on the parameters and on the representation itself."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        given = self.forward_for_textbook(batch)
+        return {"loss": sum(given.losses.values()) + given.rest, **given.losses}
+
+    def forward_for_textbook(self, batch: Any) -> Any:
+        given = super().forward_for_textbook(batch)
+        given.rest = 0.3 * given.representation[0].square().mean() + 0.01 * self.encoder[0].weight.square().sum()
+        return given
+
+
+def learn_from_textbook(
+    twin: Automatic, batches: list[Any], shared: list[nn.Parameter] | None = None, **options: Any
+) -> textbook.Trajectory:
+    """Train the twin as the textbook does, by default with the model's own shared layer."""
+    shared = twin.shared_parameters() if shared is None else shared
+    return textbook.train(twin, twin.forward_for_textbook, batches, shared, network_sgd(twin.parameters()), **options)

@@ -19,6 +19,7 @@ from lightning_gradnorm.engine.module_hooks import (
     supports_hooks,
     wrap_call,
 )
+from lightning_gradnorm.gradients.graph import has_gradient
 
 Show = Callable[[Mapping[str, Any]], None]
 
@@ -125,7 +126,7 @@ class CalledLosses:
         for task, inside in tasks.items():
             value = self._look_up(path, task, inside, output) if inside else output
             losses = list(_tensors(value))
-            trained = [loss for loss in losses if isinstance(loss, Tensor) and loss.requires_grad]
+            trained = [loss for loss in losses if has_gradient(loss)]
             for loss in trained or losses or [value]:
                 show({task: loss})
         return None

@@ -1,4 +1,4 @@
-"""Detects usage errors in training: a loss never shown or never back-propagated, or an optimizer that never steps."""
+"""Detects usage errors: arguments and Trainers that cannot work; in training, a loss never shown or never back-propagated."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 
 from lightning_gradnorm.callbacks.losses import LossSource
 from lightning_gradnorm.callbacks.packages import is_one_of
 from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.ranks import Ranks
 from lightning_gradnorm.engine.step_state import BatchState
+from lightning_gradnorm.gradients.graph import has_gradient
 
 _PATIENCE = 50
 """Batches with a backward pass in which an expected loss may be missing: they may train something else first."""
@@ -35,9 +35,7 @@ class UsageChecks:
 
     def on_idle_losses(self, losses: Mapping[str, Any]) -> None:
         """Called with losses shown outside training. Warn if no Trainer has ever started, but these are trained on."""
-        is_trained = (
-            any(isinstance(one, Tensor) and one.requires_grad for one in losses.values()) and torch.is_grad_enabled()
-        )
+        is_trained = torch.is_grad_enabled() and any(map(has_gradient, losses.values()))
         if self._ranks is None and is_trained:
             self._warn_once(
                 "watch was called, but this callback is not at work: no Trainer has started it. Give it to the Trainer that "
@@ -48,7 +46,7 @@ class UsageChecks:
         """Called with losses that are shown. Return those that can be trained on: not what is computed under no_grad."""
         trained = dict(losses)
         if not torch.is_grad_enabled():
-            idle = [name for name, loss in losses.items() if not (isinstance(loss, Tensor) and loss.requires_grad)]
+            idle = [name for name, loss in losses.items() if not has_gradient(loss)]
             self._source.without_gradient |= dict.fromkeys(idle)
             trained = {name: loss for name, loss in losses.items() if name not in idle}
         self._source.shown |= dict.fromkeys(trained)

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
-from torch.utils import _pytree as pytree
 
 from lightning_gradnorm.engine.compiled import is_compiled
 from lightning_gradnorm.engine.module_hooks import supports_hooks, wrap_call
-from lightning_gradnorm.gradients.graph import node_of
+from lightning_gradnorm.gradients.graph import node_of, tensors_with_gradient
 from lightning_gradnorm.gradients.loss_graph import ModuleCalls
 
 
@@ -64,19 +63,15 @@ class CallRecorder:
     def _before(self, name: str, args: Any, kwargs: Any) -> None:
         if not self._is_active():
             return
-        given = _tensors_with_gradient((args, kwargs))
+        given = tensors_with_gradient((args, kwargs))
         self._calls.setdefault(name, ModuleCalls(name)).inputs.update(map(node_of, given))
         self._given.setdefault(name, []).extend((tensor, tensor._version) for tensor in given)
 
     def _after(self, name: str, output: Any) -> None:
         if self._is_active() and name in self._calls:
-            self._calls[name].outputs.update(map(node_of, _tensors_with_gradient(output)))
+            self._calls[name].outputs.update(map(node_of, tensors_with_gradient(output)))
 
     def close(self) -> None:
         """Remove all hooks."""
         self._hooks.close()
         self.start_batch()
-
-
-def _tensors_with_gradient(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.requires_grad]

@@ -1,8 +1,8 @@
 """Finds the shared layer and the heads of a model that nobody has described, from the graphs of its first batches.
 
-The shared layer is the deepest trained weight that every task's loss depends on, with some entry that all of them move. A head
-is the outermost module in which a task is alone. Both are decided once, on all ranks together, as soon as each task has
-been seen; until then no step is measured.
+The shared layer is the deepest trained weight on which every task's loss depends, provided that all tasks move some entry of
+it. A head is the first module called that belongs to one task alone. Both are decided once, on all ranks together, as soon as
+each task has been seen.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch.autograd.graph import Node
 from lightning_gradnorm.engine.call_recorder import CallRecorder
 from lightning_gradnorm.engine.layers import trained_layers
 from lightning_gradnorm.engine.measurement import Setting
-from lightning_gradnorm.engine.step_state import WatchedLoss
+from lightning_gradnorm.engine.step_state import WatchedLoss, nodes_by_task
 from lightning_gradnorm.gradients import BufferGuard, flat_row, reason_not_retraversable, row_width
-from lightning_gradnorm.gradients.graph import node_of
+from lightning_gradnorm.gradients.graph import node_of, reachable_nodes
 from lightning_gradnorm.gradients.loss_graph import LossGraph, Position
 
 _PATIENCE = 50
@@ -84,7 +84,7 @@ class Discovery:
         setting = self._setting
         model, ranks = setting.model, setting.loop.ranks
         layers = trained_layers(model)
-        graph = LossGraph(_nodes(losses))
+        graph = LossGraph(nodes_by_task(losses))
         positions = graph.positions({name: list(layer.values()) for name, layer in layers.items()}, self._calls.outputs)
         here = _Seen(positions, set(losses), reason_not_retraversable(graph.nodes))
         of_ranks = ranks.gather_objects(here)
@@ -101,7 +101,7 @@ class Discovery:
         return found
 
     def _deepest_first(self) -> list[str]:
-        """Return the layers that all tasks depend on. A layer lies as deep as the task that uses it least deep says."""
+        """Return the layers that all tasks depend on. If tasks use a layer at different depths, the least counts."""
         tasks = self._setting.tasks
         shared = {
             name: min(of_task.values()) for name, of_task in self._seen.positions.items() if len(of_task) == len(tasks)
@@ -113,7 +113,7 @@ class Discovery:
     ) -> Mapping[str, nn.Parameter] | None:
         """Return the first layer with an entry that all tasks move: not an output layer with a row for each of them.
 
-        A task that moves nothing yet, behind a head of zeros, decides nothing. Such a layer serves if no other does.
+        If some task moves no layer yet, as behind a head of zeros, return the first with an entry that all others move.
         """
         fallback = None
         start, count = 0, 1
@@ -143,10 +143,10 @@ class Discovery:
         return setting.loop.ranks.sum(moved.float()) > 0
 
     def _require_frozen_part(self) -> None:
-        """Warn, once, that all the tasks share is frozen for now.
+        """Warn, once, that whatever the tasks share is frozen for now.
 
         Raises:
-            ValueError: it is not.
+            ValueError: nothing is frozen, or part of the graph is hidden.
         """
         setting = self._setting
         model = type(setting.model).__name__
@@ -215,7 +215,9 @@ class Discovery:
         self._batches += 1
         # Of one task alone everything would be its head.
         heads = (
-            LossGraph(_nodes(losses)).heads(set(map(node_of, targets)), self._calls.calls) if len(losses) > 1 else {}
+            LossGraph(nodes_by_task(losses)).heads(set(map(node_of, targets)), self._calls.calls)
+            if len(losses) > 1
+            else {}
         )
         of_ranks = self._setting.loop.ranks.gather_objects((heads, set(losses)))
         seen = set().union(*(tasks for _, tasks in of_ranks))
@@ -240,35 +242,14 @@ def tasks_off_course(
         targets: the tensors whose gradient is read.
     """
     owner = {node: task for task, nodes in branches.items() for node in nodes}
-    ends = dict.fromkeys(map(node_of, targets), "")
+    stop = owner.keys() | set(map(node_of, targets))
+    roots = nodes_by_task(losses)
     off = set(losses) - branches.keys()
-    for task, of_task in losses.items():
-        for node in _reached([loss.node for loss in of_task], stop=owner | ends):
-            if (found := owner.get(node, "")) != task:
-                off |= {task, found} - {""}
+    for task, nodes in roots.items():
+        for node in reachable_nodes(nodes, stop=stop) & stop:
+            if owner.get(node) != task:
+                off |= {task, owner.get(node, task)}
     # No node of the trunk is younger than all branches: behind an older one there is none.
     oldest = min((node._sequence_nr() for node in owner), default=0)
-    roots = {loss.node: task for task, of_task in losses.items() for loss in of_task}
-    rest = _reached([node_of(backpropagated)], stop=roots | owner, oldest=oldest)
-    return off | {owner[node] for node in rest if node in owner}
-
-
-def _nodes(losses: Losses) -> dict[str, list[Node]]:
-    return {task: [loss.node for loss in of_task] for task, of_task in losses.items()}
-
-
-def _reached(start: Sequence[Node], *, stop: Mapping[Node, str], oldest: int = 0) -> list[Node]:
-    """Return the nodes of ``stop`` that are reached from ``start`` without passing another one. Called in every batch."""
-    found = []
-    seen = set(start)
-    to_visit = list(seen)
-    while to_visit:
-        node = to_visit.pop()
-        if node in stop:
-            found.append(node)
-        elif not oldest or node._sequence_nr() >= oldest:
-            for child, _ in node.next_functions:
-                if child is not None and child not in seen:
-                    seen.add(child)
-                    to_visit.append(child)
-    return found
+    rest = reachable_nodes([node_of(backpropagated)], stop=owner.keys() | set().union(*roots.values()), oldest=oldest)
+    return off | {owner[node] for node in rest & owner.keys()}

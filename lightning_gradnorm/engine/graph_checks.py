@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 
 from torch import Tensor
+from torch.autograd.graph import Node
 
-from lightning_gradnorm.engine.step_state import BatchState, WatchedLoss
+from lightning_gradnorm.engine.step_state import BatchState, WatchedLoss, nodes_by_task
 from lightning_gradnorm.gradients import GradientReader, ReplayedGradients, nodes_on_paths, reason_not_retraversable
 from lightning_gradnorm.gradients.graph import node_of, reachable_nodes
 
@@ -65,7 +66,7 @@ class GraphChecks:
             return
         self._disjoint |= set(batch.losses)
         # Several losses may be outputs of one node, as of unbind.
-        nodes = {node: task for task, of_task in batch.nodes().items() for node in of_task}
+        nodes = {node: task for task, of_task in nodes_by_task(batch.losses).items() for node in of_task}
         for start, task in nodes.items():
             for node in nodes_on_paths([start], nodes.keys() - {start}):
                 if nodes.get(node, task) != task:
@@ -83,7 +84,7 @@ class GraphChecks:
         if self._separate >= set(batch.branches):
             return
         self._separate |= set(batch.branches)
-        losses = {node for nodes in batch.nodes().values() for node in nodes}
+        losses = {node for nodes in nodes_by_task(batch.losses).values() for node in nodes}
         reached = reachable_nodes([node_of(backpropagated)], stop=losses)
         for task, branches in batch.branches.items():
             if task in batch.losses and branches & reached:
@@ -102,10 +103,8 @@ class GraphChecks:
         """
         for task in tasks:
             starts = [loss.node for loss in batch.losses.get(task, ())]
-            for reader in self.readers if starts else ():
-                if cause := reason_not_retraversable(
-                    nodes_on_paths(starts, reader.targets) - set(map(node_of, reader.targets))
-                ):
+            for reader in self.readers:
+                if cause := _obstacle(starts, reader.targets):
                     raise ValueError(
                         f"{self._caller}: in this batch the loss of task '{task}' does not pass its head alone, but reaches "
                         f"{reader.label} through {cause}"
@@ -133,7 +132,7 @@ class GraphChecks:
                     f"apart at the heads. Are the names in heads exchanged? Are the losses pieces of one tensor? {leave_out}"
                 )
             around = nodes_on_paths([loss.node], targets, stop=own)
-            if around and (cause := reason_not_retraversable(around - ends)):
+            if cause := reason_not_retraversable(around - ends):
                 return f"reaches {label} through {cause}"
             if around and not own:
                 return (
@@ -142,13 +141,18 @@ class GraphChecks:
                 )
             if around:
                 return f"reaches {label} by a way that does not pass its head. {leave_out}"
-        if cause := reason_not_retraversable(nodes_on_paths(own if self._at_heads else [loss.node], targets) - ends):
+        if cause := _obstacle(own if self._at_heads else [loss.node], targets):
             return f"reaches {label} through {cause}"
         if isinstance(reader, ReplayedGradients) and nodes_on_paths(
             [loss.node, *reader.argument_nodes], reader.shared, stop=ends
         ):
             return f"reaches the shared layer by a way that does not pass {label}."
         return None
+
+
+def _obstacle(start: Iterable[Node], targets: Sequence[Tensor]) -> str | None:
+    """Return why the graph on the way to ``targets`` cannot be traversed again, or None. Its ends are not passed."""
+    return reason_not_retraversable(nodes_on_paths(start, targets) - set(map(node_of, targets)))
 
 
 def require_backpropagated(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -36,6 +36,11 @@ class WatchedLoss:
     def has_changed(self) -> bool:
         """Whether it has been changed in place since."""
         return self.tensor._version != self.version
+
+
+def nodes_by_task(losses: Mapping[str, Sequence[WatchedLoss]]) -> dict[str, list[Node]]:
+    """Return the nodes at which the gradients of the losses arrive."""
+    return {task: [loss.node for loss in of_task] for task, of_task in losses.items()}
 
 
 @dataclass
@@ -94,10 +99,6 @@ class BatchState:
         watched.append(WatchedLoss.of(loss))
         self.tasks_of[id(loss)] = task
         return len(watched) - 1
-
-    def nodes(self, tasks: Iterable[str] | None = None) -> dict[str, list[Node]]:
-        """Return the nodes at which the losses' gradients arrive, by task."""
-        return {task: [loss.node for loss in self.losses[task]] for task in (self.losses if tasks is None else tasks)}
 
     def waiting(self) -> dict[str, list[WatchedLoss]]:
         """Return the losses that are still to be back-propagated."""

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
+from lightning_gradnorm.gradients.graph import has_gradient
+
 Receive = Callable[[Sequence[Tensor], Sequence[Tensor]], object]
 """Called in backward with tensors of the representation and the gradients that arrived at them.
 
@@ -90,7 +92,7 @@ def branch(representation: Tree, receive: Receive) -> tuple[Tree, Node | None]:
 def replace_tensors(tree: Tree, make: Callable[[list[Tensor]], list[Tensor]]) -> Tree:
     """Return the same structure with what ``make`` returns in place of the tensors that carry a gradient, if there are any."""
     leaves, structure = pytree.tree_flatten(tree)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    places = [i for i, leaf in enumerate(leaves) if has_gradient(leaf)]
     if not places:
         return tree
     for place, new in zip(places, make([leaves[i] for i in places]), strict=True):

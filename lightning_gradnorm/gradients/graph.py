@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import Any, TypeGuard
 
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
+from torch.utils import _pytree as pytree
 
 
 def node_of(tensor: Tensor) -> Node:
@@ -13,9 +15,38 @@ def node_of(tensor: Tensor) -> Node:
     return get_gradient_edge(tensor).node
 
 
-def reachable_nodes(start: Iterable[Node], *, stop: Collection[Node] = ()) -> set[Node]:
-    """Return the nodes that a gradient starting at ``start`` reaches, ``start`` included; nothing behind ``stop``."""
-    return set(_sources(start, stop))
+def has_gradient(value: object) -> TypeGuard[Tensor]:
+    """Return True for a tensor that is part of a graph."""
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def tensors_with_gradient(tree: Any) -> list[Tensor]:
+    """Return the tensors in nested tuples, lists and dicts that are part of a graph."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if has_gradient(leaf)]
+
+
+def children(node: Node) -> list[Node]:
+    """Return the nodes that the gradient goes to from ``node``."""
+    return [child for child, _ in node.next_functions if child is not None]
+
+
+def reachable_nodes(start: Iterable[Node], *, stop: Collection[Node] = (), oldest: int = 0) -> set[Node]:
+    """Return the nodes that a gradient starting at ``start`` reaches, ``start`` included; nothing behind ``stop``.
+
+    Nor behind nodes with a sequence number below ``oldest``: those made earlier in the forward pass.
+    """
+    seen = set(start)
+    to_visit = list(seen)
+    while to_visit:
+        node = to_visit.pop()
+        if node in stop or (oldest and node._sequence_nr() < oldest):
+            continue
+        # Not by `children`: this runs in every batch.
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                to_visit.append(child)
+    return seen
 
 
 def _sources(start: Iterable[Node], stop: Collection[Node]) -> dict[Node, list[Node]]:
@@ -26,9 +57,7 @@ def _sources(start: Iterable[Node], stop: Collection[Node]) -> dict[Node, list[N
         node = to_visit.pop()
         if node in stop:
             continue
-        for following, _ in node.next_functions:
-            if following is None:
-                continue
+        for following in children(node):
             if following not in sources:
                 sources[following] = []
                 to_visit.append(following)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_gradnorm.gradients.graph import node_of, reachable_nodes
+from lightning_gradnorm.gradients.graph import children, node_of, reachable_nodes
 
 Position = tuple[int, int]
 """Weights on the longest path from the input up to and including this one; then the order of the forward pass."""
@@ -53,7 +53,7 @@ class LossGraph:
             for node in nodes:
                 self._reached_by[node] |= 1 << bit
         for node in reversed(self._order):
-            for child in _children(node):
+            for child in children(node):
                 self._reached_by[child] |= self._reached_by[node]
 
     @property
@@ -85,21 +85,21 @@ class LossGraph:
         own = {node_of(parameter): name for name, parameters in layers.items() for parameter in parameters}
         heavy = {name for name, parameters in layers.items() if any(one.ndim >= 2 for one in parameters)}
         weight_of: dict[Node, str] = {}
-        """The layer of nodes that are reached by no other gradient than that of its parameters: .T, a cast, weight norm."""
+        """Node → layer, for expressions of one layer's parameters alone: .T, a cast, weight norm."""
         depth: dict[Node, int] = {}
         found: dict[str, dict[str, Position]] = {}
         for node in self._order:
             if node in own:
                 weight_of[node] = own[node]
                 continue
-            children = _children(node)
-            of_layers = {weight_of.get(child) for child in children}
+            below = children(node)
+            of_layers = {weight_of.get(child) for child in below}
             if len(of_layers) == 1 and None not in of_layers and node not in outputs:
-                weight_of[node] = weight_of[children[0]]
+                weight_of[node] = weight_of[below[0]]
                 continue
-            below = [depth[child] for child in children if child not in weight_of]
-            met = {weight_of[child] for child in children if child in weight_of} & heavy
-            depth[node] = max(below) + bool(met) if below else len(met)
+            depths = [depth[child] for child in below if child not in weight_of]
+            met = {weight_of[child] for child in below if child in weight_of} & heavy
+            depth[node] = max(depths) + bool(met) if depths else len(met)
             for name in met:
                 of_task = found.setdefault(name, {})
                 for task in self._names(self._reached_by[node]):
@@ -109,9 +109,9 @@ class LossGraph:
     def heads(self, targets: Collection[Node], modules: Iterable[ModuleCalls]) -> dict[str, str]:
         """Return, for each task that has one, the head: the first module called that is this task's alone, task → name.
 
-        Its whole gradient passes from inside the module to the module's inputs on the way to the targets, and no other task's
-        gradient enters it. Nor is it given what other tasks alone depend on, their losses say, used or not: reading its inputs
-        would tie it to them.
+        On the way to the targets the task's whole gradient leaves the module through its inputs, and no other task's gradient
+        enters it. A module that is given another task's loss, even one that ignores it, is no head: its view of the inputs
+        would make that loss part of this task's.
 
         Args:
             targets: nodes of what the gradients are read at.
@@ -119,7 +119,7 @@ class LossGraph:
         """
         leads: set[Node] = set()
         for node in self._order:
-            if node in targets or any(child in leads for child in _children(node)):
+            if node in targets or any(child in leads for child in children(node)):
                 leads.add(node)
         heads: dict[str, str] = {}
         for module in modules:
@@ -143,15 +143,11 @@ class LossGraph:
             node = to_visit.pop()
             if node in targets:
                 return False
-            for child in _children(node):
+            for child in children(node):
                 if child not in seen and not (node in inside and child in inputs):
                     seen.add(child)
                     to_visit.append(child)
         return True
-
-
-def _children(node: Node) -> list[Node]:
-    return [child for child, _ in node.next_functions if child is not None]
 
 
 def _children_first(roots: Iterable[Node]) -> list[Node]:
@@ -166,5 +162,5 @@ def _children_first(roots: Iterable[Node]) -> list[Node]:
             order.setdefault(node)
         else:
             entered.add(node)
-            to_visit.extend(child for child in _children(node) if child not in entered)
+            to_visit.extend(child for child in children(node) if child not in entered)
     return list(order)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
-from torch.utils import _pytree as pytree
+
+from lightning_gradnorm.gradients.graph import tensors_with_gradient
 
 Outputs = Sequence[Tensor] | Sequence[GradientEdge]
 """Where gradients arrive."""
@@ -239,7 +240,7 @@ class ActivationGradients(RowReader):
 
     def forward_post(self, output: Any) -> None:
         """Read gradients at the tensors in ``output`` in this forward pass."""
-        self.targets.extend(t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad)
+        self.targets.extend(tensors_with_gradient(output))
 
     def release_graph(self) -> None:
         """Release the tensors of the current forward pass; the results stay."""

@@ -23,6 +23,7 @@ from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
 from lightning_gradnorm.engine.layers import find_parameters
 from lightning_gradnorm.engine.module_hooks import Remove, ReplacedMethod, patch_attribute
 from lightning_gradnorm.gradients import REST, GradientNorms
+from lightning_gradnorm.gradients.graph import has_gradient
 from lightning_gradnorm.monitor.measurement import StepMeasurement
 from lightning_gradnorm.monitor.summary import RunningSummary
 
@@ -191,7 +192,7 @@ class GradientNormMonitor(L.Callback):
             raise TypeError(f"{_NAME}: watch takes a mapping from name to loss; got {type(losses).__name__}.")
         if self._measurement is not None and self._measurement.is_active:
             idle = not torch.is_grad_enabled()
-            self._measurement.watch({name: one for name, one in losses.items() if not idle or _has_gradient(one)})
+            self._measurement.watch({name: one for name, one in losses.items() if not idle or has_gradient(one)})
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
@@ -318,7 +319,3 @@ class GradientNormMonitor(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._steps = state_dict["steps"]
         self._summary.load_state_dict(state_dict["tally"])
-
-
-def _has_gradient(loss: object) -> bool:
-    return isinstance(loss, Tensor) and loss.requires_grad

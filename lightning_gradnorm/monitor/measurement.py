@@ -13,6 +13,7 @@ from lightning_gradnorm.callbacks.losses import LossSource
 from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
 from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.layers import plain_name
+from lightning_gradnorm.engine.step_state import WatchedLoss
 from lightning_gradnorm.gradients import (
     REST,
     GradientNorms,
@@ -22,6 +23,7 @@ from lightning_gradnorm.gradients import (
     inner_products,
     row_width,
 )
+from lightning_gradnorm.gradients.graph import has_gradient
 
 
 class StepMeasurement:
@@ -45,8 +47,7 @@ class StepMeasurement:
         self._ranks = loop.ranks
         self._reached: dict[str, set[str]] = {}
         self._candidates: dict[str, nn.Parameter] = {}
-        self._watched: list[tuple[str, Tensor]] = []
-        self._versions: list[int] = []
+        self._watched: list[tuple[str, WatchedLoss]] = []
         self._given: dict[str, None] = {}
 
     def start_step(self) -> None:
@@ -61,7 +62,7 @@ class StepMeasurement:
     def end_step(self) -> None:
         """Forget the step."""
         self.is_active = False
-        self._candidates, self._watched, self._versions, self._given = {}, [], [], {}
+        self._candidates, self._watched, self._given = {}, [], {}
         self.terms.begin([])
 
     def watch(self, losses: Mapping[str, object]) -> None:
@@ -77,9 +78,8 @@ class StepMeasurement:
                 continue
             check_loss(loss, caller=f"{self._source.caller}: the loss '{name}'", is_scalar=False)
             assert isinstance(loss, Tensor)
-            if not any(one is loss and called == name for called, one in self._watched):
-                self._watched.append((name, loss))
-                self._versions.append(loss._version)
+            if not any(one.tensor is loss and called == name for called, one in self._watched):
+                self._watched.append((name, WatchedLoss.of(loss)))
                 self._given[name] = None
 
     def read(self, total: Tensor, *, share: float) -> None:
@@ -90,18 +90,19 @@ class StepMeasurement:
         Raises:
             ValueError: a loss has been changed in place since it was shown.
         """
-        for (name, loss), version in zip(self._watched, self._versions, strict=True):
-            if loss._version != version:
+        for name, loss in self._watched:
+            if loss.has_changed:
                 raise ValueError(
                     f"{self._source.caller}: the loss '{name}' has been changed in place since it was shown, as by "
                     f"loss += …, so that its own gradient cannot be told apart. Write loss = loss + …"
                 )
         with isolate_rng():
-            self.terms.read(total, self._watched, share=share, scale=self.loop.loss_scale())
+            losses = [(name, loss.tensor) for name, loss in self._watched]
+            self.terms.read(total, losses, share=share, scale=self.loop.loss_scale())
 
     def end_batch(self) -> None:
         """Release the losses of this batch."""
-        self._watched, self._versions = [], []
+        self._watched = []
         self.terms.release_graph()
 
     @torch.no_grad()
@@ -161,4 +162,4 @@ class StepMeasurement:
 
 
 def _could_be_term(loss: object) -> bool:
-    return isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad and not loss.is_complex()
+    return has_gradient(loss) and loss.numel() == 1 and not loss.is_complex()

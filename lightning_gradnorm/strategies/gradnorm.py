@@ -164,12 +164,8 @@ class GradNormRule:
         self.tasks = check_task_names(tasks, caller=caller)
         by_task = {"initial_losses": initial_losses, "initial_weights": initial_weights, "priorities": priorities}
         check_arguments(caller, self.tasks, by_task, alpha, optimizer, min_weight, update_every, stop_after)
-        self.alpha, self.min_weight, self.update_every, self.stop_after = (
-            float(alpha),
-            min_weight,
-            update_every,
-            stop_after,
-        )
+        self.alpha, self.min_weight = float(alpha), min_weight
+        self.update_every, self.stop_after = update_every, stop_after
         ones, first_losses = dict.fromkeys(self.tasks, 1.0), dict.fromkeys(self.tasks, 0.0)
         counts = dict.fromkeys(self.tasks, initial_losses if isinstance(initial_losses, int) else 1)
         if isinstance(initial_losses, Mapping):

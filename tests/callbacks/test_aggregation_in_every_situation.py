@@ -28,6 +28,7 @@ from models import (
     Manual,
     Nested,
     OnlyLogs,
+    Regularized,
     WithCoefficients,
     WithDropout,
     as_inputs_and_targets,
@@ -60,19 +61,6 @@ class Neck(Automatic):
     def task_losses(self, batch: Any) -> dict[str, Tensor]:
         read = self.neck(torch.relu(self.encoder(batch["x"])).unsqueeze(1).flatten(1))
         return {t: nn.functional.mse_loss(getattr(self, f"{t}_head")(read), batch[t]) for t in self.tasks}
-
-
-class Regularized(Automatic):
-    """`loss` has a term that is no task, on the parameters and on the representation itself."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        given = self.forward_for_textbook(batch)
-        return {"loss": sum(given.losses.values()) + given.rest, **given.losses}
-
-    def forward_for_textbook(self, batch: Any) -> Any:
-        given = super().forward_for_textbook(batch)
-        given.rest = 0.3 * given.representation[0].square().mean() + 0.01 * self.encoder[0].weight.square().sum()
-        return given
 
 
 class RegularizedNeck(Neck):

@@ -11,7 +11,7 @@ import pytest
 import textbook
 import torch
 from harness import Batches, MemoryLogger, Recorder, assert_agrees
-from models import Automatic, Batch, Manual, network_sgd, vector_batches
+from models import Automatic, Batch, Manual, learn_from_textbook, vector_batches
 from textbook import Forward
 from torch import Tensor
 from torch.nn import functional as F
@@ -62,10 +62,7 @@ def train(
 
 def learn(batches: list[Batch], **options: Any) -> tuple[Penalized, textbook.Trajectory]:
     twin = Penalized(3)
-    optimizer = network_sgd(twin.parameters())
-    trajectory = textbook.train(
-        twin, twin.forward_for_textbook, batches, twin.shared_parameters(), optimizer, **options
-    )
+    trajectory = learn_from_textbook(twin, batches, **options)
     assert max(abs(weight - 1) for weight in trajectory.weights[-1].values()) > 1e-3
     return twin, trajectory
 

@@ -23,8 +23,8 @@ from models import (
     WithDropout,
     as_inputs_and_targets,
     image_batches,
+    learn_from_textbook,
     multi_task_module,
-    network_sgd,
     vector_batches,
 )
 from torch import Tensor
@@ -35,12 +35,6 @@ STEPS = 12
 adam = partial(torch.optim.Adam, lr=0.025)
 sgd = partial(torch.optim.SGD, lr=0.05)
 MakeTrainer = Callable[..., L.Trainer]
-
-
-def learn_from_textbook(twin: Automatic, batches: list[Any], **options: Any) -> textbook.Trajectory:
-    options = {"shared": twin.shared_parameters(), **options}
-    shared = options.pop("shared")
-    return textbook.train(twin, twin.forward_for_textbook, batches, shared, network_sgd(twin.parameters()), **options)
 
 
 def fit(

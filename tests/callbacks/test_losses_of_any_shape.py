@@ -15,7 +15,7 @@ import pytest
 import textbook
 import torch
 from harness import Batches, MemoryLogger, Recorder, assert_agrees, assert_clean, traces
-from models import Automatic, Batch, network_sgd, vector_batches
+from models import Automatic, Batch, learn_from_textbook, vector_batches
 from torch import Tensor
 
 from lightning_gradnorm import FixedWeights, GradientNormMonitor, GradNorm
@@ -84,10 +84,7 @@ class ByHand(Unreduced):
 
 def learn(batches: list[Batch], **options: Any) -> tuple[Automatic, textbook.Trajectory]:
     twin = Automatic(3)
-    optimizer = network_sgd(twin.parameters())
-    trajectory = textbook.train(
-        twin, twin.forward_for_textbook, batches, twin.shared_parameters(), optimizer, **options
-    )
+    trajectory = learn_from_textbook(twin, batches, **options)
     assert max(abs(weight - 1) for weight in trajectory.weights[-1].values()) > 1e-3
     return twin, trajectory
 

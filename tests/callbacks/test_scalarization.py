@@ -17,6 +17,7 @@ from models import (
     Convolutional,
     Manual,
     OnlyLogs,
+    Regularized,
     WithCoefficients,
     WithDropout,
     as_inputs_and_targets,
@@ -132,19 +133,6 @@ def test_the_scalarizers_do_something_different_from_each_other() -> None:
 
 
 # one or two scalarizers in every situation ----------------------------------------------------------------------------
-
-
-class Regularized(Automatic):
-    """`loss` has a term that is no task, on the parameters and on the representation itself."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        given = self.forward_for_textbook(batch)
-        return {"loss": sum(given.losses.values()) + given.rest, **given.losses}
-
-    def forward_for_textbook(self, batch: Any) -> Any:
-        given = super().forward_for_textbook(batch)
-        given.rest = 0.3 * given.representation[0].square().mean() + 0.01 * self.encoder[0].weight.square().sum()
-        return given
 
 
 class Twice(Automatic):
