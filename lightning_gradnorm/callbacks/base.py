@@ -23,7 +23,6 @@ from lightning_gradnorm.callbacks.usage_checks import (
     UsageChecks,
     check_heads_form,
     refuse_company,
-    refuse_repeated_closures,
     refuse_strategy,
 )
 from lightning_gradnorm.engine.engine import Engine
@@ -109,8 +108,6 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         """Raise ValueError if this Trainer's setting cannot be balanced. Called when a training starts."""
         refuse_company(self, [one for one in trainer.callbacks if isinstance(one, BalancingCallback)])  # type: ignore[attr-defined]
         refuse_strategy(trainer.strategy, caller=self._name)
-        if self._state_description:
-            refuse_repeated_closures(trainer.optimizers, caller=self._name)
 
     @property
     def _name(self) -> str:
@@ -172,6 +169,9 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
             engine = Engine(self.rule, setting)
             hooks.callback(engine.close)
             hooks.callback(self._source.capture(pl_module, self._watch))
+            if loop.is_by_hand():
+                for optimizer in trainer.optimizers:
+                    hooks.callback(optimizer.register_step_pre_hook(self._before_raw_step).remove)
             if engine.reads_gradients:
                 hooks.callback(explain_errors(pl_module, engine.explain_inplace_error))
             self._engine, self._hooks = engine, hooks.pop_all()
@@ -282,11 +282,20 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
+        if self._loop is not None:
+            self._finish_step(skipped=self._loop.skips(optimizer))
+
+    def _before_raw_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Called by the optimizer itself, also where manual optimization takes it out of its Lightning wrapper."""
+        if self._engine is not None and self._engine.pending_backwards and not (args[1:] or kwargs.get("closure")):
+            self._finish_step()
+
+    def _finish_step(self, *, skipped: bool = False) -> None:
         if self._engine is not None and self._loop is not None:
             self._usage.stepped = True
-            if self._engine.finish_step(skipped=self._loop.skips(optimizer)):
+            if self._engine.finish_step(skipped=skipped):
                 self._shown = False
-                self._show_if_logged(trainer)
+                self._show_if_logged(self._loop.trainer)
 
     @override
     def on_train_batch_end(
@@ -294,6 +303,8 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
     ) -> None:
         if self._engine is None:
             return
+        if self._engine.has_moved:
+            self._finish_step()  # by hand, and unannounced: SAM's second_step, for example
         self._usage.on_batch_end(pl_module, self._engine.batch)
         if not (pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1):
             self._show_if_logged(trainer)  # in a batch that Lightning writes, but without an optimizer step

@@ -20,6 +20,14 @@ class TrainerLoop:
         """Return True unless these are trial steps."""
         return self.trainer.training and any(one is self._callback for one in self.trainer.callbacks)  # type: ignore[attr-defined]
 
+    def steps(self) -> int:
+        """Return the number of optimizer steps before the one in progress."""
+        return self.trainer.global_step
+
+    def is_by_hand(self) -> bool:
+        """Return True with manual optimization."""
+        return not self.trainer.lightning_module.automatic_optimization
+
     def pass_scale(self) -> float:
         """Return the scaler's factor over the number of accumulated batches."""
         return self.step_scale(1)
@@ -29,8 +37,7 @@ class TrainerLoop:
 
         With manual optimization users divide the loss by the number of batches themselves.
         """
-        is_automatic = self.trainer.lightning_module.automatic_optimization
-        return self.loss_scale() * (passes / self.trainer.accumulate_grad_batches if is_automatic else 1.0)
+        return self.loss_scale() * (1.0 if self.is_by_hand() else passes / self.trainer.accumulate_grad_batches)
 
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:

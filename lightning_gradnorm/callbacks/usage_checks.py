@@ -140,15 +140,6 @@ def refuse_company(callback: object, others: Sequence[object]) -> None:
             )
 
 
-def refuse_repeated_closures(optimizers: Sequence[object], *, caller: str) -> None:
-    """Raise ValueError for an optimizer that evaluates its closure more than once in a step."""
-    if any(isinstance(one, torch.optim.LBFGS) for one in optimizers):
-        raise ValueError(
-            f"{caller}: torch.optim.LBFGS evaluates the losses several times within one step, between which their weights "
-            f"should not change. Use another optimizer for the network, or FixedWeights."
-        )
-
-
 def check_heads_form(heads: object, *, caller: str) -> None:
     """Raise TypeError unless ``heads`` is a mapping between names, "auto" or None."""
     is_mapping = isinstance(heads, Mapping) and all(isinstance(head, str) for head in heads.values())

@@ -23,6 +23,8 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
         setting: where it is at work.
     """
 
+    replaces_gradients = True
+
     def __init__(self, rule: GradientRule, setting: Setting) -> None:
         super().__init__(rule, setting)
         self.gramian: Tensor | None = None
@@ -30,6 +32,7 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
         self._buffers = BufferGuard(setting.model.buffers())
         self._on_cpu = setting.loop.ranks.on_cpu(setting.options.get("timeout"))
         self._shared: SharedParameters | None = None
+        self._keeps_weights = False
 
     def candidates(self, W: Mapping[str, nn.Parameter], uncompiled: Collection[nn.Module]) -> list[GradientReader]:
         """Return the gate at the representation."""
@@ -73,8 +76,17 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
                 f"{caller}: the loss of task '{waiting[0]}' has a backward pass of its own, but the gradients of all tasks "
                 f"must reach the representation in one. Back-propagate the sum of the losses, or use at='parameters'."
             )
+        # The weights of a step's first evaluation hold in all of them: the optimizer expects one function.
+        self._keeps_weights = batch.is_repeated and self.rule.has_weights
         if self._shared is not None:
+            if batch.is_repeated and self._shared.has_read:
+                raise ValueError(
+                    f"{caller}: at='parameters' aggregates right before an optimizer step, but the parameters have moved "
+                    f"between two backward passes without one, as by SAM's first_step. Use at='representation'."
+                )
             self._shared.find_parameters()
+        elif self._keeps_weights:
+            return
         elif self.setting.loop.ranks.size > 1 and self.rule.input != "matrix" and not self._gate.is_reached_from(loss):
             # The other ranks wait at their gates for this rank's Gramian. Without a task in this batch it is zero.
             T = len(self.setting.tasks)
@@ -104,6 +116,8 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
             with self._buffers.preserved("at parameters"):
                 self._shared.read()
             return None
+        if self._keeps_weights:
+            return rule.gradient_weights.to(J) * J.new_tensor(present) @ J
         scale = self.setting.loop.pass_scale()
         gramian = (J @ J.T / scale**2).cpu()
         if rule.input != "matrix":
@@ -120,6 +134,11 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
             self.discard_step()
             return False
         return super().after_step(step)
+
+    def after_repetition(self, step: OptimizerStepState) -> None:
+        """Aggregate the gradients of the shared parameters, if these are what is aggregated."""
+        if self._shared is not None:
+            self._aggregate_parameters(self._shared, step)
 
     def discard_step(self) -> None:
         """Forget what was read."""
@@ -138,7 +157,9 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
         J, present = shared.matrix(step, rule.loss_weights)
         shared.reset()
         self.gramian = (J @ J.T).cpu()
-        if rule.has_weights:
+        if self._keeps_weights:
+            combined = rule.gradient_weights.to(J) * present.to(J) @ J
+        elif rule.has_weights:
             matrix = None if rule.input != "matrix" else J
             combined = self._weigh_on_all_ranks(self.gramian, present, matrix).to(J) @ J
         else:

@@ -196,7 +196,7 @@ class Balancer:
     def _finish_backward(self) -> None:
         with self._recovery():
             self._engine.after_backward()
-            _require_one_pass(len(self._loop.scales) - self._engine.pending_backwards + 1)
+            _require_one_pass(self._loop.finish_pass(is_repeated=self._engine.batch.is_repeated))
             self._loop.note_losses(self._engine.batch.losses)
             require_backpropagated(self._engine.batch.losses, self._engine.batch.backpropagated, caller="Balancer")
         self._engine.start_batch()
@@ -216,7 +216,7 @@ class Balancer:
     def _forget_step(self) -> None:
         self._engine.start_batch()
         self._engine.start_step()
-        self._loop.scales.clear()
+        self._loop.forget_passes()
 
     def step(
         self,

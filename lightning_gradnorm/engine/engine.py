@@ -67,6 +67,12 @@ class Engine(Generic[AnyRule]):
         self._buffers = BufferGuard(setting.model.buffers() if self.reads_gradients else [])
         self._reading = False
         self.batch = BatchState()
+        self._held: dict[str, Tensor] = {}
+        """The weights of the last finished step, which may still be in progress."""
+        self._finished: int | None = None
+        """The optimizer step that `finish_step` was last called for; it may still be in progress."""
+        self._set_aside: OptimizerStepState | None = None
+        """What the step has collected, while the losses are evaluated again."""
         self.step_was_taken = False
         """Whether the last `finish_step` was given to the rule: the scaler did not skip it, and some rank had losses."""
         self.start_step()
@@ -96,7 +102,37 @@ class Engine(Generic[AnyRule]):
     def start_batch(self) -> None:
         """Release all that belongs to the last forward and backward pass."""
         self.batch = BatchState()
+        self._end_repetition()
         self._inspection.start_batch()
+
+    # A closure may evaluate the losses several times in one optimizer step: LBFGS, a line search, SAM. Weights that moved in
+    # between would change the function under the optimizer. So the first evaluation is what the rule learns from, and its
+    # weights hold in all of them.
+
+    def _begin_evaluation(self) -> None:
+        """Called in each forward pass. Set the step's state aside if this is not the first evaluation in the step."""
+        batch = self.batch
+        if not (batch.backwards or (self._step.backwards and not batch.is_repeated)):
+            return  # the usual case
+        if self._finished == self._loop.steps() or self.has_moved:
+            self.start_batch()
+            self.batch = BatchState(is_repeated=True, steps=batch.steps)
+            self._set_aside = self._step
+            weights = self._step.weights if self._step.backwards else self._held
+            self._step = OptimizerStepState(self.measurement.replaces_gradients, weights)
+
+    def _end_repetition(self) -> None:
+        if self._set_aside is not None:
+            self._step, self._set_aside = self._set_aside, None
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether the shared parameters have changed since the last backward pass of an unfinished step."""
+        return self._step.versions is not None and self._step.versions != self._versions()
+
+    def _versions(self) -> list[int]:
+        shared = self.plan.shared_layer.values() or self._setting.model.parameters()
+        return [parameter._version for parameter in shared]
 
     def watch(self, losses: Mapping[str, Tensor | None]) -> None:
         """Weight these losses in the backward pass that follows.
@@ -108,6 +144,7 @@ class Engine(Generic[AnyRule]):
         Raises:
             TypeError, ValueError: a loss is not a tensor with a gradient, or is that of another task.
         """
+        self._begin_evaluation()
         known = len(self.batch.losses)
         for task in self._tasks:
             loss = losses.get(task)
@@ -136,11 +173,14 @@ class Engine(Generic[AnyRule]):
         loss.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _is_forward_pass(self) -> bool:
-        return not self.batch.in_backward and self._loop.is_training()
+        if self.batch.in_backward or not self._loop.is_training():
+            return False
+        self._begin_evaluation()
+        return True
 
     def _records_calls(self) -> bool:
         """Return True if a module called now belongs to a forward pass whose gradients will be read."""
-        return self._step.measured and self._is_forward_pass()
+        return self._is_forward_pass() and self._step.measured
 
     def _before_head(self, task: str, args: Any, kwargs: Any) -> Any:
         if not self._records_calls() or not torch.is_grad_enabled():
@@ -192,12 +232,14 @@ class Engine(Generic[AnyRule]):
             is_whole_step: whether the optimizer is known to step on this pass alone. Norms are then taken as soon as a
                 gradient has arrived, and fewer rows are kept.
         """
+        self._begin_evaluation()
         batch = self.batch
         self._inspection.inspect_batch(batch, self._step, loss)
         batch.in_backward = True
         batch.is_whole_step = is_whole_step and self._loop.ranks.size == 1
         self.measurement.before_backward(loss, batch)
-        self._step.weights = self._weights_by_task()
+        if not batch.is_repeated:
+            self._step.weights = self._weights_by_task()
 
     def after_backward(self) -> None:
         """Called right after each backward pass."""
@@ -206,6 +248,10 @@ class Engine(Generic[AnyRule]):
         self.batch.in_backward = False
         if self._step.measured and self.measurement.reader is not None:
             self.measurement.reader.on_backward_end()
+        if self._set_aside is None:
+            self._step.versions = self._versions() if self._loop.is_by_hand() else None
+        elif self._set_aside.backwards:
+            self._end_repetition()  # the step is not announced yet, as in SAM's first_step and second_step by hand
 
     def _on_loss_gradient(self, task: str, index: int, gradient: Tensor) -> Tensor | None:
         if self._reading or not self.batch.in_backward:
@@ -248,10 +294,12 @@ class Engine(Generic[AnyRule]):
         """Forget what was collected since the last optimizer step."""
         if self.measurement.reader is not None:
             self.measurement.reader.reset()
+        self._set_aside = None
         self._step = OptimizerStepState(self.measurement.should_measure, self._weights_by_task())
 
-    def _weights_by_task(self) -> dict[str, Tensor]:
-        return dict(zip(self._tasks, self.rule.loss_weights.unbind(), strict=True))
+    def _weights_by_task(self, weights: Tensor | None = None) -> dict[str, Tensor]:
+        weights = self.rule.loss_weights if weights is None else weights
+        return dict(zip(self._tasks, weights.unbind(), strict=True))
 
     @property
     def pending_backwards(self) -> int:
@@ -269,6 +317,11 @@ class Engine(Generic[AnyRule]):
         """
         step = self._step
         self.batch.steps += 1
+        if self._set_aside is not None:
+            self.measurement.after_repetition(step)
+            self._end_repetition()
+            return False
+        self._finished = self._loop.steps()
         self.step_was_taken = False
         if self._loop.ranks.size == 1 and not step.losses:  # another optimizer's step, or no task was present
             step.backwards = 0
@@ -281,6 +334,7 @@ class Engine(Generic[AnyRule]):
             self.start_step()
             return False
         self.step_was_taken = True
+        self._held = self._weights_by_task(self.rule.loss_weights.clone())  # which the rule may change in place
         counts = self.measurement.after_step(step)
         if counts:
             self.rule.count_step()

@@ -19,6 +19,12 @@ class Loop(Protocol):
     def is_training(self) -> bool:
         """Return True if the steps made now belong to the training, not to a trial such as LearningRateFinder's."""
 
+    def steps(self) -> int:
+        """Return the number of optimizer steps before the one in progress, in which losses may be evaluated repeatedly."""
+
+    def is_by_hand(self) -> bool:
+        """Return True if the user's own code steps the optimizer, perhaps by a method that announces nothing."""
+
     def pass_scale(self) -> float | Tensor:
         """Return the factor between the gradients of the current backward pass and those of its losses."""
 

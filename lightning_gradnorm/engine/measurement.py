@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -47,6 +47,9 @@ class Measurement(Generic[AnyRule]):
         setting: where it is at work.
     """
 
+    replaces_gradients: ClassVar[bool] = False
+    """Whether the task gradients are replaced, so that they are read in every backward pass."""
+
     def __init__(self, rule: AnyRule, setting: Setting) -> None:
         self.rule = rule
         self.setting = setting
@@ -77,6 +80,9 @@ class Measurement(Generic[AnyRule]):
     def after_step(self, step: OptimizerStepState) -> bool:
         """Called once per optimizer step. Update the rule; return True if any task took part in the step."""
         return bool(step.losses)
+
+    def after_repetition(self, step: OptimizerStepState) -> None:
+        """Called instead, after each further evaluation of the losses within an optimizer step. The rule hears nothing of it."""
 
     def discard_step(self) -> None:
         """Called when the loss scaler skips the network's step."""
@@ -209,7 +215,7 @@ class LossMeasurement(Measurement[AnyLossRule]):
 
     def before_backward(self, loss: Tensor, batch: BatchState) -> None:
         """Have the rule set the weights of the losses that are about to be back-propagated."""
-        if self._scalarizer is None:
+        if self._scalarizer is None or batch.is_repeated:
             return
         ranks = self.setting.loop.ranks
         waiting = {task: [loss.value for loss in losses] for task, losses in batch.waiting().items()}

@@ -30,6 +30,7 @@ class PlainLoop:
         """The gradients with which the backward passes since the last step began."""
         self.is_inside_call = False
         """Whether `Balancer.backward` is running."""
+        self._passes = 0
         self._seen: set[str] = set()
         self._steps = 0
 
@@ -37,9 +38,22 @@ class PlainLoop:
         """Called with the tasks of each backward pass."""
         self._seen.update(tasks)
 
+    def finish_pass(self, *, is_repeated: bool) -> int:
+        """Called after each backward pass. Return how often it has begun; forget the scales of one that counts for nothing."""
+        times = len(self.scales) - self._passes
+        if is_repeated:
+            del self.scales[self._passes :]
+        self._passes = len(self.scales)
+        return times
+
+    def forget_passes(self) -> None:
+        """Forget the backward passes of a step that is not made."""
+        self.scales.clear()
+        self._passes = 0
+
     def finish_step(self, tasks: Sequence[str]) -> None:
         """Called after each step. Warn once of tasks that have had no loss for a long time."""
-        self.scales.clear()
+        self.forget_passes()
         self._steps += 1
         missing = [task for task in tasks if task not in self._seen]
         if self._steps == _PATIENCE and missing and self.ranks.size == 1:
@@ -51,6 +65,14 @@ class PlainLoop:
     def is_training(self) -> bool:
         """Return True in training mode. What an evaluation calls belongs to no backward pass, and would never be released."""
         return self._model.training
+
+    def steps(self) -> int:
+        """Return the number of steps so far: `Balancer.step` comes after the optimizer's."""
+        return self._steps
+
+    def is_by_hand(self) -> bool:
+        """Return True."""
+        return True
 
     def pass_scale(self) -> Tensor:
         """Return the scale of the current backward pass."""

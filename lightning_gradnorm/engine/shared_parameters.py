@@ -56,6 +56,11 @@ class SharedParameters:
         if self._reader is not None:  # else all of the trunk is frozen
             self._gate.read_trunk_gradients(self._reader)
 
+    @property
+    def has_read(self) -> bool:
+        """Whether gradients wait for the optimizer step."""
+        return self._reader is not None and bool(self._reader.read_tasks)
+
     def reset(self) -> None:
         """Forget what was read: a new optimizer step begins."""
         if self._reader is not None:

@@ -53,6 +53,8 @@ class OptimizerStepState:
     """The weights in force, each a scalar."""
     backwards: int = 0
     """Backward passes so far: the micro-batches."""
+    versions: list[int] | None = None
+    """How often each shared parameter had been changed after the last of them, if the optimizer may move them unannounced."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Sum of each task's back-propagated losses, detached."""
     counts: dict[str, int] = field(default_factory=dict)
@@ -70,6 +72,8 @@ class OptimizerStepState:
 class BatchState:
     """Collected in one batch: its forward pass and the backward pass that follows."""
 
+    is_repeated: bool = False
+    """Whether the optimizer evaluates the losses again within a step. The rule learns from the first evaluation alone."""
     losses: dict[str, list[WatchedLoss]] = field(default_factory=dict)
     """The watched losses by task; kept alive until they are back-propagated."""
     backpropagated: set[str] = field(default_factory=set)
