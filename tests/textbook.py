@@ -58,12 +58,14 @@ def train(
     tasks: Sequence[str] | None = None,
     skip_steps: Sequence[int] = (),
     before_micro_batch: Callable[[int], object] = lambda index: None,
+    by_closure: bool = False,
 ) -> Trajectory:
     """Train `model` with GradNorm, `accumulate` micro-batches to an optimizer step (a list: step by step).
 
     `tasks` names all of them where a batch may lack some (then use an optimizer of the weights that has no state): a
     task's loss is the mean over the micro-batches that have it, its gradient the mean over all of them. No weight step
-    is taken in `skip_steps`, nor as long as a task's loss has never been positive.
+    is taken in `skip_steps`, nor as long as a task's loss has never been positive. `by_closure`: the network's optimizer
+    evaluates the losses itself, as often as it likes, with the weights that were in force when the step began.
     """
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -95,6 +97,7 @@ def train(
         for f in passes:
             if f.rest is not None:
                 total = total + f.rest / size
+        old = w.detach()[here].clone()
         network_gradient = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
 
         frozen = stop_after is not None and step >= stop_after
@@ -132,7 +135,27 @@ def train(
 
         for parameter, gradient in zip(parameters, network_gradient, strict=True):
             parameter.grad = gradient
-        network_optimizer.step()
+        if by_closure:
+            window = micro_batches[micro_batch - size : micro_batch]
+            network_optimizer.step(
+                partial(_evaluate, parameters, forward, window, dict(zip(names, old * c, strict=True)))
+            )
+        else:
+            network_optimizer.step()
         run.weights.append(dict(zip(run.tasks, w.detach().tolist(), strict=True)))
     assert run is not None, "no micro-batch was given"
     return run
+
+
+def _evaluate(
+    parameters: Sequence[nn.Parameter],
+    forward: Callable[[Any], Forward],
+    window: Sequence[Any],
+    factors: Mapping[str, Tensor],
+) -> Tensor:
+    """Set the gradient of the weighted loss where the parameters are now."""
+    passes = [forward(micro_batch) for micro_batch in window]
+    total = torch.stack([factors[t] * loss for one in passes for t, loss in one.losses.items()]).sum() / len(window)
+    for parameter, gradient in zip(parameters, torch.autograd.grad(total, parameters), strict=True):
+        parameter.grad = gradient
+    return total.detach()

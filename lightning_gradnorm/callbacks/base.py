@@ -17,6 +17,7 @@ from lightning_gradnorm._messages import check_by_task
 from lightning_gradnorm.callbacks.copies import linked_copy, tell_originals
 from lightning_gradnorm.callbacks.logging import is_logged_step, log_step_metrics
 from lightning_gradnorm.callbacks.losses import LossSource, explain_errors
+from lightning_gradnorm.callbacks.optimizer_steps import follow_optimizers
 from lightning_gradnorm.callbacks.packages import overrides, works_in_both_packages
 from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
 from lightning_gradnorm.callbacks.usage_checks import (
@@ -169,9 +170,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
             engine = Engine(self.rule, setting)
             hooks.callback(engine.close)
             hooks.callback(self._source.capture(pl_module, self._watch))
-            if loop.is_by_hand():
-                for optimizer in trainer.optimizers:
-                    hooks.callback(optimizer.register_step_pre_hook(self._before_raw_step).remove)
+            hooks.callback(follow_optimizers(loop, engine, self._finish_step))
             if engine.reads_gradients:
                 hooks.callback(explain_errors(pl_module, engine.explain_inplace_error))
             self._engine, self._hooks = engine, hooks.pop_all()
@@ -283,17 +282,12 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         if self._loop is not None:
-            self._finish_step(skipped=self._loop.skips(optimizer))
+            self._finish_step(skipped=self._loop.skips(optimizer), is_counted=True)
 
-    def _before_raw_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Called by the optimizer itself, also where manual optimization takes it out of its Lightning wrapper."""
-        if self._engine is not None and self._engine.pending_backwards and not (args[1:] or kwargs.get("closure")):
-            self._finish_step()
-
-    def _finish_step(self, *, skipped: bool = False) -> None:
+    def _finish_step(self, *, skipped: bool = False, is_counted: bool = False) -> None:
         if self._engine is not None and self._loop is not None:
             self._usage.stepped = True
-            if self._engine.finish_step(skipped=skipped):
+            if self._engine.finish_step(skipped=skipped, is_counted=is_counted):
                 self._shown = False
                 self._show_if_logged(self._loop.trainer)
 

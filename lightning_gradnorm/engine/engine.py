@@ -67,6 +67,8 @@ class Engine(Generic[AnyRule]):
         self._buffers = BufferGuard(setting.model.buffers() if self.reads_gradients else [])
         self._reading = False
         self.batch = BatchState()
+        self.sums_change_of_loss = False
+        """Whether `BatchState.change_of_loss` is needed: some optimizer compares values of the loss."""
         self._held: dict[str, Tensor] = {}
         """The weights of the last finished step, which may still be in progress."""
         self._finished: int | None = None
@@ -75,7 +77,7 @@ class Engine(Generic[AnyRule]):
         """What the step has collected, while the losses are evaluated again."""
         self.step_was_taken = False
         """Whether the last `finish_step` was given to the rule: the scaler did not skip it, and some rank had losses."""
-        self.start_step()
+        self._step = self._new_step()
 
     @property
     def plan(self) -> Plan:
@@ -265,6 +267,9 @@ class Engine(Generic[AnyRule]):
             if torch.finfo(applied.dtype).bits < torch.finfo(weight.dtype).bits:
                 step.rounded_weights[task] = applied.to(weight)
         weighted = gradient * applied
+        if self.sums_change_of_loss:
+            values = loss.value if loss.has_changed else loss.tensor.detach()
+            self.batch.change_of_loss = self.batch.change_of_loss + ((weighted - gradient) * values).sum()
         if step.measured and task in self.batch.read_at_losses:
             self._read(task, [loss.edge], [weighted])
         return weighted
@@ -295,7 +300,10 @@ class Engine(Generic[AnyRule]):
         if self.measurement.reader is not None:
             self.measurement.reader.reset()
         self._set_aside = None
-        self._step = OptimizerStepState(self.measurement.should_measure, self._weights_by_task())
+        self._step = self._new_step()
+
+    def _new_step(self) -> OptimizerStepState:
+        return OptimizerStepState(self.measurement.should_measure, self._weights_by_task())
 
     def _weights_by_task(self, weights: Tensor | None = None) -> dict[str, Tensor]:
         weights = self.rule.loss_weights if weights is None else weights
@@ -306,11 +314,12 @@ class Engine(Generic[AnyRule]):
         """Backward passes since the last optimizer step."""
         return self._step.backwards
 
-    def finish_step(self, *, skipped: bool = False) -> bool:
+    def finish_step(self, *, skipped: bool = False, is_counted: bool = True) -> bool:
         """Called once per optimizer step, after the last backward pass.
 
         Args:
             skipped: whether the loss scaler skips the step.
+            is_counted: whether it is among the loop's `Loop.steps`, so that a repeated evaluation can be told from a new step.
 
         Returns:
             True if the rule has counted the step. On several ranks, all call it together.
@@ -321,7 +330,7 @@ class Engine(Generic[AnyRule]):
             self.measurement.after_repetition(step)
             self._end_repetition()
             return False
-        self._finished = self._loop.steps()
+        self._finished = self._loop.steps() if is_counted else None
         self.step_was_taken = False
         if self._loop.ranks.size == 1 and not step.losses:  # another optimizer's step, or no task was present
             step.backwards = 0

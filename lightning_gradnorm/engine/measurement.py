@@ -82,7 +82,7 @@ class Measurement(Generic[AnyRule]):
         return bool(step.losses)
 
     def after_repetition(self, step: OptimizerStepState) -> None:
-        """Called instead, after each further evaluation of the losses within an optimizer step. The rule hears nothing of it."""
+        """Called instead after each further evaluation of the losses in an optimizer step. The rule hears nothing of it."""
 
     def discard_step(self) -> None:
         """Called when the loss scaler skips the network's step."""

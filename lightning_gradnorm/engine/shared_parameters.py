@@ -26,6 +26,8 @@ class SharedParameters:
         self._on_cpu = on_cpu
         self._reader: WeightGradients | None = None
         self._size = 1.0
+        self.has_read = False
+        """Whether gradients wait for the optimizer step."""
 
     def find_parameters(self) -> None:
         """Find, before a backward pass, the parameters behind the representation: on any rank, now or in earlier passes.
@@ -55,14 +57,11 @@ class SharedParameters:
         """Traverse the trunk once for each task whose gradient has reached the representation. Called within backward."""
         if self._reader is not None:  # else all of the trunk is frozen
             self._gate.read_trunk_gradients(self._reader)
-
-    @property
-    def has_read(self) -> bool:
-        """Whether gradients wait for the optimizer step."""
-        return self._reader is not None and bool(self._reader.read_tasks)
+            self.has_read = True
 
     def reset(self) -> None:
         """Forget what was read: a new optimizer step begins."""
+        self.has_read = False
         if self._reader is not None:
             self._reader.reset()
 

@@ -90,6 +90,8 @@ class BatchState:
     """Whether the optimizer will step on this backward pass alone, with no other rank taking part."""
     backwards: int = 0
     """Backward passes in this batch."""
+    change_of_loss: Tensor | float = 0.0
+    """What the weights add to the back-propagated loss, ``Σ (w_i − 1) c_i L_i``, if the engine is to sum it."""
     steps: int = 0
     """Optimizer steps in this batch."""
     read_at_losses: set[str] = field(default_factory=set)

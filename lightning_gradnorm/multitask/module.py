@@ -171,10 +171,30 @@ class MultiTaskModule(L.LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        _, losses, _, batch_size = self._step(batch)
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         micro_batches, is_last = self._place_in_window(batch_idx)
+        evaluations = 0
+
+        def evaluate() -> Tensor:
+            # LBFGS and SAM do so several times in a step.
+            nonlocal evaluations
+            evaluations += 1
+            if evaluations > 1:
+                _check_evaluated_again(optimizer.optimizer, micro_batches)
+                optimizer.zero_grad()
+            return self._evaluate_and_backpropagate(batch, micro_batches, is_last=is_last, is_first=evaluations == 1)
+
+        if is_last:
+            optimizer.step(evaluate)
+            optimizer.zero_grad()
+            self._step_scheduler("step")
+        else:
+            evaluate()
+
+    def _evaluate_and_backpropagate(self, batch: Any, micro_batches: int, *, is_last: bool, is_first: bool) -> Tensor:
+        _, losses, _, batch_size = self._step(batch)
+        loss = torch.zeros((), device=self.device)
         strategy = self.trainer.strategy
         is_parallel = isinstance(strategy, ParallelStrategy)
         if losses:
@@ -189,12 +209,9 @@ class MultiTaskModule(L.LightningModule):
         if losses or is_parallel:
             with strategy.block_backward_sync() if is_parallel and not is_last else nullcontext():  # type: ignore[attr-defined]
                 self.manual_backward(loss / micro_batches)
-        if losses and is_logged_step(self.trainer):
+        if losses and is_first and is_logged_step(self.trainer):
             self._log_losses("train", loss, losses, batch_size)
-        if is_last:
-            optimizer.step()
-            optimizer.zero_grad()
-            self._step_scheduler("step")
+        return loss.detach() / micro_batches
 
     def _place_in_window(self, batch_idx: int) -> tuple[int, bool]:
         """Return how many batches this optimizer step is made of, and whether this is the last of them."""
@@ -334,6 +351,14 @@ def _cloned_metrics(tasks: Mapping[str, Task]) -> nn.ModuleDict:
             for name, task in tasks.items()
         }
     )
+
+
+def _check_evaluated_again(optimizer: torch.optim.Optimizer, micro_batches: int) -> None:
+    if micro_batches > 1:
+        raise ValueError(
+            f"MultiTaskModule: {type(optimizer).__name__} evaluates the losses several times in a step, which does not go "
+            f"with accumulate_grad_batches: the earlier batches are gone. Use accumulate_grad_batches=1."
+        )
 
 
 def _total(losses: Mapping[str, Tensor]) -> Tensor:

@@ -1,0 +1,59 @@
+"""What optimizers of the network do without Lightning's hooks: raw steps, and closures whose values they compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
+from lightning_gradnorm.engine.engine import Engine
+from lightning_gradnorm.engine.module_hooks import Remove
+
+Closure = Callable[[], Any]
+
+
+def follow_optimizers(loop: TrainerLoop, engine: Engine[Any], finish_step: Callable[[], None]) -> Remove:
+    """Follow the Trainer's optimizers until the returned function is called.
+
+    With manual optimization, ``optimizer.optimizer.step()`` and ``self.optimizers(use_pl_optimizer=False)`` pass Lightning's
+    hooks by. With any, a line search compares values of the loss: these must belong to the weighted gradients.
+
+    Args:
+        loop: the Trainer.
+        engine: weights the losses.
+        finish_step: called before a step that Lightning does not announce.
+    """
+    hooks = ExitStack()
+    compares = [optimizer for optimizer in loop.trainer.optimizers if _may_compare_values(optimizer)]
+    engine.sums_change_of_loss = bool(compares)
+
+    def before_step(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        self, *rest = args
+        closure = rest[0] if rest else kwargs.get("closure")
+        if closure is None:
+            if loop.is_by_hand() and engine.pending_backwards:
+                finish_step()
+            return None
+        return (self, lambda: _weighted(closure(), engine.batch.change_of_loss)), _without_closure(kwargs)
+
+    for optimizer in loop.trainer.optimizers if loop.is_by_hand() else compares:
+        hooks.callback(optimizer.register_step_pre_hook(before_step).remove)
+    return hooks.close
+
+
+def _may_compare_values(optimizer: torch.optim.Optimizer) -> bool:
+    """Return False for those of torch that evaluate a closure once and look at nothing but the gradients."""
+    kind = type(optimizer)
+    return not kind.__module__.startswith("torch.optim.") or kind is torch.optim.LBFGS
+
+
+def _weighted(loss: Any, change: Tensor | float) -> Any:
+    return loss if loss is None else loss + change
+
+
+def _without_closure(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "closure"}
