@@ -68,7 +68,7 @@ class UsageChecks:
             ValueError: a loss was not shown, or was shown and not back-propagated.
         """
         self._batches += bool(batch.backwards or batch.steps)
-        if batch.losses or batch.absent:
+        if batch.losses or batch.absent or batch.finished:
             _raise(self._source.find_misnamed(is_all=True))
             self._warn_of_missing(batch)
             # Else it was a step that returned None after it had shown its losses, which Lightning lets pass.
@@ -82,7 +82,7 @@ class UsageChecks:
             _raise(self._source.find_unwatched(module) if is_late else None)
 
     def _warn_of_missing(self, batch: BatchState) -> None:
-        accounted = set(batch.losses) | batch.absent | self._warned_of
+        accounted = {*batch.losses, *batch.finished, *batch.absent, *self._warned_of}
         missing = [task for task in self._source.names if task in self.seen and task not in accounted]
         if missing and not self._source.declared:
             self._warned_of.update(missing)

@@ -14,6 +14,7 @@ task's actual contribution to the step, ``scale · w_i · c_i · ∇L_i``.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -29,7 +30,7 @@ from lightning_gradnorm.engine.inspection import Inspection, ReadingHooks
 from lightning_gradnorm.engine.measurement import AnyRule, LossMeasurement, Measurement, NormMeasurement, Setting
 from lightning_gradnorm.engine.plan import Plan
 from lightning_gradnorm.engine.rule import Needs
-from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState
+from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState, WatchedLoss
 from lightning_gradnorm.gradients import BufferGuard, GradientReader, branch, check_loss
 from lightning_gradnorm.gradients.readers import Outputs
 
@@ -118,7 +119,7 @@ class Engine(Generic[AnyRule]):
             return  # the usual case
         if self._finished == self._loop.steps() or self.has_moved:
             self.start_batch()
-            self.batch = BatchState(is_repeated=True, steps=batch.steps)
+            self.batch = BatchState(True, batch.finished | batch.backpropagated, steps=batch.steps)
             self._set_aside = self._step
             weights = self._step.weights if self._step.backwards else self._held
             self._step = OptimizerStepState(self.measurement.replaces_gradients, weights)
@@ -168,10 +169,10 @@ class Engine(Generic[AnyRule]):
             return  # logged twice, or both returned and watched: a second hook would apply the weight twice
         if owner is not None:
             raise ValueError(f"{self._caller}: tasks '{owner}' and '{task}' have the same tensor as their loss.")
-        index = self.batch.add(task, loss)
-        # The hook must not hold the tensor that holds the hook: it finds it by its index. Whoever keeps the loss, as a metric
-        # does, can pickle it without a word about the hook.
-        hook = unserializable_hook(partial(self._on_loss_gradient, task, index))  # type: ignore[no-untyped-call]
+        # The hook must not hold the tensor that holds the hook. Whoever keeps the loss, as a metric does, can pickle it without
+        # a word about the hook.
+        watched = weakref.ref(self.batch.add(task, loss))
+        hook = unserializable_hook(partial(self._on_loss_gradient, task, watched))  # type: ignore[no-untyped-call]
         loss.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _is_forward_pass(self) -> bool:
@@ -255,10 +256,10 @@ class Engine(Generic[AnyRule]):
         elif self._set_aside.backwards:
             self._end_repetition()  # the step is not announced yet, as in SAM's first_step and second_step by hand
 
-    def _on_loss_gradient(self, task: str, index: int, gradient: Tensor) -> Tensor | None:
-        if self._reading or not self.batch.in_backward:
+    def _on_loss_gradient(self, task: str, watched: weakref.ref[WatchedLoss], gradient: Tensor) -> Tensor | None:
+        if self._reading or not self.batch.in_backward or (loss := watched()) is None:
             return None  # our own first-order pass, with the weight already in it; or a gradient that a user takes
-        step, loss = self._step, self.batch.losses[task][index]
+        step = self._step
         step.add(task, loss.value, is_first=task not in self.batch.backpropagated)
         self.batch.backpropagated.add(task)
         weight = applied = step.weights[task]
@@ -337,6 +338,7 @@ class Engine(Generic[AnyRule]):
             return False
         if self.batch.backpropagated:
             require_backpropagated(self.batch.losses, self.batch.backpropagated, caller=self._caller)
+        self.batch = self.batch.after_step()
         if skipped:
             self.measurement.discard_step()
             self.start_batch()

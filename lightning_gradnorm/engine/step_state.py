@@ -70,10 +70,12 @@ class OptimizerStepState:
 
 @dataclass
 class BatchState:
-    """Collected in one batch: its forward pass and the backward pass that follows."""
+    """Collected in one batch: its forward pass and the backward pass that follows. Each optimizer step begins a new one."""
 
     is_repeated: bool = False
     """Whether the optimizer evaluates the losses again within a step. The rule learns from the first evaluation alone."""
+    finished: set[str] = field(default_factory=set)
+    """Tasks with a loss that was back-propagated before the last optimizer step of this batch."""
     losses: dict[str, list[WatchedLoss]] = field(default_factory=dict)
     """The watched losses by task; kept alive until they are back-propagated."""
     backpropagated: set[str] = field(default_factory=set)
@@ -99,12 +101,26 @@ class BatchState:
     tasks_of: dict[int, str] = field(default_factory=dict)
     """``id`` of each watched loss → its task."""
 
-    def add(self, task: str, loss: Tensor) -> int:
-        """Add a watched loss; return its index among the losses of its task."""
-        watched = self.losses.setdefault(task, [])
-        watched.append(WatchedLoss.of(loss))
+    def after_step(self) -> BatchState:
+        """Return what is left of the batch after an optimizer step: losses that were not back-propagated yet."""
+        left = {task: losses for task, losses in self.losses.items() if task not in self.backpropagated}
+        return BatchState(
+            finished=self.finished | self.backpropagated,
+            losses=left,
+            absent=self.absent,
+            branches={task: nodes for task, nodes in self.branches.items() if task not in self.backpropagated},
+            backwards=self.backwards,
+            steps=self.steps,
+            read_at_losses=self.read_at_losses,
+            tasks_of={id(one.tensor): task for task, losses in left.items() for one in losses},
+        )
+
+    def add(self, task: str, loss: Tensor) -> WatchedLoss:
+        """Add a loss to watch."""
+        watched = WatchedLoss.of(loss)
+        self.losses.setdefault(task, []).append(watched)
         self.tasks_of[id(loss)] = task
-        return len(watched) - 1
+        return watched
 
     def waiting(self) -> dict[str, list[WatchedLoss]]:
         """Return the losses that are still to be back-propagated."""

@@ -227,11 +227,13 @@ def test_an_aggregation_at_the_parameters_cannot_know_of_a_step_by_hand(quiet_tr
         fit(quiet_trainer, model, callback, vector_batches(3, 1))
 
 
-class Raw(Manual):
-    """Takes the torch optimizer out of its Lightning wrapper, and makes several steps in a batch."""
+class Several(Manual):
+    """Makes several steps in a batch, also with the torch optimizer out of its Lightning wrapper."""
+
+    is_wrapped = True
 
     def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        optimizer: Any = self.optimizers(use_pl_optimizer=self.is_wrapped)
         for of_step in batch:
             losses = self.task_losses(of_step)
             self.gradnorm[0].watch(losses)
@@ -240,15 +242,29 @@ class Raw(Manual):
             optimizer.step()
 
 
-def test_each_step_of_a_raw_optimizer_is_seen(quiet_trainer: MakeTrainer) -> None:
+@pytest.mark.parametrize("heads", ["named", None])
+@pytest.mark.parametrize("is_wrapped", [True, False], ids=["wrapped", "raw"])
+def test_each_of_several_steps_in_a_batch_counts(is_wrapped: bool, heads: Any, quiet_trainer: MakeTrainer) -> None:
     batches = vector_batches(3, STEPS)
     twin, trajectory = by_the_textbook(network_sgd, batches, by_closure=False)
-    model, callback = Raw(), gradnorm()
-    model.gradnorm = [callback]
+    model, callback = Several(), gradnorm(heads)
+    model.gradnorm, model.is_wrapped = [callback], is_wrapped
     recorder = fit(quiet_trainer, model, callback, [batches[i : i + 3] for i in range(0, STEPS, 3)])
     assert callback.rule.steps == STEPS
     trajectory.weights = trajectory.weights[2::3]  # the recorder looks at the end of each batch
     assert_agrees(recorder, model, trajectory, twin, tolerance=1e-8)
+
+
+@pytest.mark.parametrize("name", ["UW", "geometric mean", "UPGrad", "UPGrad at parameters"])
+def test_several_steps_in_a_batch_are_those_of_several_batches(name: str, quiet_trainer: MakeTrainer) -> None:
+    batches = vector_batches(3, STEPS)
+    weights = []
+    for whole in ([[batch] for batch in batches], [batches]):
+        model, callback = Several(), STRATEGIES[name]()
+        model.gradnorm = [callback]
+        fit(quiet_trainer, model, callback, whole)
+        weights.append(callback.weights)
+    assert weights[0] == pytest.approx(weights[1], rel=1e-12)
 
 
 # our own module -------------------------------------------------------------------------------------------------------
