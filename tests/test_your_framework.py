@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import textbook
 import torch
 import torch.distributed as dist
 from loops import Network, distance, parameter_distance, train
@@ -68,7 +69,7 @@ def _fresh_accelerate() -> Iterator[None]:
 
 def test_every_section_has_a_recipe_of_at_most_twenty_lines() -> None:
     assert list(RECIPES) == re.findall(r"^## (.+)$", PAGE, re.MULTILINE)
-    assert len(RECIPES) == 9
+    assert len(RECIPES) == 10
     assert max(len(code.splitlines()) for code in RECIPES.values()) <= 20
 
 
@@ -81,6 +82,20 @@ def test_plain_pytorch(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_accumulation() -> None:
     assert_as_in_a_plain_loop(run("Accumulate gradients"), accumulate=2)
+
+
+def test_a_closure() -> None:
+    model = Network(2)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4, line_search_fn="strong_wolfe")
+    names = run("LBFGS, SAM and other optimizers with a closure", model=model, optimizer=optimizer)
+    assert names["balancer"].rule.steps == len(BATCHES)
+
+    twin = Network(2)
+    made = torch.optim.LBFGS(twin.parameters(), lr=0.1, max_iter=4, line_search_fn="strong_wolfe")
+    W = [twin.encoder[2].weight]
+    expected = textbook.train(twin, twin.forward_for_textbook, BATCHES, W, made, by_closure=True)
+    assert distance([names["balancer"].weights], expected.weights[-1:]) <= 1e-9
+    assert parameter_distance(model, twin) <= 1e-8
 
 
 def test_a_grad_scaler() -> None:

@@ -250,17 +250,3 @@ def test_the_network_may_be_optimized_with(
 ) -> None:
     case = Case(lambda: make(plain_layer))
     assert_trains_as_the_textbook_says(quiet_trainer, case, heads, optimizer=optimizer, **options)
-
-
-class Quasi(Shape):
-    """LBFGS evaluates the network several times in one step, and expects the same function each time."""
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4)
-
-
-def test_lbfgs_which_evaluates_the_losses_several_times_in_one_step_is_refused(quiet_trainer: MakeTrainer) -> None:
-    case = Case(lambda: Quasi(plain_layer))
-    model = case.make()
-    with pytest.raises(ValueError, match="LBFGS evaluates the losses several times within one step"):
-        fit(quiet_trainer, model, balance(model, case, False), case.batches(1))

@@ -216,17 +216,6 @@ def test_any_two_balancing_callbacks_are_refused(quiet_trainer: MakeTrainer, fir
     fails(quiet_trainer, lambda: [made[first](), made[second]()], "one balancing callback", first, second, "Remove one")
 
 
-class LineSearch(Automatic):
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
-
-
-@pytest.mark.parametrize("name", ["GradNorm", "Scalarization", "Aggregation"])
-def test_lbfgs_is_refused_by_all_whose_weights_change(quiet_trainer: MakeTrainer, name: str) -> None:
-    expected = (name, "LBFGS", "several times within one step", "FixedWeights")
-    fails(quiet_trainer, every_balancing_callback()[name], *expected, model=LineSearch(T))
-
-
 # a solver that is not installed ---------------------------------------------------------------------------------------
 
 
