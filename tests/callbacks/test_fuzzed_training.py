@@ -1,5 +1,8 @@
 """Trainings with losses as bad as they come: the callback does what the bare rule does with the numbers the test took.
 
+Losses are infinite, negative or exactly zero, tasks are absent or come one at a time, the optimizer evaluates its closure
+twice, and a loss may be changed in place after it was shown.
+
 The rule itself is held against double backward in `tests/strategies/test_rule_fuzzed.py`. Here the test takes each task's
 gradient on its own, before the callback has seen the loss, and asks a `GradNormRule` what ought to happen.
 """
@@ -46,6 +49,9 @@ class Draw:
             0.3 if self.dtype == torch.float64 else 0.3 / self.T
         )  # in float32 the norm of a huge gradient is no number
         self.wild, self.absence = draw.choice([0.0, wild]), draw.choice([0.0, 0.1, 0.7])
+        self.is_alone = draw.random() < 0.1
+        self.repeats = self.accumulate == 1 and draw.random() < 0.4
+        self.in_place = draw.random() < 0.3
         lr = 10 ** draw.uniform(-4, 0)
         self.options: dict[str, Any] = {
             "alpha": self.alpha,
@@ -55,6 +61,11 @@ class Draw:
             "update_every": draw.choice([1, 1, 2]),
             "norm_of": draw.choice(["weight", "weight", "activation"]),
         }
+
+    def factors(self) -> dict[str, float | None]:
+        """Return what each task's loss is multiplied by in the coming batch."""
+        alone = self.random.choice(self.tasks)
+        return {task: self.factor() if not self.is_alone or task == alone else None for task in self.tasks}
 
     def factor(self) -> float | None:
         """Return what a task's loss is multiplied by; None: the task is absent."""
@@ -69,6 +80,22 @@ class Draw:
         return 1.0
 
 
+class Repeating(torch.optim.SGD):
+    """Evaluates the losses again, somewhere else, before each step."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any]) -> None:  # type: ignore[override]
+        torch.enable_grad()(closure)()
+        parameters = self.param_groups[0]["params"]
+        start = [p.clone() for p in parameters]
+        for p in parameters:
+            p.add_(1e-2)
+        torch.enable_grad()(closure)()
+        for p, before in zip(parameters, start, strict=True):
+            p.copy_(before)
+        torch.optim.SGD.step(self)
+
+
 class Fuzzed(L.LightningModule):
     """Linear encoder, linear heads. ``seen`` has one entry for each backward since the last step: each task's own gradient."""
 
@@ -79,26 +106,42 @@ class Fuzzed(L.LightningModule):
         self.heads = nn.ModuleDict({task: nn.Linear(FEATURES, OUTPUTS) for task in draw.tasks})
         self.to(draw.dtype)
         self.seen: list[dict[str, tuple[float, Tensor]]] = []
+        self.gradnorm: list[GradNorm] = []
+        self.evaluated = -1
+        self.factors: dict[str, float | None] = {}
+        self.is_left_out = False
 
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor | None] | None:
-        factors = {task: self.draw.factor() for task in self.draw.tasks}
-        # The first batch is to show the names.
-        if batch_idx > 0 and self.draw.random.random() < 0.03:
+        is_first, self.evaluated = self.evaluated != batch_idx, batch_idx
+        if is_first:
+            self.factors = self.draw.factors()
+            # The first batch is to show the names.
+            self.is_left_out = batch_idx > 0 and self.draw.random.random() < 0.03
+        if self.is_left_out:
             return None
         z = self.encoder(batch)
         total = 0.0 * z.sum()
         losses: dict[str, Tensor | None] = {}
         here: dict[str, tuple[float, Tensor]] = {}
-        for task, factor in factors.items():
+        for task, factor in self.factors.items():
             if factor is None:
                 losses[task] = None
                 continue
             target = batch[:, :OUTPUTS] + 1.0
             losses[task] = loss = F.mse_loss(self.heads[task](z), target) * factor
-            total = total + loss
             here[task] = self.apart(task, batch, target, factor)
-        self.seen.append(here)
-        return {"loss": total, **losses}
+            if self.draw.in_place:
+                self.gradnorm[0].watch({task: loss})
+                loss += total
+                total = loss
+            else:
+                total = total + loss
+        if is_first:
+            self.seen.append(here)
+        if not self.draw.in_place:
+            return {"loss": total, **losses}
+        self.gradnorm[0].watch({task: None for task, loss in losses.items() if loss is None})
+        return {"loss": total}
 
     def apart(self, task: str, batch: Tensor, target: Tensor, factor: float) -> tuple[float, Tensor]:
         """Return a task's loss and its gradient, in a graph that nobody else has hooks in."""
@@ -109,7 +152,7 @@ class Fuzzed(L.LightningModule):
         return loss.item(), torch.autograd.grad(loss, at)[0]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1e-3)
+        return (Repeating if self.draw.repeats else torch.optim.SGD)(self.parameters(), lr=1e-3)
 
 
 class Judge(L.Callback):
@@ -212,6 +255,7 @@ def test_bad_losses_cost_no_more_than_their_own_step(seed: int, quiet_trainer: M
     model = Fuzzed(draw)
     heads = {task: f"heads.{task}" for task in draw.tasks} if draw.with_heads else None
     gradnorm = GradNorm(draw.tasks, heads=heads, **draw.options)
+    model.gradnorm = [gradnorm]
     judge, logger = Judge(gradnorm, model), MemoryLogger()
     trainer = quiet_trainer(callbacks=[gradnorm, judge], accumulate_grad_batches=draw.accumulate, logger=logger)
     generator = torch.Generator().manual_seed(seed)
@@ -230,7 +274,7 @@ def test_bad_losses_cost_no_more_than_their_own_step(seed: int, quiet_trainer: M
     ]
     assert sorted(about) == sorted(judge.offenders), "one warning for each task that was bad"
     assert judge.happened["taken"] > 0, judge.happened
-    if draw.dtype == torch.float64 and draw.absence < 0.5:  # a task alone is at its target, but for rounding
+    if draw.dtype == torch.float64 and draw.absence < 0.5 and not draw.is_alone:  # a task alone is at its target, but for rounding
         assert judge.happened["compared"] > 0, judge.happened
     assert logger.scalars["gradnorm/skipped"][-1] == judge.happened["skipped"]
     assert gradnorm.state_dict()["skipped"] == judge.happened["skipped"]
