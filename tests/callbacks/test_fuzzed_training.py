@@ -274,7 +274,9 @@ def test_bad_losses_cost_no_more_than_their_own_step(seed: int, quiet_trainer: M
     ]
     assert sorted(about) == sorted(judge.offenders), "one warning for each task that was bad"
     assert judge.happened["taken"] > 0, judge.happened
-    if draw.dtype == torch.float64 and draw.absence < 0.5 and not draw.is_alone:  # a task alone is at its target, but for rounding
+    if (
+        draw.dtype == torch.float64 and draw.absence < 0.5 and not draw.is_alone
+    ):  # one alone is at its target, but for rounding
         assert judge.happened["compared"] > 0, judge.happened
     assert logger.scalars["gradnorm/skipped"][-1] == judge.happened["skipped"]
     assert gradnorm.state_dict()["skipped"] == judge.happened["skipped"]
