@@ -39,6 +39,8 @@ _OF_READING = ("tests/gradients/test_one_backward_pass.py",)
 
 _OF_SEARCH = ("tests/engine/test_discovery_fuzzed.py",)
 
+_OF_CLOSURES = ("tests/callbacks/test_repeated_closures.py",)
+
 FAULTS = (
     # ---- the rule ----------------------------------------------------------------------------------------------------
     Fault(
@@ -201,9 +203,9 @@ FAULTS = (
     Fault(
         "the network trains with weights of the step before",
         _ENGINE,
-        "        self._step.weights = self._weights_by_task()\n\n    def after_backward",
-        "        now = {task: weight.clone() for task, weight in self._weights_by_task().items()}\n"
-        "        self._step.weights, self._before = getattr(self, '_before', now), now\n\n    def after_backward",
+        "            self._step.weights = self._weights_by_task()\n\n    def after_backward",
+        "            now = {task: weight.clone() for task, weight in self._weights_by_task().items()}\n"
+        "            self._step.weights, self._before = getattr(self, '_before', now), now\n\n    def after_backward",
         _OF_BALANCER,
     ),
     Fault(
@@ -221,9 +223,10 @@ FAULTS = (
     Fault(
         "a scalarization's weights are those of the batch before",
         _ENGINE,
-        "        self.measurement.before_backward(loss, batch)\n        self._step.weights = self._weights_by_task()\n",
-        "        self._step.weights = {task: weight.clone() for task, weight in self._weights_by_task().items()}\n"
-        "        self.measurement.before_backward(loss, batch)\n",
+        "        self.measurement.before_backward(loss, batch)\n        if not batch.is_repeated:\n"
+        "            self._step.weights = self._weights_by_task()\n",
+        "        before = {task: weight.clone() for task, weight in self._weights_by_task().items()}\n"
+        "        self.measurement.before_backward(loss, batch)\n        self._step.weights = before\n",
         _OF_BALANCER,
     ),
     # ---- what is read ------------------------------------------------------------------------------------------------
@@ -337,8 +340,8 @@ FAULTS = (
     Fault(
         "gradients of micro-batches are averaged over the wrong number",
         f"{_CORE}callbacks/trainer_loop.py",
-        "(passes / self.trainer.accumulate_grad_batches if is_automatic else 1.0)",
-        "(passes if is_automatic else 1.0)",
+        "passes / self.trainer.accumulate_grad_batches)",
+        "passes)",
         ("tests/callbacks/test_accumulated_norms.py",),
     ),
     Fault(
@@ -351,8 +354,8 @@ FAULTS = (
     Fault(
         "norms are not divided by the loss scale",
         f"{_CORE}callbacks/trainer_loop.py",
-        "return self.loss_scale() * (passes",
-        "return 1.0 * (passes",
+        "return self.loss_scale() * (1.0",
+        "return 1.0 * (1.0",
         _OF_PRECISION,
     ),
     Fault(
@@ -368,6 +371,20 @@ FAULTS = (
         "            reader.rescale(task, like[tasks.index(task)] / rounded)\n",
         "            pass\n",
         _OF_PRECISION,
+    ),
+    Fault(
+        "each evaluation of the losses in a step is a weight update",
+        _ENGINE,
+        "        if self._set_aside is not None:\n            self.measurement.after_repetition(step)\n",
+        "        if False:\n            self.measurement.after_repetition(step)\n",
+        _OF_CLOSURES,
+    ),
+    Fault(
+        "the weights move between the evaluations of a step",
+        _ENGINE,
+        "self._held = self._weights_by_task(self.rule.loss_weights.clone())",
+        "self._held = self._weights_by_task(self.rule.loss_weights)",
+        _OF_CLOSURES,
     ),
     # ---- aggregation -------------------------------------------------------------------------------------------------
     Fault(

@@ -131,7 +131,8 @@ class Engine(Generic[AnyRule]):
     @property
     def has_moved(self) -> bool:
         """Whether the shared parameters have changed since the last backward pass of an unfinished step."""
-        return self._step.versions is not None and self._step.versions != self._versions()
+        step = self._step
+        return bool(step.backwards) and step.versions is not None and step.versions != self._versions()
 
     def _versions(self) -> list[int]:
         shared = self.plan.shared_layer.values() or self._setting.model.parameters()
@@ -210,20 +211,7 @@ class Engine(Generic[AnyRule]):
 
     def explain_inplace_error(self, error: RuntimeError) -> str | None:
         """Return what to do about an in-place change of the representation, if that is what torch complains of."""
-        if not (("of _Branch" in str(error) or "of _Gate" in str(error)) and "inplace" in str(error)):
-            return None
-        if self.batch.in_head is None:
-            first = "before the heads read it" if self._inspection.named_heads else "by what reads it"
-            return (
-                f"{self._caller}: the representation is changed in place, as relu_(z) and ReLU(inplace=True) do, {first}. Use "
-                f"relu(z)."
-            )
-        way_out = "leave heads out" if self._inspection.named_heads else "give heads=None"
-        return (
-            f"{self._caller}: the head of task '{self.batch.in_head}' changes the representation in place, as "
-            f"ReLU(inplace=True) does, and with it what the other heads read. Make its first operation inplace=False, or "
-            f"{way_out}: then each loss gets a first-order pass of its own."
-        )
+        return self._inspection.explain_inplace_error(str(error), self.batch.in_head)
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 

@@ -123,6 +123,24 @@ class Inspection:
                 self._find_heads(discovery, batch)
             self._decide_where_to_read(batch, loss)
 
+    def explain_inplace_error(self, error: str, in_head: str | None) -> str | None:
+        """Return what to do about an in-place change of the representation, if that is what torch complains of."""
+        if not (("of _Branch" in error or "of _Gate" in error) and "inplace" in error):
+            return None
+        caller = self._setting.caller
+        if in_head is None:
+            first = "before the heads read it" if self.named_heads else "by what reads it"
+            return (
+                f"{caller}: the representation is changed in place, as relu_(z) and ReLU(inplace=True) do, {first}. Use "
+                f"relu(z)."
+            )
+        way_out = "leave heads out" if self.named_heads else "give heads=None"
+        return (
+            f"{caller}: the head of task '{in_head}' changes the representation in place, as ReLU(inplace=True) does, and with "
+            f"it what the other heads read. Make its first operation inplace=False, or {way_out}: then each loss gets a "
+            f"first-order pass of its own."
+        )
+
     def _find_layer(self, discovery: Discovery, batch: BatchState, step: OptimizerStepState) -> None:
         """Have the shared layer found. As long as it is not, the encoder's last layer serves, or the step is not measured."""
         W = discovery.find_layer(batch.waiting())

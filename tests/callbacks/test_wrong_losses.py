@@ -249,14 +249,6 @@ def never_and_backward_by_hand(model: Stepwise, losses: Losses, batch_idx: int) 
     optimizer.step()
 
 
-def with_a_step_past_lightning(model: Stepwise, losses: Losses, batch_idx: int) -> None:
-    optimizer = model.optimizers().optimizer
-    optimizer.zero_grad()
-    model.watch(losses)
-    model.manual_backward(total(losses))
-    optimizer.step()
-
-
 def without_a_step(model: Stepwise, losses: Losses, batch_idx: int) -> None:
     model.watch(losses)
     model.manual_backward(total(losses))
@@ -286,7 +278,6 @@ WATCHED = [
         never_and_backward_by_hand,
         ["no task loss was seen", "watch({'seg': loss"],
     ),
-    case("but the optimizer steps past Lightning", with_a_step_past_lightning, ["step", "self.optimizers()"]),
     case("but no optimizer ever steps", without_a_step, ["step"]),
 ]
 

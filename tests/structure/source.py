@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import ast
+import io
 import sys
+import tokenize
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "lightning_gradnorm"
+_WITHOUT_CODE = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
 
 
 @dataclass(frozen=True)
@@ -19,7 +29,34 @@ class Module:
     path: str
     """Relative to the package, ``engine/layers.py``."""
     tree: ast.Module
-    lines: int
+    text: str
+
+    @property
+    def lines(self) -> int:
+        """All lines of the file."""
+        return len(self.text.splitlines())
+
+    @property
+    def lines_of_code(self) -> int:
+        """Its lines without those that hold nothing but a docstring or a comment, or nothing."""
+        documented = {
+            line
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            for inner in node.body
+            if isinstance(inner, ast.Expr)
+            and isinstance(inner.value, ast.Constant)
+            and isinstance(inner.value.value, str)
+            for line in range(inner.lineno, (inner.end_lineno or 0) + 1)
+        }
+        tokens = tokenize.generate_tokens(io.StringIO(self.text).readline)
+        said = {
+            line
+            for token in tokens
+            if token.type not in _WITHOUT_CODE
+            for line in range(token.start[0], token.end[0] + 1)
+        }
+        return len(said - documented)
 
     @property
     def part(self) -> str:
@@ -49,7 +86,7 @@ def modules() -> list[Module]:
     found = []
     for path in sorted((ROOT / PACKAGE).rglob("*.py")):
         text = path.read_text(encoding="utf-8")
-        found.append(Module(path.relative_to(ROOT / PACKAGE).as_posix(), ast.parse(text), len(text.splitlines())))
+        found.append(Module(path.relative_to(ROOT / PACKAGE).as_posix(), ast.parse(text), text))
     return found
 
 
