@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from lightning_gradnorm._messages import check_by_task
-from lightning_gradnorm.callbacks.copies import linked_copy, tell_originals
+from lightning_gradnorm.callbacks.copies import MayBeCopied
 from lightning_gradnorm.callbacks.logging import is_logged_step, log_step_metrics
 from lightning_gradnorm.callbacks.losses import LossSource, explain_errors
 from lightning_gradnorm.callbacks.packages import overrides, works_in_both_packages
@@ -31,7 +31,7 @@ from lightning_gradnorm.engine.measurement import AnyRule, Heads, Setting
 
 
 @works_in_both_packages
-class BalancingCallback(L.Callback, Generic[AnyRule]):
+class BalancingCallback(MayBeCopied, L.Callback, Generic[AnyRule]):
     """Plugs a balancing rule into any LightningModule, unchanged.
 
     A strategy overrides `_build_rule`, and where it differs `_load_rule`, `_step_metrics` and `_refuse_unsupported`. Lightning
@@ -63,6 +63,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         shared_layer: str | None = None,
         norm_of: Literal["weight", "activation"] = "weight",
     ) -> None:
+        super().__init__()
         check_heads_form(heads, caller=self._name)
         self.tasks = tasks
         self.losses_from = losses_from
@@ -85,8 +86,6 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         """Whether gradients were on in each call of `watch` in this batch: computed again, none of them has any."""
         self._shown = True
         self._described: str | None = None
-        self._original: Self | None = None
-        self._trained_copy: Self | None = None
         self._restored: dict[str, Any] | None = None
         self._restored_by: str | None = None
         self._stage: str | None = None
@@ -127,17 +126,19 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
             raise RuntimeError(f"{self._name}: the rule is known once training has started")
         return rule
 
-    @property
-    def _trained(self) -> Self:
-        """The copy that a library has trained in place of this callback, if it has; or this callback."""
-        return self if self._rule is not None or self._trained_copy is None else self._trained_copy
+    @override
+    def _uncopied(self) -> dict[str, Any]:
+        return {"_engine": None, "_loop": None, "_hooks": ExitStack()}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # What is placed on a model in training belongs to this callback alone.
-        return linked_copy(self, memo, {"_engine": None, "_loop": None, "_hooks": ExitStack()})
+    @override
+    def _results(self) -> dict[str, Any]:
+        state, dtype = self.rule.state_dict(), self.rule.weights.dtype
+        return {"names": self._names, "described": self._described, "state": state, "dtype": dtype}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_original": None, "_trained_copy": None}
+    @override
+    def _take_over(self, results: dict[str, Any]) -> None:
+        self._names, self._described, self._restored = results["names"], results["described"], results["state"]
+        self._start_rule(torch.zeros((), dtype=results["dtype"]))
 
     def _check_heads(self) -> None:
         if isinstance(self.heads, dict) and self._names:
@@ -150,7 +151,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._refuse_unsupported(trainer)
         self._remove_hooks()
         self._described = None
-        tell_originals(self)
+        self._announce_training(trainer)
         self._loop = loop = TrainerLoop(trainer, self)
         declared = self._source.resolve(pl_module)
         self._names = self._source.names
@@ -319,13 +320,14 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if self._rule is not None and self._restored is None:
-            return self._rule.state_dict()
-        return self._restored or {}
+        one = self._trained
+        if one._rule is not None and one._restored is None:
+            return one._rule.state_dict()
+        return one._restored or {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored, self._restored_by = dict(state_dict) or None, self._stage
+        self._restored, self._restored_by, self._trained_copy = dict(state_dict) or None, self._stage, None
         if self._engine is not None and self._rule is not None and self._restored is not None:
             # During training: a LearningRateFinder takes back its trial steps.
             self._load_rule(self._rule, self._restored)

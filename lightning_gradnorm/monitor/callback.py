@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_gradnorm._messages import check, is_integer
+from lightning_gradnorm.callbacks.copies import MayBeCopied
 from lightning_gradnorm.callbacks.logging import log_step_metrics, logger_step
 from lightning_gradnorm.callbacks.losses import LossSource, wraps_innermost
 from lightning_gradnorm.callbacks.packages import is_one_of, works_in_both_packages
@@ -32,7 +33,7 @@ _check = partial(check, _NAME)
 
 
 @works_in_both_packages
-class GradientNormMonitor(L.Callback):
+class GradientNormMonitor(MayBeCopied, L.Callback):
     """Show how much each term of a composite loss moves the shared parameters, and which terms conflict.
 
     Terms are whatever is added up in the loss: tasks, regularizers, penalties, physics terms. Every ``every_n_steps``
@@ -81,6 +82,8 @@ class GradientNormMonitor(L.Callback):
         >>> trainer = L.Trainer(callbacks=[monitor], logger=False)
     """
 
+    _last: GradientNorms | None = None
+
     def __init__(
         self,
         losses: Sequence[str] | Mapping[str, str] | None = None,
@@ -104,8 +107,6 @@ class GradientNormMonitor(L.Callback):
         self.prefix = prefix
         self.every_n_steps = every_n_steps
         self.cosine_image = cosine_image
-        self.last: GradientNorms | None = None
-        """The last measured step. Its names include ``rest_of_loss`` if the loss has a remainder."""
         self._summary = RunningSummary()
         self._steps = 0
         self._stepped = self._skipped = False
@@ -123,8 +124,9 @@ class GradientNormMonitor(L.Callback):
                 f"gradients in a short run with strategy='ddp'."
             )
         self._release_model()
+        self._announce_training(trainer)
         if trainer.global_step == 0:
-            self._steps, self._summary, self.last = 0, RunningSummary(), None
+            self._steps, self._summary, self._last = 0, RunningSummary(), None
         self._is_aggregated = not all(getattr(one, "update_is_weighted_sum", True) for one in trainer.callbacks)  # type: ignore[attr-defined]
         self._source.resolve(pl_module)
         name: str | None = self.parameters
@@ -238,7 +240,7 @@ class GradientNormMonitor(L.Callback):
         terms = found.of([name for name in found if name != REST])
         if found.get(REST) == 0:
             found = terms
-        self.last = found
+        self._last = found
         self._summary.add(found, weights)
         metrics = {f"norm/{name}": norm for name, norm in found.items()}
         others = {f"share/{name}": share for name, share in found.shares.items()}
@@ -254,21 +256,26 @@ class GradientNormMonitor(L.Callback):
                 logger.experiment.add_image(f"{self.prefix}/cosine", image, logger_step(trainer))  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
-        names = ", ".join(self._source.names) or "all losses"
+        names = ", ".join(self._trained._source.names) or "all losses"
         return f"{_NAME}({names}; parameters='{self.parameters}', every {self.every_n_steps} steps)"
+
+    @property
+    def last(self) -> GradientNorms | None:
+        """The last measured step. Its names include ``rest_of_loss`` if the loss has a remainder."""
+        return self._trained._last
 
     @property
     def suggested_weights(self) -> dict[str, float]:
         """Static weights, summing to T, that would have made the losses' mean norms equal in the steps measured so far."""
-        return self._summary.suggested_weights
+        return self._trained._summary.suggested_weights
 
     def summary(self) -> str:
         """Return a few sentences about the steps measured so far."""
-        where = f"`{self.parameters}`"
+        one, where = self._trained, f"`{self.parameters}`"
         if self.parameters == "shared":
-            where = "`encoder`" if self._source.declared else "the shared parameters"
-        what = "the sum of the gradients, before they are aggregated," if self._is_aggregated else "the update"
-        return self._summary.sentences(_NAME, what, where)
+            where = "`encoder`" if one._source.declared else "the shared parameters"
+        what = "the sum of the gradients, before they are aggregated," if one._is_aggregated else "the update"
+        return one._summary.sentences(_NAME, what, where)
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
@@ -313,9 +320,28 @@ class GradientNormMonitor(L.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self._steps, "tally": self._summary.state_dict()}
+        one = self._trained
+        return {"steps": one._steps, "tally": one._summary.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._trained_copy = None
         self._steps = state_dict["steps"]
         self._summary.load_state_dict(state_dict["tally"])
+
+    @override
+    def _uncopied(self) -> dict[str, Any]:
+        return {"_measurement": None, "_remove_patch": None}
+
+    @override
+    def _results(self) -> dict[str, Any]:
+        last = None if self._last is None else (list(self._last), self._last.products)
+        of_model = {"names": self._source.names, "declared": self._source.declared, "aggregated": self._is_aggregated}
+        return {**of_model, "state": self.state_dict(), "last": last}
+
+    @override
+    def _take_over(self, results: dict[str, Any]) -> None:
+        self._source.names, self._source.declared = results["names"], results["declared"]
+        self._is_aggregated = results["aggregated"]
+        self.load_state_dict(results["state"])
+        self._last = None if results["last"] is None else GradientNorms(*results["last"])
