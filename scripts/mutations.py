@@ -423,7 +423,7 @@ FAULTS = (
     Fault(
         "what a callback has learnt in a child process stays there",
         f"{_CORE}callbacks/copies.py",
-        "            original._take_over(torch.load(file, map_location=\"cpu\", weights_only=True))\n",
+        '            original._take_over(torch.load(file, map_location="cpu", weights_only=True))\n',
         "",
         ("tests/callbacks/test_child_processes.py",),
     ),

@@ -7,17 +7,18 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import lightning as L
 import pytest
-import torch
-from checkpoints import assert_identical
 from harness import Batches
 from models import TASKS, Automatic, as_inputs_and_targets, multi_task_module, vector_batches
+from packages import assert_identical
+from read import all_that_is_read
 from torchjd.aggregation import UPGrad
 from torchjd.scalarization import UW
-from whatisread import all_that_is_read
 from wrong_inputs import MakeTrainer
 
-from lightning_gradnorm import Aggregation, GradientNormMonitor, GradNorm, RandomWeights, Scalarization, TensorBoardDashboard
+from lightning_gradnorm import Aggregation, GradientNormMonitor, GradNorm, RandomWeights, Scalarization
+from lightning_gradnorm.callbacks import TensorBoardDashboard
 
 T = 3
 MAKE: dict[str, Callable[[], Any]] = {
@@ -103,29 +104,27 @@ def test_a_copy_of_one_template_for_each_fold_shows_its_own(quiet_trainer: MakeT
     assert template.weights == second.weights
 
 
-def test_a_callback_pickled_in_mid_training_is_one_that_can_train(quiet_trainer: MakeTrainer) -> None:
-    """What is placed on a model stays with the callback that trains it; `deepcopy` has copied it so before."""
-
-    class Pickles(torch.nn.Module):
-        made: list[Any] = []
-
+@pytest.mark.parametrize("way", COPY)
+def test_a_copy_made_in_mid_training_trains_as_one_made_before(way: str, quiet_trainer: MakeTrainer) -> None:
+    """What is placed on a model stays with the callback that trains it."""
     gradnorm, monitor = GradNorm(TASKS[:T]), GradientNormMonitor(TASKS[:T], every_n_steps=1)
-    model = Automatic(T)
-    step = model.configure_optimizers
+    copies: list[Any] = []
 
-    def configure() -> Any:
-        optimizer = step()
-        optimizer.register_step_post_hook(
-            lambda *_: Pickles.made.append([COPY["deepcopy"](one) for one in (gradnorm, monitor)])
-        )
-        return optimizer
+    class Copies(L.Callback):
+        def on_before_zero_grad(self, *args: Any) -> None:
+            copies.append([COPY[way](one) for one in (gradnorm, monitor)])
 
-    model.configure_optimizers = configure
-    quiet_trainer(callbacks=[gradnorm, monitor]).fit(model, Batches(vector_batches(T, 2)))
-    for one, other in Pickles.made:
+    quiet_trainer(callbacks=[gradnorm, monitor, Copies()]).fit(Automatic(T), Batches(vector_batches(T, 2)))
+    own = all_that_is_read(gradnorm)
+    fit(quiet_trainer, gradnorm)
+    expected = all_that_is_read(gradnorm)
+    assert str(expected) != str(own)
+    assert len(copies) == 2
+    for one, other in copies:
         fit(quiet_trainer, one)
         fit(quiet_trainer, other)
-    assert len(Pickles.made) == 2
+        assert_identical(all_that_is_read(one), expected)
+        assert other.last is not None
 
 
 def test_a_dashboard_has_a_readable_name() -> None:
