@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_gradnorm._messages import check_by_task
-from lightning_gradnorm.callbacks.copies import MayBeCopied
+from lightning_gradnorm.callbacks.copies import Copies
 from lightning_gradnorm.callbacks.logging import is_logged_step, log_step_metrics
 from lightning_gradnorm.callbacks.losses import LossSource, explain_errors
 from lightning_gradnorm.callbacks.packages import overrides, works_in_both_packages
@@ -22,6 +22,7 @@ from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
 from lightning_gradnorm.callbacks.usage_checks import (
     UsageChecks,
     check_heads_form,
+    explain_lost_state,
     refuse_company,
     refuse_repeated_closures,
     refuse_strategy,
@@ -31,7 +32,7 @@ from lightning_gradnorm.engine.measurement import AnyRule, Heads, Setting
 
 
 @works_in_both_packages
-class BalancingCallback(MayBeCopied, L.Callback, Generic[AnyRule]):
+class BalancingCallback(L.Callback, Generic[AnyRule]):
     """Plugs a balancing rule into any LightningModule, unchanged.
 
     A strategy overrides `_build_rule`, and where it differs `_load_rule`, `_step_metrics` and `_refuse_unsupported`. Lightning
@@ -63,7 +64,6 @@ class BalancingCallback(MayBeCopied, L.Callback, Generic[AnyRule]):
         shared_layer: str | None = None,
         norm_of: Literal["weight", "activation"] = "weight",
     ) -> None:
-        super().__init__()
         check_heads_form(heads, caller=self._name)
         self.tasks = tasks
         self.losses_from = losses_from
@@ -86,6 +86,7 @@ class BalancingCallback(MayBeCopied, L.Callback, Generic[AnyRule]):
         """Whether gradients were on in each call of `watch` in this batch: computed again, none of them has any."""
         self._shown = True
         self._described: str | None = None
+        self._copies = Copies(self)
         self._restored: dict[str, Any] | None = None
         self._restored_by: str | None = None
         self._stage: str | None = None
@@ -126,16 +127,18 @@ class BalancingCallback(MayBeCopied, L.Callback, Generic[AnyRule]):
             raise RuntimeError(f"{self._name}: the rule is known once training has started")
         return rule
 
-    @override
-    def _uncopied(self) -> dict[str, Any]:
-        return {"_engine": None, "_loop": None, "_hooks": ExitStack()}
+    @property
+    def _trained(self) -> Self:
+        """The copy that was trained in place of this callback, if one was; or this callback."""
+        return self._copies.trained or self
 
-    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_engine": None, "_loop": None, "_hooks": ExitStack()}
+
     def _results(self) -> dict[str, Any]:
         state, dtype = self.rule.state_dict(), self.rule.weights.dtype
         return {"names": self._names, "described": self._described, "state": state, "dtype": dtype}
 
-    @override
     def _take_over(self, results: dict[str, Any]) -> None:
         self._names, self._described, self._restored = results["names"], results["described"], results["state"]
         self._start_rule(torch.zeros((), dtype=results["dtype"]))
@@ -151,7 +154,7 @@ class BalancingCallback(MayBeCopied, L.Callback, Generic[AnyRule]):
         self._refuse_unsupported(trainer)
         self._remove_hooks()
         self._described = None
-        self._announce_training(trainer)
+        self._copies.announce_training(trainer)
         self._loop = loop = TrainerLoop(trainer, self)
         declared = self._source.resolve(pl_module)
         self._names = self._source.names
@@ -185,10 +188,7 @@ class BalancingCallback(MayBeCopied, L.Callback, Generic[AnyRule]):
         if self._restored is None and (trainer.global_step == 0 or trainer.ckpt_path is not None):
             self._rule = None
             if trainer.global_step > 0 and self._state_description:
-                loop.ranks.warn(
-                    f"{self._name}: the checkpoint {trainer.ckpt_path} has no state of {self._name}; {self._state_description} "
-                    f"start anew. To keep them, resume from a checkpoint of a run that had {self._name} among its callbacks."
-                )
+                loop.ranks.warn(explain_lost_state(self._name, self._state_description, trainer.ckpt_path))
 
     def _start_rule(self, like: Tensor) -> None:
         """Make the rule, if there is none for these tasks, and put it on the device of ``like``."""
@@ -321,13 +321,11 @@ class BalancingCallback(MayBeCopied, L.Callback, Generic[AnyRule]):
     @override
     def state_dict(self) -> dict[str, Any]:
         one = self._trained
-        if one._rule is not None and one._restored is None:
-            return one._rule.state_dict()
-        return one._restored or {}
+        return one._rule.state_dict() if one._rule is not None and one._restored is None else one._restored or {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored, self._restored_by, self._trained_copy = dict(state_dict) or None, self._stage, None
+        self._restored, self._restored_by, self._copies.trained = dict(state_dict) or None, self._stage, None
         if self._engine is not None and self._rule is not None and self._restored is not None:
             # During training: a LearningRateFinder takes back its trial steps.
             self._load_rule(self._rule, self._restored)
