@@ -146,9 +146,10 @@ def _deliver(to: int, sender: str, lineage: tuple[str, ...], file: str, problem:
 def _collect(launcher: Any, trainer: L.Trainer) -> dict[str, Any]:
     """Return what the launcher sends to the parent process, with the results of our callbacks. Called once, on rank 0."""
     del launcher.get_extra_results  # its class's is called, and stays
+    extra = launcher.get_extra_results(trainer)
     known = [getattr(one, "_copies", None) for one in trainer.callbacks]  # type: ignore[attr-defined]
     letters = [one.write_letter() for one in known if isinstance(one, Copies) and one.is_in_use]
-    return {**launcher.get_extra_results(trainer), "lightning_gradnorm": letters}
+    return {**extra, "lightning_gradnorm": letters}
 
 
 def _unshare(values: Iterable[object]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import pickle
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +26,7 @@ from torchjd.scalarization import UW
 from wrong_inputs import MakeTrainer
 
 from lightning_gradnorm import Aggregation, FixedWeights, GradientNormMonitor, GradNorm, RandomWeights, Scalarization
+from lightning_gradnorm.callbacks.copies import _Letter
 from lightning_gradnorm.strategies import GABA
 
 T = 3
@@ -32,7 +35,9 @@ MAKE: dict[str, Callable[[], Any]] = {
     "GradNorm": lambda: GradNorm(NAMES),
     "GradNorm of a layer": lambda: GradNorm(NAMES, shared_layer="encoder.2", heads=None, optimizer=sgd),
     "UW": lambda: Scalarization(UW, NAMES),
-    "an UW": lambda: Scalarization(UW(T), NAMES),
+    "an UW": lambda: Scalarization(
+        UW(T).double(), NAMES
+    ),  # of the precision in which it is trained: nothing makes it anew
     "UPGrad": lambda: Aggregation(UPGrad(), NAMES),
     "GABA": lambda: Aggregation(GABA(beta=0.9, warmup=2), NAMES, scalarizer=UW(T)),
     "fixed": lambda: FixedWeights(dict(zip(NAMES, (0.5, 1.0, 2.0), strict=True))),
@@ -164,6 +169,22 @@ def test_the_original_of_a_copy_that_a_child_process_trains(fork: Callable[..., 
     assert gradnorm.weights == copies[0].weights != dict.fromkeys(NAMES, 1.0)
     assert looks.summary() == copies[1].summary()
     assert "1 measured step:" in looks.summary()
+
+
+def test_a_callback_from_a_file_whose_original_is_gone(fork: Callable[..., L.Trainer]) -> None:
+    gradnorm = pickle.loads(pickle.dumps(GradNorm(NAMES)))
+    fork([gradnorm])
+    assert gradnorm.weights != dict.fromkeys(NAMES, 1.0)
+
+
+def test_a_letter_is_handed_on_by_a_process_between(tmp_path: Path) -> None:
+    """As a queue's manager is, which unpickles what it hands on."""
+    gradnorm, file = GradNorm(NAMES), tmp_path / "letter.pt"
+    file.touch()
+    letter = _Letter(os.getpid() + 1, "GradNorm", gradnorm._copies.lineage, str(file), "")
+    again = pickle.loads(pickle.dumps(letter))
+    assert again.content == letter.content
+    assert file.exists()
 
 
 def test_callbacks_that_the_model_brings_along(fork: Callable[..., L.Trainer]) -> None:
