@@ -127,10 +127,7 @@ def test_ranks_with_batches_of_their_own_give_what_one_process_gives(
 
 
 @pytest.mark.both_packages
-@pytest.mark.parametrize(
-    "strategy",
-    ["ddp_fork", *(pytest.param(one, marks=pytest.mark.slow) for one in ("ddp_notebook", "ddp_notebook_fork"))],
-)
+@pytest.mark.parametrize("strategy", ["ddp_fork", pytest.param("ddp_notebook", marks=pytest.mark.slow)])
 def test_one_child_process_of_both_packages(strategy: str, quiet_trainer: MakeTrainer) -> None:
     """An optimizer that cannot be pickled stays where it is."""
     found, expected = (GradNorm(NAMES, optimizer=lambda weights: sgd(weights)) for _ in range(2))
