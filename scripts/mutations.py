@@ -433,9 +433,23 @@ FAULTS = (
     Fault(
         "a callback keeps its rule's state out of the checkpoint",
         f"{_CORE}callbacks/base.py",
-        "        if self._rule is not None and self._restored is None:\n            return self._rule.state_dict()\n",
-        "",
+        "return one._rule.state_dict() if one._rule is not None and one._restored is None else one._restored or {}",
+        "return one._restored or {}",
         ("tests/callbacks/test_resume.py",),
+    ),
+    Fault(
+        "what a callback has learnt in a child process stays there",
+        f"{_CORE}callbacks/copies.py",
+        '            callback._take_over(torch.load(file, map_location="cpu", weights_only=True))\n',
+        "",
+        ("tests/callbacks/test_child_processes.py",),
+    ),
+    Fault(
+        "spawned processes write to one scalarizer",
+        f"{_CORE}callbacks/copies.py",
+        "                value.data = value.data.clone()\n",
+        "                pass\n",
+        ("tests/callbacks/test_child_processes.py",),
     ),
     Fault(
         "a MultiTaskModule clips each micro-batch, not the whole gradient",

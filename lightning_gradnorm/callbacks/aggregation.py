@@ -101,8 +101,8 @@ class Aggregation(LossWeightingCallback[AggregationRule]):
     @property
     def aggregator(self) -> nn.Module | None:
         """The aggregator in use."""
-        if self._rule is not None:
-            return self._rule.aggregator
+        if (rule := self._trained._rule) is not None:
+            return rule.aggregator
         return self._aggregator if isinstance(self._aggregator, nn.Module) else None
 
     @override

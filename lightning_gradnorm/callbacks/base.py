@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from lightning_gradnorm._messages import check_by_task
-from lightning_gradnorm.callbacks.copies import linked_copy, tell_originals
+from lightning_gradnorm.callbacks.copies import Copies
 from lightning_gradnorm.callbacks.logging import is_logged_step, log_step_metrics
 from lightning_gradnorm.callbacks.losses import LossSource, explain_errors
 from lightning_gradnorm.callbacks.optimizer_steps import follow_optimizers
@@ -23,6 +23,7 @@ from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
 from lightning_gradnorm.callbacks.usage_checks import (
     UsageChecks,
     check_heads_form,
+    explain_lost_state,
     refuse_company,
     refuse_strategy,
 )
@@ -85,8 +86,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         """Whether gradients were on in each call of `watch` in this batch: computed again, none of them has any."""
         self._shown = True
         self._described: str | None = None
-        self._original: Self | None = None
-        self._trained_copy: Self | None = None
+        self._copies = Copies(self)
         self._restored: dict[str, Any] | None = None
         self._restored_by: str | None = None
         self._stage: str | None = None
@@ -127,15 +127,19 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     @property
     def _trained(self) -> Self:
-        """The copy that a library has trained in place of this callback, if it has; or this callback."""
-        return self if self._rule is not None or self._trained_copy is None else self._trained_copy
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # What is placed on a model in training belongs to this callback alone.
-        return linked_copy(self, memo, {"_engine": None, "_loop": None, "_hooks": ExitStack()})
+        """The copy that was trained in place of this callback, if one was; or this callback."""
+        return self._copies.trained or self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_original": None, "_trained_copy": None}
+        return {**vars(self), "_engine": None, "_loop": None, "_hooks": ExitStack()}
+
+    def _results(self) -> dict[str, Any]:
+        state, dtype = self.rule.state_dict(), self.rule.weights.dtype
+        return {"names": self._names, "described": self._described, "state": state, "dtype": dtype}
+
+    def _take_over(self, results: dict[str, Any]) -> None:
+        self._names, self._described, self._restored = results["names"], results["described"], results["state"]
+        self._start_rule(torch.zeros((), dtype=results["dtype"]))
 
     def _check_heads(self) -> None:
         if isinstance(self.heads, dict) and self._names:
@@ -148,7 +152,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._refuse_unsupported(trainer)
         self._remove_hooks()
         self._described = None
-        tell_originals(self)
+        self._copies.announce_training(trainer)
         self._loop = loop = TrainerLoop(trainer, self)
         declared = self._source.resolve(pl_module)
         self._names = self._source.names
@@ -183,10 +187,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         if self._restored is None and (trainer.global_step == 0 or trainer.ckpt_path is not None):
             self._rule = None
             if trainer.global_step > 0 and self._state_description:
-                loop.ranks.warn(
-                    f"{self._name}: the checkpoint {trainer.ckpt_path} has no state of {self._name}; {self._state_description} "
-                    f"start anew. To keep them, resume from a checkpoint of a run that had {self._name} among its callbacks."
-                )
+                loop.ranks.warn(explain_lost_state(self._name, self._state_description, trainer.ckpt_path))
 
     def _start_rule(self, like: Tensor) -> None:
         """Make the rule, if there is none for these tasks, and put it on the device of ``like``."""
@@ -324,13 +325,12 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if self._rule is not None and self._restored is None:
-            return self._rule.state_dict()
-        return self._restored or {}
+        one = self._trained
+        return one._rule.state_dict() if one._rule is not None and one._restored is None else one._restored or {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored, self._restored_by = dict(state_dict) or None, self._stage
+        self._restored, self._restored_by, self._copies.trained = dict(state_dict) or None, self._stage, None
         if self._engine is not None and self._rule is not None and self._restored is not None:
             # During training: a LearningRateFinder takes back its trial steps.
             self._load_rule(self._rule, self._restored)

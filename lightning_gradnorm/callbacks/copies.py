@@ -1,26 +1,171 @@
-"""Deep copies of callbacks: a library may train a copy while the user holds the original, which then shows the copy's state."""
+"""What a user reads from a callback of which only a copy has been trained: by a library, or by Lightning in a child process.
+
+A library may deep-copy the callbacks that it is given. Lightning's ``ddp_spawn``, ``ddp_fork`` and ``ddp_notebook`` train in
+child processes, and call no hook of a callback in the process that called ``fit``. What rank 0 has there comes back through the
+queue in which Lightning's launcher sends the metrics and the path of the network's weights.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from typing import Any, TypeVar
+import io
+import multiprocessing
+import os
+import pickle
+import tempfile
+import uuid
+import warnings
+import weakref
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
+from typing import Any, Protocol
 
-Copied = TypeVar("Copied")
+import lightning as L
+import torch
+from torch import Tensor
 
 
-def linked_copy(original: Copied, memo: dict[int, Any], fresh: Mapping[str, Any]) -> Copied:
-    """Return a deep copy that knows its original. Attributes in ``fresh`` are not copied, but get these values."""
-    new = type(original).__new__(type(original))
-    memo[id(original)] = new
-    own = {**fresh, "_original": original, "_trained_copy": None}
-    vars(new).update({name: copy.deepcopy(value, memo) for name, value in vars(original).items() if name not in own})
-    vars(new).update(own)
-    return new
+class MayBeCopied(Protocol):
+    """A callback with `Copies`, which are copied with it. What it has placed on a model is not: see its `__getstate__`."""
+
+    _copies: Copies
+
+    def _results(self) -> dict[str, Any]:
+        """Return what there is to read after a training, loadable with ``torch.load(weights_only=True)``."""
+
+    def _take_over(self, results: dict[str, Any]) -> None:
+        """Show the results of a copy that is in another process."""
 
 
-def tell_originals(copied: Any) -> None:
-    """Have all originals of a copy show its state: it is the one that is trained."""
-    original = copied._original
-    while original is not None:
-        original._trained_copy, original = copied, original._original
+_alive: weakref.WeakValueDictionary[str, Copies] = weakref.WeakValueDictionary()
+"""Those of all callbacks of this process, by name."""
+
+
+class Copies:
+    """Knows which copy of a callback has been trained in its place, be it of ``copy.deepcopy``, of ``pickle`` or of a fork.
+
+    A callback that has been trained itself keeps its own state.
+    """
+
+    def __init__(self, callback: MayBeCopied) -> None:
+        self.trained: Any = None
+        """The copy, if one was trained in place of the callback."""
+        self.is_in_use = False
+        self._name_after((), callback)
+
+    def _name_after(self, lineage: tuple[str, ...], callback: MayBeCopied) -> None:
+        self._callback = weakref.ref(callback)
+        self.lineage = (uuid.uuid4().hex, *lineage)  # which draws no number from a generator that is seeded
+        """The name of this one and of those it is a copy of, the nearest first. A fork leaves names as they are."""
+        _alive[self.lineage[0]] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"callback": self._callback(), "lineage": self.lineage, "is_in_use": self.is_in_use}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.trained, self.is_in_use = None, state["is_in_use"]
+        self._name_after(state["lineage"], state["callback"])
+
+    def announce_training(self, trainer: L.Trainer) -> None:
+        """Have the originals show this callback's state: here from now on, in a parent process when the training ends."""
+        self._tell_originals()
+        launcher: Any = trainer.strategy.launcher
+        if multiprocessing.parent_process() is not None and hasattr(launcher, "get_extra_results"):
+            if getattr(launcher, "_start_method", None) != "fork":
+                _unshare(vars(self._callback()).values())
+            launcher.get_extra_results = partial(_collect, launcher)
+
+    def _tell_originals(self) -> None:
+        self.is_in_use, self.trained = True, None
+        for name in self.lineage[1:]:
+            original = _alive.get(name)
+            if original is not None and not original.is_in_use:
+                original.trained = self._callback()
+
+    def write_letter(self) -> _Letter:
+        """Return the callback's results, to be sent to the parent process. If that fails, the letter says why.
+
+        The training is not to be lost for it.
+        """
+        callback, parent = self._callback(), multiprocessing.parent_process()
+        assert callback is not None
+        assert parent is not None
+        handle, file = tempfile.mkstemp(prefix="lightning_gradnorm_", suffix=".pt")
+        os.close(handle)
+        problem = ""
+        try:
+            torch.save(callback._results(), file)
+        except Exception as reason:
+            problem = f"{type(reason).__name__}: {reason}"
+        return _Letter(parent.pid, type(callback).__name__, self.lineage, file, problem)
+
+    def read_letter(self, file: str) -> None:
+        """Show the results from a child process."""
+        callback = self._callback()
+        if callback is not None:
+            callback._take_over(torch.load(file, map_location="cpu", weights_only=True))
+            self._tell_originals()
+
+
+class _Letter:
+    """The results of a callback, on their way to the process that has its original: unpickled there, they are taken over.
+
+    They wait in a file, as Lightning's network does. The parent reads the queue after the children have ended, and these would
+    wait for it if the queue were full.
+    """
+
+    def __init__(self, to: int | None, sender: str, lineage: tuple[str, ...], file: str, problem: str) -> None:
+        self.content = to, sender, lineage, file, problem
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _deliver, self.content
+
+
+def _deliver(to: int, sender: str, lineage: tuple[str, ...], file: str, problem: str) -> _Letter | None:
+    """Take over what is in a letter, if this is the process that it is addressed to; else return it."""
+    if os.getpid() != to:  # one between, such as that of a queue's manager
+        return _Letter(to, sender, lineage, file, problem)
+    original = next((one for name in lineage if (one := _alive.get(name)) is not None), None)
+    try:
+        if not problem and original is not None:
+            original.read_letter(file)
+    except Exception as reason:
+        problem = f"{type(reason).__name__}: {reason}"
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(file)
+    if problem:
+        warnings.warn(
+            f"{sender}: the network is trained, but what {sender} has learnt in the child process could not be taken over "
+            f"({problem}). Read it from a checkpoint: this object is as it was before the training.",
+            stacklevel=2,
+        )
+    return None
+
+
+def _collect(launcher: Any, trainer: L.Trainer) -> dict[str, Any]:
+    """Return what the launcher sends to the parent process, with the results of our callbacks. Called once, on rank 0."""
+    del launcher.get_extra_results  # its class's is called, and stays
+    extra = launcher.get_extra_results(trainer)
+    known = [getattr(one, "_copies", None) for one in trainer.callbacks]  # type: ignore[attr-defined]
+    letters = [one.write_letter() for one in known if isinstance(one, Copies) and one.is_in_use]
+    return {**extra, "lightning_gradnorm": letters}
+
+
+def _unshare(values: Iterable[object]) -> None:
+    """Give this process tensors of its own: those that come by pickle to a spawned process lie in memory that all write to.
+
+    Lightning does so for the network. A pickler finds all that came by pickle, and stops at what did not.
+    """
+
+    class Finder(pickle.Pickler):
+        def persistent_id(self, value: object) -> bool | None:
+            if not isinstance(value, Tensor):
+                return None
+            if value.is_shared():  # type: ignore[no-untyped-call]
+                value.data = value.data.clone()
+            return True
+
+    for value in values:
+        with suppress(Exception):
+            Finder(io.BytesIO()).dump(value)

@@ -73,6 +73,9 @@ class TensorBoardDashboard(L.Callback):
         self._written: Layout = {}
         self._first_step = 0
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     @override
     def on_fit_start(self, trainer: L.Trainer, *_: object) -> None:
         self._names, self._written, self._first_step = set(), {}, trainer.global_step

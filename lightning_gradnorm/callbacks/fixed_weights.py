@@ -154,10 +154,11 @@ class RandomWeights(StaticWeights):
     @property
     def weights(self) -> dict[str, float]:  # type: ignore[override]
         """By task; empty as long as the tasks are unknown."""
-        T = len(self._names)
+        names = self._trained._names
+        T = len(names)
         numbers = 1 - torch.rand(T, dtype=torch.float64, generator=torch.Generator().manual_seed(self.seed))  # never 0
-        by_name = dict(zip(sorted(self._names), (T * numbers / numbers.sum()).tolist(), strict=True))
-        return {task: by_name[task] for task in self._names}
+        by_name = dict(zip(sorted(names), (T * numbers / numbers.sum()).tolist(), strict=True))
+        return {task: by_name[task] for task in names}
 
 
 def _checkpoint_of(path: Path) -> Path:

@@ -15,6 +15,7 @@ from lightning_gradnorm._messages import check
 from lightning_gradnorm.callbacks.base import BalancingCallback
 from lightning_gradnorm.callbacks.recompute import LossRecomputer
 from lightning_gradnorm.engine.measurement import Heads
+from lightning_gradnorm.engine.ranks import Ranks
 from lightning_gradnorm.strategies.factory import instantiate
 from lightning_gradnorm.strategies.scalarization import OptimizerFactory, ScalarizationRule
 from lightning_gradnorm.strategies.snapshot import load_snapshot, snapshot
@@ -60,8 +61,8 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
     @property
     def scalarizer(self) -> nn.Module | None:
         """The scalarizer in use."""
-        if self._rule is not None:
-            return self._rule.scalarizer
+        if (rule := self._trained._rule) is not None:
+            return rule.scalarizer
         return self._scalarizer if isinstance(self._scalarizer, nn.Module) else None
 
     def _check_module(self, parameter: str, given: Any) -> None:
@@ -82,8 +83,7 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
 
     def _rule_options(self, like: Tensor) -> dict[str, Any]:
         """Return the arguments that all rules take. Ranks draw the same random numbers."""
-        assert self._loop is not None
-        seed = self._loop.ranks.broadcast_object(torch.initial_seed() % 2**62)
+        seed = Ranks.current().broadcast_object(torch.initial_seed() % 2**62)
         return {"optimizer": self.optimizer, "seed": seed, "dtype": like.dtype, "device": like.device}
 
     @override

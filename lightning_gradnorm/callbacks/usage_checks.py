@@ -147,3 +147,11 @@ def check_heads_form(heads: object, *, caller: str) -> None:
         raise TypeError(
             f"{caller}: heads should be a mapping from task to the name of its head, 'auto' or None; got {heads!r}"
         )
+
+
+def explain_lost_state(caller: str, what: str, checkpoint: object) -> str:
+    """Return a warning for a checkpoint without the callback's state; ``what`` it has lost, in words."""
+    return (
+        f"{caller}: the checkpoint {checkpoint} has no state of {caller}; {what} start anew. To keep them, resume from a "
+        f"checkpoint of a run that had {caller} among its callbacks."
+    )

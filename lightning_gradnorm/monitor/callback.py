@@ -13,9 +13,10 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_gradnorm._messages import check, is_integer
+from lightning_gradnorm.callbacks.copies import Copies
 from lightning_gradnorm.callbacks.logging import log_step_metrics, logger_step
 from lightning_gradnorm.callbacks.losses import LossSource, wraps_innermost
 from lightning_gradnorm.callbacks.packages import is_one_of, works_in_both_packages
@@ -104,14 +105,12 @@ class GradientNormMonitor(L.Callback):
         self.prefix = prefix
         self.every_n_steps = every_n_steps
         self.cosine_image = cosine_image
-        self.last: GradientNorms | None = None
-        """The last measured step. Its names include ``rest_of_loss`` if the loss has a remainder."""
-        self._summary = RunningSummary()
+        self._summary = RunningSummary(self._source.names, parameters)
         self._steps = 0
         self._stepped = self._skipped = False
-        self._is_aggregated = False
         self._measurement: StepMeasurement | None = None
         self._remove_patch: Remove | None = None
+        self._copies = Copies(self)
 
     # ---- the start of training ---------------------------------------------------------------------------------------
 
@@ -123,13 +122,15 @@ class GradientNormMonitor(L.Callback):
                 f"gradients in a short run with strategy='ddp'."
             )
         self._release_model()
-        if trainer.global_step == 0:
-            self._steps, self._summary, self.last = 0, RunningSummary(), None
-        self._is_aggregated = not all(getattr(one, "update_is_weighted_sum", True) for one in trainer.callbacks)  # type: ignore[attr-defined]
+        self._copies.announce_training(trainer)
         self._source.resolve(pl_module)
         name: str | None = self.parameters
         if name == "shared":  # those that two losses reach, unless the module says
             name = "encoder" if self._source.declared and hasattr(pl_module, "encoder") else None
+        if trainer.global_step == 0:
+            self._steps, self._summary = 0, RunningSummary()
+        self._summary.names, self._summary.parameters = self._source.names, name or "shared"
+        self._summary.is_of_sum = all(getattr(one, "update_is_weighted_sum", True) for one in trainer.callbacks)  # type: ignore[attr-defined]
         caller = f"{_NAME}: parameters"
         parameters = None if name is None else find_parameters(pl_module, name, caller=caller, keywords=["shared"])
         self._measurement = StepMeasurement(self._source, pl_module, parameters, TrainerLoop(trainer, self))
@@ -238,7 +239,6 @@ class GradientNormMonitor(L.Callback):
         terms = found.of([name for name in found if name != REST])
         if found.get(REST) == 0:
             found = terms
-        self.last = found
         self._summary.add(found, weights)
         metrics = {f"norm/{name}": norm for name, norm in found.items()}
         others = {f"share/{name}": share for name, share in found.shares.items()}
@@ -254,21 +254,22 @@ class GradientNormMonitor(L.Callback):
                 logger.experiment.add_image(f"{self.prefix}/cosine", image, logger_step(trainer))  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
-        names = ", ".join(self._source.names) or "all losses"
+        names = ", ".join(self._trained._summary.names) or "all losses"
         return f"{_NAME}({names}; parameters='{self.parameters}', every {self.every_n_steps} steps)"
+
+    @property
+    def last(self) -> GradientNorms | None:
+        """The last measured step. Its names include ``rest_of_loss`` if the loss has a remainder."""
+        return self._trained._summary.last
 
     @property
     def suggested_weights(self) -> dict[str, float]:
         """Static weights, summing to T, that would have made the losses' mean norms equal in the steps measured so far."""
-        return self._summary.suggested_weights
+        return self._trained._summary.suggested_weights
 
     def summary(self) -> str:
         """Return a few sentences about the steps measured so far."""
-        where = f"`{self.parameters}`"
-        if self.parameters == "shared":
-            where = "`encoder`" if self._source.declared else "the shared parameters"
-        what = "the sum of the gradients, before they are aggregated," if self._is_aggregated else "the update"
-        return self._summary.sentences(_NAME, what, where)
+        return self._trained._summary.sentences(_NAME)
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
@@ -313,9 +314,21 @@ class GradientNormMonitor(L.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self._steps, "tally": self._summary.state_dict()}
+        one = self._trained
+        return {"steps": one._steps, "tally": one._summary.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._copies.trained = None
         self._steps = state_dict["steps"]
         self._summary.load_state_dict(state_dict["tally"])
+
+    _results, _take_over = state_dict, load_state_dict
+
+    @property
+    def _trained(self) -> Self:
+        """The copy that was trained in place of this callback, if one was; or this callback."""
+        return self._copies.trained or self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_measurement": None, "_remove_patch": None}

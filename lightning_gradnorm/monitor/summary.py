@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -16,17 +16,26 @@ _CLEAR = -0.05
 class RunningSummary:
     """Sums over the measured steps. A loss that was absent from some steps is averaged over the others.
 
+    Args:
+        names: the losses; none if they are those that are found.
+        parameters: the name of what they move; ``"shared"``: what they share.
+
     Example:
         >>> import torch
-        >>> summary = RunningSummary()
+        >>> summary = RunningSummary(["rul", "hs"], "encoder.fc")
         >>> summary.add(GradientNorms(["rul", "hs"], torch.tensor([[16.0, 0.0], [0.0, 1.0]])), {"rul": 1.0, "hs": 1.0})
-        >>> print(summary.sentences("Monitor", "the update", "`encoder.fc`"))  # doctest: +ELLIPSIS
+        >>> print(summary.sentences("Monitor"))  # doctest: +ELLIPSIS
         Monitor, 1 measured step: `rul` carries 94 % of the update on `encoder.fc`, `hs` 6 %.
         Mean norms: `rul` 4, `hs` 1; the largest is 4 times the smallest.
         Suggested static weights, which make the mean norms equal: FixedWeights({'rul': 0.4, 'hs': 1.6}). A regularizer ...
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str] = (), parameters: str = "shared") -> None:
+        self.names, self.parameters = tuple(names), parameters
+        self.is_of_sum = True
+        """Whether the update is a weighted sum of the gradients."""
+        self.last: GradientNorms | None = None
+        """Of the last measured step."""
         self._steps = 0
         self._squared = 0.0
         self._along: dict[str, float] = {}
@@ -38,6 +47,7 @@ class RunningSummary:
 
     def add(self, found: GradientNorms, weights: Mapping[str, float]) -> None:
         """Add a measured step: its norms, and the weight that each loss had beyond the model's own coefficient."""
+        self.last = found
         wrong = [name for name, norm in found.items() if not math.isfinite(norm)]
         for name in wrong:
             self._not_finite[name] = self._not_finite.get(name, 0) + 1
@@ -65,14 +75,10 @@ class RunningSummary:
         inverse = sum(1 / mean for mean in means.values())
         return {name: len(means) / (mean * inverse) for name, mean in means.items()}
 
-    def sentences(self, who: str, what: str, where: str) -> str:
-        """Return the summary in plain words.
-
-        Args:
-            who: the beginning of the first sentence.
-            what: the sum of all gradients, ``"the update"``.
-            where: the parameters.
-        """
+    def sentences(self, who: str) -> str:
+        """Return the summary in plain words. The first sentence begins with ``who``."""
+        what = "the update" if self.is_of_sum else "the sum of the gradients, before they are aggregated,"
+        where = "the shared parameters" if self.parameters == "shared" else f"`{self.parameters}`"
         if self._steps:
             steps = f"{self._steps} measured step{'s' if self._steps > 1 else ''}"
             lines = [f"{who}, {steps}: {self._update_shares(what, where)}.", self._mean_norms(), *self._conflicts()]
@@ -119,12 +125,13 @@ class RunningSummary:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums, as plain numbers. The attributes' names are the checkpoint's keys."""
-        return dict(vars(self))
+        """Return the sums, as plain numbers and tensors. The attributes' names are the checkpoint's keys."""
+        return {**vars(self), "last": None if self.last is None else (list(self.last), self.last.products)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from these sums."""
         vars(self).update(state)
+        self.last = None if state.get("last") is None else GradientNorms(*state["last"])
 
 
 def _quoted(name: str) -> str:

@@ -178,7 +178,8 @@ def _load_into(target: Any, saved: Mapping[str, Any], what: str, device: torch.d
 def _loaded(saved: Any, present: Any, where: str, device: torch.device | None) -> Any:
     """Return the saved value, as a copy; tensors in the state's precision, on the device of those they replace."""
     if isinstance(saved, Tensor):
-        if isinstance(present, Tensor) and present.numel() > 0 and present.shape != saved.shape:
+        is_filled = isinstance(present, Tensor) and min(present.numel(), saved.numel()) > 0  # else: before a first call
+        if is_filled and present.shape != saved.shape:
             raise ValueError(
                 f"{where} should be of shape {tuple(saved.shape)} as in the state; got {tuple(present.shape)}. "
                 f"Build it with the same arguments and as many tasks, and load the state before it is used."

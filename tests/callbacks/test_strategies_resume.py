@@ -19,6 +19,7 @@ from torchjd import aggregation as A
 from torchjd import scalarization as S
 
 from lightning_gradnorm import Aggregation, GradNorm, Scalarization
+from lightning_gradnorm.strategies import AMNL, DBMTL, GABA
 
 pytestmark = [
     # a resumed run that saves nothing is what is meant here
@@ -154,13 +155,26 @@ def test_an_object_that_is_trained_with_again_from_step_0_begins_anew(name: str,
 
 @pytest.mark.parametrize(
     "given",
-    [S.UW(3), S.DWA(), S.FAMO(3), A.GradVac(), A.NashMTL(3, max_norm=0.0), A.CRMOGMWeighting(A.UPGradWeighting())],
+    [
+        *(
+            S.UW(3),
+            S.DWA(),
+            S.FAMO(3),
+            AMNL(beta=0.9),
+            DBMTL(beta=0.9),
+            GABA(beta=0.9, warmup=2),
+            A.ExcessMTL(),
+            A.GradVac(),
+        ),
+        *(A.NashMTL(3, max_norm=0.0), A.CRMOGMWeighting(A.UPGradWeighting())),
+    ],
     ids=lambda given: type(given).__name__,
 )
 def test_a_module_that_was_given_begins_anew_as_it_was_given(given: Any, quiet_trainer: MakeTrainer) -> None:
     tasks = list(TASKS[:3])
     heads = {task: f"{task}_head" for task in tasks}
-    made = Scalarization if isinstance(given, S.Scalarizer) else partial(Aggregation, heads=heads)
+    at: Any = "parameters" if isinstance(given, DBMTL | A.ExcessMTL) else "representation"
+    made = Scalarization if isinstance(given, S.Scalarizer) else partial(Aggregation, heads=heads, at=at)
     balancing = made(given, tasks=tasks)
     first = train(quiet_trainer, balancing)
     assert_goes_on(train(quiet_trainer, balancing), first, 0)
