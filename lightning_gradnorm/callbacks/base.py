@@ -18,7 +18,7 @@ from lightning_gradnorm.callbacks.copies import Copies
 from lightning_gradnorm.callbacks.logging import is_logged_step, log_step_metrics
 from lightning_gradnorm.callbacks.losses import LossSource, explain_errors
 from lightning_gradnorm.callbacks.optimizer_steps import follow_optimizers
-from lightning_gradnorm.callbacks.packages import overrides, works_in_both_packages
+from lightning_gradnorm.callbacks.packages import works_in_both_packages
 from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
 from lightning_gradnorm.callbacks.usage_checks import (
     UsageChecks,
@@ -79,7 +79,6 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._engine: Engine[AnyRule] | None = None
         self._loop: TrainerLoop | None = None
         self._hooks = ExitStack()
-        self._backward_is_lightnings = False
         self._recomputed: dict[str, list[Any]] | None = None
         """Takes the losses while they are computed again without being trained on."""
         self._with_gradients: list[bool] = []
@@ -158,8 +157,6 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._names = self._source.names
         self._check_heads()
         self._usage = UsageChecks(self._source, loop.ranks)
-        # A backward of the user's own may pass a loss as often as it likes.
-        self._backward_is_lightnings = not overrides(pl_module, "backward")
         self._choose_state(loop)
         # Every rank takes part in sums over the ranks, also one that never sees a loss: all agree on the dtype beforehand.
         parameter = next((p for p in pl_module.parameters() if p.is_floating_point()), torch.zeros(()))
@@ -268,10 +265,9 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        if self._engine is not None:
+        if self._engine is not None and self._loop is not None:
             self._usage.on_before_backward(pl_module, self._engine.batch)
-            is_lightnings = pl_module.automatic_optimization and self._backward_is_lightnings
-            self._engine.before_backward(loss, is_whole_step=is_lightnings and trainer.accumulate_grad_batches == 1)
+            self._engine.before_backward(loss, is_whole_step=self._loop.steps_after_each_backward())
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

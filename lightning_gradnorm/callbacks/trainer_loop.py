@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning as L
 import torch
 
+from lightning_gradnorm.callbacks.packages import overrides
 from lightning_gradnorm.engine.ranks import Ranks
 
 
@@ -15,6 +16,8 @@ class TrainerLoop:
         self.trainer = trainer
         self._callback = callback
         self.ranks = Ranks(trainer.world_size, trainer.global_rank)
+        # A backward of the user's own may pass a loss as often as it likes.
+        self._backward_is_lightnings = not overrides(trainer.lightning_module, "backward")
 
     def is_training(self) -> bool:
         """Return True unless these are trial steps."""
@@ -27,6 +30,10 @@ class TrainerLoop:
     def is_by_hand(self) -> bool:
         """Return True with manual optimization."""
         return not self.trainer.lightning_module.automatic_optimization
+
+    def steps_after_each_backward(self) -> bool:
+        """Return True if an optimizer step is known to consist of one backward pass."""
+        return self._backward_is_lightnings and not self.is_by_hand() and self.trainer.accumulate_grad_batches == 1
 
     def pass_scale(self) -> float:
         """Return the scaler's factor over the number of accumulated batches."""
