@@ -8,11 +8,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import lightning as L
+import textbook
 import torch
-from models import FEATURES, HIDDEN, INPUTS, OUTPUTS, Automatic, Batch, Manual, network_sgd, vector_encoder
+from harness import Batches, Recorder, assert_agrees, assert_clean, traces
+from models import (
+    FEATURES,
+    HIDDEN,
+    INPUTS,
+    OUTPUTS,
+    Automatic,
+    Batch,
+    Manual,
+    network_sgd,
+    vector_batches,
+    vector_encoder,
+)
 from textbook import Forward
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lightning_gradnorm import GradNorm
+
+STEPS = 5
+TOLERANCE = 1e-9
+NAMES = ["seg", "depth", "normal"]
+MakeTrainer = Callable[..., L.Trainer]
 
 ALL_HEADS = "heads: depth → depth_head, normal → normal_head, seg → seg_head"
 
@@ -271,3 +292,43 @@ NETWORKS: Mapping[str, Callable[..., Found]] = {
     "one backward pass for each task": EachAlone,
     "a critic that steps first": Adversarial,
 }
+
+
+def state(model: Any) -> dict[str, torch.Tensor]:
+    return dict(model.state_dict())
+
+
+def train_unnamed(
+    trainer: MakeTrainer, model: Any, batches: list[Any], accumulate: int = 1, **options: Any
+) -> tuple[GradNorm, Recorder]:
+    """Train with nothing named but the tasks."""
+    gradnorm = GradNorm(NAMES, **options)
+    if not model.automatic_optimization:
+        model.gradnorm = [gradnorm]
+    of_trainer = {"accumulate_grad_batches": accumulate} if model.automatic_optimization else {}
+    recorder, before = Recorder(gradnorm, accumulate), traces(model)
+    trainer(callbacks=[gradnorm, recorder], **of_trainer).fit(model, Batches(batches))
+    assert_clean(model, before)
+    return gradnorm, recorder
+
+
+def assert_follows_textbook(
+    trainer: MakeTrainer,
+    make: Callable[[], Found],
+    *,
+    accumulate: int = 1,
+    oracle: Mapping[str, Any] | None = None,
+    heads: Any = "auto",
+    **options: Any,
+) -> str:
+    """Train with nothing named, and as the textbook says; return how the callback describes what it has found."""
+    batches, twin, model = vector_batches(3, STEPS * accumulate), make(), make()
+    W = [twin.get_parameter(name) for name in twin.W]
+    of_oracle = {"accumulate": accumulate, **twin.oracle_options(batches), **(oracle or {}), **options}
+    trajectory = textbook.train(twin, twin.forward_for_textbook, batches, W, twin.oracle_optimizer(), **of_oracle)
+    assert max(abs(weight - 1) for weight in trajectory.weights[-1].values()) > 1e-3
+    gradnorm, recorder = train_unnamed(trainer, model, batches, accumulate, heads=heads, **options)
+    assert_agrees(recorder, model, trajectory, twin, tolerance=TOLERANCE, state=state)
+    for name in twin.W:
+        assert f"{name} (" in repr(gradnorm)
+    return repr(gradnorm)
