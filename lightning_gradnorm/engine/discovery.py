@@ -60,6 +60,7 @@ class Discovery:
         self._calls = CallRecorder(setting.model, is_recorded)
         self._buffers = BufferGuard(setting.model.buffers())
         self._seen = _Seen()
+        self._graph: LossGraph | None = None
         self._batches = 0
         self._has_warned = False
         self.has_new_losses = False
@@ -72,6 +73,14 @@ class Discovery:
     def start_batch(self) -> None:
         """Forget the last forward pass."""
         self._calls.start_batch()
+        self._graph = None
+
+    def _graph_of(self, losses: Losses) -> LossGraph:
+        """Return the graph of these losses; one graph serves both the layer and the heads, unless a loss came between."""
+        roots = nodes_by_task(losses)
+        if self._graph is None or self._graph.roots != roots:
+            self._graph = LossGraph(roots)
+        return self._graph
 
     # ---- the shared layer --------------------------------------------------------------------------------------------
 
@@ -84,8 +93,8 @@ class Discovery:
         setting = self._setting
         model, ranks = setting.model, setting.loop.ranks
         layers = trained_layers(model)
-        graph = LossGraph(nodes_by_task(losses))
-        positions = graph.positions({name: list(layer.values()) for name, layer in layers.items()}, self._calls.outputs)
+        graph = self._graph_of(losses)
+        positions = graph.positions({name: list(layer.values()) for name, layer in layers.items()}, self._calls.calls)
         here = _Seen(positions, set(losses), reason_not_retraversable(graph.nodes))
         of_ranks = ranks.gather_objects(here)
         self.has_new_losses = any(seen.tasks for seen in of_ranks)
@@ -214,11 +223,9 @@ class Discovery:
         """
         self._batches += 1
         # Of one task alone everything would be its head.
-        heads = (
-            LossGraph(nodes_by_task(losses)).heads(set(map(node_of, targets)), self._calls.calls)
-            if len(losses) > 1
-            else {}
-        )
+        heads = {}
+        if len(losses) > 1:
+            heads = self._graph_of(losses).heads(set(map(node_of, targets)), self._calls.possible_heads)
         of_ranks = self._setting.loop.ranks.gather_objects((heads, set(losses)))
         seen = set().union(*(tasks for _, tasks in of_ranks))
         if not seen >= set(self._setting.tasks) and self._batches < _PATIENCE:
@@ -249,7 +256,6 @@ def tasks_off_course(
         for node in reachable_nodes(nodes, stop=stop) & stop:
             if owner.get(node) != task:
                 off |= {task, owner.get(node, task)}
-    # No node of the trunk is younger than all branches: behind an older one there is none.
-    oldest = min((node._sequence_nr() for node in owner), default=0)
-    rest = reachable_nodes([node_of(backpropagated)], stop=owner.keys() | set().union(*roots.values()), oldest=oldest)
+    # Behind nodes that are older than the branches too: a derivative that CUDA has computed is numbered by another thread.
+    rest = reachable_nodes([node_of(backpropagated)], stop=owner.keys() | set().union(*roots.values()))
     return off | {owner[node] for node in rest & owner.keys()}

@@ -31,6 +31,7 @@ from lightning_gradnorm.engine.plan import Plan
 from lightning_gradnorm.engine.rule import Needs
 from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState
 from lightning_gradnorm.gradients import BufferGuard, GradientReader, branch, check_loss
+from lightning_gradnorm.gradients.graph import is_transformed, tensors_with_gradient
 from lightning_gradnorm.gradients.readers import Outputs
 
 _MEASUREMENTS: dict[Needs, type[Measurement[Any]]] = {
@@ -159,11 +160,17 @@ class Engine(Generic[AnyRule]):
     # A reentrant checkpoint calls its modules without gradients and makes their output part of the graph afterwards.
 
     def _before_call(self, reader: GradientReader, args: Any, kwargs: Any) -> None:
-        if self._records_calls():
+        if self._records_calls() and not is_transformed():
             reader.forward_pre(args, kwargs)
 
     def _after_call(self, reader: GradientReader, output: Any) -> Any:
-        return reader.forward_post(output) if self._records_calls() else None
+        if not self._records_calls():
+            return None
+        if is_transformed():
+            if tensors_with_gradient(output):
+                self.batch.transformed.add(reader)
+            return None
+        return reader.forward_post(output)
 
     def explain_inplace_error(self, error: RuntimeError) -> str | None:
         """Return what to do about an in-place change of the representation, if that is what torch complains of."""

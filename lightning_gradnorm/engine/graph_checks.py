@@ -41,18 +41,22 @@ class GraphChecks:
         Raises:
             ValueError: what would be read is not the task's gradient.
         """
-        if task in self._passed:
-            return self.readers[0] if self.readers else None
-        self._passed.add(task)
         if not self.readers:
             return None
+        is_known = task in self._passed
+        self._passed.add(task)
         if not self._selected:
             # If none can read it, the error of the most preferred one is the one to understand.
             able = (reader for reader in self.readers if not self._why_unreadable(reader, task, loss, batch))
             self.readers = [next(able, self.readers[0])]
             self._selected = True
         (reader,) = self.readers
-        if reason := self._why_unreadable(reader, task, loss, batch):
+        if reader in batch.transformed:
+            raise ValueError(
+                f"{self._caller}: {reader.label} is called inside a transform of torch.func (vmap, grad, jvp, …) or of forward-mode "
+                f"derivatives, where the gradient that arrives at its output cannot be read. {reader.way_out}"
+            )
+        if not is_known and (reason := self._why_unreadable(reader, task, loss, batch)):
             raise ValueError(f"{self._caller}: the loss of task '{task}' {reason}")
         return reader
 

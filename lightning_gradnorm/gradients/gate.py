@@ -65,6 +65,7 @@ class JointGradients(GradientReader):
     """
 
     module: nn.Module
+    way_out = "Call it once, outside; or balance by weights, as GradNorm(norm_of='weight') and Scalarization do."
 
     def __init__(self, module: nn.Module, name: str, tasks: Sequence[str], combine: Callable[[Tensor], Tensor | None]):
         self.module, self.label = module, name

@@ -80,6 +80,8 @@ class GradientReader(ABC):
     """The tensors whose gradient is read."""
     label: str
     """What errors call them."""
+    way_out = "Call it outside, or name a shared_layer in a module that is called outside."
+    """What to do where `module` cannot be seen, in the words of the user's options."""
 
     @abstractmethod
     def read(self, task: str, outputs: Outputs, gradients: Sequence[Tensor]) -> object:
@@ -231,6 +233,7 @@ class ActivationGradients(RowReader):
         name: what errors call the representation.
     """
 
+    way_out = "Use norm_of='weight', which reads at the shared layer."
     _power = 2
 
     def __init__(self, module: nn.Module | None = None, name: str = "the representation") -> None:
