@@ -170,7 +170,10 @@ class Engine(Generic[AnyRule]):
             if tensors_with_gradient(output):
                 self.batch.transformed.add(reader)
             return None
-        return reader.forward_post(output)
+        try:
+            return reader.forward_post(output)
+        except ValueError as error:
+            raise ValueError(f"{self._caller}: {error}") from None
 
     def explain_inplace_error(self, error: RuntimeError) -> str | None:
         """Return what to do about an in-place change of the representation, if that is what torch complains of."""

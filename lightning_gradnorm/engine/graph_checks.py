@@ -141,7 +141,8 @@ class GraphChecks:
             if around and not own:
                 return (
                     f"does not pass its head as far as one can see: a head is seen when it is called (itself, not its forward) "
-                    f"with tensors, or with tuples, lists and dicts of tensors. {leave_out}"
+                    f"with tensors, or with tuples, lists and dicts of tensors, outside the transforms of torch.func. "
+                    f"{leave_out}"
                 )
             if around:
                 return f"reaches {label} by a way that does not pass its head. {leave_out}"

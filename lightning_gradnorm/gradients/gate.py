@@ -140,8 +140,10 @@ class JointGradients(GradientReader):
         inside = {node for node in self.trunk_nodes() if not hasattr(node, "variable")}
         if inside & reachable_nodes([loss], stop={node_of(self.targets[0])}):
             return (
-                f"reaches what is within {self.label} by a way that does not pass its output, a skip connection say. Name as "
-                f"representation the module whose output is all that the heads read, or have the encoder return what they read."
+                f"reaches what is within {self.label} by a way that does not pass its output: a skip connection, or a "
+                f"derivative of the heads by the inputs. Name as representation the module whose output is all that the heads "
+                f"read, or have the encoder return what they read; losses with derivatives can be balanced by weights alone, as "
+                f"by GradNorm and Scalarization."
             )
         return None
 
