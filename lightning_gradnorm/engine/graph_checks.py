@@ -36,7 +36,7 @@ class GraphChecks:
         self._separate: set[str] = set()
 
     def select_reader(self, task: str, loss: WatchedLoss, batch: BatchState) -> GradientReader | None:
-        """Return the reader of this task; look at the graph the first time the task appears.
+        """Return the reader of this task; look at the whole graph the first time the task appears.
 
         Raises:
             ValueError: what would be read is not the task's gradient.
@@ -53,10 +53,10 @@ class GraphChecks:
         (reader,) = self.readers
         if reader in batch.transformed:
             raise ValueError(
-                f"{self._caller}: {reader.label} is called inside a transform of torch.func (vmap, grad, jvp, …) or of forward-mode "
-                f"derivatives, where the gradient that arrives at its output cannot be read. {reader.way_out}"
+                f"{self._caller}: {reader.label} is called inside a transform of torch.func (vmap, grad, jvp, …) or for "
+                f"forward-mode derivatives, where the gradient that arrives at its output cannot be read. {reader.way_out}"
             )
-        if not is_known and (reason := self._why_unreadable(reader, task, loss, batch)):
+        if reason := reader.why_unreadable(loss.node) if is_known else self._why_unreadable(reader, task, loss, batch):
             raise ValueError(f"{self._caller}: the loss of task '{task}' {reason}")
         return reader
 

@@ -118,7 +118,8 @@ class Inspection:
             self._find_layer(discovery, batch, step)
         if step.measured:
             for task, losses in batch.losses.items():
-                self._select(self.checks.select_reader(task, losses[0], batch))
+                for one in losses:
+                    self._select(self.checks.select_reader(task, one, batch))
             if discovery is not None and self._needs_heads:
                 self._find_heads(discovery, batch)
             self._decide_where_to_read(batch, loss)

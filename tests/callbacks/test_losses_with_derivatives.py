@@ -9,17 +9,16 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import lightning as L
 import pytest
 import textbook
 import torch
-from aggregations import train_both, worst
 from by_hand import flat
 from derivatives import ORDINARY, TRANSFORMED, WAYS, Derived, Replaced, all_of, one_of
-from harness import Batches, Recorder, assert_agrees, assert_says
+from harness import Batches, Recorder, assert_agrees
 from loops import distance, gradnorm_rule, parameter_distance, train
-from models import Automatic, Batch, network_sgd, vector_batches
-from torch import Tensor
+from models import FEATURES, Automatic, Batch, network_sgd, vector_batches
+from textbook import Forward
+from torch import Tensor, nn
 from torch.func import vmap
 from torchjd.aggregation import UPGrad
 from wrong_inputs import HEADS, TASKS, MakeTrainer, fails
@@ -154,6 +153,133 @@ def test_derivatives_that_go_around_the_representation_are_no_aggregation(
 ) -> None:
     for spread in (all_of, one_of):
         fails(quiet_trainer, Derived(spread(way)), Aggregation(UPGrad(), TASKS, at=at), "Aggregation: ", "'encoder'")
+
+
+class Slopes(Automatic):
+    """One call of the encoder; from some batch on, `seg` is also to change little with the inputs."""
+
+    first = 0
+    in_pieces = False
+
+    def build(self) -> None:
+        super().build()
+        if self.encoder_of_one_layer:
+            self.encoder = OneProduct()
+
+    def __init__(self, first: int, in_pieces: bool = False, encoder_of_one_layer: bool = False) -> None:
+        self.first, self.in_pieces, self.encoder_of_one_layer = first, in_pieces, encoder_of_one_layer
+        super().__init__(3)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        x = batch["x"].clone().requires_grad_()
+        z = self.encoder(x)
+        y = {task: self.get_submodule(f"{task}_head")(z) for task in self.tasks}
+        losses = {task: (y[task] - batch[task]).square().mean() for task in self.tasks}
+        total = torch.stack(list(losses.values())).sum()
+        if batch_idx >= self.first:
+            slope = torch.autograd.grad(y["seg"].square().sum(), x, create_graph=True)[0].square().mean()
+            total = total + slope
+            if self.in_pieces:
+                self.trainer.callbacks[0].watch({"seg": losses.pop("seg")})  # type: ignore[attr-defined]
+                losses["seg"] = slope
+            else:
+                losses["seg"] = losses["seg"] + slope
+                total = torch.stack(list(losses.values())).sum()
+        return {"loss": total, **losses}
+
+
+class OneProduct(nn.Module):
+    """A trunk that is nothing but a product: a derivative of it by its inputs is made of the weight alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, FEATURES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+@pytest.mark.parametrize("options", [{}, {"in_pieces": True}, {"encoder_of_one_layer": True}], ids=str)
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("at", ["representation", "parameters"])
+def test_a_penalty_of_slopes_is_no_aggregation_whenever_it_begins(
+    at: Any, first: int, options: dict[str, bool], quiet_trainer: MakeTrainer
+) -> None:
+    expected = "Aggregation: the loss of task 'seg' reaches what is within 'encoder'", "derivative", "GradNorm"
+    fails(quiet_trainer, Slopes(first, **options), Aggregation(UPGrad(), TASKS, at=at), *expected)
+
+
+# ---- derivatives that another thread takes ---------------------------------------------------------------------------
+
+
+class Threaded(Automatic):
+    """Takes a derivative in a thread of its own, where torch numbers nodes anew, as CUDA's backward pass does."""
+
+    def forward_for_textbook(self, batch: Batch) -> Forward:
+        z = self.encoder(batch["x"])
+        y = {task: self.get_submodule(f"{task}_head")(z) for task in self.tasks}
+        losses = {task: (y[task] - batch[task]).square().mean() for task in self.tasks}
+        slopes: list[Tensor] = []
+
+        def differentiate() -> None:
+            slopes.extend(torch.autograd.grad(y["seg"].square().sum(), z, create_graph=True))
+
+        thread = threading.Thread(target=differentiate)
+        thread.start()
+        thread.join()
+        return Forward(losses, rest=slopes[0].square().sum())
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        given = self.forward_for_textbook(batch)
+        assert given.rest is not None
+        return {"loss": torch.stack(list(given.losses.values())).sum() + given.rest, **given.losses}
+
+
+def test_a_penalty_of_a_head_that_another_thread_has_differentiated_is_no_part_of_the_task(
+    quiet_trainer: MakeTrainer,
+) -> None:
+    agree(lambda: Threaded(3), GradNorm(TASKS), quiet_trainer)
+
+
+# ---- losses inside a transform ---------------------------------------------------------------------------------------
+
+
+class PerSample(Automatic):
+    """Computes its losses sample by sample, and shows them there or their means."""
+
+    def __init__(self, shows: str) -> None:
+        super().__init__(3)
+        self.shows = shows
+
+    def per_sample(self, y: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:
+        losses = {task: (y[task] - target[task]).square().mean() for task in self.tasks}
+        if self.shows == "each":
+            self.trainer.callbacks[0].watch(losses)  # type: ignore[attr-defined]
+        return losses
+
+    def task_losses(self, batch: Batch) -> dict[str, Tensor]:
+        z = self.encoder(batch["x"])
+        y = {task: self.get_submodule(f"{task}_head")(z) for task in self.tasks}
+        return {task: each.mean() for task, each in vmap(self.per_sample)(y, {t: batch[t] for t in y}).items()}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        output = super().training_step(batch, batch_idx)
+        return output if self.shows == "means" else {"loss": output["loss"]}
+
+
+@pytest.mark.parametrize("make", [GradNorm, GradientNormMonitor])
+def test_losses_inside_vmap_are_refused_where_they_are_shown(make: Any, quiet_trainer: MakeTrainer) -> None:
+    expected = "'seg' is of inside a transform of torch.func", "Show what is computed from the transform's result"
+    fails(quiet_trainer, PerSample("each"), make(TASKS), *expected)
+
+
+def test_losses_that_a_function_returns_inside_vmap_are_refused(quiet_trainer: MakeTrainer) -> None:
+    callback = GradNorm(TASKS, losses_from="per_sample")
+    fails(quiet_trainer, PerSample("none"), callback, "GradNorm: the loss of task 'seg'", "inside a transform")
+
+
+def test_means_of_what_vmap_returns_are_losses(quiet_trainer: MakeTrainer) -> None:
+    agree(lambda: PerSample("means"), GradNorm(TASKS), quiet_trainer)
 
 
 # ---- the monitor -----------------------------------------------------------------------------------------------------
