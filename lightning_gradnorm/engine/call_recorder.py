@@ -7,7 +7,9 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_gradnorm.engine.compiled import is_compiled
@@ -47,6 +49,7 @@ class CallRecorder:
         self._calls: dict[str, ModuleCalls] = {}
         self._given: dict[str, list[tuple[Tensor, int]]] = {}
         self._transformed: set[str] = set()
+        self._without_gradient: set[str] = set()
 
     @property
     def calls(self) -> list[ModuleCalls]:
@@ -70,7 +73,22 @@ class CallRecorder:
 
     def _after(self, name: str, output: Any) -> None:
         if self._is_active() and name in self._calls:
-            self._calls[name].outputs.update(map(node_of, tensors_with_gradient(output)))
+            found = tensors_with_gradient(output)
+            self._calls[name].outputs.update(map(node_of, found))
+            if not found and torch.is_grad_enabled():
+                self._without_gradient.add(name)
+
+    def frozen_call(self, parameter: str) -> set[Node] | None:
+        """Return the nodes at which gradients of the outputs arrive that a frozen parameter, given by its name, had a part in.
+
+        None if there are such outputs, but they carry no gradient. There are none of what is only called under no_grad.
+        """
+        module, _, _ = parameter.rpartition(".")
+        while module and module not in self._calls:
+            module, _, _ = module.rpartition(".")
+        if not module:
+            return None  # of the model itself, whose calls are not recorded
+        return self._calls[module].outputs or (None if module in self._without_gradient else set())
 
     def close(self) -> None:
         """Remove all hooks."""

@@ -35,6 +35,8 @@ class _Seen:
     positions: dict[str, dict[str, Position]] = field(default_factory=dict)
     """Layer → task → how deep it lies."""
     tasks: set[str] = field(default_factory=set)
+    frozen: dict[str, set[str]] = field(default_factory=dict)
+    """Frozen parameter → the tasks that may depend on it."""
     opaque: str | None = None
     """Why part of a graph cannot be looked into."""
 
@@ -42,6 +44,8 @@ class _Seen:
         for name, of_task in other.positions.items():
             self.positions.setdefault(name, {}).update(of_task)
         self.tasks |= other.tasks
+        for name, tasks in other.frozen.items():
+            self.frozen.setdefault(name, set()).update(tasks)
         self.opaque = self.opaque or other.opaque
 
 
@@ -95,7 +99,7 @@ class Discovery:
         layers = trained_layers(model)
         graph = self._graph_of(losses)
         positions = graph.positions({name: list(layer.values()) for name, layer in layers.items()}, self._calls.calls)
-        here = _Seen(positions, set(losses), reason_not_retraversable(graph.nodes))
+        here = _Seen(positions, set(losses), self._frozen(graph), reason_not_retraversable(graph.nodes))
         of_ranks = ranks.gather_objects(here)
         self.has_new_losses = any(seen.tasks for seen in of_ranks)
         for seen in of_ranks:
@@ -108,6 +112,15 @@ class Discovery:
         if found is None:
             self._require_frozen_part()
         return found
+
+    def _frozen(self, graph: LossGraph) -> dict[str, set[str]]:
+        """Return the frozen parameters, each with the tasks that may depend on it: where the graph does not say so, all."""
+        frozen: dict[str, set[str]] = {}
+        for name, parameter in self._setting.model.named_parameters():
+            if not parameter.requires_grad:
+                nodes = self._calls.frozen_call(name)
+                frozen[name] = set(self._setting.tasks if nodes is None else graph.tasks_at(nodes))
+        return frozen
 
     def _deepest_first(self) -> list[str]:
         """Return the layers that all tasks depend on. If tasks use a layer at different depths, the least counts."""
@@ -155,7 +168,7 @@ class Discovery:
         """Warn, once, that whatever the tasks share is frozen for now.
 
         Raises:
-            ValueError: nothing is frozen, or part of the graph is hidden.
+            ValueError: nothing that is frozen is shared, or part of the graph is hidden.
         """
         setting = self._setting
         model = type(setting.model).__name__
@@ -164,7 +177,7 @@ class Discovery:
                 f"{setting.caller}: shared_layer=None found no layer that all tasks share in {model}: the losses reach "
                 f"{self._seen.opaque.split('. ')[0].split(', whose')[0]}. Name the layer: shared_layer='encoder.layer4'."
             )
-        frozen = [name for name, parameter in setting.model.named_parameters() if not parameter.requires_grad]
+        frozen = [name for name, of_tasks in self._seen.frozen.items() if of_tasks >= set(setting.tasks)]
         if not frozen:
             raise ValueError(
                 f"{setting.caller}: shared_layer=None found no layer by which to balance {model}: {self._why_none_is_shared()}"

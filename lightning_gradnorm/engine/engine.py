@@ -206,7 +206,7 @@ class Engine(Generic[AnyRule]):
         self._inspection.inspect_batch(batch, self._step, loss)
         batch.in_backward = True
         batch.is_whole_step = is_whole_step and self._loop.ranks.size == 1
-        self.measurement.before_backward(loss, batch)
+        self.measurement.before_backward(loss, batch, self._step)
         self._step.weights = self._weights_by_task()
 
     def after_backward(self) -> None:

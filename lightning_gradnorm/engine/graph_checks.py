@@ -30,7 +30,8 @@ class GraphChecks:
         self.readers = list(candidates)
         """The candidates; once one is selected, that one."""
         self._at_heads = at_heads
-        self._selected = False
+        self.is_selected = False
+        """Whether a task has been read: then by the one reader that is left."""
         self._passed: set[str] = set()
         self._disjoint: set[str] = set()
         self._separate: set[str] = set()
@@ -45,11 +46,11 @@ class GraphChecks:
             return None
         is_known = task in self._passed
         self._passed.add(task)
-        if not self._selected:
+        if not self.is_selected:
             # If none can read it, the error of the most preferred one is the one to understand.
             able = (reader for reader in self.readers if not self._why_unreadable(reader, task, loss, batch))
             self.readers = [next(able, self.readers[0])]
-            self._selected = True
+            self.is_selected = True
         (reader,) = self.readers
         if reader in batch.transformed:
             raise ValueError(

@@ -83,6 +83,14 @@ class GradientReader(ABC):
     way_out = "Call it outside, or name a shared_layer in a module that is called outside."
     """What to do where `module` cannot be seen, in the words of the user's options."""
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether no gradient arrives at the targets because what they belong to is frozen."""
+        if self.targets or self.module is None:
+            return False
+        parameters = list(self.module.parameters())
+        return bool(parameters) and not any(one.requires_grad for one in parameters)
+
     @abstractmethod
     def read(self, task: str, outputs: Outputs, gradients: Sequence[Tensor]) -> object:
         """Read this task's gradients, which have just arrived at ``outputs``. Return what a `Receive` returns."""
@@ -198,6 +206,11 @@ class WeightGradients(RowReader):
         self.targets = list(parameters)
         self.unreached: set[str] = set()
         """Tasks whose gradient did not reach ``W`` in a pass of this optimizer step."""
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether some of ``W`` is frozen."""
+        return not all(W.requires_grad for W in self.targets)
 
     def set_targets(self, parameters: Sequence[Tensor]) -> None:
         """Let ``W`` consist of these tensors from now on. Gradients of tensors that remain are kept."""

@@ -262,12 +262,13 @@ class WithoutWeights(Automatic):
             setattr(self, f"{task}_head", nn.Linear(5, 3))
 
 
-class Frozen(Automatic):
-    """Is fine-tuned at its heads alone."""
+class FrozenInPart(Automatic):
+    """Trains the lengths of its weights, and not their directions."""
 
     def build(self) -> None:
         super().build()
-        self.encoder.requires_grad_(False)
+        nn.utils.parametrizations.weight_norm(self.encoder[2])
+        self.encoder[2].parametrizations.weight.original1.requires_grad_(False)
 
 
 class Apart(Automatic):
@@ -297,10 +298,10 @@ class Auxiliary(Automatic):
 MODELS = [
     case("an encoder without weights", WithoutWeights, {}, ["shared_layer=None", "share no trained", "Scalarization"]),
     case(
-        "an encoder that is frozen, and named",
-        Frozen,
+        "a layer that is frozen in part, and named",
+        FrozenInPart,
         {"shared_layer": "encoder.2"},
-        ["shared_layer 'encoder.2'", "requires_grad=True", "Name"],
+        ["shared_layer 'encoder.2' is frozen in part", "weight.original1 should", "requires_grad=True", "Name"],
     ),
     case(
         "a task beside the encoder",
