@@ -147,12 +147,3 @@ def refuse_repeated_closures(optimizers: Sequence[object], *, caller: str) -> No
             f"{caller}: torch.optim.LBFGS evaluates the losses several times within one step, between which their weights "
             f"should not change. Use another optimizer for the network, or FixedWeights."
         )
-
-
-def check_heads_form(heads: object, *, caller: str) -> None:
-    """Raise TypeError unless ``heads`` is a mapping between names, "auto" or None."""
-    is_mapping = isinstance(heads, Mapping) and all(isinstance(head, str) for head in heads.values())
-    if not (is_mapping or heads is None or heads == "auto"):
-        raise TypeError(
-            f"{caller}: heads should be a mapping from task to the name of its head, 'auto' or None; got {heads!r}"
-        )
