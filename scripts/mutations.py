@@ -241,8 +241,8 @@ FAULTS = (
     Fault(
         "the gradient of another task's head is read",
         _ENGINE,
-        "receive = partial(self._read_at_head, task)",
-        "receive = partial(self._read_at_head, self._tasks[self._tasks.index(task) - 1])",
+        "branch_arguments(args, kwargs, partial(self._read_at_head, task))",
+        "branch_arguments(args, kwargs, partial(self._read_at_head, self._tasks[self._tasks.index(task) - 1]))",
         _OF_BALANCER,
     ),
     Fault(
