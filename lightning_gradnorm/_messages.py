@@ -110,14 +110,17 @@ def check_task_names(tasks: Sequence[str], *, caller: str, parameter: str = "tas
     return names
 
 
-def check_by_task(given: Mapping[str, Any], tasks: Sequence[str], *, caller: str, parameter: str) -> None:
-    """Raise ValueError unless the mapping names exactly these tasks."""
+def check_by_task(
+    given: Mapping[str, Any], tasks: Sequence[str], *, caller: str, parameter: str, may_lack: bool = False
+) -> None:
+    """Raise ValueError unless the mapping names exactly these tasks, or some of them if it ``may_lack`` others."""
     for name in given:
         if name not in tasks:
             raise ValueError(
-                f"{caller}: {parameter} names '{name}', which is not among the tasks {list(tasks)}; {did_you_mean(name, tasks)}"
+                f"{caller}: {parameter} names '{name}', which is not among the tasks {list(tasks)}; "
+                f"{did_you_mean(str(name), tasks)}"
             )
-    if missing := [name for name in tasks if name not in given]:
+    if not may_lack and (missing := [name for name in tasks if name not in given]):
         raise ValueError(f"{caller}: {parameter} should name every task; {missing} are missing")
 
 

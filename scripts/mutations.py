@@ -37,6 +37,7 @@ _OF_MEANS = ("tests/engine/test_means_of_a_step.py",)
 _OF_ROWS = ("tests/gradients/test_rows_of_the_gate.py",)
 _OF_READING = ("tests/gradients/test_one_backward_pass.py",)
 
+_OF_DERIVATIVES = ("tests/callbacks/test_losses_with_derivatives.py",)
 _OF_SEARCH = ("tests/engine/test_discovery_fuzzed.py",)
 
 _OF_CLOSURES = ("tests/callbacks/test_repeated_closures.py",)
@@ -223,10 +224,10 @@ FAULTS = (
     Fault(
         "a scalarization's weights are those of the batch before",
         _ENGINE,
-        "        self.measurement.before_backward(loss, batch)\n        if not batch.is_repeated:\n"
+        "        self.measurement.before_backward(loss, batch, self._step)\n        if not batch.is_repeated:\n"
         "            self._step.weights = self._weights_by_task()\n",
         "        before = {task: weight.clone() for task, weight in self._weights_by_task().items()}\n"
-        "        self.measurement.before_backward(loss, batch)\n        self._step.weights = before\n",
+        "        self.measurement.before_backward(loss, batch, self._step)\n        self._step.weights = before\n",
         _OF_BALANCER,
     ),
     # ---- what is read ------------------------------------------------------------------------------------------------
@@ -240,8 +241,8 @@ FAULTS = (
     Fault(
         "the gradient of another task's head is read",
         _ENGINE,
-        "receive = partial(self._read_at_head, task)",
-        "receive = partial(self._read_at_head, self._tasks[self._tasks.index(task) - 1])",
+        "branch_arguments(args, kwargs, partial(self._read_at_head, task))",
+        "branch_arguments(args, kwargs, partial(self._read_at_head, self._tasks[self._tasks.index(task) - 1]))",
         _OF_BALANCER,
     ),
     Fault(
@@ -514,6 +515,34 @@ FAULTS = (
         "depth[node] = max(depths) + bool(met) if depths else len(met)",
         "depth[node] = 1",
         _OF_SEARCH,
+    ),
+    Fault(
+        "the first layer is taken in physics losses, for a derivative by the inputs ends with it",
+        f"{_CORE}gradients/loss_graph.py",
+        "if node in within] or of_task",
+        "if True]",
+        _OF_DERIVATIVES,
+    ),
+    Fault(
+        "a call inside vmap goes unnoticed",
+        _ENGINE,
+        "self.batch.transformed.add(reader)",
+        "pass",
+        _OF_DERIVATIVES,
+    ),
+    Fault(
+        "a derivative that goes around the gate from some batch on goes unnoticed",
+        f"{_CORE}engine/graph_checks.py",
+        "reader.why_unreadable(loss.node) if is_known else",
+        "None if is_known else",
+        _OF_DERIVATIVES,
+    ),
+    Fault(
+        "a layer that is frozen after it was measured goes unnoticed",
+        f"{_CORE}engine/inspection.py",
+        "if self.checks.is_selected and isinstance(reader, RowReader):",
+        "if False:",
+        ("tests/callbacks/test_frozen_encoders.py",),
     ),
     Fault(
         "an output layer with a row for each task is taken",

@@ -13,7 +13,6 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from typing_extensions import Self, override
 
-from lightning_gradnorm._messages import check_by_task
 from lightning_gradnorm.callbacks.copies import Copies
 from lightning_gradnorm.callbacks.logging import is_logged_step, log_step_metrics
 from lightning_gradnorm.callbacks.losses import LossSource, explain_errors
@@ -22,11 +21,12 @@ from lightning_gradnorm.callbacks.packages import works_in_both_packages
 from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
 from lightning_gradnorm.callbacks.usage_checks import (
     UsageChecks,
-    check_heads_form,
     explain_lost_state,
     refuse_company,
     refuse_strategy,
 )
+from lightning_gradnorm.engine.argument_checks import check_heads
+from lightning_gradnorm.engine.balanced import claim
 from lightning_gradnorm.engine.engine import Engine
 from lightning_gradnorm.engine.measurement import AnyRule, Heads, Setting
 
@@ -64,7 +64,6 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         shared_layer: str | None = None,
         norm_of: Literal["weight", "activation"] = "weight",
     ) -> None:
-        check_heads_form(heads, caller=self._name)
         self.tasks = tasks
         self.losses_from = losses_from
         self.heads = dict(heads) if isinstance(heads, Mapping) else heads
@@ -73,7 +72,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self.norm_of = norm_of
         self._source = LossSource(self._name, tasks, losses_from=losses_from)
         self._names = self._source.names
-        self._check_heads()
+        check_heads(self.heads, self._names, caller=self._name)
         self._usage = UsageChecks(self._source)
         self._rule: AnyRule | None = None
         self._engine: Engine[AnyRule] | None = None
@@ -140,10 +139,6 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._names, self._described, self._restored = results["names"], results["described"], results["state"]
         self._start_rule(torch.zeros((), dtype=results["dtype"]))
 
-    def _check_heads(self) -> None:
-        if isinstance(self.heads, dict) and self._names:
-            check_by_task(self.heads, self._names, caller=self._name, parameter="heads")
-
     # ---- the start and the end ---------------------------------------------------------------------------------------
 
     @override
@@ -155,7 +150,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._loop = loop = TrainerLoop(trainer, self)
         declared = self._source.resolve(pl_module)
         self._names = self._source.names
-        self._check_heads()
+        check_heads(self.heads, self._names, caller=self._name)
         self._usage = UsageChecks(self._source, loop.ranks)
         self._choose_state(loop)
         # Every rank takes part in sums over the ranks, also one that never sees a loss: all agree on the dtype beforehand.
@@ -168,6 +163,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         names, W, z = self._names, self.shared_layer, self.representation
         setting = Setting(self._name, pl_module, loop, names, W, heads, z, self.norm_of, options)
         with ExitStack() as hooks:  # if anything fails, what was placed is removed again
+            hooks.callback(claim(pl_module, caller=self._name, rule=type(self.rule).__name__))
             engine = Engine(self.rule, setting)
             hooks.callback(engine.close)
             hooks.callback(self._source.capture(pl_module, self._watch))

@@ -38,7 +38,7 @@ class GradNorm(BalancingCallback[GradNormRule]):
             calls `watch` before ``manual_backward``.
         shared_layer: dotted name of the last shared layer ``W``: a module (its ``weight``; all its parameters if it has
             none; the last trained weight inside it if it contains modules) or a parameter. ``None``: the deepest trained weight
-            that all losses of the first batch depend on.
+            that all losses of the first batch depend on. As long as it is frozen, the weights wait.
         heads: task → dotted name of its head module; ``"auto"`` finds them in the first batch. ``None``: one first-order pass
             from each loss to ``W`` instead. All give the same numbers.
         losses_from: for models that return their total only. Dotted path to what returns the losses, a module, a method or a

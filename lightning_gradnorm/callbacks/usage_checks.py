@@ -140,15 +140,6 @@ def refuse_company(callback: object, others: Sequence[object]) -> None:
             )
 
 
-def check_heads_form(heads: object, *, caller: str) -> None:
-    """Raise TypeError unless ``heads`` is a mapping between names, "auto" or None."""
-    is_mapping = isinstance(heads, Mapping) and all(isinstance(head, str) for head in heads.values())
-    if not (is_mapping or heads is None or heads == "auto"):
-        raise TypeError(
-            f"{caller}: heads should be a mapping from task to the name of its head, 'auto' or None; got {heads!r}"
-        )
-
-
 def explain_lost_state(caller: str, what: str, checkpoint: object) -> str:
     """Return a warning for a checkpoint without the callback's state; ``what`` it has lost, in words."""
     return (

@@ -53,15 +53,15 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
         assert isinstance(self.reader, JointGradients)
         return self.reader
 
-    def before_backward(self, loss: Tensor, batch: BatchState) -> None:
+    def before_backward(self, loss: Tensor, batch: BatchState, step: OptimizerStepState) -> None:
         """Open the gate for a backward pass.
 
         Raises:
             ValueError: part of a task's gradient would miss the gate, or the tasks are back-propagated one by one.
         """
-        super().before_backward(loss, batch)
+        super().before_backward(loss, batch, step)
         caller = self.setting.caller
-        if not isinstance(self.reader, JointGradients):
+        if not step.measured:
             return
         self._gate.begin(loss, stop=batch.reading_nodes())
         at_heads = [losses for task, losses in batch.losses.items() if task not in batch.read_at_losses]
@@ -130,7 +130,7 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
 
     def after_step(self, step: OptimizerStepState) -> bool:
         """Aggregate the gradients of the shared parameters, if these are what is aggregated, and update the rule."""
-        if self._shared is not None and not self._aggregate_parameters(self._shared, step):
+        if self._shared is not None and step.measured and not self._aggregate_parameters(self._shared, step):
             self.discard_step()
             return False
         return super().after_step(step)

@@ -1,4 +1,4 @@
-"""What `Balancer` checks of its arguments before it touches the model."""
+"""What `Balancer` checks of its arguments before it touches the model, and what callbacks check as well."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_gradnorm._messages import check, did_you_mean
+from lightning_gradnorm._messages import check, check_by_task
 from lightning_gradnorm.engine.measurement import Setting
 from lightning_gradnorm.engine.rule import Rule
 from lightning_gradnorm.engine.step_state import WatchedLoss
@@ -32,8 +32,7 @@ def check_arguments(model: object, rule: object, shared_layer: object, heads: ob
     check("Balancer", norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", norm_of)
     is_name = shared_layer is None or isinstance(shared_layer, str)
     check("Balancer", is_name, "shared_layer", "a dotted name such as 'encoder.4', or None", shared_layer)
-    is_form = heads is None or heads == "auto" or isinstance(heads, Mapping)
-    check("Balancer", is_form, "heads", "a mapping from task to the name of its head, 'auto' or None", heads)
+    check_heads(heads, (), caller="Balancer")
     if getattr(rule, "of_parameters", False):
         raise ValueError(
             "Balancer: an aggregation with of_parameters=True sets gradients right before the optimizer steps, a moment that "
@@ -53,22 +52,25 @@ def require_agreement(setting: Setting, rule: Rule) -> None:
     setting.loop.ranks.require_agreement(setting.caller, {what: str(value) for what, value in compared.items()})
 
 
-def check_heads(heads: Mapping[str, str], tasks: tuple[str, ...]) -> None:
-    """Raise ValueError unless the heads are those of exactly these tasks."""
-    check_names(heads, tasks, "heads")
-    missing = [task for task in tasks if task not in heads]
-    if missing:
-        raise ValueError(f"Balancer: heads should name every task; {missing} are missing")
+def check_heads(heads: object, tasks: Sequence[str], *, caller: str) -> None:
+    """Check the heads that a user names. ``tasks`` may be empty, if they are not known yet.
+
+    Raises:
+        TypeError: ``heads`` is not a mapping between names, "auto" or None.
+        ValueError: it does not name exactly the tasks.
+    """
+    is_mapping = isinstance(heads, Mapping) and all(isinstance(head, str) for head in heads.values())
+    if not (is_mapping or heads is None or heads == "auto"):
+        raise TypeError(
+            f"{caller}: heads should be a mapping from task to the name of its head, 'auto' or None; got {heads!r}"
+        )
+    if isinstance(heads, Mapping) and tasks:
+        check_by_task(heads, tasks, caller=caller, parameter="heads")
 
 
 def check_names(given: Mapping[str, Any], tasks: tuple[str, ...], parameter: str) -> None:
     """Raise ValueError, with a suggestion, if a name is not a task's."""
-    unknown = [name for name in given if name not in tasks]
-    if unknown:
-        raise ValueError(
-            f"Balancer: {parameter} names '{unknown[0]}', which is not among the tasks {list(tasks)}; "
-            f"{did_you_mean(str(unknown[0]), tasks)}"
-        )
+    check_by_task(given, tasks, caller="Balancer", parameter=parameter, may_lack=True)
 
 
 def check_losses(losses: object, tasks: tuple[str, ...], waiting: Mapping[str, Sequence[WatchedLoss]]) -> None:

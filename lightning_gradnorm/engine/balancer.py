@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +21,13 @@ from lightning_gradnorm.engine.argument_checks import (
     check_names,
     require_agreement,
 )
+from lightning_gradnorm.engine.balanced import claim, require_unbalanced
 from lightning_gradnorm.engine.engine import Engine
 from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.measurement import Heads, Setting
 from lightning_gradnorm.engine.plain_loop import PlainLoop, scaler_has_skipped, unwrap_model
 from lightning_gradnorm.engine.rule import Rule
 from lightning_gradnorm.engine.step_state import WatchedLoss
-
-_balanced: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-"""Models that have a Balancer → the name of its rule."""
 
 
 class Balancer:
@@ -45,7 +42,7 @@ class Balancer:
         rule: what to balance by, for example `GradNormRule(["seg", "depth"])`, `ScalarizationRule`, `AggregationRule`.
         shared_layer: dotted name of the last shared layer ``W``, for rules that need gradient norms: a module (its
             ``weight``; the last trained weight inside it if it contains modules) or a parameter. ``None``: the deepest
-            trained weight that all losses of the first batch depend on.
+            trained weight that all losses of the first batch depend on. As long as it is frozen, the weights wait.
         heads: task → dotted name of its head, at which its gradient is read out of the ordinary backward pass. ``"auto"``
             finds the heads in the first batch. A task without one gets a first-order pass from its loss: the same numbers.
         representation: dotted name of the module whose output the heads read, for aggregations.
@@ -90,15 +87,15 @@ class Balancer:
         setting = Setting("Balancer", self._model, self._loop, rule.tasks, shared_layer, named, representation, norm_of)
         # Before anything that may fail on one rank alone, for which the others would wait.
         require_agreement(setting, rule)
-        self._key: nn.Module = getattr(self._model, "_orig_mod", self._model)  # what torch.compile has wrapped
-        _check_unbalanced(self._key)
+        key = getattr(self._model, "_orig_mod", self._model)  # what torch.compile has wrapped
+        require_unbalanced(key, caller="Balancer")
         if isinstance(named, dict):
-            check_heads(named, rule.tasks)
+            check_heads(named, rule.tasks, caller="Balancer")
         parameter = next((p for p in self._model.parameters() if p.is_floating_point()), torch.zeros(()))
         rule.to(dtype=torch.float64 if parameter.dtype == torch.float64 else None, device=parameter.device)
         self._engine: Engine[Rule] = Engine(rule, setting)
         self._closed, self._is_described, self._epoch = False, False, 0
-        _balanced[self._key] = type(rule).__name__
+        self._release_claim = claim(key, caller="Balancer", rule=type(rule).__name__)
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
@@ -317,7 +314,7 @@ class Balancer:
     def _release(self) -> None:
         self._closed = True
         self._engine.close()
-        _balanced.pop(self._key, None)
+        self._release_claim()
 
     def _require_open(self) -> None:
         if self._closed:
@@ -378,12 +375,4 @@ def _require_no_pending_step(engine: Engine[Rule], method: str) -> None:
     if engine.pending_backwards:
         raise RuntimeError(
             f"Balancer: {method} was called between backward and step, which would lose the measurement. Call step() first."
-        )
-
-
-def _check_unbalanced(model: nn.Module) -> None:
-    if model in _balanced:
-        raise ValueError(
-            f"Balancer: {type(model).__name__} already has a Balancer, with {_balanced[model]}: both would weight the same "
-            f"losses. Call close() on the first."
         )

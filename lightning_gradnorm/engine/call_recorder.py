@@ -9,16 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_gradnorm.engine.compiled import is_compiled
 from lightning_gradnorm.engine.module_hooks import supports_hooks, wrap_call
-from lightning_gradnorm.gradients.graph import node_of, tensors_with_gradient
+from lightning_gradnorm.gradients.graph import is_transformed, node_of, tensors_with_gradient
 from lightning_gradnorm.gradients.loss_graph import ModuleCalls
 
 
 class CallRecorder:
     """Records where the gradients of each module's inputs and outputs arrive, until it is closed.
+
+    In a call inside a transform of `torch.func`, these are those of the tensors that the transform has wrapped.
 
     Modules inside compiled or scripted code are not seen, and no call without gradients is.
 
@@ -36,7 +39,7 @@ class CallRecorder:
             if not name or isinstance(module, ParametrizationList) or name.startswith(hidden):
                 continue
             if supports_hooks(module):
-                before, after = partial(self._before, name), partial(self._after, name)
+                before, after = partial(self._before, name, _own_parameters(module)), partial(self._after, name)
                 self._hooks.callback(wrap_call(module, before=before, after=after, first=True))
             if is_compiled(module) or not supports_hooks(module):
                 hidden = (*hidden, f"{name}.")
@@ -45,33 +48,56 @@ class CallRecorder:
         """Forget the calls of the last forward pass."""
         self._calls: dict[str, ModuleCalls] = {}
         self._given: dict[str, list[tuple[Tensor, int]]] = {}
+        self._transformed: set[str] = set()
+        self._without_gradient: set[str] = set()
 
     @property
     def calls(self) -> list[ModuleCalls]:
-        """The calls by module, an outer module before those inside it.
-
-        Modules whose input is changed in place later on are left out: a view could not take its place.
-        """
-        changed = {name for name, given in self._given.items() if any(one._version != known for one, known in given)}
-        return [calls for name, calls in self._calls.items() if name not in changed]
+        """The calls by module, an outer module before those inside it."""
+        return list(self._calls.values())
 
     @property
-    def outputs(self) -> set[torch.autograd.graph.Node]:
-        """The nodes of all outputs."""
-        return {node for calls in self._calls.values() for node in calls.outputs}
+    def possible_heads(self) -> list[ModuleCalls]:
+        """The modules whose inputs a view can take the place of: it is not changed in place later, nor inside a transform."""
+        changed = {name for name, given in self._given.items() if any(one._version != known for one, known in given)}
+        return [calls for name, calls in self._calls.items() if name not in changed | self._transformed]
 
-    def _before(self, name: str, args: Any, kwargs: Any) -> None:
+    def _before(self, name: str, parameters: frozenset[int], args: Any, kwargs: Any) -> None:
         if not self._is_active():
             return
+        if is_transformed():
+            self._transformed.add(name)
         given = tensors_with_gradient((args, kwargs))
-        self._calls.setdefault(name, ModuleCalls(name)).inputs.update(map(node_of, given))
+        self._calls.setdefault(name, ModuleCalls(name, parameters=parameters)).inputs.update(map(node_of, given))
         self._given.setdefault(name, []).extend((tensor, tensor._version) for tensor in given)
 
     def _after(self, name: str, output: Any) -> None:
         if self._is_active() and name in self._calls:
-            self._calls[name].outputs.update(map(node_of, tensors_with_gradient(output)))
+            found = tensors_with_gradient(output)
+            self._calls[name].outputs.update(map(node_of, found))
+            if not found and torch.is_grad_enabled():
+                self._without_gradient.add(name)
+
+    def frozen_call(self, parameter: str) -> set[Node] | None:
+        """Return the nodes at which gradients of the outputs arrive that a frozen parameter, given by its name, had a part in.
+
+        None if there are such outputs, but they carry no gradient. There are none of what is only called under no_grad.
+        """
+        module, _, _ = parameter.rpartition(".")
+        while module and module not in self._calls:
+            module, _, _ = module.rpartition(".")
+        if not module:
+            return None  # of the model itself, whose calls are not recorded
+        return self._calls[module].outputs or (None if module in self._without_gradient else set())
 
     def close(self) -> None:
         """Remove all hooks."""
         self._hooks.close()
         self.start_batch()
+
+
+def _own_parameters(module: nn.Module) -> frozenset[int]:
+    """Return the ``id`` of each parameter of the module itself, and of those that its parametrized ones are computed from."""
+    parametrizations = getattr(module, "parametrizations", None)
+    inside = parametrizations.parameters() if isinstance(parametrizations, nn.ModuleDict) else ()
+    return frozenset(map(id, (*module.parameters(recurse=False), *inside)))

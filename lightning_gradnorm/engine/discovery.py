@@ -35,6 +35,8 @@ class _Seen:
     positions: dict[str, dict[str, Position]] = field(default_factory=dict)
     """Layer → task → how deep it lies."""
     tasks: set[str] = field(default_factory=set)
+    frozen: dict[str, set[str]] = field(default_factory=dict)
+    """Frozen parameter → the tasks that may depend on it."""
     opaque: str | None = None
     """Why part of a graph cannot be looked into."""
 
@@ -42,6 +44,8 @@ class _Seen:
         for name, of_task in other.positions.items():
             self.positions.setdefault(name, {}).update(of_task)
         self.tasks |= other.tasks
+        for name, tasks in other.frozen.items():
+            self.frozen.setdefault(name, set()).update(tasks)
         self.opaque = self.opaque or other.opaque
 
 
@@ -60,6 +64,7 @@ class Discovery:
         self._calls = CallRecorder(setting.model, is_recorded)
         self._buffers = BufferGuard(setting.model.buffers())
         self._seen = _Seen()
+        self._graph: LossGraph | None = None
         self._batches = 0
         self._has_warned = False
         self.has_new_losses = False
@@ -72,6 +77,14 @@ class Discovery:
     def start_batch(self) -> None:
         """Forget the last forward pass."""
         self._calls.start_batch()
+        self._graph = None
+
+    def _graph_of(self, losses: Losses) -> LossGraph:
+        """Return the graph of these losses; one graph serves both the layer and the heads, unless a loss came between."""
+        roots = nodes_by_task(losses)
+        if self._graph is None or self._graph.roots != roots:
+            self._graph = LossGraph(roots)
+        return self._graph
 
     # ---- the shared layer --------------------------------------------------------------------------------------------
 
@@ -84,9 +97,9 @@ class Discovery:
         setting = self._setting
         model, ranks = setting.model, setting.loop.ranks
         layers = trained_layers(model)
-        graph = LossGraph(nodes_by_task(losses))
-        positions = graph.positions({name: list(layer.values()) for name, layer in layers.items()}, self._calls.outputs)
-        here = _Seen(positions, set(losses), reason_not_retraversable(graph.nodes))
+        graph = self._graph_of(losses)
+        positions = graph.positions({name: list(layer.values()) for name, layer in layers.items()}, self._calls.calls)
+        here = _Seen(positions, set(losses), self._frozen(graph), reason_not_retraversable(graph.nodes))
         of_ranks = ranks.gather_objects(here)
         self.has_new_losses = any(seen.tasks for seen in of_ranks)
         for seen in of_ranks:
@@ -99,6 +112,15 @@ class Discovery:
         if found is None:
             self._require_frozen_part()
         return found
+
+    def _frozen(self, graph: LossGraph) -> dict[str, set[str]]:
+        """Return the frozen parameters, each with the tasks that may depend on it: where the graph does not say so, all."""
+        frozen: dict[str, set[str]] = {}
+        for name, parameter in self._setting.model.named_parameters():
+            if not parameter.requires_grad:
+                nodes = self._calls.frozen_call(name)
+                frozen[name] = set(self._setting.tasks if nodes is None else graph.tasks_at(nodes))
+        return frozen
 
     def _deepest_first(self) -> list[str]:
         """Return the layers that all tasks depend on. If tasks use a layer at different depths, the least counts."""
@@ -146,7 +168,7 @@ class Discovery:
         """Warn, once, that whatever the tasks share is frozen for now.
 
         Raises:
-            ValueError: nothing is frozen, or part of the graph is hidden.
+            ValueError: nothing that is frozen is shared, or part of the graph is hidden.
         """
         setting = self._setting
         model = type(setting.model).__name__
@@ -155,7 +177,7 @@ class Discovery:
                 f"{setting.caller}: shared_layer=None found no layer that all tasks share in {model}: the losses reach "
                 f"{self._seen.opaque.split('. ')[0].split(', whose')[0]}. Name the layer: shared_layer='encoder.layer4'."
             )
-        frozen = [name for name, parameter in setting.model.named_parameters() if not parameter.requires_grad]
+        frozen = [name for name, of_tasks in self._seen.frozen.items() if of_tasks >= set(setting.tasks)]
         if not frozen:
             raise ValueError(
                 f"{setting.caller}: shared_layer=None found no layer by which to balance {model}: {self._why_none_is_shared()}"
@@ -214,11 +236,9 @@ class Discovery:
         """
         self._batches += 1
         # Of one task alone everything would be its head.
-        heads = (
-            LossGraph(nodes_by_task(losses)).heads(set(map(node_of, targets)), self._calls.calls)
-            if len(losses) > 1
-            else {}
-        )
+        heads = {}
+        if len(losses) > 1:
+            heads = self._graph_of(losses).heads(set(map(node_of, targets)), self._calls.possible_heads)
         of_ranks = self._setting.loop.ranks.gather_objects((heads, set(losses)))
         seen = set().union(*(tasks for _, tasks in of_ranks))
         if not seen >= set(self._setting.tasks) and self._batches < _PATIENCE:
@@ -249,7 +269,6 @@ def tasks_off_course(
         for node in reachable_nodes(nodes, stop=stop) & stop:
             if owner.get(node) != task:
                 off |= {task, owner.get(node, task)}
-    # No node of the trunk is younger than all branches: behind an older one there is none.
-    oldest = min((node._sequence_nr() for node in owner), default=0)
-    rest = reachable_nodes([node_of(backpropagated)], stop=owner.keys() | set().union(*roots.values()), oldest=oldest)
+    # Behind nodes that are older than the branches too: a derivative that CUDA has computed is numbered by another thread.
+    rest = reachable_nodes([node_of(backpropagated)], stop=owner.keys() | set().union(*roots.values()))
     return off | {owner[node] for node in rest & owner.keys()}

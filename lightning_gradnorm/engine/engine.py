@@ -31,7 +31,8 @@ from lightning_gradnorm.engine.measurement import AnyRule, LossMeasurement, Meas
 from lightning_gradnorm.engine.plan import Plan
 from lightning_gradnorm.engine.rule import Needs
 from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState, WatchedLoss
-from lightning_gradnorm.gradients import BufferGuard, GradientReader, branch, check_loss
+from lightning_gradnorm.gradients import BufferGuard, GradientReader, branch_arguments, check_loss
+from lightning_gradnorm.gradients.graph import is_transformed, tensors_with_gradient
 from lightning_gradnorm.gradients.readers import Outputs
 
 _MEASUREMENTS: dict[Needs, type[Measurement[Any]]] = {
@@ -132,11 +133,7 @@ class Engine(Generic[AnyRule]):
     def has_moved(self) -> bool:
         """Whether the shared parameters have changed since the last backward pass of an unfinished step."""
         step = self._step
-        return bool(step.backwards) and step.versions is not None and step.versions != self._versions()
-
-    def _versions(self) -> list[int]:
-        shared = self.plan.shared_layer.values() or self._setting.model.parameters()
-        return [parameter._version for parameter in shared]
+        return bool(step.backwards) and step.versions is not None and step.versions != self._inspection.versions()
 
     def watch(self, losses: Mapping[str, Tensor | None]) -> None:
         """Weight these losses in the backward pass that follows.
@@ -190,12 +187,7 @@ class Engine(Generic[AnyRule]):
         if not self._records_calls() or not torch.is_grad_enabled():
             return None
         self.batch.in_head = task
-        receive = partial(self._read_at_head, task)
-        if not kwargs and len(args) == 1:
-            view, node = branch(args[0], receive)
-            inputs: Any = (view,), kwargs
-        else:
-            inputs, node = branch((args, kwargs), receive)
+        inputs, node = branch_arguments(args, kwargs, partial(self._read_at_head, task))
         if node is not None:
             self.batch.branches.setdefault(task, set()).add(node)
         return inputs
@@ -203,11 +195,20 @@ class Engine(Generic[AnyRule]):
     # A reentrant checkpoint calls its modules without gradients and makes their output part of the graph afterwards.
 
     def _before_call(self, reader: GradientReader, args: Any, kwargs: Any) -> None:
-        if self._records_calls():
+        if self._records_calls() and not is_transformed():
             reader.forward_pre(args, kwargs)
 
     def _after_call(self, reader: GradientReader, output: Any) -> Any:
-        return reader.forward_post(output) if self._records_calls() else None
+        if not self._records_calls():
+            return None
+        if is_transformed():
+            if tensors_with_gradient(output):
+                self.batch.transformed.add(reader)
+            return None
+        try:
+            return reader.forward_post(output)
+        except ValueError as error:
+            raise ValueError(f"{self._caller}: {error}") from None
 
     def explain_inplace_error(self, error: RuntimeError) -> str | None:
         """Return what to do about an in-place change of the representation, if that is what torch complains of."""
@@ -228,7 +229,7 @@ class Engine(Generic[AnyRule]):
         self._inspection.inspect_batch(batch, self._step, loss)
         batch.in_backward = True
         batch.is_whole_step = is_whole_step and self._loop.ranks.size == 1
-        self.measurement.before_backward(loss, batch)
+        self.measurement.before_backward(loss, batch, self._step)
         if not batch.is_repeated:
             self._step.weights = self._weights_by_task()
 
@@ -240,7 +241,7 @@ class Engine(Generic[AnyRule]):
         if self._step.measured and self.measurement.reader is not None:
             self.measurement.reader.on_backward_end()
         if self._set_aside is None:
-            self._step.versions = self._versions() if self._loop.is_by_hand() else None
+            self._step.versions = self._inspection.versions() if self._loop.is_by_hand() else None
         elif self._set_aside.backwards:
             self._end_repetition()  # the step is not announced yet, as in SAM's first_step and second_step by hand
 

@@ -30,29 +30,34 @@ class GraphChecks:
         self.readers = list(candidates)
         """The candidates; once one is selected, that one."""
         self._at_heads = at_heads
-        self._selected = False
+        self.is_selected = False
+        """Whether a task has been read: then by the one reader that is left."""
         self._passed: set[str] = set()
         self._disjoint: set[str] = set()
         self._separate: set[str] = set()
 
     def select_reader(self, task: str, loss: WatchedLoss, batch: BatchState) -> GradientReader | None:
-        """Return the reader of this task; look at the graph the first time the task appears.
+        """Return the reader of this task; look at the whole graph the first time the task appears.
 
         Raises:
             ValueError: what would be read is not the task's gradient.
         """
-        if task in self._passed:
-            return self.readers[0] if self.readers else None
-        self._passed.add(task)
         if not self.readers:
             return None
-        if not self._selected:
+        is_known = task in self._passed
+        self._passed.add(task)
+        if not self.is_selected:
             # If none can read it, the error of the most preferred one is the one to understand.
             able = (reader for reader in self.readers if not self._why_unreadable(reader, task, loss, batch))
             self.readers = [next(able, self.readers[0])]
-            self._selected = True
+            self.is_selected = True
         (reader,) = self.readers
-        if reason := self._why_unreadable(reader, task, loss, batch):
+        if reader in batch.transformed:
+            raise ValueError(
+                f"{self._caller}: {reader.label} is called inside a transform of torch.func (vmap, grad, jvp, …) or for "
+                f"forward-mode derivatives, where the gradient that arrives at its output cannot be read. {reader.way_out}"
+            )
+        if reason := reader.why_unreadable(loss.node) if is_known else self._why_unreadable(reader, task, loss, batch):
             raise ValueError(f"{self._caller}: the loss of task '{task}' {reason}")
         return reader
 
@@ -137,7 +142,8 @@ class GraphChecks:
             if around and not own:
                 return (
                     f"does not pass its head as far as one can see: a head is seen when it is called (itself, not its forward) "
-                    f"with tensors, or with tuples, lists and dicts of tensors. {leave_out}"
+                    f"with tensors, or with tuples, lists and dicts of tensors, outside the transforms of torch.func. "
+                    f"{leave_out}"
                 )
             if around:
                 return f"reaches {label} by a way that does not pass its head. {leave_out}"

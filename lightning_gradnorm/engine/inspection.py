@@ -21,7 +21,7 @@ from lightning_gradnorm.engine.measurement import Measurement
 from lightning_gradnorm.engine.module_hooks import Remove, wrap_call
 from lightning_gradnorm.engine.plan import inspect_model
 from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState
-from lightning_gradnorm.gradients import GradientReader, WeightGradients
+from lightning_gradnorm.gradients import GradientReader, RowReader, WeightGradients
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Inspection:
             """Whether task gradients are read at all."""
             self._needs_heads = is_visible and setting.heads == "auto" and self.reads_gradients
             self._found_heads: dict[str, str] = {}
+            self._has_warned = False
             self._discovery: Discovery | None = None
             if self._needs_layer or self._needs_heads:
                 self._discovery = Discovery(setting, hooks.is_forward_pass, self.plan.shared_layer)
@@ -116,12 +117,23 @@ class Inspection:
         discovery = self._discovery if batch.losses or self._setting.loop.ranks.size > 1 else None
         if discovery is not None and self._needs_layer:
             self._find_layer(discovery, batch, step)
+        reader = self._measurement.reader
+        if step.measured and reader is not None and reader.is_frozen:
+            self._wait(reader)
+            step.measured = False
+            batch.read_at_losses = set(self._setting.tasks)
         if step.measured:
             for task, losses in batch.losses.items():
-                self._select(self.checks.select_reader(task, losses[0], batch))
+                for one in losses:
+                    self._select(self.checks.select_reader(task, one, batch))
             if discovery is not None and self._needs_heads:
                 self._find_heads(discovery, batch)
             self._decide_where_to_read(batch, loss)
+
+    def versions(self) -> list[int]:
+        """Return how often each shared parameter has been changed; of all parameters, if the shared ones are not known."""
+        shared = self.plan.shared_layer.values() or self._setting.model.parameters()
+        return [parameter._version for parameter in shared]
 
     def explain_inplace_error(self, error: str, in_head: str | None) -> str | None:
         """Return what to do about an in-place change of the representation, if that is what torch complains of."""
@@ -162,10 +174,27 @@ class Inspection:
             self._candidate_hooks.pop(other)()
         if len(self.plan.candidates) > 1 and reader is not None:
             self.plan = replace(self.plan, candidates=(reader,))
-        if isinstance(reader, WeightGradients) and not all(W.requires_grad for W in reader.targets):
+
+    def _wait(self, reader: GradientReader) -> None:
+        """Warn, once, that nothing is balanced as long as what the gradients are read at is frozen.
+
+        Raises:
+            ValueError: norms have been taken there before.
+        """
+        setting, of_layer = self._setting, self.plan.shared_layer
+        if self.checks.is_selected and isinstance(reader, RowReader):
             raise ValueError(
-                f"{self._setting.caller}: the shared layer has been frozen (requires_grad=False) during the training. Name the "
-                f"last shared layer that is trained to the end, or use stop_after."
+                f"{setting.caller}: {reader.label} has been frozen (requires_grad=False) during the training. Name the last "
+                f"shared layer that is trained to the end, or use stop_after."
+            )
+        if not self._has_warned:
+            self._has_warned = True
+            what = f"shared_layer '{setting.shared_layer}'" if of_layer else reader.label
+            setting.loop.ranks.warn(
+                f"{setting.caller}: {what} is frozen (requires_grad=False), so that the tasks' gradients cannot be compared "
+                f"there. Nothing is balanced until it is trained. If it is to stay frozen, name a "
+                f"{'shared_layer' if of_layer else 'representation'} that is trained, or balance by the losses alone, as "
+                f"Scalarization does."
             )
 
     def _find_heads(self, discovery: Discovery, batch: BatchState) -> None:

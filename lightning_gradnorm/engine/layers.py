@@ -47,16 +47,16 @@ def _modules(root: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_shared_layer(root: nn.Module, name: str, *, caller: str) -> dict[str, nn.Parameter]:
-    """Return the parameters ``W`` by name.
+    """Return the parameters ``W`` by name. All of them may be frozen for now.
 
     Args:
         root: the model.
         name: dotted name of a parameter or of a module: its ``weight``, or all its parameters if it has none. A module that
-            contains others stands for the last trained weight inside it.
+            contains others stands for the last trained weight inside it, or the last of all while none is trained.
         caller: the beginning of the error, ``"GradNorm"``.
 
     Raises:
-        ValueError: no such layer, or it has nothing to train.
+        ValueError: no such layer, it has no parameters, or some of them are frozen.
     """
     name, modules = plain_name(name), _modules(root)
     parameters = _named_parameters(root)
@@ -72,12 +72,11 @@ def find_shared_layer(root: nn.Module, name: str, *, caller: str) -> dict[str, n
             f"parameters. Name the last layer with parameters that all tasks share: {_with_weights(modules)}."
         )
     frozen = [n for n, p in found.items() if not p.requires_grad]
-    if frozen:
+    if frozen and len(frozen) < len(found):
         trained = [n for n, p in parameters.items() if p.requires_grad and p.ndim >= 2]
         raise ValueError(
-            f"{caller}: shared_layer '{name}' is frozen ({_shortened(frozen)} should have requires_grad=True; got False). Name "
-            f"the last shared layer that is trained, or leave shared_layer out: then it is found. Trained are "
-            f"{_shortened(trained) or 'none'}."
+            f"{caller}: shared_layer '{name}' is frozen in part ({_shortened(frozen)} should have requires_grad=True; got "
+            f"False). Name one that is trained, or leave shared_layer out: then it is found. Trained are {_shortened(trained)}."
         )
     return found
 
@@ -105,8 +104,8 @@ def layer_parameters(root: nn.Module, name: str) -> dict[str, nn.Parameter]:
 _OLDER_NAMES = ("weight_g", "weight_v", "weight_orig")
 
 
-def trained_layers(root: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """Return all trained parameters, layer by layer: layer → name → parameter.
+def trained_layers(root: nn.Module, *, frozen: bool = False) -> dict[str, dict[str, nn.Parameter]]:
+    """Return all trained parameters, layer by layer: layer → name → parameter; or all ``frozen`` ones.
 
     A layer is called as `layer_parameters` knows it: by the module, if the parameter is its weight or one of several that make
     it up, as in an LSTM; else by the parameter.
@@ -114,7 +113,7 @@ def trained_layers(root: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     modules = _modules(root)
     layers: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in root.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad != frozen:
             name = plain_name(name)
             layers.setdefault(_layer_of(name, modules), {})[name] = parameter
     return layers
@@ -134,14 +133,16 @@ def _layer_of(name: str, modules: Mapping[str, nn.Module]) -> str:
 
 
 def _last_weight_inside(root: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """Return the last layer inside a module with a trained weight of two or more dimensions; all inside if there is none."""
+    """Return the last layer inside a module with a trained weight of two or more dimensions.
+
+    Where none is trained, the last of the frozen ones; all inside if there is none.
+    """
     inside = {n: p for n, p in _named_parameters(root).items() if n.startswith(f"{name}.")}
-    heavy = [
-        layer
-        for layer in trained_layers(root).values()
-        if inside.keys() & layer.keys() and any(p.ndim >= 2 for p in layer.values())
-    ]
-    return heavy[-1] if heavy else inside
+    for layers in (trained_layers(root), trained_layers(root, frozen=True)):
+        for layer in reversed(layers.values()):
+            if inside.keys() & layer.keys() and any(p.ndim >= 2 for p in layer.values()):
+                return layer
+    return inside
 
 
 def encoder_layer(root: nn.Module) -> dict[str, nn.Parameter]:

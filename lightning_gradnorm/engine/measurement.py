@@ -74,7 +74,7 @@ class Measurement(Generic[AnyRule]):
         """Whether the task gradients of the coming optimizer step are read."""
         return self.reader is not None
 
-    def before_backward(self, loss: Tensor, batch: BatchState) -> None:
+    def before_backward(self, loss: Tensor, batch: BatchState, step: OptimizerStepState) -> None:
         """Called before each backward pass."""
 
     def after_step(self, step: OptimizerStepState) -> bool:
@@ -213,7 +213,7 @@ class LossMeasurement(Measurement[AnyLossRule]):
         self._fallbacks = rule.fallbacks
         self._has_warned = False
 
-    def before_backward(self, loss: Tensor, batch: BatchState) -> None:
+    def before_backward(self, loss: Tensor, batch: BatchState, step: OptimizerStepState) -> None:
         """Have the rule set the weights of the losses that are about to be back-propagated."""
         if self._scalarizer is None or batch.is_repeated:
             return

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from lightning_gradnorm.gradients import GradientReader
+
 
 @dataclass(frozen=True, eq=False)
 class WatchedLoss:
@@ -84,6 +86,8 @@ class BatchState:
     """Tasks given as ``None``."""
     branches: dict[str, set[Node]] = field(default_factory=dict)
     """The branches that each task's head reads."""
+    transformed: set[GradientReader] = field(default_factory=set)
+    """Readers whose module was called inside a transform of `torch.func`, where they see nothing."""
     in_head: str | None = None
     """The task whose head was called last."""
     in_backward: bool = False

@@ -1,6 +1,6 @@
 """How each task's gradient is read out of one backward pass. Pure torch."""
 
-from lightning_gradnorm.gradients.branch import TAKEN, branch, fan_out
+from lightning_gradnorm.gradients.branch import TAKEN, branch, branch_arguments, fan_out
 from lightning_gradnorm.gradients.buffers import BufferGuard
 from lightning_gradnorm.gradients.gate import JointGradients
 from lightning_gradnorm.gradients.graph import nodes_on_paths, reason_not_retraversable
@@ -29,6 +29,7 @@ __all__ = [
     "RowReader",
     "WeightGradients",
     "branch",
+    "branch_arguments",
     "check_loss",
     "fan_out",
     "flat_row",

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
-from lightning_gradnorm.gradients.graph import has_gradient
+from lightning_gradnorm.gradients.graph import has_gradient, is_transformed
 
 Receive = Callable[[Sequence[Tensor], Sequence[Tensor]], object]
 """Called in backward with tensors of the representation and the gradients that arrived at them.
@@ -62,7 +62,8 @@ def branch(representation: Tree, receive: Receive) -> tuple[Tree, Node | None]:
 
     Returns:
         The same structure with views in it, and the branch's node in the autograd graph. If nothing in ``representation``
-        carries a gradient, or gradients are disabled, ``representation`` itself and None.
+        carries a gradient, gradients are disabled, or a transform of `torch.func` is at work, ``representation`` itself and
+        None.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -72,7 +73,7 @@ def branch(representation: Tree, receive: Receive) -> tuple[Tree, Node | None]:
         >>> x.grad.tolist()
         [18.0, 36.0]
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or is_transformed():
         return representation, None
     if isinstance(representation, Tensor):  # the common case; flattening a tree is slower
         if not representation.requires_grad:
@@ -99,6 +100,14 @@ def replace_tensors(tree: Tree, make: Callable[[list[Tensor]], list[Tensor]]) ->
         leaves[place] = new
     replaced: Tree = pytree.tree_unflatten(leaves, structure)
     return replaced
+
+
+def branch_arguments(args: Any, kwargs: Any, receive: Receive) -> tuple[tuple[Any, Any], Node | None]:
+    """Return a call's arguments with a branch in front of all tensors among them, and the branch's node."""
+    if kwargs or len(args) != 1:
+        return branch((args, kwargs), receive)
+    view, node = branch(args[0], receive)  # the common case
+    return ((view,), kwargs), node
 
 
 def fan_out(

@@ -65,6 +65,7 @@ class JointGradients(GradientReader):
     """
 
     module: nn.Module
+    way_out = "Call it once, outside; or balance by weights, as GradNorm(norm_of='weight') and Scalarization do."
 
     def __init__(self, module: nn.Module, name: str, tasks: Sequence[str], combine: Callable[[Tensor], Tensor | None]):
         self.module, self.label = module, name
@@ -78,6 +79,7 @@ class JointGradients(GradientReader):
         self._gates += 1  # a gate of an earlier forward pass is the identity
         self._inputs: list[Tensor] = []
         self.targets = []
+        self._inside: set[Node] | None = None
         self.other_paths: set[Node] = set()
         """The nodes on paths to the gate that avoid the places where the tasks' gradients are read."""
         self.was_passed = False
@@ -135,14 +137,25 @@ class JointGradients(GradientReader):
                 f"cannot be read at {self.label}, which was not called in the forward pass (itself, not its forward or another "
                 f"method), or returned no tensors that carry a gradient, alone or in tuples, lists and dicts."
             )
-        # Nodes of parameters are excluded: a loss may read a weight of the trunk directly, as a weight penalty does.
-        inside = {node for node in self.trunk_nodes() if not hasattr(node, "variable")}
-        if inside & reachable_nodes([loss], stop={node_of(self.targets[0])}):
+        if self._inside is None:
+            self._inside = self._nodes_to_avoid()
+        if not self._inside.isdisjoint(reachable_nodes([loss], stop={node_of(self.targets[0])})):
             return (
-                f"reaches what is within {self.label} by a way that does not pass its output, a skip connection say. Name as "
-                f"representation the module whose output is all that the heads read, or have the encoder return what they read."
+                f"reaches what is within {self.label} by a way that does not pass its output: a skip connection, or a "
+                f"derivative of the heads by the inputs. Name as representation the module whose output is all that the heads "
+                f"read, or have the encoder return what they read. Losses with derivatives can only be balanced by weights, "
+                f"as GradNorm and Scalarization do."
             )
         return None
+
+    def _nodes_to_avoid(self) -> set[Node]:
+        """Return the trunk's nodes that no loss may reach by a way around the gate."""
+        nodes = self.trunk_nodes()
+        leaves = {node: node.variable for node in nodes if hasattr(node, "variable")}
+        inputs = {node for node, leaf in leaves.items() if not isinstance(leaf, nn.Parameter)}
+        # A loss may read a weight of the trunk directly, as a weight penalty does. Where the inputs carry a gradient, this
+        # may be a derivative by them, which in a trunk of one layer reaches its weight alone.
+        return nodes - (inputs or leaves.keys())
 
     def begin(self, backpropagated: Tensor, *, stop: Collection[Node] = ()) -> None:
         """Prepare for a backward pass.

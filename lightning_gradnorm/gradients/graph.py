@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils import _pytree as pytree
 
@@ -21,8 +24,30 @@ def has_gradient(value: object) -> TypeGuard[Tensor]:
 
 
 def tensors_with_gradient(tree: Any) -> list[Tensor]:
-    """Return the tensors in nested tuples, lists and dicts that are part of a graph."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if has_gradient(leaf)]
+    """Return the tensors in nested tuples, lists and dicts that are part of the graph that is back-propagated.
+
+    Of a tensor inside `torch.func.vmap` or `grad`, what these have wrapped: its own graph is that of an inner derivative.
+    """
+    return [leaf for leaf in map(_unwrapped, pytree.tree_leaves(tree)) if has_gradient(leaf)]
+
+
+def is_transformed() -> bool:
+    """Return True inside a transform of `torch.func` (vmap, grad, jvp, hessian) or a level of forward-mode derivatives.
+
+    Tensors are wrapped there: a gradient that arrives at one is not, or not alone, what the backward pass brings.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Return True for a tensor that only exists inside a transform of `torch.func`."""
+    return _functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _unwrapped(value: Any) -> Any:
+    while isinstance(value, Tensor) and is_wrapped(value):
+        value = _functorch.get_unwrapped(value)
+    return value
 
 
 def children(node: Node) -> list[Node]:
@@ -30,16 +55,13 @@ def children(node: Node) -> list[Node]:
     return [child for child, _ in node.next_functions if child is not None]
 
 
-def reachable_nodes(start: Iterable[Node], *, stop: Collection[Node] = (), oldest: int = 0) -> set[Node]:
-    """Return the nodes that a gradient starting at ``start`` reaches, ``start`` included; nothing behind ``stop``.
-
-    Nor behind nodes with a sequence number below ``oldest``: those made earlier in the forward pass.
-    """
+def reachable_nodes(start: Iterable[Node], *, stop: Collection[Node] = ()) -> set[Node]:
+    """Return the nodes that a gradient starting at ``start`` reaches, ``start`` included; nothing behind ``stop``."""
     seen = set(start)
     to_visit = list(seen)
     while to_visit:
         node = to_visit.pop()
-        if node in stop or (oldest and node._sequence_nr() < oldest):
+        if node in stop:
             continue
         # Not by `children`: this runs in every batch.
         for child, _ in node.next_functions:

@@ -25,6 +25,8 @@ class ModuleCalls:
     name: str
     inputs: set[Node] = field(default_factory=set)
     outputs: set[Node] = field(default_factory=set)
+    parameters: frozenset[int] = frozenset()
+    """``id`` of each parameter of the module itself, not of modules inside it."""
 
 
 class LossGraph:
@@ -44,12 +46,12 @@ class LossGraph:
         {'trunk': ['a', 'b'], 'a': ['a']}
     """
 
-    def __init__(self, losses: Mapping[str, Iterable[Node]]) -> None:
+    def __init__(self, losses: Mapping[str, Collection[Node]]) -> None:
         self.tasks = list(losses)
-        self._roots = {task: set(nodes) for task, nodes in losses.items()}
-        self._order = _children_first(node for nodes in self._roots.values() for node in nodes)
+        self.roots = losses
+        self._order = _children_first(node for nodes in losses.values() for node in nodes)
         self._reached_by = dict.fromkeys(self._order, 0)
-        for bit, nodes in enumerate(self._roots.values()):
+        for bit, nodes in enumerate(losses.values()):
             for node in nodes:
                 self._reached_by[node] |= 1 << bit
         for node in reversed(self._order):
@@ -72,22 +74,26 @@ class LossGraph:
         return [task for bit, task in enumerate(self.tasks) if mask >> bit & 1]
 
     def positions(
-        self, layers: Mapping[str, Sequence[Tensor]], outputs: Collection[Node]
+        self, layers: Mapping[str, Sequence[Tensor]], calls: Collection[ModuleCalls]
     ) -> dict[str, dict[str, Position]]:
         """Return how deep each layer lies below the losses it is reached from: layer → task → position.
 
-        A layer may be used several times; its deepest use that a task reaches counts for that task.
+        A layer may be used several times; its deepest use that a task reaches counts for that task. A use outside the calls of
+        the modules that it belongs to only counts where there is none within: the derivative of a network by its input, as in
+        a physics loss, uses all layers once more, the first one last.
 
         Args:
             layers: the parameters of each layer by name. Several of them may make up one weight (weight norm).
-            outputs: nodes of module outputs. An expression of one parameter alone is a weight, unless it is one of these.
+            calls: the module calls of the forward pass. An expression of one parameter alone is a weight, unless it is the
+                output of one of these.
         """
+        outputs = {node for module in calls for node in module.outputs}
         own = {node_of(parameter): name for name, parameters in layers.items() for parameter in parameters}
         heavy = {name for name, parameters in layers.items() if any(one.ndim >= 2 for one in parameters)}
         weight_of: dict[Node, str] = {}
         """Node → layer, for expressions of one layer's parameters alone: .T, a cast, weight norm."""
         depth: dict[Node, int] = {}
-        found: dict[str, dict[str, Position]] = {}
+        uses: dict[str, list[Node]] = {}
         for node in self._order:
             if node in own:
                 weight_of[node] = own[node]
@@ -101,9 +107,16 @@ class LossGraph:
             met = {weight_of[child] for child in below if child in weight_of} & heavy
             depth[node] = max(depths) + bool(met) if depths else len(met)
             for name in met:
-                of_task = found.setdefault(name, {})
-                for task in self._names(self._reached_by[node]):
-                    of_task[task] = max(of_task.get(task, (0, 0)), (depth[node], node._sequence_nr()))
+                uses.setdefault(name, []).append(node)
+        found: dict[str, dict[str, Position]] = {}
+        for name, nodes in uses.items():
+            parameters = set(map(id, layers[name]))
+            owners = [module for module in calls if not parameters.isdisjoint(module.parameters)]
+            within = set().union(*(_inside(module.outputs, module.inputs) for module in owners))
+            for task in self.tasks_at(nodes):
+                of_task = [node for node in nodes if task in self.tasks_at([node])]
+                counted = [node for node in of_task if node in within] or of_task
+                found.setdefault(name, {})[task] = max((depth[node], node._sequence_nr()) for node in counted)
         return found
 
     def heads(self, targets: Collection[Node], modules: Iterable[ModuleCalls]) -> dict[str, str]:
@@ -136,8 +149,8 @@ class LossGraph:
 
     def _is_all_inside(self, task: str, outputs: set[Node], inputs: set[Node], targets: Collection[Node]) -> bool:
         """Return True if each path from the task's losses to the targets leaves the module by an edge to its inputs."""
-        inside = reachable_nodes(outputs, stop=inputs) - inputs
-        seen = set(self._roots[task])
+        inside = _inside(outputs, inputs)
+        seen = set(self.roots[task])
         to_visit = list(seen)
         while to_visit:
             node = to_visit.pop()
@@ -148,6 +161,10 @@ class LossGraph:
                     seen.add(child)
                     to_visit.append(child)
         return True
+
+
+def _inside(outputs: set[Node], inputs: set[Node]) -> set[Node]:
+    return reachable_nodes(outputs, stop=inputs) - inputs
 
 
 def _children_first(roots: Iterable[Node]) -> list[Node]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradnorm._messages import is_number
+from lightning_gradnorm.gradients.graph import is_wrapped
 from lightning_gradnorm.gradients.readers import flat_row
 
 
@@ -144,6 +145,11 @@ def check_loss(loss: Any, *, caller: str, otherwise: str = "", is_scalar: bool =
         )
     if loss.is_complex():
         raise ValueError(f"{caller} should be a real number; got {loss.dtype}, which is complex.")
+    if is_wrapped(loss):
+        raise ValueError(
+            f"{caller} is of inside a transform of torch.func (vmap, grad, jvp, …), where it is one of many or is not "
+            f"back-propagated. Show what is computed from the transform's result."
+        )
     if not loss.requires_grad:
         raise ValueError(
             f"{caller} should be part of the graph, but it carries no gradient. Give the loss itself, not .detach() or "

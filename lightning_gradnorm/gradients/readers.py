@@ -80,6 +80,16 @@ class GradientReader(ABC):
     """The tensors whose gradient is read."""
     label: str
     """What errors call them."""
+    way_out = "Call it outside, or name a shared_layer in a module that is called outside."
+    """What to do where `module` cannot be seen, in the words of the user's options."""
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether no gradient arrives at the targets because what they belong to is frozen."""
+        if self.targets or self.module is None:
+            return False
+        parameters = list(self.module.parameters())
+        return bool(parameters) and not any(one.requires_grad for one in parameters)
 
     @abstractmethod
     def read(self, task: str, outputs: Outputs, gradients: Sequence[Tensor]) -> object:
@@ -197,6 +207,11 @@ class WeightGradients(RowReader):
         self.unreached: set[str] = set()
         """Tasks whose gradient did not reach ``W`` in a pass of this optimizer step."""
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether some of ``W`` is frozen."""
+        return not all(W.requires_grad for W in self.targets)
+
     def set_targets(self, parameters: Sequence[Tensor]) -> None:
         """Let ``W`` consist of these tensors from now on. Gradients of tensors that remain are kept."""
         if list(map(id, parameters)) == list(map(id, self.targets)):
@@ -231,6 +246,7 @@ class ActivationGradients(RowReader):
         name: what errors call the representation.
     """
 
+    way_out = "Use norm_of='weight', which reads at the shared layer."
     _power = 2
 
     def __init__(self, module: nn.Module | None = None, name: str = "the representation") -> None:

@@ -99,6 +99,11 @@ class ReplayedGradients(RowReader):
         return [self._module.get_parameter(name) for name in self._parameters]
 
     @property
+    def is_frozen(self) -> bool:
+        """Whether some of ``W`` is frozen."""
+        return not all(W.requires_grad for W in self.shared)
+
+    @property
     def argument_nodes(self) -> set[Node]:
         """The nodes at which gradients of the module's arguments arrive in this forward pass."""
         return set().union(*(call.argument_nodes for call in self._calls))

@@ -150,8 +150,9 @@ class StepMeasurement:
         by_loss = [reached for name, reached in self._reached.items() if name != REST]
         is_shared = [sum(name in reached for reached in by_loss) >= least for name in self._candidates]
         if not any(is_shared):
-            if len(by_loss) < len(self._names):
-                return {}  # there are losses still to come
+            is_frozen = any(not parameter.requires_grad for parameter in self._model.parameters())
+            if is_frozen or len(by_loss) < len(self._names):
+                return {}  # a layer may be unfrozen, or there are losses still to come
             raise ValueError(
                 f"{self._source.caller}: parameters='shared' are those that two of the losses {self._names} reach, and there "
                 f"is none. Name a layer: parameters='encoder'."

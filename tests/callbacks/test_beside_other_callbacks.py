@@ -32,7 +32,6 @@ from harness import (
     Batches,
     MemoryLogger,
     Recorder,
-    assert_clean,
     state_by_part,
     traces,
 )
@@ -389,13 +388,3 @@ def test_a_backbone_below_the_shared_layer_may_be_unfrozen_later(heads: bool, qu
     for (name, found), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9, msg=name)
     assert_as_before(model, before, keys)
-
-
-@pytest.mark.parametrize("heads", [False, True], ids=["no-heads", "heads"])
-def test_a_shared_layer_that_is_still_frozen_is_an_error_that_names_it(heads: bool, quiet_trainer: MakeTrainer) -> None:
-    model = WithNeck(3)
-    before = traces(model)
-    gradnorm = GradNorm(TASKS, shared_layer="backbone.2", heads=model.heads() if heads else None)
-    with pytest.raises(ValueError, match=r"GradNorm: shared_layer 'backbone.2' is frozen .*Name the last shared layer"):
-        quiet_trainer(callbacks=[finetuning(), gradnorm]).fit(model, Batches(vector_batches(3, 2)))
-    assert_clean(model, before)

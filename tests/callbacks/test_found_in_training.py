@@ -28,7 +28,7 @@ from found import (
     train_unnamed,
 )
 from harness import Batches, Recorder, assert_agrees, assert_clean, state_by_part, traces
-from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from models import Manual, network_sgd, vector_batches
 from ranks import NO_TASK, PRESENCE, MayLack, Presence, Run, Told, lacking, train_each, when
 
@@ -102,97 +102,6 @@ def test_a_training_resumed_in_the_middle_finds_them_again(
     quiet_trainer(callbacks=[again, recorder]).fit(other, Batches(batches), ckpt_path=tmp_path / "step=3.ckpt")
     assert recorder.weights == whole.weights[3:]
     assert "W = trunk.2.weight (" in repr(again)
-
-
-# ---- a trunk that is frozen at first -----------------------------------------------------------------------------------
-
-
-class Frozen(Found):
-    """Its trunk is frozen until somebody unfreezes it; plain gradient descent, so that a rate of 0 is the same."""
-
-    def build(self) -> None:
-        super().build()
-        self.backbone = self.trunk
-        del self.trunk
-        self.backbone.requires_grad_(False)
-
-    def represent(self, x: torch.Tensor) -> Any:
-        return self.backbone(x)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.02)
-
-
-class FrozenEncoder(Frozen):
-    """The same with the name that is looked for where nothing can be found."""
-
-    def build(self) -> None:
-        super().build()
-        self.encoder = self.backbone
-
-
-class UnfreezesAt(L.Callback):
-    """Unfreezes the backbone in a batch, and hands it to the optimizer."""
-
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == self.batch:
-            pl_module.backbone.requires_grad_(True)
-            trainer.optimizers[0].add_param_group({"params": list(pl_module.backbone.parameters()), "lr": 0.02})
-
-
-def finetuning() -> L.Callback:
-    return BackboneFinetuning(
-        unfreeze_backbone_at_epoch=1, backbone_initial_lr=0.02, lambda_func=always_the_same, should_align=False
-    )
-
-
-def always_the_same(epoch: int) -> float:
-    return 1.0
-
-
-@pytest.mark.parametrize("kind", [Frozen, FrozenEncoder])
-@pytest.mark.parametrize(
-    ("unfreeze", "epochs", "at"),
-    [(partial(UnfreezesAt, 2), 1, 2), (finetuning, 2, 6)],
-    ids=["by a callback", "by BackboneFinetuning"],
-)
-def test_weights_wait_until_something_shared_is_trained(
-    unfreeze: Callable[[], L.Callback], epochs: int, at: int, kind: type[Frozen], quiet_trainer: MakeTrainer
-) -> None:
-    batches, model, twin = vector_batches(3, 6), kind(3), kind(3)
-    gradnorm, before = GradNorm(NAMES), traces(model)
-    recorder = Recorder(gradnorm)
-    expected = r"GradNorm: all that the tasks share in Frozen\w* is frozen \(4 parameters, such as '\w+.0.weight'\)"
-    with pytest.warns(UserWarning, match=expected) as warned:
-        quiet_trainer(callbacks=[unfreeze(), gradnorm, recorder], max_epochs=epochs).fit(model, Batches(batches))
-    assert len([one for one in warned if "GradNorm" in str(one.message)]) == 1
-    assert_clean(model, before)
-
-    backbone, rest = list(twin.backbone.parameters()), [p for p in twin.parameters() if p.requires_grad]
-    twin.backbone.requires_grad_(True)
-    sgd = torch.optim.SGD([{"params": backbone, "lr": 0.0}, {"params": rest}], lr=0.02)
-
-    def thaw(micro_batch: int) -> None:
-        sgd.param_groups[0]["lr"] = 0.02 if micro_batch >= at else 0.0
-
-    trajectory = textbook.train(
-        twin,
-        twin.forward_for_textbook,
-        batches * epochs,
-        [twin.backbone[2].weight],
-        sgd,
-        before_micro_batch=thaw,
-        skip_steps=range(at),
-    )
-    assert recorder.weights[:at] == [dict.fromkeys(NAMES, 1.0)] * at
-    assert recorder.weights[at] != recorder.weights[0]
-    assert_agrees(recorder, model, trajectory, twin, tolerance=TOLERANCE, state=state)
-    assert f"W = {'encoder' if kind is FrozenEncoder else 'backbone'}.2.weight (" in repr(gradnorm) or (
-        "W = backbone.2.weight (" in repr(gradnorm)
-    )
 
 
 # ---- several ranks -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from models import (
 )
 from wrong_inputs import ONES, TASKS, MakeTrainer, fails
 
-from lightning_gradnorm import FixedWeights, GradNorm
+from lightning_gradnorm import Balancer, FixedWeights, GradNorm
+from lightning_gradnorm.strategies import FixedRule
 
 
 def test_two_gradnorms_are_refused(quiet_trainer: MakeTrainer) -> None:
@@ -31,6 +32,32 @@ class MyGradNorm(GradNorm):
 def test_two_balancing_callbacks_are_refused(other: L.Callback, quiet_trainer: MakeTrainer) -> None:
     expected = ["one balancing callback", "GradNorm", type(other).__name__, "Remove one"]
     fails(quiet_trainer, Automatic(3), [GradNorm(TASKS), other], *expected)
+
+
+@pytest.mark.parametrize("part", [None, "encoder"], ids=["the model", "a part of it"])
+def test_a_balancer_and_a_callback_on_one_model_are_refused(part: str | None, quiet_trainer: MakeTrainer) -> None:
+    model = Automatic(3)
+    of_balancer = model if part is None else model.get_submodule(part)
+    with Balancer(of_balancer, FixedRule(ONES)):
+        expected = (
+            f"GradNorm: {type(of_balancer).__name__} already has a Balancer, with FixedRule",
+            "call close()",
+        )
+        fails(quiet_trainer, model, GradNorm(TASKS), *expected)
+    quiet_trainer(callbacks=[GradNorm(TASKS)]).fit(model, Batches(vector_batches(3, 2)))
+
+
+class MakesOne(Automatic):
+    """Makes a Balancer of a part of itself in mid-training."""
+
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
+        Balancer(self.encoder, FixedRule(ONES))
+
+
+def test_a_balancer_beside_a_callback_at_work_is_refused(quiet_trainer: MakeTrainer) -> None:
+    expected = "Balancer: MakesOne already has a GradNorm, with GradNormRule", "Leave one of them out."
+    fails(quiet_trainer, MakesOne(3), GradNorm(TASKS), *expected)
+    Balancer(MakesOne(3), FixedRule(ONES)).close()
 
 
 def test_before_training_the_tasks_of_a_module_are_not_known() -> None:

@@ -110,14 +110,6 @@ class OnlyColumns(OnlyHeads):
         return {task: column.square().mean() for task, column in zip(self.tasks, columns, strict=True)}
 
 
-class Frozen(Found):
-    """Its trunk is frozen."""
-
-    def build(self) -> None:
-        super().build()
-        self.trunk.requires_grad_(False)
-
-
 ALL = "['seg', 'depth', 'normal']"
 NOTHING = [
     case("they share nothing", OnlyHeads, {}, ["shared_layer=None", "OnlyHeads", ALL, "Scalarization"]),
@@ -136,12 +128,6 @@ NOTHING = [
     case("each has its own column", OnlyColumns, {}, [ALL, "entries of its own"]),
     case("the layer is 'auto'", Found, {"shared_layer": "auto"}, ["shared_layer 'auto'", "leave it out", "is found"]),
     case("the layer is that of a head", Found, {"shared_layer": "seg_head"}, ["'depth'", "layer that all tasks share"]),
-    case(
-        "the container named is frozen",
-        Frozen,
-        {"shared_layer": "trunk"},
-        ["shared_layer 'trunk' is frozen", "trunk.0.weight", "requires_grad=True", "leave shared_layer out"],
-    ),
     case(
         "the container named has a misspelt part",
         Found,

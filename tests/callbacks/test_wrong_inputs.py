@@ -262,12 +262,17 @@ class WithoutWeights(Automatic):
             setattr(self, f"{task}_head", nn.Linear(5, 3))
 
 
-class Frozen(Automatic):
-    """Is fine-tuned at its heads alone."""
+class FrozenInPart(Automatic):
+    """Its shared layer is a recurrent one, which trains only what it makes of its inputs."""
 
     def build(self) -> None:
         super().build()
-        self.encoder.requires_grad_(False)
+        self.encoder = nn.RNN(5, FEATURES)
+        self.encoder.weight_hh_l0.requires_grad_(False)
+
+    def task_losses(self, batch: Any) -> Losses:
+        z, _ = self.encoder(batch["x"])
+        return {task: (self.get_submodule(f"{task}_head")(z) - batch[task]).square().mean() for task in self.tasks}
 
 
 class Apart(Automatic):
@@ -297,10 +302,10 @@ class Auxiliary(Automatic):
 MODELS = [
     case("an encoder without weights", WithoutWeights, {}, ["shared_layer=None", "share no trained", "Scalarization"]),
     case(
-        "an encoder that is frozen, and named",
-        Frozen,
-        {"shared_layer": "encoder.2"},
-        ["shared_layer 'encoder.2'", "requires_grad=True", "Name"],
+        "a layer that is frozen in part, and named",
+        FrozenInPart,
+        {"shared_layer": "encoder"},
+        ["shared_layer 'encoder' is frozen in part", "(encoder.weight_hh_l0 should", "requires_grad=True", "Name"],
     ),
     case(
         "a task beside the encoder",

@@ -284,3 +284,41 @@ def test_a_rank_without_tasks_keeps_step_with_the_others(tmp_path: Path) -> None
     first, second = on_two_ranks(partial(_rank_without_tasks, batches=vector_batches(3, 6, size=8)), tmp_path)
     assert first == second
     assert first[5] != first[2]
+
+
+def thaw(rank: int | None, batches: Sequence[Batch], make: Callable[[], Any], **options: Any) -> Any:
+    """Train on a rank's half, or on all, with an encoder that is frozen in the first three batches."""
+    model, weights = Network(), []
+    optimizer = network_sgd(model.parameters())
+    with Balancer(model, make(), **options) as balancer:
+        for index, batch in enumerate(batches if rank is None else shares(batches, rank)):
+            model.encoder.requires_grad_(index >= 3)
+            balancer.backward(model(batch))
+            if rank is not None:
+                all_reduce_gradients(model)
+            optimizer.step()
+            balancer.step()
+            optimizer.zero_grad()
+            weights.append(balancer.weights)
+    return weights, model
+
+
+@pytest.mark.filterwarnings("ignore:Balancer. .* frozen")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("GradNorm", {"shared_layer": "encoder.2"}),
+        ("GradNorm", {}),
+        ("GradNorm", {"norm_of": "activation"}),
+        ("UPGrad", {}),
+    ],
+    ids=["the layer named", "the layer found", "norms at the representation", "UPGrad"],
+)
+def test_two_processes_wait_together_for_a_frozen_encoder(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    batches = vector_batches(3, 7, size=8)
+    first, second = on_two_ranks(partial(thaw, batches=batches, make=RULES[name], **options), tmp_path)
+    expected, model = thaw(None, batches, RULES[name], **options)
+    assert first[0] == second[0]
+    assert distance(first[0], expected) <= 1e-9
+    assert parameter_distance(first[1], model) <= 1e-9
+    assert first[0][2] == dict.fromkeys(TASKS[:3], 1.0) != first[0][6]

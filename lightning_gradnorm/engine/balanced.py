@@ -1,0 +1,34 @@
+"""Which models are being balanced, and by whom: the weights of two would be multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+_balanced: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
+"""Model → who balances it, and with what rule."""
+
+
+def require_unbalanced(model: nn.Module, *, caller: str) -> None:
+    """Check that no other `Balancer` balances this model; and no callback, if ``caller`` is a Balancer, or the reverse.
+
+    Raises:
+        ValueError: one does. Of a Balancer and a callback, one may also have part of the other's model.
+    """
+    for other, (who, rule) in list(_balanced.items()):
+        of_both_kinds = (who == "Balancer") != (caller == "Balancer")
+        is_nested = any(one is model for one in other.modules()) or any(one is other for one in model.modules())
+        if (of_both_kinds and is_nested) or (other is model and who == caller == "Balancer"):
+            raise ValueError(
+                f"{caller}: {type(other).__name__} already has a {who}, with {rule}: both would weight the same losses. Leave "
+                f"one of them out{', or call close() on the first' if who == 'Balancer' else ''}."
+            )
+
+
+def claim(model: nn.Module, *, caller: str, rule: str) -> Callable[[], object]:
+    """Note that a model is balanced from now on; return a function that ends it."""
+    require_unbalanced(model, caller=caller)
+    _balanced[model] = caller, rule
+    return lambda: _balanced.pop(model, None)
