@@ -43,6 +43,8 @@ class Found(Automatic):
 
     W: tuple[str, ...] = ("trunk.2.weight",)
     heads_found = ALL_HEADS
+    can_be_copied = True
+    """Whether it can be pickled and deep-copied before it is balanced."""
 
     def build(self) -> None:
         super().build()
@@ -308,7 +310,9 @@ def train_unnamed(
     of_trainer = {"accumulate_grad_batches": accumulate} if model.automatic_optimization else {}
     recorder, before = Recorder(gradnorm, accumulate), traces(model)
     trainer(callbacks=[gradnorm, recorder], **of_trainer).fit(model, Batches(batches))
-    assert_clean(model, before)
+    if model.can_be_copied:
+        assert_clean(model, before)
+    assert traces(model) == before
     return gradnorm, recorder
 
 

@@ -129,13 +129,13 @@ class OneModuleOfHeads(Found):
         def forward(self, z: Tensor) -> dict[str, Tensor]:
             return {task: head(z) for task, head in self.of.items()}
 
-    heads_found = "heads: depth → heads.of.depth"
+    heads_found = "heads: depth → predictions.of.depth"
 
     def build(self) -> None:
-        self.trunk, self.heads = vector_encoder(), self.Heads(self.tasks)
+        self.trunk, self.predictions = vector_encoder(), self.Heads(self.tasks)
 
     def represent(self, x: Tensor) -> dict[str, Tensor]:
-        return self.heads(self.trunk(x))
+        return self.predictions(self.trunk(x))
 
     def predict(self, task: str, z: Any) -> Tensor:
         return z[task]
@@ -145,6 +145,7 @@ class Pruned(Found):
     """A pruned layer: its weight is made of a parameter and a mask before each call."""
 
     W = ("trunk.2.weight_orig",)
+    can_be_copied = False
 
     def build(self) -> None:
         super().build()
@@ -155,6 +156,7 @@ class SpectralNorm(Found):
     """The old spectral norm, a hook that makes the weight in each call."""
 
     W = ("trunk.2.weight_orig",)
+    can_be_copied = False
 
     def build(self) -> None:
         super().build()
@@ -164,23 +166,28 @@ class SpectralNorm(Found):
 class Bayesian(Found):
     """Weights drawn anew in each forward pass from learnt means and widths."""
 
-    W = ("mean", "width")
+    W = ("mean",)
 
     def build(self) -> None:
         super().build()
         self.trunk = nn.Linear(INPUTS, HIDDEN)
+        self.batches = 0
         self.mean = nn.Parameter(0.3 * torch.randn(FEATURES, HIDDEN))
         self.width = nn.Parameter(torch.full((FEATURES, HIDDEN), -3.0))
 
     def represent(self, x: Tensor) -> Tensor:
-        weight = self.mean + F.softplus(self.width) * torch.randn(self.mean.shape, dtype=self.mean.dtype)
+        self.batches += 1
+        noise = torch.randn(
+            self.mean.shape, dtype=self.mean.dtype, generator=torch.Generator().manual_seed(self.batches)
+        )
+        weight = self.mean + F.softplus(self.width) * noise
         return torch.tanh(F.linear(torch.tanh(self.trunk(x)), weight))
 
 
 class HyperNetwork(Found):
-    """A small network makes the weights of the last shared layer."""
+    """A small network makes the weights of the last shared layer. The layer before it lies deeper below the input."""
 
-    W = ("maker.weight",)
+    W = ("trunk.weight",)
 
     def build(self) -> None:
         super().build()
@@ -194,7 +201,9 @@ class HyperNetwork(Found):
 
 
 class Averaged(Found):
-    """Keeps a moving average of its trunk beside it, for evaluation."""
+    """Keeps a moving average of its trunk beside it, and a frozen teacher that one task listens to."""
+
+    heads_found = "heads: depth → depth_head, seg → seg_head"
 
     def build(self) -> None:
         super().build()
@@ -238,6 +247,8 @@ class Sequentially(Found):
 class WithItsHook(Found):
     """A hook of the user's own replaces the trunk's output."""
 
+    can_be_copied = False
+
     def build(self) -> None:
         super().build()
         self.trunk.register_forward_hook(lambda module, args, output: 1.5 * output)
@@ -267,7 +278,7 @@ class Attention(Found):
     def build(self) -> None:
         super().build()
         self.embed, self.tokens = nn.Linear(1, FEATURES), nn.Parameter(torch.randn(len(self.tasks), FEATURES))
-        self.trunk = nn.TransformerEncoderLayer(FEATURES, 2, HIDDEN, dropout=0.0, batch_first=True)
+        self.trunk = nn.TransformerEncoderLayer(FEATURES, 2, 64, dropout=0.0, batch_first=True)
 
     def represent(self, x: Tensor) -> Tensor:
         tokens = torch.cat([self.tokens.expand(len(x), -1, -1), self.embed(x.unsqueeze(-1))], dim=1)
