@@ -7,7 +7,7 @@ each task has been seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -108,7 +108,7 @@ class Discovery:
             return None
         if self._seen.opaque and self._fallback:
             return self._fallback
-        found = self._deepest_moved_by_all(losses, [layers[name] for name in self._deepest_first()])
+        found = self._deepest_moved_by_all(losses, [layers[name] for name in self._deepest_first(layers)])
         if found is None:
             self._require_frozen_part()
         return found
@@ -122,12 +122,13 @@ class Discovery:
                 frozen[name] = set(self._setting.tasks if nodes is None else graph.tasks_at(nodes))
         return frozen
 
-    def _deepest_first(self) -> list[str]:
-        """Return the layers that all tasks depend on. If tasks use a layer at different depths, the least counts."""
-        tasks = self._setting.tasks
-        shared = {
-            name: min(of_task.values()) for name, of_task in self._seen.positions.items() if len(of_task) == len(tasks)
-        }
+    def _deepest_first(self, names: Iterable[str]) -> list[str]:
+        """Return the layers that all tasks depend on. If tasks use a layer at different depths, the least counts.
+
+        Layers that meet in one operation keep the order of ``names``, the model's: it is the same on all ranks.
+        """
+        T, positions = len(self._setting.tasks), self._seen.positions
+        shared = {name: min(positions[name].values()) for name in names if len(positions.get(name, ())) == T}
         return sorted(shared, key=lambda name: shared[name], reverse=True)
 
     def _deepest_moved_by_all(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import lightning as L
 import pytest
 import textbook
 import torch
@@ -24,10 +22,9 @@ from found import (
     MakeTrainer,
     ZeroAtFirst,
     assert_follows_textbook,
-    state,
     train_unnamed,
 )
-from harness import Batches, Recorder, assert_agrees, assert_clean, state_by_part, traces
+from harness import Batches, Recorder, state_by_part
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import Manual, network_sgd, vector_batches
 from ranks import NO_TASK, PRESENCE, MayLack, Presence, Run, Told, lacking, train_each, when

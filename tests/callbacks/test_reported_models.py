@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from found import Found, MakeTrainer, assert_follows_textbook
-from models import FEATURES, HIDDEN, INPUTS, OUTPUTS, Batch, vector_encoder
+from found import NAMES, Found, MakeTrainer, assert_follows_textbook
+from harness import Batches
+from models import FEATURES, HIDDEN, INPUTS, OUTPUTS, Batch, vector_batches, vector_encoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint_sequential
+
+from lightning_gradnorm import GradNorm
 
 
 class Experts(Found):
@@ -184,6 +187,20 @@ class Bayesian(Found):
         return torch.tanh(F.linear(torch.tanh(self.trunk(x)), weight))
 
 
+class Soup(Found):
+    """The mean of several weights, none of which lies deeper than the others: the model's first is chosen, on all ranks."""
+
+    W = ("several.0",)
+
+    def build(self) -> None:
+        super().build()
+        self.trunk = nn.Linear(INPUTS, HIDDEN)
+        self.several = nn.ParameterList([torch.randn(FEATURES, HIDDEN) for _ in range(6)])
+
+    def represent(self, x: Tensor) -> Tensor:
+        return torch.tanh(F.linear(torch.tanh(self.trunk(x)), torch.stack(list(self.several)).mean(0)))
+
+
 class HyperNetwork(Found):
     """A small network makes the weights of the last shared layer. The layer before it lies deeper below the input."""
 
@@ -331,6 +348,7 @@ MODELS: dict[str, type[Found]] = {
     "a pruned layer": Pruned,
     "an old spectral norm": SpectralNorm,
     "Bayesian weights": Bayesian,
+    "a soup of weights": Soup,
     "a hypernetwork": HyperNetwork,
     "an average of the weights beside them": Averaged,
     "gradient reversal": Adversarial,
@@ -351,3 +369,103 @@ def test_trained_with_nothing_named(name: str, heads: Any, quiet_trainer: MakeTr
     found = assert_follows_textbook(quiet_trainer, lambda: make(3), heads=heads)
     if heads == "auto":
         assert make(3).heads_found in found
+
+
+# the same network, wrapped or built in other ways --------------------------------------------------------------------
+
+
+class Inside(Found):
+    """A LightningModule inside another."""
+
+    def build(self) -> None:
+        self.inner = Found(len(self.tasks))
+
+    def task_losses(self, batch: Batch) -> dict[str, Tensor]:
+        return self.inner.task_losses(batch)
+
+
+class InParallel(Found):
+    """`nn.DataParallel` around the trunk."""
+
+    def build(self) -> None:
+        super().build()
+        self.trunk = nn.DataParallel(self.trunk)
+
+
+class Traced(Found):
+    """A trunk that `torch.jit.trace` has made."""
+
+    def __init__(self, T: int) -> None:
+        super().__init__(T)
+        self.trunk = torch.jit.trace(self.trunk, torch.randn(4, INPUTS, dtype=torch.float64))  # type: ignore[no-untyped-call]
+
+
+class CompiledFunction(Found):
+    """The losses come from a compiled function, not from a module."""
+
+    def __init__(self, T: int) -> None:
+        super().__init__(T)
+        self.__dict__["compiled"] = torch.compile(super().task_losses, backend="eager")
+
+    def task_losses(self, batch: Batch) -> dict[str, Tensor]:
+        return self.compiled(batch)
+
+
+class Late(Found):
+    """Its layers are made in `setup`, or in `configure_model`."""
+
+    where = "setup"
+
+    def build(self) -> None:
+        pass
+
+    def make(self) -> None:
+        like = Found(len(self.tasks))
+        for name, child in like.named_children():
+            setattr(self, name, child)
+
+    def setup(self, stage: str) -> None:
+        if self.where == "setup":
+            self.make()
+
+    def configure_model(self) -> None:
+        if self.where == "configure_model" and not hasattr(self, "trunk"):
+            self.make()
+
+
+class InConfigureModel(Late):
+    """Its layers are made in `configure_model`."""
+
+    where = "configure_model"
+
+
+class Behind(Found):
+    """The trunk is a property; the modules have another name."""
+
+    def build(self) -> None:
+        super().build()
+        self.parts = nn.ModuleDict({"first": self.trunk})
+        del self.trunk
+
+    def represent(self, x: Tensor) -> Tensor:
+        return self.features(x)
+
+    @property
+    def features(self) -> nn.Module:
+        return self.parts["first"]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("make", [Inside, InParallel, Traced, CompiledFunction, Late, InConfigureModel, Behind])
+def test_wrapped_or_built_in_another_way_it_gets_the_same_weights(
+    make: type[Found], quiet_trainer: MakeTrainer
+) -> None:
+    batches = vector_batches(3, 4)
+    weights = []
+    for one in (Found, make):
+        gradnorm = GradNorm(NAMES)
+        quiet_trainer(callbacks=[gradnorm]).fit(one(3), Batches(batches))
+        weights.append(gradnorm.weights)
+    assert weights[0] == pytest.approx(weights[1], rel=1e-9)
+    assert max(abs(weight - 1) for weight in weights[0].values()) > 1e-3
