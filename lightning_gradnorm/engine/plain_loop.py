@@ -37,8 +37,12 @@ class PlainLoop:
         """Called with the tasks of each backward pass."""
         self._seen.update(tasks)
 
-    def finish_step(self, tasks: Sequence[str]) -> None:
-        """Called after each step. Warn once of tasks that have had no loss for a long time."""
+    def finish_step(self, tasks: Sequence[str]) -> bool:
+        """Called after each step. Warn once of tasks that have had no loss for a long time.
+
+        Returns:
+            True once, when so many steps have been taken that what has not happened yet may be told.
+        """
         self.scales.clear()
         self._steps += 1
         missing = [task for task in tasks if task not in self._seen]
@@ -47,6 +51,7 @@ class PlainLoop:
                 f"Balancer: no loss of tasks {missing} was seen in the first {_PATIENCE} steps, so that they are not balanced. "
                 f"Give them to backward, or make the rule without them."
             )
+        return self._steps == _PATIENCE
 
     def is_training(self) -> bool:
         """Return True in training mode. What an evaluation calls belongs to no backward pass, and would never be released."""

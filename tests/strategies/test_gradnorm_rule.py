@@ -485,8 +485,8 @@ def test_moving_to_a_gpu_and_back_moves_all_tensors_and_keeps_every_value(optimi
     before = rule.state_dict()
     rule.to(device="cuda")
     held = [value for value in vars(rule).values() if isinstance(value, Tensor)]
-    held += [value for value in vars(rule._optimizer).values() if isinstance(value, Tensor)]
-    held += [value for value in rule._optimizer._state_tensors().values() if value.ndim]
+    held += [value for value in vars(rule._step).values() if isinstance(value, Tensor)]
+    held += [value for value in rule._step._state_tensors().values() if value.ndim]
     assert len(held) > 5
     assert {value.device.type for value in held} == {"cuda"}
     assert rule.last is not None
