@@ -25,6 +25,7 @@ class Fault:
 
 _GRADNORM = f"{_CORE}strategies/gradnorm.py"
 _ADAM = f"{_CORE}strategies/weight_optimizer.py"
+_FIRST = f"{_CORE}strategies/initial_losses.py"
 _ENGINE = f"{_CORE}engine/engine.py"
 _RANKS = f"{_CORE}engine/ranks.py"
 
@@ -51,8 +52,8 @@ FAULTS = (
     Fault(
         "the target is not detached: the gradient goes through it too",
         _GRADNORM,
-        "(grad_norms - targets).sign() * norms)",
-        "norms * ((s := (grad_norms - targets).sign()) - _mean(s * priorities * rates**alpha, present)))",
+        "(grad_norms - targets).sign() * norms, ratios)",
+        "norms * ((s := (grad_norms - targets).sign()) - _mean(s * priorities * rates**alpha, present)), ratios)",
         _OF_RULE,
     ),
     Fault(
@@ -72,8 +73,8 @@ FAULTS = (
     Fault(
         "priorities are not scaled to mean 1",
         _GRADNORM,
-        "priorities / priorities.mean(), initial_losses",
-        "priorities, initial_losses",
+        "weights.sum(), priorities / priorities.mean()",
+        "weights.sum(), priorities",
         _OF_TERMS,
     ),
     Fault(
@@ -107,29 +108,29 @@ FAULTS = (
     Fault(
         "the last losses take the place of L(0)",
         _GRADNORM,
-        "        self._is_fresh = False\n        self._pending.append(",
-        "        self._is_fresh, self.initial_losses = False, losses\n        self._pending.append(",
+        "        self._is_fresh = False\n",
+        "        self._is_fresh, self._initial.values = False, losses\n",
         _OF_BALANCER,
     ),
     Fault(
         "L(0) is the mean over one update more than asked for",
-        _GRADNORM,
-        "counts = present & (self._updates_seen < self._updates_in_initial)",
-        "counts = present & (self._updates_seen <= self._updates_in_initial)",
+        _FIRST,
+        "counts = self._updates_seen < self._needed\n",
+        "counts = self._updates_seen <= self._needed\n",
         _OF_RULE,
     ),
     Fault(
         "L(0) is not restored",
-        _GRADNORM,
-        'torch.where(is_new, self.initial_losses, matched["initial_losses"].to(self.weights))',
-        "self.initial_losses",
+        _FIRST,
+        "torch.where(takes_own, self.values, values.masked_fill(counts_anew, 0.0))",
+        "self.values",
         (*_OF_RULE, "tests/callbacks/test_resume.py"),
     ),
     Fault(
         "L(0) is taken anew after a resume",
-        _GRADNORM,
-        'self._updates_seen = matched["updates_seen"].to(self.weights)',
-        "self._updates_seen = torch.zeros_like(self._updates_seen)",
+        _FIRST,
+        "found._updates_seen = seen.masked_fill(takes_own, 0.0)",
+        "found._updates_seen = torch.zeros_like(seen)",
         (*_OF_RULE, "tests/callbacks/test_resume.py"),
     ),
     Fault(
@@ -472,8 +473,8 @@ FAULTS = (
     Fault(
         "a gradient of zero raises the weight of its task",
         _GRADNORM,
-        "        present = self._zero_gradients.present(norms, present, may_look=self.syncs_every_step)\n",
-        "",
+        "with_gradient = tasks_with_gradient(norms, present, may_look=self.syncs_every_step)",
+        "with_gradient = present",
         ("tests/strategies/test_zero_gradients.py",),
     ),
     # ---- what is found -----------------------------------------------------------------------------------------------

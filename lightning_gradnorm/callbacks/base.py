@@ -313,9 +313,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._usage.on_epoch_end(pl_module)
-        if self._engine is not None:
-            self._engine.measurement.end_epoch()
+        self._usage.on_epoch_end(pl_module, self._engine)
 
     # ---- state -------------------------------------------------------------------------------------------------------
 

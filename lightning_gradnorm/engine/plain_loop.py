@@ -5,12 +5,16 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_gradnorm.engine.ranks import Ranks
+
+if TYPE_CHECKING:
+    from lightning_gradnorm.engine.measurement import Measurement
 
 _PATIENCE = 50
 """Steps after which a task without any loss is warned of."""
@@ -37,12 +41,8 @@ class PlainLoop:
         """Called with the tasks of each backward pass."""
         self._seen.update(tasks)
 
-    def finish_step(self, tasks: Sequence[str]) -> bool:
-        """Called after each step. Warn once of tasks that have had no loss for a long time.
-
-        Returns:
-            True once, when so many steps have been taken that what has not happened yet may be told.
-        """
+    def finish_step(self, tasks: Sequence[str], measurement: Measurement[Any]) -> None:
+        """Called after each step. Warn once of tasks that have had no loss for a long time, and of what the rule finds then."""
         self.scales.clear()
         self._steps += 1
         missing = [task for task in tasks if task not in self._seen]
@@ -51,7 +51,8 @@ class PlainLoop:
                 f"Balancer: no loss of tasks {missing} was seen in the first {_PATIENCE} steps, so that they are not balanced. "
                 f"Give them to backward, or make the rule without them."
             )
-        return self._steps == _PATIENCE
+        if self._steps == _PATIENCE:
+            measurement.end_epoch()
 
     def is_training(self) -> bool:
         """Return True in training mode. What an evaluation calls belongs to no backward pass, and would never be released."""

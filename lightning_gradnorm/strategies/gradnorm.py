@@ -376,5 +376,4 @@ class GradNormRule:
         self.weights.copy_(weights)
         self.mean_weights, self._initial_weights, self._initial = mean_weights, began_with, initial
         self.steps, self._last_seen, self._is_fresh = steps, last_seen, False
-        self.outcomes = Outcomes(self.tasks, self.alpha, keeps_last_seen=last_seen is not None)
-        self.outcomes.skipped = skipped
+        self.outcomes.resume(skipped)

@@ -6,7 +6,7 @@ The outcome is read when somebody asks, so that the host does not wait for a GPU
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,6 +91,11 @@ class Outcomes:
         self._seen: set[str] = set()
         self._updates = self._updates_of_several = 0
 
+    def resume(self, skipped: int) -> None:
+        """Go on after so many skipped updates. What has not been read belongs to weights that are no more."""
+        self._pending, self.skipped = [], skipped
+        self.domination.note(None)
+
     def add(self, update: WeightUpdate, *, read: bool) -> None:
         """Add an update; with ``read``, or if many wait, read it and all that were added before."""
         self._pending.append(update)
@@ -101,11 +106,10 @@ class Outcomes:
         """Read what was added since the last time. Synchronizes with the device."""
         if not (updates := self._pending):
             return
+        table = _rows([one for u in updates for one in (u.norms, u.losses, u.terms.grad_norms, u.terms.ratios)])
+        presence = _rows([one for u in updates for one in (u.shown, u.with_gradient, u.present)])
+        all_taken = len(updates) > 1 and bool(torch.stack([u.taken for u in updates]).all())
         self._pending = []
-        numbers = [one for u in updates for one in (u.norms, u.losses, u.terms.grad_norms, u.terms.ratios)]
-        masks = [one for u in updates for one in (u.shown, u.with_gradient, u.present)]
-        all_taken = bool(torch.stack([u.taken for u in updates]).all())
-        table, presence = torch.stack(numbers).tolist(), torch.stack(masks).tolist()
         for index, update in enumerate(updates):
             shown, with_gradient, present = presence[3 * index : 3 * index + 3]
             self._count_company(shown, present)
@@ -147,8 +151,11 @@ class Outcomes:
         return self.domination.note(self._tasks[i], losses[i], ratio, rate)
 
     def _count_company(self, shown: list[bool], present: list[bool]) -> None:
-        self._seen |= {task for task, is_shown in zip(self._tasks, shown, strict=True) if is_shown}
         self._updates += 1
+        if all(shown):
+            self._updates_of_several += 1
+            return
+        self._seen |= {task for task, is_shown in zip(self._tasks, shown, strict=True) if is_shown}
         self._updates_of_several += sum(map(max, shown, present)) > 1
 
     def _remark(self) -> None:
@@ -166,7 +173,7 @@ class Outcomes:
     def end_epoch(self) -> None:
         """Called at the end of an epoch: find out whether no update of it had two tasks to balance."""
         self.read()
-        if self._updates and not self._updates_of_several and len(self._seen) > 1:
+        if not self._updates_of_several and len(self._seen) > 1:
             what = "were two tasks present" if not self._keeps_last_seen else "had two tasks been seen"
             remedies = [
                 "mix the tasks in each batch (CombinedLoader(…, mode='max_size_cycle'))",
@@ -182,3 +189,8 @@ class Outcomes:
                 f"{'; or '.join(remedies)}.",
             )
         self._updates = self._updates_of_several = 0
+
+
+def _rows(vectors: Sequence[Tensor]) -> list[Any]:
+    """Return the numbers of vectors of shape (T,), and wait for a GPU once at the most."""
+    return [one.tolist() for one in vectors] if vectors[0].is_cpu else torch.stack(list(vectors)).tolist()

@@ -44,16 +44,22 @@ class ZeroGradients:
     """
 
     def __init__(self, tasks: Sequence[str]) -> None:
-        self._in_a_row = dict.fromkeys(tasks, 0)
+        self._tasks = tasks
+        self._in_a_row: dict[str, int] = {}
         self.updates = 0
         """Updates in which some present task had no gradient."""
 
-    def note(self, shown: Sequence[bool], with_gradient: Sequence[bool]) -> None:
+    def note(self, shown: list[bool], with_gradient: list[bool]) -> None:
         """Called with the tasks that had a loss in an update, and those of them that had a gradient."""
-        for task, is_shown, has_gradient in zip(self._in_a_row, shown, with_gradient, strict=True):
-            if is_shown:
-                self._in_a_row[task] = 0 if has_gradient else self._in_a_row[task] + 1
-        self.updates += list(shown) != list(with_gradient)
+        all_have_one = shown == with_gradient
+        if all_have_one and not self._in_a_row:
+            return
+        for task, is_shown, has_gradient in zip(self._tasks, shown, with_gradient, strict=True):
+            if is_shown and has_gradient:
+                self._in_a_row.pop(task, None)
+            elif is_shown:
+                self._in_a_row[task] = self._in_a_row.get(task, 0) + 1
+        self.updates += not all_have_one
 
     @property
     def lasting(self) -> list[str]:
