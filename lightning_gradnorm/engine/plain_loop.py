@@ -51,7 +51,7 @@ class PlainLoop:
                 f"Balancer: no loss of tasks {missing} was seen in the first {_PATIENCE} steps, so that they are not balanced. "
                 f"Give them to backward, or make the rule without them."
             )
-        if self._steps == _PATIENCE:
+        elif self._steps == _PATIENCE:
             measurement.end_epoch()
 
     def is_training(self) -> bool:

@@ -88,7 +88,6 @@ class Outcomes:
         self.remarks: dict[str, str] = {}
         """What the user should be told: a key, under which it is told once → the message, without a caller's name."""
         self._pending: list[WeightUpdate] = []
-        self._seen: set[str] = set()
         self._updates = self._updates_of_several = 0
 
     def resume(self, skipped: int) -> None:
@@ -152,11 +151,7 @@ class Outcomes:
 
     def _count_company(self, shown: list[bool], present: list[bool]) -> None:
         self._updates += 1
-        if all(shown):
-            self._updates_of_several += 1
-            return
-        self._seen |= {task for task, is_shown in zip(self._tasks, shown, strict=True) if is_shown}
-        self._updates_of_several += sum(map(max, shown, present)) > 1
+        self._updates_of_several += all(shown) or sum(map(max, shown, present)) > 1
 
     def _remark(self) -> None:
         for task in self.zero_gradients.lasting:
@@ -173,7 +168,7 @@ class Outcomes:
     def end_epoch(self) -> None:
         """Called at the end of an epoch: find out whether no update of it had two tasks to balance."""
         self.read()
-        if not self._updates_of_several and len(self._seen) > 1:
+        if self._updates and not self._updates_of_several:
             what = "were two tasks present" if not self._keeps_last_seen else "had two tasks been seen"
             remedies = [
                 "mix the tasks in each batch (CombinedLoader(…, mode='max_size_cycle'))",

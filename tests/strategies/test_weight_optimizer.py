@@ -56,9 +56,13 @@ def test_the_state_of_torchs_adam_and_of_ours_can_take_each_others_place() -> No
         name: GradNormRule(list("abc"), optimizer=partial(maker, lr=0.1), resume_options="given", dtype=F64)
         for name, maker in makers.items()
     }
-    with pytest.warns(UserWarning, match="the class of the weights' optimizer is General in the checkpoint and Adam here"):
+    with pytest.warns(
+        UserWarning, match="the class of the weights' optimizer is General in the checkpoint and Adam here"
+    ):
         exchanged["ours"].load_state_dict(rules["general"].state_dict())
-    with pytest.warns(UserWarning, match="the class of the weights' optimizer is Adam in the checkpoint and General here"):
+    with pytest.warns(
+        UserWarning, match="the class of the weights' optimizer is Adam in the checkpoint and General here"
+    ):
         exchanged["general"].load_state_dict(rules["ours"].state_dict())
     for norms, losses in steps[10:]:
         for rule in (*rules.values(), *exchanged.values()):
