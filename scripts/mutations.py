@@ -31,6 +31,7 @@ _RANKS = f"{_CORE}engine/ranks.py"
 
 _OF_TERMS = ("tests/strategies/test_gradnorm_terms.py",)
 _OF_RULE = (*_OF_TERMS, "tests/strategies/test_gradnorm_rule.py")
+_OF_LAST_SEEN = ("tests/callbacks/test_last_seen.py",)
 _OF_NETWORK = ("tests/callbacks/test_network_gradients.py",)
 _OF_BALANCER = ("tests/engine/test_balancer.py",)
 _OF_PRECISION = ("tests/callbacks/test_precision.py",)
@@ -476,6 +477,48 @@ FAULTS = (
         "with_gradient = tasks_with_gradient(norms, present, may_look=self.syncs_every_step)",
         "with_gradient = present",
         ("tests/strategies/test_zero_gradients.py",),
+    ),
+    Fault(
+        "an absent task takes part with a norm of zero",
+        f"{_CORE}strategies/last_seen.py",
+        "stays = present | ~self._is_known",
+        "stays = present | True",
+        _OF_LAST_SEEN,
+    ),
+    Fault(
+        "last numbers count in L(0)",
+        _GRADNORM,
+        "self._initial.propose(losses, with_gradient)",
+        "self._initial.propose(losses, present)",
+        _OF_LAST_SEEN,
+    ),
+    Fault(
+        "last numbers are not in the checkpoint",
+        _GRADNORM,
+        'self._last_seen.resumed(matched.get("last_seen"))',
+        "self._last_seen.resumed(None)",
+        _OF_LAST_SEEN,
+    ),
+    Fault(
+        "a loss that stays is taken to fall",
+        f"{_CORE}strategies/domination.py",
+        "if fmean(last) >= fmean(first) - noise:",
+        "if fmean(last) > fmean(first) + noise:",
+        ("tests/strategies/test_domination.py",),
+    ),
+    Fault(
+        "the checkpoint's options are in force though the given ones should be",
+        _ADAM,
+        'prefers_given = resume_options == "given"',
+        "prefers_given = False",
+        ("tests/strategies/test_resuming.py",),
+    ),
+    Fault(
+        "an optimizer of another class goes on without a word",
+        _ADAM,
+        "        if is_other:\n",
+        "        if False:\n",
+        ("tests/strategies/test_resuming.py",),
     ),
     # ---- what is found -----------------------------------------------------------------------------------------------
     Fault(
