@@ -50,7 +50,8 @@ class GradNorm(BalancingCallback[GradNormRule]):
             function: ``"module.loss"``. The tasks are looked up in what it returns, by key, attribute or index:
             ``tasks={"recon": "reconstruction_loss", "kl": "extra.kl"}``; ``"T.0"`` is the first column of a matrix.
             Or task → path of what returns its loss.
-        alpha: the asymmetry: how strongly tasks are pulled to a common training rate. 0 asks for equal gradient norms.
+        alpha: the asymmetry: how strongly tasks are pulled to a common training rate. 0 asks for equal gradient norms; a
+            task whose loss vanishes, and with it its gradient, then gets nearly all of the weight.
         optimizer: makes the optimizer of the weights from a list of parameters.
         initial_losses: ``L_i(0)``: the mean over so many of the first weight updates; or numbers by task, for some or all. The
             others' is their first loss. As long as a task's loss is 0 from the start, no update is made.

@@ -89,7 +89,7 @@ class GradNormRule:
 
     Args:
         tasks: the tasks' names, in the order of every tensor of shape (T,).
-        alpha: the asymmetry.
+        alpha: the asymmetry. With 0, a task whose loss vanishes gets nearly all of the weight.
         optimizer: makes the optimizer of the weights; the paper's is ``partial(torch.optim.Adam, lr=0.025)``.
         initial_losses: the number of first updates whose mean loss is ``L_i(0)`` (as long as there are fewer, the mean of
             those so far); or the values by task, for example ``{"seg": math.log(13)}``. The others' is their first loss.
