@@ -57,7 +57,7 @@ class Domination:
         if fmean(last) >= fmean(first) - noise:
             why = (
                 f"and its loss has not fallen (mean {fmean(first):.4g} over the first half, {fmean(last):.4g} over the "
-                f"second): it may be one that cannot be learnt"
+                f"second): it cannot be learnt, or is at its floor. If it is merely on a small scale, all is well"
             )
         elif 0 <= ratio < 0.01 and rate < 0.1:
             why = (

@@ -173,11 +173,10 @@ class Outcomes:
             remedies = [
                 "mix the tasks in each batch (CombinedLoader(…, mode='max_size_cycle'))",
                 "accumulate batches until a step covers all tasks (accumulate_grad_batches)",
+                "measure in each step (update_every=1)"
+                if self._keeps_last_seen
+                else "let an absent task count as it was last (absent_tasks='last_seen')",
             ]
-            remedies += ["measure in each step (update_every=1)"] if self._keeps_last_seen else []
-            remedies += (
-                [] if self._keeps_last_seen else ["let an absent task count as it was last (absent_tasks='last_seen')"]
-            )
             self.remarks.setdefault(
                 "one task at a time",
                 f"in none of the last {self._updates} weight updates {what}, so that nothing has been balanced. What helps: "
