@@ -25,11 +25,13 @@ class Fault:
 
 _GRADNORM = f"{_CORE}strategies/gradnorm.py"
 _ADAM = f"{_CORE}strategies/weight_optimizer.py"
+_FIRST = f"{_CORE}strategies/initial_losses.py"
 _ENGINE = f"{_CORE}engine/engine.py"
 _RANKS = f"{_CORE}engine/ranks.py"
 
 _OF_TERMS = ("tests/strategies/test_gradnorm_terms.py",)
 _OF_RULE = (*_OF_TERMS, "tests/strategies/test_gradnorm_rule.py")
+_OF_LAST_SEEN = ("tests/callbacks/test_last_seen.py",)
 _OF_NETWORK = ("tests/callbacks/test_network_gradients.py",)
 _OF_BALANCER = ("tests/engine/test_balancer.py",)
 _OF_PRECISION = ("tests/callbacks/test_precision.py",)
@@ -54,8 +56,8 @@ FAULTS = (
     Fault(
         "the target is not detached: the gradient goes through it too",
         _GRADNORM,
-        "(grad_norms - targets).sign() * norms)",
-        "norms * ((s := (grad_norms - targets).sign()) - _mean(s * priorities * rates**alpha, present)))",
+        "(grad_norms - targets).sign() * norms, ratios)",
+        "norms * ((s := (grad_norms - targets).sign()) - _mean(s * priorities * rates**alpha, present)), ratios)",
         _OF_RULE,
     ),
     Fault(
@@ -75,8 +77,8 @@ FAULTS = (
     Fault(
         "priorities are not scaled to mean 1",
         _GRADNORM,
-        "priorities / priorities.mean(), initial_losses",
-        "priorities, initial_losses",
+        "weights.sum(), priorities / priorities.mean()",
+        "weights.sum(), priorities",
         _OF_TERMS,
     ),
     Fault(
@@ -110,29 +112,29 @@ FAULTS = (
     Fault(
         "the last losses take the place of L(0)",
         _GRADNORM,
-        "        self._is_fresh = False\n        self._pending.append(",
-        "        self._is_fresh, self.initial_losses = False, losses\n        self._pending.append(",
+        "        self._is_fresh = False\n",
+        "        self._is_fresh, self._initial.values = False, losses\n",
         _OF_BALANCER,
     ),
     Fault(
         "L(0) is the mean over one update more than asked for",
-        _GRADNORM,
-        "counts = present & (self._updates_seen < self._updates_in_initial)",
-        "counts = present & (self._updates_seen <= self._updates_in_initial)",
+        _FIRST,
+        "counts = self._updates_seen < self._needed\n",
+        "counts = self._updates_seen <= self._needed\n",
         _OF_RULE,
     ),
     Fault(
         "L(0) is not restored",
-        _GRADNORM,
-        'torch.where(is_new, self.initial_losses, matched["initial_losses"].to(self.weights))',
-        "self.initial_losses",
+        _FIRST,
+        "torch.where(takes_own, self.values, values.masked_fill(counts_anew, 0.0))",
+        "self.values",
         (*_OF_RULE, "tests/callbacks/test_resume.py"),
     ),
     Fault(
         "L(0) is taken anew after a resume",
-        _GRADNORM,
-        'self._updates_seen = matched["updates_seen"].to(self.weights)',
-        "self._updates_seen = torch.zeros_like(self._updates_seen)",
+        _FIRST,
+        "found._updates_seen = seen.masked_fill(takes_own, 0.0)",
+        "found._updates_seen = torch.zeros_like(seen)",
         (*_OF_RULE, "tests/callbacks/test_resume.py"),
     ),
     Fault(
@@ -504,9 +506,51 @@ FAULTS = (
     Fault(
         "a gradient of zero raises the weight of its task",
         _GRADNORM,
-        "        present = self._zero_gradients.present(norms, present, may_look=self.syncs_every_step)\n",
-        "",
+        "with_gradient = tasks_with_gradient(norms, present, may_look=self.syncs_every_step)",
+        "with_gradient = present",
         ("tests/strategies/test_zero_gradients.py",),
+    ),
+    Fault(
+        "an absent task takes part with a norm of zero",
+        f"{_CORE}strategies/last_seen.py",
+        "stays = present | ~self._is_known",
+        "stays = present | True",
+        _OF_LAST_SEEN,
+    ),
+    Fault(
+        "last numbers count in L(0)",
+        _GRADNORM,
+        "self._initial.propose(losses, with_gradient)",
+        "self._initial.propose(losses, present)",
+        _OF_LAST_SEEN,
+    ),
+    Fault(
+        "last numbers are not in the checkpoint",
+        _GRADNORM,
+        'self._last_seen.resumed(matched.get("last_seen"))',
+        "self._last_seen.resumed(None)",
+        _OF_LAST_SEEN,
+    ),
+    Fault(
+        "a loss that stays is taken to fall",
+        f"{_CORE}strategies/domination.py",
+        "if fmean(last) >= fmean(first) - noise:",
+        "if fmean(last) > fmean(first) + noise:",
+        ("tests/strategies/test_domination.py",),
+    ),
+    Fault(
+        "the checkpoint's options are in force though the given ones should be",
+        _ADAM,
+        'prefers_given = resume_options == "given"',
+        "prefers_given = False",
+        ("tests/strategies/test_resuming.py",),
+    ),
+    Fault(
+        "an optimizer of another class goes on without a word",
+        _ADAM,
+        "        if is_other:\n",
+        "        if False:\n",
+        ("tests/strategies/test_resuming.py",),
     ),
     # ---- what is found -----------------------------------------------------------------------------------------------
     Fault(

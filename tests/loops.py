@@ -1,13 +1,17 @@
-"""A plain model and a plain training loop with a `Balancer`, for the tests that need no Trainer."""
+"""A plain model and a plain training loop with a `Balancer`, in one process or two, for the tests that need no Trainer."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from models import TASKS, Automatic, Batch, network_sgd
+from ranks import in_processes
 from textbook import Forward
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -91,3 +95,25 @@ def parameter_distance(found: nn.Module, expected: nn.Module) -> float:
     """The largest difference of a parameter."""
     pairs = zip(found.parameters(), expected.parameters(), strict=True)
     return max(float((one - other).detach().abs().max()) for one, other in pairs)
+
+
+def on_two_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
+    """Call ``work(rank)`` in two processes with a gloo group; return what each returns."""
+
+    def begin(rank: int) -> None:
+        dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=30))
+        torch.manual_seed(0)
+        torch.save(work(rank), folder / f"{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+
+    in_processes(begin)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def all_reduce_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= 2

@@ -57,6 +57,7 @@ def train(
     norm_of: str = "weight",
     tasks: Sequence[str] | None = None,
     skip_steps: Sequence[int] = (),
+    absent_tasks: str = "leave_out",
     before_micro_batch: Callable[[int], object] = lambda index: None,
     by_closure: bool = False,
 ) -> Trajectory:
@@ -64,14 +65,17 @@ def train(
 
     `tasks` names all of them where a batch may lack some (then use an optimizer of the weights that has no state): a
     task's loss is the mean over the micro-batches that have it, its gradient the mean over all of them. No weight step
-    is taken in `skip_steps`, nor as long as a task's loss has never been positive. `by_closure`: the network's optimizer
-    evaluates the losses itself, as often as it likes, with the weights that were in force when the step began.
+    is taken in `skip_steps`, nor as long as a task's loss has never been positive. With `absent_tasks="last_seen"` an
+    absent task has the loss and, but for its weight, the gradient norm of the last weight update it was present in.
+    `by_closure`: the network's optimizer evaluates the losses itself, as often as it likes, with the weights that were in
+    force when the step began.
     """
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     w: Tensor | None = None
     run: Trajectory | None = None
     first_losses: dict[str, list[Tensor]] = {}
+    last_seen: dict[str, tuple[Tensor, Tensor]] = {}
     sizes = [accumulate] * (len(micro_batches) // accumulate) if isinstance(accumulate, int) else list(accumulate)
     micro_batch = 0
     for step, size in enumerate(sizes):
@@ -90,7 +94,6 @@ def train(
         names = [run.tasks[i] for i in here]
         c = torch.tensor([(coefficients or {}).get(t, 1.0) for t in names], dtype=torch.float64)
         p = torch.tensor([(priorities or {}).get(t, 1.0) for t in run.tasks], dtype=torch.float64)
-        p = (p / p.mean())[here]
         L = torch.stack([torch.stack(shown[i]).mean() for i in here])
         share = torch.stack([torch.stack(shown[i]).sum() / size for i in here])  # where absent it adds nothing
         total = (w[here] * c * share).sum()
@@ -116,13 +119,22 @@ def train(
                 seen = first_losses.setdefault(t, [])
                 if len(seen) < count and (seen or loss > 0 or alpha == 0):
                     seen.append(loss)
+            if absent_tasks == "last_seen":
+                for i, t, norm, loss in zip(here, names, G, L, strict=True):
+                    last_seen[t] = (norm / w[i]).detach(), loss.detach()
+                gone = [i for i, t in enumerate(run.tasks) if t in last_seen and i not in here]
+                if gone:
+                    unweighted, losses = zip(*(last_seen[run.tasks[i]] for i in gone), strict=True)
+                    G = torch.cat([G, w[gone] * torch.stack(unweighted)])
+                    L = torch.cat([L, torch.stack(losses)])
+                    here, names = here + gone, names + [run.tasks[i] for i in gone]
         waiting = [t for t, seen in first_losses.items() if not seen and t not in given]
         if measured and not waiting:
             known = {t: torch.stack(seen).mean() for t, seen in first_losses.items() if seen}
             L0 = torch.stack([torch.tensor(given[t]).double() if t in given else known[t] for t in names])
             ratio = L.detach() / L0
             r = ratio / ratio.mean()
-            target = (G.mean() * p * r**alpha).detach()
+            target = (G.mean() * (p / p.mean())[here] * r**alpha).detach()
             L_grad = (G - target).abs().sum()
             (w.grad,) = torch.autograd.grad(L_grad, w)
             run.grad_norms.append(dict(zip(names, G.detach().tolist(), strict=True)))

@@ -311,7 +311,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._usage.on_epoch_end(pl_module)
+        self._usage.on_epoch_end(pl_module, self._engine)
 
     # ---- state -------------------------------------------------------------------------------------------------------
 

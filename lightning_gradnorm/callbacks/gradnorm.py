@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -16,9 +17,13 @@ from lightning_gradnorm.engine.measurement import Heads
 from lightning_gradnorm.engine.ranks import Ranks
 from lightning_gradnorm.strategies.gradnorm import GradNormRule
 from lightning_gradnorm.strategies.gradnorm_arguments import check_arguments
+from lightning_gradnorm.strategies.resuming import ResumeOptions
 from lightning_gradnorm.strategies.weight_optimizer import WeightOptimizerFactory, adam
 
 _check = partial(check, "GradNorm")
+_RULE_OPTIONS = tuple(
+    name for name in inspect.signature(GradNormRule).parameters if name not in ("tasks", "dtype", "device", "caller")
+)
 
 
 class GradNorm(BalancingCallback[GradNormRule]):
@@ -45,7 +50,8 @@ class GradNorm(BalancingCallback[GradNormRule]):
             function: ``"module.loss"``. The tasks are looked up in what it returns, by key, attribute or index:
             ``tasks={"recon": "reconstruction_loss", "kl": "extra.kl"}``; ``"T.0"`` is the first column of a matrix.
             Or task → path of what returns its loss.
-        alpha: the asymmetry: how strongly tasks are pulled to a common training rate. 0 asks for equal gradient norms.
+        alpha: the asymmetry: how strongly tasks are pulled to a common training rate. 0 asks for equal gradient norms; a
+            task whose loss vanishes, and with it its gradient, then gets nearly all of the weight.
         optimizer: makes the optimizer of the weights from a list of parameters.
         initial_losses: ``L_i(0)``: the mean over so many of the first weight updates; or numbers by task, for some or all. The
             others' is their first loss. As long as a task's loss is 0 from the start, no update is made.
@@ -57,6 +63,12 @@ class GradNorm(BalancingCallback[GradNormRule]):
             representation, which needs no product with the last layer; another algorithm, and cheaper.
         min_weight: no weight falls below it (before they are scaled to sum T again).
         representation: for ``norm_of="activation"``, the module whose output the heads read.
+        absent_tasks: what a task does in updates from which it is absent. ``"leave_out"``: it keeps its weight and takes no
+            part in the means. ``"last_seen"``: it takes part with the norm and the loss it last had, as soon as it has had
+            some: for training on one task after the other. Those are part of the checkpoint.
+        resume_options: which are in force where the options of a checkpoint differ from these: ``"checkpoint"``, or
+            ``"given"``. A checkpoint has ``initial_losses``, ``initial_weights`` and the options of ``optimizer``; all others
+            are always the given ones. Each difference is warned of.
         on_task_mismatch: what to do with a checkpoint that is of other tasks: ``"error"``; or ``"adapt"``: keep what is known
             of a task by its name, give new ones the mean of the known weights, and scale to sum T.
 
@@ -66,7 +78,9 @@ class GradNorm(BalancingCallback[GradNormRule]):
     Logs, in the steps that Lightning writes (``log_every_n_steps``) and at the end of each epoch:
     ``gradnorm/weight/<task>``; of the last update ``gradnorm/grad_norm/<task>`` (G_i), ``gradnorm/rate/<task>`` (r_i),
     ``gradnorm/loss_ratio/<task>`` (L_i / L_i(0)) and ``gradnorm/loss`` (L_grad); and ``gradnorm/skipped``, the number of
-    updates not made because a number was not finite.
+    updates not made because a number was not finite. Also, as soon as there are some, ``gradnorm/without_gradient``, the
+    updates in which a task's gradient was exactly 0, and ``gradnorm/dominated``, those in stretches of 100 in which one task
+    held more than 90 % of the weight to no avail; these two are counted from the start of the training or its resumption.
 
     Example:
         >>> import lightning as L
@@ -96,7 +110,9 @@ class GradNorm(BalancingCallback[GradNormRule]):
         norm_of: Literal["weight", "activation"] = "weight",
         min_weight: float = 1e-4,
         representation: str = "encoder",
+        absent_tasks: Literal["leave_out", "last_seen"] = "leave_out",
         on_task_mismatch: Literal["error", "adapt"] = "error",
+        resume_options: ResumeOptions = "checkpoint",
     ) -> None:
         super().__init__(
             tasks,
@@ -112,11 +128,7 @@ class GradNorm(BalancingCallback[GradNormRule]):
         _check(norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", norm_of)
         adapts = on_task_mismatch in ("error", "adapt")
         _check(adapts, "on_task_mismatch", "'error' or 'adapt'", on_task_mismatch)
-        by_task = {"initial_losses": initial_losses, "initial_weights": initial_weights, "priorities": priorities}
-        check_arguments(
-            self._name, self._names or None, by_task, alpha, optimizer, min_weight, update_every, stop_after
-        )
-        self.alpha = float(alpha)
+        self.alpha = alpha
         self.optimizer = optimizer
         self.initial_losses = initial_losses
         self.initial_weights = initial_weights
@@ -124,7 +136,13 @@ class GradNorm(BalancingCallback[GradNormRule]):
         self.update_every = update_every
         self.stop_after = stop_after
         self.min_weight = min_weight
+        self.absent_tasks = absent_tasks
+        self.resume_options = resume_options
         self.on_task_mismatch = on_task_mismatch
+        check_arguments(self._name, self._names or None, self._rule_options())
+
+    def _rule_options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _RULE_OPTIONS}
 
     @property
     def weights(self) -> dict[str, float]:
@@ -149,18 +167,7 @@ class GradNorm(BalancingCallback[GradNormRule]):
     @override
     def _build_rule(self, like: Tensor) -> GradNormRule:
         return GradNormRule(
-            self._names,
-            caller=self._name,
-            alpha=self.alpha,
-            optimizer=self.optimizer,
-            initial_losses=self.initial_losses,
-            initial_weights=self.initial_weights,
-            priorities=self.priorities,
-            update_every=self.update_every,
-            stop_after=self.stop_after,
-            min_weight=self.min_weight,
-            dtype=like.dtype,
-            device=like.device,
+            self._names, caller=self._name, dtype=like.dtype, device=like.device, **self._rule_options()
         )
 
     @override
@@ -181,11 +188,16 @@ class GradNorm(BalancingCallback[GradNormRule]):
             self._engine.measurement.warn()
         by_task = {"weight": rule.loss_weights.clone()}
         shown: dict[str, Tensor | float] = {"gradnorm/skipped": float(rule.skipped)}
+        rare = {
+            "without_gradient": rule.outcomes.zero_gradients.updates,
+            "dominated": rule.outcomes.domination.updates,
+        }
+        shown |= {f"gradnorm/{what}": float(count) for what, count in rare.items() if count}
         if rule.last is not None:
             terms = rule.last.terms
             shown["gradnorm/loss"] = terms.loss
             by_task["grad_norm"], by_task["rate"] = terms.grad_norms, terms.rates
-            by_task["loss_ratio"] = rule.last.losses / rule.initial_losses
+            by_task["loss_ratio"] = terms.ratios
         for what, values in by_task.items():
             shown |= {f"gradnorm/{what}/{task}": value for task, value in zip(self._names, values, strict=True)}
         return shown

@@ -10,6 +10,7 @@ import torch
 
 from lightning_gradnorm.callbacks.losses import LossSource
 from lightning_gradnorm.callbacks.packages import is_one_of
+from lightning_gradnorm.engine.engine import Engine
 from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.ranks import Ranks
 from lightning_gradnorm.engine.step_state import BatchState
@@ -91,8 +92,8 @@ class UsageChecks:
                 f"wherever they are not shown. Where losses are returned or watched, give None to mark a task as absent.",
             )
 
-    def on_epoch_end(self, module: L.LightningModule) -> None:
-        """Called at the end of each epoch.
+    def on_epoch_end(self, module: L.LightningModule, engine: Engine[Any] | None) -> None:
+        """Called at the end of each epoch. Let the rule look back at it, too.
 
         Raises:
             ValueError: a loss was never shown.
@@ -103,6 +104,8 @@ class UsageChecks:
                 f"no step of an optimizer was seen in the first epoch, so that no weight has moved. {type(module).__name__} "
                 f"optimizes manually: it should call step() on what self.optimizers() returns.",
             )
+        if engine is not None:
+            engine.measurement.end_epoch()
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warnings:

@@ -243,19 +243,19 @@ class Balancer:
         skipped = skipped or (scaler is not None and scaler_has_skipped(scaler, caller="Balancer"))
         check_losses_after_step(self.rule, losses_after_step)
         self._engine.finish_step(skipped=skipped)
-        self._loop.finish_step(self.rule.tasks)
+        self._loop.finish_step(self.rule.tasks, self._engine.measurement)
         needs_them = getattr(self.rule, "needs_losses_after_step", False)
         if needs_them and losses_after_step is not None and self._engine.step_was_taken:
             with torch.no_grad():
                 found = losses_after_step()
             check_names(found, self.rule.tasks, "losses_after_step")
-            given = {task: [loss] for task, loss in found.items() if loss is not None}
-            self._engine.measurement.update_after_step(given)
+            self._engine.measurement.update_after_step({t: [loss] for t, loss in found.items() if loss is not None})
 
     def end_epoch(self) -> None:
         """Tell rules that work by epochs, such as DWA, that an epoch is over. Call it before saving the state."""
         self._epoch += 1
         self._begin_epoch()
+        self._engine.measurement.end_epoch()
 
     def _begin_epoch(self) -> None:
         if hasattr(self.rule, "begin_epoch"):

@@ -94,6 +94,9 @@ class Measurement(Generic[AnyRule]):
     def warn(self) -> None:
         """Warn of what the rule has found wrong. May wait for the device."""
 
+    def end_epoch(self) -> None:
+        """Called at the end of each epoch."""
+
     def close(self) -> None:
         """Release what was acquired."""
 
@@ -184,22 +187,16 @@ class NormMeasurement(Measurement[NormRule]):
             )
 
     def warn(self) -> None:
-        """Warn, once for each task, that its numbers allowed no update, or that it has had no gradient for long."""
-        for task in self.rule.tasks_without_gradient:
-            if f"{task}: no gradient" not in self._warned:
-                self._warned.add(f"{task}: no gradient")
-                self.setting.loop.ranks.warn(
-                    f"{self.setting.caller}: the gradient of task '{task}' at the shared layer has been exactly 0 in the last "
-                    f"50 updates (a coefficient of 0, masked labels, a constraint that holds?). As long as that lasts the task "
-                    f"counts as absent: its weight stays as it is."
-                )
-        for task, loss in self.rule.tasks_at_fault.items():
-            if task not in self._warned:
-                self._warned.add(task)
-                self.setting.loop.ranks.warn(
-                    f"{self.setting.caller}: {self.rule.explain_fault(task, loss)}; the weights stay as they are. Further such "
-                    f"steps are counted in gradnorm/skipped."
-                )
+        """Warn, once of each, of what the rule remarks: numbers that allow no update, a task that dominates, and so on."""
+        for key, message in self.rule.remarks.items():
+            if key not in self._warned:
+                self._warned.add(key)
+                self.setting.loop.ranks.warn(f"{self.setting.caller}: {message}")
+
+    def end_epoch(self) -> None:
+        """Let the rule look back at the epoch, and warn of what it finds. May wait for the device."""
+        self.rule.end_epoch()
+        self.warn()
 
 
 AnyLossRule = TypeVar("AnyLossRule", bound=LossRule)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_gradnorm.engine.ranks import Ranks
+
+if TYPE_CHECKING:
+    from lightning_gradnorm.engine.measurement import Measurement
 
 _PATIENCE = 50
 """Steps after which a task without any loss is warned of."""
@@ -51,8 +55,8 @@ class PlainLoop:
         self.scales.clear()
         self._passes = 0
 
-    def finish_step(self, tasks: Sequence[str]) -> None:
-        """Called after each step. Warn once of tasks that have had no loss for a long time."""
+    def finish_step(self, tasks: Sequence[str], measurement: Measurement[Any]) -> None:
+        """Called after each step. Warn once of tasks that have had no loss for a long time, and of what the rule finds then."""
         self.forget_passes()
         self._steps += 1
         missing = [task for task in tasks if task not in self._seen]
@@ -61,6 +65,8 @@ class PlainLoop:
                 f"Balancer: no loss of tasks {missing} was seen in the first {_PATIENCE} steps, so that they are not balanced. "
                 f"Give them to backward, or make the rule without them."
             )
+        elif self._steps == _PATIENCE:
+            measurement.end_epoch()
 
     def is_training(self) -> bool:
         """Return True in training mode. What an evaluation calls belongs to no backward pass, and would never be released."""

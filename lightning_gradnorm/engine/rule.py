@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -64,15 +64,11 @@ class NormRule(Rule, Protocol):
         """Whether the outcome of each update may be read at once; on a GPU that would make the host wait."""
 
     @property
-    def tasks_at_fault(self) -> Mapping[str, float]:
-        """Tasks because of which an update was skipped, with their loss in it."""
+    def remarks(self) -> Mapping[str, str]:
+        """What the user should be told of the updates so far: a key, under which it is told once → the message."""
 
-    def explain_fault(self, task: str, loss: float) -> str:
-        """Return why the task's numbers allowed no update."""
-
-    @property
-    def tasks_without_gradient(self) -> Sequence[str]:
-        """Tasks whose gradient has been exactly zero for so long that it should be told."""
+    def end_epoch(self) -> None:
+        """Called at the end of each epoch; may add remarks."""
 
 
 class LossRule(Rule, Protocol):

@@ -17,10 +17,11 @@ from lightning_gradnorm.strategies.db_mtl import DBMTL, DBMTLWeighting, LogSum
 from lightning_gradnorm.strategies.factory import with_equal_preferences
 from lightning_gradnorm.strategies.fixed import FixedRule
 from lightning_gradnorm.strategies.gaba import GABA
-from lightning_gradnorm.strategies.gradnorm import GradNormRule, GradNormTerms, WeightUpdate, gradnorm_terms
+from lightning_gradnorm.strategies.gradnorm import GradNormRule, gradnorm_terms
 from lightning_gradnorm.strategies.scalarization import ScalarizationRule
 from lightning_gradnorm.strategies.snapshot import load_snapshot, snapshot
 from lightning_gradnorm.strategies.uncertainty import Uncertainty
+from lightning_gradnorm.strategies.updates import GradNormTerms, WeightUpdate
 
 __all__ = [
     "AMNL",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradnorm._messages import check, check_positive_by_task, check_task_names
+from lightning_gradnorm.strategies.resuming import kind_of
 
 
 class FixedRule:
@@ -71,5 +72,5 @@ class FixedRule:
         """
         if state:
             raise ValueError(
-                "FixedRule: the state should be empty, as fixed weights have none; it is another strategy's."
+                f"{type(self).__name__}: the state should be empty, as fixed weights have none; it is that of {kind_of(state)}."
             )

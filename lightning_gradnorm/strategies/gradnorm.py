@@ -21,59 +21,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_gradnorm._messages import check_task_names
-from lightning_gradnorm.strategies.gradnorm_arguments import check_arguments, why_not_updated
+from lightning_gradnorm.strategies.gradnorm_arguments import check_arguments
+from lightning_gradnorm.strategies.initial_losses import InitialLosses
+from lightning_gradnorm.strategies.last_seen import LastSeen
+from lightning_gradnorm.strategies.resuming import ResumeOptions, check_state, say_what_is_in_force
 from lightning_gradnorm.strategies.snapshot import matched_by_task
+from lightning_gradnorm.strategies.updates import GradNormTerms, Outcomes, WeightUpdate
 from lightning_gradnorm.strategies.weight_optimizer import WeightOptimizerFactory, make_weight_optimizer, moved
-from lightning_gradnorm.strategies.zero_gradients import ZeroGradients
+from lightning_gradnorm.strategies.zero_gradients import tasks_with_gradient
 
+_KIND = "GradNorm"
 _VERSION = 1  # of the layout of `GradNormRule.state_dict`
 _MAX_WEIGHT_SHARE = 1e6  # upper bound of a weight before the weights are scaled to sum T, as a multiple of T
-_MAX_PENDING = 1000  # updates whose outcome the host has not read; it then does, so that they do not pile up
-
-
-class GradNormTerms(NamedTuple):
-    """The quantities of one weight update; tensors of shape (T,), NaN at absent tasks."""
-
-    grad_norms: Tensor
-    """``G_i``"""
-    rates: Tensor
-    """``r_i``"""
-    targets: Tensor
-    """``Ḡ · p_i · r_i^alpha``"""
-    gradient: Tensor
-    """``∂L_grad / ∂w_i``"""
-
-    @property
-    def loss(self) -> Tensor:
-        """``L_grad``, a scalar."""
-        return (self.grad_norms - self.targets).abs().nansum()
-
-
-class WeightUpdate(NamedTuple):
-    """The inputs and the outcome of one weight update."""
-
-    norms: Tensor
-    losses: Tensor
-    present: Tensor
-    problems: Tensor
-    """Nonzero where a loss is not finite, or negative although ``alpha > 0``; shape (T,)."""
-    terms: GradNormTerms
-    """Meaningless if the update was not taken."""
-    taken: Tensor
-    """Whether the weights changed, a bool tensor; False if an input or the result is not usable."""
-
-    @property
-    def tasks_at_fault(self) -> Tensor:
-        """The tasks whose numbers prevented the update, bool of shape (T,)."""
-        bad = self.present & ~((self.problems == 0) & self.norms.isfinite())
-        # If every input is sound, the result overflowed, and all tasks contributed to it.
-        return torch.where(bad.any(), bad, self.present) & ~self.taken
 
 
 def gradnorm_terms(
@@ -110,7 +75,7 @@ def gradnorm_terms(
     ratios = losses / initial_losses
     rates = ratios / _mean(ratios, present)
     targets = _mean(grad_norms, present) * priorities * rates**alpha
-    return GradNormTerms(grad_norms, rates, targets, (grad_norms - targets).sign() * norms)
+    return GradNormTerms(grad_norms, rates, targets, (grad_norms - targets).sign() * norms, ratios)
 
 
 def _mean(values: Tensor, present: Tensor | None) -> Tensor:
@@ -124,7 +89,7 @@ class GradNormRule:
 
     Args:
         tasks: the tasks' names, in the order of every tensor of shape (T,).
-        alpha: the asymmetry.
+        alpha: the asymmetry. With 0, a task whose loss vanishes gets nearly all of the weight.
         optimizer: makes the optimizer of the weights; the paper's is ``partial(torch.optim.Adam, lr=0.025)``.
         initial_losses: the number of first updates whose mean loss is ``L_i(0)`` (as long as there are fewer, the mean of
             those so far); or the values by task, for example ``{"seg": math.log(13)}``. The others' is their first loss.
@@ -132,6 +97,12 @@ class GradNormRule:
         update_every: the network's optimizer steps from one weight update to the next.
         stop_after: the network's optimizer steps after which the weights stay fixed; ``None`` for never.
         min_weight: lower bound of the weights before they are scaled to sum T.
+        absent_tasks: ``"leave_out"``: a task that is absent from an update keeps its weight and takes no part in the means.
+            ``"last_seen"``: it takes part with the norm and the loss it last had; before its first, it is left out. For both,
+            a task whose gradient is exactly 0 is absent.
+        resume_options: which options are in force after `load_state_dict` where the checkpoint's differ: the weight
+            optimizer's, ``initial_losses`` and ``initial_weights``. A difference is warned of in either case. Other options
+            are no part of a checkpoint.
         dtype, device: of the weights.
         caller: begins the error messages.
 
@@ -157,44 +128,47 @@ class GradNormRule:
         update_every: int = 1,
         stop_after: int | None = None,
         min_weight: float = 1e-4,
+        absent_tasks: Literal["leave_out", "last_seen"] = "leave_out",
+        resume_options: ResumeOptions = "checkpoint",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         caller: str = "GradNormRule",
     ) -> None:
         self.tasks = check_task_names(tasks, caller=caller)
         by_task = {"initial_losses": initial_losses, "initial_weights": initial_weights, "priorities": priorities}
-        check_arguments(caller, self.tasks, by_task, alpha, optimizer, min_weight, update_every, stop_after)
+        numbers = {"alpha": alpha, "min_weight": min_weight, "update_every": update_every, "stop_after": stop_after}
+        choices = {"optimizer": optimizer, "absent_tasks": absent_tasks, "resume_options": resume_options}
+        check_arguments(caller, self.tasks, {**by_task, **numbers, **choices})
         self.alpha, self.min_weight = float(alpha), min_weight
         self.update_every, self.stop_after = update_every, stop_after
-        ones, first_losses = dict.fromkeys(self.tasks, 1.0), dict.fromkeys(self.tasks, 0.0)
-        counts = dict.fromkeys(self.tasks, initial_losses if isinstance(initial_losses, int) else 1)
-        if isinstance(initial_losses, Mapping):
-            first_losses |= initial_losses
-            counts |= dict.fromkeys(initial_losses, 0)
-        self._given = (dict(initial_weights or ones), dict(priorities or ones), first_losses)
-        weights, self._priorities, self.initial_losses = self._initial_values(dtype, device)
-        self._updates_in_initial = torch.tensor(list(counts.values()), dtype=dtype, device=device)
+        self.resume_options = resume_options
+        self._given_weights, self._given_priorities = initial_weights, priorities
+        weights, self._priorities = self._initial_values(torch.zeros((), dtype=dtype, device=device))
         self.weights = weights.requires_grad_()
-        self._optimizer = make_weight_optimizer(self.weights, optimizer)
+        self._initial_weights = weights.detach().clone()
+        self._step = make_weight_optimizer(self.weights, optimizer)
         self._all_present = torch.ones(len(self.tasks), dtype=torch.bool, device=device)
-        self._updates_seen = torch.zeros_like(weights, requires_grad=False)
-        self._initial_known = False  # whether every ``L_i(0)`` is final, and positive unless ``alpha`` is 0
+        self._initial = InitialLosses(self.tasks, initial_losses, self.alpha, weights.detach())
+        self._last_seen = LastSeen(weights.detach()) if absent_tasks == "last_seen" else None
         self.mean_weights = self.weights.detach().clone()
         """``E_t[w_i(t)]`` over the steps counted by `count_step`, shape (T,)."""
         self.steps = 0
         """Number of the network's optimizer steps, with and without a weight update."""
         self._is_fresh = True  # whether the state is still the constructor's
-        self._zero_gradients = ZeroGradients(self.tasks)
-        self._skipped = 0
-        self._tasks_at_fault: dict[str, float] = {}
-        self._last: WeightUpdate | None = None
-        self._pending: list[WeightUpdate] = []  # updates whose outcome the host has not read yet
+        self.outcomes = Outcomes(self.tasks, self.alpha, keeps_last_seen=self._last_seen is not None)
+        """What became of the updates; read `skipped`, `remarks` and so on, which first read what is new."""
 
-    def _initial_values(self, dtype: torch.dtype, device: torch.device | str | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the weights, the priorities and ``L_i(0)`` as they were given."""
-        rows = [[numbers[task] for task in self.tasks] for numbers in self._given]
-        weights, priorities, initial_losses = torch.tensor(rows, dtype=dtype, device=device).unbind()
-        return weights * len(self.tasks) / weights.sum(), priorities / priorities.mean(), initial_losses
+    def _initial_values(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights and the priorities as they were given."""
+        ones = dict.fromkeys(self.tasks, 1.0)
+        given = [numbers or ones for numbers in (self._given_weights, self._given_priorities)]
+        weights, priorities = like.new_tensor([[numbers[task] for task in self.tasks] for numbers in given]).unbind()
+        return weights * len(self.tasks) / weights.sum(), priorities / priorities.mean()
+
+    @property
+    def initial_losses(self) -> Tensor:
+        """``L_i(0)`` as far as it is known, shape (T,); 0 for a task that has not been seen."""
+        return self._initial.values
 
     @property
     def loss_weights(self) -> Tensor:
@@ -217,18 +191,23 @@ class GradNormRule:
     @torch.no_grad()
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
         """Move all state in place, including the optimizer's. Values are kept."""
-        self._sync_pending()
+        self.outcomes.read()
         dtype, device = dtype or self.weights.dtype, device or self.weights.device
         for name, value in vars(self).items():
-            if isinstance(value, Tensor | WeightUpdate) and value is not self.weights:
+            if isinstance(value, Tensor) and value is not self.weights:
                 setattr(self, name, moved(value, dtype, device))
         self.weights.data = self.weights.data.to(device, dtype)
-        self._optimizer.follow_weights()
+        self._step.follow_weights()
+        self._initial.to(self.mean_weights)
+        if self._last_seen is not None:
+            self._last_seen.to(self.mean_weights)
+        if self.outcomes.last is not None:
+            self.outcomes.last = moved(self.outcomes.last, dtype, device)
         # Numbers that were given are converted anew, so that float64 does not get what float32 has rounded.
-        weights, self._priorities, initial_losses = self._initial_values(dtype, device)
+        weights, self._priorities = self._initial_values(self.mean_weights)
         if self._is_fresh:
             self.weights.copy_(weights)
-            self.mean_weights, self.initial_losses = weights, initial_losses
+            self.mean_weights, self._initial_weights = weights, weights.clone()
 
     @torch.no_grad()
     def step(self, norms: Tensor, losses: Tensor, present: Tensor | None = None) -> WeightUpdate:
@@ -240,8 +219,9 @@ class GradNormRule:
         Args:
             norms: ``n_i`` of the unweighted losses, shape (T,).
             losses: ``L_i``, shape (T,).
-            present: the tasks that take part, bool of shape (T,); all by default. One whose norm is exactly 0 does not. An
-                absent task keeps its weight and its optimizer state and is left out of the means; the others share the rest.
+            present: the tasks that have a loss, bool of shape (T,); all by default. One whose norm is exactly 0 counts as
+                absent. An absent task keeps its weight and its optimizer state and is left out of the means, the others share
+                the rest; or with ``absent_tasks="last_seen"`` it takes part with the numbers it last had.
 
         Returns:
             The update. It is not taken if a number is not finite, or (unless ``alpha`` is 0) a loss is negative or has never
@@ -249,7 +229,9 @@ class GradNormRule:
         """
         norms, losses = norms.to(self.weights), losses.to(self.weights)
         shown = self._all_present if present is None else present
-        present = self._zero_gradients.present(norms, present, may_look=self.syncs_every_step)
+        present = with_gradient = tasks_with_gradient(norms, present, may_look=self.syncs_every_step)
+        if self._last_seen is not None:
+            norms, losses, present = self._last_seen.fill(norms, losses, with_gradient)
         counted = self._all_present if present is None else present
         problems = losses - losses  # 0 if finite, else NaN; a bad norm shows in the weights that result
         if self.alpha > 0:
@@ -257,26 +239,32 @@ class GradNormRule:
         if present is not None:
             problems = torch.where(present, problems, 0.0).masked_fill_(~present.any(), 1.0)
 
-        initial_losses, updates_seen = self.initial_losses, self._updates_seen
-        if not self._initial_known and bool((problems == 0).all()):
-            initial_losses, updates_seen = self._initial_losses_with(losses, present)
+        initial_losses = self.initial_losses
+        begins = not self._initial.are_final and bool((problems == 0).all())
+        if begins:
+            initial_losses = self._initial.propose(losses, with_gradient)
             no_rate = (initial_losses <= 0) & (losses <= 0) & shown
             if self.alpha > 0 and bool(no_rate.any()):
                 problems, counted = no_rate.to(problems), shown
-                self.initial_losses, self._updates_seen = initial_losses, updates_seen
+                self._initial.accept()
         weights = self.weights.detach()
         terms = gradnorm_terms(weights, norms, losses, initial_losses, self.alpha, self._priorities, present)
         gradient = terms.gradient if present is None else torch.where(present, terms.gradient, 0.0)
-        taken = self._optimizer.step(gradient, problems, present, partial(self._renormalized, present))
-        if not self._initial_known and bool(taken):
-            self.initial_losses, self._updates_seen = initial_losses, updates_seen
-            are_final = (updates_seen >= self._updates_in_initial) & ((initial_losses > 0) | (self.alpha == 0))
-            self._initial_known = bool(are_final.all())
+        taken = self._step.step(gradient, problems, present, partial(self._renormalized, present))
+        if begins and bool(taken):
+            self._initial.accept()
         self._is_fresh = False
-        self._pending.append(update := WeightUpdate(norms, losses, counted, problems, terms, taken))
-        if self.syncs_every_step or len(self._pending) == _MAX_PENDING:
-            self._sync_pending()
+        had_one = self._all_present if with_gradient is None else with_gradient
+        if self._last_seen is not None:
+            self._last_seen.note(norms, losses, had_one & self._is_usable(norms, losses))
+        update = WeightUpdate(norms, losses, counted, shown, had_one, problems, terms, taken)
+        self.outcomes.add(update, read=self.syncs_every_step)
         return update
+
+    def _is_usable(self, norms: Tensor, losses: Tensor) -> Tensor:
+        """Return for which tasks these are numbers that an update can be made with, bool of shape (T,)."""
+        has_rate = ((losses >= 0) & (self.initial_losses > 0)) | (self.alpha == 0)
+        return norms.isfinite() & losses.isfinite() & has_rate
 
     def _renormalized(self, present: Tensor | None, before: Tensor, weights: Tensor) -> Tensor:
         """Apply ``w_i ← max(w_i, min_weight)``, then scale so that the sum is T and absent tasks keep their weights."""
@@ -291,15 +279,6 @@ class GradNormRule:
         total = torch.where(left > had / 2, left, had)
         return torch.where(present, weights * (total / (weights * present).sum()), before)
 
-    def _initial_losses_with(self, losses: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
-        present = self._all_present if present is None else present
-        counts = present & (self._updates_seen < self._updates_in_initial)
-        if self.alpha > 0:
-            counts &= (losses > 0) | (self._updates_seen > 0)
-        updates_seen = self._updates_seen + counts
-        mean = self.initial_losses + (losses - self.initial_losses) / updates_seen.clamp(min=1)
-        return torch.where(counts, mean, self.initial_losses), updates_seen
-
     @property
     def syncs_every_step(self) -> bool:
         """Whether the host reads each update's outcome at once: on a CPU, where there is nothing to wait for."""
@@ -308,53 +287,51 @@ class GradNormRule:
     @property
     def skipped(self) -> int:
         """Number of updates that were not taken because of an unusable number. Synchronizes with the device."""
-        self._sync_pending()
-        return self._skipped
+        return self._read_outcomes().skipped
 
     @property
     def tasks_at_fault(self) -> dict[str, float]:
         """Tasks whose numbers prevented an update → their loss in the last such update. Synchronizes with the device."""
-        self._sync_pending()
-        return self._tasks_at_fault
-
-    def explain_fault(self, task: str, loss: float) -> str:
-        """Return why a task's numbers allowed no update."""
-        return why_not_updated(task, loss, self.alpha)
+        return self._read_outcomes().tasks_at_fault
 
     @property
     def tasks_without_gradient(self) -> list[str]:
         """Tasks whose norm has been exactly 0 in the last 50 updates. Synchronizes with the device."""
-        return self._zero_gradients.lasting
+        return self._read_outcomes().zero_gradients.lasting
+
+    @property
+    def remarks(self) -> Mapping[str, str]:
+        """What the user should be told of the updates so far: key → message. Synchronizes with the device."""
+        return self._read_outcomes().remarks
 
     @property
     def last(self) -> WeightUpdate | None:
         """The last update that was taken, ``None`` before the first. Synchronizes with the device."""
-        self._sync_pending()
-        return self._last
+        return self._read_outcomes().last
 
-    def _sync_pending(self) -> None:
-        for update in self._pending:
-            if update.taken:
-                self._last = update
-                continue
-            self._skipped += 1
-            per_task = zip(self.tasks, update.losses.tolist(), update.tasks_at_fault.tolist(), strict=True)
-            self._tasks_at_fault |= {task: loss for task, loss, is_at_fault in per_task if is_at_fault}
-        self._pending.clear()
+    def _read_outcomes(self) -> Outcomes:
+        self.outcomes.read()
+        return self.outcomes
+
+    def end_epoch(self) -> None:
+        """Find out, at an epoch's end, whether it had two tasks to balance in any update. Synchronizes with the device."""
+        self.outcomes.end_epoch()
 
     def state_dict(self) -> dict[str, Any]:
         """Return all state as plain tensors and numbers, loadable with ``torch.load(weights_only=True)``."""
-        return {
+        state = {
+            "kind": _KIND,
             "version": _VERSION,
             "tasks": list(self.tasks),
             "weights": self.weights.detach().clone(),
-            "optimizer": self._optimizer.state_dict(),
-            "initial_losses": self.initial_losses.clone(),
-            "updates_seen": self._updates_seen.clone(),
+            "initial_weights": self._initial_weights.clone(),
+            "optimizer": self._step.state_dict(),
+            **self._initial.state_dict(),
             "weights_mean": self.mean_weights.clone(),
             "steps": self.steps,
             "skipped": self.skipped,
         }
+        return state if self._last_seen is None else {**state, "last_seen": self._last_seen.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any], *, adapt: bool = False) -> None:
@@ -366,19 +343,14 @@ class GradNormRule:
                 starts with the mean of the known weights and an empty optimizer state, and its ``L_i(0)`` is its first loss.
 
         Raises:
-            ValueError: the state is of other tasks and ``adapt`` is False, or of another optimizer or version.
+            ValueError: the state is of other tasks and ``adapt`` is False, of another strategy, optimizer or version, or
+                damaged. The rule is then as it was.
+
+        Warns:
+            UserWarning: once for each option that differs from the checkpoint's; ``resume_options`` decides which is in force.
         """
-        if state.get("version") != _VERSION:
-            raise ValueError(
-                f"GradNorm: the checkpoint's state should be of version {_VERSION}; got {state.get('version')!r}. Resume with "
-                f"the version of lightning-gradnorm that wrote it."
-            )
+        check_state(state, self.tasks, _KIND, _VERSION, adapt=adapt)
         known = set(state["tasks"])
-        if known != set(self.tasks) and not adapt:
-            raise ValueError(
-                f"GradNorm: the checkpoint is of tasks {sorted(known)}, but this run has {sorted(self.tasks)}. Resume with the "
-                f"same tasks; or with on_task_mismatch='adapt', which keeps what is known and gives new tasks the mean."
-            )
         matched = matched_by_task(state, self.tasks)
         is_new = torch.tensor([task not in known for task in self.tasks], device=self.weights.device)
 
@@ -386,11 +358,22 @@ class GradNormRule:
             weights = torch.where(is_new, state[name].mean().to(self.weights), matched[name].to(self.weights))
             return weights if known == set(self.tasks) else weights * (len(self.tasks) / weights.sum())
 
-        self._optimizer.load_state_dict(matched["optimizer"])
-        self.weights.copy_(scaled("weights"))
-        self.mean_weights = scaled("weights_mean")
-        self.initial_losses = torch.where(is_new, self.initial_losses, matched["initial_losses"].to(self.weights))
-        self._updates_seen = matched["updates_seen"].to(self.weights)
-        self.steps, self._skipped = state["steps"], state["skipped"]
-        self._initial_known = self._is_fresh = False
-        self._pending.clear()
+        # Whatever can fail comes before the first change.
+        weights, mean_weights = scaled("weights"), scaled("weights_mean")
+        steps, skipped = int(state["steps"]), int(state["skipped"])
+        initial = self._initial.resumed(matched, is_new, self.resume_options)
+        last_seen = None if self._last_seen is None else self._last_seen.resumed(matched.get("last_seen"))
+        began_with = scaled("initial_weights") if "initial_weights" in state else self._initial_weights
+        own, _ = self._initial_values(self.mean_weights)
+        if self._given_weights is not None and not is_new.any() and not torch.allclose(began_with, own):
+            there, here = (
+                dict(zip(self.tasks, one.double().round(decimals=4).tolist(), strict=True)) for one in (began_with, own)
+            )
+            say_what_is_in_force("initial_weights", there, here, self.resume_options)
+            if self.resume_options == "given":
+                weights, began_with = own, own.clone()
+        self._step = self._step.resumed(matched["optimizer"], self.resume_options)
+        self.weights.copy_(weights)
+        self.mean_weights, self._initial_weights, self._initial = mean_weights, began_with, initial
+        self.steps, self._last_seen, self._is_fresh = steps, last_seen, False
+        self.outcomes.resume(skipped)

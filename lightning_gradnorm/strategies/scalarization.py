@@ -18,6 +18,8 @@ from torchjd.aggregation import Aggregator, Weighting
 from lightning_gradnorm._messages import check_task_names
 from lightning_gradnorm.strategies.factory import follow_parameters, move_to
 from lightning_gradnorm.strategies.facts import facts_of
+from lightning_gradnorm.strategies.optimizers import made_optimizer
+from lightning_gradnorm.strategies.resuming import check_kind
 from lightning_gradnorm.strategies.rng import seeded_rng
 from lightning_gradnorm.strategies.snapshot import load_snapshot, snapshot
 
@@ -37,8 +39,9 @@ class ScalarizationRule:
         device: device of the weights.
 
     Raises:
-        ValueError: fewer than two tasks, a name twice, or a scalarizer that cannot be called with T losses.
-        TypeError: an aggregator is given in place of a scalarizer.
+        ValueError: fewer than two tasks, a name twice, a scalarizer that cannot be called with T losses, or an optimizer with
+            a train() and an eval() mode.
+        TypeError: an aggregator is given in place of a scalarizer, or an optimizer that is none.
 
     Example:
         >>> from torchjd.scalarization import GeometricMean
@@ -83,9 +86,10 @@ class ScalarizationRule:
         self._losses = torch.full_like(self.loss_weights, torch.nan)
         self._passes = 0
         self._epoch: int | None = None
-        parameters = [] if self.scalarizer is None else self.scalarizer.parameters()
-        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self._optimizer = optimizer([*self._parameters]) if self._parameters else None
+        learnt = [] if self.scalarizer is None else self.scalarizer.parameters()
+        self._parameters = [parameter for parameter in learnt if parameter.requires_grad]
+        parameters: list[Tensor] = [*self._parameters]
+        self._optimizer = made_optimizer(optimizer, parameters, caller=self.name) if parameters else None
         if self.scalarizer is not None:
             self._validate()
 
@@ -239,11 +243,7 @@ class ScalarizationRule:
         Raises:
             ValueError: the state is that of other tasks, another scalarizer, or another version.
         """
-        if state.get("version") != _VERSION or state.get("kind") != self.kind:
-            raise ValueError(
-                f"{self.name}: the checkpoint's state should be of {self.kind}, version {_VERSION}; got {state.get('kind')!r}, "
-                f"version {state.get('version')!r}. Resume with the strategy that wrote it."
-            )
+        check_kind(state, self.kind, _VERSION, caller=self.name)
         if list(state["tasks"]) != list(self.tasks):
             raise ValueError(
                 f"{self.name}: the checkpoint is of tasks {list(state['tasks'])}, but this run has {list(self.tasks)}. "

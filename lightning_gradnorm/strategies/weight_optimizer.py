@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_gradnorm.strategies.optimizers import expectation, made_optimizer, options_of
+from lightning_gradnorm.strategies.resuming import ResumeOptions, say, say_what_is_in_force
+
 WeightOptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 Constraint = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,11 +35,16 @@ class WeightOptimizer:
     Args:
         weights: shape (T,), a leaf.
         optimizer: of the weights alone.
+        given: the options it was made with; those it has now by default.
     """
 
-    def __init__(self, weights: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, weights: Tensor, optimizer: torch.optim.Optimizer, given: Mapping[str, Any] | None = None
+    ) -> None:
         self.weights = weights
         self.optimizer = optimizer
+        self.given = dict(options_of(optimizer.param_groups[0]) if given is None else given)
+        """The options it was made with: a scheduler may have changed them since."""
 
     def step(self, gradient: Tensor, problems: Tensor, present: Tensor | None, constrain: Constraint) -> Tensor:
         """Take one step and return whether it was taken, a bool tensor; if not, nothing has changed.
@@ -80,22 +88,70 @@ class WeightOptimizer:
         self.optimizer.load_state_dict(self.optimizer.state_dict())  # torch casts what it loads
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of the optimizer's state."""
-        return copy.deepcopy(self.optimizer.state_dict())
+        """Return a copy of the optimizer's state, with its class and the options it was made with."""
+        state = copy.deepcopy(self.optimizer.state_dict())
+        return {**state, "class": type(self.optimizer).__name__, "given": dict(self.given)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned; its tensors become the optimizer's own.
+    def resumed(self, state: Mapping[str, Any], resume_options: ResumeOptions) -> WeightOptimizer:
+        """Return what goes on from a state, with the same optimizer. If this raises, nothing has changed.
+
+        Args:
+            state: what `state_dict` returned.
+            resume_options: ``"checkpoint"``: with the options of the state. ``"given"``: with those of this run where they
+                differ; the moments are kept if this optimizer has the same.
 
         Raises:
-            ValueError: the state is of another kind of optimizer.
+            ValueError: the state is of another kind of optimizer, and its options are to be kept.
         """
-        saved, present = (set(one["param_groups"][0]) for one in (state, self.optimizer.state_dict()))
-        if saved - present and present - saved:  # only one of the two is another version of torch
+        (group,), own = state["param_groups"], self.optimizer.state_dict()["param_groups"][0]
+        name = type(self.optimizer).__name__
+        # Only one of the two has more options: another version of torch.
+        is_other = state.get("class", name) != name or bool(group.keys() - own.keys() and own.keys() - group.keys())
+        prefers_given = resume_options == "given"
+        if is_other:
+            self._check_other_class(state.get("class", "another optimizer"), resume_options)
+        was = state.get("given", options_of(group))
+        differing = [option for option in sorted(was.keys() & self.given) if was[option] != self.given[option]]
+        for option in differing:
+            say_what_is_in_force(f"{option} of the weights' optimizer", was[option], self.given[option], resume_options)
+        moments = state["state"]
+        if prefers_given and (is_other or differing):
+            options = own if is_other else {option: self.given[option] for option in differing}
+            group = {**({} if is_other else group), **options, "params": group["params"]}
+            fits = (needed := _moments_of(self.optimizer)) is None and not is_other
+            if moments and moments[0].keys() != needed and not fits:
+                say(
+                    f"the moments of the weights' optimizer begin anew: {name} has others than those in the checkpoint."
+                )
+                moments = {}
+        kept = self.optimizer.state, self.optimizer.param_groups
+        try:
+            self.optimizer.load_state_dict({"state": moments, "param_groups": [group]})
+            return wrapped(self.weights, self.optimizer, self.given if prefers_given else was)
+        except BaseException:
+            self.optimizer.state, self.optimizer.param_groups = kept
+            raise
+
+    def _check_other_class(self, saved: str, resume_options: ResumeOptions) -> None:
+        name = type(self.optimizer).__name__
+        if resume_options == "checkpoint":
             raise ValueError(
-                f"GradNorm: the checkpoint is of a weight optimizer with the options {sorted(saved - present)}, which this "
-                f"run's {type(self.optimizer).__name__} does not have. Resume with the same optimizer=…"
+                f"GradNorm: the checkpoint's weights were moved by {saved}, but this run's optimizer is {name}. Resume with "
+                f"the same optimizer=…, or with resume_options='given', which keeps the moments if {name} has the same."
             )
-        self.optimizer.load_state_dict(dict(state))
+        say_what_is_in_force("the class of the weights' optimizer", saved, name, resume_options)
+
+
+def _moments_of(optimizer: torch.optim.Optimizer) -> set[str] | None:
+    """Return the names of what the optimizer keeps for a parameter, found by a copy's step; ``None`` if that fails."""
+    try:
+        trial = copy.deepcopy(optimizer)
+        parameter: Tensor = trial.param_groups[0]["params"][0]
+        parameter.grad = torch.zeros_like(parameter)
+        trial.step()
+    except Exception:
+        return None
+    return set(trial.state[parameter])
 
 
 class MaskedAdam(WeightOptimizer):
@@ -105,10 +161,14 @@ class MaskedAdam(WeightOptimizer):
     step. So the step is computed in any case, and ``torch.where`` selects the outcome.
     """
 
-    def __init__(self, weights: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(weights, optimizer)
-        self._averages = torch.zeros(2, *weights.shape)  # of the gradient and of its square
-        self._next_step = torch.ones(())
+    def __init__(
+        self, weights: Tensor, optimizer: torch.optim.Optimizer, given: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(weights, optimizer, given)
+        found = optimizer.state.pop(weights, {})
+        averages = [found.get(name, torch.zeros_like(weights)) for name in ("exp_avg", "exp_avg_sq")]
+        self._averages = torch.stack(averages).detach().view(2, *weights.shape)  # of the gradient and of its square
+        self._next_step = torch.tensor(1.0 + float(found.get("step", 0.0)))
         self.follow_weights()
 
     @override
@@ -158,16 +218,6 @@ class MaskedAdam(WeightOptimizer):
         state = {0: {"step": steps, "exp_avg": average, "exp_avg_sq": squares}} if float(steps) else {}
         return {**super().state_dict(), "state": state}
 
-    @override
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._read_betas()
-        loaded = self.optimizer.state.pop(self.weights, {})
-        self._next_step.fill_(1.0 + float(loaded.get("step", 0.0)))
-        self._averages.zero_()
-        if loaded:
-            self._averages.copy_(torch.stack([loaded["exp_avg"], loaded["exp_avg_sq"]]))
-
 
 def make_weight_optimizer(weights: Tensor, factory: WeightOptimizerFactory) -> WeightOptimizer:
     """Return what updates the weights with the optimizer that ``factory`` makes.
@@ -175,22 +225,19 @@ def make_weight_optimizer(weights: Tensor, factory: WeightOptimizerFactory) -> W
     Raises:
         TypeError, ValueError: the factory makes something that cannot update them.
     """
-    expected = (
-        "GradNorm: optimizer should make a torch optimizer of the parameters it is given, as torch.optim.Adam does"
-    )
-    try:
-        made = factory([weights])
-    except TypeError as reason:
-        raise TypeError(f"{expected}; calling it failed: {reason}") from reason
-    if not isinstance(made, torch.optim.Optimizer):
-        raise TypeError(f"{expected}; it returned {type(made).__name__}")
+    made = made_optimizer(factory, [weights], caller="GradNorm")
     if len(made.param_groups) != 1 or [id(p) for p in made.param_groups[0]["params"]] != [id(weights)]:
         raise ValueError(
-            f"{expected}; it returned {type(made).__name__} with other parameters. Pass on the given ones."
+            f"{expectation('GradNorm')}; it returned {type(made).__name__} with other parameters. Pass on the given ones."
         )
-    if isinstance(made, torch.optim.LBFGS):
-        raise ValueError(f"{expected}; LBFGS does not step by their gradient alone but evaluates the loss repeatedly.")
-    return (MaskedAdam if MaskedAdam.supports(made) else WeightOptimizer)(weights, made)
+    return wrapped(weights, made)
+
+
+def wrapped(
+    weights: Tensor, optimizer: torch.optim.Optimizer, given: Mapping[str, Any] | None = None
+) -> WeightOptimizer:
+    """Return what updates the weights with this optimizer, going on from the state that it has."""
+    return (MaskedAdam if MaskedAdam.supports(optimizer) else WeightOptimizer)(weights, optimizer, given)
 
 
 def moved(value: Any, dtype: torch.dtype, device: torch.device | str) -> Any:

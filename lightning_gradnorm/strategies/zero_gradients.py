@@ -8,45 +8,60 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 PATIENCE = 50
 """Updates in a row without a gradient after which a task is reported."""
 
 
+def tasks_with_gradient(norms: Tensor, present: Tensor | None, *, may_look: bool = True) -> Tensor | None:
+    """Return the tasks that are present with a gradient that is not zero, bool of shape (T,). ``None``: all of them.
+
+    Unless the host may look at the norms (on a GPU it would wait for them) a mask is always returned.
+
+    Example:
+        >>> import torch
+        >>> tasks_with_gradient(torch.tensor([0.3, 0.0]), None)
+        tensor([ True, False])
+        >>> tasks_with_gradient(torch.tensor([0.3, 0.1]), None) is None
+        True
+    """
+    is_zero = norms == 0
+    if may_look and not bool(is_zero.any()):
+        return present
+    return ~is_zero if present is None else present & ~is_zero
+
+
 class ZeroGradients:
-    """Leaves tasks without a gradient out of an update, and counts for how many updates that lasts.
+    """Counts updates in which a task that was present had no gradient. Works on numbers the host has read.
 
     Example:
         >>> zero = ZeroGradients(["fit", "kl"])
-        >>> zero.present(torch.tensor([0.3, 0.0]), None)
-        tensor([ True, False])
-        >>> zero.present(torch.tensor([0.3, 0.1]), None) is None
-        True
+        >>> for _ in range(50):
+        ...     zero.note([True, True], [True, False])
+        >>> zero.lasting, zero.updates
+        (['kl'], 50)
     """
 
     def __init__(self, tasks: Sequence[str]) -> None:
         self._tasks = tasks
-        self._updates: Tensor | None = None
+        self._in_a_row: dict[str, int] = {}
+        self.updates = 0
+        """Updates in which some present task had no gradient."""
 
-    def present(self, norms: Tensor, present: Tensor | None, *, may_look: bool = True) -> Tensor | None:
-        """Return the tasks that take part: those present with a gradient that is not zero. ``None``: all of them.
-
-        Unless the host may look at the norms, on a GPU it would wait for them, a mask is always returned.
-        """
-        is_zero = norms == 0
-        if may_look and not bool(is_zero.any()):
-            self._updates = None
-            return present
-        counts = torch.zeros_like(norms) if self._updates is None else self._updates.to(norms)
-        has_none = is_zero if present is None else is_zero & present
-        self._updates = torch.where(has_none, counts + 1, torch.where(is_zero, counts, 0.0))
-        return ~is_zero if present is None else present & ~is_zero
+    def note(self, shown: list[bool], with_gradient: list[bool]) -> None:
+        """Called with the tasks that had a loss in an update, and those of them that had a gradient."""
+        all_have_one = shown == with_gradient
+        if all_have_one and not self._in_a_row:
+            return
+        for task, is_shown, has_gradient in zip(self._tasks, shown, with_gradient, strict=True):
+            if is_shown and has_gradient:
+                self._in_a_row.pop(task, None)
+            elif is_shown:
+                self._in_a_row[task] = self._in_a_row.get(task, 0) + 1
+        self.updates += not all_have_one
 
     @property
     def lasting(self) -> list[str]:
-        """The tasks that have had no gradient for long. Synchronizes with the device."""
-        if self._updates is None:
-            return []
-        return [task for task, count in zip(self._tasks, self._updates.tolist(), strict=True) if count >= PATIENCE]
+        """The tasks that have had no gradient for `PATIENCE` updates."""
+        return [task for task, count in self._in_a_row.items() if count >= PATIENCE]

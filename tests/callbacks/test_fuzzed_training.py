@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_gradnorm import GradNorm
-from lightning_gradnorm.strategies.gradnorm import GradNormRule, GradNormTerms
+from lightning_gradnorm.strategies import GradNormRule, GradNormTerms
 
 BATCHES, INPUTS, FEATURES, OUTPUTS = 40, 4, 5, 2
 MakeTrainer = Callable[..., L.Trainer]

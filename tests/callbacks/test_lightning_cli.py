@@ -47,7 +47,9 @@ CALLBACKS: dict[str, dict[str, Any]] = {
         "priorities": {"a": 1.0, "b": 2.0},
         "update_every": 2,
         "norm_of": "activation",
+        "absent_tasks": "last_seen",
         "on_task_mismatch": "adapt",
+        "resume_options": "given",
     },
     "Scalarization": {
         "scalarizer": {"class_path": "torchjd.scalarization.UW", "init_args": {"shape": 2}},

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from loops import Network, distance, gradnorm_rule, parameter_distance, train
+from loops import (
+    Network,
+    all_reduce_gradients,
+    distance,
+    gradnorm_rule,
+    on_two_ranks,
+    parameter_distance,
+    train,
+)
 from models import TASKS, Batch, network_sgd, vector_batches
-from ranks import in_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -32,20 +37,6 @@ RULES: dict[str, Callable[[], Any]] = {
 }
 
 
-def on_two_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
-    """Call ``work(rank)`` in two processes with a gloo group; return what each returns."""
-
-    def begin(rank: int) -> None:
-        dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=30))
-        torch.manual_seed(0)
-        torch.save(work(rank), folder / f"{rank}.pt")
-        dist.barrier()
-        dist.destroy_process_group()
-
-    in_processes(begin)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
-
-
 def shares(batches: Sequence[Batch], rank: int, accumulate: int = 1) -> list[Batch]:
     """This rank's half of every batch, in equal micro-batches."""
     return [
@@ -53,14 +44,6 @@ def shares(batches: Sequence[Batch], rank: int, accumulate: int = 1) -> list[Bat
         for batch in batches
         for micro in range(accumulate)
     ]
-
-
-def all_reduce_gradients(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= 2
 
 
 def train_on_rank(

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_gradnorm.strategies.gradnorm import GradNormRule, GradNormTerms
+from lightning_gradnorm.strategies import GradNormRule, GradNormTerms
 
 F64 = torch.float64
 STEPS = 100

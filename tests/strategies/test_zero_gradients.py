@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Batches, Recorder
+from harness import Batches, MemoryLogger, Recorder
 from models import Automatic, vector_batches
 from torch import Tensor
 
@@ -101,3 +101,32 @@ def test_the_user_is_told_once_by_name(quiet_trainer: Any) -> None:
     assert len(told) == 1
     assert told[0].startswith("GradNorm: the gradient of task 'depth' at the shared layer has been exactly 0")
     assert gradnorm.weights["depth"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_its_updates_are_logged(quiet_trainer: Any) -> None:
+    logger, gradnorm = MemoryLogger(), GradNorm(NAMES)
+    trainer = quiet_trainer(callbacks=[gradnorm], logger=logger, log_every_n_steps=1)
+    trainer.fit(WarmsUp(4, "coefficient 0"), Batches(vector_batches(3, 8)))
+    assert logger.scalars["gradnorm/without_gradient"] == [1, 2, 3, 4, 4, 4, 4, 4]
+
+
+def test_with_last_numbers_it_takes_part_with_those_it_had_before() -> None:
+    rule, other = (GradNormRule(NAMES, absent_tasks="last_seen", dtype=F64) for _ in range(2))
+    for step in range(12):
+        seg = 2.0 - 0.1 * step
+        is_zero = 3 <= step < 8
+        rule.step(tensor(1.0, 0.0 if is_zero else 3.0 + step, 0.7), tensor(seg, 9.0 if is_zero else 1.0 + step, 0.5))
+        last = 2 if is_zero else step
+        other.step(tensor(1.0, 3.0 + last, 0.7), tensor(seg, 1.0 + last, 0.5))
+        torch.testing.assert_close(rule.weights, other.weights, rtol=0, atol=1e-14)
+    assert rule.outcomes.zero_gradients.updates == 5
+    assert rule.initial_losses.tolist() == other.initial_losses.tolist()
+
+
+@pytest.mark.parametrize("absent_tasks", ["leave_out", "last_seen"])
+def test_a_loss_without_a_gradient_is_no_last_number(absent_tasks: Any) -> None:
+    rule = GradNormRule(["fit", "kl"], absent_tasks=absent_tasks, dtype=F64)
+    for loss in (9.0, 8.0, 7.0):
+        assert rule.step(tensor(1.0, 0.0), tensor(2.0, loss)).taken
+    assert rule.weights.tolist() == [1.0, 1.0]
+    assert rule.initial_losses.tolist() == [2.0, 0.0]

@@ -1,0 +1,88 @@
+"""What a checkpoint holds and what a run was given: whose state it is, and which of the two is in force where they differ."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+ResumeOptions = Literal["checkpoint", "given"]
+"""Whose options are in force after a resume: those the checkpoint was trained with, or those of this run."""
+
+
+def kind_of(state: Mapping[str, Any]) -> str:
+    """Return the name of the strategy that has written a rule's state.
+
+    Example:
+        >>> kind_of({})
+        'fixed weights'
+    """
+    # GradNorm's states of older versions do not tell.
+    otherwise = "GradNorm" if "initial_losses" in state else "no known strategy"
+    return str(state.get("kind", otherwise)) if state else "fixed weights"
+
+
+def check_kind(state: Mapping[str, Any], kind: str, version: int, *, caller: str) -> None:
+    """Refuse a state that another strategy, or another version of this one, has written.
+
+    Args:
+        state: of a rule.
+        kind: the strategy whose state it should be.
+        version: of the state's layout.
+        caller: begins the message.
+
+    Raises:
+        ValueError: it is not; names both strategies.
+
+    Example:
+        >>> check_kind({"kind": "UW", "version": 1}, "GradNorm", 1, caller="GradNorm")
+        Traceback (most recent call last):
+        ValueError: GradNorm: the state should be that of GradNorm; it is that of UW. Resume with the strategy that wrote it.
+    """
+    if (found := kind_of(state)) != kind:
+        raise ValueError(
+            f"{caller}: the state should be that of {kind}; it is that of {found}. Resume with the strategy that wrote it."
+        )
+    if state.get("version") != version:
+        raise ValueError(
+            f"{caller}: the state of {kind} should be of version {version}; got {state.get('version')!r}. Resume with the "
+            f"version of lightning-gradnorm that wrote it."
+        )
+
+
+def check_state(state: Mapping[str, Any], tasks: Sequence[str], kind: str, version: int, *, adapt: bool) -> None:
+    """Refuse a state of other tasks, unless it is to be adapted; one of another strategy or version, or a damaged one.
+
+    Raises:
+        ValueError: it is one of these.
+    """
+    check_kind(state, kind, version, caller=kind)
+    known = state["tasks"]
+    if set(known) != set(tasks) and not adapt:
+        raise ValueError(
+            f"{kind}: the checkpoint is of tasks {sorted(known)}, but this run has {sorted(tasks)}. Resume with the "
+            f"same tasks; or with on_task_mismatch='adapt', which keeps what is known and gives new tasks the mean."
+        )
+    for name in ("weights", "weights_mean", "initial_losses", "updates_seen"):
+        if state[name].shape != (len(known),):
+            found = tuple(state[name].shape)
+            raise ValueError(
+                f"{kind}: the checkpoint is damaged: {name} should be of shape ({len(known)},); got {found}."
+            )
+
+
+def say_what_is_in_force(option: str, saved: object, given: object, resume_options: ResumeOptions) -> None:
+    """Warn, on the first rank, that an option differs from the checkpoint's, and say which of the two is in force."""
+    in_force, otherwise = ("this run's", "checkpoint") if resume_options == "given" else ("the checkpoint's", "given")
+    say(
+        f"{option} is {saved} in the checkpoint and {given} here; {in_force} is in force. For the other, resume with "
+        f"resume_options='{otherwise}'."
+    )
+
+
+def say(message: str) -> None:
+    """Warn on the first rank."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0):
+        warnings.warn(f"GradNorm: {message}", stacklevel=4)

@@ -1,0 +1,190 @@
+"""GradNorm's weight updates: what one consists of, and what became of them.
+
+The outcome is read when somebody asks, so that the host does not wait for a GPU in each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_gradnorm.strategies.domination import SHARE, Domination
+from lightning_gradnorm.strategies.gradnorm_arguments import why_not_updated
+from lightning_gradnorm.strategies.zero_gradients import PATIENCE, ZeroGradients
+
+_MAX_PENDING = 1000  # updates that the host has not read; it then does, so that they do not pile up
+
+
+class GradNormTerms(NamedTuple):
+    """The quantities of one weight update; tensors of shape (T,), NaN at absent tasks."""
+
+    grad_norms: Tensor
+    """``G_i``"""
+    rates: Tensor
+    """``r_i``"""
+    targets: Tensor
+    """``Ḡ · p_i · r_i^alpha``"""
+    gradient: Tensor
+    """``∂L_grad / ∂w_i``"""
+    ratios: Tensor
+    """``L_i / L_i(0)``"""
+
+    @property
+    def loss(self) -> Tensor:
+        """``L_grad``, a scalar."""
+        return (self.grad_norms - self.targets).abs().nansum()
+
+
+class WeightUpdate(NamedTuple):
+    """The inputs and the outcome of one weight update; tensors of shape (T,)."""
+
+    norms: Tensor
+    losses: Tensor
+    present: Tensor
+    """Who took part."""
+    shown: Tensor
+    """Who had a loss."""
+    with_gradient: Tensor
+    """Who had a loss with a gradient."""
+    problems: Tensor
+    """Nonzero where a loss is not finite, or negative although ``alpha > 0``; shape (T,)."""
+    terms: GradNormTerms
+    """Meaningless if the update was not taken."""
+    taken: Tensor
+    """Whether the weights changed, a bool tensor; False if an input or the result is not usable."""
+
+    @property
+    def tasks_at_fault(self) -> Tensor:
+        """The tasks whose numbers prevented the update, bool of shape (T,)."""
+        bad = self.present & ~((self.problems == 0) & self.norms.isfinite())
+        # If every input is sound, the result overflowed, and all tasks contributed to it.
+        return torch.where(bad.any(), bad, self.present) & ~self.taken
+
+
+class Outcomes:
+    """Counts what went wrong in the updates of one training, and finds words for it.
+
+    All counts but ``skipped`` begin with the training, or with its resumption: they are no state.
+
+    Args:
+        tasks: the tasks' names.
+        alpha: the asymmetry.
+        keeps_last_seen: whether absent tasks take part with what they were last seen with.
+    """
+
+    def __init__(self, tasks: Sequence[str], alpha: float, *, keeps_last_seen: bool) -> None:
+        self._tasks, self._alpha, self._keeps_last_seen = tasks, alpha, keeps_last_seen
+        self.skipped = 0
+        """Updates that were not taken because of an unusable number."""
+        self.tasks_at_fault: dict[str, float] = {}
+        """Tasks whose numbers prevented an update → their loss in the last such update."""
+        self.last: WeightUpdate | None = None
+        """The last update that was taken."""
+        self.zero_gradients = ZeroGradients(tasks)
+        self.domination = Domination()
+        self.remarks: dict[str, str] = {}
+        """What the user should be told: a key, under which it is told once → the message, without a caller's name."""
+        self._pending: list[WeightUpdate] = []
+        self._updates = self._updates_of_several = 0
+
+    def resume(self, skipped: int) -> None:
+        """Go on after so many skipped updates. What has not been read belongs to weights that are no more."""
+        self._pending, self.skipped = [], skipped
+        self.domination.note(None)
+
+    def add(self, update: WeightUpdate, *, read: bool) -> None:
+        """Add an update; with ``read``, or if many wait, read it and all that were added before."""
+        self._pending.append(update)
+        if read or len(self._pending) == _MAX_PENDING:
+            self.read()
+
+    def read(self) -> None:
+        """Read what was added since the last time. Synchronizes with the device."""
+        if not (updates := self._pending):
+            return
+        table = _rows([one for u in updates for one in (u.norms, u.losses, u.terms.grad_norms, u.terms.ratios)])
+        presence = _rows([one for u in updates for one in (u.shown, u.with_gradient, u.present)])
+        all_taken = len(updates) > 1 and bool(torch.stack([u.taken for u in updates]).all())
+        self._pending = []
+        for index, update in enumerate(updates):
+            shown, with_gradient, present = presence[3 * index : 3 * index + 3]
+            self._count_company(shown, present)
+            self.zero_gradients.note(shown, with_gradient)
+            if all_taken or update.taken:
+                self.last = update
+                self._note_domination(table[4 * index : 4 * index + 4], shown, present)
+            else:
+                self._note_fault(update)
+        self._remark()
+
+    def _note_fault(self, update: WeightUpdate) -> None:
+        self.skipped += 1
+        per_task = zip(self._tasks, update.losses.tolist(), update.tasks_at_fault.tolist(), strict=True)
+        at_fault = {task: loss for task, loss, is_at_fault in per_task if is_at_fault}
+        self.tasks_at_fault |= at_fault
+        for task, loss in at_fault.items():
+            self.remarks.setdefault(
+                f"{task}: not updated",
+                f"{why_not_updated(task, loss, self._alpha)}; the weights stay as they are. Further such steps are counted in "
+                f"gradnorm/skipped.",
+            )
+
+    def _note_domination(self, numbers: list[list[float]], shown: list[bool], present: list[bool]) -> None:
+        norms, losses, grad_norms, ratios = numbers
+        T, now = len(self._tasks), self.domination.task
+        dominates = [here and SHARE * T * n < G for G, n, here in zip(grad_norms, norms, present, strict=True)]
+        if True in dominates:
+            i = dominates.index(True)
+        elif now is None or present[self._tasks.index(now)]:
+            return self.domination.note(None)
+        elif shown[i := self._tasks.index(now)]:
+            pass  # its gradient is zero: its weight stays
+        else:
+            return None  # it is absent, with its weight
+        all_ratios = [ratio for ratio, here in zip(ratios, present, strict=True) if here and ratio > 0]
+        ratio = ratios[i] if present[i] else 1.0
+        rate = ratio * len(all_ratios) / sum(all_ratios) if all_ratios else 1.0
+        return self.domination.note(self._tasks[i], losses[i], ratio, rate)
+
+    def _count_company(self, shown: list[bool], present: list[bool]) -> None:
+        self._updates += 1
+        self._updates_of_several += all(shown) or sum(map(max, shown, present)) > 1
+
+    def _remark(self) -> None:
+        for task in self.zero_gradients.lasting:
+            keeps = ("its weight stays as it is", "it takes part with its last numbers, if it had any")
+            self.remarks.setdefault(
+                f"{task}: no gradient",
+                f"the gradient of task '{task}' at the shared layer has been exactly 0 in the last {PATIENCE} updates (a "
+                f"coefficient of 0, masked labels, a constraint that holds?). As long as that lasts the task counts as absent: "
+                f"{keeps[self._keeps_last_seen]}.",
+            )
+        for task, message in self.domination.found.items():
+            self.remarks.setdefault(f"{task}: dominates", message)
+
+    def end_epoch(self) -> None:
+        """Called at the end of an epoch: find out whether no update of it had two tasks to balance."""
+        self.read()
+        if self._updates and not self._updates_of_several:
+            what = "were two tasks present" if not self._keeps_last_seen else "had two tasks been seen"
+            remedies = [
+                "mix the tasks in each batch (CombinedLoader(…, mode='max_size_cycle'))",
+                "accumulate batches until a step covers all tasks (accumulate_grad_batches)",
+                "measure in each step (update_every=1)"
+                if self._keeps_last_seen
+                else "let an absent task count as it was last (absent_tasks='last_seen')",
+            ]
+            self.remarks.setdefault(
+                "one task at a time",
+                f"in none of the last {self._updates} weight updates {what}, so that nothing has been balanced. What helps: "
+                f"{'; or '.join(remedies)}.",
+            )
+        self._updates = self._updates_of_several = 0
+
+
+def _rows(vectors: Sequence[Tensor]) -> list[Any]:
+    """Return the numbers of vectors of shape (T,), and wait for a GPU once at the most."""
+    return [one.tolist() for one in vectors] if vectors[0].is_cpu else torch.stack(list(vectors)).tolist()
