@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
 from lightning_gradnorm.engine.engine import Engine
 from lightning_gradnorm.engine.module_hooks import Remove
-
-Closure = Callable[[], Any]
 
 
 def follow_optimizers(loop: TrainerLoop, engine: Engine[Any], finish_step: Callable[[], None]) -> Remove:
@@ -38,7 +35,12 @@ def follow_optimizers(loop: TrainerLoop, engine: Engine[Any], finish_step: Calla
             if loop.is_by_hand() and engine.pending_backwards:
                 finish_step()
             return None
-        return (self, lambda: _weighted(closure(), engine.batch.change_of_loss)), _without_closure(kwargs)
+
+        def weighted() -> Any:
+            loss = closure()
+            return loss if loss is None else loss + engine.batch.change_of_loss
+
+        return (self, weighted), {name: value for name, value in kwargs.items() if name != "closure"}
 
     for optimizer in loop.trainer.optimizers if loop.is_by_hand() else compares:
         hooks.callback(optimizer.register_step_pre_hook(before_step).remove)
@@ -47,13 +49,4 @@ def follow_optimizers(loop: TrainerLoop, engine: Engine[Any], finish_step: Calla
 
 def _may_compare_values(optimizer: torch.optim.Optimizer) -> bool:
     """Return False for those of torch that evaluate a closure once and look at nothing but the gradients."""
-    kind = type(optimizer)
-    return not kind.__module__.startswith("torch.optim.") or kind is torch.optim.LBFGS
-
-
-def _weighted(loss: Any, change: Tensor | float) -> Any:
-    return loss if loss is None else loss + change
-
-
-def _without_closure(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name != "closure"}
+    return not type(optimizer).__module__.startswith("torch.optim.") or isinstance(optimizer, torch.optim.LBFGS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
@@ -108,16 +108,10 @@ class BatchState:
     def after_step(self) -> BatchState:
         """Return what is left of the batch after an optimizer step: losses that were not back-propagated yet."""
         left = {task: losses for task, losses in self.losses.items() if task not in self.backpropagated}
-        return BatchState(
-            finished=self.finished | self.backpropagated,
-            losses=left,
-            absent=self.absent,
-            branches={task: nodes for task, nodes in self.branches.items() if task not in self.backpropagated},
-            backwards=self.backwards,
-            steps=self.steps,
-            read_at_losses=self.read_at_losses,
-            tasks_of={id(one.tensor): task for task, losses in left.items() for one in losses},
-        )
+        branches = {task: nodes for task, nodes in self.branches.items() if task not in self.backpropagated}
+        tasks_of = {id(one.tensor): task for task, losses in left.items() for one in losses}
+        finished = self.finished | self.backpropagated
+        return replace(self, finished=finished, losses=left, backpropagated=set(), branches=branches, tasks_of=tasks_of)
 
     def add(self, task: str, loss: Tensor) -> WatchedLoss:
         """Add a loss to watch."""

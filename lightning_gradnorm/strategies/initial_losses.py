@@ -109,13 +109,11 @@ class InitialLosses:
         found._is_fresh = False
         return found
 
-    def _described(self, values: Tensor, needed: Tensor, which: Tensor) -> object:
-        """Return the argument that would have given some tasks these values."""
+    def _described(self, values: Tensor, needed: Tensor, which: Tensor) -> dict[str, object]:
+        """Return, for some tasks, the number given, or of how many losses a value is the mean."""
         rows = zip(self._tasks, values.tolist(), needed.tolist(), which.tolist(), strict=True)
-        chosen = {task: (value, int(count)) for task, value, count, is_one in rows if is_one}
-        counts = {count for _, count in chosen.values()}
-        if counts.isdisjoint({0}) and len(counts) == 1:
-            (count,) = counts
-            found = ", ".join(f"{value:.4g}" for value, _ in chosen.values() if value)
-            return f"{count} ({found})" if found else count
-        return {task: f"mean of {count}" if count else float(f"{value:.4g}") for task, (value, count) in chosen.items()}
+        return {
+            task: f"mean of {int(count)}" if count else float(f"{value:.4g}")
+            for task, value, count, is_one in rows
+            if is_one
+        }

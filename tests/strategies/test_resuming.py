@@ -116,7 +116,7 @@ def test_momentum_is_told_of_and_without_any_in_the_checkpoint_there_is_none_to_
 
 def test_several_options_are_told_of_one_by_one() -> None:
     first, resumed = trained(), rule_with(lr=0.1, betas=(0.5, 0.9), initial_losses=20)
-    with says("initial_losses is 1 (", "betas of", "lr of"):
+    with says("initial_losses is {'seg': 'mean of 1'", "betas of", "lr of"):
         resumed.load_state_dict(first.state_dict())
 
 
@@ -244,7 +244,7 @@ def with_first_losses(given: Any, updates: int = 1, **options: Any) -> GradNormR
     [
         (1, {"seg": 1.0}, "{'seg': 'mean of 1'}", [1.0, 2.0, 8.0]),
         ({"seg": 1.0}, {"seg": 3.0}, "{'seg': 1.0} in the checkpoint and {'seg': 3.0} here", [3.0, 2.0, 8.0]),
-        ({"seg": 1.0}, 1, "{'seg': 1.0} in the checkpoint and 1 here", [0.0, 2.0, 8.0]),
+        ({"seg": 1.0}, 1, "{'seg': 1.0} in the checkpoint and {'seg': 'mean of 1'} here", [0.0, 2.0, 8.0]),
     ],
 )
 def test_first_losses_that_differ_are_told_of_once(
@@ -266,7 +266,7 @@ def test_another_number_of_first_updates_counts_on_from_those_so_far() -> None:
     state = with_first_losses(2, updates=2).state_dict()
     for resume_options, expected in (("checkpoint", LOSSES), ("given", LOSSES * (1 + 1 + 4) / 3)):
         resumed = rule_with(initial_losses=3, resume_options=resume_options)
-        with says("initial_losses is 2 (4, 2, 8) in the checkpoint and 3 here"):
+        with says("'normal': 'mean of 2'} in the checkpoint and {'seg': 'mean of 3'"):
             resumed.load_state_dict(state)
         for _ in range(3):
             resumed.step(torch.ones(3, dtype=F64), 4 * LOSSES)
