@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_gradnorm import MultiTaskModule, Task
 from lightning_gradnorm.experiments.problems.engines.cmapss import CMAPSS, Windows
-from lightning_gradnorm.experiments.problems.engines.turbofan import TurbofanDataModule, module, write_turbofan
+from lightning_gradnorm.experiments.problems.engines.turbofan import TurbofanDataModule, files, module, write_turbofan
 
 
 def engines(folder: Path, **options: Any) -> TurbofanDataModule:
@@ -91,15 +91,16 @@ def test_files_are_never_left_half_written(tmp_path: Path, monkeypatch: pytest.M
     assert len(engines(tmp_path).test_data) == 4
 
 
-def test_several_that_write_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
-    at_once = threading.Barrier(4)  # who came when another is done would find the folder there
+def test_several_that_write_at_once_do_not_disturb_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once, write_file = threading.Barrier(4), files._write
 
-    def write(_: int) -> Path:
-        at_once.wait()
-        return write_turbofan(tmp_path / "made", "FD001", 3, 3)
+    def write_together(*args: Any) -> None:
+        at_once.wait()  # who looked when another is done would find the folder there
+        write_file(*args)
 
-    with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(write, range(4)))
+    with monkeypatch.context() as patched, ThreadPoolExecutor(4) as pool:
+        patched.setattr(files, "_write", write_together)
+        made = list(pool.map(lambda _: write_turbofan(tmp_path / "made", "FD001", 3, 3), range(4)))
     alone = write_turbofan(tmp_path / "alone", "FD001", 3, 3)
     assert set(made) == {tmp_path / "made"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "made"]
