@@ -66,6 +66,10 @@ class GradNorm(BalancingCallback[GradNormRule]):
         absent_tasks: what a task does in updates from which it is absent. ``"leave_out"``: it keeps its weight and takes no
             part in the means. ``"last_seen"``: it takes part with the norm and the loss it last had, as soon as it has had
             some: for training on one task after the other. Those are part of the checkpoint.
+        weight_space: ``"linear"``: the weights' optimizer steps on ``w``, as in the paper. ``"log"``: on ``log w``, so that
+            weights of 0.001 and of 1 move by the same factor, for losses on very different scales. Ours.
+        smoothing: β of bias-corrected moving averages that take the place of the norms and the losses, for noisy training
+            rates; 0, the paper's, for none. Ours. They are part of the checkpoint.
         resume_options: which are in force where the options of a checkpoint differ from these: ``"checkpoint"``, or
             ``"given"``. A checkpoint has ``initial_losses``, ``initial_weights`` and the options of ``optimizer``; all others
             are always the given ones. Each difference is warned of.
@@ -111,6 +115,8 @@ class GradNorm(BalancingCallback[GradNormRule]):
         min_weight: float = 1e-4,
         representation: str = "encoder",
         absent_tasks: Literal["leave_out", "last_seen"] = "leave_out",
+        weight_space: Literal["linear", "log"] = "linear",
+        smoothing: float = 0.0,
         on_task_mismatch: Literal["error", "adapt"] = "error",
         resume_options: ResumeOptions = "checkpoint",
     ) -> None:
@@ -137,6 +143,8 @@ class GradNorm(BalancingCallback[GradNormRule]):
         self.stop_after = stop_after
         self.min_weight = min_weight
         self.absent_tasks = absent_tasks
+        self.weight_space = weight_space
+        self.smoothing = smoothing
         self.resume_options = resume_options
         self.on_task_mismatch = on_task_mismatch
         check_arguments(self._name, self._names or None, self._rule_options())

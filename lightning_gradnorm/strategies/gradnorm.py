@@ -31,8 +31,9 @@ from lightning_gradnorm.strategies.gradnorm_arguments import check_arguments
 from lightning_gradnorm.strategies.initial_losses import InitialLosses
 from lightning_gradnorm.strategies.last_seen import LastSeen
 from lightning_gradnorm.strategies.resuming import ResumeOptions, check_state, say_what_is_in_force
+from lightning_gradnorm.strategies.smoothing import Smoothing
 from lightning_gradnorm.strategies.snapshot import matched_by_task
-from lightning_gradnorm.strategies.updates import GradNormTerms, Outcomes, WeightUpdate
+from lightning_gradnorm.strategies.updates import GradNormTerms, Outcomes, ReadsOutcomes, WeightUpdate
 from lightning_gradnorm.strategies.weight_optimizer import WeightOptimizerFactory, make_weight_optimizer, moved
 from lightning_gradnorm.strategies.zero_gradients import tasks_with_gradient
 
@@ -82,7 +83,7 @@ def _mean(values: Tensor, present: Tensor | None) -> Tensor:
     return values.mean() if present is None else torch.where(present, values, 0.0).sum() / present.sum()
 
 
-class GradNormRule:
+class GradNormRule(ReadsOutcomes):
     """GradNorm's weights and everything they depend on: ``L_i(0)``, the weight optimizer, the counters.
 
     After every `step`, whatever its inputs, the weights are positive and sum to T.
@@ -100,6 +101,10 @@ class GradNormRule:
         absent_tasks: ``"leave_out"``: a task that is absent from an update keeps its weight and takes no part in the means.
             ``"last_seen"``: it takes part with the norm and the loss it last had; before its first, it is left out. For both,
             a task whose gradient is exactly 0 is absent.
+        weight_space: ``"linear"``: the optimizer steps on ``w``, as in the paper. ``"log"``: on ``log w``, with the gradient
+            ``sign(G_i − target_i) · G_i``, so that weights of 0.001 and of 1 move by the same factor. Ours.
+        smoothing: β of bias-corrected moving averages that take the place of ``n_i`` and ``L_i``, also in ``L_i(0)``; 0, the
+            paper's, for none. Ours.
         resume_options: which options are in force after `load_state_dict` where the checkpoint's differ: the weight
             optimizer's, ``initial_losses`` and ``initial_weights``. A difference is warned of in either case. Other options
             are no part of a checkpoint.
@@ -129,6 +134,8 @@ class GradNormRule:
         stop_after: int | None = None,
         min_weight: float = 1e-4,
         absent_tasks: Literal["leave_out", "last_seen"] = "leave_out",
+        weight_space: Literal["linear", "log"] = "linear",
+        smoothing: float = 0.0,
         resume_options: ResumeOptions = "checkpoint",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
@@ -137,8 +144,9 @@ class GradNormRule:
         self.tasks = check_task_names(tasks, caller=caller)
         by_task = {"initial_losses": initial_losses, "initial_weights": initial_weights, "priorities": priorities}
         numbers = {"alpha": alpha, "min_weight": min_weight, "update_every": update_every, "stop_after": stop_after}
-        choices = {"optimizer": optimizer, "absent_tasks": absent_tasks, "resume_options": resume_options}
-        check_arguments(caller, self.tasks, {**by_task, **numbers, **choices})
+        choices = {"absent_tasks": absent_tasks, "weight_space": weight_space, "resume_options": resume_options}
+        given = {**by_task, **numbers, **choices, "smoothing": smoothing, "optimizer": optimizer}
+        check_arguments(caller, self.tasks, given)
         self.alpha, self.min_weight = float(alpha), min_weight
         self.update_every, self.stop_after = update_every, stop_after
         self.resume_options = resume_options
@@ -146,9 +154,11 @@ class GradNormRule:
         weights, self._priorities = self._initial_values(torch.zeros((), dtype=dtype, device=device))
         self.weights = weights.requires_grad_()
         self._initial_weights = weights.detach().clone()
-        self._step = make_weight_optimizer(self.weights, optimizer)
+        self._logs = weights.detach().log().requires_grad_() if weight_space == "log" else None
+        self._step = make_weight_optimizer(self.weights if self._logs is None else self._logs, optimizer)
         self._all_present = torch.ones(len(self.tasks), dtype=torch.bool, device=device)
         self._initial = InitialLosses(self.tasks, initial_losses, self.alpha, weights.detach())
+        self._smoothing = Smoothing(smoothing, weights.detach()) if smoothing else None
         self._last_seen = LastSeen(weights.detach()) if absent_tasks == "last_seen" else None
         self.mean_weights = self.weights.detach().clone()
         """``E_t[w_i(t)]`` over the steps counted by `count_step`, shape (T,)."""
@@ -194,20 +204,29 @@ class GradNormRule:
         self.outcomes.read()
         dtype, device = dtype or self.weights.dtype, device or self.weights.device
         for name, value in vars(self).items():
-            if isinstance(value, Tensor) and value is not self.weights:
+            if isinstance(value, Tensor) and not value.requires_grad:
                 setattr(self, name, moved(value, dtype, device))
         self.weights.data = self.weights.data.to(device, dtype)
+        if self._logs is not None:
+            self._logs.data = self._logs.data.to(device, dtype)
         self._step.follow_weights()
-        self._initial.to(self.mean_weights)
-        if self._last_seen is not None:
-            self._last_seen.to(self.mean_weights)
+        for part in (self._initial, self._smoothing, self._last_seen):
+            if part is not None:
+                part.to(self.mean_weights)
         if self.outcomes.last is not None:
             self.outcomes.last = moved(self.outcomes.last, dtype, device)
         # Numbers that were given are converted anew, so that float64 does not get what float32 has rounded.
         weights, self._priorities = self._initial_values(self.mean_weights)
         if self._is_fresh:
-            self.weights.copy_(weights)
+            self._set_weights(weights)
             self.mean_weights, self._initial_weights = weights, weights.clone()
+
+    def _set_weights(self, weights: Tensor, logs: Tensor | None = None) -> None:
+        """Set the weights and, where these are not their exponentials already, the logarithms."""
+        self.weights.copy_(weights)
+        if self._logs is not None:
+            logs = weights.log() if logs is None else logs.to(weights)
+            self._logs.copy_(torch.where(logs.exp() == weights, logs, weights.log()))
 
     @torch.no_grad()
     def step(self, norms: Tensor, losses: Tensor, present: Tensor | None = None) -> WeightUpdate:
@@ -230,6 +249,10 @@ class GradNormRule:
         norms, losses = norms.to(self.weights), losses.to(self.weights)
         shown = self._all_present if present is None else present
         present = with_gradient = tasks_with_gradient(norms, present, may_look=self.syncs_every_step)
+        had_one = self._all_present if with_gradient is None else with_gradient
+        if self._smoothing is not None:
+            can_be_averaged = norms.isfinite() & losses.isfinite() & ((losses >= 0) | (self.alpha == 0))
+            norms, losses = self._smoothing.average(norms, losses, had_one & can_be_averaged)
         if self._last_seen is not None:
             norms, losses, present = self._last_seen.fill(norms, losses, with_gradient)
         counted = self._all_present if present is None else present
@@ -250,11 +273,14 @@ class GradNormRule:
         weights = self.weights.detach()
         terms = gradnorm_terms(weights, norms, losses, initial_losses, self.alpha, self._priorities, present)
         gradient = terms.gradient if present is None else torch.where(present, terms.gradient, 0.0)
-        taken = self._step.step(gradient, problems, present, partial(self._renormalized, present))
+        if self._logs is None:
+            taken = self._step.step(gradient, problems, present, partial(self._renormalized, present))
+        else:  # ∂L_grad / ∂log w_i = w_i ∂L_grad / ∂w_i
+            taken = self._step.step(weights * gradient, problems, present, partial(self._renormalized_logs, present))
+            weights.copy_(self._logs.exp())
         if begins and bool(taken):
             self._initial.accept()
         self._is_fresh = False
-        had_one = self._all_present if with_gradient is None else with_gradient
         if self._last_seen is not None:
             self._last_seen.note(norms, losses, had_one & self._is_usable(norms, losses))
         update = WeightUpdate(norms, losses, counted, shown, had_one, problems, terms, taken)
@@ -279,43 +305,15 @@ class GradNormRule:
         total = torch.where(left > had / 2, left, had)
         return torch.where(present, weights * (total / (weights * present).sum()), before)
 
+    def _renormalized_logs(self, present: Tensor | None, before: Tensor, logs: Tensor) -> Tensor:
+        """Do so for logarithms; those of absent tasks are kept to the bit."""
+        found = self._renormalized(present, before.exp(), logs.exp()).log()
+        return found if present is None else torch.where(present, found, before)
+
     @property
     def syncs_every_step(self) -> bool:
         """Whether the host reads each update's outcome at once: on a CPU, where there is nothing to wait for."""
         return self.weights.device.type == "cpu"
-
-    @property
-    def skipped(self) -> int:
-        """Number of updates that were not taken because of an unusable number. Synchronizes with the device."""
-        return self._read_outcomes().skipped
-
-    @property
-    def tasks_at_fault(self) -> dict[str, float]:
-        """Tasks whose numbers prevented an update → their loss in the last such update. Synchronizes with the device."""
-        return self._read_outcomes().tasks_at_fault
-
-    @property
-    def tasks_without_gradient(self) -> list[str]:
-        """Tasks whose norm has been exactly 0 in the last 50 updates. Synchronizes with the device."""
-        return self._read_outcomes().zero_gradients.lasting
-
-    @property
-    def remarks(self) -> Mapping[str, str]:
-        """What the user should be told of the updates so far: key → message. Synchronizes with the device."""
-        return self._read_outcomes().remarks
-
-    @property
-    def last(self) -> WeightUpdate | None:
-        """The last update that was taken, ``None`` before the first. Synchronizes with the device."""
-        return self._read_outcomes().last
-
-    def _read_outcomes(self) -> Outcomes:
-        self.outcomes.read()
-        return self.outcomes
-
-    def end_epoch(self) -> None:
-        """Find out, at an epoch's end, whether it had two tasks to balance in any update. Synchronizes with the device."""
-        self.outcomes.end_epoch()
 
     def state_dict(self) -> dict[str, Any]:
         """Return all state as plain tensors and numbers, loadable with ``torch.load(weights_only=True)``."""
@@ -331,7 +329,9 @@ class GradNormRule:
             "steps": self.steps,
             "skipped": self.skipped,
         }
-        return state if self._last_seen is None else {**state, "last_seen": self._last_seen.state_dict()}
+        parts = {"last_seen": self._last_seen, "smoothing": self._smoothing}
+        state |= {name: part.state_dict() for name, part in parts.items() if part is not None}
+        return state if self._logs is None else {**state, "log_weights": self._logs.detach().clone()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any], *, adapt: bool = False) -> None:
@@ -363,6 +363,7 @@ class GradNormRule:
         steps, skipped = int(state["steps"]), int(state["skipped"])
         initial = self._initial.resumed(matched, is_new, self.resume_options)
         last_seen = None if self._last_seen is None else self._last_seen.resumed(matched.get("last_seen"))
+        smoothing = None if self._smoothing is None else self._smoothing.resumed(matched.get("smoothing"))
         began_with = scaled("initial_weights") if "initial_weights" in state else self._initial_weights
         own, _ = self._initial_values(self.mean_weights)
         if self._given_weights is not None and not is_new.any() and not torch.allclose(began_with, own):
@@ -373,7 +374,7 @@ class GradNormRule:
             if self.resume_options == "given":
                 weights, began_with = own, own.clone()
         self._step = self._step.resumed(matched["optimizer"], self.resume_options)
-        self.weights.copy_(weights)
+        self._set_weights(weights, None if is_new.any() else matched.get("log_weights"))
         self.mean_weights, self._initial_weights, self._initial = mean_weights, began_with, initial
-        self.steps, self._last_seen, self._is_fresh = steps, last_seen, False
+        self.steps, self._last_seen, self._smoothing, self._is_fresh = steps, last_seen, smoothing, False
         self.outcomes.resume(skipped)

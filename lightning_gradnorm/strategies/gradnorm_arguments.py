@@ -36,6 +36,8 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "update_every": (lambda one: is_integer(one, least=1), "an integer, at least 1"),
     "stop_after": (lambda one: one is None or is_integer(one, least=0), "None or an integer, at least 0"),
     "absent_tasks": (lambda one: one in ("leave_out", "last_seen"), "'leave_out' or 'last_seen'"),
+    "weight_space": (lambda one: one in ("linear", "log"), "'linear' or 'log'"),
+    "smoothing": (lambda one: is_number(one) and 0 <= one < 1, "a number from 0 to below 1"),
     "resume_options": (lambda one: one in ("checkpoint", "given"), "'checkpoint' or 'given'"),
 }
 

@@ -5,7 +5,7 @@ The outcome is read when somebody asks, so that the host does not wait for a GPU
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -183,6 +183,46 @@ class Outcomes:
                 f"{'; or '.join(remedies)}.",
             )
         self._updates = self._updates_of_several = 0
+
+
+class ReadsOutcomes:
+    """Base of rules that make such updates: what has become of them. Each property synchronizes with the device."""
+
+    outcomes: Outcomes
+    """What has been read."""
+
+    def _read_outcomes(self) -> Outcomes:
+        self.outcomes.read()
+        return self.outcomes
+
+    @property
+    def skipped(self) -> int:
+        """Number of updates that were not taken because of an unusable number."""
+        return self._read_outcomes().skipped
+
+    @property
+    def tasks_at_fault(self) -> dict[str, float]:
+        """Tasks whose numbers prevented an update → their loss in the last such update."""
+        return self._read_outcomes().tasks_at_fault
+
+    @property
+    def tasks_without_gradient(self) -> list[str]:
+        """Tasks whose norm has been exactly 0 in the last 50 updates."""
+        return self._read_outcomes().zero_gradients.lasting
+
+    @property
+    def remarks(self) -> Mapping[str, str]:
+        """What the user should be told of the updates so far: key → message."""
+        return self._read_outcomes().remarks
+
+    @property
+    def last(self) -> WeightUpdate | None:
+        """The last update that was taken, ``None`` before the first."""
+        return self._read_outcomes().last
+
+    def end_epoch(self) -> None:
+        """Find out, at an epoch's end, whether it had two tasks to balance in any update."""
+        self.outcomes.end_epoch()
 
 
 def _rows(vectors: Sequence[Tensor]) -> list[Any]:

@@ -1,0 +1,57 @@
+"""Moving averages of each task's gradient norm and loss: training rates of single batches are noisy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Smoothing:
+    """Bias-corrected exponential moving averages, for ``smoothing=β``: the first is the number itself.
+
+    Args:
+        beta: the share of the past, 0 < β < 1.
+        like: has the shape (T,), the precision and the device of the weights.
+
+    Example:
+        >>> smoothing = Smoothing(0.5, torch.ones(2))
+        >>> for norms in torch.tensor([[1.0, 3.0], [4.0, 0.0]]):
+        ...     averages = smoothing.average(norms, norms, torch.tensor([True, True]))
+        >>> averages[0]
+        tensor([3., 1.])
+    """
+
+    def __init__(self, beta: float, like: Tensor) -> None:
+        self._beta = beta
+        self._averages = torch.zeros(2, *like.shape, dtype=like.dtype, device=like.device)
+        self._updates = torch.zeros_like(like)
+
+    def average(self, norms: Tensor, losses: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in the numbers of some tasks, bool of shape (T,), and return their averages; other numbers as they are."""
+        self._updates = self._updates + usable
+        # a_t = Σ_s β^(t−s) x_s / Σ_s β^(t−s), as a step from a_(t−1)
+        rate = (1 - self._beta) / (1 - self._beta**self._updates)
+        numbers = torch.stack([norms, losses])
+        self._averages = torch.where(usable, self._averages + rate * (numbers - self._averages), self._averages)
+        norms, losses = torch.where(usable, self._averages, numbers).unbind()
+        return norms, losses
+
+    def to(self, like: Tensor) -> None:
+        """Move all numbers to the device and precision of the weights."""
+        self._averages, self._updates = self._averages.to(like), self._updates.to(like)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all state."""
+        norms, losses = self._averages.clone().unbind()
+        return {"norms": norms.clone(), "losses": losses.clone(), "updates": self._updates.clone()}
+
+    def resumed(self, state: Mapping[str, Any] | None) -> Smoothing:
+        """Return one with that state, in the order of the tasks; ``None``, as in a run without smoothing: nothing is known."""
+        found = Smoothing(self._beta, self._updates)
+        if state is not None:
+            found._averages = torch.stack([state["norms"], state["losses"]]).to(self._averages)
+            found._updates = state["updates"].to(self._updates)
+        return found
