@@ -186,6 +186,20 @@ FAULTS = (
         "",
         _OF_RULE,
     ),
+    Fault(
+        "in log space, the gradient is that of the weights",
+        _GRADNORM,
+        "self._step.step(weights * gradient, problems",
+        "self._step.step(gradient, problems",
+        ("tests/callbacks/test_log_space_and_smoothing.py",),
+    ),
+    Fault(
+        "a smoothed first number is not corrected for its bias",
+        f"{_CORE}strategies/smoothing.py",
+        "rate = (1 - self._beta) / (1 - self._beta**self._updates)",
+        "rate = 1 - self._beta",
+        ("tests/callbacks/test_log_space_and_smoothing.py",),
+    ),
     # ---- the weights in the network ----------------------------------------------------------------------------------
     Fault(
         "a loss that is shown twice is weighted twice",

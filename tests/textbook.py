@@ -60,6 +60,8 @@ def train(
     absent_tasks: str = "leave_out",
     before_micro_batch: Callable[[int], object] = lambda index: None,
     by_closure: bool = False,
+    weight_space: str = "linear",
+    smoothing: float = 0.0,
 ) -> Trajectory:
     """Train `model` with GradNorm, `accumulate` micro-batches to an optimizer step (a list: step by step).
 
@@ -68,13 +70,15 @@ def train(
     is taken in `skip_steps`, nor as long as a task's loss has never been positive. With `absent_tasks="last_seen"` an
     absent task has the loss and, but for its weight, the gradient norm of the last weight update it was present in.
     `by_closure`: the network's optimizer evaluates the losses itself, as often as it likes, with the weights that were in
-    force when the step began.
+    force when the step began. In the `weight_space` "log" the weights' optimizer moves their logarithms. With `smoothing`
+    the norms (but for the weight) and losses are means over all updates so far, each worth β times as much as the next.
     """
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     w: Tensor | None = None
     run: Trajectory | None = None
     first_losses: dict[str, list[Tensor]] = {}
+    history: dict[str, list[tuple[Tensor, Tensor]]] = {}
     last_seen: dict[str, tuple[Tensor, Tensor]] = {}
     sizes = [accumulate] * (len(micro_batches) // accumulate) if isinstance(accumulate, int) else list(accumulate)
     micro_batch = 0
@@ -87,8 +91,10 @@ def train(
         if w is None or run is None:
             run = Trajectory(list(tasks or passes[0].losses))
             start = torch.tensor([(initial_weights or {}).get(t, 1.0) for t in run.tasks], dtype=torch.float64)
-            w = (len(run.tasks) * start / start.sum()).requires_grad_()
-            w_optimizer = weight_optimizer([w])
+            start = len(run.tasks) * start / start.sum()
+            leaf = (start.log() if weight_space == "log" else start).requires_grad_()
+            w_optimizer = weight_optimizer([leaf])
+        w = leaf.exp() if weight_space == "log" else leaf
         shown = [[f.losses[t] for f in passes if t in f.losses] for t in run.tasks]
         here = [i for i, of_task in enumerate(shown) if of_task]
         names = [run.tasks[i] for i in here]
@@ -114,6 +120,11 @@ def train(
                 )
                 norms.append(torch.cat([g.flatten() for g in gradients if g is not None]).norm())
             G = torch.stack(norms)
+            if smoothing:
+                for i, t, norm, loss in zip(here, names, G, L, strict=True):
+                    history.setdefault(t, []).append(((norm / w[i]).detach(), loss.detach()))
+                means = [_faded_mean(history[t], smoothing) for t in names]
+                G, L = w[here] * torch.stack([n for n, _ in means]), torch.stack([loss for _, loss in means])
             given, count = ({}, initial_losses) if isinstance(initial_losses, int) else (initial_losses, 1)
             for t, loss in zip(names, L.detach(), strict=True):
                 seen = first_losses.setdefault(t, [])
@@ -136,14 +147,15 @@ def train(
             r = ratio / ratio.mean()
             target = (G.mean() * (p / p.mean())[here] * r**alpha).detach()
             L_grad = (G - target).abs().sum()
-            (w.grad,) = torch.autograd.grad(L_grad, w)
+            (leaf.grad,) = torch.autograd.grad(L_grad, leaf)
             run.grad_norms.append(dict(zip(names, G.detach().tolist(), strict=True)))
             run.rates.append(dict(zip(names, r.tolist(), strict=True)))
             run.objective.append(float(L_grad.detach()))
             w_optimizer.step()
             with torch.no_grad():
-                w.clamp_(min=min_weight)
+                w = (leaf.exp() if weight_space == "log" else leaf.clone()).clamp(min=min_weight)
                 w[here] *= (len(run.tasks) - (w.sum() - w[here].sum())) / w[here].sum()
+                leaf.copy_(w.log() if weight_space == "log" else w)
 
         for parameter, gradient in zip(parameters, network_gradient, strict=True):
             parameter.grad = gradient
@@ -157,6 +169,12 @@ def train(
         run.weights.append(dict(zip(run.tasks, w.detach().tolist(), strict=True)))
     assert run is not None, "no micro-batch was given"
     return run
+
+
+def _faded_mean(history: Sequence[tuple[Tensor, Tensor]], beta: float) -> tuple[Tensor, Tensor]:
+    share = torch.tensor([beta**age for age in reversed(range(len(history)))], dtype=torch.float64)
+    norms, losses = (torch.stack(numbers) for numbers in zip(*history, strict=True))
+    return (share * norms).sum() / share.sum(), (share * losses).sum() / share.sum()
 
 
 def _evaluate(
