@@ -124,7 +124,8 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
                 )
             finally:
                 self._recomputed = None
-            here = {task: [one for one in found.get(task, ()) if isinstance(one, Tensor)] for task in self._names}
+            taken = {task: found.get(task, ()) for task in self._names if task in engine.step_tasks}
+            here = {task: [one for one in of_task if isinstance(one, Tensor)] for task, of_task in taken.items()}
             engine.measurement.update_after_step(here)
 
     @override

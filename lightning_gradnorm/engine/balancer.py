@@ -252,7 +252,11 @@ class Balancer:
             with torch.no_grad():
                 found = losses_after_step()
             check_names(found, self.rule.tasks, "losses_after_step")
-            given = {task: [loss] for task, loss in found.items() if loss is not None}
+            given = {
+                task: [loss]
+                for task, loss in found.items()
+                if isinstance(loss, Tensor) and task in self._engine.step_tasks
+            }
             self._engine.measurement.update_after_step(given)
 
     def end_epoch(self) -> None:
@@ -338,7 +342,10 @@ class Balancer:
 def _sum(losses: Mapping[str, Tensor | list[Tensor] | None]) -> Tensor:
     """Return the sum of the losses that are there, of which a task may have several; the mean of one with several values."""
     each = [one for of_task in losses.values() for one in (of_task if isinstance(of_task, list) else [of_task])]
-    return functools.reduce(operator.add, [one.mean() for one in each if one is not None])
+    kept = [one for one in each if one is not None and not (isinstance(one, Tensor) and one.numel() == 0)]
+    return functools.reduce(
+        operator.add, [one.mean() if isinstance(one, Tensor) else torch.tensor(one) for one in kept]
+    )
 
 
 def _sum_of_watched(watched: Mapping[str, list[WatchedLoss]]) -> Tensor:

@@ -168,5 +168,5 @@ def require_backpropagated(
             raise ValueError(
                 f"{caller}: what was given as the {noun} '{name}' took no part in the backward pass. Add it to what is "
                 f"back-propagated; give the very tensor, not a copy of it such as .clone() or .mean(), and give it before "
-                f"backward (in manual optimization, before manual_backward)."
+                f"backward (in manual optimization, before manual_backward). In a batch that leaves it out, give None."
             )

@@ -80,12 +80,14 @@ class LossGraph:
 
         Args:
             layers: the parameters of each layer by name. Several of them may make up one weight (weight norm).
-            outputs: nodes of module outputs. An expression of one parameter alone is a weight, unless it is one of these.
+            outputs: nodes of module outputs. An expression of one parameter alone is a weight, unless it is one of these, or a
+                loss (a penalty on that weight).
         """
         own = {node_of(parameter): name for name, parameters in layers.items() for parameter in parameters}
         heavy = {name for name, parameters in layers.items() if any(one.ndim >= 2 for one in parameters)}
         weight_of: dict[Node, str] = {}
         """Node → layer, for expressions of one layer's parameters alone: .T, a cast, weight norm."""
+        roots = set().union(*self._roots.values())
         depth: dict[Node, int] = {}
         found: dict[str, dict[str, Position]] = {}
         for node in self._order:
@@ -94,7 +96,7 @@ class LossGraph:
                 continue
             below = children(node)
             of_layers = {weight_of.get(child) for child in below}
-            if len(of_layers) == 1 and None not in of_layers and node not in outputs:
+            if len(of_layers) == 1 and None not in of_layers and node not in outputs and node not in roots:
                 weight_of[node] = weight_of[below[0]]
                 continue
             depths = [depth[child] for child in below if child not in weight_of]

@@ -1,0 +1,96 @@
+"""Custom autograd functions that cannot be passed twice: found out by passing them twice.
+
+Fused kernels save memory by overwriting: the gradient that a fused cross-entropy has computed in its forward pass is
+multiplied in place by the one that arrives; a fused norm writes its result over the gradient it was given. One backward pass
+never notices. A first-order pass beside it would spoil both, without an error, since kernels do not count as changes in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from lightning_gradnorm.gradients.graph import is_custom, node_of, nodes_on_paths, reason_not_retraversable
+from lightning_gradnorm.gradients.readers import Outputs, flat_row
+
+_FACTOR = 0.7310586  # a function that overwrites may spare itself a factor of 1
+_TRUSTED = ("torch", "lightning_gradnorm")
+
+
+class RepeatedPasses:
+    """Checks, before a first-order pass, that it is the same each time, and lends it gradients that it may overwrite.
+
+    Args:
+        begin: begins the error, before the name of the loss.
+    """
+
+    def __init__(self, begin: str) -> None:
+        self._begin = begin
+        self._passed: set[str] = set()
+        self._custom: set[str] = set()
+        """The losses with a custom function on the way."""
+
+    def checked(
+        self, name: str, outputs: Outputs, gradients: Sequence[Tensor], targets: Sequence[Tensor], *, once: str = ""
+    ) -> Sequence[Tensor]:
+        """Return the gradients with which to pass from ``outputs`` to ``targets``.
+
+        Args:
+            name: of the loss.
+            outputs: where the pass begins.
+            gradients: those that have arrived there.
+            targets: where it ends.
+            once: what is checked once under this name; as a rule it is checked in each call.
+
+        Raises:
+            ValueError: two passes give different gradients.
+        """
+        if once not in self._passed:
+            nodes = nodes_on_paths(
+                [one.node if isinstance(one, GradientEdge) else node_of(one) for one in outputs], targets
+            )
+            custom = sorted({node.name() for node in nodes if is_custom(node) and not _is_trusted(node)})
+            if not custom or reason_not_retraversable(nodes):
+                self._passed |= {once} - {""}
+                return gradients
+            self._custom.add(once)
+            if self._compare(name, outputs, gradients, targets, ", ".join(custom)):
+                self._passed |= {once} - {""}
+        return [one.clone() for one in gradients] if once in self._custom else gradients
+
+    def _compare(
+        self, name: str, outputs: Outputs, gradients: Sequence[Tensor], targets: Sequence[Tensor], custom: str
+    ) -> bool:
+        """Return whether there was a gradient to compare."""
+        try:
+            first, second = (
+                flat_row(
+                    torch.autograd.grad(
+                        outputs, targets, [_FACTOR * one for one in gradients], retain_graph=True, allow_unused=True
+                    ),
+                    targets,
+                )
+                for _ in range(2)
+            )
+            size, difference = float(first.norm()), float((first - second).norm())
+        except RuntimeError as error:
+            if "inplace" not in str(error) and "in-place" not in str(error):
+                raise
+            size, difference = 1.0, 1.0
+        if difference > 0.05 * size:
+            raise ValueError(
+                f"{self._begin} '{name}' cannot be read beside the ordinary backward pass: a second pass through the custom "
+                f"autograd function {custom} gives another gradient than the first, as of fused kernels that overwrite what they "
+                f"have saved. Use its ordinary form; or, if it is in the loss or in a head, name shared_layer and heads, which "
+                f"are then read below it."
+            )
+        return size > 0
+
+
+def _is_trusted(node: Any) -> bool:
+    function = getattr(type(node), "_forward_cls", None)
+    return function is not None and function.__module__.partition(".")[0] in _TRUSTED
