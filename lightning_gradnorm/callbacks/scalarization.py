@@ -124,9 +124,7 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
                 )
             finally:
                 self._recomputed = None
-            taken = {task: found.get(task, ()) for task in self._names if task in engine.step_tasks}
-            here = {task: [one for one in of_task if isinstance(one, Tensor)] for task, of_task in taken.items()}
-            engine.measurement.update_after_step(here)
+            engine.measurement.update_after_step(found)
 
     @override
     def _remove_hooks(self) -> None:

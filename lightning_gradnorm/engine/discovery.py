@@ -138,7 +138,7 @@ class Discovery:
         for row, task in zip(moved, setting.tasks, strict=True):
             for loss in losses.get(task, ()):
                 with self._buffers.preserved(task):
-                    seeds = self._repeats.checked(task, [loss.edge], [torch.ones_like(loss.tensor)], W)
+                    seeds = self._repeats.checked(task, [loss.edge], [torch.ones_like(loss.tensor)], W, once=False)
                     found = torch.autograd.grad([loss.edge], W, seeds, retain_graph=True, allow_unused=True)
                 row |= flat_row(found, W) != 0
         return setting.loop.ranks.sum(moved.float()) > 0

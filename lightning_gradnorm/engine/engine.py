@@ -81,8 +81,6 @@ class Engine(Generic[AnyRule]):
         """What the step has collected, while the losses are evaluated again."""
         self.step_was_taken = False
         """Whether the last `finish_step` was given to the rule: the scaler did not skip it, and some rank had losses."""
-        self.step_tasks: frozenset[str] = frozenset()
-        """The tasks that took part in that step on this rank."""
         self._step = self._new_step()
 
     @property
@@ -280,8 +278,7 @@ class Engine(Generic[AnyRule]):
         self._reading = True
         try:
             with self._buffers.preserved(task):
-                where = f"{task} at its {'loss' if task in self.batch.read_at_losses else 'head'}"
-                gradients = self._repeats.checked(task, outputs, gradients, reader.targets, once=where)
+                gradients = self._repeats.checked(task, outputs, gradients, reader.targets)
                 answer = reader.read(task, outputs, gradients)
             if self.batch.is_whole_step and self.batch.is_read_once(task):
                 reader.finalize_task(task)
@@ -339,7 +336,7 @@ class Engine(Generic[AnyRule]):
             self.start_batch()
             self.start_step()
             return False
-        self.step_was_taken, self.step_tasks = True, frozenset(step.losses)
+        self.step_was_taken = True
         self._held = self._weights_by_task(self.rule.loss_weights.clone())  # which the rule may change in place
         counts = self.measurement.after_step(step)
         if counts:

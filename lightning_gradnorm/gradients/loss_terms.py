@@ -141,7 +141,7 @@ class LossTermGradients:
         self._readings = []
 
     def _row(self, name: str, output: Tensor, seed: Tensor, scale: float) -> tuple[Tensor, list[bool]]:
-        seeds = self._repeats.checked(name, [output], [seed], self.parameters, once=name)
+        seeds = self._repeats.checked(name, [output], [seed], self.parameters)
         found = torch.autograd.grad(output, self.parameters, seeds, retain_graph=True, allow_unused=True)
         return flat_row(found, self.parameters) / scale, [one is not None for one in found]
 

@@ -30,12 +30,11 @@ class RepeatedPasses:
 
     def __init__(self, begin: str) -> None:
         self._begin = begin
-        self._passed: set[str] = set()
-        self._custom: set[str] = set()
-        """The losses with a custom function on the way."""
+        self._has_custom: dict[tuple[str, bool], bool] = {}
+        """Passes that have been checked → whether there is a custom function on the way."""
 
     def checked(
-        self, name: str, outputs: Outputs, gradients: Sequence[Tensor], targets: Sequence[Tensor], *, once: str = ""
+        self, name: str, outputs: Outputs, gradients: Sequence[Tensor], targets: Sequence[Tensor], *, once: bool = True
     ) -> Sequence[Tensor]:
         """Return the gradients with which to pass from ``outputs`` to ``targets``.
 
@@ -44,51 +43,45 @@ class RepeatedPasses:
             outputs: where the pass begins.
             gradients: those that have arrived there.
             targets: where it ends.
-            once: what is checked once under this name; as a rule it is checked in each call.
+            once: whether a pass that begins there is checked the first time only.
 
         Raises:
             ValueError: two passes give different gradients.
         """
-        if once not in self._passed:
+        key = name, isinstance(outputs[0], GradientEdge)
+        if not (once and key in self._has_custom):
             nodes = nodes_on_paths(
                 [one.node if isinstance(one, GradientEdge) else node_of(one) for one in outputs], targets
             )
             custom = sorted({node.name() for node in nodes if is_custom(node) and not _is_trusted(node)})
-            if not custom or reason_not_retraversable(nodes):
-                self._passed |= {once} - {""}
-                return gradients
-            self._custom.add(once)
-            if self._compare(name, outputs, gradients, targets, ", ".join(custom)):
-                self._passed |= {once} - {""}
-        return [one.clone() for one in gradients] if once in self._custom else gradients
+            self._has_custom[key] = bool(custom)
+            if custom and not reason_not_retraversable(nodes):
+                self._compare(name, outputs, gradients, targets, ", ".join(custom))
+        return [one.clone() for one in gradients] if self._has_custom[key] else gradients
 
     def _compare(
         self, name: str, outputs: Outputs, gradients: Sequence[Tensor], targets: Sequence[Tensor], custom: str
-    ) -> bool:
-        """Return whether there was a gradient to compare."""
+    ) -> None:
+        seeds = [_FACTOR * (one if bool(one.any()) else torch.ones_like(one)) for one in gradients]
+
+        def one_pass() -> Tensor:
+            own = [one.clone() for one in seeds]
+            return flat_row(torch.autograd.grad(outputs, targets, own, retain_graph=True, allow_unused=True), targets)
+
+        first, cause = one_pass(), None
         try:
-            first, second = (
-                flat_row(
-                    torch.autograd.grad(
-                        outputs, targets, [_FACTOR * one for one in gradients], retain_graph=True, allow_unused=True
-                    ),
-                    targets,
-                )
-                for _ in range(2)
-            )
-            size, difference = float(first.norm()), float((first - second).norm())
-        except RuntimeError as error:
-            if "inplace" not in str(error) and "in-place" not in str(error):
-                raise
-            size, difference = 1.0, 1.0
-        if difference > 0.05 * size:
+            is_same = not bool(
+                (first - one_pass()).norm() > 0.05 * first.norm()
+            )  # what is not finite is told elsewhere
+        except Exception as error:  # what it has saved is gone, or counts as changed in place
+            is_same, cause = False, error
+        if not is_same:
             raise ValueError(
                 f"{self._begin} '{name}' cannot be read beside the ordinary backward pass: a second pass through the custom "
-                f"autograd function {custom} gives another gradient than the first, as of fused kernels that overwrite what they "
-                f"have saved. Use its ordinary form; or, if it is in the loss or in a head, name shared_layer and heads, which "
-                f"are then read below it."
-            )
-        return size > 0
+                f"autograd function {custom} gives another gradient than the first, as of fused kernels that overwrite what "
+                f"they have saved. Use its ordinary form; or, if it is in the loss or in a head, name shared_layer and "
+                f"heads, which are then read below it."
+            ) from cause
 
 
 def _is_trusted(node: Any) -> bool:
