@@ -63,7 +63,7 @@ class LossTermGradients:
         """The terms that took part in a backward pass of this step."""
         self._buffers = BufferGuard(buffers)
         self._caller = caller
-        self._repeats = RepeatedPasses(f"{caller}: the gradient of the loss")
+        self._repeats = RepeatedPasses(f"{caller}: the gradient of the loss", " for as long as you look")
         self._checked: set[str] = set()
         self._readings: list[_Reading] = []
         self._hooks = ExitStack()

@@ -18,6 +18,7 @@ from lightning_gradnorm.gradients.graph import is_custom, node_of, nodes_on_path
 from lightning_gradnorm.gradients.readers import Outputs, flat_row
 
 _FACTOR = 0.7310586  # a function that overwrites may spare itself a factor of 1
+_NAME_THEM = "; or, if it is in the loss or in a head, name shared_layer and heads, which are then read below it"
 _TRUSTED = ("torch", "lightning_gradnorm")
 
 
@@ -26,10 +27,11 @@ class RepeatedPasses:
 
     Args:
         begin: begins the error, before the name of the loss.
+        way_out: ends it.
     """
 
-    def __init__(self, begin: str) -> None:
-        self._begin = begin
+    def __init__(self, begin: str, way_out: str = _NAME_THEM) -> None:
+        self._begin, self._way_out = begin, way_out
         self._has_custom: dict[tuple[str, bool], bool] = {}
         """Passes that have been checked → whether there is a custom function on the way."""
 
@@ -70,17 +72,15 @@ class RepeatedPasses:
 
         first, cause = one_pass(), None
         try:
-            is_same = not bool(
-                (first - one_pass()).norm() > 0.05 * first.norm()
-            )  # what is not finite is told elsewhere
+            difference = (first - one_pass()).norm()
+            is_same = not bool(difference > 0.05 * first.norm())  # what is not finite is told elsewhere
         except Exception as error:  # what it has saved is gone, or counts as changed in place
             is_same, cause = False, error
         if not is_same:
             raise ValueError(
                 f"{self._begin} '{name}' cannot be read beside the ordinary backward pass: a second pass through the custom "
                 f"autograd function {custom} gives another gradient than the first, as of fused kernels that overwrite what "
-                f"they have saved. Use its ordinary form; or, if it is in the loss or in a head, name shared_layer and "
-                f"heads, which are then read below it."
+                f"they have saved. Use its ordinary form{self._way_out}."
             ) from cause
 
 
