@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 def mean_of(loss: Tensor) -> Tensor:
     """Return the mean of a loss's values, detached: a plain tensor of float32 or float64.
 
-    A sum of hundreds of them, over micro-batches, would lose its digits in bfloat16, and is infinite in float16. A subclass of
+    A sum of many, over micro-batches, would lose its digits in bfloat16, and is soon infinite in float16. A subclass of
     a tensor, such as those that carry an image's position, would pass into what the rule remembers, and into checkpoints.
     """
     values = loss.detach()

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from models import FEATURES, OUTPUTS, Automatic, Batch, network_sgd, vector_encoder
+from models import FEATURES, INPUTS, OUTPUTS, Automatic, Batch, network_sgd, vector_encoder
 from textbook import Forward
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -189,6 +189,53 @@ class StoppedGradients(Pair):
         return {"seg": F.mse_loss(projected[0], batch["seg"]), "depth": 1.5 - sum(likeness) / 2}
 
 
+class FreeBits(Pair):
+    """Reconstruction, and a divergence for each latent number that costs nothing below a threshold."""
+
+    def build(self) -> None:
+        super().build()
+        self.mean, self.log_variance = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, FEATURES)
+
+    def given(self, batch: Batch) -> dict[str, Tensor]:
+        h = self.encoder(batch["x"])
+        mean, log_variance = self.mean(h), self.log_variance(h)
+        divergence = -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).mean(0)
+        z = mean + 0.3 * torch.exp(log_variance / 2)
+        return {"seg": self.error("seg", z, batch), "depth": divergence.clamp(min=0.02).sum()}
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        return [self.log_variance.weight]
+
+
+class ActorAndCritic(Pair):
+    """A policy gradient with the detached advantage and an entropy bonus, and the value's error."""
+
+    def given(self, batch: Batch) -> dict[str, Tensor]:
+        z = self.encoder(batch["x"])
+        policy = torch.distributions.Categorical(logits=self.said("seg", z))
+        value, wanted = self.said("depth", z)[:, 0], batch["depth"][:, 0]
+        gained = policy.log_prob(torch.tensor([0, 1, 2, 0])) * (wanted - value).detach()
+        return {"seg": 3 - gained.mean() - 0.01 * policy.entropy().mean(), "depth": (value - wanted).square().mean()}
+
+
+class Distilled(Pair):
+    """Both losses are of the same output: labels, and what an older network says."""
+
+    def build(self) -> None:
+        super().build()
+        self.old = nn.Linear(INPUTS, OUTPUTS)
+
+    def given(self, batch: Batch) -> dict[str, Tensor]:
+        said = self.said("seg", self.encoder(batch["x"]))
+        with torch.no_grad():
+            soft = F.softmax(self.old(batch["x"]) / 2, 1)
+        kept = F.kl_div(F.log_softmax(said / 2, 1), soft, reduction="batchmean")
+        return {"seg": F.mse_loss(said, batch["seg"]), "depth": 4 * kept}
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        return [self.seg_head.weight]
+
+
 class Generator(Pair):
     """A generator that reconstructs and deceives, and a discriminator with an optimizer of its own."""
 
@@ -231,4 +278,4 @@ class Generator(Pair):
 
 
 KINDS = [LearnedVariances, FocalAndDice, CommonTerm, PenaltyOnOneWeight, GradientPenalty, SecondDerivative, Adversarial]
-KINDS += [Teacher, Queue, Codebook, StoppedGradients]
+KINDS += [Teacher, Queue, Codebook, StoppedGradients, FreeBits, ActorAndCritic, Distilled]
