@@ -142,7 +142,7 @@ class Scalarization(LossWeightingCallback[ScalarizationRule]):
         scalarizer: a `torchjd.scalarization` object, or any ``nn.Module`` from the losses, shape (T,), in the order of
             ``tasks``, to a scalar; or what makes one from the number of tasks, as ``torchjd.scalarization.UW`` does. Its
             parameters are learnt. What it does besides is called for: `DWA` hears of each epoch's end, `FAMO` gets the losses
-            of the same batch after the step: ``training_step`` is called once more, without gradients and without a trace in
+            of the same batch after the step: ``training_step`` is called once more, without backward and without a trace in
             metrics, logs, statistics or random numbers, as long as it leaves its batch as it is.
         tasks: as for `GradNorm`.
         losses_from: as for `GradNorm`.

@@ -16,7 +16,7 @@ import torch
 from harness import Batches, MemoryLogger, Recorder, assert_agrees, assert_clean, case, traces
 from loops import Network
 from models import Batch, learn_from_textbook, network_sgd, vector_batches
-from shapes.losses import KINDS, NAMES, Generator, LearnedVariances, Pair, Teacher
+from shapes.losses import KINDS, NAMES, Generator, GradientPenalty, LearnedVariances, Pair, SecondDerivative, Teacher
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -177,6 +177,25 @@ def test_a_learned_coefficient_is_the_users_own(quiet_trainer: MakeTrainer) -> N
     optimizer = network_sgd(twin.parameters())
     total.backward()
     optimizer.step()
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("kind", [GradientPenalty, SecondDerivative])
+def test_losses_made_of_gradients_are_looked_at_again(kind: type[Pair], quiet_trainer: MakeTrainer) -> None:
+    """By FAMO, after the step."""
+    batches, model, twin, famo = vector_batches(2, STEPS), kind(), kind(), S.FAMO(2).double()
+    optimizer = network_sgd(twin.parameters())
+    for batch in batches:
+        losses = torch.stack([*twin.given(batch).values()])
+        (weights,) = torch.autograd.grad(famo(leaf := losses.detach().requires_grad_()), leaf)
+        optimizer.zero_grad()
+        (weights * losses).sum().backward()
+        optimizer.step()
+        famo.update(torch.stack([*twin.given(batch).values()]).detach())
+    callback = Scalarization(S.FAMO, tasks=NAMES)
+    quiet_trainer(callbacks=[callback]).fit(model, Batches(batches))
+    assert [callback.weights[task] for task in NAMES] == pytest.approx(weights.tolist(), abs=1e-12)
     for name, value in twin.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=1e-12, msg=name)
 
