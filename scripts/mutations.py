@@ -37,6 +37,7 @@ _OF_BALANCER = ("tests/engine/test_balancer.py",)
 _OF_PRECISION = ("tests/callbacks/test_precision.py",)
 _OF_MEANS = ("tests/engine/test_means_of_a_step.py",)
 _OF_ROWS = ("tests/gradients/test_rows_of_the_gate.py",)
+_OF_REPORTS = ("tests/callbacks/test_reported_losses.py",)
 _OF_READING = ("tests/gradients/test_one_backward_pass.py",)
 
 _OF_DERIVATIVES = ("tests/callbacks/test_losses_with_derivatives.py",)
@@ -324,6 +325,27 @@ FAULTS = (
         '            require_backpropagated(self._engine.batch.losses, self._engine.batch.backpropagated, caller="Balancer")\n',
         "",
         ("tests/engine/test_balancer_wrong_inputs.py",),
+    ),
+    Fault(
+        "a loss of half precision is averaged in its own",
+        f"{_CORE}engine/step_state.py",
+        "values.mean(dtype=None if values.dtype == torch.float64 else torch.float32)",
+        "values.mean()",
+        _OF_REPORTS,
+    ),
+    Fault(
+        "a constant 0 is taken for a mistake",
+        f"{_CORE}engine/constant_losses.py",
+        "if has_gradient(loss) or task in self._warned or _is_zero(loss):",
+        "if has_gradient(loss) or task in self._warned:",
+        _OF_REPORTS,
+    ),
+    Fault(
+        "what gives another gradient the second time is passed twice",
+        f"{_CORE}gradients/repeated_passes.py",
+        "if not is_same:",
+        "if False:",
+        ("tests/gradients/test_repeated_passes.py",),
     ),
     Fault(
         "a layer that no gradient reaches goes unnoticed",

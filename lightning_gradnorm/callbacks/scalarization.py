@@ -124,8 +124,7 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
                 )
             finally:
                 self._recomputed = None
-            here = {task: [one for one in found.get(task, ()) if isinstance(one, Tensor)] for task in self._names}
-            engine.measurement.update_after_step(here)
+            engine.measurement.update_after_step(found)
 
     @override
     def _remove_hooks(self) -> None:
@@ -143,7 +142,7 @@ class Scalarization(LossWeightingCallback[ScalarizationRule]):
         scalarizer: a `torchjd.scalarization` object, or any ``nn.Module`` from the losses, shape (T,), in the order of
             ``tasks``, to a scalar; or what makes one from the number of tasks, as ``torchjd.scalarization.UW`` does. Its
             parameters are learnt. What it does besides is called for: `DWA` hears of each epoch's end, `FAMO` gets the losses
-            of the same batch after the step: ``training_step`` is called once more, without gradients and without a trace in
+            of the same batch after the step: ``training_step`` is called once more, without backward and without a trace in
             metrics, logs, statistics or random numbers, as long as it leaves its batch as it is.
         tasks: as for `GradNorm`.
         losses_from: as for `GradNorm`.

@@ -249,7 +249,7 @@ class Balancer:
             with torch.no_grad():
                 found = losses_after_step()
             check_names(found, self.rule.tasks, "losses_after_step")
-            self._engine.measurement.update_after_step({t: [loss] for t, loss in found.items() if loss is not None})
+            self._engine.measurement.update_after_step({task: [loss] for task, loss in found.items()})
 
     def end_epoch(self) -> None:
         """Tell rules that work by epochs, such as DWA, that an epoch is over. Call it before saving the state."""
@@ -335,7 +335,9 @@ class Balancer:
 def _sum(losses: Mapping[str, Tensor | list[Tensor] | None]) -> Tensor:
     """Return the sum of the losses that are there, of which a task may have several; the mean of one with several values."""
     each = [one for of_task in losses.values() for one in (of_task if isinstance(of_task, list) else [of_task])]
-    return functools.reduce(operator.add, [one.mean() for one in each if one is not None])
+    kept = [one for one in each if one is not None and not (isinstance(one, Tensor) and one.numel() == 0)]
+    means = [one.mean() if isinstance(one, Tensor) else torch.tensor(float(one)) for one in kept]
+    return functools.reduce(operator.add, means) if means else torch.zeros(())
 
 
 def _sum_of_watched(watched: Mapping[str, list[WatchedLoss]]) -> Tensor:

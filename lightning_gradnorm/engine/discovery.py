@@ -18,7 +18,7 @@ from lightning_gradnorm.engine.call_recorder import CallRecorder
 from lightning_gradnorm.engine.layers import trained_layers
 from lightning_gradnorm.engine.measurement import Setting
 from lightning_gradnorm.engine.step_state import WatchedLoss, nodes_by_task
-from lightning_gradnorm.gradients import BufferGuard, flat_row, reason_not_retraversable, row_width
+from lightning_gradnorm.gradients import BufferGuard, RepeatedPasses, flat_row, reason_not_retraversable, row_width
 from lightning_gradnorm.gradients.graph import node_of, reachable_nodes
 from lightning_gradnorm.gradients.loss_graph import LossGraph, Position
 
@@ -63,6 +63,7 @@ class Discovery:
         self._fallback = fallback
         self._calls = CallRecorder(setting.model, is_recorded)
         self._buffers = BufferGuard(setting.model.buffers())
+        self._repeats = RepeatedPasses(f"{setting.caller}: the gradient of task")
         self._seen = _Seen()
         self._graph: LossGraph | None = None
         self._batches = 0
@@ -160,8 +161,8 @@ class Discovery:
         for row, task in zip(moved, setting.tasks, strict=True):
             for loss in losses.get(task, ()):
                 with self._buffers.preserved(task):
-                    seed = torch.ones_like(loss.tensor)
-                    found = torch.autograd.grad([loss.edge], W, [seed], retain_graph=True, allow_unused=True)
+                    seeds = self._repeats.checked(task, [loss.edge], [torch.ones_like(loss.tensor)], W, once=False)
+                    found = torch.autograd.grad([loss.edge], W, seeds, retain_graph=True, allow_unused=True)
                 row |= flat_row(found, W) != 0
         return setting.loop.ranks.sum(moved.float()) > 0
 

@@ -25,13 +25,14 @@ from torch import Tensor
 from torch.utils.hooks import unserializable_hook
 
 from lightning_gradnorm.engine.aggregation import GradientMeasurement
+from lightning_gradnorm.engine.constant_losses import ConstantLosses
 from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.inspection import Inspection, ReadingHooks
 from lightning_gradnorm.engine.measurement import AnyRule, LossMeasurement, Measurement, NormMeasurement, Setting
 from lightning_gradnorm.engine.plan import Plan
 from lightning_gradnorm.engine.rule import Needs
 from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState, WatchedLoss
-from lightning_gradnorm.gradients import BufferGuard, GradientReader, branch_arguments, check_loss
+from lightning_gradnorm.gradients import BufferGuard, GradientReader, RepeatedPasses, branch_arguments, check_loss
 from lightning_gradnorm.gradients.graph import is_transformed, tensors_with_gradient
 from lightning_gradnorm.gradients.readers import Outputs
 
@@ -68,6 +69,8 @@ class Engine(Generic[AnyRule]):
             self._hooks = self._hooks.pop_all()
         self._buffers = BufferGuard(setting.model.buffers() if self.reads_gradients else [])
         self._reading = False
+        self._constants = ConstantLosses(self._caller, self._loop.ranks)
+        self._repeats = RepeatedPasses(f"{self._caller}: the gradient of task")
         self.batch = BatchState()
         self.sums_change_of_loss = False
         """Whether `BatchState.change_of_loss` is needed: some optimizer compares values of the loss."""
@@ -149,8 +152,8 @@ class Engine(Generic[AnyRule]):
         known = len(self.batch.losses)
         for task in self._tasks:
             loss = losses.get(task)
-            if loss is None:
-                self.batch.absent |= {task} & set(losses)
+            if loss is None or self._constants.is_absent(task, loss):
+                self.batch.absent |= {task} & losses.keys() - self.batch.losses.keys()
             else:
                 asked = f"{self._caller}: the loss of task '{task}'"
                 check_loss(loss, caller=asked, otherwise="; or None, if the task is absent", is_scalar=False)
@@ -276,6 +279,7 @@ class Engine(Generic[AnyRule]):
         self._reading = True
         try:
             with self._buffers.preserved(task):
+                gradients = self._repeats.checked(task, outputs, gradients, reader.targets)
                 answer = reader.read(task, outputs, gradients)
             if self.batch.is_whole_step and self.batch.is_read_once(task):
                 reader.finalize_task(task)

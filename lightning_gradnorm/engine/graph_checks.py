@@ -132,6 +132,8 @@ class GraphChecks:
             others = {node: other for other, nodes in batch.branches.items() if other != task for node in nodes}
             reached = sorted({others[node] for node in reachable_nodes([loss.node]) if node in others})
             if reached:
+                if reason_not_retraversable(reachable_nodes([loss.node], stop=others)):
+                    leave_out = "Or are they computed by one compiled function? Compile each by itself, or none."
                 return (
                     f"also reads the head of '{reached[0]}' and not its head alone, so that their gradients cannot be told "
                     f"apart at the heads. Are the names in heads exchanged? Are the losses pieces of one tensor? {leave_out}"
@@ -174,5 +176,5 @@ def require_backpropagated(
             raise ValueError(
                 f"{caller}: what was given as the {noun} '{name}' took no part in the backward pass. Add it to what is "
                 f"back-propagated; give the very tensor, not a copy of it such as .clone() or .mean(), and give it before "
-                f"backward (in manual optimization, before manual_backward)."
+                f"backward (in manual optimization, before manual_backward). In a batch that leaves it out, give None."
             )

@@ -88,7 +88,7 @@ class Measurement(Generic[AnyRule]):
         """Called when the loss scaler skips the network's step."""
         self.rule.discard_step()
 
-    def update_after_step(self, losses: Mapping[str, Sequence[Tensor]]) -> None:
+    def update_after_step(self, losses: Mapping[str, Sequence[Any]]) -> None:
         """Called with the losses of the same batch after the network's step, for a rule that needs them."""
 
     def warn(self) -> None:
@@ -209,6 +209,8 @@ class LossMeasurement(Measurement[AnyLossRule]):
         super().__init__(rule, setting)
         self._fallbacks = rule.fallbacks
         self._has_warned = False
+        self._stepped: set[str] = set()
+        """The tasks in the last step."""
 
     def before_backward(self, loss: Tensor, batch: BatchState, step: OptimizerStepState) -> None:
         """Have the rule set the weights of the losses that are about to be back-propagated."""
@@ -224,6 +226,7 @@ class LossMeasurement(Measurement[AnyLossRule]):
 
     def after_step(self, step: OptimizerStepState) -> bool:
         """Have the rule learn from the step."""
+        self._stepped = set(step.losses)
         self.rule.step()
         if self.rule.fallbacks > self._fallbacks and not self._has_warned:
             self._has_warned = True
@@ -234,12 +237,15 @@ class LossMeasurement(Measurement[AnyLossRule]):
         self._fallbacks = self.rule.fallbacks
         return bool(step.losses)
 
-    def update_after_step(self, losses: Mapping[str, Sequence[Tensor]]) -> None:
-        """Hand the rule the losses of the same batch after the network's step, averaged over the ranks."""
-        setting = self.setting
-        self.rule.update_after_step(
-            *all_reduce_losses(setting.tasks, losses, self.rule.loss_weights, setting.loop.ranks)
-        )
+    def update_after_step(self, losses: Mapping[str, Sequence[Any]]) -> None:
+        """Hand the rule the losses of the tasks that were in the step, averaged over the ranks."""
+        tasks, ranks = self.setting.tasks, self.setting.loop.ranks
+        here = {
+            task: [one for one in losses.get(task, ()) if isinstance(one, Tensor)]
+            for task in tasks
+            if task in self._stepped
+        }
+        self.rule.update_after_step(*all_reduce_losses(tasks, here, self.rule.loss_weights, ranks))
 
     @property
     def _scalarizer(self) -> nn.Module | None:

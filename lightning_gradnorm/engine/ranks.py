@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_gradnorm.engine.step_state import OptimizerStepState
+from lightning_gradnorm.engine.step_state import OptimizerStepState, mean_of
 from lightning_gradnorm.gradients import RowReader
 
 Value = TypeVar("Value")
@@ -112,7 +112,7 @@ def all_reduce_losses(
     table = like.new_zeros(2, len(tasks))
     for row, task in enumerate(tasks):
         for loss in losses.get(task, ()):
-            table[0, row] += loss.detach().mean().to(like)
+            table[0, row] += mean_of(loss).to(like)
             table[1, row] = 1
     table = ranks.sum(table)
     return table[0] / table[1].clamp(min=1), table[1] > 0

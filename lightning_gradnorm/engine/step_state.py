@@ -5,10 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_gradnorm.gradients import GradientReader
+
+
+def mean_of(loss: Tensor) -> Tensor:
+    """Return the mean of a loss's values, detached: a plain tensor of float32 or float64.
+
+    A sum of many, over micro-batches, would lose its digits in bfloat16, and is soon infinite in float16. A subclass of
+    a tensor, such as those that carry an image's position, would pass into what the rule remembers, and into checkpoints.
+    """
+    values = loss.detach()
+    if type(values) is not Tensor and not is_traceable_wrapper_subclass(values):
+        values = values.as_subclass(Tensor)
+    return values.mean(dtype=None if values.dtype == torch.float64 else torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +41,7 @@ class WatchedLoss:
     @classmethod
     def of(cls, loss: Tensor) -> WatchedLoss:
         """Return the loss as it is now."""
-        return cls(loss, get_gradient_edge(loss), loss.detach().mean(), loss._version)
+        return cls(loss, get_gradient_edge(loss), mean_of(loss), loss._version)
 
     @property
     def node(self) -> Node:

@@ -14,6 +14,7 @@ from lightning_gradnorm.gradients.readers import (
     flat_row,
     row_width,
 )
+from lightning_gradnorm.gradients.repeated_passes import RepeatedPasses
 from lightning_gradnorm.gradients.replay import ReplayedGradients
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "GradientReader",
     "JointGradients",
     "LossTermGradients",
+    "RepeatedPasses",
     "ReplayedGradients",
     "RowReader",
     "WeightGradients",

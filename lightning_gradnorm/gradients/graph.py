@@ -6,11 +6,14 @@ from collections.abc import Collection, Iterable
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _functorch
 from torch.autograd import forward_ad
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils import _pytree as pytree
+
+from lightning_gradnorm._messages import is_number
 
 
 def node_of(tensor: Tensor) -> Node:
@@ -21,6 +24,40 @@ def node_of(tensor: Tensor) -> Node:
 def has_gradient(value: object) -> TypeGuard[Tensor]:
     """Return True for a tensor that is part of a graph."""
     return isinstance(value, Tensor) and value.requires_grad
+
+
+def is_custom(node: Node) -> bool:
+    """Return True for the backward pass of a custom autograd function, of which the graph knows nothing but its inputs."""
+    return isinstance(node, BackwardCFunction) or "CppNode" in node.name()
+
+
+def is_constant(loss: object) -> bool:
+    """Return True for a loss that nothing can be learnt from: a number, no value at all, or no way to anything trained.
+
+    So the loss of a batch without labels is often written.
+
+    Example:
+        >>> import torch
+        >>> [is_constant(one) for one in (0.0, torch.tensor(0.0), torch.zeros(1, requires_grad=True).sum())]
+        [True, True, True]
+        >>> is_constant(0 * torch.nn.Linear(2, 2)(torch.ones(2)).sum())
+        False
+    """
+    if not isinstance(loss, Tensor):
+        return is_number(loss)
+    if loss.numel() == 0 or not loss.requires_grad:
+        return not loss.is_complex()
+    seen = {node_of(loss)}
+    to_visit = list(seen)
+    while to_visit:  # ends at the first parameter
+        node = to_visit.pop()
+        leaf = getattr(node, "variable", None)
+        if is_custom(node) or isinstance(leaf, nn.Parameter) or (isinstance(leaf, Tensor) and leaf.numel() > 1):
+            return False
+        new = [child for child in children(node) if child not in seen]
+        seen.update(new)
+        to_visit += new
+    return True
 
 
 def tensors_with_gradient(tree: Any) -> list[Tensor]:

@@ -85,13 +85,14 @@ class LossGraph:
         Args:
             layers: the parameters of each layer by name. Several of them may make up one weight (weight norm).
             calls: the module calls of the forward pass. An expression of one parameter alone is a weight, unless it is the
-                output of one of these.
+                output of one of these, or a loss (a penalty on that weight).
         """
         outputs = {node for module in calls for node in module.outputs}
         own = {node_of(parameter): name for name, parameters in layers.items() for parameter in parameters}
         heavy = {name for name, parameters in layers.items() if any(one.ndim >= 2 for one in parameters)}
         weight_of: dict[Node, str] = {}
         """Node → layer, for expressions of one layer's parameters alone: .T, a cast, weight norm."""
+        roots = set().union(*self.roots.values())
         depth: dict[Node, int] = {}
         uses: dict[str, list[Node]] = {}
         for node in self._order:
@@ -100,7 +101,7 @@ class LossGraph:
                 continue
             below = children(node)
             of_layers = {weight_of.get(child) for child in below}
-            if len(of_layers) == 1 and None not in of_layers and node not in outputs:
+            if len(of_layers) == 1 and None not in of_layers and node not in outputs and node not in roots:
                 weight_of[node] = weight_of[below[0]]
                 continue
             depths = [depth[child] for child in below if child not in weight_of]

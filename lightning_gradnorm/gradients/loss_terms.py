@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_gradnorm.gradients.buffers import BufferGuard
 from lightning_gradnorm.gradients.graph import node_of, nodes_on_paths, reason_not_retraversable
 from lightning_gradnorm.gradients.readers import flat_row
+from lightning_gradnorm.gradients.repeated_passes import RepeatedPasses
 
 REST = "rest_of_loss"
 """The name of the remainder: whatever the back-propagated loss contains besides the named terms."""
@@ -62,6 +63,7 @@ class LossTermGradients:
         """The terms that took part in a backward pass of this step."""
         self._buffers = BufferGuard(buffers)
         self._caller = caller
+        self._repeats = RepeatedPasses(f"{caller}: the gradient of the loss", " for as long as you look")
         self._checked: set[str] = set()
         self._readings: list[_Reading] = []
         self._hooks = ExitStack()
@@ -97,7 +99,7 @@ class LossTermGradients:
             found = [(name, loss, own) for (name, loss), own in zip(losses, seeds, strict=True) if own is not None]
             self._check_graph(total, [(name, loss) for name, loss, _ in found])
             for name, loss, own in found:
-                row, reaches = self._row(loss, own, scale)
+                row, reaches = self._row(name, loss, own, scale)
                 self._readings.append(_Reading(name, loss, own, row, reaches))
             stop = {node_of(loss) for _, loss, _ in found}
             if nodes_on_paths([node_of(total)], self.parameters, stop=stop):
@@ -105,7 +107,7 @@ class LossTermGradients:
                 with ExitStack() as hooks:
                     for _, loss, _ in found:
                         hooks.callback(loss.register_hook(torch.zeros_like).remove)  # type: ignore[no-untyped-call]
-                    row, reaches = self._row(total, seed, scale)
+                    row, reaches = self._row(REST, total, seed, scale)
                 self._readings.append(_Reading(REST, total, seed, row, reaches, weighted=seed))
 
     def attach_hooks(self) -> None:
@@ -138,8 +140,9 @@ class LossTermGradients:
         self._hooks.close()
         self._readings = []
 
-    def _row(self, output: Tensor, seed: Tensor, scale: float) -> tuple[Tensor, list[bool]]:
-        found = torch.autograd.grad(output, self.parameters, seed, retain_graph=True, allow_unused=True)
+    def _row(self, name: str, output: Tensor, seed: Tensor, scale: float) -> tuple[Tensor, list[bool]]:
+        seeds = self._repeats.checked(name, [output], [seed], self.parameters)
+        found = torch.autograd.grad(output, self.parameters, seeds, retain_graph=True, allow_unused=True)
         return flat_row(found, self.parameters) / scale, [one is not None for one in found]
 
     def _check_graph(self, total: Tensor, terms: Sequence[tuple[str, Tensor]]) -> None:

@@ -137,7 +137,8 @@ def check_loss(loss: Any, *, caller: str, otherwise: str = "", is_scalar: bool =
         is_metric = callable(getattr(loss, "update", None)) and callable(getattr(loss, "compute", None))
         cause = "a metric, not what it returns" if is_metric else "its value alone, as of .item()"
         raise TypeError(
-            f"{caller} should be a tensor; got {kind}{f', {cause}' if is_metric or is_number(loss) else ''}. {ways}"
+            f"{caller} should be a tensor; got {kind}{f', {cause}' if is_metric or is_number(loss) else ''}. Give the loss "
+            f"itself{otherwise}. {ways}"
         )
     if is_scalar and loss.numel() != 1:
         raise ValueError(
@@ -154,4 +155,9 @@ def check_loss(loss: Any, *, caller: str, otherwise: str = "", is_scalar: bool =
         raise ValueError(
             f"{caller} should be part of the graph, but it carries no gradient. Give the loss itself, not .detach() or "
             f".item(){otherwise}. {ways}"
+        )
+    if loss.is_leaf:
+        raise ValueError(
+            f"{caller} is a parameter itself, all gradients of which arrive there, and not this loss's alone. Give what is "
+            f"computed of it, such as 1 * parameter, and add that to what is back-propagated."
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_gradnorm.callbacks.losses import LossSource
 from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
+from lightning_gradnorm.engine.constant_losses import ConstantLosses
 from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.layers import plain_name
 from lightning_gradnorm.engine.step_state import WatchedLoss
@@ -47,6 +48,7 @@ class StepMeasurement:
         self._ranks = loop.ranks
         self._reached: dict[str, set[str]] = {}
         self._candidates: dict[str, nn.Parameter] = {}
+        self._constants = ConstantLosses(source.caller, loop.ranks, noun="loss")
         self._watched: list[tuple[str, WatchedLoss]] = []
         self._given: dict[str, None] = {}
 
@@ -74,7 +76,7 @@ class StepMeasurement:
         self._source.shown |= dict.fromkeys(losses)
         for name, loss in losses.items():
             is_term = name in self._source.names if self._source.names else _could_be_term(loss)
-            if loss is None or not is_term:
+            if loss is None or not is_term or self._constants.is_absent(name, loss):
                 continue
             check_loss(loss, caller=f"{self._source.caller}: the loss '{name}'", is_scalar=False)
             assert isinstance(loss, Tensor)

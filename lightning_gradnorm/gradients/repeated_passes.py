@@ -1,0 +1,89 @@
+"""Custom autograd functions that cannot be passed twice: found out by passing them twice.
+
+Fused kernels save memory by overwriting: the gradient that a fused cross-entropy has computed in its forward pass is
+multiplied in place by the one that arrives; a fused norm writes its result over the gradient it was given. One backward pass
+never notices. A first-order pass beside it would spoil both, without an error, since kernels do not count as changes in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from lightning_gradnorm.gradients.graph import is_custom, node_of, nodes_on_paths, reason_not_retraversable
+from lightning_gradnorm.gradients.readers import Outputs, flat_row
+
+_FACTOR = 0.7310586  # a function that overwrites may spare itself a factor of 1
+_NAME_THEM = "; or, if it is in the loss or in a head, name shared_layer and heads, which are then read below it"
+_TRUSTED = ("torch", "lightning_gradnorm")
+
+
+class RepeatedPasses:
+    """Checks, before a first-order pass, that it is the same each time, and lends it gradients that it may overwrite.
+
+    Args:
+        begin: begins the error, before the name of the loss.
+        way_out: ends it.
+    """
+
+    def __init__(self, begin: str, way_out: str = _NAME_THEM) -> None:
+        self._begin, self._way_out = begin, way_out
+        self._has_custom: dict[tuple[str, bool], bool] = {}
+        """Passes that have been checked → whether there is a custom function on the way."""
+
+    def checked(
+        self, name: str, outputs: Outputs, gradients: Sequence[Tensor], targets: Sequence[Tensor], *, once: bool = True
+    ) -> Sequence[Tensor]:
+        """Return the gradients with which to pass from ``outputs`` to ``targets``.
+
+        Args:
+            name: of the loss.
+            outputs: where the pass begins.
+            gradients: those that have arrived there.
+            targets: where it ends.
+            once: whether a pass that begins there is checked the first time only.
+
+        Raises:
+            ValueError: two passes give different gradients.
+        """
+        key = name, isinstance(outputs[0], GradientEdge)
+        if not (once and key in self._has_custom):
+            nodes = nodes_on_paths(
+                [one.node if isinstance(one, GradientEdge) else node_of(one) for one in outputs], targets
+            )
+            custom = sorted({node.name() for node in nodes if is_custom(node) and not _is_trusted(node)})
+            self._has_custom[key] = bool(custom)
+            if custom and not reason_not_retraversable(nodes):
+                self._compare(name, outputs, gradients, targets, ", ".join(custom))
+        return [one.clone() for one in gradients] if self._has_custom[key] else gradients
+
+    def _compare(
+        self, name: str, outputs: Outputs, gradients: Sequence[Tensor], targets: Sequence[Tensor], custom: str
+    ) -> None:
+        seeds = [_FACTOR * (one if bool(one.any()) else torch.ones_like(one)) for one in gradients]
+
+        def one_pass() -> Tensor:
+            own = [one.clone() for one in seeds]
+            return flat_row(torch.autograd.grad(outputs, targets, own, retain_graph=True, allow_unused=True), targets)
+
+        first, cause = one_pass(), None
+        try:
+            difference = (first - one_pass()).norm()
+            is_same = not bool(difference > 0.05 * first.norm())  # what is not finite is told elsewhere
+        except Exception as error:  # what it has saved is gone, or counts as changed in place
+            is_same, cause = False, error
+        if not is_same:
+            raise ValueError(
+                f"{self._begin} '{name}' cannot be read beside the ordinary backward pass: a second pass through the custom "
+                f"autograd function {custom} gives another gradient than the first, as of fused kernels that overwrite what "
+                f"they have saved. Use its ordinary form{self._way_out}."
+            ) from cause
+
+
+def _is_trusted(node: Any) -> bool:
+    function = getattr(type(node), "_forward_cls", None)
+    return function is not None and function.__module__.partition(".")[0] in _TRUSTED
