@@ -114,12 +114,14 @@ class Inspection:
             ValueError: what would be read is not the task's gradient.
         """
         # Other ranks may have losses where this one has none: then all look together.
-        discovery = self._discovery if batch.losses or self._setting.loop.ranks.size > 1 else None
+        concerns_us = bool(batch.losses) or self._setting.loop.ranks.size > 1
+        discovery = self._discovery if concerns_us else None
         if discovery is not None and self._needs_layer:
             self._find_layer(discovery, batch, step)
         reader = self._measurement.reader
-        if step.measured and reader is not None and reader.is_frozen:
-            self._wait(reader)
+        if step.measured and reader is not None and reader.is_frozen and concerns_us:
+            if batch.losses:  # not where a critic is trained, and the rest is frozen meanwhile
+                self._wait(reader)
             step.measured = False
             batch.read_at_losses = set(self._setting.tasks)
         if step.measured:
@@ -189,7 +191,7 @@ class Inspection:
             )
         if not self._has_warned:
             self._has_warned = True
-            what = f"shared_layer '{setting.shared_layer}'" if of_layer else reader.label
+            what = f"shared_layer '{setting.shared_layer or next(iter(of_layer))}'" if of_layer else reader.label
             setting.loop.ranks.warn(
                 f"{setting.caller}: {what} is frozen (requires_grad=False), so that the tasks' gradients cannot be compared "
                 f"there. Nothing is balanced until it is trained. If it is to stay frozen, name a "

@@ -43,7 +43,7 @@ def is_constant(loss: object) -> bool:
         >>> is_constant(0 * torch.nn.Linear(2, 2)(torch.ones(2)).sum())
         False
     """
-    if not isinstance(loss, Tensor):
+    if not isinstance(loss, Tensor) or is_wrapped(loss):
         return is_number(loss)
     if loss.numel() == 0 or not loss.requires_grad:
         return not loss.is_complex()
