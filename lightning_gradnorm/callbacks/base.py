@@ -17,7 +17,7 @@ from lightning_gradnorm._messages import check_by_task
 from lightning_gradnorm.callbacks.copies import Copies
 from lightning_gradnorm.callbacks.logging import is_logged_step, log_step_metrics
 from lightning_gradnorm.callbacks.losses import LossSource, explain_errors
-from lightning_gradnorm.callbacks.optimizer_steps import follow_optimizers
+from lightning_gradnorm.callbacks.optimizer_steps import FollowedOptimizers
 from lightning_gradnorm.callbacks.packages import works_in_both_packages
 from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
 from lightning_gradnorm.callbacks.usage_checks import (
@@ -78,6 +78,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._rule: AnyRule | None = None
         self._engine: Engine[AnyRule] | None = None
         self._loop: TrainerLoop | None = None
+        self._optimizers: FollowedOptimizers | None = None
         self._hooks = ExitStack()
         self._recomputed: dict[str, list[Any]] | None = None
         """Takes the losses while they are computed again without being trained on."""
@@ -130,7 +131,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         return self._copies.trained or self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_engine": None, "_loop": None, "_hooks": ExitStack()}
+        return {**vars(self), "_engine": None, "_loop": None, "_optimizers": None, "_hooks": ExitStack()}
 
     def _results(self) -> dict[str, Any]:
         state, dtype = self.rule.state_dict(), self.rule.weights.dtype
@@ -171,10 +172,11 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
             engine = Engine(self.rule, setting)
             hooks.callback(engine.close)
             hooks.callback(self._source.capture(pl_module, self._watch))
-            hooks.callback(follow_optimizers(loop, engine, self._finish_step))
+            optimizers = FollowedOptimizers(loop, engine, self._finish_step)
+            hooks.callback(optimizers.close)
             if engine.reads_gradients:
                 hooks.callback(explain_errors(pl_module, engine.explain_inplace_error))
-            self._engine, self._hooks = engine, hooks.pop_all()
+            self._engine, self._optimizers, self._hooks = engine, optimizers, hooks.pop_all()
 
     def _choose_state(self, loop: TrainerLoop) -> None:
         """Decide whether this training starts from the state of a checkpoint, of an earlier training, or from scratch."""
@@ -203,10 +205,11 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     def _remove_hooks(self) -> None:
         self._hooks.close()
-        self._engine = self._loop = None
+        self._engine = self._loop = self._optimizers = None
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._usage.check_stepped(pl_module)
         self._remove_hooks()
 
     @override
@@ -250,7 +253,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
                 self._recomputed.setdefault(task, []).append(loss)
         elif self._engine is None or self._loop is None:
             self._usage.on_idle_losses(losses)
-        elif self._loop.is_training() and not self._engine.batch.in_backward:
+        elif self._loop.is_training() and not self._engine.is_in_backward():
             self._with_gradients.append(torch.is_grad_enabled())
             self._engine.watch(self._usage.on_losses(losses))
             self._usage.seen |= set(self._engine.batch.losses)
@@ -261,6 +264,9 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self._with_gradients.clear()
         if self._engine is not None:
+            if self._optimizers is not None:
+                self._optimizers.update()
+            self._usage.check_stepped(pl_module)
             self._engine.start_batch()
 
     @override
@@ -273,16 +279,22 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._engine is not None:
             self._engine.after_backward()
+            if self._engine.has_moved and not self._engine.batch.is_repeated:
+                self._finish_step()  # by hooks of the parameters, within the backward pass
 
     @override
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         if self._loop is not None:
-            self._finish_step(skipped=self._loop.skips(optimizer), is_counted=True)
+            self._finish_step(optimizer, skipped=self._loop.skips(optimizer), is_counted=True)
 
-    def _finish_step(self, *, skipped: bool = False, is_counted: bool = False) -> None:
+    def _finish_step(
+        self, optimizer: torch.optim.Optimizer | None = None, *, skipped: bool = False, is_counted: bool = False
+    ) -> None:
         if self._engine is not None and self._loop is not None:
+            if optimizer is not None and not self._engine.is_stepped_by(optimizer, self._loop.trainer.optimizers):
+                return
             self._usage.stepped = True
             if self._engine.finish_step(skipped=skipped, is_counted=is_counted):
                 self._shown = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -11,38 +12,79 @@ from torch import Tensor
 
 from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
 from lightning_gradnorm.engine.engine import Engine
-from lightning_gradnorm.engine.module_hooks import Remove
+from lightning_gradnorm.engine.module_hooks import Remove, ReplacedMethod, patch_attribute
 
 Closure = Callable[[], Any]
+Optimizers = list[torch.optim.Optimizer]
 
 
-def follow_optimizers(loop: TrainerLoop, engine: Engine[Any], finish_step: Callable[[], None]) -> Remove:
-    """Follow the Trainer's optimizers until the returned function is called.
+class FollowedOptimizers:
+    """Follows the Trainer's optimizers until `close`.
 
     With manual optimization, ``optimizer.optimizer.step()`` and ``self.optimizers(use_pl_optimizer=False)`` pass Lightning's
-    hooks by. With any, a line search compares values of the loss: these must belong to the weighted gradients.
+    hooks by, and so may an ``optimizer_step`` of the module's own. With any, a line search compares values of the loss: these
+    must belong to the weighted gradients.
 
     Args:
         loop: the Trainer.
         engine: weights the losses.
         finish_step: called before a step that Lightning does not announce.
     """
-    hooks = ExitStack()
-    compares = [optimizer for optimizer in loop.trainer.optimizers if _may_compare_values(optimizer)]
-    engine.sums_change_of_loss = bool(compares)
 
-    def before_step(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        self, *rest = args
-        closure = rest[0] if rest else kwargs.get("closure")
+    def __init__(
+        self, loop: TrainerLoop, engine: Engine[Any], finish_step: Callable[[torch.optim.Optimizer], None]
+    ) -> None:
+        self._loop, self._engine, self._finish_step = loop, engine, finish_step
+        self._hooks = ExitStack()
+        self._followed: Optimizers = []
+        self.update()
+
+    def update(self) -> None:
+        """Follow those that the Trainer has now; a user may have given it others in mid-training."""
+        optimizers = self._loop.trainer.optimizers
+        if list(map(id, optimizers)) == list(map(id, self._followed)):
+            return
+        self.close()
+        self._followed = list(optimizers)
+        compares = [optimizer for optimizer in optimizers if _may_compare_values(optimizer)]
+        self._engine.sums_change_of_loss = bool(compares)
+        for optimizer in optimizers if self._loop.is_by_hand() else compares:
+            self._hooks.callback(_call_before_step(optimizer, self._before_step))
+
+    def close(self) -> None:
+        """Remove everything from the optimizers."""
+        self._hooks.close()
+        self._followed = []
+
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = args[0] if args else kwargs.get("closure")
         if closure is None:
-            if loop.is_by_hand() and engine.pending_backwards:
-                finish_step()
+            if self._loop.is_by_hand() and self._engine.pending_backwards:
+                self._finish_step(optimizer)
             return None
-        return (self, lambda: _weighted(closure(), engine.batch.change_of_loss)), _without_closure(kwargs)
+        return (lambda: _weighted(closure(), self._engine.batch.change_of_loss),), _without_closure(kwargs)
 
-    for optimizer in loop.trainer.optimizers if loop.is_by_hand() else compares:
-        hooks.callback(optimizer.register_step_pre_hook(before_step).remove)
-    return hooks.close
+
+def _call_before_step(optimizer: torch.optim.Optimizer, before: Callable[..., Any]) -> Remove:
+    """Call ``before(optimizer, args, kwargs)`` before each step; it may return others."""
+    if getattr(type(optimizer).step, "hooked", False) and hasattr(optimizer, "_optimizer_step_pre_hooks"):
+
+        def hook(one: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            changed = before(one, args[1:], kwargs)
+            return None if changed is None else ((one, *changed[0]), changed[1])
+
+        return optimizer.register_step_pre_hook(hook).remove
+    # Wrappers of another optimizer, as Lookahead, often leave Optimizer.__init__ out: torch calls no hooks of theirs.
+    step = optimizer.step
+
+    @functools.wraps(step)  # learning rate schedulers leave marks on it
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = before(optimizer, args, kwargs) or (args, kwargs)
+        return step(*args, **kwargs)
+
+    return patch_attribute(optimizer, "step", ReplacedMethod(optimizer, "step", call))
 
 
 def _may_compare_values(optimizer: torch.optim.Optimizer) -> bool:

@@ -18,6 +18,8 @@ class TrainerLoop:
         self.ranks = Ranks(trainer.world_size, trainer.global_rank)
         # A backward of the user's own may pass a loss as often as it likes.
         self._backward_is_lightnings = not overrides(trainer.lightning_module, "backward")
+        # One of the user's own may leave the step out, or make it behind Lightning's back.
+        self._step_is_lightnings = not overrides(trainer.lightning_module, "optimizer_step")
 
     def is_training(self) -> bool:
         """Return True unless these are trial steps."""
@@ -28,8 +30,16 @@ class TrainerLoop:
         return self.trainer.global_step
 
     def is_by_hand(self) -> bool:
-        """Return True with manual optimization."""
-        return not self.trainer.lightning_module.automatic_optimization
+        """Return True with manual optimization, and if the module overrides ``optimizer_step``."""
+        return not (self._step_is_lightnings and self._is_automatic)
+
+    @property
+    def _is_automatic(self) -> bool:
+        return self.trainer.lightning_module.automatic_optimization
+
+    def backward_has_failed(self) -> bool:
+        """Return True if torch is in no backward pass: the module has caught an error of it, such as a lack of memory."""
+        return torch._C._current_graph_task_id() == -1
 
     def steps_after_each_backward(self) -> bool:
         """Return True if an optimizer step is known to consist of one backward pass."""
@@ -44,7 +54,7 @@ class TrainerLoop:
 
         With manual optimization users divide the loss by the number of batches themselves.
         """
-        return self.loss_scale() * (1.0 if self.is_by_hand() else passes / self.trainer.accumulate_grad_batches)
+        return self.loss_scale() * (passes / self.trainer.accumulate_grad_batches if self._is_automatic else 1.0)
 
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:

@@ -15,7 +15,7 @@ task's actual contribution to the step, ``scale · w_i · c_i · ∇L_i``.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Generic
@@ -30,7 +30,7 @@ from lightning_gradnorm.engine.inspection import Inspection, ReadingHooks
 from lightning_gradnorm.engine.measurement import AnyRule, LossMeasurement, Measurement, NormMeasurement, Setting
 from lightning_gradnorm.engine.plan import Plan
 from lightning_gradnorm.engine.rule import Needs
-from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState, WatchedLoss
+from lightning_gradnorm.engine.step_state import BatchState, HeldGradients, OptimizerStepState, WatchedLoss
 from lightning_gradnorm.gradients import BufferGuard, GradientReader, branch, check_loss
 from lightning_gradnorm.gradients.readers import Outputs
 
@@ -74,6 +74,10 @@ class Engine(Generic[AnyRule]):
         """The weights of the last finished step, which may still be in progress."""
         self._finished: int | None = None
         """The optimizer step that `finish_step` was last called for; it may still be in progress."""
+        self._before_pass: list[int] | None = None
+        """How often each shared parameter had been changed before the backward pass, if the optimizer may move them unannounced."""
+        self._is_last_pass = True
+        """Whether the optimizer is known to step on the backward pass alone."""
         self._set_aside: OptimizerStepState | None = None
         """What the step has collected, while the losses are evaluated again."""
         self.step_was_taken = False
@@ -103,7 +107,13 @@ class Engine(Generic[AnyRule]):
     # ---- one batch ---------------------------------------------------------------------------------------------------
 
     def start_batch(self) -> None:
+        """Release all that belongs to the last batch. No optimizer step is in progress."""
+        self._finished = None
+        self._release_batch()
+
+    def _release_batch(self) -> None:
         """Release all that belongs to the last forward and backward pass."""
+        self._recover_from_failed_backward()
         self.batch = BatchState()
         self._end_repetition()
         self._inspection.start_batch()
@@ -114,11 +124,12 @@ class Engine(Generic[AnyRule]):
 
     def _begin_evaluation(self) -> None:
         """Called in each forward pass. Set the step's state aside if this is not the first evaluation in the step."""
+        self._recover_from_failed_backward()
         batch = self.batch
         if not (batch.backwards or (self._step.backwards and not batch.is_repeated)):
             return  # the usual case
         if self._finished == self._loop.steps() or self.has_moved:
-            self.start_batch()
+            self._release_batch()
             self.batch = BatchState(True, batch.finished | batch.backpropagated, steps=batch.steps)
             self._set_aside = self._step
             weights = self._step.weights if self._step.backwards else self._held
@@ -130,13 +141,41 @@ class Engine(Generic[AnyRule]):
 
     @property
     def has_moved(self) -> bool:
-        """Whether the shared parameters have changed since the last backward pass of an unfinished step."""
+        """Whether the shared parameters have changed since the last backward pass of an unfinished step, or within it."""
         step = self._step
         return bool(step.backwards) and step.versions is not None and step.versions != self._versions()
 
     def _versions(self) -> list[int]:
-        shared = self.plan.shared_layer.values() or self._setting.model.parameters()
-        return [parameter._version for parameter in shared]
+        return [parameter._version for parameter in self._shared_parameters()]
+
+    def _shared_parameters(self) -> Iterable[Tensor]:
+        return self.plan.shared_layer.values() or self._setting.model.parameters()
+
+    def is_stepped_by(self, optimizer: torch.optim.Optimizer, among: Sequence[torch.optim.Optimizer]) -> bool:
+        """Return True if a step of this optimizer is one of the tasks: it moves what they share, or none of ``among`` does.
+
+        Others, such as a discriminator's, may step while the gradients of the tasks are still accumulated.
+        """
+        if len(among) < 2:
+            return True
+        shared = set(map(id, self._shared_parameters()))
+        owners = [one for one in among if any(id(p) in shared for group in one.param_groups for p in group["params"])]
+        return not owners or any(one is optimizer for one in owners)
+
+    def _recover_from_failed_backward(self) -> None:
+        """Forget the step if its last backward pass has ended in an error that the user's code has caught."""
+        if self.batch.in_backward and self._loop.backward_has_failed():
+            self.batch = BatchState(steps=self.batch.steps)
+            self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        """Forget all that belongs to gradients that no optimizer will step on."""
+        self.measurement.discard_step()
+        if self.measurement.reader is not None:
+            self.measurement.reader.forget()
+        self._step = self._new_step()
+        batch = self.batch
+        batch.losses, batch.backpropagated, batch.reached = batch.waiting(), set(), set()
 
     def watch(self, losses: Mapping[str, Tensor | None]) -> None:
         """Weight these losses in the backward pass that follows.
@@ -176,8 +215,13 @@ class Engine(Generic[AnyRule]):
         hook = unserializable_hook(partial(self._on_loss_gradient, task, watched))  # type: ignore[no-untyped-call]
         loss.register_hook(hook)  # type: ignore[no-untyped-call]
 
+    def is_in_backward(self) -> bool:
+        """Return True in a backward pass: what is called now is called by a checkpoint, for the second time."""
+        self._recover_from_failed_backward()
+        return self.batch.in_backward
+
     def _is_forward_pass(self) -> bool:
-        if self.batch.in_backward or not self._loop.is_training():
+        if self.is_in_backward() or not self._loop.is_training():
             return False
         self._begin_evaluation()
         return True
@@ -224,13 +268,17 @@ class Engine(Generic[AnyRule]):
                 gradient has arrived, and fewer rows are kept.
         """
         self._begin_evaluation()
-        batch = self.batch
+        step, batch = self._step, self.batch
+        if self._set_aside is None and step.losses and step.held is not None and step.held.were_dropped():
+            self._forget_gradients()
         self._inspection.inspect_batch(batch, self._step, loss)
         batch.in_backward = True
         batch.is_whole_step = is_whole_step and self._loop.ranks.size == 1
         self.measurement.before_backward(loss, batch)
         if not batch.is_repeated:
             self._step.weights = self._weights_by_task()
+        self._before_pass = self._versions() if self._loop.is_by_hand() else None
+        self._is_last_pass = is_whole_step
 
     def after_backward(self) -> None:
         """Called right after each backward pass."""
@@ -240,7 +288,8 @@ class Engine(Generic[AnyRule]):
         if self._step.measured and self.measurement.reader is not None:
             self.measurement.reader.on_backward_end()
         if self._set_aside is None:
-            self._step.versions = self._versions() if self._loop.is_by_hand() else None
+            self._step.versions = self._before_pass  # hooks of the parameters may have stepped as soon as each had its gradient
+            self._step.held = None if self._is_last_pass else HeldGradients(self._shared_parameters())
         elif self._set_aside.backwards:
             self._end_repetition()  # the step is not announced yet, as in SAM's first_step and second_step by hand
 
@@ -250,6 +299,7 @@ class Engine(Generic[AnyRule]):
         step = self._step
         step.add(task, loss.value, is_first=task not in self.batch.backpropagated)
         self.batch.backpropagated.add(task)
+        self.batch.reached.add(loss)
         weight = applied = step.weights[task]
         if gradient.dtype != weight.dtype or gradient.device != weight.device:
             applied = weight.to(gradient)
@@ -325,11 +375,11 @@ class Engine(Generic[AnyRule]):
             step.backwards = 0
             return False
         if self.batch.backpropagated:
-            require_backpropagated(self.batch.losses, self.batch.backpropagated, caller=self._caller)
+            require_backpropagated(self.batch.losses, self.batch.all_backpropagated, caller=self._caller)
         self.batch = self.batch.after_step()
         if skipped:
             self.measurement.discard_step()
-            self.start_batch()
+            self._release_batch()
             self.start_step()
             return False
         self.step_was_taken = True

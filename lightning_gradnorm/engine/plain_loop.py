@@ -74,6 +74,10 @@ class PlainLoop:
         """Return True."""
         return True
 
+    def backward_has_failed(self) -> bool:
+        """Return False: `Balancer` sees errors itself, and who back-propagates a prepared loss may take his time."""
+        return False
+
     def pass_scale(self) -> Tensor:
         """Return the scale of the current backward pass."""
         return self.scales[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -43,6 +43,25 @@ def nodes_by_task(losses: Mapping[str, Sequence[WatchedLoss]]) -> dict[str, list
     return {task: [loss.node for loss in of_task] for task, of_task in losses.items()}
 
 
+class HeldGradients:
+    """The gradients of some parameters, as they are after a backward pass. It keeps none of them alive."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._parameters = [parameter for parameter in parameters if parameter.grad is not None]
+        self._versions = self._now()
+
+    def _now(self) -> list[int | None]:
+        return [None if p.grad is None else p.grad._version for p in self._parameters]
+
+    def were_dropped(self) -> bool:
+        """Return True if there were any, and all of them have been set to ``None`` or to zero since."""
+        now = self._now()
+        if now == self._versions:  # which waits for no device
+            return False
+        left = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        return not any(bool(gradient.any()) for gradient in left)
+
+
 @dataclass
 class OptimizerStepState:
     """Collected from one optimizer step to the next."""
@@ -54,7 +73,9 @@ class OptimizerStepState:
     backwards: int = 0
     """Backward passes so far: the micro-batches."""
     versions: list[int] | None = None
-    """How often each shared parameter had been changed after the last of them, if the optimizer may move them unannounced."""
+    """How often each shared parameter had been changed before the last of them, if the optimizer may move them unannounced."""
+    held: HeldGradients | None = None
+    """The gradients of the shared parameters after the last of them, if the optimizer may not step on them."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Sum of each task's back-propagated losses, detached."""
     counts: dict[str, int] = field(default_factory=dict)
@@ -80,6 +101,8 @@ class BatchState:
     """The watched losses by task; kept alive until they are back-propagated."""
     backpropagated: set[str] = field(default_factory=set)
     """Tasks whose loss a backward pass has reached."""
+    reached: set[WatchedLoss] = field(default_factory=set)
+    """The losses that a backward pass has reached."""
     absent: set[str] = field(default_factory=set)
     """Tasks given as ``None``."""
     branches: dict[str, set[Node]] = field(default_factory=dict)
@@ -103,13 +126,14 @@ class BatchState:
 
     def after_step(self) -> BatchState:
         """Return what is left of the batch after an optimizer step: losses that were not back-propagated yet."""
-        left = {task: losses for task, losses in self.losses.items() if task not in self.backpropagated}
+        left = self.waiting()
         return BatchState(
-            finished=self.finished | self.backpropagated,
+            finished=self.all_backpropagated,
             losses=left,
             absent=self.absent,
-            branches={task: nodes for task, nodes in self.branches.items() if task not in self.backpropagated},
+            branches={task: nodes for task, nodes in self.branches.items() if task in left},
             backwards=self.backwards,
+            change_of_loss=self.change_of_loss,  # the optimizer has not looked at the loss yet
             steps=self.steps,
             read_at_losses=self.read_at_losses,
             tasks_of={id(one.tensor): task for task, losses in left.items() for one in losses},
@@ -122,9 +146,15 @@ class BatchState:
         self.tasks_of[id(loss)] = task
         return watched
 
+    @property
+    def all_backpropagated(self) -> set[str]:
+        """Tasks with a loss that was back-propagated in this batch, before its last optimizer step or since."""
+        return self.finished | self.backpropagated
+
     def waiting(self) -> dict[str, list[WatchedLoss]]:
         """Return the losses that are still to be back-propagated."""
-        return {task: losses for task, losses in self.losses.items() if task not in self.backpropagated}
+        left = {task: [one for one in losses if one not in self.reached] for task, losses in self.losses.items()}
+        return {task: losses for task, losses in left.items() if losses}
 
     def is_read_once(self, task: str) -> bool:
         """Return True if the task's gradient arrives in one piece: through one branch of its head, or from one loss."""
