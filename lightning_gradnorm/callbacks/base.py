@@ -296,7 +296,8 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
             if optimizer is not None and not self._engine.is_stepped_by(optimizer, self._loop.trainer.optimizers):
                 return
             self._usage.stepped = True
-            if self._engine.finish_step(skipped=skipped, is_counted=is_counted):
+            is_announced = optimizer is not None
+            if self._engine.finish_step(skipped=skipped, is_counted=is_counted, is_announced=is_announced):
                 self._shown = False
                 self._show_if_logged(self._loop.trainer)
 

@@ -30,12 +30,16 @@ class TrainerLoop:
         return self.trainer.global_step
 
     def is_by_hand(self) -> bool:
-        """Return True with manual optimization, and if the module overrides ``optimizer_step``."""
-        return not (self._step_is_lightnings and self._is_automatic)
+        """Return True with manual optimization, if the module overrides ``optimizer_step``, or keeps its optimizers to itself."""
+        return not (self._step_is_lightnings and self._is_automatic and self.trainer.optimizers)
 
     @property
     def _is_automatic(self) -> bool:
         return self.trainer.lightning_module.automatic_optimization
+
+    def has_parts(self) -> bool:
+        """Return True if there are several optimizers."""
+        return len(self.trainer.optimizers) > 1
 
     def backward_has_failed(self) -> bool:
         """Return True if torch is in no backward pass: the module has caught an error of it, such as a lack of memory."""

@@ -32,6 +32,7 @@ from lightning_gradnorm.engine.plan import Plan
 from lightning_gradnorm.engine.rule import Needs
 from lightning_gradnorm.engine.step_state import BatchState, HeldGradients, OptimizerStepState, WatchedLoss
 from lightning_gradnorm.gradients import BufferGuard, GradientReader, branch, check_loss
+from lightning_gradnorm.gradients.graph import leaves_behind
 from lightning_gradnorm.gradients.readers import Outputs
 
 _MEASUREMENTS: dict[Needs, type[Measurement[Any]]] = {
@@ -74,6 +75,8 @@ class Engine(Generic[AnyRule]):
         """The weights of the last finished step, which may still be in progress."""
         self._finished: int | None = None
         """The optimizer step that `finish_step` was last called for; it may still be in progress."""
+        self._behind_all: list[Tensor] = []
+        """The parameters that all tasks reach, if there is no shared layer to tell the optimizers apart by."""
         self._before_pass: list[int] | None = None
         """How often each shared parameter had been changed before the backward pass, if the optimizer may move them unannounced."""
         self._is_last_pass = True
@@ -149,7 +152,7 @@ class Engine(Generic[AnyRule]):
         return [parameter._version for parameter in self._shared_parameters()]
 
     def _shared_parameters(self) -> Iterable[Tensor]:
-        return self.plan.shared_layer.values() or self._setting.model.parameters()
+        return self.plan.shared_layer.values() or self._behind_all or self._setting.model.parameters()
 
     def is_stepped_by(self, optimizer: torch.optim.Optimizer, among: Sequence[torch.optim.Optimizer]) -> bool:
         """Return True if a step of this optimizer is one of the tasks: it moves what they share, or none of ``among`` does.
@@ -166,6 +169,8 @@ class Engine(Generic[AnyRule]):
         """Forget the step if its last backward pass has ended in an error that the user's code has caught."""
         if self.batch.in_backward and self._loop.backward_has_failed():
             self.batch = BatchState(steps=self.batch.steps)
+            self._end_repetition()
+            self._inspection.start_batch()
             self._forget_gradients()
 
     def _forget_gradients(self) -> None:
@@ -274,6 +279,8 @@ class Engine(Generic[AnyRule]):
         self._inspection.inspect_batch(batch, self._step, loss)
         batch.in_backward = True
         batch.is_whole_step = is_whole_step and self._loop.ranks.size == 1
+        if not (self._behind_all or self.plan.shared_layer) and len(batch.losses) > 1 and self._loop.has_parts():
+            self._behind_all = _leaves_behind_all(batch)
         self.measurement.before_backward(loss, batch)
         if not batch.is_repeated:
             self._step.weights = self._weights_by_task()
@@ -289,7 +296,8 @@ class Engine(Generic[AnyRule]):
             self.measurement.reader.on_backward_end()
         if self._set_aside is None:
             self._step.versions = self._before_pass  # hooks of the parameters may have stepped as soon as each had its gradient
-            self._step.held = None if self._is_last_pass else HeldGradients(self._shared_parameters())
+            is_cheap = bool(self.plan.shared_layer)  # and not all parameters of the model
+            self._step.held = HeldGradients(self._shared_parameters()) if is_cheap or not self._is_last_pass else None
         elif self._set_aside.backwards:
             self._end_repetition()  # the step is not announced yet, as in SAM's first_step and second_step by hand
 
@@ -353,12 +361,13 @@ class Engine(Generic[AnyRule]):
         """Backward passes since the last optimizer step."""
         return self._step.backwards
 
-    def finish_step(self, *, skipped: bool = False, is_counted: bool = True) -> bool:
+    def finish_step(self, *, skipped: bool = False, is_counted: bool = True, is_announced: bool = False) -> bool:
         """Called once per optimizer step, after the last backward pass.
 
         Args:
             skipped: whether the loss scaler skips the step.
             is_counted: whether it is among the loop's `Loop.steps`, so that a repeated evaluation can be told from a new step.
+            is_announced: whether this is right before the optimizer's step. One without gradients does not count.
 
         Returns:
             True if the rule has counted the step. On several ranks, all call it together.
@@ -370,6 +379,8 @@ class Engine(Generic[AnyRule]):
             self._end_repetition()
             return False
         self._finished = self._loop.steps() if is_counted else None
+        if not is_announced and step.losses:
+            self.measurement.require_announcement()
         self.step_was_taken = False
         if self._loop.ranks.size == 1 and not step.losses:  # another optimizer's step, or no task was present
             step.backwards = 0
@@ -377,7 +388,7 @@ class Engine(Generic[AnyRule]):
         if self.batch.backpropagated:
             require_backpropagated(self.batch.losses, self.batch.all_backpropagated, caller=self._caller)
         self.batch = self.batch.after_step()
-        if skipped:
+        if skipped or (is_announced and step.held is not None and step.held.were_set_to_none()):
             self.measurement.discard_step()
             self._release_batch()
             self.start_step()
@@ -389,3 +400,11 @@ class Engine(Generic[AnyRule]):
             self.rule.count_step()
         self.start_step()
         return counts
+
+
+def _leaves_behind_all(batch: BatchState) -> list[Tensor]:
+    """Return the parameters that every loss of the batch reaches, or if there are none, those that any does."""
+    behind = [leaves_behind(one.tensor for one in of_task) for of_task in batch.losses.values()]
+    ids = [set(map(id, leaves)) for leaves in behind]
+    wanted = set.intersection(*ids) or set.union(*ids)
+    return list({id(leaf): leaf for leaves in behind for leaf in leaves if id(leaf) in wanted}.values())

@@ -25,6 +25,9 @@ class Loop(Protocol):
     def is_by_hand(self) -> bool:
         """Return True if the user's own code steps the optimizer: perhaps unannounced, or not after every backward pass."""
 
+    def has_parts(self) -> bool:
+        """Return True if several optimizers share the parameters among them, and step at times of their own."""
+
     def backward_has_failed(self) -> bool:
         """Return True, between the start of a backward pass and the word that it is over, if it has ended in an error."""
 

@@ -61,6 +61,10 @@ class HeldGradients:
         left = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         return not any(bool(gradient.any()) for gradient in left)
 
+    def were_set_to_none(self) -> bool:
+        """Return True if there were any, and all of them have been set to ``None`` since. Waits for no device."""
+        return bool(self._parameters) and all(parameter.grad is None for parameter in self._parameters)
+
 
 @dataclass
 class OptimizerStepState:
