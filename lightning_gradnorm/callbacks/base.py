@@ -209,7 +209,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._usage.check_stepped(pl_module)
+        self._usage.check_stepped(pl_module, is_over=True)
         self._remove_hooks()
 
     @override
@@ -293,9 +293,10 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self, optimizer: torch.optim.Optimizer | None = None, *, skipped: bool = False, is_counted: bool = False
     ) -> None:
         if self._engine is not None and self._loop is not None:
+            self._usage.stepped = True
             if optimizer is not None and not self._engine.is_stepped_by(optimizer, self._loop.trainer.optimizers):
                 return
-            self._usage.stepped = True
+            self._usage.shared_stepped = True
             is_announced = optimizer is not None
             if self._engine.finish_step(skipped=skipped, is_counted=is_counted, is_announced=is_announced):
                 self._shown = False

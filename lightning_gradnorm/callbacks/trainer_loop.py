@@ -62,8 +62,9 @@ class TrainerLoop:
 
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return scaler if isinstance(scaler, torch.amp.GradScaler) else None
+        # With manual optimization some users keep one of their own.
+        found = [getattr(self.trainer.precision_plugin, "scaler", None), *vars(self.trainer.lightning_module).values()]
+        return next((one for one in found if isinstance(one, torch.amp.GradScaler)), None)
 
     def loss_scale(self) -> float:
         """Return the factor by which the loss scaler has multiplied the loss; 1 without one."""

@@ -29,6 +29,8 @@ class UsageChecks:
         """Tasks whose loss has been shown."""
         self.stepped = False
         """Whether an optimizer has taken a step."""
+        self.shared_stepped = False
+        """Whether that was one that moves what the tasks share."""
         self._batches = 0
         self._epochs = 0
         self._warned_of: set[str] = set()
@@ -101,8 +103,13 @@ class UsageChecks:
         self._check_shown(module, is_late=True)
         self._epochs += 1
 
-    def check_stepped(self, module: L.LightningModule) -> None:
+    def check_stepped(self, module: L.LightningModule, *, is_over: bool = False) -> None:
         """Called before each batch and after the last, for a module may step at the end of an epoch. Warn if none has."""
+        if is_over and self.seen and self.stepped and not self.shared_stepped:
+            self._warn_once(
+                f"no optimizer of {type(module).__name__} that holds what the tasks share has taken a step, so that no weight has "
+                f"moved. Name a shared_layer that is trained, or step the optimizer that holds it."
+            )
         if self._epochs and self.seen and not self.stepped:
             self._warn_once(
                 f"no step of an optimizer was seen in the first epoch, so that no weight has moved. {type(module).__name__} "

@@ -117,6 +117,8 @@ class Inspection:
         if discovery is not None and self._needs_layer:
             self._find_layer(discovery, batch, step)
         if step.measured:
+            if batch.losses:
+                self._require_trained_layer()
             for task, losses in batch.losses.items():
                 self._select(self.checks.select_reader(task, losses[0], batch))
             if discovery is not None and self._needs_heads:
@@ -162,11 +164,15 @@ class Inspection:
             self._candidate_hooks.pop(other)()
         if len(self.plan.candidates) > 1 and reader is not None:
             self.plan = replace(self.plan, candidates=(reader,))
-        if isinstance(reader, WeightGradients) and not all(W.requires_grad for W in reader.targets):
-            raise ValueError(
-                f"{self._setting.caller}: the shared layer has been frozen (requires_grad=False) during the training. Name the "
-                f"last shared layer that is trained to the end, or use stop_after."
-            )
+
+    def _require_trained_layer(self) -> None:
+        for reader in self.checks.readers:
+            if isinstance(reader, WeightGradients) and not all(W.requires_grad for W in reader.targets):
+                raise ValueError(
+                    f"{self._setting.caller}: the shared layer has been frozen (requires_grad=False) during the training. Name the "
+                    f"last shared layer that is trained to the end, or use stop_after. (If toggle_optimizer freezes it for some "
+                    f"backward passes, call watch only before those that train it.)"
+                )
 
     def _find_heads(self, discovery: Discovery, batch: BatchState) -> None:
         reader = self._measurement.reader

@@ -13,7 +13,7 @@ from lightning_gradnorm.callbacks.losses import LossSource
 from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
 from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.layers import plain_name
-from lightning_gradnorm.engine.step_state import WatchedLoss
+from lightning_gradnorm.engine.step_state import HeldGradients, WatchedLoss
 from lightning_gradnorm.gradients import (
     REST,
     GradientNorms,
@@ -49,6 +49,7 @@ class StepMeasurement:
         self._candidates: dict[str, nn.Parameter] = {}
         self._watched: list[tuple[str, WatchedLoss]] = []
         self._given: dict[str, None] = {}
+        self._held: HeldGradients | None = None
 
     def start_step(self) -> None:
         """Measure the optimizer step that begins now."""
@@ -62,7 +63,7 @@ class StepMeasurement:
     def end_step(self) -> None:
         """Forget the step."""
         self.is_active = False
-        self._candidates, self._watched, self._given = {}, [], {}
+        self._candidates, self._watched, self._given, self._held = {}, [], {}, None
         self.terms.begin([])
 
     def watch(self, losses: Mapping[str, object]) -> None:
@@ -99,6 +100,30 @@ class StepMeasurement:
         with isolate_rng():
             losses = [(name, loss.tensor) for name, loss in self._watched]
             self.terms.read(total, losses, share=share, scale=self.loop.loss_scale())
+
+    def before_backward(self) -> None:
+        """Called right before each backward pass, and after `read`."""
+        if self._held is not None and self._held.were_dropped():  # without a step; they count for nothing
+            self.terms.begin(list(self._candidates.values()))
+        self.terms.attach_hooks()
+
+    def after_backward(self) -> None:
+        """Called after each backward pass."""
+        self.terms.finalize()
+        self._held = HeldGradients(self._candidates.values())
+
+    def versions(self) -> dict[str, int]:
+        """Return how often each parameter has been changed."""
+        parameters = dict(self._model.named_parameters()) if self._parameters is None else self._parameters
+        return {plain_name(name): parameter._version for name, parameter in parameters.items()}
+
+    def have_moved(self, before: Mapping[str, int]) -> bool:
+        """Return True if the shared parameters have changed since; another optimizer may have stepped on others."""
+        now = self.versions()
+        reached = {name: set(compress(self._candidates, term.reaches)) for name, term in self.terms.sums.items()}
+        by_loss = [names for name, names in {**self._reached, **reached}.items() if name != REST]
+        shared = {name for name in now if sum(name in names for names in by_loss) >= 2}
+        return any(now.get(name) != version for name, version in before.items() if name in (shared or now))
 
     def end_batch(self) -> None:
         """Release the losses of this batch."""
