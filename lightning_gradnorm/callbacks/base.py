@@ -17,7 +17,7 @@ from lightning_gradnorm._messages import check_by_task
 from lightning_gradnorm.callbacks.copies import Copies
 from lightning_gradnorm.callbacks.logging import is_logged_step, log_step_metrics
 from lightning_gradnorm.callbacks.losses import LossSource, explain_errors
-from lightning_gradnorm.callbacks.optimizer_steps import FollowedOptimizers
+from lightning_gradnorm.callbacks.optimizer_steps import OptimizerSteps
 from lightning_gradnorm.callbacks.packages import works_in_both_packages
 from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
 from lightning_gradnorm.callbacks.usage_checks import (
@@ -78,7 +78,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._rule: AnyRule | None = None
         self._engine: Engine[AnyRule] | None = None
         self._loop: TrainerLoop | None = None
-        self._optimizers: FollowedOptimizers | None = None
+        self._optimizers: OptimizerSteps | None = None
         self._hooks = ExitStack()
         self._recomputed: dict[str, list[Any]] | None = None
         """Takes the losses while they are computed again without being trained on."""
@@ -172,7 +172,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
             engine = Engine(self.rule, setting)
             hooks.callback(engine.close)
             hooks.callback(self._source.capture(pl_module, self._watch))
-            optimizers = FollowedOptimizers(loop, engine, self._finish_step)
+            optimizers = OptimizerSteps(loop, engine, self._usage, self._show_step)
             hooks.callback(optimizers.close)
             if engine.reads_gradients:
                 hooks.callback(explain_errors(pl_module, engine.explain_inplace_error))
@@ -263,9 +263,8 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
     @override
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self._with_gradients.clear()
-        if self._engine is not None:
-            if self._optimizers is not None:
-                self._optimizers.update()
+        if self._engine is not None and self._optimizers is not None:
+            self._optimizers.update()
             self._usage.check_stepped(pl_module)
             self._engine.start_batch()
 
@@ -277,39 +276,27 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._engine is not None:
-            self._engine.after_backward()
-            if self._engine.has_moved and not self._engine.batch.is_repeated:
-                self._finish_step()  # by hooks of the parameters, within the backward pass
+        if self._optimizers is not None:
+            self._optimizers.after_backward()
 
     @override
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if self._loop is not None:
-            self._finish_step(optimizer, skipped=self._loop.skips(optimizer), is_counted=True)
+        if self._optimizers is not None:
+            self._optimizers.finish_step(optimizer, is_counted=True)
 
-    def _finish_step(
-        self, optimizer: torch.optim.Optimizer | None = None, *, skipped: bool = False, is_counted: bool = False
-    ) -> None:
-        if self._engine is not None and self._loop is not None:
-            self._usage.stepped = True
-            if optimizer is not None and not self._engine.is_stepped_by(optimizer, self._loop.trainer.optimizers):
-                return
-            self._usage.shared_stepped = True
-            is_announced = optimizer is not None
-            if self._engine.finish_step(skipped=skipped, is_counted=is_counted, is_announced=is_announced):
-                self._shown = False
-                self._show_if_logged(self._loop.trainer)
+    def _show_step(self, trainer: L.Trainer) -> None:
+        self._shown = False
+        self._show_if_logged(trainer)
 
     @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        if self._engine is None:
+        if self._engine is None or self._optimizers is None:
             return
-        if self._engine.has_moved:
-            self._finish_step()  # by hand, and unannounced: SAM's second_step, for example
+        self._optimizers.finish_if_moved()
         self._usage.on_batch_end(pl_module, self._engine.batch)
         if not (pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1):
             self._show_if_logged(trainer)  # in a batch that Lightning writes, but without an optimizer step

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 
 from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
+from lightning_gradnorm.callbacks.usage_checks import UsageChecks
 from lightning_gradnorm.engine.engine import Engine
 from lightning_gradnorm.engine.module_hooks import Remove, ReplacedMethod, patch_attribute
 
@@ -18,8 +20,8 @@ Closure = Callable[[], Any]
 Optimizers = list[torch.optim.Optimizer]
 
 
-class FollowedOptimizers:
-    """Follows the Trainer's optimizers until `close`.
+class OptimizerSteps:
+    """Tells the engine of each step of the Trainer's optimizers, until `close`.
 
     With manual optimization, ``optimizer.optimizer.step()`` and ``self.optimizers(use_pl_optimizer=False)`` pass Lightning's
     hooks by, and so may an ``optimizer_step`` of the module's own. With any, a line search compares values of the loss: these
@@ -28,13 +30,14 @@ class FollowedOptimizers:
     Args:
         loop: the Trainer.
         engine: weights the losses.
-        finish_step: called before a step that Lightning does not announce.
+        usage: is told too.
+        on_counted: called when the rule has counted a step.
     """
 
     def __init__(
-        self, loop: TrainerLoop, engine: Engine[Any], finish_step: Callable[[torch.optim.Optimizer], None]
+        self, loop: TrainerLoop, engine: Engine[Any], usage: UsageChecks, on_counted: Callable[[L.Trainer], None]
     ) -> None:
-        self._loop, self._engine, self._finish_step = loop, engine, finish_step
+        self._loop, self._engine, self._usage, self._on_counted = loop, engine, usage, on_counted
         self._hooks = ExitStack()
         self._followed: Optimizers = []
         self.update()
@@ -56,13 +59,39 @@ class FollowedOptimizers:
         self._hooks.close()
         self._followed = []
 
+    def after_backward(self) -> None:
+        """Called after each backward pass. Hooks of the parameters may have made a step in it."""
+        self._engine.after_backward()
+        if not self._engine.batch.is_repeated:
+            self.finish_if_moved()
+
+    def finish_step(self, optimizer: torch.optim.Optimizer | None = None, *, is_counted: bool = False) -> None:
+        """Called before a step of ``optimizer``, or without one after a step that nothing has announced.
+
+        Args:
+            optimizer: whose step it is.
+            is_counted: whether Lightning has announced it, and counts it.
+        """
+        self._usage.stepped = True
+        if optimizer is not None and not self._engine.watched.is_stepped_by(optimizer, self._loop.trainer.optimizers):
+            return
+        self._usage.shared_stepped = True
+        skipped = is_counted and optimizer is not None and self._loop.skips(optimizer)
+        if self._engine.finish_step(skipped=skipped, is_counted=is_counted, is_announced=optimizer is not None):
+            self._on_counted(self._loop.trainer)
+
+    def finish_if_moved(self) -> None:
+        """Finish a step that has been made already: by hooks of the parameters, or by hand as SAM's second_step."""
+        if self._engine.has_moved:
+            self.finish_step()
+
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         closure = args[0] if args else kwargs.get("closure")
         if closure is None:
             if self._loop.is_by_hand() and self._engine.pending_backwards:
-                self._finish_step(optimizer)
+                self.finish_step(optimizer)
             return None
         return (lambda: _weighted(closure(), self._engine.batch.change_of_loss),), _without_closure(kwargs)
 

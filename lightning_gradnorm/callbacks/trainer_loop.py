@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning as L
 import torch
 
-from lightning_gradnorm.callbacks.packages import overrides
+from lightning_gradnorm.callbacks.packages import is_one_of, overrides
 from lightning_gradnorm.engine.ranks import Ranks
 
 
@@ -30,8 +30,9 @@ class TrainerLoop:
         return self.trainer.global_step
 
     def is_by_hand(self) -> bool:
-        """Return True with manual optimization, if the module overrides ``optimizer_step``, or keeps its optimizers to itself."""
-        return not (self._step_is_lightnings and self._is_automatic and self.trainer.optimizers)
+        """Return True with manual optimization, an ``optimizer_step`` of the module's own, or optimizers it keeps to itself."""
+        has_none = any(is_one_of(optimizer, "_MockOptimizer") for optimizer in self.trainer.optimizers)
+        return has_none or not (self._step_is_lightnings and self._is_automatic)
 
     @property
     def _is_automatic(self) -> bool:

@@ -107,8 +107,8 @@ class UsageChecks:
         """Called before each batch and after the last, for a module may step at the end of an epoch. Warn if none has."""
         if is_over and self.seen and self.stepped and not self.shared_stepped:
             self._warn_once(
-                f"no optimizer of {type(module).__name__} that holds what the tasks share has taken a step, so that no weight has "
-                f"moved. Name a shared_layer that is trained, or step the optimizer that holds it."
+                f"no optimizer of {type(module).__name__} that holds what the tasks share has taken a step, so that no weight "
+                f"has moved. Name a shared_layer that is trained, or step the optimizer that holds it."
             )
         if self._epochs and self.seen and not self.stepped:
             self._warn_once(

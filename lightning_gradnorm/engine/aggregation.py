@@ -143,8 +143,8 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
         """
         if self._shared is not None:
             raise ValueError(
-                f"{self.setting.caller}: at='parameters' aggregates right before an optimizer step, but the parameters have moved "
-                f"without one that Lightning knows of (in hooks of the parameters, or by an optimizer that "
+                f"{self.setting.caller}: at='parameters' aggregates right before an optimizer step, but the parameters have "
+                f"moved without one that Lightning knows of (in hooks of the parameters, or by an optimizer that "
                 f"configure_optimizers did not return). Return it there and call its step(), or use at='representation'."
             )
 

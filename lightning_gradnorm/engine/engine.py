@@ -15,10 +15,10 @@ task's actual contribution to the step, ``scale · w_i · c_i · ∇L_i``.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Generic
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +28,12 @@ from lightning_gradnorm.engine.aggregation import GradientMeasurement
 from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.inspection import Inspection, ReadingHooks
 from lightning_gradnorm.engine.measurement import AnyRule, LossMeasurement, Measurement, NormMeasurement, Setting
+from lightning_gradnorm.engine.parameter_watch import HeldGradients
+from lightning_gradnorm.engine.passes import Passes
 from lightning_gradnorm.engine.plan import Plan
 from lightning_gradnorm.engine.rule import Needs
-from lightning_gradnorm.engine.step_state import BatchState, HeldGradients, OptimizerStepState, WatchedLoss
+from lightning_gradnorm.engine.step_state import BatchState, WatchedLoss
 from lightning_gradnorm.gradients import BufferGuard, GradientReader, branch, check_loss
-from lightning_gradnorm.gradients.graph import leaves_behind
 from lightning_gradnorm.gradients.readers import Outputs
 
 _MEASUREMENTS: dict[Needs, type[Measurement[Any]]] = {
@@ -43,7 +44,7 @@ _MEASUREMENTS: dict[Needs, type[Measurement[Any]]] = {
 }
 
 
-class Engine(Generic[AnyRule]):
+class Engine(Passes[AnyRule]):
     """Runs a rule on a model, from construction until `close`.
 
     Args:
@@ -55,37 +56,22 @@ class Engine(Generic[AnyRule]):
     """
 
     def __init__(self, rule: AnyRule, setting: Setting) -> None:
-        self.rule = rule
-        self._setting = setting
-        self._caller, self._loop, self._tasks = setting.caller, setting.loop, setting.tasks
+        self._caller = setting.caller
         self._hooks = ExitStack()
         with self._hooks:  # if anything fails, what was placed is removed again
-            self.measurement: Measurement[AnyRule] = _MEASUREMENTS[rule.needs](rule, setting)
-            self._hooks.callback(self.measurement.close)
+            measurement: Measurement[AnyRule] = _MEASUREMENTS[rule.needs](rule, setting)
+            self._hooks.callback(measurement.close)
             hooks = ReadingHooks(self._before_head, self._before_call, self._after_call, self._is_forward_pass)
-            self._inspection = Inspection(self.measurement, hooks)
-            self._hooks.callback(self._inspection.close)
+            inspection = Inspection(measurement, hooks)
+            self._hooks.callback(inspection.close)
             self._hooks = self._hooks.pop_all()
+        super().__init__(measurement, inspection)
         self._buffers = BufferGuard(setting.model.buffers() if self.reads_gradients else [])
         self._reading = False
-        self.batch = BatchState()
         self.sums_change_of_loss = False
         """Whether `BatchState.change_of_loss` is needed: some optimizer compares values of the loss."""
-        self._held: dict[str, Tensor] = {}
-        """The weights of the last finished step, which may still be in progress."""
-        self._finished: int | None = None
-        """The optimizer step that `finish_step` was last called for; it may still be in progress."""
-        self._behind_all: list[Tensor] = []
-        """The parameters that all tasks reach, if there is no shared layer to tell the optimizers apart by."""
-        self._before_pass: list[int] | None = None
-        """How often each shared parameter had been changed before the backward pass, if the optimizer may move them unannounced."""
-        self._is_last_pass = True
-        """Whether the optimizer is known to step on the backward pass alone."""
-        self._set_aside: OptimizerStepState | None = None
-        """What the step has collected, while the losses are evaluated again."""
         self.step_was_taken = False
         """Whether the last `finish_step` was given to the rule: the scaler did not skip it, and some rank had losses."""
-        self._step = self._new_step()
 
     @property
     def plan(self) -> Plan:
@@ -108,79 +94,6 @@ class Engine(Generic[AnyRule]):
         self.batch = BatchState()
 
     # ---- one batch ---------------------------------------------------------------------------------------------------
-
-    def start_batch(self) -> None:
-        """Release all that belongs to the last batch. No optimizer step is in progress."""
-        self._finished = None
-        self._release_batch()
-
-    def _release_batch(self) -> None:
-        """Release all that belongs to the last forward and backward pass."""
-        self._recover_from_failed_backward()
-        self.batch = BatchState()
-        self._end_repetition()
-        self._inspection.start_batch()
-
-    # A closure may evaluate the losses several times in one optimizer step: LBFGS, a line search, SAM. Weights that moved in
-    # between would change the function under the optimizer. So the first evaluation is what the rule learns from, and its
-    # weights hold in all of them.
-
-    def _begin_evaluation(self) -> None:
-        """Called in each forward pass. Set the step's state aside if this is not the first evaluation in the step."""
-        self._recover_from_failed_backward()
-        batch = self.batch
-        if not (batch.backwards or (self._step.backwards and not batch.is_repeated)):
-            return  # the usual case
-        if self._finished == self._loop.steps() or self.has_moved:
-            self._release_batch()
-            self.batch = BatchState(True, batch.finished | batch.backpropagated, steps=batch.steps)
-            self._set_aside = self._step
-            weights = self._step.weights if self._step.backwards else self._held
-            self._step = OptimizerStepState(self.measurement.replaces_gradients, weights)
-
-    def _end_repetition(self) -> None:
-        if self._set_aside is not None:
-            self._step, self._set_aside = self._set_aside, None
-
-    @property
-    def has_moved(self) -> bool:
-        """Whether the shared parameters have changed since the last backward pass of an unfinished step, or within it."""
-        step = self._step
-        return bool(step.backwards) and step.versions is not None and step.versions != self._versions()
-
-    def _versions(self) -> list[int]:
-        return [parameter._version for parameter in self._shared_parameters()]
-
-    def _shared_parameters(self) -> Iterable[Tensor]:
-        return self.plan.shared_layer.values() or self._behind_all or self._setting.model.parameters()
-
-    def is_stepped_by(self, optimizer: torch.optim.Optimizer, among: Sequence[torch.optim.Optimizer]) -> bool:
-        """Return True if a step of this optimizer is one of the tasks: it moves what they share, or none of ``among`` does.
-
-        Others, such as a discriminator's, may step while the gradients of the tasks are still accumulated.
-        """
-        if len(among) < 2:
-            return True
-        shared = set(map(id, self._shared_parameters()))
-        owners = [one for one in among if any(id(p) in shared for group in one.param_groups for p in group["params"])]
-        return not owners or any(one is optimizer for one in owners)
-
-    def _recover_from_failed_backward(self) -> None:
-        """Forget the step if its last backward pass has ended in an error that the user's code has caught."""
-        if self.batch.in_backward and self._loop.backward_has_failed():
-            self.batch = BatchState(steps=self.batch.steps)
-            self._end_repetition()
-            self._inspection.start_batch()
-            self._forget_gradients()
-
-    def _forget_gradients(self) -> None:
-        """Forget all that belongs to gradients that no optimizer will step on."""
-        self.measurement.discard_step()
-        if self.measurement.reader is not None:
-            self.measurement.reader.forget()
-        self._step = self._new_step()
-        batch = self.batch
-        batch.losses, batch.backpropagated, batch.reached = batch.waiting(), set(), set()
 
     def watch(self, losses: Mapping[str, Tensor | None]) -> None:
         """Weight these losses in the backward pass that follows.
@@ -219,11 +132,6 @@ class Engine(Generic[AnyRule]):
         watched = weakref.ref(self.batch.add(task, loss))
         hook = unserializable_hook(partial(self._on_loss_gradient, task, watched))  # type: ignore[no-untyped-call]
         loss.register_hook(hook)  # type: ignore[no-untyped-call]
-
-    def is_in_backward(self) -> bool:
-        """Return True in a backward pass: what is called now is called by a checkpoint, for the second time."""
-        self._recover_from_failed_backward()
-        return self.batch.in_backward
 
     def _is_forward_pass(self) -> bool:
         if self.is_in_backward() or not self._loop.is_training():
@@ -279,12 +187,13 @@ class Engine(Generic[AnyRule]):
         self._inspection.inspect_batch(batch, self._step, loss)
         batch.in_backward = True
         batch.is_whole_step = is_whole_step and self._loop.ranks.size == 1
-        if not (self._behind_all or self.plan.shared_layer) and len(batch.losses) > 1 and self._loop.has_parts():
-            self._behind_all = _leaves_behind_all(batch)
+        self.watched.layer = self.plan.shared_layer
+        if self._loop.has_parts():
+            self.watched.look_at(batch)
         self.measurement.before_backward(loss, batch)
         if not batch.is_repeated:
             self._step.weights = self._weights_by_task()
-        self._before_pass = self._versions() if self._loop.is_by_hand() else None
+        self._before_pass = self.watched.versions() if self._loop.is_by_hand() else None
         self._is_last_pass = is_whole_step
 
     def after_backward(self) -> None:
@@ -295,9 +204,11 @@ class Engine(Generic[AnyRule]):
         if self._step.measured and self.measurement.reader is not None:
             self.measurement.reader.on_backward_end()
         if self._set_aside is None:
-            self._step.versions = self._before_pass  # hooks of the parameters may have stepped as soon as each had its gradient
+            self._step.versions = (
+                self._before_pass
+            )  # hooks of the parameters may have stepped as soon as each had its gradient
             is_cheap = bool(self.plan.shared_layer)  # and not all parameters of the model
-            self._step.held = HeldGradients(self._shared_parameters()) if is_cheap or not self._is_last_pass else None
+            self._step.held = HeldGradients(self.watched.parameters()) if is_cheap or not self._is_last_pass else None
         elif self._set_aside.backwards:
             self._end_repetition()  # the step is not announced yet, as in SAM's first_step and second_step by hand
 
@@ -342,25 +253,6 @@ class Engine(Generic[AnyRule]):
 
     # ---- the optimizer step ------------------------------------------------------------------------------------------
 
-    def start_step(self) -> None:
-        """Forget what was collected since the last optimizer step."""
-        if self.measurement.reader is not None:
-            self.measurement.reader.reset()
-        self._set_aside = None
-        self._step = self._new_step()
-
-    def _new_step(self) -> OptimizerStepState:
-        return OptimizerStepState(self.measurement.should_measure, self._weights_by_task())
-
-    def _weights_by_task(self, weights: Tensor | None = None) -> dict[str, Tensor]:
-        weights = self.rule.loss_weights if weights is None else weights
-        return dict(zip(self._tasks, weights.unbind(), strict=True))
-
-    @property
-    def pending_backwards(self) -> int:
-        """Backward passes since the last optimizer step."""
-        return self._step.backwards
-
     def finish_step(self, *, skipped: bool = False, is_counted: bool = True, is_announced: bool = False) -> bool:
         """Called once per optimizer step, after the last backward pass.
 
@@ -400,11 +292,3 @@ class Engine(Generic[AnyRule]):
             self.rule.count_step()
         self.start_step()
         return counts
-
-
-def _leaves_behind_all(batch: BatchState) -> list[Tensor]:
-    """Return the parameters that every loss of the batch reaches, or if there are none, those that any does."""
-    behind = [leaves_behind(one.tensor for one in of_task) for of_task in batch.losses.values()]
-    ids = [set(map(id, leaves)) for leaves in behind]
-    wanted = set.intersection(*ids) or set.union(*ids)
-    return list({id(leaf): leaf for leaves in behind for leaf in leaves if id(leaf) in wanted}.values())

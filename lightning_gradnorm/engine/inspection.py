@@ -169,9 +169,9 @@ class Inspection:
         for reader in self.checks.readers:
             if isinstance(reader, WeightGradients) and not all(W.requires_grad for W in reader.targets):
                 raise ValueError(
-                    f"{self._setting.caller}: the shared layer has been frozen (requires_grad=False) during the training. Name the "
-                    f"last shared layer that is trained to the end, or use stop_after. (If toggle_optimizer freezes it for some "
-                    f"backward passes, call watch only before those that train it.)"
+                    f"{self._setting.caller}: the shared layer has been frozen (requires_grad=False) during the training. Name "
+                    f"the last shared layer that is trained to the end, or use stop_after. (If toggle_optimizer freezes it for "
+                    f"some backward passes, call watch only before those that train it.)"
                 )
 
     def _find_heads(self, discovery: Discovery, batch: BatchState) -> None:

@@ -56,8 +56,8 @@ class PlainLoop:
             return
         self._has_warned = True
         self.ranks.warn(
-            f"Balancer: step was not called after any of the last {_PATIENCE} backward passes, but the parameters have moved in "
-            f"between. All of them count as one step, so that the weights stay as they are. Call balancer.step() after each "
+            f"Balancer: step was not called after any of the last {_PATIENCE} backward passes, but the parameters have moved "
+            f"in between. All of them count as one step, so that the weights stay as they are. Call balancer.step() after each "
             f"optimizer.step()."
         )
 
@@ -116,7 +116,7 @@ class PlainLoop:
 
 
 def _is_in_optimizer() -> bool:
-    """Return True if an optimizer evaluates the losses itself: LBFGS may do so as often as it likes. Looks at the whole stack."""
+    """Return True if an optimizer evaluates the losses itself: LBFGS may do so very often. Looks at the whole stack."""
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "step" and isinstance(frame.f_locals.get("self"), torch.optim.Optimizer):

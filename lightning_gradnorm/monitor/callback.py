@@ -107,8 +107,6 @@ class GradientNormMonitor(L.Callback):
         self.cosine_image = cosine_image
         self._summary = RunningSummary(self._source.names, parameters)
         self._steps = 0
-        self._stepped = self._skipped = False
-        self._versions: dict[str, int] = {}
         self._measurement: StepMeasurement | None = None
         self._remove_patch: Remove | None = None
         self._copies = Copies(self)
@@ -143,7 +141,7 @@ class GradientNormMonitor(L.Callback):
         self._unpatch()
         if self._measurement is None:
             return
-        self._end_step_if_made(trainer, self._measurement)  # after the last batch, in a hook of the module
+        self._end_step_if_made(trainer)  # after the last batch, in a hook of the module
         if not self._measurement.is_active:
             if self._steps % self.every_n_steps:
                 return
@@ -212,10 +210,7 @@ class GradientNormMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         if self._measurement is not None:
-            if self._measurement.is_active:
-                self._skipped = self._skipped or self._measurement.loop.skips(optimizer)  # which waits for the GPU
-            # By hand it may be the step of another part, or the tasks' step may come without a word: then the parameters tell.
-            self._stepped = self._stepped or self._skipped or not self._measurement.loop.is_by_hand()
+            self._measurement.note_step(optimizer)
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -223,16 +218,12 @@ class GradientNormMonitor(L.Callback):
         if self._measurement is None:
             return
         self._measurement.end_batch()
-        self._end_step_if_made(trainer, self._measurement)
+        self._end_step_if_made(trainer)
 
-    def _end_step_if_made(self, trainer: L.Trainer, measurement: StepMeasurement) -> None:
-        if measurement.loop.is_by_hand():
-            self._stepped = self._stepped or measurement.have_moved(self._versions)
-            if self._stepped or not measurement.is_active:
-                self._versions = measurement.versions()
-        if not self._stepped:
+    def _end_step_if_made(self, trainer: L.Trainer) -> None:
+        if (measurement := self._measurement) is None or not measurement.was_stepped():
             return
-        if measurement.is_active and not self._skipped:
+        if measurement.is_active and not measurement.skipped:
             shown = self._source.shown
             wrong = self._source.find_misnamed(is_all=bool(shown)) or self._source.find_unlogged(shown, is_late=False)
             if wrong:
@@ -240,8 +231,7 @@ class GradientNormMonitor(L.Callback):
             found = measurement.collect()
             if found is not None:
                 self._record_step(trainer, *found)
-        self._steps += not self._skipped  # a step that the loss scaler skips does not count
-        self._stepped = self._skipped = False
+        self._steps += not measurement.skipped  # a step that the loss scaler skips does not count
         measurement.end_step()
 
     # ---- what is shown -----------------------------------------------------------------------------------------------
@@ -295,8 +285,7 @@ class GradientNormMonitor(L.Callback):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._measurement is not None:
-            self._end_step_if_made(trainer, self._measurement)
+        self._end_step_if_made(trainer)
         self._release_model()
         rank_zero_info(self.summary())
 
@@ -318,8 +307,6 @@ class GradientNormMonitor(L.Callback):
         if self._measurement is not None:
             self._measurement.terms.release_graph()  # removes the hooks on the losses
             self._measurement = None
-        self._versions = {}
-        self._stepped = self._skipped = False
 
     @property
     @override

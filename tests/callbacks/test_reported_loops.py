@@ -86,7 +86,9 @@ def test_the_textbook_is_followed_with(situation: Situation, heads: Any, quiet_t
     assert_agrees(steps, model, trajectory, twin, tolerance=1e-8)  # type: ignore[arg-type]
     assert not {"training_step", "log"} & vars(model).keys(), "nothing is left"
     assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
-    assert not any(one._optimizer_step_pre_hooks for one in model.trainer.optimizers if hasattr(one, "_optimizer_step_pre_hooks"))
+    assert not any(
+        one._optimizer_step_pre_hooks for one in model.trainer.optimizers if hasattr(one, "_optimizer_step_pre_hooks")
+    )
 
 
 # other strategies -----------------------------------------------------------------------------------------------------
@@ -148,7 +150,9 @@ def test_an_aggregation_at_the_parameters_would_come_too_late_for(name: str, qui
 
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("every", [1, 2])
-@pytest.mark.parametrize("name", [*TOLD_APART, "raw steps by closure", "steps after the batch", "an optimizer of its own"])
+@pytest.mark.parametrize(
+    "name", [*TOLD_APART, "raw steps by closure", "steps after the batch", "an optimizer of its own"]
+)
 def test_the_monitor_measures_the_same_steps_with(name: str, every: int, quiet_trainer: MakeTrainer) -> None:
     situation = SITUATIONS[name]
     monitors = [GradientNormMonitor(NAMES, every_n_steps=every) for _ in range(2)]
@@ -169,7 +173,9 @@ def test_weights_move_with_the_encoder_and_not_with_the_heads(heads: Any, quiet_
 
 
 def test_an_encoder_that_never_steps_is_warned_of_in_the_end(quiet_trainer: MakeTrainer) -> None:
-    with pytest.warns(UserWarning, match=r"no optimizer of OneForEachPart that holds what the tasks share has taken a step"):
+    with pytest.warns(
+        UserWarning, match=r"no optimizer of OneForEachPart that holds what the tasks share has taken a step"
+    ):
         fit(quiet_trainer, Situation(lambda: OneForEachPart(starts=9), []), gradnorm())
 
 
@@ -195,7 +201,9 @@ def test_losses_watched_while_the_encoder_is_toggled_off_are_refused(heads: Any,
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-def test_an_overflow_in_a_discriminator_is_none_of_the_tasks_business(is_first: bool, quiet_trainer: MakeTrainer) -> None:
+def test_an_overflow_in_a_discriminator_is_none_of_the_tasks_business(
+    is_first: bool, quiet_trainer: MakeTrainer
+) -> None:
     class Single(Adversarial):
         def discriminate(self, batch: Batch, optimizer: Any) -> None:
             overflows = self.discriminator.weight.register_hook(lambda gradient: gradient * torch.inf)
@@ -259,7 +267,7 @@ def test_a_step_may_draw_its_batches_itself(heads: Any, quiet_trainer: MakeTrain
             batch, index, _ = next(dataloader_iter)
             return super().training_step(batch, index)
 
-    twin, trajectory = learn([[i] for i in range(6)])
+    _, trajectory = learn([[i] for i in range(6)])
     callback = gradnorm(heads)
     fit(quiet_trainer, Situation(Draws, []), callback)
     assert callback.weights == pytest.approx(trajectory.weights[-1], abs=1e-9)
