@@ -52,6 +52,8 @@ class Steps(L.Callback):
 
 
 def gradnorm(heads: Any = "auto", **options: Any) -> GradNorm:
+    if heads == "all found":
+        return GradNorm(NAMES, **options)
     named = Automatic().heads() if heads == "named" else heads
     return GradNorm(NAMES, shared_layer="encoder.2", heads=named, **options)
 
@@ -75,7 +77,7 @@ def fit(trainer: MakeTrainer, situation: Situation, *callbacks: Any) -> Any:
 
 
 @pytest.mark.each_value_once
-@pytest.mark.parametrize("heads", ["auto", "named", None])
+@pytest.mark.parametrize("heads", ["all found", "auto", "named", None])
 @pytest.mark.parametrize("situation", SITUATIONS.values(), ids=SITUATIONS)
 def test_the_textbook_is_followed_with(situation: Situation, heads: Any, quiet_trainer: MakeTrainer) -> None:
     twin, trajectory = learn(situation.steps, situation.optimizer, by_closure=situation.by_closure)
