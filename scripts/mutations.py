@@ -221,9 +221,9 @@ FAULTS = (
     Fault(
         "the network trains with weights of the step before",
         _ENGINE,
-        "            self._step.weights = self._weights_by_task()\n\n    def after_backward",
+        "            self._step.weights = self._weights_by_task()\n        self._before_pass",
         "            now = {task: weight.clone() for task, weight in self._weights_by_task().items()}\n"
-        "            self._step.weights, self._before = getattr(self, '_before', now), now\n\n    def after_backward",
+        "            self._step.weights, self._before = getattr(self, '_before', now), now\n        self._before_pass",
         _OF_BALANCER,
     ),
     Fault(
@@ -379,8 +379,8 @@ FAULTS = (
     Fault(
         "gradients of micro-batches are averaged over the wrong number",
         f"{_CORE}callbacks/trainer_loop.py",
-        "passes / self.trainer.accumulate_grad_batches)",
-        "passes)",
+        "(passes / self.trainer.accumulate_grad_batches if",
+        "(passes if",
         ("tests/callbacks/test_accumulated_norms.py",),
     ),
     Fault(
@@ -393,15 +393,15 @@ FAULTS = (
     Fault(
         "norms are not divided by the loss scale",
         f"{_CORE}callbacks/trainer_loop.py",
-        "return self.loss_scale() * (1.0",
-        "return 1.0 * (1.0",
+        "return self.loss_scale() * (passes",
+        "return 1.0 * (passes",
         _OF_PRECISION,
     ),
     Fault(
         "a step that the scaler skips is counted",
         _ENGINE,
-        "        if skipped:\n            self.measurement",
-        "        if False:\n            self.measurement",
+        "        if skipped or (is_announced",
+        "        if (is_announced",
         _OF_PRECISION,
     ),
     Fault(
@@ -417,6 +417,27 @@ FAULTS = (
         "        if self._set_aside is not None:\n            self.measurement.after_repetition(step)\n",
         "        if False:\n            self.measurement.after_repetition(step)\n",
         _OF_CLOSURES,
+    ),
+    Fault(
+        "gradients that are dropped count in the next step",
+        f"{_CORE}engine/parameter_watch.py",
+        "return not any(bool(gradient.any()) for gradient in left)",
+        "return False",
+        ("tests/callbacks/test_reported_loops.py",),
+    ),
+    Fault(
+        "a discriminator's step counts as one of the tasks",
+        f"{_CORE}engine/parameter_watch.py",
+        "if len(among) < 2:",
+        "if among:",
+        ("tests/callbacks/test_reported_loops.py",),
+    ),
+    Fault(
+        "the first value that a line search sees is that of the plain loss",
+        f"{_CORE}engine/step_state.py",
+        "            branches=branches,\n",
+        "            branches=branches,\n            change_of_loss=0.0,\n",
+        ("tests/callbacks/test_reported_loops.py",),
     ),
     Fault(
         "the weights move between the evaluations of a step",

@@ -16,7 +16,7 @@ from typing_extensions import Self, override
 from lightning_gradnorm.callbacks.copies import Copies
 from lightning_gradnorm.callbacks.logging import is_logged_step, log_step_metrics
 from lightning_gradnorm.callbacks.losses import LossSource, explain_errors
-from lightning_gradnorm.callbacks.optimizer_steps import follow_optimizers
+from lightning_gradnorm.callbacks.optimizer_steps import OptimizerSteps
 from lightning_gradnorm.callbacks.packages import works_in_both_packages
 from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
 from lightning_gradnorm.callbacks.usage_checks import (
@@ -77,6 +77,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._rule: AnyRule | None = None
         self._engine: Engine[AnyRule] | None = None
         self._loop: TrainerLoop | None = None
+        self._optimizers: OptimizerSteps | None = None
         self._hooks = ExitStack()
         self._recomputed: dict[str, list[Any]] | None = None
         """Takes the losses while they are computed again without being trained on."""
@@ -129,7 +130,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         return self._copies.trained or self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_engine": None, "_loop": None, "_hooks": ExitStack()}
+        return {**vars(self), "_engine": None, "_loop": None, "_optimizers": None, "_hooks": ExitStack()}
 
     def _results(self) -> dict[str, Any]:
         state, dtype = self.rule.state_dict(), self.rule.weights.dtype
@@ -167,10 +168,11 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
             engine = Engine(self.rule, setting)
             hooks.callback(engine.close)
             hooks.callback(self._source.capture(pl_module, self._watch))
-            hooks.callback(follow_optimizers(loop, engine, self._finish_step))
+            optimizers = OptimizerSteps(loop, engine, self._usage, self._show_step)
+            hooks.callback(optimizers.close)
             if engine.reads_gradients:
                 hooks.callback(explain_errors(pl_module, engine.explain_inplace_error))
-            self._engine, self._hooks = engine, hooks.pop_all()
+            self._engine, self._optimizers, self._hooks = engine, optimizers, hooks.pop_all()
 
     def _choose_state(self, loop: TrainerLoop) -> None:
         """Decide whether this training starts from the state of a checkpoint, of an earlier training, or from scratch."""
@@ -199,10 +201,11 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     def _remove_hooks(self) -> None:
         self._hooks.close()
-        self._engine = self._loop = None
+        self._engine = self._loop = self._optimizers = None
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._usage.check_stepped(pl_module, is_over=True)
         self._remove_hooks()
 
     @override
@@ -246,7 +249,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
                 self._recomputed.setdefault(task, []).append(loss)
         elif self._engine is None or self._loop is None:
             self._usage.on_idle_losses(losses)
-        elif self._loop.is_training() and not self._engine.batch.in_backward:
+        elif self._loop.is_training() and not self._engine.is_in_backward():
             self._with_gradients.append(torch.is_grad_enabled())
             self._engine.watch(self._usage.on_losses(losses))
             self._usage.seen |= set(self._engine.batch.losses)
@@ -256,7 +259,9 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
     @override
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self._with_gradients.clear()
-        if self._engine is not None:
+        if self._engine is not None and self._optimizers is not None:
+            self._optimizers.update()
+            self._usage.check_stepped(pl_module)
             self._engine.start_batch()
 
     @override
@@ -267,31 +272,27 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._engine is not None:
-            self._engine.after_backward()
+        if self._optimizers is not None:
+            self._optimizers.after_backward()
 
     @override
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if self._loop is not None:
-            self._finish_step(skipped=self._loop.skips(optimizer), is_counted=True)
+        if self._optimizers is not None:
+            self._optimizers.finish_step(optimizer, is_counted=True)
 
-    def _finish_step(self, *, skipped: bool = False, is_counted: bool = False) -> None:
-        if self._engine is not None and self._loop is not None:
-            self._usage.stepped = True
-            if self._engine.finish_step(skipped=skipped, is_counted=is_counted):
-                self._shown = False
-                self._show_if_logged(self._loop.trainer)
+    def _show_step(self, trainer: L.Trainer) -> None:
+        self._shown = False
+        self._show_if_logged(trainer)
 
     @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        if self._engine is None:
+        if self._engine is None or self._optimizers is None:
             return
-        if self._engine.has_moved:
-            self._finish_step()  # by hand, and unannounced: SAM's second_step, for example
+        self._optimizers.finish_if_moved()
         self._usage.on_batch_end(pl_module, self._engine.batch)
         if not (pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1):
             self._show_if_logged(trainer)  # in a batch that Lightning writes, but without an optimizer step

@@ -2,49 +2,121 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import lightning as L
 import torch
 
 from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
+from lightning_gradnorm.callbacks.usage_checks import UsageChecks
 from lightning_gradnorm.engine.engine import Engine
-from lightning_gradnorm.engine.module_hooks import Remove
+from lightning_gradnorm.engine.module_hooks import Remove, ReplacedMethod, patch_attribute
+
+Optimizers = list[torch.optim.Optimizer]
 
 
-def follow_optimizers(loop: TrainerLoop, engine: Engine[Any], finish_step: Callable[[], None]) -> Remove:
-    """Follow the Trainer's optimizers until the returned function is called.
+class OptimizerSteps:
+    """Tells the engine of each step of the Trainer's optimizers, until `close`.
 
     With manual optimization, ``optimizer.optimizer.step()`` and ``self.optimizers(use_pl_optimizer=False)`` pass Lightning's
-    hooks by. With any, a line search compares values of the loss: these must belong to the weighted gradients.
+    hooks by, and so may an ``optimizer_step`` of the module's own. With any, a line search compares values of the loss: these
+    must belong to the weighted gradients.
 
     Args:
         loop: the Trainer.
         engine: weights the losses.
-        finish_step: called before a step that Lightning does not announce.
+        usage: is told too.
+        on_counted: called when the rule has counted a step.
     """
-    hooks = ExitStack()
-    compares = [optimizer for optimizer in loop.trainer.optimizers if _may_compare_values(optimizer)]
-    engine.sums_change_of_loss = bool(compares)
 
-    def before_step(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        self, *rest = args
-        closure = rest[0] if rest else kwargs.get("closure")
+    def __init__(
+        self, loop: TrainerLoop, engine: Engine[Any], usage: UsageChecks, on_counted: Callable[[L.Trainer], None]
+    ) -> None:
+        self._loop, self._engine, self._usage, self._on_counted = loop, engine, usage, on_counted
+        self._hooks = ExitStack()
+        self._followed: Optimizers = []
+        self.update()
+
+    def update(self) -> None:
+        """Follow those that the Trainer has now; a user may have given it others in mid-training."""
+        optimizers = self._loop.trainer.optimizers
+        if list(map(id, optimizers)) == list(map(id, self._followed)):
+            return
+        self.close()
+        self._followed = list(optimizers)
+        compares = [optimizer for optimizer in optimizers if _may_compare_values(optimizer)]
+        self._engine.sums_change_of_loss = bool(compares)
+        for optimizer in optimizers if self._loop.is_by_hand() else compares:
+            self._hooks.callback(_call_before_step(optimizer, self._before_step))
+
+    def close(self) -> None:
+        """Remove everything from the optimizers."""
+        self._hooks.close()
+        self._followed = []
+
+    def after_backward(self) -> None:
+        """Called after each backward pass. Hooks of the parameters may have made a step in it."""
+        self._engine.after_backward()
+        if not self._engine.batch.is_repeated:
+            self.finish_if_moved()
+
+    def finish_step(self, optimizer: torch.optim.Optimizer | None = None, *, is_counted: bool = False) -> None:
+        """Called before a step of ``optimizer``, or without one after a step that nothing has announced.
+
+        Args:
+            optimizer: whose step it is.
+            is_counted: whether Lightning has announced it, and counts it.
+        """
+        self._usage.stepped = True
+        if optimizer is not None and not self._engine.watched.is_stepped_by(optimizer, self._loop.trainer.optimizers):
+            return
+        self._usage.shared_stepped = True
+        skipped = is_counted and optimizer is not None and self._loop.skips(optimizer)
+        if self._engine.finish_step(skipped=skipped, is_counted=is_counted, is_announced=optimizer is not None):
+            self._on_counted(self._loop.trainer)
+
+    def finish_if_moved(self) -> None:
+        """Finish a step that has been made already: by hooks of the parameters, or by hand as SAM's second_step."""
+        if self._engine.has_moved:
+            self.finish_step()
+
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = args[0] if args else kwargs.get("closure")
         if closure is None:
-            if loop.is_by_hand() and engine.pending_backwards:
-                finish_step()
+            if self._loop.is_by_hand() and self._engine.pending_backwards:
+                self.finish_step(optimizer)
             return None
 
         def weighted() -> Any:
             loss = closure()
-            return loss if loss is None else loss + engine.batch.change_of_loss
+            return loss if loss is None else loss + self._engine.batch.change_of_loss
 
-        return (self, weighted), {name: value for name, value in kwargs.items() if name != "closure"}
+        return (weighted,), {name: value for name, value in kwargs.items() if name != "closure"}
 
-    for optimizer in loop.trainer.optimizers if loop.is_by_hand() else compares:
-        hooks.callback(optimizer.register_step_pre_hook(before_step).remove)
-    return hooks.close
+
+def _call_before_step(optimizer: torch.optim.Optimizer, before: Callable[..., Any]) -> Remove:
+    """Call ``before(optimizer, args, kwargs)`` before each step; it may return others."""
+    if getattr(type(optimizer).step, "hooked", False) and hasattr(optimizer, "_optimizer_step_pre_hooks"):
+
+        def hook(one: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            changed = before(one, args[1:], kwargs)
+            return None if changed is None else ((one, *changed[0]), changed[1])
+
+        return optimizer.register_step_pre_hook(hook).remove
+    # Wrappers of another optimizer, as Lookahead, often leave Optimizer.__init__ out: torch calls no hooks of theirs.
+    step = optimizer.step
+
+    @functools.wraps(step)  # learning rate schedulers leave marks on it
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = before(optimizer, args, kwargs) or (args, kwargs)
+        return step(*args, **kwargs)
+
+    return patch_attribute(optimizer, "step", ReplacedMethod(optimizer, "step", call))
 
 
 def _may_compare_values(optimizer: torch.optim.Optimizer) -> bool:

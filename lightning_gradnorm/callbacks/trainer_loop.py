@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning as L
 import torch
 
-from lightning_gradnorm.callbacks.packages import overrides
+from lightning_gradnorm.callbacks.packages import is_one_of, overrides
 from lightning_gradnorm.engine.ranks import Ranks
 
 
@@ -18,6 +18,8 @@ class TrainerLoop:
         self.ranks = Ranks(trainer.world_size, trainer.global_rank)
         # A backward of the user's own may pass a loss as often as it likes.
         self._backward_is_lightnings = not overrides(trainer.lightning_module, "backward")
+        # One of the user's own may leave the step out, or make it behind Lightning's back.
+        self._step_is_lightnings = not overrides(trainer.lightning_module, "optimizer_step")
 
     def is_training(self) -> bool:
         """Return True unless these are trial steps."""
@@ -28,8 +30,21 @@ class TrainerLoop:
         return self.trainer.global_step
 
     def is_by_hand(self) -> bool:
-        """Return True with manual optimization."""
-        return not self.trainer.lightning_module.automatic_optimization
+        """Return True with manual optimization, an ``optimizer_step`` of the module's own, or optimizers it keeps to itself."""
+        has_none = any(is_one_of(optimizer, "_MockOptimizer") for optimizer in self.trainer.optimizers)
+        return has_none or not (self._step_is_lightnings and self._is_automatic)
+
+    @property
+    def _is_automatic(self) -> bool:
+        return self.trainer.lightning_module.automatic_optimization
+
+    def has_parts(self) -> bool:
+        """Return True if there are several optimizers."""
+        return len(self.trainer.optimizers) > 1
+
+    def backward_has_failed(self) -> bool:
+        """Return True if torch is in no backward pass: the module has caught an error of it, such as a lack of memory."""
+        return torch._C._current_graph_task_id() == -1
 
     def steps_after_each_backward(self) -> bool:
         """Return True if an optimizer step is known to consist of one backward pass."""
@@ -44,12 +59,13 @@ class TrainerLoop:
 
         With manual optimization users divide the loss by the number of batches themselves.
         """
-        return self.loss_scale() * (1.0 if self.is_by_hand() else passes / self.trainer.accumulate_grad_batches)
+        return self.loss_scale() * (passes / self.trainer.accumulate_grad_batches if self._is_automatic else 1.0)
 
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return scaler if isinstance(scaler, torch.amp.GradScaler) else None
+        # With manual optimization some users keep one of their own.
+        found = [getattr(self.trainer.precision_plugin, "scaler", None), *vars(self.trainer.lightning_module).values()]
+        return next((one for one in found if isinstance(one, torch.amp.GradScaler)), None)
 
     def loss_scale(self) -> float:
         """Return the factor by which the loss scaler has multiplied the loss; 1 without one."""

@@ -30,7 +30,10 @@ class UsageChecks:
         """Tasks whose loss has been shown."""
         self.stepped = False
         """Whether an optimizer has taken a step."""
+        self.shared_stepped = False
+        """Whether that was one that moves what the tasks share."""
         self._batches = 0
+        self._epochs = 0
         self._warned_of: set[str] = set()
         self._warnings: set[str] = set()
 
@@ -74,7 +77,7 @@ class UsageChecks:
             self._warn_of_missing(batch)
             # Else it was a step that returned None after it had shown its losses, which Lightning lets pass.
             if batch.backwards or (batch.steps and not module.automatic_optimization):
-                require_backpropagated(batch.losses, batch.backpropagated, caller=self._source.caller)
+                require_backpropagated(batch.losses, batch.all_backpropagated, caller=self._source.caller)
         self._check_shown(module, is_late=self._batches >= _PATIENCE)
 
     def _check_shown(self, module: L.LightningModule, *, is_late: bool) -> None:
@@ -99,13 +102,22 @@ class UsageChecks:
             ValueError: a loss was never shown.
         """
         self._check_shown(module, is_late=True)
-        if self.seen and not self.stepped:
+        self._epochs += 1
+        if engine is not None:
+            engine.measurement.end_epoch()
+
+    def check_stepped(self, module: L.LightningModule, *, is_over: bool = False) -> None:
+        """Called before each batch and after the last, for a module may step at the end of an epoch. Warn if none has."""
+        if is_over and self.seen and self.stepped and not self.shared_stepped:
+            self._warn_once(
+                f"no optimizer of {type(module).__name__} that holds what the tasks share has taken a step, so that no weight "
+                f"has moved. Name a shared_layer that is trained, or step the optimizer that holds it."
+            )
+        if self._epochs and self.seen and not self.stepped:
             self._warn_once(
                 f"no step of an optimizer was seen in the first epoch, so that no weight has moved. {type(module).__name__} "
                 f"optimizes manually: it should call step() on what self.optimizers() returns.",
             )
-        if engine is not None:
-            engine.measurement.end_epoch()
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warnings:

@@ -135,6 +135,19 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
             return False
         return super().after_step(step)
 
+    def require_announcement(self) -> None:
+        """Refuse a step that was made before the gradients of the shared parameters were there.
+
+        Raises:
+            ValueError: it was.
+        """
+        if self._shared is not None:
+            raise ValueError(
+                f"{self.setting.caller}: at='parameters' aggregates right before an optimizer step, but the parameters have "
+                f"moved without one that Lightning knows of (in hooks of the parameters, or by an optimizer that "
+                f"configure_optimizers did not return). Return it there and call its step(), or use at='representation'."
+            )
+
     def after_repetition(self, step: OptimizerStepState) -> None:
         """Aggregate the gradients of the shared parameters, if these are what is aggregated."""
         if self._shared is not None:

@@ -19,7 +19,7 @@ from lightning_gradnorm.engine.layers import trained_layers
 from lightning_gradnorm.engine.measurement import Setting
 from lightning_gradnorm.engine.step_state import WatchedLoss, nodes_by_task
 from lightning_gradnorm.gradients import BufferGuard, RepeatedPasses, flat_row, reason_not_retraversable, row_width
-from lightning_gradnorm.gradients.graph import node_of, reachable_nodes
+from lightning_gradnorm.gradients.graph import has_gradient, node_of, reachable_nodes
 from lightning_gradnorm.gradients.loss_graph import LossGraph, Position
 
 _PATIENCE = 50
@@ -264,7 +264,7 @@ def tasks_off_course(
         targets: the tensors whose gradient is read.
     """
     owner = {node: task for task, nodes in branches.items() for node in nodes}
-    stop = owner.keys() | set(map(node_of, targets))
+    stop = owner.keys() | set(map(node_of, filter(has_gradient, targets)))
     roots = nodes_by_task(losses)
     off = set(losses) - branches.keys()
     for task, nodes in roots.items():

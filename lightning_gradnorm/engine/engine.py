@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Generic
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +29,11 @@ from lightning_gradnorm.engine.constant_losses import ConstantLosses
 from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.inspection import Inspection, ReadingHooks
 from lightning_gradnorm.engine.measurement import AnyRule, LossMeasurement, Measurement, NormMeasurement, Setting
+from lightning_gradnorm.engine.parameter_watch import HeldGradients
+from lightning_gradnorm.engine.passes import Passes
 from lightning_gradnorm.engine.plan import Plan
 from lightning_gradnorm.engine.rule import Needs
-from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState, WatchedLoss
+from lightning_gradnorm.engine.step_state import BatchState, WatchedLoss
 from lightning_gradnorm.gradients import BufferGuard, GradientReader, RepeatedPasses, branch_arguments, check_loss
 from lightning_gradnorm.gradients.graph import is_transformed, tensors_with_gradient
 from lightning_gradnorm.gradients.readers import Outputs
@@ -44,7 +46,7 @@ _MEASUREMENTS: dict[Needs, type[Measurement[Any]]] = {
 }
 
 
-class Engine(Generic[AnyRule]):
+class Engine(Passes[AnyRule]):
     """Runs a rule on a model, from construction until `close`.
 
     Args:
@@ -56,33 +58,24 @@ class Engine(Generic[AnyRule]):
     """
 
     def __init__(self, rule: AnyRule, setting: Setting) -> None:
-        self.rule = rule
-        self._setting = setting
-        self._caller, self._loop, self._tasks = setting.caller, setting.loop, setting.tasks
+        self._caller = setting.caller
         self._hooks = ExitStack()
         with self._hooks:  # if anything fails, what was placed is removed again
-            self.measurement: Measurement[AnyRule] = _MEASUREMENTS[rule.needs](rule, setting)
-            self._hooks.callback(self.measurement.close)
+            measurement: Measurement[AnyRule] = _MEASUREMENTS[rule.needs](rule, setting)
+            self._hooks.callback(measurement.close)
             hooks = ReadingHooks(self._before_head, self._before_call, self._after_call, self._is_forward_pass)
-            self._inspection = Inspection(self.measurement, hooks)
-            self._hooks.callback(self._inspection.close)
+            inspection = Inspection(measurement, hooks)
+            self._hooks.callback(inspection.close)
             self._hooks = self._hooks.pop_all()
+        super().__init__(measurement, inspection)
         self._buffers = BufferGuard(setting.model.buffers() if self.reads_gradients else [])
         self._reading = False
         self._constants = ConstantLosses(self._caller, self._loop.ranks)
         self._repeats = RepeatedPasses(f"{self._caller}: the gradient of task")
-        self.batch = BatchState()
         self.sums_change_of_loss = False
         """Whether `BatchState.change_of_loss` is needed: some optimizer compares values of the loss."""
-        self._held: dict[str, Tensor] = {}
-        """The weights of the last finished step, which may still be in progress."""
-        self._finished: int | None = None
-        """The optimizer step that `finish_step` was last called for; it may still be in progress."""
-        self._set_aside: OptimizerStepState | None = None
-        """What the step has collected, while the losses are evaluated again."""
         self.step_was_taken = False
         """Whether the last `finish_step` was given to the rule: the scaler did not skip it, and some rank had losses."""
-        self._step = self._new_step()
 
     @property
     def plan(self) -> Plan:
@@ -105,38 +98,6 @@ class Engine(Generic[AnyRule]):
         self.batch = BatchState()
 
     # ---- one batch ---------------------------------------------------------------------------------------------------
-
-    def start_batch(self) -> None:
-        """Release all that belongs to the last forward and backward pass."""
-        self.batch = BatchState()
-        self._end_repetition()
-        self._inspection.start_batch()
-
-    # A closure may evaluate the losses several times in one optimizer step: LBFGS, a line search, SAM. Weights that moved in
-    # between would change the function under the optimizer. So the first evaluation is what the rule learns from, and its
-    # weights hold in all of them.
-
-    def _begin_evaluation(self) -> None:
-        """Called in each forward pass. Set the step's state aside if this is not the first evaluation in the step."""
-        batch = self.batch
-        if not (batch.backwards or (self._step.backwards and not batch.is_repeated)):
-            return  # the usual case
-        if self._finished == self._loop.steps() or self.has_moved:
-            self.start_batch()
-            self.batch = BatchState(True, batch.finished | batch.backpropagated, steps=batch.steps)
-            self._set_aside = self._step
-            weights = self._step.weights if self._step.backwards else self._held
-            self._step = OptimizerStepState(self.measurement.replaces_gradients, weights)
-
-    def _end_repetition(self) -> None:
-        if self._set_aside is not None:
-            self._step, self._set_aside = self._set_aside, None
-
-    @property
-    def has_moved(self) -> bool:
-        """Whether the shared parameters have changed since the last backward pass of an unfinished step."""
-        step = self._step
-        return bool(step.backwards) and step.versions is not None and step.versions != self._inspection.versions()
 
     def watch(self, losses: Mapping[str, Tensor | None]) -> None:
         """Weight these losses in the backward pass that follows.
@@ -177,7 +138,7 @@ class Engine(Generic[AnyRule]):
         loss.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _is_forward_pass(self) -> bool:
-        if self.batch.in_backward or not self._loop.is_training():
+        if self.is_in_backward() or not self._loop.is_training():
             return False
         self._begin_evaluation()
         return True
@@ -228,13 +189,20 @@ class Engine(Generic[AnyRule]):
                 gradient has arrived, and fewer rows are kept.
         """
         self._begin_evaluation()
-        batch = self.batch
+        step, batch = self._step, self.batch
+        if self._set_aside is None and step.losses and step.held is not None and step.held.were_dropped():
+            self._forget_gradients()
         self._inspection.inspect_batch(batch, self._step, loss)
         batch.in_backward = True
         batch.is_whole_step = is_whole_step and self._loop.ranks.size == 1
+        self.watched.layer = self.plan.shared_layer
+        if self._loop.has_parts():
+            self.watched.look_at(batch)
         self.measurement.before_backward(loss, batch, self._step)
         if not batch.is_repeated:
             self._step.weights = self._weights_by_task()
+        self._before_pass = self.watched.versions() if self._loop.is_by_hand() else None
+        self._is_last_pass = is_whole_step
 
     def after_backward(self) -> None:
         """Called right after each backward pass."""
@@ -244,7 +212,9 @@ class Engine(Generic[AnyRule]):
         if self._step.measured and self.measurement.reader is not None:
             self.measurement.reader.on_backward_end()
         if self._set_aside is None:
-            self._step.versions = self._inspection.versions() if self._loop.is_by_hand() else None
+            self._step.versions = self._before_pass  # hooks of the parameters may have stepped within the pass
+            is_cheap = bool(self.plan.shared_layer)  # and not all parameters of the model
+            self._step.held = HeldGradients(self.watched.parameters()) if is_cheap or not self._is_last_pass else None
         elif self._set_aside.backwards:
             self._end_repetition()  # the step is not announced yet, as in SAM's first_step and second_step by hand
 
@@ -254,6 +224,7 @@ class Engine(Generic[AnyRule]):
         step = self._step
         step.add(task, loss.value, is_first=task not in self.batch.backpropagated)
         self.batch.backpropagated.add(task)
+        self.batch.reached.add(loss)
         weight = applied = step.weights[task]
         if gradient.dtype != weight.dtype or gradient.device != weight.device:
             applied = weight.to(gradient)
@@ -289,31 +260,13 @@ class Engine(Generic[AnyRule]):
 
     # ---- the optimizer step ------------------------------------------------------------------------------------------
 
-    def start_step(self) -> None:
-        """Forget what was collected since the last optimizer step."""
-        if self.measurement.reader is not None:
-            self.measurement.reader.reset()
-        self._set_aside = None
-        self._step = self._new_step()
-
-    def _new_step(self) -> OptimizerStepState:
-        return OptimizerStepState(self.measurement.should_measure, self._weights_by_task())
-
-    def _weights_by_task(self, weights: Tensor | None = None) -> dict[str, Tensor]:
-        weights = self.rule.loss_weights if weights is None else weights
-        return dict(zip(self._tasks, weights.unbind(), strict=True))
-
-    @property
-    def pending_backwards(self) -> int:
-        """Backward passes since the last optimizer step."""
-        return self._step.backwards
-
-    def finish_step(self, *, skipped: bool = False, is_counted: bool = True) -> bool:
+    def finish_step(self, *, skipped: bool = False, is_counted: bool = True, is_announced: bool = False) -> bool:
         """Called once per optimizer step, after the last backward pass.
 
         Args:
             skipped: whether the loss scaler skips the step.
             is_counted: whether it is among the loop's `Loop.steps`, so that a repeated evaluation can be told from a new step.
+            is_announced: whether this is right before the optimizer's step. One without gradients does not count.
 
         Returns:
             True if the rule has counted the step. On several ranks, all call it together.
@@ -325,16 +278,18 @@ class Engine(Generic[AnyRule]):
             self._end_repetition()
             return False
         self._finished = self._loop.steps() if is_counted else None
+        if not is_announced and step.losses:
+            self.measurement.require_announcement()
         self.step_was_taken = False
         if self._loop.ranks.size == 1 and not step.losses:  # another optimizer's step, or no task was present
             step.backwards = 0
             return False
         if self.batch.backpropagated:
-            require_backpropagated(self.batch.losses, self.batch.backpropagated, caller=self._caller)
+            require_backpropagated(self.batch.losses, self.batch.all_backpropagated, caller=self._caller)
         self.batch = self.batch.after_step()
-        if skipped:
+        if skipped or (is_announced and step.held is not None and step.held.were_set_to_none()):
             self.measurement.discard_step()
-            self.start_batch()
+            self._release_batch()
             self.start_step()
             return False
         self.step_was_taken = True

@@ -132,11 +132,6 @@ class Inspection:
                 self._find_heads(discovery, batch)
             self._decide_where_to_read(batch, loss)
 
-    def versions(self) -> list[int]:
-        """Return how often each shared parameter has been changed; of all parameters, if the shared ones are not known."""
-        shared = self.plan.shared_layer.values() or self._setting.model.parameters()
-        return [parameter._version for parameter in shared]
-
     def explain_inplace_error(self, error: str, in_head: str | None) -> str | None:
         """Return what to do about an in-place change of the representation, if that is what torch complains of."""
         if not (("of _Branch" in error or "of _Gate" in error) and "inplace" in error):
@@ -187,7 +182,8 @@ class Inspection:
         if self.checks.is_selected and isinstance(reader, RowReader):
             raise ValueError(
                 f"{setting.caller}: {reader.label} has been frozen (requires_grad=False) during the training. Name the last "
-                f"shared layer that is trained to the end, or use stop_after."
+                f"shared layer that is trained to the end, or use stop_after. (If toggle_optimizer freezes it for some "
+                f"backward passes, call watch only before those that train it.)"
             )
         if not self._has_warned:
             self._has_warned = True

@@ -23,7 +23,13 @@ class Loop(Protocol):
         """Return the number of optimizer steps before the one in progress, in which losses may be evaluated repeatedly."""
 
     def is_by_hand(self) -> bool:
-        """Return True if the user's own code steps the optimizer, perhaps by a method that announces nothing."""
+        """Return True if the user's own code steps the optimizer: perhaps unannounced, or not after every backward pass."""
+
+    def has_parts(self) -> bool:
+        """Return True if several optimizers share the parameters among them, and step at times of their own."""
+
+    def backward_has_failed(self) -> bool:
+        """Return True, between the start of a backward pass and the word that it is over, if it has ended in an error."""
 
     def pass_scale(self) -> float | Tensor:
         """Return the factor between the gradients of the current backward pass and those of its losses."""

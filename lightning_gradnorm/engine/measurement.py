@@ -81,6 +81,9 @@ class Measurement(Generic[AnyRule]):
         """Called once per optimizer step. Update the rule; return True if any task took part in the step."""
         return bool(step.losses)
 
+    def require_announcement(self) -> None:
+        """Called with a step of which nobody knew before it was made. Raise ValueError if it came too early."""
+
     def after_repetition(self, step: OptimizerStepState) -> None:
         """Called instead after each further evaluation of the losses in an optimizer step. The rule hears nothing of it."""
 

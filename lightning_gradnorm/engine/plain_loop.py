@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ class PlainLoop:
         self._passes = 0
         self._seen: set[str] = set()
         self._steps = 0
+        self._repetitions = 0
+        self._has_warned = False
 
     def note_losses(self, tasks: Collection[str]) -> None:
         """Called with the tasks of each backward pass."""
@@ -45,10 +48,22 @@ class PlainLoop:
     def finish_pass(self, *, is_repeated: bool) -> int:
         """Called after each backward pass. Return how often it has begun; forget the scales of one that counts for nothing."""
         times = len(self.scales) - self._passes
+        self._repetitions = self._repetitions + 1 if is_repeated else 0
         if is_repeated:
             del self.scales[self._passes :]
+            self._warn_of_missing_steps()
         self._passes = len(self.scales)
         return times
+
+    def _warn_of_missing_steps(self) -> None:
+        if self._repetitions % _PATIENCE or self._has_warned or _is_in_optimizer():
+            return
+        self._has_warned = True
+        self.ranks.warn(
+            f"Balancer: step was not called after any of the last {_PATIENCE} backward passes, but the parameters have moved "
+            f"in between. All of them count as one step, so that the weights stay as they are. Call balancer.step() after each "
+            f"optimizer.step()."
+        )
 
     def forget_passes(self) -> None:
         """Forget the backward passes of a step that is not made."""
@@ -80,6 +95,14 @@ class PlainLoop:
         """Return True."""
         return True
 
+    def has_parts(self) -> bool:
+        """Return False: `Balancer.step` says which step is one of the tasks."""
+        return False
+
+    def backward_has_failed(self) -> bool:
+        """Return False: `Balancer` sees errors itself, and who back-propagates a prepared loss may take his time."""
+        return False
+
     def pass_scale(self) -> Tensor:
         """Return the scale of the current backward pass."""
         return self.scales[-1]
@@ -96,6 +119,16 @@ class PlainLoop:
     def force_skip(self) -> bool:
         """Return False: the step has been taken already."""
         return False
+
+
+def _is_in_optimizer() -> bool:
+    """Return True if an optimizer evaluates the losses itself: LBFGS may do so very often. Looks at the whole stack."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "step" and isinstance(frame.f_locals.get("self"), torch.optim.Optimizer):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:

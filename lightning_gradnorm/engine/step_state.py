@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +24,10 @@ def mean_of(loss: Tensor) -> Tensor:
     if type(values) is not Tensor and not is_traceable_wrapper_subclass(values):
         values = values.as_subclass(Tensor)
     return values.mean(dtype=None if values.dtype == torch.float64 else torch.float32)
+
+
+if TYPE_CHECKING:
+    from lightning_gradnorm.engine.parameter_watch import HeldGradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +75,9 @@ class OptimizerStepState:
     backwards: int = 0
     """Backward passes so far: the micro-batches."""
     versions: list[int] | None = None
-    """How often each shared parameter had been changed after the last of them, if the optimizer may move them unannounced."""
+    """How often each shared parameter had been changed before the last of them, if the optimizer may move them unannounced."""
+    held: HeldGradients | None = None
+    """The gradients of the shared parameters after the last of them, if the optimizer may not step on them."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Sum of each task's back-propagated losses, detached."""
     counts: dict[str, int] = field(default_factory=dict)
@@ -96,6 +103,8 @@ class BatchState:
     """The watched losses by task; kept alive until they are back-propagated."""
     backpropagated: set[str] = field(default_factory=set)
     """Tasks whose loss a backward pass has reached."""
+    reached: set[WatchedLoss] = field(default_factory=set)
+    """The losses that a backward pass has reached."""
     absent: set[str] = field(default_factory=set)
     """Tasks given as ``None``."""
     branches: dict[str, set[Node]] = field(default_factory=dict)
@@ -121,11 +130,19 @@ class BatchState:
 
     def after_step(self) -> BatchState:
         """Return what is left of the batch after an optimizer step: losses that were not back-propagated yet."""
-        left = {task: losses for task, losses in self.losses.items() if task not in self.backpropagated}
-        branches = {task: nodes for task, nodes in self.branches.items() if task not in self.backpropagated}
+        left = self.waiting()
+        branches = {task: nodes for task, nodes in self.branches.items() if task in left}
         tasks_of = {id(one.tensor): task for task, losses in left.items() for one in losses}
-        finished = self.finished | self.backpropagated
-        return replace(self, finished=finished, losses=left, backpropagated=set(), branches=branches, tasks_of=tasks_of)
+        # What the weights change of the loss stays: the optimizer has not looked at it yet.
+        return replace(
+            self,
+            finished=self.all_backpropagated,
+            losses=left,
+            backpropagated=set(),
+            reached=set(),
+            branches=branches,
+            tasks_of=tasks_of,
+        )
 
     def add(self, task: str, loss: Tensor) -> WatchedLoss:
         """Add a loss to watch."""
@@ -134,9 +151,15 @@ class BatchState:
         self.tasks_of[id(loss)] = task
         return watched
 
+    @property
+    def all_backpropagated(self) -> set[str]:
+        """Tasks with a loss that was back-propagated in this batch, before its last optimizer step or since."""
+        return self.finished | self.backpropagated
+
     def waiting(self) -> dict[str, list[WatchedLoss]]:
         """Return the losses that are still to be back-propagated."""
-        return {task: losses for task, losses in self.losses.items() if task not in self.backpropagated}
+        left = {task: [one for one in losses if one not in self.reached] for task, losses in self.losses.items()}
+        return {task: losses for task, losses in left.items() if losses}
 
     def is_read_once(self, task: str) -> bool:
         """Return True if the task's gradient arrives in one piece: through one branch of its head, or from one loss."""

@@ -71,7 +71,7 @@ class GradientReader(ABC):
     """Reads the gradient at some target tensors, task by task.
 
     `read` is called in backward and `on_backward_end` after it. `release_graph` is called when the forward pass's graph is no
-    longer needed, and `reset` when the next optimizer step begins.
+    longer needed, `forget` when the gradients read so far are dropped, and `reset` when the next optimizer step begins.
     """
 
     module: nn.Module | None = None
@@ -114,9 +114,13 @@ class GradientReader(ABC):
     def release_graph(self) -> None:
         """Release the tensors of the current forward pass; the results stay."""
 
+    def forget(self) -> None:
+        """Forget what was read, but not the current forward pass."""
+
     def reset(self) -> None:
-        """Forget what was read: a new optimizer step begins."""
+        """Forget all: a new optimizer step begins."""
         self.release_graph()
+        self.forget()
 
 
 class RowReader(GradientReader):
@@ -171,9 +175,8 @@ class RowReader(GradientReader):
             if task in values:
                 values[task] = values[task] * factor**power
 
-    def reset(self) -> None:
-        """Forget what was read: a new optimizer step begins."""
-        super().reset()
+    def forget(self) -> None:
+        """Forget what was read, but not the current forward pass."""
         self._rows.clear()
         self._finalized.clear()
 
@@ -229,9 +232,9 @@ class WeightGradients(RowReader):
             self.unreached.add(task)
         self._add(task, flat_row(found, self.targets))
 
-    def reset(self) -> None:
-        """Forget what was read: a new optimizer step begins."""
-        super().reset()
+    def forget(self) -> None:
+        """Forget what was read, but not the current forward pass."""
+        super().forget()
         self.unreached.clear()
 
 
@@ -262,6 +265,11 @@ class ActivationGradients(RowReader):
         """Release the tensors of the current forward pass; the results stay."""
         self._complete()
         self.targets = []
+
+    def forget(self) -> None:
+        """Forget what was read, but not the current forward pass."""
+        super().forget()
+        self._arrived.clear()
 
     def read(self, task: str, outputs: Outputs, gradients: Sequence[Tensor]) -> None:
         """Add the task's gradient at the representation."""

@@ -107,7 +107,6 @@ class GradientNormMonitor(L.Callback):
         self.cosine_image = cosine_image
         self._summary = RunningSummary(self._source.names, parameters)
         self._steps = 0
-        self._stepped = self._skipped = False
         self._measurement: StepMeasurement | None = None
         self._remove_patch: Remove | None = None
         self._copies = Copies(self)
@@ -142,6 +141,7 @@ class GradientNormMonitor(L.Callback):
         self._unpatch()
         if self._measurement is None:
             return
+        self._end_step_if_made(trainer)  # after the last batch, in a hook of the module
         if not self._measurement.is_active:
             if self._steps % self.every_n_steps:
                 return
@@ -198,20 +198,19 @@ class GradientNormMonitor(L.Callback):
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         if self._measurement is not None:
-            self._measurement.terms.attach_hooks()
+            self._measurement.before_backward()
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._measurement is not None:
-            self._measurement.terms.finalize()
+            self._measurement.after_backward()
 
     @override
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        self._stepped = True
-        if self._measurement is not None and self._measurement.is_active:
-            self._skipped = self._skipped or self._measurement.loop.skips(optimizer)  # which waits for the GPU
+        if self._measurement is not None:
+            self._measurement.note_step(optimizer)
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -219,19 +218,21 @@ class GradientNormMonitor(L.Callback):
         if self._measurement is None:
             return
         self._measurement.end_batch()
-        if not self._stepped:
+        self._end_step_if_made(trainer)
+
+    def _end_step_if_made(self, trainer: L.Trainer) -> None:
+        if (measurement := self._measurement) is None or not measurement.was_stepped():
             return
-        if self._measurement.is_active and not self._skipped:
+        if measurement.is_active and not measurement.skipped:
             shown = self._source.shown
             wrong = self._source.find_misnamed(is_all=bool(shown)) or self._source.find_unlogged(shown, is_late=False)
             if wrong:
                 raise ValueError(wrong)
-            found = self._measurement.collect()
+            found = measurement.collect()
             if found is not None:
                 self._record_step(trainer, *found)
-        self._steps += not self._skipped  # a step that the loss scaler skips does not count
-        self._stepped = self._skipped = False
-        self._measurement.end_step()
+        self._steps += not measurement.skipped  # a step that the loss scaler skips does not count
+        measurement.end_step()
 
     # ---- what is shown -----------------------------------------------------------------------------------------------
 
@@ -284,6 +285,7 @@ class GradientNormMonitor(L.Callback):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end_step_if_made(trainer)
         self._release_model()
         rank_zero_info(self.summary())
 
@@ -305,7 +307,6 @@ class GradientNormMonitor(L.Callback):
         if self._measurement is not None:
             self._measurement.terms.release_graph()  # removes the hooks on the losses
             self._measurement = None
-        self._stepped = self._skipped = False
 
     @property
     @override

@@ -14,6 +14,7 @@ from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
 from lightning_gradnorm.engine.constant_losses import ConstantLosses
 from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.layers import plain_name
+from lightning_gradnorm.engine.parameter_watch import HeldGradients
 from lightning_gradnorm.engine.step_state import WatchedLoss
 from lightning_gradnorm.gradients import (
     REST,
@@ -51,6 +52,11 @@ class StepMeasurement:
         self._constants = ConstantLosses(source.caller, loop.ranks, noun="loss")
         self._watched: list[tuple[str, WatchedLoss]] = []
         self._given: dict[str, None] = {}
+        self._held: HeldGradients | None = None
+        self.skipped = False
+        """Whether the loss scaler skips the current optimizer step."""
+        self._stepped = False
+        self._before: dict[str, int] = {}
 
     def start_step(self) -> None:
         """Measure the optimizer step that begins now."""
@@ -63,8 +69,8 @@ class StepMeasurement:
 
     def end_step(self) -> None:
         """Forget the step."""
-        self.is_active = False
-        self._candidates, self._watched, self._given = {}, [], {}
+        self.is_active = self.skipped = self._stepped = False
+        self._candidates, self._watched, self._given, self._held = {}, [], {}, None
         self.terms.begin([])
 
     def watch(self, losses: Mapping[str, object]) -> None:
@@ -101,6 +107,44 @@ class StepMeasurement:
         with isolate_rng():
             losses = [(name, loss.tensor) for name, loss in self._watched]
             self.terms.read(total, losses, share=share, scale=self.loop.loss_scale())
+
+    def before_backward(self) -> None:
+        """Called right before each backward pass, and after `read`."""
+        if self._held is not None and self._held.were_dropped():  # without a step; they count for nothing
+            self.terms.begin(list(self._candidates.values()))
+        self.terms.attach_hooks()
+
+    def after_backward(self) -> None:
+        """Called after each backward pass."""
+        self.terms.finalize()
+        self._held = HeldGradients(self._candidates.values())
+
+    def note_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called before each optimizer step that Lightning knows of."""
+        if self.is_active:
+            self.skipped = self.skipped or self.loop.skips(optimizer)  # which waits for the GPU
+        # By hand it may be the step of another part, or the step may come without a word: then the parameters tell.
+        self._stepped = self._stepped or self.skipped or not self.loop.is_by_hand()
+
+    def was_stepped(self) -> bool:
+        """Return True if a step of the shared parameters has been made since the last `end_step`."""
+        if self.loop.is_by_hand():
+            now = self._versions()
+            self._stepped = self._stepped or self._have_moved(now)
+            if self._stepped or not self.is_active:
+                self._before = now
+        return self._stepped
+
+    def _versions(self) -> dict[str, int]:
+        parameters = dict(self._model.named_parameters()) if self._parameters is None else self._parameters
+        return {plain_name(name): parameter._version for name, parameter in parameters.items()}
+
+    def _have_moved(self, now: Mapping[str, int]) -> bool:
+        reached = {name: set(compress(self._candidates, term.reaches)) for name, term in self.terms.sums.items()}
+        by_loss = [names for name, names in {**self._reached, **reached}.items() if name != REST]
+        shared = {name for name in now if sum(name in names for names in by_loss) >= 2}
+        before = self._before.items()
+        return any(now.get(name) != version for name, version in before if name in (shared or now))
 
     def end_batch(self) -> None:
         """Release the losses of this batch."""

@@ -1,0 +1,75 @@
+"""What optimizers do to the parameters that the tasks share: by their versions, and by what becomes of their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradnorm.engine.step_state import BatchState
+from lightning_gradnorm.gradients.graph import leaves_behind
+
+
+class HeldGradients:
+    """The gradients of some parameters, as they are after a backward pass. It keeps none of them alive."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._parameters = [parameter for parameter in parameters if parameter.grad is not None]
+        self._versions = self._now()
+
+    def _now(self) -> list[int | None]:
+        return [None if p.grad is None else p.grad._version for p in self._parameters]
+
+    def were_dropped(self) -> bool:
+        """Return True if there were any, and all of them have been set to ``None`` or to zero since."""
+        if self._now() == self._versions:  # the usual case, which waits for no device
+            return False
+        left = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        return not any(bool(gradient.any()) for gradient in left)
+
+    def were_set_to_none(self) -> bool:
+        """Return True if there were any, and all of them have been set to ``None`` since. Waits for no device."""
+        return bool(self._parameters) and all(parameter.grad is None for parameter in self._parameters)
+
+
+class ParameterWatch:
+    """Watches the shared layer, or without one all parameters of the model.
+
+    Args:
+        model: what is trained.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.layer: Mapping[str, Tensor] = {}
+        """The shared layer, once it is known."""
+        self._behind_all: list[Tensor] = []
+
+    def look_at(self, batch: BatchState) -> None:
+        """Find what all tasks of a batch reach, if there is no shared layer to tell several optimizers apart by."""
+        if self.layer or self._behind_all or len(batch.losses) < 2:
+            return
+        behind = [leaves_behind(one.tensor for one in of_task) for of_task in batch.losses.values()]
+        ids = [set(map(id, leaves)) for leaves in behind]
+        wanted = set.intersection(*ids) or set().union(*ids)
+        self._behind_all = list({id(leaf): leaf for leaves in behind for leaf in leaves if id(leaf) in wanted}.values())
+
+    def parameters(self) -> Iterable[Tensor]:
+        """Return what is watched."""
+        return self.layer.values() or self._behind_all or self._model.parameters()
+
+    def versions(self) -> list[int]:
+        """Return how often each of the parameters has been changed."""
+        return [parameter._version for parameter in self.parameters()]
+
+    def is_stepped_by(self, optimizer: torch.optim.Optimizer, among: Sequence[torch.optim.Optimizer]) -> bool:
+        """Return True if a step of this optimizer is one of the tasks: it moves what they share, or none of ``among`` does.
+
+        Others, such as a discriminator's, may step while the gradients of the tasks are still accumulated.
+        """
+        if len(among) < 2:
+            return True
+        watched = set(map(id, self.parameters()))
+        owners = [one for one in among if any(id(p) in watched for group in one.param_groups for p in group["params"])]
+        return not owners or any(one is optimizer for one in owners)

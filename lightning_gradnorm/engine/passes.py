@@ -1,0 +1,125 @@
+"""Which forward and backward passes belong to which optimizer step, whatever the optimizer or the user makes of them."""
+
+from __future__ import annotations
+
+from typing import Generic
+
+from torch import Tensor
+
+from lightning_gradnorm.engine.inspection import Inspection
+from lightning_gradnorm.engine.measurement import AnyRule, Measurement
+from lightning_gradnorm.engine.parameter_watch import ParameterWatch
+from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState
+
+
+class Passes(Generic[AnyRule]):
+    """Keeps the state of the current batch and of the current optimizer step.
+
+    A pass may belong to no step at all: its gradients are dropped, or it ends in an error. A step may need several passes: it
+    accumulates, or it evaluates the losses again. And it may be made without a word, within a backward pass even.
+
+    Args:
+        measurement: feeds the rule.
+        inspection: decides what is read.
+    """
+
+    def __init__(self, measurement: Measurement[AnyRule], inspection: Inspection) -> None:
+        self.rule = measurement.rule
+        self.measurement = measurement
+        self._inspection = inspection
+        self._loop, self._tasks = measurement.setting.loop, measurement.setting.tasks
+        self.watched = ParameterWatch(measurement.setting.model)
+        self.batch = BatchState()
+        self._held: dict[str, Tensor] = {}
+        """The weights of the last finished step, which may still be in progress."""
+        self._finished: int | None = None
+        """The optimizer step that `finish_step` was last called for; it may still be in progress."""
+        self._before_pass: list[int] | None = None
+        """Their versions before the backward pass, if the optimizer may move them unannounced."""
+        self._is_last_pass = True
+        """Whether the optimizer is known to step on the backward pass alone."""
+        self._set_aside: OptimizerStepState | None = None
+        """What the step has collected, while the losses are evaluated again."""
+        self._step = self._new_step()
+
+    def start_batch(self) -> None:
+        """Release all that belongs to the last batch. No optimizer step is in progress."""
+        self._finished = None
+        self._release_batch()
+
+    def _release_batch(self) -> None:
+        """Release all that belongs to the last forward and backward pass."""
+        self._recover_from_failed_backward()
+        self.batch = BatchState()
+        self._end_repetition()
+        self._inspection.start_batch()
+
+    # A closure may evaluate the losses several times in one optimizer step: LBFGS, a line search, SAM. Weights that moved in
+    # between would change the function under the optimizer. So the first evaluation is what the rule learns from, and its
+    # weights hold in all of them.
+
+    def _begin_evaluation(self) -> None:
+        """Called in each forward pass. Set the step's state aside if this is not the first evaluation in the step."""
+        self._recover_from_failed_backward()
+        batch = self.batch
+        if not (batch.backwards or (self._step.backwards and not batch.is_repeated)):
+            return  # the usual case
+        if self._finished == self._loop.steps() or self.has_moved:
+            self._release_batch()
+            self.batch = BatchState(True, batch.finished | batch.backpropagated, steps=batch.steps)
+            self._set_aside = self._step
+            weights = self._step.weights if self._step.backwards else self._held
+            self._step = OptimizerStepState(self.measurement.replaces_gradients, weights)
+
+    def _end_repetition(self) -> None:
+        if self._set_aside is not None:
+            self._step, self._set_aside = self._set_aside, None
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether the shared parameters have changed since the last backward pass of an unfinished step, or within it."""
+        step = self._step
+        return bool(step.backwards) and step.versions is not None and step.versions != self.watched.versions()
+
+    def _recover_from_failed_backward(self) -> None:
+        """Forget the step if its last backward pass has ended in an error that the user's code has caught."""
+        if self.batch.in_backward and self._loop.backward_has_failed():
+            self.batch = BatchState(steps=self.batch.steps)
+            self._end_repetition()
+            self._inspection.start_batch()
+            self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        """Forget all that belongs to gradients that no optimizer will step on."""
+        self.measurement.discard_step()
+        if self.measurement.reader is not None:
+            self.measurement.reader.forget()
+        self._step = self._new_step()
+        batch = self.batch
+        batch.losses, batch.backpropagated, batch.reached = batch.waiting(), set(), set()
+
+    def is_in_backward(self) -> bool:
+        """Return True in a backward pass: what is called now is called by a checkpoint, for the second time."""
+        self._recover_from_failed_backward()
+        return self.batch.in_backward
+
+    # ---- the optimizer step ------------------------------------------------------------------------------------------
+
+    def start_step(self) -> None:
+        """Forget what was collected since the last optimizer step."""
+        if self.measurement.reader is not None:
+            self.measurement.reader.reset()
+        self._set_aside = None
+        self._step = self._new_step()
+
+    def _new_step(self) -> OptimizerStepState:
+        return OptimizerStepState(self.measurement.should_measure, self._weights_by_task())
+
+    def _weights_by_task(self, weights: Tensor | None = None) -> dict[str, Tensor]:
+        weights = self.rule.loss_weights if weights is None else weights
+        return dict(zip(self._tasks, weights.unbind(), strict=True))
+
+    @property
+    def pending_backwards(self) -> int:
+        """Backward passes since the last optimizer step."""
+        return self._step.backwards
