@@ -72,8 +72,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self.shared_layer = shared_layer
         self.norm_of = norm_of
         self._source = LossSource(self._name, tasks, losses_from=losses_from)
-        self._names = self._source.names
-        self._check_heads()
+        self._take_names()
         self._usage = UsageChecks(self._source)
         self._rule: AnyRule | None = None
         self._engine: Engine[AnyRule] | None = None
@@ -141,7 +140,8 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._names, self._described, self._restored = results["names"], results["described"], results["state"]
         self._start_rule(torch.zeros((), dtype=results["dtype"]))
 
-    def _check_heads(self) -> None:
+    def _take_names(self) -> None:
+        self._names = self._source.names
         if isinstance(self.heads, dict) and self._names:
             check_by_task(self.heads, self._names, caller=self._name, parameter="heads")
 
@@ -155,8 +155,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._copies.announce_training(trainer)
         self._loop = loop = TrainerLoop(trainer, self)
         declared = self._source.resolve(pl_module)
-        self._names = self._source.names
-        self._check_heads()
+        self._take_names()
         self._usage = UsageChecks(self._source, loop.ranks)
         self._choose_state(loop)
         # Every rank takes part in sums over the ranks, also one that never sees a loss: all agree on the dtype beforehand.
