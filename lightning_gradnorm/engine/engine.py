@@ -287,7 +287,7 @@ class Engine(Passes[AnyRule]):
         if self.batch.backpropagated:
             require_backpropagated(self.batch.losses, self.batch.all_backpropagated, caller=self._caller)
         self.batch = self.batch.after_step()
-        if skipped or (is_announced and step.held is not None and step.held.were_set_to_none()):
+        if skipped or (is_announced and self._is_without_gradients()):
             self.measurement.discard_step()
             self._release_batch()
             self.start_step()

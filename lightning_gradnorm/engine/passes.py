@@ -89,6 +89,16 @@ class Passes(Generic[AnyRule]):
             self._inspection.start_batch()
             self._forget_gradients()
 
+    def _is_without_gradients(self) -> bool:
+        """Return True if the user has taken the gradients away from the step that begins.
+
+        Not if a loss is not finite, which the rule counts and warns of; nor on several ranks, which have to agree.
+        """
+        held, losses = self._step.held, list(self._step.losses.values())
+        if self._loop.ranks.size > 1 or held is None or not held.were_set_to_none():
+            return False
+        return all(bool(loss.isfinite()) for loss in losses)
+
     def _forget_gradients(self) -> None:
         """Forget all that belongs to gradients that no optimizer will step on."""
         self.measurement.discard_step()
