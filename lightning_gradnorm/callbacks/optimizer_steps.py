@@ -91,6 +91,8 @@ class OptimizerSteps:
             if self._loop.is_by_hand() and self._engine.pending_backwards:
                 self.finish_step(optimizer)
             return None
+        if not self._engine.sums_change_of_loss:
+            return None
 
         def weighted() -> Any:
             loss = closure()

@@ -67,6 +67,7 @@ def test_the_small_task_gains_by_gradnorm_where_a_loss_of_another_scale_stifles_
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*has held more than 90 % of the weight:UserWarning")  # the task on a small scale
 def test_in_the_toy_experiment_the_smallest_target_gets_the_largest_weight(capsys: Capture) -> None:
     names, (_, ends, _) = _run(FOLDER / "toy_experiment.ipynb")
     assert ends["GradNorm"] < ends["equal weights"]

@@ -187,7 +187,7 @@ def few_runs_and(many: int) -> Any:
     )
 
 
-@few_runs_and(1000)
+@few_runs_and(500)
 def test_whatever_it_is_given_the_weights_are_right_and_ordinary_steps_are_the_textbooks(seeds: range) -> None:
     happened = {"taken": 0, "skipped": 0, "waiting": 0, "compared": 0}
     for seed in seeds:
@@ -262,7 +262,7 @@ def reloaded(draw: Draw, rule: GradNormRule) -> GradNormRule:
     return other
 
 
-@few_runs_and(300)
+@few_runs_and(150)
 def test_two_tasks_exchanged_are_the_same_two_tasks_bit_for_bit(seeds: range) -> None:
     """A sum of two does not depend on their order, so that nothing may differ; not after wild numbers either."""
     taken = 0
@@ -279,7 +279,7 @@ def test_two_tasks_exchanged_are_the_same_two_tasks_bit_for_bit(seeds: range) ->
     assert taken > len(seeds) * STEPS  # of two rules
 
 
-@few_runs_and(300)
+@few_runs_and(150)
 def test_many_tasks_in_another_order_are_the_same_but_for_the_rounding_of_sums(seeds: range) -> None:
     """Each step starts from the same state, so that no rounding is carried on; where it decides a sign, it is left out."""
     compared = chance = 0
