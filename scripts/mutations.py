@@ -420,7 +420,7 @@ FAULTS = (
     ),
     Fault(
         "gradients that are dropped count in the next step",
-        f"{_CORE}engine/parameter_watch.py",
+        f"{_CORE}engine/step_state.py",
         "return not any(bool(gradient.any()) for gradient in left)",
         "return False",
         ("tests/callbacks/test_reported_loops.py",),

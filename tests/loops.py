@@ -111,9 +111,33 @@ def on_two_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
+def shares(batches: Sequence[Batch], rank: int, accumulate: int = 1) -> list[Batch]:
+    """This rank's half of every batch, in equal micro-batches."""
+    return [
+        {name: value.chunk(2)[rank].chunk(accumulate)[micro] for name, value in batch.items()}
+        for batch in batches
+        for micro in range(accumulate)
+    ]
+
+
 def all_reduce_gradients(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)
         parameter.grad /= 2
+
+
+def train_on_rank(
+    rank: int,
+    batches: Sequence[Batch],
+    make_rule: Callable[[], Any],
+    make_optimizer: Callable[[Any], torch.optim.Optimizer] = network_sgd,
+    **options: Any,
+) -> tuple[list[dict[str, float]], Network]:
+    """Train on a rank's half of each batch; return the weights after each step and the network."""
+    model = Network()
+    optimizer = make_optimizer(model.parameters())
+    optimizer.register_step_pre_hook(lambda *_: all_reduce_gradients(model))
+    weights, _ = train(model, make_rule(), shares(batches, rank), optimizer=optimizer, **options)
+    return weights, model

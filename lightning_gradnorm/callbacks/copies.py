@@ -42,7 +42,7 @@ _alive: weakref.WeakValueDictionary[str, Copies] = weakref.WeakValueDictionary()
 
 
 class Copies:
-    """Knows which copy of a callback has been trained in its place, be it of ``copy.deepcopy``, of ``pickle`` or of a fork.
+    """Knows which copy of a callback, made by ``copy.deepcopy``, ``pickle`` or a fork, has been trained in its place.
 
     A callback that has been trained itself keeps its own state.
     """
@@ -83,10 +83,7 @@ class Copies:
                 original.trained = self._callback()
 
     def write_letter(self) -> _Letter:
-        """Return the callback's results, to be sent to the parent process. If that fails, the letter says why.
-
-        The training is not to be lost for it.
-        """
+        """Return the callback's results, to be sent to the parent process; or why there are none. The training is kept."""
         callback, parent = self._callback(), multiprocessing.parent_process()
         assert callback is not None
         assert parent is not None

@@ -15,8 +15,6 @@ from lightning_gradnorm.callbacks.usage_checks import UsageChecks
 from lightning_gradnorm.engine.engine import Engine
 from lightning_gradnorm.engine.module_hooks import Remove, ReplacedMethod, patch_attribute
 
-Optimizers = list[torch.optim.Optimizer]
-
 
 class OptimizerSteps:
     """Tells the engine of each step of the Trainer's optimizers, until `close`.
@@ -37,7 +35,7 @@ class OptimizerSteps:
     ) -> None:
         self._loop, self._engine, self._usage, self._on_counted = loop, engine, usage, on_counted
         self._hooks = ExitStack()
-        self._followed: Optimizers = []
+        self._followed: list[torch.optim.Optimizer] = []
         self.update()
 
     def update(self) -> None:
@@ -102,7 +100,7 @@ class OptimizerSteps:
 
 
 def _call_before_step(optimizer: torch.optim.Optimizer, before: Callable[..., Any]) -> Remove:
-    """Call ``before(optimizer, args, kwargs)`` before each step; it may return others."""
+    """Call ``before(optimizer, args, kwargs)`` before each step; it may return other arguments for the step."""
     if getattr(type(optimizer).step, "hooked", False) and hasattr(optimizer, "_optimizer_step_pre_hooks"):
 
         def hook(one: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

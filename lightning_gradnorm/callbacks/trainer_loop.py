@@ -64,7 +64,8 @@ class TrainerLoop:
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:
         # With manual optimization some users keep one of their own.
-        found = [getattr(self.trainer.precision_plugin, "scaler", None), *vars(self.trainer.lightning_module).values()]
+        own = () if self._is_automatic else vars(self.trainer.lightning_module).values()
+        found = (getattr(self.trainer.precision_plugin, "scaler", None), *own)
         return next((one for one in found if isinstance(one, torch.amp.GradScaler)), None)
 
     def loss_scale(self) -> float:

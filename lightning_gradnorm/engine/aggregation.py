@@ -85,12 +85,15 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
                     f"between two backward passes without one, as by SAM's first_step. Use at='representation'."
                 )
             self._shared.find_parameters()
-        elif self._keeps_weights:
-            return
-        elif self.setting.loop.ranks.size > 1 and self.rule.input != "matrix" and not self._gate.is_reached_from(loss):
+        elif self._agrees_in_backward and not self._gate.is_reached_from(loss):
             # The other ranks wait at their gates for this rank's Gramian. Without a task in this batch it is zero.
             T = len(self.setting.tasks)
             self._agree(torch.zeros(T, T, dtype=self.rule.loss_weights.dtype), [False] * T)
+
+    @property
+    def _agrees_in_backward(self) -> bool:
+        """Whether the ranks sum their Gramians in this backward pass, at the gate."""
+        return self.setting.loop.ranks.size > 1 and self.rule.input != "matrix" and not self._keeps_weights
 
     def _agree(self, gramian: Tensor, present: Sequence[bool]) -> Tensor:
         """Return the weights λ of the Gramian of all ranks together."""
@@ -117,7 +120,7 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
                 self._shared.read()
             return None
         if self._keeps_weights:
-            return rule.gradient_weights.to(J) * J.new_tensor(present) @ J
+            return self._by_kept_weights(J, torch.tensor(present))
         scale = self.setting.loop.pass_scale()
         gramian = (J @ J.T / scale**2).cpu()
         if rule.input != "matrix":
@@ -127,6 +130,9 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
         if rule.has_weights:
             return rule.weigh_gradients(gramian, here, J / scale).to(J) @ J
         return rule.aggregate(J / scale, here, self.setting.loop.ranks.index) * scale
+
+    def _by_kept_weights(self, J: Tensor, present: Tensor) -> Tensor:
+        return self.rule.gradient_weights.to(J) * present.to(J) @ J
 
     def after_step(self, step: OptimizerStepState) -> bool:
         """Aggregate the gradients of the shared parameters, if these are what is aggregated, and update the rule."""
@@ -171,7 +177,7 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
         shared.reset()
         self.gramian = (J @ J.T).cpu()
         if self._keeps_weights:
-            combined = rule.gradient_weights.to(J) * present.to(J) @ J
+            combined = self._by_kept_weights(J, present)
         elif rule.has_weights:
             matrix = None if rule.input != "matrix" else J
             combined = self._weigh_on_all_ranks(self.gramian, present, matrix).to(J) @ J

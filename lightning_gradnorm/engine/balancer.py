@@ -89,8 +89,7 @@ class Balancer:
         require_agreement(setting, rule)
         key = getattr(self._model, "_orig_mod", self._model)  # what torch.compile has wrapped
         require_unbalanced(key, caller="Balancer")
-        if isinstance(named, dict):
-            check_heads(named, rule.tasks, caller="Balancer")
+        check_heads(named, rule.tasks, caller="Balancer")
         parameter = next((p for p in self._model.parameters() if p.is_floating_point()), torch.zeros(()))
         rule.to(dtype=torch.float64 if parameter.dtype == torch.float64 else None, device=parameter.device)
         self._engine: Engine[Rule] = Engine(rule, setting)

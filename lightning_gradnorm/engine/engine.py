@@ -29,11 +29,10 @@ from lightning_gradnorm.engine.constant_losses import ConstantLosses
 from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.inspection import Inspection, ReadingHooks
 from lightning_gradnorm.engine.measurement import AnyRule, LossMeasurement, Measurement, NormMeasurement, Setting
-from lightning_gradnorm.engine.parameter_watch import HeldGradients
 from lightning_gradnorm.engine.passes import Passes
 from lightning_gradnorm.engine.plan import Plan
 from lightning_gradnorm.engine.rule import Needs
-from lightning_gradnorm.engine.step_state import BatchState, WatchedLoss
+from lightning_gradnorm.engine.step_state import BatchState, HeldGradients, WatchedLoss
 from lightning_gradnorm.gradients import BufferGuard, GradientReader, RepeatedPasses, branch_arguments, check_loss
 from lightning_gradnorm.gradients.graph import is_transformed, tensors_with_gradient
 from lightning_gradnorm.gradients.readers import Outputs

@@ -29,7 +29,7 @@ class Loop(Protocol):
         """Return True if several optimizers share the parameters among them, and step at times of their own."""
 
     def backward_has_failed(self) -> bool:
-        """Return True, between the start of a backward pass and the word that it is over, if it has ended in an error."""
+        """Return True if the backward pass that was begun has ended in an error. Asked until its end has been announced."""
 
     def pass_scale(self) -> float | Tensor:
         """Return the factor between the gradients of the current backward pass and those of its losses."""

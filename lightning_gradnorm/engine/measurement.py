@@ -82,10 +82,10 @@ class Measurement(Generic[AnyRule]):
         return bool(step.losses)
 
     def require_announcement(self) -> None:
-        """Called with a step of which nobody knew before it was made. Raise ValueError if it came too early."""
+        """Called after a step that nothing has announced. Raise ValueError if something had to happen before it."""
 
     def after_repetition(self, step: OptimizerStepState) -> None:
-        """Called instead after each further evaluation of the losses in an optimizer step. The rule hears nothing of it."""
+        """Called in place of `after_step` after each repeated evaluation of the losses. The rule does not learn from it."""
 
     def discard_step(self) -> None:
         """Called when the loss scaler skips the network's step."""

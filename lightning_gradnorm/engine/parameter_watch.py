@@ -1,4 +1,4 @@
-"""What optimizers do to the parameters that the tasks share: by their versions, and by what becomes of their gradients."""
+"""Which parameters the tasks share, how often they have changed, and which optimizer steps them."""
 
 from __future__ import annotations
 
@@ -9,28 +9,6 @@ from torch import Tensor, nn
 
 from lightning_gradnorm.engine.step_state import BatchState
 from lightning_gradnorm.gradients.graph import leaves_behind
-
-
-class HeldGradients:
-    """The gradients of some parameters, as they are after a backward pass. It keeps none of them alive."""
-
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._parameters = [parameter for parameter in parameters if parameter.grad is not None]
-        self._versions = self._now()
-
-    def _now(self) -> list[int | None]:
-        return [None if p.grad is None else p.grad._version for p in self._parameters]
-
-    def were_dropped(self) -> bool:
-        """Return True if there were any, and all of them have been set to ``None`` or to zero since."""
-        if self._now() == self._versions:  # the usual case, which waits for no device
-            return False
-        left = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        return not any(bool(gradient.any()) for gradient in left)
-
-    def were_set_to_none(self) -> bool:
-        """Return True if there were any, and all of them have been set to ``None`` since. Waits for no device."""
-        return bool(self._parameters) and all(parameter.grad is None for parameter in self._parameters)
 
 
 class ParameterWatch:

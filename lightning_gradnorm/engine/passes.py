@@ -15,8 +15,8 @@ from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState
 class Passes(Generic[AnyRule]):
     """Keeps the state of the current batch and of the current optimizer step.
 
-    A pass may belong to no step at all: its gradients are dropped, or it ends in an error. A step may need several passes: it
-    accumulates, or it evaluates the losses again. And it may be made without a word, within a backward pass even.
+    A pass may belong to no step: its gradients are dropped, or it ends in an error. A step may need several passes, to
+    accumulate or to evaluate the losses again. And it may come unannounced, even within a backward pass.
 
     Args:
         measurement: feeds the rule.
@@ -35,7 +35,7 @@ class Passes(Generic[AnyRule]):
         self._finished: int | None = None
         """The optimizer step that `finish_step` was last called for; it may still be in progress."""
         self._before_pass: list[int] | None = None
-        """Their versions before the backward pass, if the optimizer may move them unannounced."""
+        """The versions of what is watched before the backward pass, if an optimizer may step unannounced."""
         self._is_last_pass = True
         """Whether the optimizer is known to step on the backward pass alone."""
         self._set_aside: OptimizerStepState | None = None
@@ -66,7 +66,7 @@ class Passes(Generic[AnyRule]):
             return  # the usual case
         if self._finished == self._loop.steps() or self.has_moved:
             self._release_batch()
-            self.batch = BatchState(True, batch.finished | batch.backpropagated, steps=batch.steps)
+            self.batch = BatchState(is_repeated=True, finished=batch.all_backpropagated, steps=batch.steps)
             self._set_aside = self._step
             weights = self._step.weights if self._step.backwards else self._held
             self._step = OptimizerStepState(self.measurement.replaces_gradients, weights)

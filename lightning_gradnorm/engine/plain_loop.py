@@ -100,7 +100,7 @@ class PlainLoop:
         return False
 
     def backward_has_failed(self) -> bool:
-        """Return False: `Balancer` sees errors itself, and who back-propagates a prepared loss may take his time."""
+        """Return False: `Balancer` sees errors itself, and a prepared loss may be back-propagated much later."""
         return False
 
     def pass_scale(self) -> Tensor:

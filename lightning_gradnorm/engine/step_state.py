@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,10 +23,6 @@ def mean_of(loss: Tensor) -> Tensor:
     if type(values) is not Tensor and not is_traceable_wrapper_subclass(values):
         values = values.as_subclass(Tensor)
     return values.mean(dtype=None if values.dtype == torch.float64 else torch.float32)
-
-
-if TYPE_CHECKING:
-    from lightning_gradnorm.engine.parameter_watch import HeldGradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +57,28 @@ class WatchedLoss:
 def nodes_by_task(losses: Mapping[str, Sequence[WatchedLoss]]) -> dict[str, list[Node]]:
     """Return the nodes at which the gradients of the losses arrive."""
     return {task: [loss.node for loss in of_task] for task, of_task in losses.items()}
+
+
+class HeldGradients:
+    """The gradients of some parameters, as they are after a backward pass. It keeps none of them alive."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._parameters = [parameter for parameter in parameters if parameter.grad is not None]
+        self._versions = self._now()
+
+    def _now(self) -> list[int | None]:
+        return [None if p.grad is None else p.grad._version for p in self._parameters]
+
+    def were_dropped(self) -> bool:
+        """Return True if there were any, and all of them have been set to ``None`` or to zero since."""
+        if self._now() == self._versions:  # the usual case, which waits for no device
+            return False
+        left = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        return not any(bool(gradient.any()) for gradient in left)
+
+    def were_set_to_none(self) -> bool:
+        """Return True if there were any, and all of them have been set to ``None`` since. Waits for no device."""
+        return bool(self._parameters) and all(parameter.grad is None for parameter in self._parameters)
 
 
 @dataclass

@@ -14,8 +14,7 @@ from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
 from lightning_gradnorm.engine.constant_losses import ConstantLosses
 from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.layers import plain_name
-from lightning_gradnorm.engine.parameter_watch import HeldGradients
-from lightning_gradnorm.engine.step_state import WatchedLoss
+from lightning_gradnorm.engine.step_state import HeldGradients, WatchedLoss
 from lightning_gradnorm.gradients import (
     REST,
     GradientNorms,
@@ -123,7 +122,7 @@ class StepMeasurement:
         """Called before each optimizer step that Lightning knows of."""
         if self.is_active:
             self.skipped = self.skipped or self.loop.skips(optimizer)  # which waits for the GPU
-        # By hand it may be the step of another part, or the step may come without a word: then the parameters tell.
+        # By hand it may be the step of another part, or nothing may announce the step: then the parameters tell.
         self._stepped = self._stepped or self.skipped or not self.loop.is_by_hand()
 
     def was_stepped(self) -> bool:

@@ -100,12 +100,13 @@ class InitialLosses:
         if bool(differs.any()):
             there, here = self._described(values, saved, differs), self._described(self.values, self._needed, differs)
             say_what_is_in_force("initial_losses", there, here, resume_options)
-        takes_own = is_unknown | (differs & is_number) if resume_options == "given" else is_unknown
-        counts_anew = differs & ~is_number & (saved == 0) if resume_options == "given" else takes_own & False
+        prefers_given = resume_options == "given"
+        takes_own = is_unknown | (differs & is_number & prefers_given)
+        counts_anew = differs & ~is_number & (saved == 0) & prefers_given
         found = InitialLosses(self._tasks, self._given, self._alpha, self.values)
         found.values = torch.where(takes_own, self.values, values.masked_fill(counts_anew, 0.0))
         found._updates_seen = seen.masked_fill(takes_own, 0.0)
-        found._needed = torch.where(takes_own | (resume_options == "given"), self._needed, saved)
+        found._needed = torch.where(takes_own | prefers_given, self._needed, saved)
         found._is_fresh = False
         return found
 

@@ -5,6 +5,7 @@ The outcome is read when somebody asks, so that the host does not wait for a GPU
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -151,7 +152,7 @@ class Outcomes:
 
     def _count_company(self, shown: list[bool], present: list[bool]) -> None:
         self._updates += 1
-        self._updates_of_several += all(shown) or sum(map(max, shown, present)) > 1
+        self._updates_of_several += sum(map(operator.or_, shown, present)) > 1
 
     def _remark(self) -> None:
         for task in self.zero_gradients.lasting:

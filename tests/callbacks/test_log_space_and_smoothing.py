@@ -11,8 +11,8 @@ import textbook
 import torch
 from found import MakeTrainer
 from harness import Batches, Recorder, assert_agrees
-from loops import Network, all_reduce_gradients, distance, gradnorm_rule, on_two_ranks, parameter_distance, train
-from models import TASKS, Automatic, network_sgd, vector_batches
+from loops import Network, distance, gradnorm_rule, on_two_ranks, parameter_distance, train, train_on_rank
+from models import TASKS, Automatic, vector_batches
 from torch import Tensor
 
 from lightning_gradnorm import GradNorm
@@ -167,17 +167,8 @@ def test_two_processes_give_what_one_gives(options: dict[str, Any], tmp_path: Pa
     alone = Network()
     expected, _ = train(alone, gradnorm_rule(**options), batches)
 
-    def work(rank: int) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-        model = Network()
-        share = [{name: value.chunk(2)[rank] for name, value in batch.items()} for batch in batches]
-        optimizer = network_sgd(model.parameters())
-        optimizer.register_step_pre_hook(lambda *_: all_reduce_gradients(model))
-        weights, _ = train(model, gradnorm_rule(**options), share, optimizer=optimizer)
-        return weights, model.state_dict()
-
-    for weights, state in on_two_ranks(work, tmp_path):
-        network = Network()
-        network.load_state_dict(state)
+    work = partial(train_on_rank, batches=batches, make_rule=partial(gradnorm_rule, **options))
+    for weights, network in on_two_ranks(work, tmp_path):
         assert distance(weights, expected) <= 1e-9
         assert parameter_distance(network, alone) <= 1e-9
 

@@ -13,12 +13,12 @@ import textbook
 import torch
 from loops import (
     Network,
-    all_reduce_gradients,
     distance,
     gradnorm_rule,
     on_two_ranks,
     parameter_distance,
     train,
+    train_on_rank,
 )
 from models import TASKS, Batch, network_sgd, vector_batches
 from torchjd.scalarization import UW
@@ -72,23 +72,10 @@ def test_its_state_goes_on_bit_by_bit(at: int) -> None:
     assert parameter_distance(parts, whole) == 0
 
 
-def _train_on_rank(rank: int, batches: Sequence[Batch]) -> Any:
-    model, weights = Network(), []
-    optimizer = without_momentum(model.parameters())
-    with Balancer(model, last_seen(), shared_layer="encoder.2") as balancer:
-        for batch in batches:
-            balancer.backward(model({name: value.chunk(2)[rank] for name, value in batch.items()}))
-            all_reduce_gradients(model)
-            optimizer.step()
-            balancer.step()
-            optimizer.zero_grad()
-            weights.append(balancer.weights)
-    return weights, model
-
-
 def test_two_processes_agree_with_the_textbook(tmp_path: Path) -> None:
     batches, twin = in_turn(STEPS, size=8), Network()
-    first, second = on_two_ranks(partial(_train_on_rank, batches=batches), tmp_path)
+    options = {"make_rule": last_seen, "make_optimizer": without_momentum, "shared_layer": "encoder.2"}
+    first, second = on_two_ranks(partial(train_on_rank, batches=batches, **options), tmp_path)
     assert first[0] == second[0]
     assert distance(first[0], of_textbook(batches, twin, without_momentum)) <= 1e-9
     assert parameter_distance(first[1], twin) <= 1e-9

@@ -17,6 +17,7 @@ from loops import (
     gradnorm_rule,
     on_two_ranks,
     parameter_distance,
+    shares,
     train,
 )
 from models import TASKS, Batch, network_sgd, vector_batches
@@ -35,15 +36,6 @@ RULES: dict[str, Callable[[], Any]] = {
     "UW": lambda: ScalarizationRule(TASKS[:3], S.UW(3)),
     "UPGrad": lambda: AggregationRule(TASKS[:3], A.UPGrad()),
 }
-
-
-def shares(batches: Sequence[Batch], rank: int, accumulate: int = 1) -> list[Batch]:
-    """This rank's half of every batch, in equal micro-batches."""
-    return [
-        {name: value.chunk(2)[rank].chunk(accumulate)[micro] for name, value in batch.items()}
-        for batch in batches
-        for micro in range(accumulate)
-    ]
 
 
 def train_on_rank(
