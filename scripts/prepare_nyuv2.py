@@ -5,7 +5,8 @@
     python scripts/prepare_nyuv2.py --verify FOLDER                                           # compare the checksums
 
 SOURCE is a folder with the official .mat files, MTAN's train/ and val/, or Hugging Face's parquet shards. Interrupted, it
-goes on where it stopped when it is called again. Then train with data=nyuv2 data.root=FOLDER.
+goes on where it stopped when it is called again. Normals are turned to x right, y up, z towards the camera. Then train
+with data=nyuv2 data.root=FOLDER.
 """
 
 from __future__ import annotations
