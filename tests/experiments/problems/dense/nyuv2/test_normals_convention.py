@@ -103,7 +103,7 @@ def test_the_images_after_one_that_tells_nothing_decide() -> None:
     assert str(found.convention) == "right away up"
 
 
-@pytest.mark.parametrize("kind", ["wall", "noise", "nothing"])
+@pytest.mark.parametrize("kind", ["wall", "noise", "few", "nothing"])
 def test_what_does_not_show_is_unknown(kind: str) -> None:
     draw = np.random.default_rng(0)
     made = []
@@ -114,6 +114,9 @@ def test_what_does_not_show_is_unknown(kind: str) -> None:
             "noise": noise / np.linalg.norm(noise, axis=0),
             "nothing": np.zeros((3, *SIZE)),
         }
+        few = one.normals.copy()
+        few.reshape(3, -1)[:, np.flatnonzero(few.any(axis=0))[10:]] = 0
+        unclear["few"] = few
         made.append(Frame(one.image, one.segmentation, wall().depth if kind == "wall" else one.depth, unclear[kind]))
     found = compare_with_depth(made)
     assert found.convention is None
