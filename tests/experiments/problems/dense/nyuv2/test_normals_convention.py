@@ -115,7 +115,7 @@ def test_what_does_not_show_is_unknown(kind: str) -> None:
             "nothing": np.zeros((3, *SIZE)),
         }
         few = one.normals.copy()
-        few.reshape(3, -1)[:, np.flatnonzero(few.any(axis=0))[10:]] = 0
+        few.reshape(3, -1)[:, np.arange(SIZE[0] * SIZE[1]) % 300 > 0] = 0
         unclear["few"] = few
         made.append(Frame(one.image, one.segmentation, wall().depth if kind == "wall" else one.depth, unclear[kind]))
     found = compare_with_depth(made)
