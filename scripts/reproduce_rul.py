@@ -66,7 +66,7 @@ NETWORKS = {
     "small": Network("cmapss_small", ("model.encoder.funnel=[80,32]",)),
     "book": Network("cmapss_{subset}"),
 }
-GRID = {"model.optimizer.lr": ("3e-4", "1e-3", "3e-3"), "data.batch_size": ("128", "256")}
+GRID = {"model.optimizer.lr": ("3e-4", "1e-3", "3e-3"), "data.batch_size": ("256", "512")}
 """What --choose tries, with more epochs than are needed."""
 
 

@@ -25,7 +25,7 @@ class Original:
 
     def __str__(self) -> str:
         """Return how much it holds."""
-        return f"{self.rows:,} rows of {self.engines} engines"
+        return f"{self.rows:,} rows" + (f" of {self.engines} engines" if self.engines != self.rows else "")
 
 
 ORIGINALS = {
@@ -67,7 +67,7 @@ def difference(name: str, found: Original) -> str | None:
 
     Example:
         >>> difference("RUL_FD001.txt", Original(90, 90, "0123456789abcdef"))
-        'it has 90 rows of 90 engines'
+        'it has 90 rows'
     """
     expected = ORIGINALS[name]
     if found.fingerprint == expected.fingerprint:
