@@ -97,7 +97,8 @@ def write_page(path: Path, title: str, described: str, parts: Sequence[str], *, 
     """
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, lightning {L.__version__}"
     made = f"{datetime.date.today()}, {versions}, {where}"
-    command = shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    arguments = ["FOLDER" if Path(one).is_absolute() else one for one in sys.argv[1:]]  # whose is of no interest
+    command = shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *arguments])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join([f"# {title}", f"`{command}`", f"{made}{described}", *parts]) + "\n")
     return path
