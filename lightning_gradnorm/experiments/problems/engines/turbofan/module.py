@@ -13,7 +13,7 @@ from lightning_gradnorm.experiments.problems.engines.cmapss.module import CMAPSS
 from lightning_gradnorm.experiments.problems.engines.cmapss.windows import Windows
 from lightning_gradnorm.experiments.problems.engines.turbofan.files import write_turbofan
 
-VERSION = 1
+VERSION = 2
 """Goes up whenever the simulator writes other bytes, so that no files of an earlier one are read."""
 
 
