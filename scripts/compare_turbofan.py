@@ -10,7 +10,8 @@ script then exits with 1. The tolerance, of a simulated number from the real one
 - its standard deviation, and its noise (standard deviation of the differences from cycle to cycle, divided by the root of
   two): within 10 %, or a tenth of a unit of the last decimal in the files;
 - its correlation with the remaining life, capped at 125 cycles and not: within 0.05;
-- ridge regression: root mean square error on the test engines within 15 %.
+- ridge regression: root mean square error on the windows of held-out training engines within 15 %. That on the test engines,
+  of which there is a window each, moves by 10 % from seed to seed, and is for information.
 
 FD001 and FD003 decide. FD002 and FD004, which fly in six conditions, are for information; there, sensors are standardised by the
 real engines' mean and standard deviation in each condition.
@@ -43,7 +44,11 @@ LIVES, RIDGE, MEAN, SPREAD, CORRELATION = 0.10, 0.15, 0.25, 0.10, 0.05
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is compared: ``lives`` are minimum, quartiles and maximum; all but these and ``ridge`` are of shape ``(21,)``."""
+    """What is compared.
+
+    ``lives`` are minimum, quartiles and maximum; ``held_out`` and ``test`` ridge regression's errors on the windows of
+    held-out training engines and on test engines, in cycles; the others are of shape ``(21,)``.
+    """
 
     lives: Array
     mean: Array
@@ -51,7 +56,8 @@ class Statistics:
     noise: Array
     capped: Array
     uncapped: Array
-    ridge: float
+    held_out: float
+    test: float
 
     @classmethod
     def of(cls, folder: Path, subset: str, like: Engines | None = None) -> Statistics:
@@ -61,6 +67,7 @@ class Statistics:
         left = engines.of_rows(engines.starts + engines.lengths - 1) - np.arange(len(shown))
         same_engine = np.diff(engines.of_rows(engines.units)) == 0
         constant = np.ptp(shown, axis=0) < 1e-9
+        held_out, test = ridge(CMAPSS(folder, subset, short_engines="pad", val_fraction=0.3))
         return cls(
             lives=np.percentile(engines.lengths, [0, 25, 50, 75, 100]),
             mean=shown.mean(axis=0),
@@ -68,7 +75,8 @@ class Statistics:
             noise=np.diff(shown, axis=0)[same_engine].std(axis=0) / 2**0.5,
             capped=_correlations(shown, np.minimum(left, CAP), constant),
             uncapped=_correlations(shown, left, constant),
-            ridge=ridge(CMAPSS(folder, subset, short_engines="pad")),
+            held_out=held_out,
+            test=test,
         )
 
 
@@ -88,15 +96,19 @@ def _correlations(shown: Array, left: npt.NDArray[np.int64], constant: npt.NDArr
     return np.array([0.0 if still else np.corrcoef(column, left)[0, 1] for column, still in columns])
 
 
-def ridge(data: CMAPSS, penalty: float = 30.0) -> float:
-    """Root mean square error of ridge regression on the test engines' last windows, in cycles."""
+def ridge(data: CMAPSS, penalty: float = 30.0) -> tuple[float, float]:
+    """Root mean square error of ridge regression on the held-out and the test engines' windows, in cycles."""
     data.setup()
     x, y = _everything(data.train_data)
     middle, mean = x.mean(axis=0), y.mean()
     x -= middle
     weights = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ (y - mean))
-    test, left = _everything(data.test_data)
-    return float(np.sqrt(((np.clip((test - middle) @ weights + mean, 0, CAP) - left) ** 2).mean()))
+
+    def error(windows: Windows) -> float:
+        inputs, left = _everything(windows)
+        return float(np.sqrt(((np.clip((inputs - middle) @ weights + mean, 0, CAP) - left) ** 2).mean()))
+
+    return error(data.val_data), error(data.test_data)
 
 
 def _everything(windows: Windows) -> tuple[Array, Array]:
@@ -114,7 +126,8 @@ class Comparison:
         names = ("shortest life", "1st quartile", "median", "3rd quartile", "longest life")
         for name, *numbers in zip(names, real.lives, made.lives, bounds, strict=True):
             self.lines.append(f"  {name:14}{self._pair(*numbers, digits=0)}")
-        self.lines.append(f"  {'ridge RMSE':14}{self._pair(real.ridge, made.ridge, RIDGE * real.ridge, digits=2)}")
+        self.lines.append(f"  {'ridge RMSE':14}{self._pair(real.held_out, made.held_out, RIDGE * real.held_out, digits=2)}")
+        self.lines.append(f"  {'on test':14}{self._pair(real.test, made.test, np.inf, digits=2)}")
         titles = ("mean", "std", "noise", "r, capped", "r, uncapped")
         self.lines.append("  sensor" + "".join(f"{title:>20}" for title in titles))
         for sensor, decimals in enumerate(DECIMALS):

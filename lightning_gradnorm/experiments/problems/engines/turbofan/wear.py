@@ -17,7 +17,7 @@ QUANTILES = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1)
 FAN = 0.44
 """Share of the engines whose fan fails, where there are two fault modes."""
 
-GROWTH = np.array([[3.2, 4.6], [4.6, 5.8]])
+GROWTH = np.array([[3.0, 4.8], [4.6, 5.8]])
 """Least and greatest growth of the wear, by fault mode."""
 
 
@@ -70,13 +70,18 @@ def draw_lives(engines: int, faults: int, stream: np.random.Generator) -> Lives:
         return (stream.permutation(engines) + stream.random(engines)) / engines
 
     fault = ((drawn() < FAN) & (faults > 1)).astype(np.int64)
-    rank = drawn()
-    cycles = np.stack([np.interp(rank, QUANTILES, lives) for lives in LIVES])
+    built = 2 * drawn() - 1
+    lasting = stream.normal(size=engines) - 0.4 * built
+    cycles = np.empty(engines, dtype=np.int64)
+    for mode, lives in enumerate(LIVES):
+        own = np.flatnonzero(fault == mode)
+        rank = (np.argsort(np.argsort(lasting[own])) + 0.5) / max(len(own), 1)
+        cycles[own] = np.rint(np.interp(rank, QUANTILES, lives))
     least, most = GROWTH[fault].T
     return Lives(
-        cycles=np.rint(cycles[fault, np.arange(engines)]).astype(np.int64),
+        cycles=cycles,
         growth=least + (most - least) * drawn(),
         fault=fault,
-        built=2 * drawn() - 1,
+        built=built,
         mix=drawn() ** 2 - 1 / 3,
     )
