@@ -46,7 +46,6 @@ HEALTHY = np.array(
 
 RELATIVE = HEALTHY / HEALTHY[0]
 """The size of what wear does in a condition, as a share of what it does in the first. Noise is the same in all."""
-RELATIVE[1:, (5, 7, 12)] *= 2  # the bypass duct's pressure and the fan's speeds, which are held at sea level
 
 # By fault mode, high-pressure compressor and fan, in the first condition: arrays of shape (2, sensors).
 NOISE = np.array(
@@ -92,6 +91,9 @@ MIX = np.array(
 )  # fmt: skip
 """What they show more at failure where a part has lost flow rather than efficiency, by how much: `Lives.mix`. A worn compressor's
 core turns faster in some engines than a new one's, slower in others."""
+
+AT_FAILURE = 0.045
+"""Standard deviation of the wear at which engines fail, as a share."""
 
 DECIMALS = (2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 4, 2, 0, 0, 2, 2, 4)
 """Decimals that NASA's files give of each sensor."""

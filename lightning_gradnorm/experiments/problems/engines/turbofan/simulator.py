@@ -9,6 +9,7 @@ import numpy as np
 from lightning_gradnorm.experiments.problems.engines.cmapss.columns import SUBSETS
 from lightning_gradnorm.experiments.problems.engines.cmapss.files import Engines
 from lightning_gradnorm.experiments.problems.engines.turbofan.engine import (
+    AT_FAILURE,
     BUILT,
     CONDITIONS,
     DECIMALS,
@@ -79,7 +80,7 @@ def _show(lives: Lives, engine: Integers, conditions: Integers, wear: Array, str
     """Return what the sensors show, shape ``(cycles, 21)``, rounded as in NASA's files."""
     fault = lives.fault
     new = NEW[fault] + BUILT[fault] * lives.built[:, None]
-    worn = WORN[fault] + MIX[fault] * lives.mix[:, None]
+    worn = WORN[fault] * stream.normal(1, AT_FAILURE, (len(fault), 1)) + MIX[fault] * lives.mix[:, None]
     moved = new[engine] + (worn - new)[engine] * wear[:, None]
     noise = NOISE[fault[engine]] * stream.normal(size=moved.shape)
     shown = HEALTHY[conditions] + RELATIVE[conditions] * moved + noise
