@@ -30,7 +30,7 @@ aggregator's own computation takes. A way of others that fails is said to fail, 
 Models: `conv` (6 convolutions, linear heads), `mlp` (4 × 512, linear heads), `dense` (the convolutions with a 3-convolution
 upsampling head for each task), `toy` (the paper's 4 × 100), `transformer` (6 layers, 64 tokens of width 128, fused attention),
 `segnet` and `resnet` (the paper's SegNet on VGG16 and thin ResNet-50, 320 × 320 to 80 × 80, a 1 × 1 convolution for each
-task), `engine64` and `engine256` (the network of C-MAPSS with so many hidden units, 256 windows of 30 cycles and 17 features,
+task), `engine64` and `engine256` (the network of C-MAPSS with so many hidden units, 256 windows of 30 cycles and 14 features,
 its heads for remaining life and health).
 """
 

@@ -5,7 +5,8 @@
     python scripts/prepare_nyuv2.py --verify FOLDER                                           # compare the checksums
 
 SOURCE is a folder with the official .mat files, MTAN's train/ and val/, or Hugging Face's parquet shards. Interrupted, it
-goes on where it stopped when it is called again. Then train with data=nyuv2 data.root=FOLDER.
+goes on where it stopped when it is called again. Normals are turned to x right, y up, z towards the camera. Then train
+with data=nyuv2 data.root=FOLDER.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 
 from lightning_gradnorm.experiments.problems.dense.nyuv2.convert import prepare
+from lightning_gradnorm.experiments.problems.dense.nyuv2.normals_convention import AUTO
 from lightning_gradnorm.experiments.problems.dense.nyuv2.prepared import Prepared
 from lightning_gradnorm.experiments.problems.dense.nyuv2.source import FORMS, describe, find_source
 
@@ -27,6 +29,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--input-size", nargs=2, type=int, metavar=("H", "W"), help="of the images")
     parser.add_argument("--output-size", nargs=2, type=int, metavar=("H", "W"), help="of labels, depth and normals")
     parser.add_argument("--form", choices=list(FORMS), help="if the source's folder holds several forms")
+    parser.add_argument(
+        "--normals-convention",
+        default=AUTO,
+        metavar="'right away up'",
+        help="what the channels of the stored normals point to; found out by default",
+    )
     parser.add_argument("--num-workers", type=int, default=0, help="processes that read and convert")
     parser.add_argument("--verify", action="store_true", help="compare the checksums of prepared data; convert nothing")
     options = parser.parse_args(arguments)
@@ -46,7 +54,14 @@ def main(arguments: list[str] | None = None) -> None:
         source = find_source(root, options.form)
         print(describe(source))
         sizes = (tuple(options.input_size or source.size), tuple(options.output_size or source.size))
-        prepared = prepare(source, folder, *sizes, num_workers=options.num_workers, show_progress=True)
+        prepared = prepare(
+            source,
+            folder,
+            *sizes,
+            num_workers=options.num_workers,
+            show_progress=True,
+            normals_convention=options.normals_convention,
+        )
         megabytes = sum(file.stat().st_size for file in folder.glob("*.npy")) / 1e6
         print(f"{prepared.root}: {megabytes:.0f} MB. Train with data=nyuv2 data.root={prepared.root}")
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:

@@ -79,7 +79,7 @@ def pixelwise(task: int) -> nn.Module:
 def engine(hidden: int) -> Network:
     heads = (rul_head, health_head)
     trunk = partial(EngineEncoder, hidden=hidden)
-    return Network(trunk, lambda task: heads[task % len(heads)](), (256, 30, 17), "encoder.funnel.6")
+    return Network(trunk, lambda task: heads[task % len(heads)](), (256, 30, 14), "encoder.funnel.6")
 
 
 NETWORKS = {

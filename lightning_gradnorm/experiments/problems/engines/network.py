@@ -38,13 +38,13 @@ class EngineEncoder(nn.Module):
 
     Example:
         >>> import torch
-        >>> EngineEncoder()(torch.zeros(4, 30, 17)).shape
+        >>> EngineEncoder()(torch.zeros(4, 30, 14)).shape
         torch.Size([4, 32])
     """
 
     def __init__(
         self,
-        in_features: int = 17,
+        in_features: int = 14,
         channels: Sequence[int] = (64, 128, 64),
         hidden: int = 256,
         funnel: Sequence[int] = (256, 64, 32),

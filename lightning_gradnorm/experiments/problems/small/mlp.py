@@ -23,7 +23,7 @@ class MLP(nn.Module):
     Raises:
         ValueError: No layer at all, or a layer without units.
 
-    Shape: ``(batch, in_features)`` to ``(batch, mlp.out_features)``.
+    Shape: ``(batch, in_features)``, or ``(batch, ...)`` with so many numbers, to ``(batch, mlp.out_features)``.
 
     Example:
         >>> import torch
@@ -54,6 +54,6 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the representation of a batch of vectors."""
-        representation: Tensor = self.layers(x)
+        """Return the representation of a batch of vectors, or of arrays that are flattened to such."""
+        representation: Tensor = self.layers(x.flatten(1))
         return representation

@@ -46,7 +46,7 @@ def batches(count: int = 3, size: int = 16) -> list[Batch]:
     for _ in range(count):
         life = 125 * torch.rand(size, 1, generator=generator)
         health = (life[:, 0] <= 80).long() + (life[:, 0] <= 30).long()
-        made.append((torch.randn(size, 30, 17, generator=generator), {"rul": life, "health": health}))
+        made.append((torch.randn(size, 30, 14, generator=generator), {"rul": life, "health": health}))
     return made
 
 

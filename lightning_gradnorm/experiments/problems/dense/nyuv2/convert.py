@@ -15,8 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_gradnorm.experiments.problems.dense.nyuv2.errors import expect
+from lightning_gradnorm.experiments.problems.dense.nyuv2.normals_convention import AUTO
 from lightning_gradnorm.experiments.problems.dense.nyuv2.prepared import (
+    DERIVED,
     SPLITS,
+    UNKNOWN,
     VERSION,
     Direct,
     Prepared,
@@ -47,6 +50,7 @@ def prepare(
     output_size: Size | None = None,
     num_workers: int = 0,
     show_progress: bool = False,
+    normals_convention: str = AUTO,
 ) -> Prepared:
     """Convert a source into the compact form.
 
@@ -61,25 +65,31 @@ def prepare(
         output_size: Height and width of labels, depth and normals; None for the source's own.
         num_workers: Processes that read and convert; 0 for this one.
         show_progress: Show a bar.
+        normals_convention: What the channels of the source's normals point to, see `Direct`. They are stored in ours.
 
     Raises:
         ValueError: The folder was prepared, or begun, otherwise: from another source or for other sizes. Or a value in
             the source is out of range.
     """
-    direct = Direct(source, input_size, output_size)
+    recorded = _recorded(folder)
+    if recorded is not None and normals_convention == AUTO:
+        # Found once: the images that are converted from now on are turned as those before.
+        normals = recorded.get("source", {}).get("normals", UNKNOWN)
+        direct = Direct(source, input_size, output_size, None if normals in (UNKNOWN, DERIVED) else normals)
+    else:
+        direct = Direct(source, input_size, output_size, normals_convention)
     plan: dict[str, Any] = {
         "version": VERSION,
         "input_size": list(direct.input_size),
         "output_size": list(direct.output_size),
         "kinds": list(direct.kinds),
         "types": {kind: str(TYPES[kind]) for kind in direct.kinds},
-        "source": {"form": source.form, "size": list(source.size)},
+        "source": {"form": source.form, "size": list(source.size), "normals": direct.normals},
         "splits": {split: {"count": source.count(split), "scenes": source.scenes(split)} for split in SPLITS},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / MANIFEST).is_file():
-        found = json.loads((folder / MANIFEST).read_text())
-        _expect_same_plan(plan, found, folder / MANIFEST)
+    if recorded is not None and (folder / MANIFEST).is_file():
+        _expect_same_plan(plan, recorded, folder / MANIFEST)
         return Prepared(folder)
     done = _begin(folder, plan)
     with progress_bar(show_progress) as bar:
@@ -108,6 +118,15 @@ def prepare(
     _write(folder / MANIFEST, {**plan, "files": files})
     (folder / PROGRESS).unlink()
     return Prepared(folder)
+
+
+def _recorded(folder: Path) -> dict[str, Any] | None:
+    """Return the plan by which a folder was prepared or begun; None for a new one."""
+    for name in (MANIFEST, PROGRESS):
+        if (folder / name).is_file():
+            content: dict[str, Any] = json.loads((folder / name).read_text())
+            return content if name == MANIFEST else content["plan"]
+    return None
 
 
 def _begin(folder: Path, plan: dict[str, Any]) -> dict[str, int]:

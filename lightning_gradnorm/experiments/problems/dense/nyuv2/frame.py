@@ -21,6 +21,9 @@ KEYPOINT_TYPES = 48
 MAX_DEPTH = 1000.0
 """Metres. The sensor sees ten; a depth map in millimetres is found out by it."""
 
+SHORTEST_NORMAL = 0.5
+"""A vector that is shorter is no normal; see `as_normals`."""
+
 Array = npt.NDArray[Any]
 
 
@@ -32,8 +35,8 @@ class Frame:
         image: ``uint8``, shape ``(3, H, W)``.
         segmentation: ``int8``, shape ``(h, w)``, 0 to 12 or -1.
         depth: ``float32``, shape ``(h, w)``, metres along the optical axis; 0 where unknown.
-        normals: ``float32``, shape ``(3, h, w)``, unit vectors, x right, y up, z towards the camera, zero where unknown;
-            or the camera's `Intrinsics`, of which and the depth they are derived.
+        normals: ``float32``, shape ``(3, h, w)``, unit vectors in the source's own `Convention`, zero where unknown; or the
+            camera's `Intrinsics`, of which and the depth they are derived.
         keypoints: ``float32``, shape ``(48, 3)``: x and y in pixels of the segmentation, visible (1) or not (0); or None.
     """
 
@@ -79,13 +82,18 @@ def as_depth(values: Array, file: object) -> Array:
 
 
 def as_normals(values: Array, file: object) -> Array:
-    """Turn normals, component first, into ``float32`` of length 1 or 0; lengths that interpolation has shortened too."""
+    """Turn normals, component first, into ``float32`` of length 1, or 0 where unknown.
+
+    Unknown is what is shorter than 0.5 or has a NaN. Zero is, and what pictures of 8 bits have for it: 127 stands for a
+    component of -0.004. The known ones that 8 bits have rounded are between 0.98 and 1.02 long, and a mean of two walls at
+    right angles, as resizing makes them, is 0.71; one of a wall and of unknown pixels counts if the wall is the larger part.
+    """
     _expect_floats(values, file, "normal")
-    normals = values.astype(np.float64)
+    normals = np.where(np.isnan(values).any(axis=0), 0, values).astype(np.float64)
     length = np.sqrt((normals**2).sum(axis=0))
     longest = float(length.max()) if length.size else 0.0
     expect(longest <= 1.05, str(file), "normal", "unit vectors, or zero where unknown", f"length up to {longest:g}")
-    known = length > 1e-3
+    known = length >= SHORTEST_NORMAL
     return np.where(known, normals / np.where(known, length, 1), 0).astype(np.float32)
 
 

@@ -13,6 +13,7 @@ from lightning_gradnorm.experiments.loading.splits import SplitsDataModule
 from lightning_gradnorm.experiments.problems.dense.nyuv2.augmentations import Augmentations
 from lightning_gradnorm.experiments.problems.dense.nyuv2.convert import progress_bar
 from lightning_gradnorm.experiments.problems.dense.nyuv2.images import TASKS, Images, WithEpoch
+from lightning_gradnorm.experiments.problems.dense.nyuv2.normals_convention import AUTO, Convention
 from lightning_gradnorm.experiments.problems.dense.nyuv2.prepared import SPLITS, Direct, Prepared
 from lightning_gradnorm.experiments.problems.dense.nyuv2.source import PREPARED, describe, find_form, find_source
 from lightning_gradnorm.experiments.problems.dense.nyuv2.splitting import split_by_scene
@@ -48,6 +49,10 @@ class NYUv2(SplitsDataModule[Images]):
             paper.
         val_share: Share of the training images to hold out for validation; 0 for none, as in the paper.
         form: ``"official"``, ``"mtan"`` or ``"huggingface"``, if the folder holds several.
+        normals_convention: What the three channels of the stored normals point to, in order, as the camera sees it: one each
+            of right or left, up or down, towards or away, such as ``"right away up"``. They are turned to right, up, towards.
+            ``"auto"`` finds it out by comparison with the depth and says so; where it does not show, it warns and leaves
+            them as they are.
         check: Before training, read a source through and check every value; of prepared data, compare the checksums.
         batch_size: Samples per batch and rank.
         seed: Seed of the validation scenes, of the augmentations and of the order of the training batches.
@@ -72,6 +77,7 @@ class NYUv2(SplitsDataModule[Images]):
         augmentations: Augmentations | None = None,
         val_share: float = 0.1,
         form: str | None = None,
+        normals_convention: str = AUTO,
         check: bool = True,
         batch_size: int = 8,
         seed: int = 0,
@@ -86,6 +92,8 @@ class NYUv2(SplitsDataModule[Images]):
                 )
         _check(len(tasks) > 0 and len(set(tasks)) == len(tasks), "tasks", "different ones, at least one", list(tasks))
         _check(is_number(val_share) and 0 <= val_share < 1, "val_share", "at least 0 and less than 1", val_share)
+        if normals_convention != AUTO:
+            Convention.parse(normals_convention)
         self.root = Path(root)
         self.input_size = _size("input_size", input_size)
         self.output_size = _size("output_size", output_size)
@@ -93,6 +101,7 @@ class NYUv2(SplitsDataModule[Images]):
         self.augmentations = augmentations
         self.val_share = val_share
         self.form = form
+        self.normals_convention = normals_convention
         self.check = check
         self._stored: Prepared | Direct | None = None
         if val_share == 0:
@@ -144,17 +153,26 @@ class NYUv2(SplitsDataModule[Images]):
                         f"NYUv2: {name} should be {found}, for which the data in {self.root} were prepared; got {wanted}. "
                         "Prepare the data again, in another folder, for other sizes."
                     )
+            normals = prepared.source["normals"]
+            if self.normals_convention not in (AUTO, normals):
+                raise ValueError(
+                    f"NYUv2: normals_convention should be 'auto' for prepared data, which say themselves that the normals in "
+                    f"{self.root} were {normals!r}; got {self.normals_convention!r}. Prepare the data again, in another "
+                    "folder, with --normals-convention."
+                )
             rank_zero_info(
                 f"NYUv2: {self.root} is prepared from the {prepared.source['form']} form: {stored.count('train')} train and "
-                f"{stored.count('test')} test images of {_by(stored.input_size)}, targets of {_by(stored.output_size)}."
+                f"{stored.count('test')} test images of {_by(stored.input_size)}, targets of {_by(stored.output_size)}. "
+                f"The convention of the source's normals: {normals}."
             )
         else:
             source = find_source(self.root, self.form)
-            stored = Direct(source, self.input_size, self.output_size)
             rank_zero_info(
                 f"{describe(source)} Each image is read and resized whenever it is needed; to do so once and for all: "
                 f"python scripts/prepare_nyuv2.py {self.root} FOLDER"
             )
+            convention = self.normals_convention if "normals" in self.tasks else None
+            stored = Direct(source, self.input_size, self.output_size, convention)
         missing = [task for task in self.tasks if task not in stored.kinds]
         if missing:
             raise ValueError(

@@ -1,6 +1,7 @@
 """The compact form: memory-mapped arrays at the sizes wanted, and a file that says what they are.
 
-    nyuv2.json           version, sizes, where it came from, scenes; length and SHA-256 of every array file
+    nyuv2.json           version, sizes, where it came from and in which convention its normals were, scenes; length and
+                         SHA-256 of every array file
     train_image.npy      uint8    (N, 3, H, W)
     train_segmentation.npy  int8  (N, h, w)
     train_depth.npy      float16  (N, h, w)
@@ -15,20 +16,37 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_gradnorm.experiments.problems.dense.nyuv2.errors import existing, expect, wrong
+from lightning_gradnorm.experiments.problems.dense.nyuv2.frame import Frame
+from lightning_gradnorm.experiments.problems.dense.nyuv2.normals_convention import (
+    AUTO,
+    HOW_TO_SAY,
+    IMAGES,
+    OURS,
+    Convention,
+    compare_with_depth,
+)
+from lightning_gradnorm.experiments.problems.dense.nyuv2.normals_from_depth import Intrinsics
 from lightning_gradnorm.experiments.problems.dense.nyuv2.per_process import PerProcess
 from lightning_gradnorm.experiments.problems.dense.nyuv2.source import MANIFEST, Source
 from lightning_gradnorm.experiments.problems.dense.nyuv2.storage_format import TYPES, Size, compact, shapes
 
 Array = npt.NDArray[Any]
 
-VERSION = 1
+VERSION = 2
+UNKNOWN = "unknown"
+"""What is said of normals that are left as they are."""
+DERIVED = "derived from the depth"
+"""What is said of normals that are in our convention from the start."""
 SPLITS = ("train", "test")
 _PREPARE_AGAIN = "Delete the folder and prepare the data again."
 
@@ -57,19 +75,37 @@ class Stored(Protocol):
 
 
 class Direct:
-    """A source as it was downloaded, each image brought to the wanted sizes whenever it is read.
+    """A source as it was downloaded, each image brought to the wanted sizes and its normals to our convention when it is read.
+
+    The convention of the source's normals is found in the same few training images in every process, so that all agree.
 
     Args:
         source: The source.
         input_size: Height and width of the images; None for the source's own.
         output_size: Height and width of labels, depth and normals; None for the source's own.
+        normals_convention: What the channels of the source's normals point to, such as ``"right away up"``; ``"auto"`` to
+            find out from the depth and say so; None to leave the normals as they are.
+
+    Attributes:
+        normals: In which convention the source's normals are, in words.
+
+    Raises:
+        ValueError: ``normals_convention`` is none, or the source has no normals to which it applies.
     """
 
-    def __init__(self, source: Source, input_size: Size | None = None, output_size: Size | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        input_size: Size | None = None,
+        output_size: Size | None = None,
+        normals_convention: str | None = AUTO,
+    ) -> None:
         self.source = source
         self.input_size = input_size or source.size
         self.output_size = output_size or source.size
-        self.kinds = tuple(self.arrays("train", 0))
+        first = source.read("train", 0)
+        self._convention, self.normals = self._find_convention(first, normals_convention)
+        self.kinds = tuple(compact(first, self.input_size, self.output_size))
 
     def count(self, split: str) -> int:
         """Return the number of images of ``"train"`` or ``"test"``."""
@@ -81,7 +117,40 @@ class Direct:
 
     def arrays(self, split: str, index: int) -> dict[str, Array]:
         """Read one image and bring it to the wanted sizes and the compact types."""
-        return compact(self.source.read(split, index), self.input_size, self.output_size)
+        frame = self.source.read(split, index)
+        if isinstance(frame.normals, np.ndarray):
+            frame = replace(frame, normals=self._convention.to_ours(frame.normals))
+        return compact(frame, self.input_size, self.output_size)
+
+    def _find_convention(self, first: Frame, given: str | None) -> tuple[Convention, str]:
+        """Return the convention, ours if none is known, and what it is in words."""
+        if isinstance(first.normals, Intrinsics):
+            if given not in (AUTO, None):
+                raise ValueError(
+                    f"NYUv2: normals_convention should be 'auto' for the {self.source.form} form, whose normals are derived "
+                    f"from its depth; got {given!r}."
+                )
+            return OURS, DERIVED
+        if given is None:
+            return OURS, UNKNOWN
+        if given != AUTO:
+            convention = Convention.parse(given)
+            return convention, str(convention)
+        count = self.source.count("train")
+        others = sorted({i * count // IMAGES for i in range(IMAGES)} - {0})
+        compared = compare_with_depth(chain([first], (self.source.read("train", i) for i in others)))
+        found = compared.convention
+        if found is None:
+            rank_zero_warn(
+                f"NYUv2: what the channels of the normals in {self.source.root} point to should show in the depth; it does "
+                f"not: {compared}. The normals are left as they are. Give normals_convention, {HOW_TO_SAY}."
+            )
+            return OURS, UNKNOWN
+        rank_zero_info(
+            f"NYUv2: the channels of the normals in {self.source.root} point {', '.join(found.channels)}"
+            f"{'' if found == OURS else ' and are turned to right, up, towards the camera'}: {compared}."
+        )
+        return found, str(found)
 
 
 class Prepared:

@@ -31,7 +31,7 @@ class Source(Protocol):
         """Return the scene of each image, or None where the form does not tell."""
 
     def read(self, split: str, index: int) -> Frame:
-        """Read an image."""
+        """Read an image, its normals in the source's own convention."""
 
 
 FORMS: dict[str, Callable[[Path], Source]] = {

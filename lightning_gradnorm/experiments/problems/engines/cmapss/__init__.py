@@ -1,7 +1,8 @@
 """NASA's C-MAPSS: turbofan engines that run to failure.
 
-`columns` says what is in the text files, `files` reads them, `standardising` takes the operating conditions out of the
-sensors, `windows` hands out the cycles before each moment with what is left of the engine's life, `module` the data set.
+`columns` says what is in the text files, `files` reads them, `originals` knows NASA's, `normalization` takes the
+operating conditions out of the sensors, `windows` hands out the cycles before each moment with what is left of the
+engine's life, `module` the data set.
 """
 
 from lightning_gradnorm.experiments.problems.engines.cmapss.columns import SENSORS, SUBSETS

@@ -8,14 +8,20 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_gradnorm._messages import check, is_integer, is_number
 from lightning_gradnorm.experiments.loading.splits import SplitsDataModule
-from lightning_gradnorm.experiments.problems.engines.cmapss.columns import ALL_SENSORS, SENSORS, SETTINGS, SUBSETS
+from lightning_gradnorm.experiments.problems.engines.cmapss.columns import ALL_SENSORS, SENSORS, SUBSETS
 from lightning_gradnorm.experiments.problems.engines.cmapss.errors import wrong
 from lightning_gradnorm.experiments.problems.engines.cmapss.files import Array, Engines, read_engines, read_rul
 from lightning_gradnorm.experiments.problems.engines.cmapss.normalization import Standardisation
+from lightning_gradnorm.experiments.problems.engines.cmapss.originals import (
+    ORIGINALS,
+    Original,
+    difference,
+    fingerprint,
+)
 from lightning_gradnorm.experiments.problems.engines.cmapss.windows import Windows, health_of
 
 SHORT_ENGINES = ("error", "pad")
@@ -27,16 +33,19 @@ class CMAPSS(SplitsDataModule[Windows]):
     ``root`` holds ``train_FD001.txt``, ``test_FD001.txt`` and ``RUL_FD001.txt``, or those of another subset. Training
     engines run to failure; test engines are cut short, and the RUL file says how long each would have run on.
 
-    A batch is ``(windows, targets)``: windows ``float32`` ``(batch, window, features)``, the oldest cycle first, features
-    the three settings and the sensors, standardised within their operating condition; targets
+    A batch is ``(windows, targets)``: windows ``float32`` ``(batch, window, features)``, the oldest cycle first; features
+    are the sensors, standardised within their operating condition, and, if there are several conditions, one column for
+    each that is 1 in the cycles flown in it and 0 in others. The three settings are no inputs: within a condition they are
+    noise. Targets:
 
     - ``rul``: cycles left after the window's last one, at most ``cap``, ``float32``, ``(batch, 1)``;
     - ``health``: 0 healthy, 1 degrading, 2 critical, by ``health_thresholds`` of that number, ``int64``, ``(batch,)``.
 
     Training: every window of the training engines. Validation: every window of engines held out of the training file,
     whole engines, never windows. Test: one window of each test engine, its last, so that metrics are per engine.
-    Conditions, means and standard deviations are those of the training engines alone. They are taken per condition for
-    the settings, too: what is left of these is how they vary within a condition.
+    Conditions, means and standard deviations are those of the training engines alone.
+
+    A file whose numbers are not those of NASA's file of that name is used with a warning that says what it holds instead.
 
     Source: Saxena et al., Damage Propagation Modeling for Aircraft Engine Run-to-Failure Simulation, PHM 2008; the
     piecewise linear target after Heimes, PHM 2008.
@@ -49,7 +58,8 @@ class CMAPSS(SplitsDataModule[Windows]):
         cap_test: Cap the test engines' targets, too, as most published figures do; False for the numbers of the RUL file.
         health_thresholds: Falling, in cycles: the longest remaining lives that are still degrading, and critical. With
             more or fewer than two there are more or fewer classes, always one more than thresholds.
-        sensors: Numbers of the sensors, 1 to 21; the default are the 14 that are usually read.
+        sensors: Numbers of the sensors, 1 to 21, in the order of the features; by default the 14 that are usually read. One
+            that never changes in the training engines is named in a warning.
         conditions: Operating conditions to find, by k-means on the settings (several need scikit-learn); None for those
             the subset has, 6 in FD002 and FD004, 1 in FD001 and FD003.
         val_fraction: Share of the engines of the training file to hold out, at least one; 0 for none.
@@ -118,8 +128,13 @@ class CMAPSS(SplitsDataModule[Windows]):
 
     @property
     def input_dim(self) -> int:
-        """Number of features of a cycle: the settings and the sensors."""
-        return SETTINGS + len(self.sensors)
+        """Number of features of a cycle: the sensors, and the operating conditions if there are several."""
+        return len(self.sensors) + (self.conditions if self.conditions > 1 else 0)
+
+    @property
+    def window_dim(self) -> int:
+        """Numbers in a window: ``window`` times `input_dim`."""
+        return self.window * self.input_dim
 
     @property
     def health_classes(self) -> int:
@@ -132,12 +147,14 @@ class CMAPSS(SplitsDataModule[Windows]):
         recorded = read_engines(train_file, f"the training engines of {self.subset}")
         test = read_engines(test_file, f"the test engines of {self.subset}")
         rul = read_rul(rul_file)
-        self._check_rul(rul, rul_file, len(test.units), test_file)
+        differences = self._compare_to_originals(recorded, test, rul)
+        self._check_rul(rul, rul_file, len(test.units), test_file, differences)
         self._check_lengths(recorded, train_file)
         self._check_lengths(test, test_file)
         held = self._held_out(len(recorded.units))
         train, val = recorded.chosen(~held), recorded.chosen(held)
-        self.standardisation = Standardisation.fit(train.settings, self._features(train), self.conditions)
+        self.standardisation = Standardisation.fit(train.settings, self._chosen_sensors(train), self.conditions)
+        self._warn_of_constants(train)
         splits = {
             "train": self._windows(train, np.zeros(len(train.units)), self.cap),
             "val": self._windows(val, np.zeros(len(val.units)), self.cap),
@@ -150,8 +167,18 @@ class CMAPSS(SplitsDataModule[Windows]):
         )
         return splits
 
-    def _features(self, engines: Engines) -> Array:
-        return np.hstack([engines.settings, engines.sensors[:, [sensor - 1 for sensor in self.sensors]]])
+    def _chosen_sensors(self, engines: Engines) -> Array:
+        return engines.sensors[:, [sensor - 1 for sensor in self.sensors]]
+
+    def _warn_of_constants(self, train: Engines) -> None:
+        assert self.standardisation is not None
+        constant = [sensor for sensor, moves in zip(self.sensors, self.standardisation.moves, strict=True) if not moves]
+        if constant:
+            rank_zero_warn(
+                f"{type(self).__name__}: each sensor should tell a network something; in the training engines of "
+                f"{self.subset} these never change within an operating condition: {', '.join(map(str, constant))}. Leave "
+                "them out: sensors=[…]."
+            )
 
     def _held_out(self, engines: int) -> npt.NDArray[np.bool_]:
         """Draw the validation engines: a mask of shape ``(engines,)``."""
@@ -168,7 +195,10 @@ class CMAPSS(SplitsDataModule[Windows]):
     def _windows(self, engines: Engines, left: Array, cap: float, only_last: bool = False) -> Windows:
         """Make windows of engines that would run ``left`` cycles more, shape ``(engines,)``, than they were recorded."""
         assert self.standardisation is not None
-        cycles = self.standardisation(engines.settings, self._features(engines))
+        cycles = self.standardisation(engines.settings, self._chosen_sensors(engines))
+        if self.conditions > 1:
+            flown_in = self.standardisation.conditions_of(engines.settings)
+            cycles = np.hstack([cycles, np.eye(self.conditions, dtype=np.float32)[flown_in]])
         starts = engines.of_rows(engines.starts)
         ends = engines.of_rows(engines.starts + engines.lengths - 1)
         rows = np.arange(len(starts))
@@ -195,13 +225,31 @@ class CMAPSS(SplitsDataModule[Windows]):
                 f"Use window={length} or less, or short_engines=pad, which repeats the first cycle in front.",
             )
 
-    def _check_rul(self, rul: Array, file: Path, engines: int, test_file: Path) -> None:
-        """Say so if the RUL file is another subset's: if it has another number of lines, or begins as NASA's does."""
+    def _compare_to_originals(self, train: Engines, test: Engines, rul: Array) -> dict[str, str]:
+        """Warn of files that are not NASA's, by name; return how each of them differs."""
+        found = {f"RUL_{self.subset}.txt": Original(len(rul), len(rul), fingerprint(rul))}
+        for kind, engines in (("train", train), ("test", test)):
+            numbers = fingerprint(engines.of_rows(engines.units), engines.settings, engines.sensors)
+            found[f"{kind}_{self.subset}.txt"] = Original(len(engines.settings), len(engines.units), numbers)
+        told = {name: difference(name, original) for name, original in found.items()}
+        differences = {name: what for name, what in told.items() if what is not None}
+        for name, what in differences.items():
+            rank_zero_warn(
+                f"{type(self).__name__}: {name} in {self.root} should be NASA's, {ORIGINALS[name]}; {what}. Results on it do "
+                "not compare with published ones. Fetch the file again, unless it is your own."
+            )
+        return differences
+
+    def _check_rul(self, rul: Array, file: Path, engines: int, test_file: Path, differences: dict[str, str]) -> None:
+        """Refuse a RUL file that is another subset's, or whose lines are not as many as the test engines."""
         like = [name for name, subset in SUBSETS.items() if tuple(rul[: len(subset.first_rul)]) == subset.first_rul]
-        expected = f"have a line for each of the {engines} test engines in {test_file.name}"
         if like and self.subset not in like:
             wrong(f"{file}", f"be that of {self.subset}", f"the numbers of NASA's RUL_{like[0]}.txt", "Fetch it again.")
-        if len(rul) != engines:
-            as_many = [name for name, subset in SUBSETS.items() if subset.test_engines == len(rul)]
-            hint = f"So many has {' or '.join(as_many)}: is it the file of another subset?" if as_many else ""
-            wrong(f"{file}", expected, f"{len(rul)}", hint)
+        if len(rul) == engines:
+            return
+        if file.name not in differences and test_file.name in differences:
+            expected = f"have the {len(rul)} engines that {file.name}, which is NASA's, has lines for"
+            wrong(f"{test_file}", expected, f"{engines}", f"Fetch {test_file.name} again.")
+        as_many = [name for name, subset in SUBSETS.items() if subset.test_engines == len(rul)]
+        hint = f"So many has {' or '.join(as_many)}: is it the file of another subset?" if as_many else ""
+        wrong(f"{file}", f"have a line for each of the {engines} test engines in {test_file.name}", f"{len(rul)}", hint)

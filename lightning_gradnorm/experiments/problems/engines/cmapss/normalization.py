@@ -1,4 +1,4 @@
-"""Takes the operating conditions out of the features: mean 0 and standard deviation 1 within each of them."""
+"""Takes the operating conditions out of the sensors: mean 0 and standard deviation 1 within each of them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class Standardisation:
         scale: What each setting is divided by before distances are taken, shape ``(3,)``.
         mean: Shape ``(conditions, features)``.
         std: The same shape; 1 for a feature that does not change within a condition.
+        moves: Shape ``(features,)``: False for a feature that changes within none.
 
     Example:
         >>> settings = np.array([[0, 0, 100], [0, 0, 100], [0, 0, 100.0]])
@@ -33,6 +34,7 @@ class Standardisation:
     scale: Array
     mean: Array
     std: Array
+    moves: npt.NDArray[np.bool_]
 
     @classmethod
     def fit(cls, settings: Array, features: Array, conditions: int) -> Standardisation:
@@ -54,12 +56,15 @@ class Standardisation:
         centres = np.stack([settings[group].mean(axis=0) for group in groups])
         order = np.lexsort(centres.T[::-1])
         means, stds = [], []
+        moves = np.zeros(features.shape[1], dtype=bool)
         for number in order:
             own = features[groups[number]]
             means.append(own.mean(axis=0))
+            changes = np.ptp(own, axis=0) > 0
             # The rounding errors of a constant's mean must not be blown up to standard deviation 1.
-            stds.append(np.where(np.ptp(own, axis=0) > 0, own.std(axis=0), 1.0))
-        return cls(centres[order], scale, np.stack(means), np.stack(stds))
+            stds.append(np.where(changes, own.std(axis=0), 1.0))
+            moves |= changes
+        return cls(centres[order], scale, np.stack(means), np.stack(stds), moves)
 
     def conditions_of(self, settings: Array) -> Integers:
         """Return the number of the nearest condition of each cycle: ``(cycles, 3)`` to ``(cycles,)``."""

@@ -189,7 +189,6 @@ CASES = [
     ("mtan", "train/depth/2.npy", npy(lambda v: v * 1000), LATER + r"depth in .*train/depth/2.npy should be metres"),
     ("mtan", "train/depth/2.npy", npy(put(0, np.inf)), LATER + r"depth in .*train/depth/2.npy should be metres"),
     ("mtan", "train/normal/0.npy", npy(lambda v: v * 127), LATER + r"normal in .*be unit vectors.*; got length up to 127"),
-    ("mtan", "train/normal/0.npy", npy(put(0, np.nan)), LATER + r"normal in .*should be unit vectors.*; got length up to nan"),
     # The parquet shards.
     ("huggingface", "data/train-00001-of-00002.parquet", Path.unlink, r"should have 2 shards of train; train-00001-of-00002"),
     ("huggingface", SHARD, Path.unlink, r"should have parquet shards of test; there are none"),

@@ -252,8 +252,8 @@ def _retype(file: Path) -> None:
         ),
         (
             "nyuv2.json",
-            lambda file: file.write_text(file.read_text().replace('"version": 1', '"version": 7')),
-            "version in .*nyuv2.json should be 1; got 7",
+            lambda file: file.write_text(file.read_text().replace('"version": 2', '"version": 7')),
+            "version in .*nyuv2.json should be 2; got 7",
         ),
     ],
 )

@@ -1,0 +1,59 @@
+"""What GradNorm's weights did in finished runs: how steady they are, and how near the gradient norms come to their targets."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+WEIGHT, NORM, L_GRAD = "gradnorm/weight/", "gradnorm/grad_norm/", "gradnorm/loss"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The last third of a training.
+
+    Attributes:
+        spread: Standard deviation of each task's log w, over the logged steps.
+        distance: Σ |G_i - target_i| / Σ G_i, the mean over the logged steps; with smoothing both are of the averages.
+    """
+
+    spread: dict[str, float]
+    distance: float
+
+
+def read_trace(folder: Path) -> Trace:
+    """Read the trace of a run that logged with CSVLogger.
+
+    Args:
+        folder: Of the run; its one ``metrics.csv`` may be further down.
+    """
+    (file,) = folder.rglob("metrics.csv")
+    with file.open() as lines:
+        rows = [row for row in csv.DictReader(lines) if row.get(L_GRAD)]
+    last = rows[2 * len(rows) // 3 :]
+    tasks = [name.removeprefix(WEIGHT) for name in last[0] if name.startswith(WEIGHT)]
+    spread = {task: statistics.stdev(math.log(float(row[WEIGHT + task])) for row in last) for task in tasks}
+    norms = [sum(float(row[NORM + task]) for task in tasks if row[NORM + task]) for row in last]
+    distance = statistics.mean(float(row[L_GRAD]) / norm for row, norm in zip(last, norms, strict=True))
+    return Trace(spread, distance)
+
+
+def traces_table(of_ways: Mapping[str, Sequence[Path]]) -> str:
+    """Return a table of the means over runs.
+
+    Args:
+        of_ways: The folders of each way's runs.
+    """
+    found = {way: [read_trace(folder) for folder in folders] for way, folders in of_ways.items()}
+    tasks = list(next(iter(found.values()))[0].spread)
+    head = ["", *(f"sd of log w, {task}" for task in tasks), "distance of the norms from their targets"]
+    lines = [f"| {' | '.join(head)} |", "|---" + "|---:" * (len(tasks) + 1) + "|"]
+    for way, traces in found.items():
+        cells = [f"{statistics.mean(trace.spread[task] for trace in traces):.3f}" for task in tasks]
+        cells.append(f"{statistics.mean(trace.distance for trace in traces):.2f}")
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
