@@ -26,13 +26,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lightning_gradnorm.experiments.problems.engines.cmapss import CMAPSS, SUBSETS, Windows, read_engines
 from lightning_gradnorm.experiments.problems.engines.cmapss.files import Engines
-from lightning_gradnorm.experiments.problems.engines.turbofan import write_turbofan
+from lightning_gradnorm.experiments.problems.engines.turbofan import TurbofanDataModule
 from lightning_gradnorm.experiments.problems.engines.turbofan.engine import DECIMALS
 
 Array = npt.NDArray[np.float64]
@@ -61,14 +62,15 @@ class Statistics:
     test: float
 
     @classmethod
-    def of(cls, folder: Path, subset: str, like: Engines | None = None) -> Statistics:
-        """Take the statistics of the files in a folder; with ``like``, of sensors standardised within a condition as these."""
-        engines = read_engines(folder / f"train_{subset}.txt")
+    def of(cls, data: CMAPSS, like: Engines | None = None) -> Statistics:
+        """Take the statistics of some engines; with ``like``, of sensors standardised within a condition as these."""
+        data.setup()
+        held_out, test = ridge(data)
+        engines = read_engines(data.root / f"train_{data.subset}.txt")
         shown = engines.sensors if like is None else standardise(engines, like)
         left = engines.of_rows(engines.starts + engines.lengths - 1) - np.arange(len(shown))
         same_engine = np.diff(engines.of_rows(engines.units)) == 0
         constant = np.ptp(shown, axis=0) < 1e-9
-        held_out, test = ridge(CMAPSS(folder, subset, short_engines="pad", val_fraction=0.3))
         return cls(
             lives=np.percentile(engines.lengths, [0, 25, 50, 75, 100]),
             mean=shown.mean(axis=0),
@@ -99,7 +101,6 @@ def _correlations(shown: Array, left: npt.NDArray[np.int64], constant: npt.NDArr
 
 def ridge(data: CMAPSS, penalty: float = 30.0) -> tuple[float, float]:
     """Root mean square error of ridge regression on the held-out and the test engines' windows, in cycles."""
-    data.setup()
     x, y = _everything(data.train_data)
     middle, mean = x.mean(axis=0), y.mean()
     x -= middle
@@ -161,11 +162,12 @@ class Comparison:
 
 def compare(folder: Path, subset: str, seed: int = 0) -> Comparison:
     """Compare the files of a subset in a folder with simulated ones."""
-    sizes = SUBSETS[subset]
-    like = read_engines(folder / f"train_{subset}.txt") if sizes.conditions > 1 else None
+    options: dict[str, Any] = {"subset": subset, "short_engines": "pad", "val_fraction": 0.3}
+    like = read_engines(folder / f"train_{subset}.txt") if SUBSETS[subset].conditions > 1 else None
     with TemporaryDirectory() as parent:
-        made = write_turbofan(Path(parent, subset), subset, sizes.train_engines, sizes.test_engines, seed)
-        return Comparison(subset, Statistics.of(folder, subset, like), Statistics.of(made, subset, like))
+        both = CMAPSS(folder, **options), TurbofanDataModule(folder=parent, seed=seed, **options)
+        real, made = (Statistics.of(data, like) for data in both)
+    return Comparison(subset, real, made)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

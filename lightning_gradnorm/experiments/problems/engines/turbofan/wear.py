@@ -57,8 +57,8 @@ class Lives:
             >>> bool(one.wear(np.array([0]), one.cycles) == 1.0)
             True
         """
-        growth = self.growth[engine]
-        worn: Array = np.expm1(growth * cycle / self.cycles[engine]) / np.expm1(growth)
+        growth, share = self.growth[engine], cycle / self.cycles[engine]
+        worn: Array = np.expm1(growth * share) / np.expm1(growth)
         return worn
 
 
