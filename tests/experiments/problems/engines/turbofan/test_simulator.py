@@ -133,8 +133,9 @@ def test_few_engines_differ_as_much_as_many_in_all_that_decides_their_lives(subs
         for values, least, most in ((lives.built, -1, 1), (np.sqrt(lives.mix + 1 / 3), 0, 1)):
             evenly = least + (most - least) * (np.arange(own.sum()) + 0.5) / own.sum()
             assert np.abs(np.sort(values[own]) - evenly).max() < 0.15 * (most - least)
-        assert -0.45 < np.corrcoef(lives.built[own], lives.cycles[own])[0, 1] < 0
-        assert abs(np.corrcoef(lives.built[own], lives.mix[own])[0, 1]) < 0.35
+        if engines == 200:
+            assert -0.35 < np.corrcoef(lives.built[own], lives.cycles[own])[0, 1] < -0.05
+            assert abs(np.corrcoef(lives.built[own], lives.mix[own])[0, 1]) < 0.1
     if subset == "FD003":
         assert lives.cycles[fans].mean() > 1.3 * lives.cycles[~fans].mean()
 
