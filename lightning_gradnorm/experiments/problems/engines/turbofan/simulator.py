@@ -9,16 +9,17 @@ import numpy as np
 from lightning_gradnorm.experiments.problems.engines.cmapss.columns import SUBSETS
 from lightning_gradnorm.experiments.problems.engines.cmapss.files import Engines
 from lightning_gradnorm.experiments.problems.engines.turbofan.engine import (
-    ANSWER,
+    AT_FAILURE,
     BUILT,
     CONDITIONS,
-    CORE_ANSWER,
-    CORE_SPEEDS,
     DECIMALS,
     HEALTHY,
+    MIX,
+    NEW,
     NOISE,
     RELATIVE,
     SETTING_NOISE,
+    SHARES,
     WORN,
 )
 from lightning_gradnorm.experiments.problems.engines.turbofan.wear import Array, Integers, Lives, draw_lives
@@ -66,7 +67,8 @@ def simulate(subset: str, engines: int, seed: int = 0, kind: str = "train") -> F
     engine = np.repeat(np.arange(engines), lives.cycles)
     cycle = np.arange(len(engine)) - np.repeat(np.cumsum(lives.cycles) - lives.cycles, lives.cycles) + 1
     flown = _stream(subset, seed, kind, "conditions")
-    conditions = flown.integers(part.conditions, size=len(engine))
+    shares = SHARES[: part.conditions] / SHARES[: part.conditions].sum()
+    conditions = flown.choice(part.conditions, size=len(engine), p=shares)
     settings = CONDITIONS[conditions] + SETTING_NOISE * flown.normal(size=(len(engine), 3))
     wear = lives.wear(engine, cycle)
     sensors = _show(lives, engine, conditions, wear, _stream(subset, seed, kind, "sensors"))
@@ -76,13 +78,12 @@ def simulate(subset: str, engines: int, seed: int = 0, kind: str = "train") -> F
 
 def _show(lives: Lives, engine: Integers, conditions: Integers, wear: Array, stream: np.random.Generator) -> Array:
     """Return what the sensors show, shape ``(cycles, 21)``, rounded as in NASA's files."""
-    engines, sensors = len(lives.cycles), HEALTHY.shape[1]
-    # No two engines are built alike, nor do their sensors answer to wear in quite the same way.
-    built = BUILT * NOISE * stream.normal(size=(engines, sensors))
-    answer = WORN[lives.fault] * stream.normal(1.0, ANSWER, size=(engines, sensors))
-    answer[:, CORE_SPEEDS] *= stream.normal(*CORE_ANSWER, size=(engines, 1))
-    moved = built[engine] + answer[engine] * wear[:, None] + NOISE * stream.normal(size=(len(engine), sensors))
-    shown = HEALTHY[conditions] + RELATIVE[conditions] * moved
+    fault = lives.fault
+    new = NEW[fault] + BUILT[fault] * lives.built[:, None]
+    worn = WORN[fault] * stream.normal(1, AT_FAILURE, (len(fault), 1)) + MIX[fault] * lives.mix[:, None]
+    moved = new[engine] + (worn - new)[engine] * wear[:, None]
+    noise = NOISE[fault[engine]] * stream.normal(size=moved.shape)
+    shown = HEALTHY[conditions] + RELATIVE[conditions] * moved + noise
     return np.stack([np.round(column, digits) for column, digits in zip(shown.T, DECIMALS, strict=True)], axis=1)
 
 
