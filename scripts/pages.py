@@ -55,15 +55,10 @@ def kept(folder: Path, name: str, settings: Mapping[str, object], make: Callable
 
 
 def finished_runs(
-    jobs: Mapping[str, Sequence[str]],
-    folder: Path,
-    *,
-    at_once: int = 1,
-    threads: int | None = None,
-    tested: bool = True,
+    jobs: Mapping[str, Sequence[str]], folder: Path, *, at_once: int = 1, threads: int | None = None
 ) -> list[Run]:
     """Carry out a study whose runs are all needed; say which have failed, and leave, if some have."""
-    finished, failed = carry_out(jobs, folder, at_once=at_once, threads=threads, tested=tested)
+    finished, failed = carry_out(jobs, folder, at_once=at_once, threads=threads)
     for failure in failed:
         print(f"{failure.name} failed: {failure.reason}", file=sys.stderr)
     if failed:

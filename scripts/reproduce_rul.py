@@ -60,7 +60,7 @@ class Network:
     of_subset: Mapping[str, tuple[str, ...]] | None = None
 
 
-FEW, MANY = ("trainer.max_epochs=30",), ("trainer.max_epochs=15",)
+FEW, MANY = ("trainer.max_epochs=30",), ("trainer.max_epochs=18",)
 NETWORKS = {
     "mlp": Network("cmapss_mlp", of_subset={"FD001": FEW, "FD002": MANY, "FD003": FEW, "FD004": MANY}),
     "small": Network("cmapss_small", ("model.encoder.funnel=[80,32]",)),
@@ -167,9 +167,9 @@ def choose(options: argparse.Namespace) -> None:
     for subset, values, seed in itertools.product(options.subsets, itertools.product(*GRID.values()), (0, 1)):
         setting = [f"{key}={value}" for key, value in zip(GRID, values, strict=True)]
         name = f"choose/{options.network}/{subset}/{'_'.join(values)}/{seed}"
-        planned[name] = [*overrides("fixed", subset, seed, options), "trainer.max_epochs=40", "test=false", *setting]
+        planned[name] = [*overrides("fixed", subset, seed, options), "trainer.max_epochs=40", *setting]
         names.setdefault((subset, *values), []).append(name)
-    finished_runs(planned, options.runs, threads=1, tested=False)
+    finished_runs(planned, options.runs, threads=1)
     print(f"| subset | {' | '.join(GRID)} | RMSE on validation engines, two seeds | in epoch |")
     print("|---" * (len(GRID) + 3) + "|")
     for (subset, *values), runs in names.items():

@@ -31,12 +31,7 @@ class Failure:
 
 
 def carry_out(
-    jobs: Mapping[str, Sequence[str]],
-    folder: str | Path,
-    *,
-    at_once: int = 1,
-    threads: int | None = None,
-    tested: bool = True,
+    jobs: Mapping[str, Sequence[str]], folder: str | Path, *, at_once: int = 1, threads: int | None = None
 ) -> tuple[list[Run], list[Failure]]:
     """Run the jobs that are not finished yet, each as a `gradnorm-train` of its own.
 
@@ -47,7 +42,6 @@ def carry_out(
         folder: where the runs are.
         at_once: how many run side by side.
         threads: of the processor, for each run; ``None`` for torch's default.
-        tested: whether each run ends with the test; otherwise with training.
 
     Returns:
         The finished runs and those that failed, both in the order of the jobs.
@@ -57,12 +51,12 @@ def carry_out(
     """
     check("carry_out", at_once >= 1, "at_once", "1 or more", at_once)
     folder = Path(folder).resolve()
-    waiting = [name for name, overrides in jobs.items() if not is_finished(folder / name, overrides, tested=tested)]
+    waiting = [name for name, overrides in jobs.items() if not is_finished(folder / name, overrides)]
     done = len(jobs) - len(waiting)
     failures: dict[str, Failure] = {}
 
     def run(name: str) -> str | None:
-        return _run(folder / name, jobs[name], threads, tested)
+        return _run(folder / name, jobs[name], threads)
 
     with ThreadPoolExecutor(at_once) as pool:
         for number, (name, reason) in enumerate(zip(waiting, pool.map(run, waiting), strict=True), start=done + 1):
@@ -116,14 +110,14 @@ def command(overrides: Sequence[str], folder: Path) -> list[str]:
     return [sys.executable, "-m", module, *overrides, f"hydra.run.dir={run_folder.quoted(str(folder))}"]
 
 
-def _run(folder: Path, overrides: Sequence[str], threads: int | None, tested: bool) -> str | None:
+def _run(folder: Path, overrides: Sequence[str], threads: int | None) -> str | None:
     """Run one job; return why it failed, or None."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     words = command(overrides, folder)
     with (folder / LOG).open("w") as log:
         status = subprocess.run(words, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-    if status == 0 and (folder / (run_folder.METRICS if tested else run_folder.LAST_METRICS)).is_file():
+    if status == 0 and (folder / run_folder.METRICS).is_file():
         return None
     printed = [line for line in (folder / LOG).read_text().splitlines() if line.strip() and not line.startswith("(")]
     return f"status {status}: {printed[-1] if printed else 'it printed nothing'} (see {folder / LOG})"
