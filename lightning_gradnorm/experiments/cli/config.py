@@ -19,6 +19,7 @@ from lightning_gradnorm import MultiTaskModule
 from lightning_gradnorm.callbacks import TensorBoardDashboard
 from lightning_gradnorm.experiments.callbacks.save_last import SaveLast
 from lightning_gradnorm.experiments.callbacks.save_on_interrupt import SaveOnInterrupt
+from lightning_gradnorm.experiments.cli.build import build
 from lightning_gradnorm.experiments.cli.schema import schema_of
 from lightning_gradnorm.experiments.problems.dense.nyuv2 import NYUv2
 from lightning_gradnorm.experiments.problems.dense.predictions_callback import DensePredictions
@@ -26,6 +27,7 @@ from lightning_gradnorm.experiments.problems.dense.rooms import RoomsDataModule
 from lightning_gradnorm.experiments.problems.engines.cmapss import CMAPSS
 from lightning_gradnorm.experiments.problems.engines.turbofan import TurbofanDataModule
 from lightning_gradnorm.experiments.problems.small import MultiMNISTDataModule, SinusoidsDataModule, ToyDataModule
+from lightning_gradnorm.experiments.problems.tabular import TabularDataModule
 from lightning_gradnorm.experiments.registry import SCHEMAS, help_text, made_for_tasks
 
 WITH_SCHEMA: dict[str, Callable[..., Any]] = {
@@ -44,6 +46,7 @@ WITH_SCHEMA: dict[str, Callable[..., Any]] = {
             SaveLast,
             SaveOnInterrupt,
             SinusoidsDataModule,
+            TabularDataModule,
             TensorBoardDashboard,
             TensorBoardLogger,
             ToyDataModule,
@@ -93,6 +96,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("sum", _sum, replace=True)
     for name in ("out_channels", "out_features"):
         OmegaConf.register_new_resolver(name, partial(_of_network, name), replace=True)
+    OmegaConf.register_new_resolver("of_data", _of_data, replace=True)
     OmegaConf.register_new_resolver("strategies", lambda: help_text(conf_dir()), replace=True)
     _store_schemas()
 
@@ -135,3 +139,11 @@ def _of_network(attribute: str, network: DictConfig) -> int:
     with torch.device("meta"):
         found: int = getattr(get_object(network._target_)(**options), attribute)
     return found
+
+
+def _of_data(attribute: str, data: DictConfig) -> Any:
+    """Return what is known as soon as the data are read, such as the number of inputs."""
+    found = build(OmegaConf.create({"data": OmegaConf.to_container(data, resolve=True)}), "data")
+    if not hasattr(type(found), attribute):
+        raise ValueError(f"the model needs data with '{attribute}', such as data=tabular; got {type(found).__name__}")
+    return getattr(found, attribute)
