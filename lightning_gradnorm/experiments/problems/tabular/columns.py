@@ -76,19 +76,23 @@ def choose_columns(
             hint = "" if inputs is not None else f"Correct it, or leave the column out: ignore=[{name}]."
             numbers[name] = _numbers(table[name], f"column '{name}' of {file}", hint)
     if texts:
-        notes.append(f"not used, for they hold no numbers: {listed(texts)}.")
+        notes.append(f"columns left out because they are not numeric: {listed(texts)}.")
     if not numbers:
-        wrong(f"the columns of {file} beside the targets", "hold numbers", f"none that do: {listed(texts)}")
+        wrong(f"{file}", "have numeric columns beside the targets", listed(texts) or "no other column")
     x = np.column_stack(list(numbers.values()))
     kept = _with_inputs(x, list(numbers), file, missing, notes)
     without = kept & np.isnan(y).all(axis=1)
     if without.any():
-        notes.append(f"{without.sum():,} rows without any target are left out.")
+        notes.append(f"dropped {without.sum():,} rows without any target.")
         kept &= ~without
     if not kept.any():
         wrong(file, "have rows with inputs and targets", "none")
-    units = _same_rows(x) if group is None else _groups(table[group], group, file)
-    return Columns(tuple(numbers), x[kept], y[kept], units[kept], np.flatnonzero(kept), tuple(notes))
+    x, y = x[kept], y[kept]
+    units = _same_rows(x) if group is None else _groups(table[group], group, file)[kept]
+    repeated = int((np.bincount(units)[units] > 1).sum()) if group is None else 0
+    if repeated:
+        notes.append(f"{repeated:,} rows have the same inputs as another; such rows stay in one split.")
+    return Columns(tuple(numbers), x, y, units, np.flatnonzero(kept), tuple(notes))
 
 
 def listed(names: Sequence[str]) -> str:
@@ -100,12 +104,8 @@ def listed(names: Sequence[str]) -> str:
 def _candidates(table: Any, file: str, roles: Collection[str], notes: list[str]) -> list[str]:
     others = [name for name in table.columns if name not in roles]
     nameless = [name for name in others if not name.strip() or name.startswith("Unnamed: ")]
-    if nameless:  # as pandas writes the number of a row
-        notes.append(
-            f"{len(nameless)} columns without a name are not used."
-            if len(nameless) > 1
-            else "a column without a name is not used."
-        )
+    if nameless:  # pandas writes row numbers so
+        notes.append(f"columns left out because they have no name: {len(nameless)}.")
     return [name for name in others if name not in nameless]
 
 
@@ -155,8 +155,8 @@ def _with_inputs(x: Array, names: Sequence[str], file: str, missing: str, notes:
             f"{told}, the first in row {first + 1}",
             "Give missing=drop to leave such rows out, missing=mean to fill in the training rows' mean, or ignore=[COLUMN].",
         )
-    complete: npt.NDArray[np.bool_] = ~lacks.any(axis=1)
-    rows = int((~complete).sum())
+    complete = np.logical_not(lacks.any(axis=1))
+    rows = int(len(x) - complete.sum())
     if missing == "drop":
         if rows == len(x):
             wrong(
@@ -165,16 +165,20 @@ def _with_inputs(x: Array, names: Sequence[str], file: str, missing: str, notes:
                 f"none; {told}",
                 "Leave those columns out: ignore=[COLUMN].",
             )
-        notes.append(f"{rows:,} rows with missing inputs are left out: {told}.")
+        notes.append(f"dropped {rows:,} rows with missing inputs: {told}.")
         return complete
-    notes.append(f"missing inputs in {rows:,} rows are filled with the training rows' mean: {told}.")
+    notes.append(f"filled missing inputs in {rows:,} rows with the training rows' mean: {told}.")
     return np.ones(len(x), dtype=bool)
 
 
 def _same_rows(x: Array) -> Integers:
-    """Number the rows so that those with the same inputs have the same number."""
+    """Number the rows so that those with the same inputs have the same number, in the order in which they appear.
+
+    Without such rows these are the rows' own numbers: the splits do not depend on what the inputs are.
+    """
     bits = np.ascontiguousarray(x + 0.0).view(np.dtype((np.void, x.shape[1] * x.itemsize))).ravel()
-    units: Integers = np.unique(bits, return_inverse=True)[1].astype(np.int64)
+    _, first, same = np.unique(bits, return_index=True, return_inverse=True)
+    units: Integers = first.argsort().argsort()[same].astype(np.int64)
     return units
 
 

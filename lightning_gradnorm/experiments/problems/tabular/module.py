@@ -29,6 +29,13 @@ from lightning_gradnorm.experiments.problems.tabular.reading import FORMATS, rea
 _NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
+_DECIDE = (
+    "targets", "inputs", "ignore", "group", "standardise_targets", "missing", "val_fraction", "test_fraction", "format",
+    "separator", "key", "seed",
+)  # fmt: skip
+"""The options that decide what is made of a file."""
+
+
 class PartialTargets(TaskTensors):
     """Samples some of which lack a target, NaN: a task of which a batch has none is not in the batch."""
 
@@ -41,12 +48,14 @@ class PartialTargets(TaskTensors):
 @dataclass(frozen=True)
 class _Prepared:
     names: tuple[str, ...]
-    inputs: Tensor
-    targets: dict[str, Tensor]
+    splits: dict[str, TaskTensors]
     scales: dict[str, tuple[float, float]]
-    places: dict[str, Integers]
     rows: dict[str, Integers]
     notes: tuple[str, ...]
+
+
+_LATEST: dict[str, _Prepared] = {}
+"""What was made of the file that was read last, by file and options."""
 
 
 class TabularDataModule(SplitsDataModule[TaskTensors]):
@@ -67,7 +76,7 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
         standardise_targets: Hand out targets with mean 0 and standard deviation 1 over the training rows. The tasks of
             `tabular_tasks` report their metrics in the original units in any case.
         missing: What to do about missing inputs: ``"error"``, ``"drop"`` the row, or the training rows' ``"mean"``.
-        val_fraction: Share of the groups (without ``group``, of the different input rows) to validate on; 0 for none.
+        val_fraction: Share of the rows to validate on, as nearly as whole groups allow; 0 for none.
         test_fraction: Share to test on.
         format: ``"csv"``, ``"arff"``, ``"mat"`` or ``"parquet"``; None for what the file's suffix says.
         separator: What separates the fields of a CSV; None to find out.
@@ -178,19 +187,27 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
     def make_splits(self) -> dict[str, TaskTensors]:
         """Read the table, draw the splits and standardise by the training rows."""
         prepared = self._prepared
-        sizes = ", ".join(f"{len(rows):,} {_NAMES[split]}" for split, rows in prepared.rows.items())
-        rank_zero_info(
-            f"{type(self).__name__}: {self.path.name}, {sizes} rows; {self.input_dim} inputs, {len(self.tasks)} targets."
+        rows = ", ".join(f"{len(rows):,} {_NAMES[split]}" for split, rows in prepared.rows.items())
+        columns = (
+            f"{self.input_dim} input{'s' * (self.input_dim > 1)}, {len(self.tasks)} target{'s' * (len(self.tasks) > 1)}"
         )
+        rank_zero_info(f"{type(self).__name__}: {self.path.name}: {rows} rows; {columns}.")
         for note in prepared.notes:
             rank_zero_info(f"{type(self).__name__}: {note}")
-        return {
-            split: PartialTargets(prepared.inputs[places], {name: y[places] for name, y in prepared.targets.items()})
-            for split, places in prepared.places.items()
-        }
+        return dict(prepared.splits)
 
     @cached_property
     def _prepared(self) -> _Prepared:
+        # A command asks several data modules alike for a network's sizes, and one for the data.
+        stamp = (self.path.stat().st_mtime_ns, self.path.stat().st_size) if self.path.is_file() else None
+        made_from = repr((self.path.absolute(), stamp, {name: getattr(self, name) for name in _DECIDE}))
+        if made_from not in _LATEST:
+            prepared = self._prepare()
+            _LATEST.clear()
+            _LATEST[made_from] = prepared
+        return _LATEST[made_from]
+
+    def _prepare(self) -> _Prepared:
         table = read_table(self.path, self.format, self.separator, self.key)
         file = self.path.name
         columns = choose_columns(table, file, self.targets, self.inputs, self.ignore, self.group, self.missing)
@@ -201,40 +218,37 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
         for number, (task, target) in enumerate(zip(self.tasks, self.targets, strict=True)):
             for split, chosen in places.items():
                 self._check_target(target, y[chosen, number], split)
-            own = y[places["train"], number]
-            mean, std = float(np.nanmean(own)), float(np.nanstd(own))
+            to_learn = y[places["train"], number]
+            mean, std = float(np.nanmean(to_learn)), float(np.nanstd(to_learn))
             scales[task] = (0.0, std) if self.standardise_targets else (mean, 1.0)
             if self.standardise_targets:
                 y[:, number] = (y[:, number] - mean) / std
-        return _Prepared(
-            names=names,
-            inputs=torch.from_numpy(x).float(),
-            targets={task: torch.from_numpy(y[:, [number]]).float() for number, task in enumerate(self.tasks)},
-            scales=scales,
-            places=places,
-            rows={split: columns.rows[chosen] for split, chosen in places.items()},
-            notes=(*columns.notes, *notes),
-        )
+        splits: dict[str, TaskTensors] = {}
+        for split, chosen in places.items():
+            own = {task: torch.from_numpy(y[chosen, number, None]).float() for number, task in enumerate(self.tasks)}
+            splits[split] = PartialTargets(torch.from_numpy(x[chosen]).float(), own)
+        rows = {split: columns.rows[chosen] for split, chosen in places.items()}
+        return _Prepared(names, splits, scales, rows, notes=(*columns.notes, *notes))
 
     def _split_up(self, columns: Columns) -> dict[str, Integers]:
         """Draw the units of each split; return the places of their rows, in the file's order."""
-        units = np.unique(columns.units)
-        count = {
-            "val": 0 if self.val_fraction == 0 else max(1, round(self.val_fraction * len(units))),
-            "test": max(1, round(self.test_fraction * len(units))),
-        }
-        if sum(count.values()) >= len(units):
+        drawn = self._stream("splits").permutation(np.unique(columns.units))
+        left, sizes = drawn, np.bincount(columns.units)
+        chosen = {}
+        for split, fraction in (("test", self.test_fraction), ("val", self.val_fraction)):
+            # As many as come nearest to the share, but one at least.
+            off = np.abs(sizes[left].cumsum() - fraction * len(columns.units))
+            count = 0 if fraction == 0 or len(left) == 0 else int(off.argmin()) + 1
+            chosen[split], left = left[:count], left[count:]
+        if len(left) == 0 or (self.val_fraction > 0 and len(chosen["val"]) == 0):
             kind = f"different values of group '{self.group}'" if self.group else "rows with different inputs"
             wrong(
                 f"val_fraction and test_fraction of {self.path.name}",
-                "leave something to train on",
-                f"{self.val_fraction} and {self.test_fraction} of {len(units)} {kind}",
+                "leave a split with rows to each of training, validation and test",
+                f"{self.val_fraction} and {self.test_fraction} of {len(drawn)} {kind}",
                 "Lower them, or give a larger table.",
             )
-        drawn = self._stream("splits").permutation(units)
-        ends = np.cumsum([count["test"], count["val"]])
-        test, val, train = np.split(drawn, ends)
-        chosen = {"train": train, "val": val, "test": test}
+        chosen = {"train": left, "val": chosen["val"], "test": chosen["test"]}
         return {split: np.flatnonzero(np.isin(columns.units, own)) for split, own in chosen.items()}
 
     def _standardised(self, columns: Columns, train: Integers) -> tuple[Array, tuple[str, ...], list[str]]:
@@ -253,7 +267,7 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
                     f"constant or empty {listed(constant)}",
                     "Leave them out.",
                 )
-            notes.append(f"not used, for they are constant or empty in the training rows: {listed(constant)}.")
+            notes.append(f"columns left out because they are constant in the training rows: {listed(constant)}.")
         mean, std = np.nanmean(own[:, varies], axis=0), np.nanstd(own[:, varies], axis=0)
         x = np.nan_to_num((columns.inputs[:, varies] - mean) / std)
         return x, tuple(name for name, one in zip(columns.names, varies, strict=True) if one), notes
@@ -267,7 +281,7 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
             mend = "Give another seed or larger fractions, or leave the target out."
             wrong(f"target '{target}'", f"have a value in {where}", "none", mend)
         if split == "train" and np.ptp(there) == 0:
-            wrong(f"target '{target}'", f"vary over {where}", f"{there[0]:g} in all of them", "Leave the target out.")
+            wrong(f"target '{target}'", f"vary over {where}", f"{there[0]:g} in all of them", "Leave it out, or give another seed.")
 
     def _columns(self, parameter: str, names: Sequence[str | int], least: int = 1) -> tuple[str, ...]:
         fits = not isinstance(names, str) and all(isinstance(name, str | int) for name in names)

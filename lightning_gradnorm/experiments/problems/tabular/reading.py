@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from lightning_gradnorm._messages import did_you_mean
+from lightning_gradnorm._messages import nearest
 
 SUFFIXES = {
     ".csv": "csv",
@@ -28,7 +28,8 @@ SUFFIXES = {
 }
 """What a file's name says about its format."""
 
-FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
+_KINDS = {"csv": "a text file", "arff": "an ARFF file", "mat": "a MATLAB file", "parquet": "a Parquet file"}
+FORMATS = tuple(_KINDS)
 _SEPARATORS = ("\t", ";", "|", ",")
 """In this order: decimal commas and texts have commas in them, too."""
 
@@ -68,22 +69,20 @@ def read_table(
     """
     file = Path(path)
     if not file.is_file():
-        what = "a folder" if file.is_dir() else "no such file"
-        near = did_you_mean(file.name, [one.name for one in file.parent.glob("*")]) if file.parent.is_dir() else ""
-        hint = f"; {near}" if near.startswith("did") else ""
-        raise FileNotFoundError(f"TabularDataModule: path should be the file with the table; {path} is {what}{hint}")
-    if format is None:
-        format = SUFFIXES.get(file.suffix.lower())
+        near = None if file.is_dir() else nearest(file.name, [one.name for one in file.parent.glob("*")])
+        what = "a folder" if file.is_dir() else f"no such file; did you mean '{near}'?" if near else "no such file"
+        raise FileNotFoundError(f"TabularDataModule: path should be the file with the table; {path} is {what}")
     seems = _looks_like(file)
+    if seems not in _KINDS.values():
+        wrong(file, f"be {', '.join(_KINDS.values())}", seems, "Save the table as CSV.")
+    format = format or SUFFIXES.get(file.suffix.lower())
+    by_kind = {kind: name for name, kind in _KINDS.items()}
     if format is None:
-        known = ", ".join(SUFFIXES)
-        hint = f"It looks like {seems}." if seems is not None else f"Give format= one of {', '.join(FORMATS)}."
-        wrong(file, f"end in {known}", f"'{file.suffix}'", hint)
-    fits = {"csv": None, "arff": "an ARFF file", "mat": "a MATLAB file", "parquet": "a Parquet file"}[format]
-    if seems != fits:
-        by_format = {"an ARFF file": "arff", "a MATLAB file": "mat", "a Parquet file": "parquet", None: "csv"}
-        hint = f"Give format={by_format[seems]}." if seems in by_format else "Save the table as CSV."
-        wrong(file, f"be {fits or 'a text file with separated fields'}", seems or "another kind of text", hint)
+        wrong(
+            file, f"end in {', '.join(SUFFIXES)}", f"'{file.suffix}'", f"Give format={by_kind[seems]}: it is {seems}."
+        )
+    if seems != _KINDS[format]:
+        wrong(file, f"be {_KINDS[format]}", seems, f"Give format={by_kind[seems]}.")
     with _installed(file):
         frame = {"csv": _read_csv, "arff": _read_arff, "mat": _read_mat, "parquet": _read_parquet}[format](
             file, separator, key
@@ -95,8 +94,8 @@ def read_table(
     return frame
 
 
-def _looks_like(file: Path) -> str | None:
-    """Return what the file's first bytes say that it is; None for a text."""
+def _looks_like(file: Path) -> str:
+    """Return what the file is by its first bytes."""
     with file.open("rb") as stream:
         start = stream.read(4096)
     signs = {
@@ -117,7 +116,7 @@ def _looks_like(file: Path) -> str | None:
         return "a web page"
     if re.match(r"(%.*\n|\s)*@relation\b", text, re.IGNORECASE):
         return "an ARFF file"
-    return "a binary file" if b"\x00" in start else None
+    return "a binary file" if b"\x00" in start else "a text file"
 
 
 @contextmanager
