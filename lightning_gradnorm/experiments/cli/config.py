@@ -146,4 +146,5 @@ def _of_data(attribute: str, data: DictConfig) -> Any:
     found = build(OmegaConf.create({"data": OmegaConf.to_container(data, resolve=True)}), "data")
     if not hasattr(type(found), attribute):
         raise ValueError(f"the model needs data with '{attribute}', such as data=tabular; got {type(found).__name__}")
-    return getattr(found, attribute)
+    known = getattr(found, attribute)
+    return OmegaConf.create(known) if isinstance(known, dict) else known  # tuples inside could be saved, but not loaded
