@@ -281,7 +281,8 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
             mend = "Give another seed or larger fractions, or leave the target out."
             wrong(f"target '{target}'", f"have a value in {where}", "none", mend)
         if split == "train" and np.ptp(there) == 0:
-            wrong(f"target '{target}'", f"vary over {where}", f"{there[0]:g} in all of them", "Leave it out, or give another seed.")
+            mend = "Leave the target out, or give another seed."
+            wrong(f"target '{target}'", f"vary over {where}", f"{there[0]:g} in all of them", mend)
 
     def _columns(self, parameter: str, names: Sequence[str | int], least: int = 1) -> tuple[str, ...]:
         fits = not isinstance(names, str) and all(isinstance(name, str | int) for name in names)

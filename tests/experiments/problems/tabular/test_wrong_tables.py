@@ -83,7 +83,7 @@ VALUES: dict[str, tuple[Callable[[Any], Any], dict[str, Any], str]] = {
     "constant target": (
         lambda frame: frame.assign(a=2.5),
         {},
-        r"target 'a' should vary over the 28 training rows of t.csv; got 2.5 in all of them. Leave it out, or give",
+        r"target 'a' should vary over the 28 training rows of t.csv; got 2.5 in all of them. Leave the target out, or give",
     ),
     "empty target": (
         lambda frame: frame.assign(a=np.nan),
