@@ -73,6 +73,15 @@ def test_the_network_follows_the_table(standardise: str, tmp_path: Path) -> None
         assert network.tasks[task].head[-1].bias.item() == pytest.approx(data.scales[task][0])
 
 
+@pytest.mark.slow
+def test_two_processes_train_on_targets_that_most_batches_lack(call: Call, tmp_path: Path) -> None:
+    rows = "".join(f"{i % 17},{i % 13},{i % 7},{i % 5 if i % 12 == 0 else ''}\n" for i in range(200))
+    (tmp_path / "sparse.csv").write_text(f"x,y,a,b\n{rows}")
+    own = ["data.path=sparse.csv", "data.targets=[a, b]", "data.batch_size=4", *QUICK[4:], *NO_CHECKPOINT[:1]]
+    told = call(train.main, "experiment=tabular", *own, "logger=none", "trainer=ddp_cpu", "trainer.max_epochs=1")
+    assert "relative_rmse" in told
+
+
 WRONG = {
     "no table": (["data.targets=[a]"], "data.path should be given"),
     "no targets": ([TABLE[0]], "data.targets should be given"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_gradnorm._messages import check, is_number
+from lightning_gradnorm.experiments.loading.loader import ResumableLoader
 from lightning_gradnorm.experiments.loading.splits import Batch, SplitsDataModule
 from lightning_gradnorm.experiments.loading.tensors import TaskTensors
 from lightning_gradnorm.experiments.problems.tabular.columns import (
@@ -39,9 +42,14 @@ _DECIDE = (
 class PartialTargets(TaskTensors):
     """Samples some of which lack a target, NaN: a task of which a batch has none is not in the batch."""
 
+    on_several_ranks = False
+    """Ranks wait for each other's gradients and metrics of every task: then NaNs stay, and the loss is 0."""
+
     @override
     def _at(self, index: Tensor) -> Batch:
         inputs, targets = super()._at(index)
+        if self.on_several_ranks:
+            return inputs, targets
         return inputs, {task: target for task, target in targets.items() if not target.isnan().all()}
 
 
@@ -63,7 +71,8 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
 
     A batch is ``(inputs, targets)``: inputs ``float32`` ``(batch, input_dim)``, standardised with the training rows' mean
     and standard deviation; targets ``float32`` ``(batch, 1)`` by task, NaN where missing. A task that no sample of a batch
-    has a target of is not in the batch. A task is named like its column, but for ``.`` and ``/``, which become ``_``.
+    has a target of is not in the batch; on several ranks it is, all NaN, and its loss is 0. A task is named like its
+    column, but for ``.`` and ``/``, which become ``_``.
 
     No row is in two splits, neither are rows with the same inputs, and with ``group`` no group is.
 
@@ -195,6 +204,13 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
         for note in prepared.notes:
             rank_zero_info(f"{type(self).__name__}: {note}")
         return dict(prepared.splits)
+
+    @override
+    def _loader(self, data: TaskTensors, **options: Any) -> ResumableLoader:
+        own = copy.copy(data)  # of which another data module of the same file may have the original
+        loader = super()._loader(own, **options)
+        own.on_several_ranks = loader.sampler.num_replicas > 1  # type: ignore[attr-defined]
+        return loader
 
     @cached_property
     def _prepared(self) -> _Prepared:

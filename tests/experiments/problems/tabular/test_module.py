@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -180,6 +181,21 @@ def test_a_missing_target_is_an_absent_task(tmp_path: Path) -> None:
     assert kinds == {True, False}
     known = table.loc[data.rows["train"], "b"]
     assert data.scales["b"][0] == pytest.approx(known.mean())
+
+
+def test_on_several_ranks_every_batch_has_all_tasks(tmp_path: Path) -> None:
+    """A rank that lacked a task's gradient or metric would have the others wait for it for ever."""
+    table = frame()
+    table.loc[table.index % 4 != 0, "b"] = np.nan
+    data = module(tmp_path, table, batch_size=3)
+    alone = [set(targets) for _, targets in data.val_dataloader()]
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": 1})  # type: ignore[assignment]
+    shared = [targets for _, targets in data.val_dataloader()]
+    assert {"a"} in alone
+    assert all(set(targets) == {"a", "b"} for targets in shared)
+    assert any(targets["b"].isnan().all() for targets in shared)
+    data.trainer = None
+    assert [set(targets) for _, targets in data.val_dataloader()] == alone
 
 
 def test_other_columns_are_left_out_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
