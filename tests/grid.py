@@ -37,10 +37,11 @@ SETTINGS = {
     "cmapss_fd002": ["rul", "health"],
     "cmapss_fd003": ["rul", "health"],
     "cmapss_fd004": ["rul", "health"],
+    "tabular": ["a", "b"],
 }
 """The experiments with their tasks."""
 
-FAMILIES = ["toy_ten", "sinusoids", "multimnist", "nyuv2_seg_small", "cmapss_small"]
+FAMILIES = ["toy_ten", "sinusoids", "multimnist", "nyuv2_seg_small", "cmapss_small", "tabular"]
 """One of each kind of data; those on NYUv2, or on C-MAPSS, differ in numbers and networks, not in what strategies are told."""
 
 TINY = [

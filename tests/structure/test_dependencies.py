@@ -23,7 +23,7 @@ IMPORTED_AS = {
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
-ON_USE = ("cmapss", "data", "nyuv2")
+ON_USE = ("cmapss", "data", "nyuv2", "tabular")
 """Extras that a data set needs when it is read: imported in functions only."""
 
 

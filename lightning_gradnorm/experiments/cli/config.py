@@ -27,6 +27,7 @@ from lightning_gradnorm.experiments.problems.dense.rooms import RoomsDataModule
 from lightning_gradnorm.experiments.problems.engines.cmapss import CMAPSS
 from lightning_gradnorm.experiments.problems.engines.turbofan import TurbofanDataModule
 from lightning_gradnorm.experiments.problems.small import MultiMNISTDataModule, SinusoidsDataModule, ToyDataModule
+from lightning_gradnorm.experiments.problems.tabular import TabularDataModule
 from lightning_gradnorm.experiments.registry import SCHEMAS, help_text, made_for_tasks
 
 WITH_SCHEMA: dict[str, Callable[..., Any]] = {
@@ -45,6 +46,7 @@ WITH_SCHEMA: dict[str, Callable[..., Any]] = {
             SaveLast,
             SaveOnInterrupt,
             SinusoidsDataModule,
+            TabularDataModule,
             TensorBoardDashboard,
             TensorBoardLogger,
             ToyDataModule,
@@ -144,4 +146,5 @@ def _of_data(attribute: str, data: DictConfig) -> Any:
     found = build(OmegaConf.create({"data": OmegaConf.to_container(data, resolve=True)}), "data")
     if not hasattr(type(found), attribute):
         raise ValueError(f"the model needs data with '{attribute}', such as data=tabular; got {type(found).__name__}")
-    return getattr(found, attribute)
+    known = getattr(found, attribute)
+    return OmegaConf.create(known) if isinstance(known, dict) else known  # tuples inside could be saved, but not loaded

@@ -16,7 +16,13 @@ from hydra.errors import (
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+    ValidationError,
+)
 from torch.multiprocessing.spawn import ProcessRaisedException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
@@ -120,6 +126,11 @@ def explain(error: BaseException) -> str:
             f"'{error.override}' cannot be read: {error.message.splitlines()[0]}. Quote values with brackets or spaces."
         )
     of_config = _in_chain(error)
+    cause: BaseException | None = of_config
+    while isinstance(cause, InterpolationResolutionError):
+        cause = cause.__context__
+    if cause is not of_config and isinstance(cause, WRONG_INPUT) and not isinstance(cause, OmegaConfBaseException):
+        return explain(cause)  # what a resolver found wrong, in its own words
     if isinstance(of_config, (ConfigAttributeError, ConfigKeyError)) and isinstance(of_config.parent_node, DictConfig):
         return _where(error) + _no_such_key(of_config)
     if isinstance(of_config, ValidationError):

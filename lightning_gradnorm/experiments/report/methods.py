@@ -44,10 +44,12 @@ _NOT_OF_A_METHOD = (
     "seed",
     "data.seed",  # with seed, it tells the repetitions of a method apart
     "alpha",  # of an experiment, for balancing.alpha
+    "model.encoder.in_features",  # follows from the data, and so do the scales, which differ between seeds
+    "model.tasks.scales",
     "tasks",
 )
 
-_OPTIONS_OF_DATA = ("data.batch_size", "data.drop_last", "data.root", "data.augment")
+_OPTIONS_OF_DATA = ("data.batch_size", "data.drop_last", "data.root", "data.augment", "data.standardise_targets")
 """Differ between methods on the same data; every other option of the data makes other data."""
 
 _FROM_RUN = "balancing.from_run"

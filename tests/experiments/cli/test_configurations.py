@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import pytest
-from configurations import QUICK, SMALL, TASKS, compose_run, options, tiny
+from configurations import QUICK, SMALL, TABLE, TASKS, compose_run, options, tiny
 from grid import FAMILIES, SETTINGS
 from omegaconf import OmegaConf
 
@@ -43,7 +43,7 @@ def test_every_other_experiment_makes_its_objects(experiment: str, tmp_path: Pat
 
 def test_the_network_follows_the_data(tmp_path: Path) -> None:
     for data in options("data"):
-        config = compose_run(tmp_path, f"data={data}")
+        config = compose_run(tmp_path, f"data={data}", *(TABLE if data == "tabular" else []))
         assert list(build(config, "model").tasks) == TASKS[data]
     ten = compose_run(tmp_path, "experiment=toy_ten")
     assert len(build(ten, "model").tasks) == 10

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from configurations import TASKS, options
+from configurations import TABLE, TASKS, options
 from grid import FAMILIES, SETTINGS, combination, composed, needed, problem, problems_on_two_ranks
 from omegaconf import OmegaConf
 from strategies_page import ROWS, TEXT
@@ -27,8 +27,15 @@ def check_problem(setting: str, balancing: str, told: str | None) -> None:
 
 
 def check_compositions(setting: str, balancings: Sequence[str], folder: Path) -> None:
+    given = TABLE if setting == "tabular" else []
     combinations = [
-        [f"experiment={setting}", f"balancing={one}", *needed(one, SETTINGS[setting], folder), "trainer=ddp_cpu"]
+        [
+            f"experiment={setting}",
+            f"balancing={one}",
+            *needed(one, SETTINGS[setting], folder),
+            "trainer=ddp_cpu",
+            *given,
+        ]
         for one in balancings
     ]
     for config in composed(folder, combinations):
@@ -54,9 +61,10 @@ def test_why_a_strategy_needs_more_than_two_tasks_is_documented() -> None:
 
 @pytest.mark.parametrize("data", [data for data in options("data") if data in options("experiment")])
 def test_a_data_set_alone_is_its_experiment_but_for_alpha_and_length(data: str, tmp_path: Path) -> None:
+    given = TABLE if data == "tabular" else []
     alone, experiment = (
         OmegaConf.to_container(one, resolve=True)
-        for one in composed(tmp_path, [[f"data={data}"], [f"experiment={data}"]])
+        for one in composed(tmp_path, [[f"data={data}", *given], [f"experiment={data}", *given]])
     )
     assert isinstance(alone, dict)
     assert isinstance(experiment, dict)

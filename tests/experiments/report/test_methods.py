@@ -63,6 +63,14 @@ def test_what_does_not_change_the_training_makes_no_method(tmp_path: Path, optio
     assert grouped(tmp_path, {"seed": 0}, {"seed": 1, **option}) == {"equal": 2}
 
 
+def test_what_the_model_takes_from_each_seeds_data_makes_no_method(tmp_path: Path) -> None:
+    def fitted(seed: int) -> dict[str, Any]:
+        tasks = {"_target_": "somewhere.make_tasks", "scales": {"depth": [seed + 0.5, 1.0], "seg": [0.1, 1.0]}}
+        return {"seed": seed, "model__tasks": tasks, "model__encoder": {"in_features": 20 + seed}}
+
+    assert grouped(tmp_path, fitted(0), fitted(1)) == {"equal": 2}
+
+
 def test_draws_of_random_weights_are_one_method(tmp_path: Path) -> None:
     draws = [{"balancing": "random_static", "balancing__seed": draw} for draw in range(4)]
     assert grouped(tmp_path, *draws) == {"random_static": 4}

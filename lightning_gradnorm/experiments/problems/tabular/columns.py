@@ -1,0 +1,192 @@
+"""Chooses a table's columns: targets, inputs, and what must stay together; says by name and row what cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_gradnorm._messages import did_you_mean
+from lightning_gradnorm.experiments.problems.tabular.reading import wrong
+
+Array = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+MISSING = ("error", "drop", "mean")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Numbers of a table's rows, those that can be used.
+
+    Attributes:
+        names: Of the inputs.
+        inputs: Shape ``(rows, inputs)``, NaN where missing.
+        targets: Shape ``(rows, targets)``, NaN where missing.
+        units: Shape ``(rows,)``: rows of the same number belong into the same split.
+        rows: Shape ``(rows,)``: place of each in the file, from 0.
+        notes: What was left out, in sentences.
+    """
+
+    names: tuple[str, ...]
+    inputs: Array
+    targets: Array
+    units: Integers
+    rows: Integers
+    notes: tuple[str, ...]
+
+
+def choose_columns(
+    table: Any,
+    file: str,
+    targets: Sequence[str],
+    inputs: Sequence[str] | None,
+    ignore: Collection[str],
+    group: str | None,
+    missing: str,
+) -> Columns:
+    """Return the numbers of the chosen columns.
+
+    Raises:
+        ValueError: A column that is not there, holds texts or infinite numbers, or has two roles; or a missing value.
+    """
+    given = [("targets", targets), ("inputs", inputs or ()), ("ignore", ignore), ("group", [group] if group else [])]
+    roles: dict[str, str] = {}
+    for role, names in given:
+        for name in names:
+            if name not in table.columns:
+                near = did_you_mean(name, table.columns)
+                raise ValueError(f"TabularDataModule: {role} names column '{name}', which is not in {file}; {near}")
+            if name in roles:
+                again = "twice" if roles[name] == role else f"in {roles[name]} and in {role}"
+                wrong(f"column '{name}'", "have one role", f"it {again}", "Leave one of them out.")
+            roles[name] = role
+    notes: list[str] = []
+    y = np.column_stack([_numbers(table[name], f"target '{name}' of {file}") for name in targets])
+    chosen = _candidates(table, file, roles, notes) if inputs is None else list(inputs)
+    numbers: dict[str, Array] = {}
+    texts = []
+    for name in chosen:
+        if inputs is None and _is_text(table[name]):
+            texts.append(name)
+        else:
+            hint = "" if inputs is not None else f"Correct it, or leave the column out: ignore=[{name}]."
+            numbers[name] = _numbers(table[name], f"column '{name}' of {file}", hint)
+    if texts:
+        notes.append(f"columns left out because they are not numeric: {listed(texts)}.")
+    if not numbers:
+        wrong(f"{file}", "have numeric columns beside the targets", listed(texts) or "no other column")
+    x = np.column_stack(list(numbers.values()))
+    kept = _with_inputs(x, list(numbers), file, missing, notes)
+    without = kept & np.isnan(y).all(axis=1)
+    if without.any():
+        notes.append(f"dropped {without.sum():,} rows without any target.")
+        kept &= ~without
+    if not kept.any():
+        wrong(file, "have rows with inputs and targets", "none")
+    x, y = x[kept], y[kept]
+    units = _same_rows(x) if group is None else _groups(table[group], group, file)[kept]
+    repeated = int((np.bincount(units)[units] > 1).sum()) if group is None else 0
+    if repeated:
+        notes.append(f"{repeated:,} rows have the same inputs as another; such rows stay in one split.")
+    return Columns(tuple(numbers), x, y, units, np.flatnonzero(kept), tuple(notes))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the names, the first ten of many."""
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(f"'{name}'" for name in names[:10]) + more
+
+
+def _candidates(table: Any, file: str, roles: Collection[str], notes: list[str]) -> list[str]:
+    others = [name for name in table.columns if name not in roles]
+    nameless = [name for name in others if not name.strip() or name.startswith("Unnamed: ")]
+    if nameless:  # pandas writes row numbers so
+        notes.append(f"columns left out because they have no name: {len(nameless)}.")
+    return [name for name in others if name not in nameless]
+
+
+def _converted(column: Any) -> tuple[Array, npt.NDArray[np.bool_]]:
+    """Return the numbers, NaN where there are none, and where there is something else."""
+    import pandas as pd
+
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        column = column.astype(object)
+    if column.dtype.kind in "mM":  # to_numeric takes dates for nanoseconds
+        numbers = np.full(len(column), np.nan)
+    else:
+        numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    return numbers, column.notna().to_numpy() & np.isnan(numbers)
+
+
+def _is_text(column: Any) -> bool:
+    """Say whether it is no column of numbers, a few mistakes aside."""
+    numbers, bad = _converted(column)
+    return bool(bad.sum() > np.isfinite(numbers).sum())
+
+
+def _numbers(column: Any, what: str, hint: str = "Correct it, or leave the column out.") -> Array:
+    numbers, bad = _converted(column)
+    if bad.any() or np.isinf(numbers).any():
+        bad |= np.isinf(numbers)
+        first = int(np.argmax(bad))
+        others = f", and more in {bad.sum() - 1} other rows" if bad.sum() > 1 else ""
+        wrong(what, "hold numbers", f"{str(column.iloc[first])!r} in row {first + 1}{others}", hint)
+    return numbers
+
+
+def _with_inputs(x: Array, names: Sequence[str], file: str, missing: str, notes: list[str]) -> npt.NDArray[np.bool_]:
+    """Return which rows are kept for their inputs: a mask of shape ``(rows,)``."""
+    lacks = np.isnan(x)
+    counts = {name: int(count) for name, count in zip(names, lacks.sum(axis=0), strict=True) if count}
+    if not counts:
+        return np.ones(len(x), dtype=bool)
+    most = sorted(counts, key=lambda name: -counts[name])
+    told = ", ".join(f"{counts[name]:,} in '{name}'" for name in most[:10])
+    told += f" and some in {len(most) - 10} more columns" if len(most) > 10 else ""
+    if missing == "error":
+        first = int(np.argmax(lacks.any(axis=1)))
+        wrong(
+            f"the inputs in {file}",
+            "have no missing values",
+            f"{told}, the first in row {first + 1}",
+            "Give missing=drop to leave such rows out, missing=mean to fill in the training rows' mean, or ignore=[COLUMN].",
+        )
+    complete = np.logical_not(lacks.any(axis=1))
+    rows = int(len(x) - complete.sum())
+    if missing == "drop":
+        if rows == len(x):
+            wrong(
+                f"the inputs in {file}",
+                "be complete in some rows",
+                f"none; {told}",
+                "Leave those columns out: ignore=[COLUMN].",
+            )
+        notes.append(f"dropped {rows:,} rows with missing inputs: {told}.")
+        return complete
+    notes.append(f"filled missing inputs in {rows:,} rows with the training rows' mean: {told}.")
+    return np.ones(len(x), dtype=bool)
+
+
+def _same_rows(x: Array) -> Integers:
+    """Number the rows so that those with the same inputs have the same number, in the order in which they appear.
+
+    Without such rows these are the rows' own numbers: the splits do not depend on what the inputs are.
+    """
+    bits = np.ascontiguousarray(x + 0.0).view(np.dtype((np.void, x.shape[1] * x.itemsize))).ravel()
+    _, first, same = np.unique(bits, return_index=True, return_inverse=True)
+    units: Integers = first.argsort().argsort()[same].astype(np.int64)
+    return units
+
+
+def _groups(column: Any, name: str, file: str) -> Integers:
+    import pandas as pd
+
+    units: Integers = pd.factorize(column)[0].astype(np.int64)
+    if (units < 0).any():
+        first = int(np.argmax(units < 0))
+        wrong(f"group '{name}' of {file}", "have a value in each row", f"none in row {first + 1}")
+    return units
