@@ -263,7 +263,7 @@ def read_options() -> argparse.Namespace:
     if options.root is not None:
         options.root = options.root.resolve()
     if options.quick:
-        small = ["trainer.max_epochs=1", "trainer.limit_train_batches=60"]
+        small = ["trainer.max_epochs=1", "trainer.limit_train_batches=20", "trainer.log_every_n_steps=1"]
         few = ["data.engines=8", "data.test_engines=8"] if options.root is None else []
         options.subsets, options.seeds, options.methods = ["FD001"], [0], ["fixed", "gradnorm"]
         options.set = [*small, *few, *options.set]

@@ -17,6 +17,13 @@ from lightning_gradnorm.experiments.problems.engines.turbofan import write_turbo
 from lightning_gradnorm.experiments.report import Run
 
 SCRIPT = "reproduce_rul"
+LOG = (  # six logged steps, of which the last two are looked at, and validation between them
+    "epoch,gradnorm/loss,gradnorm/weight/rul,gradnorm/weight/health,gradnorm/grad_norm/rul,gradnorm/grad_norm/health,"
+    "val/rmse/rul\n"
+    + "0,9,1,1,5,5,\n0,,,,,,14.5\n"
+    + 3 * "1,9,1,1,5,5,\n"
+    + "1,,,,,,12.5\n1,2,1,1,3,5,\n2,1,2,1,4,6,\n2,,,,,,13\n"
+)
 Call = Callable[..., str]
 
 
@@ -29,11 +36,12 @@ def made_up(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, li
         asked.update(jobs)
         runs = []
         for name in jobs:
-            _, method, seed = name.split("/")
+            *_, method, seed = name.split("/")
             better = 3 if method == "gradnorm" and seed != "2" else 0
             (folder / name).mkdir(parents=True)
             seconds = (1.1 if method == "gradnorm" else 1.0) * (1 + int(seed))
-            (folder / name / "training.json").write_text(json.dumps({"processor_seconds": seconds, "steps": 5}))
+            (folder / name / "training.json").write_text(json.dumps({"processor_seconds": seconds, "seconds": 9.0}))
+            (folder / name / "metrics.csv").write_text(LOG)
             runs.append(Run(name, {column.metric: 10.0 + int(seed) - better for column in script.COLUMNS}))
         return runs
 
@@ -47,26 +55,26 @@ def test_the_quick_table_is_trained_measured_and_kept(
 ) -> None:
     if processes == "this":
         start_no_process(monkeypatch)
-    told = call("--quick", "--methods", "fixed", "gradnorm", "--subsets", "FD001")
+    told = call("--quick")
     page = (tmp_path / "outputs" / "rul.md").read_text()
     assert "Simulated engines" in told
     assert "**Simulated engines**" in page
     assert "`python scripts/reproduce_rul.py --quick" in page
     for method in ("fixed", "gradnorm"):
-        folder = tmp_path / "outputs" / "rul" / "FD001" / method / "0"
+        folder = tmp_path / "outputs" / "rul" / "mlp" / "FD001" / method / "0"
         metrics = json.loads((folder / "test_metrics.json").read_text())
         assert f"{metrics['test/rmse/rul']:.2f}" in page
-        assert json.loads((folder / "training.json").read_text())["steps"] == 3
+        assert json.loads((folder / "training.json").read_text())["steps"] > 0
         assert set(json.loads((folder / "weights.json").read_text())["weights"]) == {"rul", "health"}
 
 
 def test_all_methods_and_subsets_compose_as_the_command_line_does(
     call: Call, made_up: dict[str, list[str]], tmp_path: Path
 ) -> None:
-    call("--seeds", "4")
-    assert len(made_up) == 2 * 6
+    call("--seeds", "4", "--subsets", "FD001", "FD002")
+    assert len(made_up) == 2 * 14
     configs = [compose_run(tmp_path, *overrides) for overrides in made_up.values()]
-    assert {config.data.subset for config in configs} == {"FD001", "FD002"}
+    assert {(config.data.subset, config.trainer.max_epochs) for config in configs} == {("FD001", 30), ("FD002", 18)}
     assert {config.seed for config in configs} == {4}
     assert {config.data.seed for config in configs} == {0}
     assert {type(build(config, "balancing")).__name__ for config in configs} == {
@@ -74,30 +82,56 @@ def test_all_methods_and_subsets_compose_as_the_command_line_does(
         "Scalarization",
         "GradNorm",
         "Aggregation",
+        "NoneType",  # equal weights
     }
     weighted = {config.model.tasks.weighted for config in configs if "AMNL" in str(config.balancing)}
     assert weighted == {True}
-    assert sum(config.model.tasks.weighted for config in configs) == 2
+    assert sum(config.model.tasks.weighted for config in configs) == 2 * 2
+    assert {build(config, "model").encoder.in_features for config in configs} == {30 * 14, 30 * 20}
 
 
 def test_the_real_files_take_the_simulators_place(call: Call, made_up: dict[str, list[str]], tmp_path: Path) -> None:
     write_turbofan(tmp_path / "my files", "FD001", engines=4, test_engines=3, seed=0)
     told = call("--root", "my files", "--subsets", "FD001", "--seeds", "0", "--methods", "fixed")
-    config = compose_run(tmp_path, *made_up["FD001/fixed/0"])
+    config = compose_run(tmp_path, *made_up["mlp/FD001/fixed/0"])
     assert config.data.root == str(tmp_path / "my files")
     assert "Simulated" not in told
 
 
+def test_seeds_are_five_where_the_published_table_is_and_three_elsewhere(
+    call: Call, made_up: dict[str, list[str]]
+) -> None:
+    call("--methods", "fixed")
+    assert [sum(f"/{subset}/" in name for name in made_up) for subset in ("FD001", "FD002", "FD003", "FD004")] == [
+        5,
+        5,
+        3,
+        3,
+    ]
+
+
 def test_the_table_has_means_and_deviations_beside_what_was_published(call: Call, made_up: Any, tmp_path: Path) -> None:
-    call("--methods", "fixed", "gradnorm", "amnl_2", "--subsets", "FD002", "--output", "docs")
+    call("--methods", "fixed", "gradnorm", "amnl_2", "--subsets", "FD002", "--seeds", "0", "1", "2", "--output", "docs")
     page = (tmp_path / "docs" / "rul.md").read_text()
     (fixed,) = [line for line in page.splitlines() if line.startswith("| fixed")]
-    (gradnorm,) = [line for line in page.splitlines() if line.startswith("| gradnorm")]
+    gradnorm, tested, traced = (line for line in page.splitlines() if line.startswith("| gradnorm"))
     cells = [cell.strip() for cell in gradnorm.split("|")[2:-1]]
-    # 7, 8 and 12, of which the mean is 9 and the deviation √7
-    assert cells[:4] == ["9.00 ± 2.65", "9.00 ± 2.65", "9 ± 3", "900.0 ± 264.6"]
-    assert cells[4] == "1.10 ± 0.00"
-    assert cells[5:] == ["*15.8*", "*2.8*", "*8.19 ± 0.78*", "*260.9 ± 36.1*"]
+    # 7, 8 and 12: their mean is 9 and their deviation √7
+    assert cells[:3] == ["9.00 ± 2.65", "9 ± 3", "900.0 ± 264.6"]
+    assert cells[3] == "1.10 ± 0.00"
+    assert cells[4:] == ["*15.8*", "*2.8*", "*8.19 ± 0.78*", "*260.9 ± 36.1*"]
     assert "11.00 ± 1.00" in fixed
-    assert "RMSE: best on average is **gradnorm**; of 3 seeds it beats fixed in 2, amnl_2 in 2." in page
-    assert "accuracy, %: best on average is **fixed**; of 3 seeds it beats gradnorm in 2, amnl_2 in 0." in page
+    # Differences of -3, -3 and 0: mean -2, deviation √3, t = -2 on two degrees of freedom, p = 1 - 2/√6.
+    assert [cell.strip() for cell in tested.split("|")[2:-1]] == ["-2.00, 0.184", "-2, 0.184", "-200.0, 0.184"]
+    # Two steps: log w of 0 and log 2, 0 and 0; 2/8 and 1/10.
+    assert [cell.strip() for cell in traced.split("|")[2:-1]] == ["0.490", "0.000", "0.17"]
+
+
+def test_settings_are_compared_on_validation_engines_alone(
+    call: Call, made_up: dict[str, list[str]], tmp_path: Path
+) -> None:
+    told = call("--choose", "--subsets", "FD003")
+    assert len(made_up) == 3 * 2 * 2
+    assert all("balancing=fixed" in given for given in made_up.values())
+    assert "| FD003 | 1e-3 | 512 | 12.50 ± 0.00 | 2, 2 |" in told
+    assert not (tmp_path / "docs").exists()
