@@ -2,6 +2,7 @@
 
     python scripts/reproduce_rul.py --root FOLDER            # NASA's files; writes docs/results/rul_cmapss.md; 1.5 hours
     python scripts/reproduce_rul.py --root FOLDER --choose   # the settings, by fixed weights on validation engines; 10 min
+    python scripts/reproduce_rul.py --root FOLDER --ablate   # FD001, fixed weights: writes docs/results/rul_ablation.md
     python scripts/reproduce_rul.py --root FOLDER --network small --subsets FD001 --seeds 0 1 2
     python scripts/reproduce_rul.py --root FOLDER --network book --subsets FD001 --seeds 0 --methods fixed gradnorm
     python scripts/reproduce_rul.py                          # simulated engines; writes docs/results/rul.md
@@ -68,6 +69,19 @@ NETWORKS = {
 }
 GRID = {"model.optimizer.lr": ("3e-4", "1e-3", "3e-3"), "data.batch_size": ("256", "512")}
 """What --choose tries, with more epochs than are needed."""
+
+ABLATIONS = {
+    "as in the table": [],
+    "test labels not capped": ["data.cap_test=false"],
+    "window of 20": ["data.window=20"],
+    "window of 50, padded": ["data.window=50"],
+    "the last epoch": ["callbacks.checkpoint=null"],
+    "no gradient clipping": ["model.gradient_clip_val=null"],
+    "wider: 256, 128, 32": ["model.encoder.hidden=[256,128,32]"],
+    "all engines to train on": ["data.val_fraction=0", "callbacks.checkpoint=null"],
+    "the book's network in small": ["experiment=cmapss_small", "trainer.max_epochs=30"],
+}
+"""What --ablate changes of fixed weights on FD001; all is reported, nothing is chosen by it."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +200,32 @@ def lowest(folder: Path) -> tuple[float, int]:
     return min((float(row["val/rmse/rul"]), int(row["epoch"]) + 1) for row in rows)
 
 
+def ablate(options: argparse.Namespace) -> None:
+    """Write what each change does to the test error of fixed weights."""
+    planned = {}
+    for (name, changed), seed in itertools.product(ABLATIONS.items(), options.seeds or range(SUBSETS["FD001"])):
+        given = overrides("fixed", "FD001", seed, options)
+        if "callbacks.checkpoint=null" in changed:
+            given = [one for one in given if not one.startswith("callbacks.checkpoint.")]
+        keys = [one.partition("=")[0] for one in changed]
+        given = [one for one in given if one.partition("=")[0] not in keys]
+        planned[f"ablate/{options.network}/{name}/{seed}"] = [*given, *changed]
+    results: dict[str, list[Result]] = {}
+    for run in finished_runs(planned, options.runs, threads=1):
+        folder = options.runs / run.name
+        result = Result(folder, run.metrics, json.loads((folder / TIME).read_text()))
+        results.setdefault(run.name.split("/")[2], []).append(result)
+    lines = [f"| fixed weights, FD001 | {' | '.join(column.title for column in COLUMNS)} |", "|---|---:|---:|---:|"]
+    for name, runs in results.items():
+        cells = [mean_and_spread([run.metrics[c.metric] * c.factor for run in runs], c.digits) for c in COLUMNS]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    every = [result for runs in results.values() for result in runs]
+    about = described(options, next(iter(planned.values())), every)
+    print(
+        write_page(options.output / "rul_ablation.md", "What the error on FD001 depends on", about, ["\n".join(lines)])
+    )
+
+
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +296,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", help="by default five on FD001 and FD002, three on the others")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="more options of gradnorm-train")
     parser.add_argument("--choose", action="store_true", help="compare settings on validation engines; no page")
+    parser.add_argument("--ablate", action="store_true", help="change one thing at a time; a page of its own")
     parser.add_argument("--runs", type=Path, default=Path("outputs/rul"), help="folder of the finished runs")
     parser.add_argument("--output", type=Path, help="default: docs/results; with --quick, outputs")
     parser.add_argument("--quick", action="store_true")
@@ -275,8 +316,8 @@ def main() -> None:
     options = read_options()
     told = "Simulated engines; with NASA's files: --root FOLDER"
     print(told if options.root is None else f"NASA's files: {options.root}")
-    if options.choose:
-        choose(options)
+    if options.choose or options.ablate:
+        choose(options) if options.choose else ablate(options)
         return
     planned = jobs(options)
     results: dict[str, dict[str, list[Result]]] = {}

@@ -135,3 +135,17 @@ def test_settings_are_compared_on_validation_engines_alone(
     assert all("balancing=fixed" in given for given in made_up.values())
     assert "| FD003 | 1e-3 | 512 | 12.50 ± 0.00 | 2, 2 |" in told
     assert not (tmp_path / "docs").exists()
+
+
+def test_one_thing_is_changed_at_a_time(call: Call, made_up: dict[str, list[str]], tmp_path: Path) -> None:
+    call("--ablate", "--seeds", "0", "1", "--output", "docs")
+    configs = {
+        name.split("/")[2]: compose_run(tmp_path, *given) for name, given in made_up.items() if name.endswith("/0")
+    }
+    base = configs.pop("as in the table")
+    assert base.callbacks.checkpoint.monitor == "val/rmse/rul"
+    assert configs["the last epoch"].callbacks.checkpoint is None
+    assert configs["window of 50, padded"].data.window == 50
+    assert configs["the book's network in small"].model.encoder.hidden == 16
+    assert all(config != base for config in configs.values())
+    assert "| window of 20 | 10.50 ± 0.71 |" in (tmp_path / "docs" / "rul_ablation.md").read_text()
