@@ -23,6 +23,7 @@ from lightning_gradnorm.callbacks.logging import is_logged_step
 from lightning_gradnorm.callbacks.packages import explain_other_trainer
 from lightning_gradnorm.engine.rule import WatchesLosses
 from lightning_gradnorm.multitask import architecture
+from lightning_gradnorm.multitask.evaluation import Evaluation
 from lightning_gradnorm.multitask.schedule import Schedule, SchedulerFactory
 from lightning_gradnorm.multitask.task import Task, adam
 
@@ -110,7 +111,7 @@ class MultiTaskModule(L.LightningModule):
         self._architecture = architecture.pack(
             {"encoder": encoder, "tasks": dict(every), "optimizer": optimizer, "lr_scheduler": lr_scheduler}
         )
-        self.metrics = nn.ModuleDict({stage: _cloned_metrics(tasks) for stage in ("val", "test")})
+        self.evaluations = nn.ModuleDict({stage: Evaluation(tasks) for stage in ("val", "test")})
 
     @property
     def task_heads(self) -> dict[str, str]:
@@ -210,7 +211,8 @@ class MultiTaskModule(L.LightningModule):
             with strategy.block_backward_sync() if is_parallel and not is_last else nullcontext():  # type: ignore[attr-defined]
                 self.manual_backward(loss / micro_batches)
         if losses and is_first and is_logged_step(self.trainer):
-            self._log_losses("train", loss, losses, batch_size)
+            named = {"train/loss": loss} | {f"train/loss/{name}": one for name, one in losses.items()}
+            self.log_dict({name: one.detach() for name, one in named.items()}, batch_size=batch_size)
         return loss.detach() / micro_batches
 
     def _place_in_window(self, batch_idx: int) -> tuple[int, bool]:
@@ -264,23 +266,35 @@ class MultiTaskModule(L.LightningModule):
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
     @override
+    def on_validation_epoch_start(self) -> None:
+        self._evaluation("val").reset()
+
+    @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate("val", batch)
+        self._evaluation("val").update(*self._step(batch))
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self._evaluation("test").reset()
 
     @override
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate("test", batch)
+        self._evaluation("test").update(*self._step(batch))
 
-    def _evaluate(self, stage: str, batch: Any) -> None:
-        predictions, losses, targets, batch_size = self._step(batch)
-        if not losses:
-            return
-        self._log_losses(stage, _total(losses), losses, batch_size)
-        metrics: Any = self.metrics[stage]
-        for name, target in targets.items():
-            for metric_name, metric in metrics[name].items():
-                metric.update(predictions[name], target)
-                self.log(f"{stage}/{metric_name}/{name}", metric, on_step=False, on_epoch=True, batch_size=batch_size)
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _evaluation(self, stage: str) -> Evaluation:
+        return cast(Evaluation, self.evaluations[stage])
+
+    def _log_evaluation(self, stage: str) -> None:
+        found = self._evaluation(stage).compute()
+        self.log_dict({f"{stage}/{name}": value for name, value in found.items()}, sync_dist=True)
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
@@ -288,13 +302,6 @@ class MultiTaskModule(L.LightningModule):
         is_pair = isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Mapping)
         predictions: dict[str, Any] = self(batch[0] if is_pair else batch)
         return predictions
-
-    def _log_losses(self, stage: str, loss: Tensor, losses: Mapping[str, Tensor], batch_size: int) -> None:
-        named = {f"{stage}/loss": loss.detach()} | {
-            f"{stage}/loss/{name}": one.detach() for name, one in losses.items()
-        }
-        by_step = stage == "train"
-        self.log_dict(named, on_step=by_step, on_epoch=not by_step, sync_dist=not by_step, batch_size=batch_size)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -342,15 +349,6 @@ def _chosen(tasks: Mapping[str, Task], only: Sequence[str] | None) -> Mapping[st
         if name not in tasks:
             raise ValueError(f"MultiTaskModule: there is no task '{name}' to train; {did_you_mean(name, tasks)}")
     return {name: task for name, task in tasks.items() if name in only}
-
-
-def _cloned_metrics(tasks: Mapping[str, Task]) -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {
-            name: nn.ModuleDict({metric: pattern.clone() for metric, pattern in task.metrics.items()})
-            for name, task in tasks.items()
-        }
-    )
 
 
 def _check_evaluated_again(optimizer: torch.optim.Optimizer, micro_batches: int) -> None:
