@@ -20,7 +20,16 @@ from torchjd import scalarization as S
 from lightning_gradnorm import Aggregation, Scalarization
 from lightning_gradnorm.experiments import registry
 from lightning_gradnorm.experiments.cli.config import conf_dir
-from lightning_gradnorm.strategies import AMNL, DBMTL, GABA, DBMTLWeighting, Uncertainty, with_equal_preferences
+from lightning_gradnorm.strategies import (
+    AMNL,
+    DBMTL,
+    GABA,
+    DBMTLWeighting,
+    ReLoBRaLo,
+    SoftAdapt,
+    Uncertainty,
+    with_equal_preferences,
+)
 from lightning_gradnorm.strategies.facts import any_part, facts_of
 
 Make = Callable[[int], nn.Module]
@@ -58,6 +67,7 @@ INSTEAD: dict[Any, dict[str, Make]] = {
     A.SDMGradWeighting: {"SDMGradWeighting": lambda T: A.SDMGradWeighting(lr=0.1, n_iter=2)},
     DBMTL: {"DBMTL": lambda T: DBMTL(beta=0.9), "DBMTL without average": lambda T: DBMTLWeighting()},
     GABA: {"GABA": lambda T: GABA(beta=0.9, warmup=2)},
+    ReLoBRaLo: {"ReLoBRaLo": lambda T: ReLoBRaLo(alpha=0.5, rho=0.5)},
 }
 """A class → what it is tried as in every training, in place of its own name and the options of its yaml."""
 
@@ -68,6 +78,8 @@ MORE: dict[str, Make] = {
     "FAMO with minima": lambda T: S.FAMO(T, min_losses=torch.full((T,), 0.01), lr=0.1),
     "PBI with preferences": lambda T: S.PBI(theta=5.0, weights=_vector(0.5, 0.3, 0.2)),
     "STCH with preferences": lambda T: S.STCH(0.1, _vector(0.5, 0.3, 0.2), _vector(0.1, 0.0, 0.2)),
+    "SoftAdapt, loss-weighted": lambda T: SoftAdapt(variant="loss-weighted", order=2),
+    "SoftAdapt, normalized": lambda T: SoftAdapt(2.0, "normalized", update_every=2),
     "Uncertainty of another task": lambda T: Uncertainty(classification=["depth"]),
     "equal preferences": partial(with_equal_preferences, scalarizer=S.COSMOS, lambda_=0.5),
     "AlignedMTL, least": lambda T: A.AlignedMTL(scale_mode="median"),

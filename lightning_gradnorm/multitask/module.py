@@ -111,7 +111,7 @@ class MultiTaskModule(L.LightningModule):
         self._architecture = architecture.pack(
             {"encoder": encoder, "tasks": dict(every), "optimizer": optimizer, "lr_scheduler": lr_scheduler}
         )
-        self.evaluations = nn.ModuleDict({stage: Evaluation(tasks) for stage in ("val", "test")})
+        self.val_evaluation, self.test_evaluation = Evaluation(tasks), Evaluation(tasks)
 
     @property
     def task_heads(self) -> dict[str, str]:
@@ -211,8 +211,8 @@ class MultiTaskModule(L.LightningModule):
             with strategy.block_backward_sync() if is_parallel and not is_last else nullcontext():  # type: ignore[attr-defined]
                 self.manual_backward(loss / micro_batches)
         if losses and is_first and is_logged_step(self.trainer):
-            named = {"train/loss": loss} | {f"train/loss/{name}": one for name, one in losses.items()}
-            self.log_dict({name: one.detach() for name, one in named.items()}, batch_size=batch_size)
+            shown = {"train/loss": loss} | {f"train/loss/{name}": one for name, one in losses.items()}
+            self.log_dict({name: one.detach() for name, one in shown.items()}, batch_size=batch_size)
         return loss.detach() / micro_batches
 
     def _place_in_window(self, batch_idx: int) -> tuple[int, bool]:
@@ -267,41 +267,37 @@ class MultiTaskModule(L.LightningModule):
 
     @override
     def on_validation_epoch_start(self) -> None:
-        self._evaluation("val").reset()
-
-    @override
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluation("val").update(*self._step(batch))
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val")
+        self.val_evaluation.reset()
 
     @override
     def on_test_epoch_start(self) -> None:
-        self._evaluation("test").reset()
+        self.test_evaluation.reset()
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.val_evaluation.update(*self._step(batch))
 
     @override
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluation("test").update(*self._step(batch))
+        self.test_evaluation.update(*self._step(batch))
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val", self.val_evaluation)
 
     @override
     def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
+        self._log_evaluation("test", self.test_evaluation)
 
-    def _evaluation(self, stage: str) -> Evaluation:
-        return cast(Evaluation, self.evaluations[stage])
-
-    def _log_evaluation(self, stage: str) -> None:
-        found = self._evaluation(stage).compute()
-        self.log_dict({f"{stage}/{name}": value for name, value in found.items()}, sync_dist=True)
+    def _log_evaluation(self, stage: str, evaluation: Evaluation) -> None:
+        # Equal on all ranks already; without sync_dist Lightning would warn.
+        self.log_dict({f"{stage}/{name}": value for name, value in evaluation.compute().items()}, sync_dist=True)
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Return the predictions by task; the batch is ``(inputs, targets)`` or the inputs alone."""
         is_pair = isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Mapping)
-        predictions: dict[str, Any] = self(batch[0] if is_pair else batch)
-        return predictions
+        return cast("dict[str, Any]", self(batch[0] if is_pair else batch))
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from torchjd import aggregation as A
 from torchjd import scalarization as S
 
 from lightning_gradnorm import Aggregation, GradNorm, Scalarization
-from lightning_gradnorm.strategies import AMNL, DBMTL, GABA
+from lightning_gradnorm.strategies import AMNL, DBMTL, GABA, SLAW, ReLoBRaLo, SoftAdapt
 
 pytestmark = [
     # a resumed run that saves nothing is what is meant here
@@ -161,6 +161,9 @@ def test_an_object_that_is_trained_with_again_from_step_0_begins_anew(name: str,
             S.DWA(),
             S.FAMO(3),
             AMNL(beta=0.9),
+            ReLoBRaLo(alpha=0.5, rho=0.5),
+            SoftAdapt(order=2),
+            SLAW(),
             DBMTL(beta=0.9),
             GABA(beta=0.9, warmup=2),
             A.ExcessMTL(),

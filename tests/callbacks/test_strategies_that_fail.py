@@ -21,7 +21,7 @@ from models import Automatic, Manual, vector_batches
 from torch import Tensor, nn
 
 from lightning_gradnorm import Aggregation, FixedWeights, GradNorm, Scalarization
-from lightning_gradnorm.strategies import AMNL, DBMTL, GABA, Uncertainty
+from lightning_gradnorm.strategies import AMNL, DBMTL, GABA, SLAW, UWSO, ReLoBRaLo, SoftAdapt, Uncertainty
 
 MakeTrainer = Callable[..., L.Trainer]
 T, STEPS = 3, 12
@@ -351,6 +351,10 @@ def test_an_error_that_a_scalarizer_raises_in_mid_training_is_the_users(quiet_tr
             "DWA": scalarization(js.DWA),
             "FAMO": scalarization(js.FAMO),
             "AMNL": scalarization(AMNL(beta=0.9)),
+            "ReLoBRaLo": scalarization(ReLoBRaLo()),
+            "SoftAdapt": scalarization(SoftAdapt(order=3)),
+            "SLAW": scalarization(SLAW()),
+            "UWSO": scalarization(UWSO()),
             "UPGrad": aggregation(jd.UPGrad()),
             "UPGrad, no heads": lambda: Aggregation(jd.UPGrad(), NAMES),
             "UPGrad of the parameters": aggregation(jd.UPGrad(), at="parameters"),
