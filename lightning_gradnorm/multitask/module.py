@@ -50,8 +50,7 @@ class MultiTaskModule(L.LightningModule):
         accumulate_grad_batches: batches of which one optimizer step takes the mean gradient; the last of an epoch may
             have fewer (of a loader without a length their sum is still divided by the full number, as Lightning does).
         gradient_clip_val: largest 2-norm of the whole gradient, taken of the unscaled gradient.
-        only: names of the tasks to train, ``None`` for all. The others' heads are no part of the module, their targets in
-            a batch are ignored.
+        only: names of the tasks to train, ``None`` for all. The others' heads and targets are left out.
 
     Raises:
         TypeError, ValueError: an argument out of range, or a batch that is not ``(inputs, targets)``.
