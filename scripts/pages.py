@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -83,6 +84,8 @@ def error_ratio(run: Run, reference: Run) -> float:
 def write_page(path: Path, title: str, described: str, parts: Sequence[str], *, where: str = "CPU") -> Path:
     """Write a page of results: the title, the command, the date and the versions, what was measured, and the parts.
 
+    A section that somebody has written on the page by hand, ``## What it shows``, stays, above the parts.
+
     Args:
         path: of the page, whose folder is made.
         title: without #.
@@ -94,8 +97,20 @@ def write_page(path: Path, title: str, described: str, parts: Sequence[str], *, 
     made = f"{datetime.date.today()}, {versions}, {where}"
     arguments = ["FOLDER" if Path(one).is_absolute() else one for one in sys.argv[1:]]  # whose is of no interest
     command = shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *arguments])
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    by_hand = re.findall(r"^## What it shows\n.*?(?=\n+(?:## |\||!\[)|\Z)", before, re.DOTALL | re.MULTILINE)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join([f"# {title}", f"`{command}`", f"{made}{described}", *parts]) + "\n")
+    whole = [
+        f"# {title}",
+        f"`{command}`",
+        *(one.strip() for one in by_hand),
+        "## The numbers",
+        f"{made}{described}",
+        *parts,
+    ]
+    if not by_hand:
+        whole.remove("## The numbers")
+    path.write_text("\n\n".join(whole) + "\n", encoding="utf-8")
     return path
 
 
