@@ -98,18 +98,10 @@ def write_page(path: Path, title: str, described: str, parts: Sequence[str], *, 
     arguments = ["FOLDER" if Path(one).is_absolute() else one for one in sys.argv[1:]]  # whose is of no interest
     command = shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *arguments])
     before = path.read_text(encoding="utf-8") if path.exists() else ""
-    by_hand = re.findall(r"^## What it shows\n.*?(?=\n+(?:## |\||!\[)|\Z)", before, re.DOTALL | re.MULTILINE)
+    found = re.search(r"^## What it shows\n.*?(?=\n## |\Z)", before, re.DOTALL | re.MULTILINE)
+    by_hand = [found[0].strip(), "## The numbers"] if found else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = [
-        f"# {title}",
-        f"`{command}`",
-        *(one.strip() for one in by_hand),
-        "## The numbers",
-        f"{made}{described}",
-        *parts,
-    ]
-    if not by_hand:
-        whole.remove("## The numbers")
+    whole = [f"# {title}", f"`{command}`", *by_hand, f"{made}{described}", *parts]
     path.write_text("\n\n".join(whole) + "\n", encoding="utf-8")
     return path
 
