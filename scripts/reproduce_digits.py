@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pages import QUIET, finished_runs, mean_and_spread, write_page
-from weight_traces import traces_table
+from weight_traces import read_weights, traces_table
 
 from lightning_gradnorm.experiments.report import Run
 from lightning_gradnorm.experiments.report.significance import paired_test
@@ -45,6 +45,34 @@ def table(results: Mapping[str, Sequence[Run]]) -> str:
     return "\n".join(lines)
 
 
+def plot(weights: Path, results: Mapping[str, Sequence[Run]], path: Path) -> None:
+    """Draw the weights of one run over its steps, and beside them what each arm reaches, a point for each seed."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, *others) = plt.subplots(1, 4, figsize=(12, 3.2), width_ratios=(2.2, 1, 1, 1))
+    for color, (task, (steps, values)) in enumerate(read_weights(weights).items()):
+        left.plot(steps, values, color=f"C{color}", label=task)
+        left.annotate(task, (steps[-1], values[-1]), (4, 0), textcoords="offset points", color=f"C{color}", va="center")
+    left.set(title="GradNorm's task weights", xlabel="step", yscale="log")
+    for axis, (metric, factor), color in zip(others, COLUMNS.items(), ("C0", "C1", "C2"), strict=True):
+        for place, arm in enumerate(("equal", "gradnorm")):
+            values = [run.metrics[metric] * factor for run in results[arm]]
+            axis.plot([place] * len(values), values, "o", color=color, alpha=0.5, markersize=4)
+            axis.plot(place, sum(values) / len(values), "_", color=color, markersize=24, markeredgewidth=2)
+        what = "r²" if "r2" in metric else "accuracy, %"
+        axis.set(
+            title=f"{metric.rsplit('/', 1)[1]}: {what}",
+            xticks=(0, 1),
+            xticklabels=("equal", "GradNorm"),
+            xlim=(-0.6, 1.6),
+        )
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
@@ -70,11 +98,17 @@ def main() -> None:
         "tested with the network of the epoch with the lowest sum of validation losses. Mean ± standard deviation over the "
         "seeds; p: t-test paired over the seeds against GradNorm without the remedy, not corrected for there being several."
     )
+    options.output.mkdir(parents=True, exist_ok=True)
+    plot(options.runs / f"gradnorm/{options.seeds[0]}", results, options.output / "digits.png")
+    picture = "![Task weights of one run, and accuracies and r² of equal weights and GradNorm](digits.png)"
     trace = (
         "GradNorm's weights over the last third of training, means over the seeds; with smoothing, norms are averages:"
     )
     page = write_page(
-        options.output / "digits.md", "Two digits and their sum", about, [table(results), trace, traces_table(folders)]
+        options.output / "digits.md",
+        "Two digits and their sum",
+        about,
+        [table(results), picture, trace, traces_table(folders)],
     )
     print(table(results), traces_table(folders), f"Wrote {page}", sep="\n\n")
 

@@ -25,15 +25,24 @@ class Trace:
     distance: float
 
 
-def read_trace(folder: Path) -> Trace:
-    """Read the trace of a run that logged with CSVLogger.
-
-    Args:
-        folder: Of the run; its one ``metrics.csv`` may be further down.
-    """
+def read_rows(folder: Path) -> list[dict[str, str]]:
+    """Return what a run with CSVLogger has logged of GradNorm, a row for each logged step."""
     (file,) = folder.rglob("metrics.csv")
     with file.open() as lines:
-        rows = [row for row in csv.DictReader(lines) if row.get(L_GRAD)]
+        return [row for row in csv.DictReader(lines) if row.get(L_GRAD)]
+
+
+def read_weights(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Return the logged steps and the weight in each of them, by task."""
+    rows = read_rows(folder)
+    names = [name for name in rows[0] if name.startswith(WEIGHT)]
+    steps = [int(row["step"]) for row in rows]
+    return {name.removeprefix(WEIGHT): (steps, [float(row[name]) for row in rows]) for name in names}
+
+
+def read_trace(folder: Path) -> Trace:
+    """Read the trace of a run that logged with CSVLogger; its one ``metrics.csv`` may lie further down."""
+    rows = read_rows(folder)
     last = rows[2 * len(rows) // 3 :]
     tasks = [name.removeprefix(WEIGHT) for name in last[0] if name.startswith(WEIGHT)]
     spread = {task: statistics.stdev(math.log(float(row[WEIGHT + task])) for row in last) for task in tasks}

@@ -14,7 +14,7 @@ from lightning_gradnorm.experiments.cli.build import build
 from lightning_gradnorm.experiments.report import Run
 
 SCRIPT = "reproduce_digits"
-LOG = "gradnorm/loss,gradnorm/weight/left,gradnorm/grad_norm/left\n" + "1,1,4\n" * 6
+LOG = "step,gradnorm/loss,gradnorm/weight/left,gradnorm/grad_norm/left\n" + "9,1,1,4\n" * 6
 
 
 def test_the_remedies_are_tested_against_plain_gradnorm_seed_by_seed(
@@ -38,6 +38,7 @@ def test_the_remedies_are_tested_against_plain_gradnorm_seed_by_seed(
     page = (tmp_path / "docs" / "results" / "digits.md").read_text()
     assert "| gradnorm, log | 62.00 ± 8.54 (p 0.184) |" in page  # t = 2 on two degrees of freedom
     assert "| gradnorm | 0.000 | 0.25 |" in told
+    assert (tmp_path / "docs" / "results" / "digits.png").stat().st_size > 10_000
     made = [build(compose_run(tmp_path, *overrides), "balancing") for overrides in asked.values()]
     spaces = [(one.weight_space, one.smoothing) for one in made if one is not None]
     assert spaces == 3 * [("linear", 0.0), ("log", 0.0), ("linear", 0.9)]
