@@ -193,7 +193,7 @@ def errors_table(found: Found, names: Sequence[str], arms: Sequence[str], seeds:
 
 def targets_table(found: Found, names: Sequence[str], seeds: Sequence[int]) -> str:
     """Return what there is to know of the targets: scales, how much of them can be learned, and where the weight goes."""
-    head = ["targets", "largest ÷ smallest sd", "r² alike: lowest, highest", "weight of the least learnable target"]
+    head = ["targets", "largest ÷ smallest sd", "r² if standardised: lowest, highest", "weight of the least learnable target"]
     lines = [f"| | {' | '.join(head)} |", "|---" + "|---:" * len(head) + "|"]
     for name in names:
         scale = found[name, "equal", seeds[0]]["scale"]
@@ -241,6 +241,7 @@ def plot(found: Found, names: Sequence[str], arms: Sequence[str], seeds: Sequenc
             axis.plot(statistics.mean(ratios), row, "|", color="C0", markersize=14, markeredgewidth=2)
         axis.axvline(1, color="0.3", linewidth=0.8)
         axis.set(title=name, yticks=range(len(rivals)), yticklabels=rivals)
+        axis.locator_params(axis="x", nbins=4)
         axis.invert_yaxis() if axis is axes[0, 0] else None
     figure.supxlabel("relative RMSE ÷ that of equal weights: left is better")
     figure.tight_layout()
