@@ -55,7 +55,7 @@ def plot(weights: Path, results: Mapping[str, Sequence[Run]], path: Path) -> Non
     figure, (left, *others) = plt.subplots(1, 4, figsize=(12, 3.2), width_ratios=(2.2, 1, 1, 1))
     for color, (task, (steps, values)) in enumerate(read_weights(weights).items()):
         left.plot(steps, values, color=f"C{color}", label=task)
-        left.annotate(task, (steps[-1], values[-1]), (4, 0), textcoords="offset points", color=f"C{color}", va="center")
+    left.legend(loc="lower left")
     left.set(title="GradNorm's task weights", xlabel="step", yscale="log")
     for axis, (metric, factor), color in zip(others, COLUMNS.items(), ("C0", "C1", "C2"), strict=True):
         for place, arm in enumerate(("equal", "gradnorm")):

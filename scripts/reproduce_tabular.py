@@ -193,7 +193,12 @@ def errors_table(found: Found, names: Sequence[str], arms: Sequence[str], seeds:
 
 def targets_table(found: Found, names: Sequence[str], seeds: Sequence[int]) -> str:
     """Return what there is to know of the targets: scales, how much of them can be learned, and where the weight goes."""
-    head = ["targets", "largest ÷ smallest sd", "r² if standardised: lowest, highest", "weight of the least learnable target"]
+    head = [
+        "targets",
+        "largest ÷ smallest sd",
+        "r² if standardised: lowest, highest",
+        "weight of the least learnable target",
+    ]
     lines = [f"| | {' | '.join(head)} |", "|---" + "|---:" * len(head) + "|"]
     for name in names:
         scale = found[name, "equal", seeds[0]]["scale"]
