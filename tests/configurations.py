@@ -40,6 +40,8 @@ def tiny(experiment: str) -> list[str]:
     """What makes the data and networks of an experiment so small that they train in a second."""
     if experiment.startswith("cmapss"):
         engines = ["data.engines=6", "data.test_engines=3", "data.batch_size=4", "data.folder=${paths.run_dir}/engines"]
+        if experiment == "cmapss_mlp":
+            return [*engines, "model.encoder.hidden=[8]"]
         return [*engines, "model.encoder.channels=[8]", "model.encoder.hidden=4"]
     if experiment == "tabular":
         return [*TABLE, "data.batch_size=16"]

@@ -33,6 +33,7 @@ SETTINGS = {
     "nyuv2_kpts_resnet": ["depth", "normals", "keypoints"],
     "nyuv2_kpts_small": ["depth", "normals", "keypoints"],
     "cmapss_small": ["rul", "health"],
+    "cmapss_mlp": ["rul", "health"],
     "cmapss_fd001": ["rul", "health"],
     "cmapss_fd002": ["rul", "health"],
     "cmapss_fd003": ["rul", "health"],

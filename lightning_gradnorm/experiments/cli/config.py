@@ -13,7 +13,7 @@ from hydra.utils import get_object
 from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from lightning_gradnorm import MultiTaskModule
 from lightning_gradnorm.callbacks import TensorBoardDashboard
@@ -143,7 +143,11 @@ def _of_network(attribute: str, network: DictConfig) -> int:
 
 def _of_data(attribute: str, data: DictConfig) -> Any:
     """Return what is known as soon as the data are read, such as the number of inputs."""
-    found = build(OmegaConf.create({"data": OmegaConf.to_container(data, resolve=True)}), "data")
+    options = OmegaConf.to_container(data, resolve=True)
+    assert isinstance(options, dict)
+    # Some sizes follow without the files; that these are missing is for the data themselves to say.
+    given = {key: "not given" if value == MISSING else value for key, value in options.items()}
+    found = build(OmegaConf.create({"data": given}), "data")
     if not hasattr(type(found), attribute):
         raise ValueError(f"the model needs data with '{attribute}', such as data=tabular; got {type(found).__name__}")
     known = getattr(found, attribute)

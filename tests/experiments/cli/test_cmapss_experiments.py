@@ -48,8 +48,7 @@ def test_without_a_folder_it_is_asked_for(call: Call) -> None:
 @pytest.mark.parametrize("data", ["cmapss", "turbofan"])
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_network_fits_the_data(experiment: str, data: str, tmp_path: Path) -> None:
-    root = ["data.root=anywhere"] if data == "cmapss" else []
-    config = compose_run(tmp_path, f"experiment={experiment}", f"data={data}", *root)
+    config = compose_run(tmp_path, f"experiment={experiment}", f"data={data}")
     subset = "FD001" if experiment in ("cmapss_mlp", "cmapss_small") else experiment.removeprefix("cmapss_").upper()
     assert config.data.subset == subset
     found: Any = OmegaConf.to_container(config.model, resolve=True)
