@@ -31,7 +31,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_gradnorm.experiments.problems.engines.cmapss import CMAPSS, SUBSETS, Windows, read_engines
+from lightning_gradnorm.experiments.problems.engines.cmapss import (
+    CMAPSS,
+    SUBSETS,
+    Standardisation,
+    Windows,
+    read_engines,
+)
 from lightning_gradnorm.experiments.problems.engines.cmapss.files import Engines
 from lightning_gradnorm.experiments.problems.engines.turbofan import TurbofanDataModule
 from lightning_gradnorm.experiments.problems.engines.turbofan.engine import DECIMALS
@@ -67,7 +73,11 @@ class Statistics:
         data.setup()
         held_out, test = ridge(data)
         engines = read_engines(data.root / f"train_{data.subset}.txt")
-        shown = engines.sensors if like is None else standardise(engines, like)
+        if like is None:
+            shown = engines.sensors
+        else:
+            standardise = Standardisation.fit(like.settings, like.sensors, data.conditions)
+            shown = standardise(engines.settings, engines.sensors).astype(np.float64)
         left = engines.of_rows(engines.starts + engines.lengths - 1) - np.arange(len(shown))
         same_engine = np.diff(engines.of_rows(engines.units)) == 0
         constant = np.ptp(shown, axis=0) < 1e-9
@@ -81,17 +91,6 @@ class Statistics:
             held_out=held_out,
             test=test,
         )
-
-
-def standardise(engines: Engines, like: Engines) -> Array:
-    """Subtract mean and divide by standard deviation that ``like`` has in a cycle's condition, told by its altitude."""
-    shown = np.empty_like(engines.sensors)
-    for altitude in np.unique(np.rint(like.settings[:, 0])):
-        own, theirs = (np.rint(some.settings[:, 0]) == altitude for some in (engines, like))
-        moving = np.ptp(like.sensors[theirs], axis=0) > 0
-        scale = np.where(moving, like.sensors[theirs].std(axis=0), 1)
-        shown[own] = (engines.sensors[own] - like.sensors[theirs].mean(axis=0)) / scale
-    return shown
 
 
 def _correlations(shown: Array, left: npt.NDArray[np.int64], constant: npt.NDArray[np.bool_]) -> Array:

@@ -23,9 +23,12 @@ import torch
 from lightning_gradnorm.experiments.cli.job_runner import carry_out
 from lightning_gradnorm.experiments.report import PAPER, Run, by_task, higher_is_better
 from lightning_gradnorm.experiments.report.results import ALL_TASKS
+from lightning_gradnorm.experiments.report.significance import PairedTest, holm, paired_test
 
 QUIET = ("trainer.enable_progress_bar=false", "trainer.enable_model_summary=false")
 """Of `gradnorm-train`, whose output nobody watches."""
+BARE = (*(f"callbacks.{one}=null" for one in ("last", "interrupt", "learning_rate", "dashboard")), "logger=csv", *QUIET)
+"""The same, of runs that leave nothing but the best checkpoint and a CSV log."""
 
 
 def be_quiet(threads: int = 1) -> None:
@@ -79,6 +82,13 @@ def error_ratio(run: Run, reference: Run) -> float:
     """Return the run's errors divided by the reference's, the mean over the tasks."""
     ours, theirs = errors(run), errors(reference)
     return statistics.mean(ours[task] / theirs[task] for task in theirs)
+
+
+def corrected_tests(differences: Mapping[str, Sequence[float]]) -> dict[str, tuple[PairedTest, float]]:
+    """Return the paired t-test of each rival's differences, and its p value corrected for their number (Holm)."""
+    tests = {rival: paired_test(values) for rival, values in differences.items()}
+    corrected = holm([1.0 if test.p is None else test.p for test in tests.values()])
+    return {rival: (test, p) for (rival, test), p in zip(tests.items(), corrected, strict=True)}
 
 
 def write_page(path: Path, title: str, described: str, parts: Sequence[str], *, where: str = "CPU") -> Path:

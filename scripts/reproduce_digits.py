@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pages import QUIET, finished_runs, mean_and_spread, write_page
+from pages import BARE, finished_runs, mean_and_spread, write_page
 from weight_traces import read_weights, traces_table
 
 from lightning_gradnorm.experiments.report import Run
@@ -83,9 +83,8 @@ def main() -> None:
     quick = []
     if options.quick:
         quick, options.seeds, options.output = ["trainer.max_epochs=1"], options.seeds[:1], Path("outputs")
-    quiet = [f"callbacks.{one}=null" for one in ("last", "interrupt", "learning_rate", "dashboard")]
     jobs = {
-        f"{arm}/{seed}": ["experiment=multimnist", *given, f"seed={seed}", *quiet, "logger=csv", *QUIET, *quick]
+        f"{arm}/{seed}": ["experiment=multimnist", *given, f"seed={seed}", *BARE, *quick]
         for seed in options.seeds
         for arm, given in ARMS.items()
     }

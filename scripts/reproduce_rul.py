@@ -17,7 +17,6 @@ parameters, ``small`` is the book's in small, ``book`` is the book's, whose 100 
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -25,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pages import QUIET, finished_runs, mean_and_spread, write_page
-from weight_traces import traces_table
+from pages import BARE, corrected_tests, finished_runs, mean_and_spread, write_page
+from weight_traces import read_rows, traces_table
 
 from lightning_gradnorm.experiments.cli.run_folder import TIME, quoted
-from lightning_gradnorm.experiments.report.significance import holm, paired_test
+from lightning_gradnorm.experiments.report import Run
 
 METHODS = {
     "fixed": ["balancing=fixed", "balancing.weights={rul: 0.5, health: 0.5}"],
@@ -141,6 +140,16 @@ class Result:
     metrics: dict[str, float]
     training: dict[str, Any]
 
+    @classmethod
+    def of(cls, run: Run, runs: Path) -> Result:
+        """Read it."""
+        return cls(runs / run.name, run.metrics, json.loads((runs / run.name / TIME).read_text()))
+
+
+def measured(runs: Sequence[Result]) -> list[str]:
+    """Return the cells of the measured columns."""
+    return [mean_and_spread([run.metrics[c.metric] * c.factor for run in runs], c.digits) for c in COLUMNS]
+
 
 Results = Mapping[str, Sequence[Result]]
 """Of each method, a result for each seed."""
@@ -155,11 +164,9 @@ def overrides(method: str, subset: str, seed: int, options: argparse.Namespace) 
     # Not those that an earlier simulator has left.
     engines.append(f"data.folder={quoted(str(options.runs / 'engines'))}")
     data = engines if options.root is None else ["data=cmapss", f"data.root={quoted(str(options.root))}"]
-    quiet = [f"callbacks.{one}=null" for one in ("last", "interrupt", "learning_rate", "dashboard")]
-    quiet += ["logger=csv", *QUIET]
     best = "callbacks.checkpoint.monitor=val/rmse/rul"
     chosen = [f"data.subset={subset}", "data.seed=0", *data, *METHODS[method], f"seed={seed}"]
-    return [*setting, *chosen, *quiet, best, *options.set]
+    return [*setting, *chosen, *BARE, best, *options.set]
 
 
 def jobs(options: argparse.Namespace) -> dict[str, list[str]]:
@@ -194,10 +201,8 @@ def choose(options: argparse.Namespace) -> None:
 
 def lowest(folder: Path) -> tuple[float, int]:
     """Return the lowest validation RMSE of a run, and its epoch, from 1."""
-    (file,) = folder.rglob("metrics.csv")
-    with file.open() as lines:
-        rows = [row for row in csv.DictReader(lines) if row["val/rmse/rul"]]
-    return min((float(row["val/rmse/rul"]), int(row["epoch"]) + 1) for row in rows)
+    rmse = "val/rmse/rul"
+    return min((float(row[rmse]), int(row["epoch"]) + 1) for row in read_rows(folder, rmse))
 
 
 def ablate(options: argparse.Namespace) -> None:
@@ -212,13 +217,10 @@ def ablate(options: argparse.Namespace) -> None:
         planned[f"ablate/{options.network}/{name}/{seed}"] = [*given, *changed]
     results: dict[str, list[Result]] = {}
     for run in finished_runs(planned, options.runs, threads=1):
-        folder = options.runs / run.name
-        result = Result(folder, run.metrics, json.loads((folder / TIME).read_text()))
-        results.setdefault(run.name.split("/")[2], []).append(result)
+        results.setdefault(run.name.split("/")[2], []).append(Result.of(run, options.runs))
     lines = [f"| fixed weights, FD001 | {' | '.join(column.title for column in COLUMNS)} |", "|---|---:|---:|---:|"]
     for name, runs in results.items():
-        cells = [mean_and_spread([run.metrics[c.metric] * c.factor for run in runs], c.digits) for c in COLUMNS]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(measured(runs))} |")
     every = [result for runs in results.values() for result in runs]
     about = described(options, next(iter(planned.values())), every)
     print(
@@ -234,7 +236,7 @@ def table(subset: str, results: Results) -> str:
     ours, theirs = [column.title for column in COLUMNS] + ["time ÷ fixed"], [f"*{one}*" for one in PUBLISHED]
     lines = [f"| {subset} | {' | '.join([*ours, *theirs])} |", "|---" + "|---:" * len(ours + theirs) + "|"]
     for method, runs in results.items():
-        cells = [mean_and_spread([run.metrics[c.metric] * c.factor for run in runs], c.digits) for c in COLUMNS]
+        cells = measured(runs)
         pairs = zip(runs, results.get("fixed", ()), strict=False)
         ratios = [run.training["processor_seconds"] / base.training["processor_seconds"] for run, base in pairs]
         cells.append(mean_and_spread(ratios, 2) if ratios else "")
@@ -251,12 +253,11 @@ def tests(results: Results) -> str:
     cells: dict[str, list[str]] = {method: [] for method in rivals}
     for column in COLUMNS:
         base = [run.metrics[column.metric] for run in results["fixed"]]
-        found = {}
+        differences = {}
         for method in rivals:
             values = [run.metrics[column.metric] for run in results[method]]
-            found[method] = paired_test([(a - b) * column.factor for a, b in zip(values, base, strict=True)])
-        corrected = holm([1.0 if test.p is None else test.p for test in found.values()])
-        for (method, test), p in zip(found.items(), corrected, strict=True):
+            differences[method] = [(a - b) * column.factor for a, b in zip(values, base, strict=True)]
+        for method, (test, p) in corrected_tests(differences).items():
             better = test.mean * column.sign < 0
             mark = f" **{'better' if better else 'worse'}**" if p < 0.05 else ""
             raw = 1.0 if test.p is None else test.p
@@ -323,9 +324,7 @@ def main() -> None:
     results: dict[str, dict[str, list[Result]]] = {}
     for run in finished_runs(planned, options.runs, threads=1):
         _, subset, method, _ = run.name.split("/")
-        folder = options.runs / run.name
-        result = Result(folder, run.metrics, json.loads((folder / TIME).read_text()))
-        results.setdefault(subset, {}).setdefault(method, []).append(result)
+        results.setdefault(subset, {}).setdefault(method, []).append(Result.of(run, options.runs))
     parts = []
     for subset, of_subset in results.items():
         parts += [f"## {subset}", table(subset, of_subset)]

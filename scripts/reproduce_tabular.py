@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pages import be_quiet, kept, mean_and_spread, write_page
+from pages import be_quiet, corrected_tests, kept, mean_and_spread, write_page
 from torch import Tensor, nn
 from torchjd.aggregation import UPGrad
 from torchjd.scalarization import DWA, UW
@@ -30,11 +30,11 @@ from torchjd.scalarization import DWA, UW
 from lightning_gradnorm import Balancer, RandomWeights
 from lightning_gradnorm.engine.rule import Rule
 from lightning_gradnorm.experiments.problems.small import MLP
-from lightning_gradnorm.experiments.problems.tabular import TabularDataModule, tabular_tasks
-from lightning_gradnorm.experiments.report.significance import holm, paired_test
+from lightning_gradnorm.experiments.problems.tabular import MaskedMSELoss, TabularDataModule, read_table, tabular_tasks
 from lightning_gradnorm.strategies import AggregationRule, FixedRule, GradNormRule, ScalarizationRule
 
 BATCH = 64
+masked_mse = MaskedMSELoss()
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,6 @@ def train(folder: Path, name: str, arm: str, seed: int, steps: int, mean: dict[s
     }
 
 
-def masked_mse(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared error over the targets that are there; in no batch are all missing."""
-    there = ~target.isnan()
-    return ((prediction[there] - target[there]) ** 2).mean()
-
-
 @torch.no_grad()
 def score(
     model: nn.ModuleDict, inputs: Tensor, targets: dict[str, Tensor], scales: dict[str, tuple[float, float]]
@@ -152,12 +146,10 @@ def score(
 
 
 def targets_of(folder: Path, table: Table) -> Sequence[str]:
-    """Return the names of the targets: those that are given, or the last of the file's attributes."""
+    """Return the names of the targets: those that are given, or the last columns."""
     if not isinstance(table.targets, int):
         return table.targets
-    lines = (folder / table.file).read_text(encoding="utf-8", errors="replace").splitlines()
-    names = [line.split(None, 1)[1] for line in lines if line.lower().startswith("@attribute")]
-    return [name.rsplit(None, 1)[0].strip().strip("'\"") for name in names[-table.targets :]]
+    return list(read_table(folder / table.file).columns[-table.targets :])
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -180,9 +172,7 @@ def errors_table(found: Found, names: Sequence[str], arms: Sequence[str], seeds:
         differences = {
             arm: [error(found, name, arm, seed) - error(found, name, "equal", seed) for seed in seeds] for arm in rivals
         }
-        tests = {arm: paired_test(values) for arm, values in differences.items()}
-        corrected = holm([1.0 if test.p is None else test.p for test in tests.values()])
-        for (arm, test), p in zip(tests.items(), corrected, strict=True):
+        for arm, (test, p) in corrected_tests(differences).items():
             marks[name, arm] = "" if p >= 0.05 else " **−**" if test.mean < 0 else " **+**"
     for arm in arms:
         cells = [mean_and_spread([error(found, n, arm, s) for s in seeds], 3) + marks.get((n, arm), "") for n in names]
@@ -280,10 +270,8 @@ def main() -> None:
     be_quiet()
     warnings.filterwarnings("ignore", message=".*task .* has held more than")  # what is studied here
     found: Found = {}
-    arms = [
-        "GradNorm α 1.5",
-        *(arm for arm in ARMS if arm != "GradNorm α 1.5"),
-    ]  # the static weights are its mean weights
+    # First, for its mean weights are the static ones.
+    arms = ["GradNorm α 1.5", *(arm for arm in ARMS if arm != "GradNorm α 1.5")]
     for seed, name, arm in itertools.product(options.seeds, options.tables, arms):
         mean = found.get((name, "GradNorm α 1.5", seed), {}).get("mean_weights")
         settings = {"table": name, "arm": arm, "seed": seed, "steps": options.steps}

@@ -25,11 +25,11 @@ class Trace:
     distance: float
 
 
-def read_rows(folder: Path) -> list[dict[str, str]]:
-    """Return what a run with CSVLogger has logged of GradNorm, a row for each logged step."""
+def read_rows(folder: Path, metric: str = L_GRAD) -> list[dict[str, str]]:
+    """Return the rows of a run's CSV log that have a metric, by default those of GradNorm."""
     (file,) = folder.rglob("metrics.csv")
     with file.open() as lines:
-        return [row for row in csv.DictReader(lines) if row.get(L_GRAD)]
+        return [row for row in csv.DictReader(lines) if row.get(metric)]
 
 
 def read_weights(folder: Path) -> dict[str, tuple[list[int], list[float]]]:

@@ -16,7 +16,10 @@ from lightning_gradnorm.multitask.task import Task
 
 
 class MeanLoss(Metric):
-    """The mean of the batches' losses, weighted by their sizes; torchmetrics' own leaves out NaN, or the weights."""
+    """The mean of the batches' losses, weighted by their sizes; NaN stays NaN.
+
+    torchmetrics' `MeanMetric` drops NaN or, told not to, the weights.
+    """
 
     total: Tensor
     samples: Tensor

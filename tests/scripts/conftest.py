@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -26,6 +27,15 @@ def script(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setitem(sys.modules, name, module)
     specification.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def lightnings_log() -> Iterator[None]:
+    """Let Lightning say again afterwards what a script has silenced."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture

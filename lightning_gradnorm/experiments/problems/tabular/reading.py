@@ -8,12 +8,14 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from lightning_gradnorm._messages import nearest
+from lightning_gradnorm.experiments.loading.errors import refuse
 
 SUFFIXES = {
     ".csv": "csv",
@@ -28,24 +30,12 @@ SUFFIXES = {
 }
 """What a file's name says about its format."""
 
+wrong = partial(refuse, "TabularDataModule")
+
 _KINDS = {"csv": "a text file", "arff": "an ARFF file", "mat": "a MATLAB file", "parquet": "a Parquet file"}
 FORMATS = tuple(_KINDS)
 _SEPARATORS = ("\t", ";", "|", ",")
 """In this order: decimal commas and texts have commas in them, too."""
-
-
-def wrong(place: object, expected: str, found: object, mend: str = "") -> NoReturn:
-    """Raise an error that says where, what is expected there, what was found and how to mend it.
-
-    Raises:
-        ValueError: Always.
-
-    Example:
-        >>> wrong("column 'age' of people.csv", "hold numbers", "'old' in row 3", "Correct it.")
-        Traceback (most recent call last):
-        ValueError: TabularDataModule: column 'age' of people.csv should hold numbers; got 'old' in row 3. Correct it.
-    """
-    raise ValueError(f"TabularDataModule: {place} should {expected}; got {found}. {mend}".rstrip())
 
 
 def read_table(

@@ -1,10 +1,12 @@
-"""The one sentence said about a file that is not what it should be."""
+"""What is said about a file that is missing, or not what it should be."""
 
 from __future__ import annotations
 
 import importlib
 from pathlib import Path
 from typing import Any, NoReturn
+
+from lightning_gradnorm.experiments.loading.errors import refuse
 
 COPY_AGAIN = "The copy seems damaged: fetch the file again."
 
@@ -30,7 +32,7 @@ def wrong(file: Path | str, field: str, expected: str, found: object, mend: str 
     Raises:
         ValueError: Always.
     """
-    raise ValueError(f"NYUv2: {field} in {file} should be {expected}; got {found}. {mend}".rstrip())
+    refuse("NYUv2", f"{field} in {file}", f"be {expected}", found, mend)
 
 
 def existing(file: Path, what: str) -> Path:

@@ -1,23 +1,13 @@
-"""The one sentence said about a file that is not what it should be."""
+"""What is said about a file that is missing, or not what it should be."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
+from lightning_gradnorm.experiments.loading.errors import refuse
 
-def wrong(place: str, expected: str, found: object, mend: str = "") -> NoReturn:
-    """Raise an error that says where, what is expected there, what was found and how to mend it.
-
-    Raises:
-        ValueError: Always.
-
-    Example:
-        >>> wrong("line 7 of train_FD001.txt", "have 26 columns", 25, "Fetch the file again.")
-        Traceback (most recent call last):
-        ValueError: CMAPSS: line 7 of train_FD001.txt should have 26 columns; got 25. Fetch the file again.
-    """
-    raise ValueError(f"CMAPSS: {place} should {expected}; got {found}. {mend}".rstrip())
+wrong = partial(refuse, "CMAPSS")
 
 
 def existing(file: Path, what: str) -> Path:

@@ -235,8 +235,8 @@ class CMAPSS(SplitsDataModule[Windows]):
         differences = {name: what for name, what in told.items() if what is not None}
         for name, what in differences.items():
             rank_zero_warn(
-                f"{type(self).__name__}: {name} in {self.root} should be NASA's, {ORIGINALS[name]}; {what}. Results on it do "
-                "not compare with published ones. Fetch the file again, unless it is your own."
+                f"{type(self).__name__}: {name} in {self.root} should be NASA's, {ORIGINALS[name]}; {what}. Results on it are "
+                "not comparable with published ones. Fetch the file again, unless it is your own."
             )
         return differences
 

@@ -1,4 +1,4 @@
-"""NASA's twelve files, known by their numbers: copies under the same names that were altered or swapped are about."""
+"""NASA's twelve files, known by their numbers: altered and swapped copies circulate under the same names."""
 
 from __future__ import annotations
 
