@@ -15,7 +15,11 @@ __all__ = [
     "GradNorm",
     "GradNormStatic",
     "GradientNormMonitor",
+    "InverseNorm",
+    "LRAnnealing",
     "MultiTaskModule",
+    "NTKWeights",
+    "NormWeighting",
     "RandomWeights",
     "Scalarization",
     "Task",
@@ -32,6 +36,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time it is `_HOM
         FixedWeights,
         GradNorm,
         GradNormStatic,
+        NormWeighting,
         RandomWeights,
         Scalarization,
     )
@@ -39,16 +44,25 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time it is `_HOM
     from lightning_gradnorm.gradients import gradient_norms
     from lightning_gradnorm.monitor import GradientNormMonitor
     from lightning_gradnorm.multitask import MultiTaskModule, Task
+    from lightning_gradnorm.strategies import InverseNorm, LRAnnealing, NTKWeights
 else:
     import importlib
 
     _HOMES = {
-        "callbacks": ("Aggregation", "FixedWeights", "GradNorm", "GradNormStatic", "RandomWeights", "Scalarization"),
+        "callbacks": (
+            "Aggregation",
+            "FixedWeights",
+            "GradNorm",
+            "GradNormStatic",
+            "NormWeighting",
+            "RandomWeights",
+            "Scalarization",
+        ),
         "engine": ("Balancer",),
         "gradients": ("gradient_norms",),
         "monitor": ("GradientNormMonitor",),
         "multitask": ("MultiTaskModule", "Task"),
-        "strategies": (),
+        "strategies": ("InverseNorm", "LRAnnealing", "NTKWeights"),
     }
 
     def __getattr__(name: str) -> object:

@@ -8,6 +8,7 @@ from lightning_gradnorm.callbacks.base import BalancingCallback
 from lightning_gradnorm.callbacks.dashboard import TensorBoardDashboard
 from lightning_gradnorm.callbacks.fixed_weights import FixedWeights, GradNormStatic, RandomWeights
 from lightning_gradnorm.callbacks.gradnorm import GradNorm
+from lightning_gradnorm.callbacks.norm_weighting import NormWeighting
 from lightning_gradnorm.callbacks.scalarization import Scalarization
 from lightning_gradnorm.engine.rule import DeclaresTasks
 
@@ -18,6 +19,7 @@ __all__ = [
     "FixedWeights",
     "GradNorm",
     "GradNormStatic",
+    "NormWeighting",
     "RandomWeights",
     "Scalarization",
     "TensorBoardDashboard",

@@ -28,6 +28,7 @@ from lightning_gradnorm.callbacks.usage_checks import (
 from lightning_gradnorm.engine.argument_checks import check_heads
 from lightning_gradnorm.engine.balanced import claim
 from lightning_gradnorm.engine.engine import Engine
+from lightning_gradnorm.engine.layers import ALL
 from lightning_gradnorm.engine.measurement import AnyRule, Heads, Setting
 
 
@@ -45,7 +46,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
             losses, in which ``tasks`` are keys, attributes or indices; or task → path of what returns its loss.
         heads: task → dotted name of its head module; ``"auto"`` finds them in the first batch; ``None``: no heads.
         representation: dotted name of the module whose output the heads read.
-        shared_layer: dotted name of the last shared layer.
+        shared_layer: dotted name of the last shared layer, or of several layers; ``"all"``: all trained parameters.
         norm_of: where norms are taken, for rules that need them.
     """
 
@@ -61,7 +62,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         losses_from: str | Mapping[str, str] | None = None,
         heads: Heads = "auto",
         representation: str = "encoder",
-        shared_layer: str | None = None,
+        shared_layer: str | Sequence[str] | None = None,
         norm_of: Literal["weight", "activation"] = "weight",
     ) -> None:
         self.tasks = tasks
@@ -158,7 +159,8 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         parameter = next((p for p in pl_module.parameters() if p.is_floating_point()), torch.zeros(()))
         self._start_rule(torch.zeros((), dtype=parameter.dtype, device=pl_module.device))
         heads = self.heads
-        if heads == "auto" and declared and len(set(map(pl_module.get_submodule, declared.values()))) == len(declared):
+        is_at_heads = heads == "auto" and self.shared_layer != ALL
+        if is_at_heads and declared and len(set(map(pl_module.get_submodule, declared.values()))) == len(declared):
             heads = declared
         options = {"timeout": getattr(trainer.strategy, "_timeout", None)}  # the user's, if DDPStrategy was given one
         names, W, z = self._names, self.shared_layer, self.representation

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_gradnorm._messages import check
-from lightning_gradnorm.callbacks.base import BalancingCallback
+from lightning_gradnorm.callbacks.norms import NormCallback
 from lightning_gradnorm.engine.measurement import Heads
 from lightning_gradnorm.engine.ranks import Ranks
 from lightning_gradnorm.strategies.gradnorm import GradNormRule
@@ -26,7 +25,7 @@ _RULE_OPTIONS = tuple(
 )
 
 
-class GradNorm(BalancingCallback[GradNormRule]):
+class GradNorm(NormCallback[GradNormRule]):
     """Give every task's gradient at the last shared layer the size that its training rate deserves.
 
     Chen et al., *GradNorm*, ICML 2018 (arXiv 1711.02257), Algorithm 1; the maths is in `strategies.gradnorm`. The model is
@@ -43,7 +42,9 @@ class GradNorm(BalancingCallback[GradNormRule]):
             calls `watch` before ``manual_backward``.
         shared_layer: dotted name of the last shared layer ``W``: a module (its ``weight``; all its parameters if it has
             none; the last trained weight inside it if it contains modules) or a parameter. ``None``: the deepest trained weight
-            that all losses of the first batch depend on. As long as it is frozen, the weights wait.
+            that all losses of the first batch depend on. As long as it is frozen, the weights wait. A list of names:
+            several layers together. ``"all"``: all trained parameters, as for composite losses without heads; the gradients
+            are then read at the losses.
         heads: task → dotted name of its head module; ``"auto"`` finds them in the first batch. ``None``: one first-order pass
             from each loss to ``W`` instead. All give the same numbers.
         losses_from: for models that return their total only. Dotted path to what returns the losses, a module, a method or a
@@ -101,7 +102,7 @@ class GradNorm(BalancingCallback[GradNormRule]):
         self,
         tasks: Sequence[str] | Mapping[str, str] | None = None,
         *,
-        shared_layer: str | None = None,
+        shared_layer: str | Sequence[str] | None = None,
         heads: Heads = "auto",
         losses_from: str | Mapping[str, str] | None = None,
         alpha: float = 1.5,
@@ -128,10 +129,6 @@ class GradNorm(BalancingCallback[GradNormRule]):
             shared_layer=shared_layer,
             norm_of=norm_of,
         )
-        is_name = isinstance(shared_layer, str | None)
-        _check(is_name, "shared_layer", "a dotted name such as 'encoder.4', or None", shared_layer)
-        _check(isinstance(representation, str), "representation", "a dotted name such as 'encoder'", representation)
-        _check(norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", norm_of)
         adapts = on_task_mismatch in ("error", "adapt")
         _check(adapts, "on_task_mismatch", "'error' or 'adapt'", on_task_mismatch)
         self.alpha = alpha
@@ -151,26 +148,6 @@ class GradNorm(BalancingCallback[GradNormRule]):
 
     def _rule_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _RULE_OPTIONS}
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """The weights now in force, by task; they sum to T."""
-        return self._by_task("weights")
-
-    @property
-    def mean_weights(self) -> dict[str, float]:
-        """The weights' average over the steps so far: what the paper trains "GradNorm static" with."""
-        return self._by_task("mean_weights")
-
-    def _by_task(self, which: Literal["weights", "mean_weights"]) -> dict[str, float]:
-        if (rule := self._trained._rule) is not None:
-            return dict(zip(rule.tasks, getattr(rule, which).tolist(), strict=True))
-        if self._restored is not None:
-            key = "weights" if which == "weights" else "weights_mean"
-            return dict(zip(self._restored["tasks"], self._restored[key].tolist(), strict=True))
-        if not self._names:
-            raise RuntimeError("GradNorm: the tasks of the MultiTaskModule are known once training has started")
-        return dict(zip(self._names, self._build_rule(torch.zeros(())).weights.tolist(), strict=True))
 
     @override
     def _build_rule(self, like: Tensor) -> GradNormRule:
@@ -201,11 +178,10 @@ class GradNorm(BalancingCallback[GradNormRule]):
             "dominated": rule.outcomes.domination.updates,
         }
         shown |= {f"gradnorm/{what}": float(count) for what, count in rare.items() if count}
-        if rule.last is not None:
-            terms = rule.last.terms
+        if rule.last is not None and (terms := rule.last.terms):
             shown["gradnorm/loss"] = terms.loss
             by_task["grad_norm"], by_task["rate"] = terms.grad_norms, terms.rates
             by_task["loss_ratio"] = terms.ratios
         for what, values in by_task.items():
-            shown |= {f"gradnorm/{what}/{task}": value for task, value in zip(self._names, values, strict=True)}
+            shown |= self._named(f"gradnorm/{what}", values)
         return shown

@@ -30,14 +30,21 @@ def check_arguments(model: object, rule: object, shared_layer: object, heads: ob
     if not isinstance(model, nn.Module):
         raise TypeError(f"Balancer: model should be a module; got {type(model).__name__}")
     check("Balancer", norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", norm_of)
-    is_name = shared_layer is None or isinstance(shared_layer, str)
-    check("Balancer", is_name, "shared_layer", "a dotted name such as 'encoder.4', or None", shared_layer)
+    check_shared_layer(shared_layer, caller="Balancer")
     check_heads(heads, (), caller="Balancer")
     if getattr(rule, "of_parameters", False):
         raise ValueError(
             "Balancer: an aggregation with of_parameters=True sets gradients right before the optimizer steps, a moment that "
             "only a Trainer announces. Use of_parameters=False, or the callback Aggregation(at='parameters')."
         )
+
+
+def check_shared_layer(shared_layer: object, *, caller: str) -> None:
+    """Check that the shared layer is named as `find_shared_layers` knows it, or is to be found."""
+    names = shared_layer if isinstance(shared_layer, Sequence) and shared_layer else [shared_layer]
+    is_name = shared_layer is None or all(isinstance(name, str) for name in names)
+    expected = "a dotted name such as 'encoder.4', a list of such names, 'all', or None"
+    check(caller, is_name, "shared_layer", expected, shared_layer)
 
 
 def require_agreement(setting: Setting, rule: Rule) -> None:

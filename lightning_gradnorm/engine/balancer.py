@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
@@ -39,10 +39,12 @@ class Balancer:
 
     Args:
         model: the network; one wrapped by DDP or Fabric is unwrapped. Balance it after it is on its device.
-        rule: what to balance by, for example `GradNormRule(["seg", "depth"])`, `ScalarizationRule`, `AggregationRule`.
+        rule: what to balance by, for example `GradNormRule(["seg", "depth"])`; `NormWeightingRule`, `ScalarizationRule`,
+            `AggregationRule`, `FixedRule`.
         shared_layer: dotted name of the last shared layer ``W``, for rules that need gradient norms: a module (its
             ``weight``; the last trained weight inside it if it contains modules) or a parameter. ``None``: the deepest
-            trained weight that all losses of the first batch depend on. As long as it is frozen, the weights wait.
+            trained weight that all losses of the first batch depend on. As long as it is frozen, the weights wait. A list of
+            names: several layers together. ``"all"``: all trained parameters; the gradients are then read at the losses.
         heads: task → dotted name of its head, at which its gradient is read out of the ordinary backward pass. ``"auto"``
             finds the heads in the first batch. A task without one gets a first-order pass from its loss: the same numbers.
         representation: dotted name of the module whose output the heads read, for aggregations.
@@ -74,7 +76,7 @@ class Balancer:
         model: nn.Module,
         rule: Rule,
         *,
-        shared_layer: str | None = None,
+        shared_layer: str | Sequence[str] | None = None,
         heads: Heads = "auto",
         representation: str = "encoder",
         norm_of: Literal["weight", "activation"] = "weight",

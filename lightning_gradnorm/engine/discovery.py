@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from lightning_gradnorm.engine.call_recorder import CallRecorder
-from lightning_gradnorm.engine.layers import trained_layers
+from lightning_gradnorm.engine.layers import ALL, trained_layers
 from lightning_gradnorm.engine.measurement import Setting
 from lightning_gradnorm.engine.step_state import WatchedLoss, nodes_by_task
 from lightning_gradnorm.gradients import BufferGuard, RepeatedPasses, flat_row, reason_not_retraversable, row_width
@@ -221,10 +221,10 @@ class Discovery:
                 f"tasks, as in an output layer with a row for each task. Name the layer before it, or leave shared_layer out."
             )
         heavy = {n for n, p in setting.model.named_parameters() if p.requires_grad and p.ndim >= 2}
-        if len(heavy) > 2 and heavy <= W.keys():
+        if len(heavy) > 2 and heavy <= W.keys() and setting.shared_layer != ALL:
             setting.loop.ranks.warn(
                 f"{setting.caller}: the shared layer ({name}) is the whole network, but norms should be taken at the last "
-                f"layer that all tasks share. Name that layer, or leave shared_layer out."
+                f"layer that all tasks share. Name that layer, or leave shared_layer out. If it is what you want, give 'all'."
             )
 
     # ---- the heads ---------------------------------------------------------------------------------------------------

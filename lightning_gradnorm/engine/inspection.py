@@ -159,7 +159,7 @@ class Inspection:
         self._needs_layer = False
         if set(map(id, W.values())) != set(map(id, self.plan.shared_layer.values())):
             self._select(None)
-            reader = WeightGradients(list(W.values()))
+            reader = self._measurement.candidates(W, ())[0]
             self.plan = replace(self.plan, shared_layer=W, candidates=[reader])
             self.checks = GraphChecks(self._setting.caller, [reader], at_heads=bool(self.named_heads))
             self._measurement.reader = reader

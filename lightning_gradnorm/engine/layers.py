@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from lightning_gradnorm._messages import did_you_mean
+from lightning_gradnorm.gradients.replay import is_sharded
+
+ALL = "all"
+"""As the name of the shared layer: every trained parameter of the network."""
 
 
 def find_module(root: nn.Module, name: str, *, caller: str) -> nn.Module:
@@ -46,6 +50,32 @@ def _modules(root: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
+def find_shared_layers(root: nn.Module, named: str | Sequence[str], *, caller: str) -> dict[str, nn.Parameter]:
+    """Return the parameters ``W`` by name: of one layer, of several, or of the whole network.
+
+    Args:
+        root: the model.
+        named: as for `find_shared_layer`; several such names; or ``"all"``: everything that is trained now.
+        caller: the beginning of the error, ``"GradNorm"``.
+
+    Raises:
+        ValueError: no such layer, or the parameters are sharded and have no module in common whose call gathers them.
+    """
+    if isinstance(named, str) and (named != ALL or named in _modules(root) or named in _named_parameters(root)):
+        return find_shared_layer(root, named, caller=caller)
+    if named == ALL:
+        every = {plain_name(n): p for n, p in root.named_parameters()}
+        found = {n: p for n, p in every.items() if p.requires_grad} or every
+    else:
+        found = {n: p for name in named for n, p in find_shared_layer(root, name, caller=caller).items()}
+    if sharded := [name for name, module in root.named_modules() if is_sharded(module)]:
+        raise ValueError(
+            f"{caller}: shared_layer={named!r} takes gradients of several layers of {type(root).__name__}, of which there are "
+            f"only pieces here ('{plain_name(sharded[0])}' is sharded). Name one layer, or use DDP."
+        )
+    return found
+
+
 def find_shared_layer(root: nn.Module, name: str, *, caller: str) -> dict[str, nn.Parameter]:
     """Return the parameters ``W`` by name. All of them may be frozen for now.
 
@@ -62,6 +92,8 @@ def find_shared_layer(root: nn.Module, name: str, *, caller: str) -> dict[str, n
     parameters = _named_parameters(root)
     if name not in parameters and name not in modules:
         hint = did_you_mean(name, [*modules, *parameters])
+        if name in ("*", "network", "parameters", "model"):
+            hint = "for all trained parameters give 'all'"
         if name in ("auto", "None", "none"):
             hint = "leave it out (shared_layer=None), and the layer is found"
         raise ValueError(f"{caller}: shared_layer '{name}' is not in {type(root).__name__}; {hint}")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 from torch import Tensor, nn
 
 from lightning_gradnorm.engine.compiled import hides_its_graph
-from lightning_gradnorm.engine.layers import encoder_layer, find_module, find_shared_layer
+from lightning_gradnorm.engine.layers import ALL, encoder_layer, find_module, find_shared_layers
 from lightning_gradnorm.engine.loop import Loop
 from lightning_gradnorm.engine.ranks import all_reduce_losses, reduce_step
 from lightning_gradnorm.engine.reader_choice import weight_readers
@@ -31,12 +31,16 @@ class Setting:
     model: nn.Module
     loop: Loop
     tasks: tuple[str, ...]
-    shared_layer: str | None = None
+    shared_layer: str | Sequence[str] | None = None
     heads: Heads = None
     representation: str = "encoder"
     norm_of: Literal["weight", "activation"] = "weight"
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further options of the training loop: ``timeout`` of collectives."""
+
+    def __post_init__(self) -> None:
+        if self.shared_layer == ALL and self.heads == "auto":
+            self.heads = None  # they are part of what the norms are taken of: the gradients are read at the losses
 
 
 class Measurement(Generic[AnyRule]):
@@ -133,7 +137,7 @@ class NormMeasurement(Measurement[NormRule]):
                     f"compiled or sharded. Name the last layer that all tasks share: shared_layer='encoder.layer4'."
                 )
             return W
-        W = find_shared_layer(setting.model, setting.shared_layer, caller=setting.caller)
+        W = find_shared_layers(setting.model, setting.shared_layer, caller=setting.caller)
         for task, head in setting.heads.items() if isinstance(setting.heads, Mapping) else ():
             inside = [name for name in W if name.startswith(f"{head}.")]
             if inside:
@@ -150,9 +154,12 @@ class NormMeasurement(Measurement[NormRule]):
         if setting.norm_of == "activation" or setting.representation != "encoder":
             caller = f"{setting.caller}: representation"
             encoder = find_module(setting.model, setting.representation, caller=caller)
+        readers: list[RowReader] = weight_readers(setting.model, W, uncompiled) if W else []
         if setting.norm_of == "activation":
-            return [ActivationGradients(encoder, f"'{setting.representation}'")]
-        return weight_readers(setting.model, W, uncompiled) if W else []
+            readers = [ActivationGradients(encoder, f"'{setting.representation}'")]
+        for reader in readers:
+            reader.kinds = self.rule.norms
+        return list(readers)
 
     @property
     def should_measure(self) -> bool:
@@ -173,7 +180,8 @@ class NormMeasurement(Measurement[NormRule]):
         means = reduce_step(self.setting.tasks, step, reader, weights, loop.ranks, scale)
         counts = bool(step.losses) or (means.present is not None and bool(means.present.any()))
         if means.norms is not None and counts:
-            self.rule.step(means.norms / weights, means.losses, means.present)
+            norms = means.norms / (weights if means.norms.ndim == 1 else weights[:, None])
+            self.rule.step(norms, means.losses, means.present)
             if self.rule.syncs_every_step:
                 self.warn()
         return counts

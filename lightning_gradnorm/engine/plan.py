@@ -38,7 +38,8 @@ class Plan:
         return bool(self.candidates) and self.heads is not None
 
     def __str__(self) -> str:
-        W = ", ".join(f"{name} ({' × '.join(map(str, p.shape))})" for name, p in self.shared_layer.items())
+        named = [f"{name} ({' × '.join(map(str, p.shape))})" for name, p in self.shared_layer.items()]
+        W = ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
         heads = ", ".join(f"{task} → {head}" for task, head in (self.heads or {}).items())
         parts = [f"W = {W}"] if W else []
         return ", ".join([*parts, f"heads: {heads or 'none'}"] if W or self.candidates else [])

@@ -10,14 +10,14 @@ from lightning_gradnorm.engine.compiled import is_compiled
 from lightning_gradnorm.engine.layers import path_to
 from lightning_gradnorm.engine.module_hooks import supports_hooks
 from lightning_gradnorm.gradients import (
-    GradientReader,
     ReplayedGradients,
+    RowReader,
     WeightGradients,
 )
 from lightning_gradnorm.gradients.replay import is_sharded
 
 
-def weight_readers(root: nn.Module, W: Mapping[str, Tensor], uncompiled: Collection[nn.Module]) -> list[GradientReader]:
+def weight_readers(root: nn.Module, W: Mapping[str, Tensor], uncompiled: Collection[nn.Module]) -> list[RowReader]:
     """Return readers of ``∇_W L_i`` in order of preference.
 
     The first reads on the graph of the forward pass itself. Where that graph cannot be traversed a second time, the others

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from lightning_gradnorm.gradients import Norm
 
 Needs = Literal["nothing", "losses", "norms", "gradients"]
 
@@ -50,14 +52,18 @@ class Rule(Protocol):
 
 
 class NormRule(Rule, Protocol):
-    """Needs the gradient norm ``n_i = ||∇_W L_i||`` of each task."""
+    """Needs the gradient norm ``n_i = ||∇_W L_i||`` of each task, or other norms."""
+
+    @property
+    def norms(self) -> Sequence[Norm]:
+        """Which norms; a class attribute, or decided by an option."""
 
     @property
     def should_measure(self) -> bool:
         """Whether the norms of the coming optimizer step are needed."""
 
     def step(self, norms: Tensor, losses: Tensor, present: Tensor | None = None) -> Any:
-        """Update the weights; all tensors of shape (T,)."""
+        """Update the weights; all tensors of shape (T,), the norms of shape (T, k) if there are k kinds of them."""
 
     @property
     def syncs_every_step(self) -> bool:

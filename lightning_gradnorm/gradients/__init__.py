@@ -9,6 +9,7 @@ from lightning_gradnorm.gradients.norms import GradientNorms, check_loss, gradie
 from lightning_gradnorm.gradients.readers import (
     ActivationGradients,
     GradientReader,
+    Norm,
     RowReader,
     WeightGradients,
     flat_row,
@@ -26,6 +27,7 @@ __all__ = [
     "GradientReader",
     "JointGradients",
     "LossTermGradients",
+    "Norm",
     "RepeatedPasses",
     "ReplayedGradients",
     "RowReader",

@@ -9,8 +9,8 @@ task. Sum the rows over ranks before taking the norm: the norm of a sum is not t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from lightning_gradnorm.gradients.graph import tensors_with_gradient
 
 Outputs = Sequence[Tensor] | Sequence[GradientEdge]
 """Where gradients arrive."""
+Norm = Literal["l2", "max", "mean"]
+"""Of all entries of a gradient: the Euclidean norm, the largest absolute value, the mean absolute value."""
 _PIECE = 1024  # length of the pieces in which the norm of a long row is taken
 
 
@@ -46,6 +48,21 @@ def norms_of_rows(rows: Tensor) -> Tensor:
     end = pieces * _PIECE
     parts = torch.linalg.vector_norm(rows[:, :end].reshape(-1, pieces, _PIECE), dim=2)
     return norms_of_rows(torch.cat([parts, rows[:, end:]], dim=1))
+
+
+def _largest_of_rows(rows: Tensor) -> Tensor:
+    return rows.abs().amax(dim=1)
+
+
+def _mean_of_rows(rows: Tensor) -> Tensor:
+    return rows.abs().mean(dim=1)
+
+
+_NORMS: Mapping[Norm, Callable[[Tensor], Tensor]] = {
+    "l2": norms_of_rows,
+    "max": _largest_of_rows,
+    "mean": _mean_of_rows,
+}
 
 
 def row_width(parameters: Sequence[Tensor]) -> int:
@@ -127,6 +144,8 @@ class RowReader(GradientReader):
     """Sums up one row per task over the passes of one optimizer step."""
 
     _power = 1  # of the gradient in a row
+    kinds: Sequence[Norm] = ("l2",)
+    """Which norms are taken."""
 
     def __init__(self) -> None:
         self._rows: dict[str, Tensor] = {}
@@ -134,8 +153,14 @@ class RowReader(GradientReader):
         """The norms of tasks whose gradient is complete. Their rows are freed: T copies of a layer would be large."""
 
     def norms_of(self, rows: Tensor) -> Tensor:
-        """Return the T norms for rows of shape (T, n), which may have been summed over ranks."""
-        return norms_of_rows(rows)
+        """Return the norms of rows of shape (T, n), which may have been summed over ranks.
+
+        Returns:
+            The T norms; or of shape (T, k), if there are several `kinds`.
+        """
+        if len(self.kinds) == 1:
+            return _NORMS[self.kinds[0]](rows)
+        return torch.stack([_NORMS[kind](rows) for kind in self.kinds], dim=1)
 
     def _complete(self, *tasks: str) -> None:
         """Bring the rows of these tasks, by default of all, up to date. Called before a row is used."""
@@ -155,11 +180,11 @@ class RowReader(GradientReader):
         return rows
 
     def norms(self, tasks: Sequence[str]) -> Tensor:
-        """Return the norms of the gradients read so far, shape (T,), zero for a task not seen."""
+        """Return the norms of the gradients read so far, as `norms_of` does, zero for a task not seen."""
         self._complete()
         # Row by row: filling a table of T copies of W would take longer than computing the norms.
         known = self._finalized | {task: self.norms_of(row[None]).squeeze(0) for task, row in self._rows.items()}
-        zero = next(iter(known.values()), torch.zeros(())).new_zeros(())
+        zero = torch.zeros_like(next(iter(known.values()), torch.zeros([len(self.kinds)] * (len(self.kinds) > 1))))
         return torch.stack([known.get(task, zero) for task in tasks])
 
     def finalize_task(self, task: str) -> None:

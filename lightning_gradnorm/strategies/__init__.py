@@ -1,7 +1,7 @@
 """What a strategy does with T losses and T gradient norms. Pure torch: knows neither Lightning nor Hydra.
 
-The scalarizers, aggregators and weightings of every module in this folder are public here: a new strategy is a new file. They
-are imported by name below only where that gives type checkers their types.
+The scalarizers, aggregators, weightings and norm formulas of every module in this folder are public here: a new strategy is a
+new file. They are imported by name below only where that gives type checkers their types.
 """
 
 import importlib
@@ -18,6 +18,10 @@ from lightning_gradnorm.strategies.factory import with_equal_preferences
 from lightning_gradnorm.strategies.fixed import FixedRule
 from lightning_gradnorm.strategies.gaba import GABA
 from lightning_gradnorm.strategies.gradnorm import GradNormRule, gradnorm_terms
+from lightning_gradnorm.strategies.inverse_norm import InverseNorm
+from lightning_gradnorm.strategies.lr_annealing import LRAnnealing
+from lightning_gradnorm.strategies.norm_weighting import NormFormula, NormWeightingRule
+from lightning_gradnorm.strategies.ntk_weights import NTKWeights
 from lightning_gradnorm.strategies.scalarization import ScalarizationRule
 from lightning_gradnorm.strategies.snapshot import load_snapshot, snapshot
 from lightning_gradnorm.strategies.uncertainty import Uncertainty
@@ -32,7 +36,12 @@ __all__ = [
     "FixedRule",
     "GradNormRule",
     "GradNormTerms",
+    "InverseNorm",
+    "LRAnnealing",
     "LogSum",
+    "NTKWeights",
+    "NormFormula",
+    "NormWeightingRule",
     "ScalarizationRule",
     "Uncertainty",
     "WeightUpdate",
@@ -49,7 +58,7 @@ def _discover() -> dict[str, type[Any]]:
     for info in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
         for name, kind in vars(importlib.import_module(info.name)).items():
             is_own = isinstance(kind, type) and kind.__module__ == info.name and not name.startswith("_")
-            if is_own and issubclass(kind, Scalarizer | Aggregator | Weighting):
+            if is_own and issubclass(kind, Scalarizer | Aggregator | Weighting | NormFormula):
                 found[name] = kind
     return found
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradnorm._messages import check_task_names
-from lightning_gradnorm.strategies.gradnorm_arguments import check_arguments
+from lightning_gradnorm.strategies.gradnorm_arguments import check_arguments, why_not_updated
 from lightning_gradnorm.strategies.initial_losses import InitialLosses
 from lightning_gradnorm.strategies.last_seen import LastSeen
 from lightning_gradnorm.strategies.resuming import ResumeOptions, check_state, say_what_is_in_force
@@ -120,6 +120,7 @@ class GradNormRule(ReadsOutcomes):
     """
 
     needs: ClassVar[Literal["nothing", "losses", "norms", "gradients"]] = "norms"
+    norms: ClassVar[tuple[Literal["l2"]]] = ("l2",)
 
     def __init__(
         self,
@@ -165,7 +166,8 @@ class GradNormRule(ReadsOutcomes):
         self.steps = 0
         """Number of the network's optimizer steps, with and without a weight update."""
         self._is_fresh = True  # whether the state is still the constructor's
-        self.outcomes = Outcomes(self.tasks, self.alpha, keeps_last_seen=self._last_seen is not None)
+        explain = partial(why_not_updated, alpha=self.alpha)
+        self.outcomes = Outcomes(self.tasks, explain, "gradnorm/skipped", absent_tasks)
         """What became of the updates; read `skipped`, `remarks` and so on, which first read what is new."""
 
     def _initial_values(self, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""GradNorm's weight updates: what one consists of, and what became of them.
+"""Weight updates of rules that need gradient norms: what one consists of, and what became of them.
 
 The outcome is read when somebody asks, so that the host does not wait for a GPU in each step.
 """
@@ -6,14 +6,13 @@ The outcome is read when somebody asks, so that the host does not wait for a GPU
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_gradnorm.strategies.domination import SHARE, Domination
-from lightning_gradnorm.strategies.gradnorm_arguments import why_not_updated
 from lightning_gradnorm.strategies.zero_gradients import PATIENCE, ZeroGradients
 
 _MAX_PENDING = 1000  # updates that the host has not read; it then does, so that they do not pile up
@@ -51,9 +50,9 @@ class WeightUpdate(NamedTuple):
     with_gradient: Tensor
     """Who had a loss with a gradient."""
     problems: Tensor
-    """Nonzero where a loss is not finite, or negative although ``alpha > 0``; shape (T,)."""
-    terms: GradNormTerms
-    """Meaningless if the update was not taken."""
+    """Nonzero where a number allows no update: a loss is not finite, or negative although ``alpha > 0``; shape (T,)."""
+    terms: GradNormTerms | None
+    """Of GradNorm alone; meaningless if the update was not taken."""
     taken: Tensor
     """Whether the weights changed, a bool tensor; False if an input or the result is not usable."""
 
@@ -72,12 +71,19 @@ class Outcomes:
 
     Args:
         tasks: the tasks' names.
-        alpha: the asymmetry.
-        keeps_last_seen: whether absent tasks take part with what they were last seen with.
+        explain: returns why a task with this loss allowed no update: the beginning of a sentence.
+        counter: under which name the updates that were not taken are logged.
+        absent_tasks: what an absent task does, where the rule leaves the choice.
     """
 
-    def __init__(self, tasks: Sequence[str], alpha: float, *, keeps_last_seen: bool) -> None:
-        self._tasks, self._alpha, self._keeps_last_seen = tasks, alpha, keeps_last_seen
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        explain: Callable[[str, float], str],
+        counter: str,
+        absent_tasks: Literal["leave_out", "last_seen"] | None = None,
+    ) -> None:
+        self._tasks, self._explain, self._counter, self._absent_tasks = tasks, explain, counter, absent_tasks
         self.skipped = 0
         """Updates that were not taken because of an unusable number."""
         self.tasks_at_fault: dict[str, float] = {}
@@ -106,7 +112,9 @@ class Outcomes:
         """Read what was added since the last time. Synchronizes with the device."""
         if not (updates := self._pending):
             return
-        table = _rows([one for u in updates for one in (u.norms, u.losses, u.terms.grad_norms, u.terms.ratios)])
+        table = _rows(
+            [one for u in updates if u.terms for one in (u.norms, u.losses, u.terms.grad_norms, u.terms.ratios)]
+        )
         presence = _rows([one for u in updates for one in (u.shown, u.with_gradient, u.present)])
         all_taken = len(updates) > 1 and bool(torch.stack([u.taken for u in updates]).all())
         self._pending = []
@@ -116,7 +124,8 @@ class Outcomes:
             self.zero_gradients.note(shown, with_gradient)
             if all_taken or update.taken:
                 self.last = update
-                self._note_domination(table[4 * index : 4 * index + 4], shown, present)
+                if update.terms is not None:
+                    self._note_domination(table[4 * index : 4 * index + 4], shown, present)
             else:
                 self._note_fault(update)
         self._remark()
@@ -129,8 +138,8 @@ class Outcomes:
         for task, loss in at_fault.items():
             self.remarks.setdefault(
                 f"{task}: not updated",
-                f"{why_not_updated(task, loss, self._alpha)}; the weights stay as they are. Further such steps are counted in "
-                f"gradnorm/skipped.",
+                f"{self._explain(task, loss)}; the weights stay as they are. Further such steps are counted in "
+                f"{self._counter}.",
             )
 
     def _note_domination(self, numbers: list[list[float]], shown: list[bool], present: list[bool]) -> None:
@@ -156,12 +165,13 @@ class Outcomes:
 
     def _remark(self) -> None:
         for task in self.zero_gradients.lasting:
-            keeps = ("its weight stays as it is", "it takes part with its last numbers, if it had any")
+            takes_part = self._absent_tasks == "last_seen"
+            fate = "it takes part with its last numbers, if it had any" if takes_part else "its weight stays as it is"
             self.remarks.setdefault(
                 f"{task}: no gradient",
                 f"the gradient of task '{task}' at the shared layer has been exactly 0 in the last {PATIENCE} updates (a "
                 f"coefficient of 0, masked labels, a constraint that holds?). As long as that lasts the task counts as absent: "
-                f"{keeps[self._keeps_last_seen]}.",
+                f"{fate}.",
             )
         for task, message in self.domination.found.items():
             self.remarks.setdefault(f"{task}: dominates", message)
@@ -170,14 +180,16 @@ class Outcomes:
         """Called at the end of an epoch: find out whether no update of it had two tasks to balance."""
         self.read()
         if self._updates and not self._updates_of_several:
-            what = "were two tasks present" if not self._keeps_last_seen else "had two tasks been seen"
+            takes_part = self._absent_tasks == "last_seen"
+            what = "had two tasks been seen" if takes_part else "were two tasks present"
             remedies = [
                 "mix the tasks in each batch (CombinedLoader(…, mode='max_size_cycle'))",
                 "accumulate batches until a step covers all tasks (accumulate_grad_batches)",
-                "measure in each step (update_every=1)"
-                if self._keeps_last_seen
-                else "let an absent task count as it was last (absent_tasks='last_seen')",
             ]
+            if takes_part:
+                remedies.append("measure in each step (update_every=1)")
+            elif self._absent_tasks == "leave_out":
+                remedies.append("let an absent task count as it was last (absent_tasks='last_seen')")
             self.remarks.setdefault(
                 "one task at a time",
                 f"in none of the last {self._updates} weight updates {what}, so that nothing has been balanced. What helps: "
@@ -228,4 +240,6 @@ class ReadsOutcomes:
 
 def _rows(vectors: Sequence[Tensor]) -> list[Any]:
     """Return the numbers of vectors of shape (T,), and wait for a GPU once at the most."""
+    if not vectors:
+        return []
     return [one.tolist() for one in vectors] if vectors[0].is_cpu else torch.stack(list(vectors)).tolist()

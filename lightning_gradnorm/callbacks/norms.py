@@ -1,0 +1,74 @@
+"""Base of the callbacks whose weights come from the norms of the task gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_gradnorm._messages import check
+from lightning_gradnorm.callbacks.base import BalancingCallback
+from lightning_gradnorm.engine.argument_checks import check_shared_layer
+from lightning_gradnorm.engine.measurement import Heads
+from lightning_gradnorm.engine.rule import NormRule
+
+AnyNormRule = TypeVar("AnyNormRule", bound=NormRule)
+
+
+class NormCallback(BalancingCallback[AnyNormRule]):
+    """A callback with weights that are known before, during and after the training.
+
+    Args:
+        tasks, losses_from, heads, shared_layer, norm_of, representation: as for `GradNorm`.
+    """
+
+    _state_description = "its weights"
+
+    def __init__(
+        self,
+        tasks: Sequence[str] | Mapping[str, str] | None,
+        *,
+        losses_from: str | Mapping[str, str] | None,
+        heads: Heads,
+        shared_layer: str | Sequence[str] | None,
+        norm_of: Literal["weight", "activation"],
+        representation: str,
+    ) -> None:
+        super().__init__(
+            tasks,
+            losses_from=losses_from,
+            heads=heads,
+            representation=representation,
+            shared_layer=shared_layer,
+            norm_of=norm_of,
+        )
+        check_shared_layer(shared_layer, caller=self._name)
+        is_name = isinstance(representation, str)
+        check(self._name, is_name, "representation", "a dotted name such as 'encoder'", representation)
+        check(self._name, norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", norm_of)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights now in force, by task."""
+        return self._by_task("weights")
+
+    @property
+    def mean_weights(self) -> dict[str, float]:
+        """The weights' average over the steps so far: what the paper of GradNorm trains "GradNorm static" with."""
+        return self._by_task("mean_weights")
+
+    def _by_task(self, which: Literal["weights", "mean_weights"]) -> dict[str, float]:
+        if (rule := self._trained._rule) is not None:
+            return dict(zip(rule.tasks, getattr(rule, which).tolist(), strict=True))
+        if self._restored is not None:
+            key = "weights" if which == "weights" else "weights_mean"
+            return dict(zip(self._restored["tasks"], self._restored[key].tolist(), strict=True))
+        if not self._names:
+            raise RuntimeError(f"{self._name}: the tasks of the MultiTaskModule are known once training has started")
+        return dict(zip(self._names, self._build_rule(torch.zeros(())).weights.tolist(), strict=True))
+
+    def _named(self, what: str, values: Tensor) -> dict[str, Tensor | float]:
+        """Return one number for each task, under ``what/<task>``."""
+        return {f"{what}/{task}": value for task, value in zip(self._names, values, strict=True)}
