@@ -229,9 +229,9 @@ FAULTS = (
     Fault(
         "the heads train with the new weights instead of the old",
         f"{_CORE}engine/measurement.py",
-        "            self.rule.step(means.norms / weights, means.losses, means.present)\n",
+        "            self.rule.step(norms, means.losses, means.present)\n",
         "            old = weights.clone()\n"
-        "            self.rule.step(means.norms / weights, means.losses, means.present)\n"
+        "            self.rule.step(norms, means.losses, means.present)\n"
         "            for task, ratio in zip(self.setting.tasks, self.rule.loss_weights / old, strict=True):\n"
         "                head = (self.setting.heads or {}).get(task)\n"
         "                for one in [] if head is None else self.setting.model.get_submodule(head).parameters():\n"

@@ -84,6 +84,8 @@ def needed(balancing: str, tasks: Sequence[str], folder: Path) -> list[str]:
     """What a strategy cannot do without."""
     if balancing == "fixed":
         return ["balancing.weights={" + ",".join(f"{task}: 1.5" for task in tasks) + "}"]
+    if balancing == "lr_annealing":
+        return [f"balancing.rule.residual={tasks[0]}"]
     if balancing == "gradnorm_static":
         checkpoint = folder / "gradnorm.ckpt"
         torch.save({"callbacks": {"GradNorm": GradNormRule(list(tasks)).state_dict()}}, checkpoint)

@@ -39,12 +39,11 @@ class Balancer:
 
     Args:
         model: the network; one wrapped by DDP or Fabric is unwrapped. Balance it after it is on its device.
-        rule: what to balance by, for example `GradNormRule(["seg", "depth"])`; `NormWeightingRule`, `ScalarizationRule`,
-            `AggregationRule`, `FixedRule`.
+        rule: what to balance by, for example `GradNormRule(["seg", "depth"])`, `NormWeightingRule`, `AggregationRule`.
         shared_layer: dotted name of the last shared layer ``W``, for rules that need gradient norms: a module (its
-            ``weight``; the last trained weight inside it if it contains modules) or a parameter. ``None``: the deepest
-            trained weight that all losses of the first batch depend on. As long as it is frozen, the weights wait. A list of
-            names: several layers together. ``"all"``: all trained parameters; the gradients are then read at the losses.
+            ``weight``; the last trained weight inside it if it contains modules) or a parameter; a list of them; or ``"all"``
+            trained parameters, read at the losses. ``None``: the deepest trained weight that all losses of the first batch
+            depend on. As long as it is frozen, the weights wait.
         heads: task → dotted name of its head, at which its gradient is read out of the ordinary backward pass. ``"auto"``
             finds the heads in the first batch. A task without one gets a first-order pass from its loss: the same numbers.
         representation: dotted name of the module whose output the heads read, for aggregations.

@@ -29,6 +29,7 @@ from lightning_gradnorm import strategies
 from lightning_gradnorm.strategies.aggregation import AggregationRule
 from lightning_gradnorm.strategies.factory import instantiate
 from lightning_gradnorm.strategies.facts import Facts, facts_of
+from lightning_gradnorm.strategies.norm_weighting import NormFormula
 from lightning_gradnorm.strategies.scalarization import ScalarizationRule
 
 Constructor = Callable[..., Any]
@@ -82,10 +83,18 @@ SCALARIZERS: tuple[Constructor, ...] = (
 AGGREGATORS = _concrete(aggregation, aggregation.Aggregator, aggregation.Weighting)
 """Aggregators and weightings, with schemas such as ``/schema/aggregation/CAGrad``."""
 
+FORMULAS: tuple[Constructor, ...] = tuple(
+    one
+    for one in _public(strategies)
+    if isinstance(one, type) and issubclass(one, NormFormula) and one is not NormFormula
+)
+"""Formulas of gradient norms, with schemas such as ``/schema/norms/InverseNorm``."""
+
 SCHEMAS: Mapping[str, Constructor] = {
     **{one.__name__: one for one in CALLBACKS},
     **{f"scalarization/{one.__name__}": one for one in SCALARIZERS},
     **{f"aggregation/{one.__name__}": one for one in AGGREGATORS},
+    **{f"norms/{one.__name__}": one for one in FORMULAS},
 }
 """The name of a schema, without ``/schema/`` → what it is of."""
 
@@ -94,13 +103,19 @@ _AMBIGUOUS = {one.__name__ for one in SCALARIZERS} & {one.__name__ for one in AG
 NEEDS = {
     "nothing": "nothing",
     "norms": "gradients of the last shared layer",
+    "network": "gradients of the whole network",
     "losses": "losses",
     "representation": "gradients at the representation",
     "parameters": "gradients of the parameters",
 }
 """The kinds of strategies, and what each has to be given in each step."""
 
-_CALLBACK_KINDS = {"GradNorm": "norms", "Scalarization": "losses", "Aggregation": "representation"}
+_CALLBACK_KINDS = {
+    "GradNorm": "norms",
+    "NormWeighting": "norms",
+    "Scalarization": "losses",
+    "Aggregation": "representation",
+}
 _CALLBACK_FACTS = {
     "FixedWeights": ("", "as given"),
     "GradNorm": ("weights, L(0), optimizer", "T"),
@@ -167,7 +182,15 @@ class Strategy:
         """Its kind, a key of `NEEDS`."""
         if self.callback is not None and self.callback.options.get("at") == "parameters":
             return "parameters"
+        if self._formula is not None and self._formula.of_all_parameters:
+            return "network"
         return _CALLBACK_KINDS.get(self._callback_name, "nothing")
+
+    @property
+    def _formula(self) -> type[NormFormula] | None:
+        """The class of its formula of gradient norms, if it has one."""
+        part = None if self.callback is None else self.callback.options.get("rule")
+        return part.constructor if isinstance(part, Part) and isinstance(part.constructor, type) else None
 
     @property
     def needs(self) -> str:
@@ -215,6 +238,8 @@ class Strategy:
     @property
     def remembers(self) -> str:
         """What a checkpoint has of it."""
+        if self._formula is not None:
+            return "weights, averages"
         if self.callback is None or self._rule is None:
             return _CALLBACK_FACTS.get(self._callback_name, ("", ""))[0] or "nothing"
         said = [facts.remembers for facts in self._facts if facts.remembers]
@@ -229,6 +254,7 @@ class Strategy:
             return "one more forward pass"
         costs = {
             "norms": "T gradients of one layer",
+            "network": "T backward passes, in steps with an update",
             "representation": "T × z in memory",
             "parameters": "T passes through the trunk",
         }
@@ -245,6 +271,10 @@ class Strategy:
     @property
     def weights_sum_to(self) -> str:
         """The sum of its weights, in words."""
+        if self._formula is not None and self.callback is not None:
+            option = inspect.signature(self._formula).parameters.get("normalize")
+            normalizes = option is not None and self.callback.options["rule"].options.get("normalize", option.default)
+            return "T" if normalizes else "free"
         if self._rule is None:
             return _CALLBACK_FACTS.get(self._callback_name, ("", "T"))[1]
         if not self._rule.has_weights:
@@ -338,7 +368,7 @@ def _part(values: Mapping[Any, Any], place: str, made: Mapping[str, Constructor]
 
 
 _HELP = {
-    "": ("nothing", "norms"),
+    "": ("nothing", "norms", "network"),
     "by the losses": ("losses",),
     "by the gradients where the heads begin": ("representation",),
     "by the gradients of all that is shared": ("parameters",),

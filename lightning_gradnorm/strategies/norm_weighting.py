@@ -232,8 +232,12 @@ class NormWeightingRule(ReadsOutcomes):
         updates = self._updates + present
         values, weights = self._formula.weigh(Memory(self._memory, updates), norms, losses, present, self.tasks)
         weights = weights * self._priorities
-        is_usable = losses.isfinite() & sizes.isfinite() & values.isfinite() & weights.isfinite() & (weights > 0)
-        taken = (is_usable | ~present).all() & present.any()
+        # One bad number spoils the weights of others. At fault is who brought it.
+        at_fault = present & ~(weights.isfinite() & (weights > 0))
+        for brought in (values, losses + sizes):
+            bad = present & ~brought.isfinite()
+            at_fault = torch.where(bad.any(), bad, at_fault)
+        taken = ~at_fault.any() & present.any()
         if self._formula.normalize:
             shared = torch.where(present, self.weights, 0.0).sum()  # the rest belongs to the absent tasks
             weights = weights * (shared / torch.where(present, weights, 0.0).sum())
@@ -241,8 +245,7 @@ class NormWeightingRule(ReadsOutcomes):
         self.weights = torch.where(changes, weights, self.weights)
         self._memory = torch.where(changes, values, self._memory)
         self._updates = torch.where(changes, updates, self._updates)
-        problems = torch.where(is_usable | ~present, 0.0, torch.nan).to(self.weights)
-        update = WeightUpdate(sizes, losses, present, shown, present, problems, None, taken)
+        update = WeightUpdate(sizes, losses, present, shown, present, at_fault.to(sizes), None, taken)
         self.outcomes.add(update, read=self.syncs_every_step)
         return update
 

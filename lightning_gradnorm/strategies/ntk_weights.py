@@ -57,7 +57,8 @@ class NTKWeights(NormFormula):
         self, memory: Memory, norms: Tensor, losses: Tensor, present: Tensor, tasks: Sequence[str]
     ) -> tuple[Tensor, Tensor]:
         """Return the averages of ``k_i``, and the weights that are inversely proportional to them."""
-        k = moving_average(self.ema, memory, norms.square() / (4 * losses))
+        squares = torch.where(losses > 0, norms.square(), torch.nan)
+        k = moving_average(self.ema, memory, squares / (4 * losses))
         return k, torch.where(present, k, 0.0).sum() / k
 
     def explain(self, task: str, loss: float) -> str:

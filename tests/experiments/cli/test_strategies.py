@@ -15,7 +15,16 @@ from configurations import compose_alone, compose_run, options
 from strategies_page import LEFT_OUT, ROWS, TEXT, in_python, table
 from torch import Tensor, nn
 
-from lightning_gradnorm import FixedWeights, GradNorm, RandomWeights, Scalarization
+from lightning_gradnorm import (
+    FixedWeights,
+    GradNorm,
+    InverseNorm,
+    LRAnnealing,
+    NormWeighting,
+    NTKWeights,
+    RandomWeights,
+    Scalarization,
+)
 from lightning_gradnorm.experiments.cli.build import build
 from lightning_gradnorm.experiments.cli.config import conf_dir
 from lightning_gradnorm.experiments.registry import Strategy
@@ -155,6 +164,13 @@ def test_the_other_yamls_make_what_their_rows_say() -> None:
     assert type(random) is RandomWeights
     assert random.seed == in_python("random_static").seed == 0
     assert from_yaml("random_static", "seed=3").seed == 3
+    for name, formula in (("inverse_norm", InverseNorm), ("ntk", NTKWeights)):
+        made, expected = from_yaml(name), in_python(name)
+        assert type(made) is type(expected) is NormWeighting
+        assert type(made._formula) is type(expected._formula) is formula
+        assert vars(made._formula) == vars(expected._formula)
+    annealing = from_yaml("lr_annealing", "balancing.rule.residual=seg", "balancing.rule.norm=l2")
+    assert vars(annealing._formula) == vars(LRAnnealing("seg", norm="l2"))
     assert [str(ROWS[name].callback) for name in ("gradnorm_static", "fixed")] == [
         "GradNormStatic(…)",
         "FixedWeights(…)",
@@ -167,7 +183,13 @@ def test_the_other_yamls_make_what_their_rows_say() -> None:
 def needed(row: Strategy) -> str:
     rule = rule_of(row.name) if row.name in OF_TORCHJD else None
     if not isinstance(rule, AggregationRule):
-        return "gradients of the last shared layer" if row.name == "gradnorm" else "losses" if rule else "nothing"
+        of_gradients = {
+            "gradnorm": "gradients of the last shared layer",
+            "inverse_norm": "gradients of the last shared layer",
+            "lr_annealing": "gradients of the whole network",
+            "ntk": "gradients of the whole network",
+        }
+        return of_gradients.get(row.name, "losses" if rule else "nothing")
     of = "gradients of the parameters" if rule.of_parameters else "gradients at the representation"
     return of if rule.scalarizer is None else f"losses and {of}"
 
@@ -177,6 +199,7 @@ def test_what_it_needs_and_costs_follows_from_its_kind(row: Strategy) -> None:
     assert row.needs == needed(row)
     costs = {
         "gradients of the last shared layer": "T gradients of one layer",
+        "gradients of the whole network": "T backward passes, in steps with an update",
         "gradients at the representation": "T × z in memory",
         "gradients of the parameters": "T passes through the trunk",
     }
@@ -220,6 +243,7 @@ def test_what_the_weights_sum_to_is_measured(name: str) -> None:
 
 def test_static_weights_sum_to_what_the_rows_say() -> None:
     assert {ROWS[name].weights_sum_to for name in ("random_static", "gradnorm", "gradnorm_static")} == {"T"}
+    assert [ROWS[name].weights_sum_to for name in ("inverse_norm", "lr_annealing", "ntk")] == ["T", "free", "free"]
     assert sum(RandomWeights(4, tasks=TASKS).weights.values()) == pytest.approx(T, abs=1e-12)
 
 
