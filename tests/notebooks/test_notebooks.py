@@ -39,7 +39,7 @@ def _run(path: Path, instead: tuple[str, str] | None = None) -> tuple[dict[str, 
 
 
 def test_each_notebook_is_run_below_and_opens_with_what_one_will_see() -> None:
-    assert {path.stem for path in FOLDER.glob("*.ipynb")} == {"plug_in", "read_results", "toy_experiment"}
+    assert {path.stem for path in FOLDER.glob("*.ipynb")} == {"plug_in", "read_results", "toy_experiment", "vae"}
     for path in FOLDER.glob("*.ipynb"):
         first = json.loads(path.read_text())["cells"][0]
         assert "You will see" in "".join(first["source"]), path.stem
@@ -64,6 +64,23 @@ def test_the_small_task_gains_by_gradnorm_where_a_loss_of_another_scale_stifles_
     said = capsys.readouterr().out
     assert "`size` carries 100 % of the update on `encoder.2`" in said
     assert "did you mean 'encoder.2'?" in said
+
+
+@pytest.mark.slow
+def test_a_vae_is_saved_by_settled_units_and_by_the_likelihood_and_not_by_equal_norms(capsys: Capture) -> None:
+    """Whether the reconstruction error is a mean or a sum then makes no difference."""
+    names, _ = _run(FOLDER / "vae.ipynb")
+    errors = {
+        name: result["error per pixel"]
+        for results in ("plain", "equal_norms", "settled", "likelihood")
+        for name, result in names[results].items()
+    }
+    dead = [errors[name] for name in ("sum of both, mean", "equal norms, mean", "equal norms, sum")]
+    assert min(dead) > 0.07
+    for name in ("30 : 1 at the start", "likelihood"):
+        assert max(errors[f"{name}, mean"], errors[f"{name}, sum"]) < 0.035
+    assert errors["likelihood, mean"] == pytest.approx(errors["likelihood, sum"], rel=0.03)
+    assert "`kl` carries" in capsys.readouterr().out
 
 
 @pytest.mark.slow
