@@ -23,12 +23,16 @@ def on_config(config: Any) -> Any:
     """Fill in what the navigation does not list: groups of the configuration, and results."""
     groups = [{f"{group}=": f"configuration/{site_pages.page_of(group)}"} for group in site_pages.groups()]
     results = [{_title(file): f"results/{file.name}"} for file in sorted(RESULTS.glob("*.md"))]
-    for entry in config["nav"]:
-        if "Configuration" in entry:
-            entry["Configuration"] += groups
-        if "Results" in entry:
-            entry["Results"] += results
+    _section(config["nav"], "Command line", "Configuration").extend(groups)
+    _section(config["nav"], "Results").extend(results)
     return config
+
+
+def _section(nav: list[Any], *titles: str) -> list[Any]:
+    """Return the entries of a section, given its title and those of the sections around it."""
+    for title in titles:
+        nav = next(entry[title] for entry in nav if isinstance(entry, dict) and title in entry)
+    return nav
 
 
 def on_files(files: Any, config: Any) -> Any:

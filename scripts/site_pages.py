@@ -1,4 +1,4 @@
-"""The pages of the documentation site that are made, not written: the configuration reference and the changelog.
+"""The generated pages of the documentation site: configuration reference, tutorials (from the notebooks), changelog.
 
 They are made from the yaml files in ``conf``, from the constructors that these name and from their docstrings, each time the
 site is built. `site_hooks` hands them to mkdocs; nothing here needs it.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -284,8 +285,31 @@ def pages() -> dict[str, str]:
     made = {"configuration/index.md": _overview()}
     for group, options in groups().items():
         made[f"configuration/{page_of(group)}"] = _group_page(group, options)
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        made[f"tutorials/{notebook.stem}.md"] = _tutorial(notebook)
     made["changelog.md"] = _changelog()
     return made
+
+
+def _tutorial(notebook: Path) -> str:
+    """Return a notebook as a page, with the outputs that it was saved with."""
+    parts = []
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            prose = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", source)
+            parts.append(prose.replace("](../scripts/", "](../../scripts/").replace("](../docs/", "](../"))
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {"text/plain": output.get("text", [])})
+            if "image/png" in data:
+                picture = "".join(data["image/png"]).replace("\n", "")
+                parts.append(f'<img alt="What the code above draws" src="data:image/png;base64,{picture}">')
+            else:
+                parts.append(f"```text\n{''.join(data['text/plain']).rstrip()}\n```")
+    parts.append(f"*This page is `notebooks/{notebook.name}`: run it yourself, and change it.*")
+    return "\n\n".join(parts) + "\n"
 
 
 def page_of(group: str) -> str:

@@ -33,7 +33,13 @@ finally:
 
 WRITTEN = {file.relative_to(DOCS).as_posix(): file.read_text(encoding="utf-8") for file in sorted(DOCS.rglob("*.md"))}
 GROUPS = sorted({file.parent.relative_to(conf_dir()).as_posix() for file in conf_dir().glob("*/**/*.yaml")})
-MADE_NAMES = ["changelog.md", "configuration/index.md", *(f"configuration/{site_pages.page_of(one)}" for one in GROUPS)]
+NOTEBOOKS = sorted(file.stem for file in (ROOT / "notebooks").glob("*.ipynb"))
+MADE_NAMES = [
+    "changelog.md",
+    "configuration/index.md",
+    *(f"configuration/{site_pages.page_of(one)}" for one in GROUPS),
+    *(f"tutorials/{name}.md" for name in NOTEBOOKS),
+]
 
 
 @cache

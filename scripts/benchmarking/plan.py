@@ -54,7 +54,10 @@ class Plan:
             yield from random.sample(list(names), len(names))
 
     def write(self, title: str, described: str, parts: Sequence[str]) -> Path:
-        """Write the page."""
+        """Write the page. What its name has beyond ``step_time`` or ``peak_memory`` is the subtitle."""
+        words = self.name.split("_", 2)
+        if len(words) == 3:
+            title += f": {words[2].replace('_', ' ')}"
         setting = self.setting
         if setting.device == "cuda":
             where = torch.cuda.get_device_name()
