@@ -27,7 +27,8 @@ class NormWeighting(NormCallback[NormWeightingRule]):
             all trained parameters, by one first-order pass from each loss. ``None``: as in the formula's source: ``"all"`` for
             `LRAnnealing` and `NTKWeights`; for others the deepest trained weight that all losses of the first batch depend
             on.
-        heads, losses_from: as for `GradNorm`.
+        heads: as for `GradNorm`.
+        losses_from: as for `GradNorm`.
         norm_of: ``"weight"``; or ``"activation"``: of gradients at the ``representation``, for formulas of Euclidean norms.
         representation: for ``norm_of="activation"``, the module whose output the losses are computed from.
 

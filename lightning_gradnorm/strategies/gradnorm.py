@@ -94,7 +94,8 @@ class GradNormRule(ReadsOutcomes):
         optimizer: makes the optimizer of the weights; the paper's is ``partial(torch.optim.Adam, lr=0.025)``.
         initial_losses: the number of first updates whose mean loss is ``L_i(0)`` (as long as there are fewer, the mean of
             those so far); or the values by task, for example ``{"seg": math.log(13)}``. The others' is their first loss.
-        initial_weights, priorities: by task; scaled to sum T, and to mean 1. Equal by default.
+        initial_weights: by task; scaled to sum T. Equal by default.
+        priorities: by task; scaled to mean 1. Equal by default.
         update_every: the network's optimizer steps from one weight update to the next.
         stop_after: the network's optimizer steps after which the weights stay fixed; ``None`` for never.
         min_weight: lower bound of the weights before they are scaled to sum T.
@@ -108,7 +109,8 @@ class GradNormRule(ReadsOutcomes):
         resume_options: which options are in force after `load_state_dict` where the checkpoint's differ: the weight
             optimizer's, ``initial_losses`` and ``initial_weights``. A difference is warned of in either case. Other options
             are no part of a checkpoint.
-        dtype, device: of the weights.
+        dtype: of the weights.
+        device: of the weights.
         caller: begins the error messages.
 
     Example:

@@ -128,7 +128,8 @@ class NormWeightingRule(ReadsOutcomes):
     Args:
         tasks: the tasks' names, in the order of every tensor of shape (T,).
         formula: for example `InverseNorm()`.
-        dtype, device: of the weights.
+        dtype: of the weights.
+        device: of the weights.
 
     Raises:
         TypeError, ValueError: ``formula`` is no formula, or names a task that is not there.
