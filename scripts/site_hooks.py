@@ -23,6 +23,8 @@ def on_config(config: Any) -> Any:
     """Fill in what the navigation does not list: groups of the configuration, and results."""
     groups = [{f"{group}=": f"configuration/{site_pages.page_of(group)}"} for group in site_pages.groups()]
     results = [{_title(file): f"results/{file.name}"} for file in sorted(RESULTS.glob("*.md"))]
+    details = [f"strategies/{one.name}.md" for one in strategy_tables.strategies()]
+    _section(config["nav"], "Strategies").extend(sorted(details))
     _section(config["nav"], "Command line", "Configuration").extend(groups)
     _section(config["nav"], "Results").extend(results)
     return config

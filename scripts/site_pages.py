@@ -13,6 +13,7 @@ import functools
 import inspect
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lightning_gradnorm.experiments.cli.config import WITH_SCHEMA, left_out
 
+sys.path.insert(0, str(Path(__file__).parent))  # mkdocs reads this file by its path
+from strategy_tables import detail_page, strategies
+
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 
@@ -31,8 +35,7 @@ Constructor = Callable[..., Any]
 _SCHEMAS: dict[str, Constructor] = {f"/schema/{name}": one for name, one in WITH_SCHEMA.items()}
 
 _ABOUT = {
-    "balancing": "How the tasks are balanced. [Strategies](../strategies.md) compares them, [Formulas](../formulas.md) says "
-    "what each computes.",
+    "balancing": "How the tasks are balanced. [Strategies](../strategies.md) compares them and has their formulas.",
     "callbacks": "What else looks on: checkpoints, Ctrl-C, learning rate, the dashboard, pictures.",
     "data": "What is learned from. [Data](../data.md) describes the files and the batches.",
     "experiment": "A whole setting at once: data, network, length, learning rates.",
@@ -287,6 +290,7 @@ def pages() -> dict[str, str]:
         made[f"configuration/{page_of(group)}"] = _group_page(group, options)
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         made[f"tutorials/{notebook.stem}.md"] = _tutorial(notebook)
+    made |= {f"strategies/{one.name}.md": detail_page(one) for one in strategies()}
     made["changelog.md"] = _changelog()
     return made
 

@@ -1,7 +1,7 @@
-"""The tables of docs/strategies.md and docs/formulas.md, made from the registry when the site is built.
+"""The table of docs/strategies.md and a page for each strategy, generated from the registry when the site is built.
 
 Example:
-    python scripts/strategy_tables.py        # prints both pages
+    python scripts/strategy_tables.py        # prints the table and all pages
 """
 
 from __future__ import annotations
@@ -14,19 +14,25 @@ from pathlib import Path
 from lightning_gradnorm.experiments.registry import NEEDS, Strategy, read_strategies
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("strategies.md", "formulas.md")
+PAGES = ("strategies.md",)
 
 COLUMNS: dict[str, Callable[[Strategy], str]] = {
-    "`balancing=`": lambda one: f"`{one.name}`",
+    "`balancing=`": lambda one: f"[`{one.name}`](strategies/{one.name}.md)",
     "in Python": lambda one: "–" if one.callback is None else f"`{one.callback}`",
-    "needs": lambda one: one.needs,
-    "remembers": lambda one: one.remembers,
+    "what it does": lambda one: one.summary.partition(": ")[2].partition(". ")[0].rstrip(".") or one.summary,
     "costs beside the backward pass": lambda one: one.costs,
-    "extra": lambda one: f"`solvers` ({', '.join(one.packages)})" if one.packages else "–",
-    "weights sum to": lambda one: one.weights_sum_to,
+}
+DETAILS: dict[str, Callable[[Strategy], str]] = {
+    "needs": lambda one: one.needs,
+    "costs beside the backward pass": lambda one: one.costs,
+    "state in the checkpoint": lambda one: one.remembers,
+    "weights sum to": lambda one: one.weights_sum_to + (", may be negative" if one.weights_may_be_negative else ""),
     "several ranks": lambda one: one.on_ranks,
     "tasks": lambda one: f"≥ {one.fewest_tasks}",
-    "from": lambda one: citation(one.reference),
+    "extra": lambda one: (
+        f'`pip install "lightning-gradnorm[solvers]"` ({", ".join(one.packages)})' if one.packages else "–"
+    ),
+    "source": lambda one: citation(one.reference) or "–",
 }
 
 
@@ -38,14 +44,25 @@ def strategies() -> tuple[Strategy, ...]:
 
 
 def strategy_table() -> str:
-    """Return what each strategy needs, remembers and costs, one row each."""
+    """Return what each strategy does and costs, one row each."""
     return _table([list(COLUMNS), *([cell(one) for cell in COLUMNS.values()] for one in strategies())])
 
 
-def formula_table(kind: str, title: str) -> str:
-    """Return the formulas of the strategies of one kind."""
-    rows = [[f"`{one.name}`", typeset(one.formula)] for one in strategies() if one.kind == kind]
-    return _table([["`balancing=`", title], *rows])
+def detail_page(one: Strategy) -> str:
+    """Return the page of one strategy."""
+    in_python = "Leave the callback out." if one.callback is None else f"`{one.callback}`"
+    parts = [
+        f"# {one.name}",
+        one.summary,
+        f"**Formula:** {typeset(one.formula)}",
+        f"**Command line:** `gradnorm-train balancing={one.name}` ([options](../configuration/balancing.md#{one.name}))",
+        f"**Python:** {in_python}",
+        _table([["", ""], *([name, cell(one)] for name, cell in DETAILS.items())]),
+        "T tasks, losses L<sub>i</sub>; g<sub>i</sub> is the gradient of task i where it is taken; M is the T × T matrix of their "
+        "inner products, 1 a vector of ones, Δ the set of weights that are not negative and sum to 1. "
+        "[What the rows mean](../strategies.md#what-the-rows-mean).",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def negative_weights() -> str:
@@ -95,12 +112,13 @@ def _table(rows: list[list[str]]) -> str:
 
 
 def filled(page: str) -> str:
-    """Return a page with tables in the places of its comments, such as ``<!-- formulas: losses, f -->``."""
+    """Return a page with the table in place of its comment ``<!-- strategies -->``."""
     page = page.replace("<!-- strategies -->", strategy_table()) if "<!-- strategies -->" in page else page
-    page = page.replace("<!-- negative weights -->", negative_weights()) if "<!-- negative" in page else page
-    return re.sub(r"<!-- formulas: (\w+), (.*?) -->", lambda found: formula_table(found[1], found[2]), page)
+    return page.replace("<!-- negative weights -->", negative_weights()) if "<!-- negative" in page else page
 
 
 if __name__ == "__main__":
     for name in PAGES:
         print(filled((ROOT / "docs" / name).read_text(encoding="utf-8")))
+    for one in strategies():
+        print(detail_page(one))

@@ -44,5 +44,5 @@ _NAMES: dict[str, Any] = {
 
 def in_python(name: str) -> Any:
     """Return the callback that the second column of a row makes."""
-    written = next(cells[1] for cells in table("# Strategies") if cells[0] == f"`{name}`")
+    written = next(cells[1] for cells in table("# Strategies") if cells[0].startswith(f"[`{name}`]"))
     return eval(written.strip("`"), dict(_NAMES))

@@ -39,6 +39,7 @@ MADE_NAMES = [
     "configuration/index.md",
     *(f"configuration/{site_pages.page_of(one)}" for one in GROUPS),
     *(f"tutorials/{name}.md" for name in NOTEBOOKS),
+    *(f"strategies/{name}.md" for name in options("balancing")),
 ]
 
 
@@ -99,7 +100,7 @@ def test_every_page_is_in_the_navigation_and_every_entry_is_a_page() -> None:
     assert len(listed) == len(set(listed))
     names = {*WRITTEN, *MADE_NAMES}
     assert set(listed) <= names
-    by_hook = {name for name in names if name.startswith(("results/", "configuration/"))}
+    by_hook = {name for name in names if name.startswith(("results/", "configuration/", "strategies/"))}
     assert names - by_hook <= set(listed)
 
 
@@ -192,8 +193,8 @@ def test_single_values_of_the_commands_have_a_row_and_a_sentence() -> None:
 
 
 def test_every_strategy_has_a_formula() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| \S", page("formulas.md"), flags=re.MULTILINE)
-    assert sorted(rows) == options("balancing")
+    for name in options("balancing"):
+        assert re.search(r"^\*\*Formula:\*\* \S", page(f"strategies/{name}.md"), flags=re.MULTILINE), name
 
 
 def test_the_examples_of_the_generator_are_right() -> None:

@@ -106,7 +106,7 @@ def states(rule: ScalarizationRule) -> list[Any]:
 
 
 def test_every_yaml_has_one_row_and_every_row_a_yaml() -> None:
-    assert sorted(cells[0].strip("`") for cells in table("# Strategies")) == options("balancing")
+    assert sorted(cells[0].split("`")[1] for cells in table("# Strategies")) == options("balancing")
 
 
 def test_every_strategy_of_torchjd_has_a_row_or_a_reason_to_have_none() -> None:
@@ -275,8 +275,6 @@ def test_the_extra_is_what_its_parts_require(name: str) -> None:
             for one in (module, *vars(module).values()):
                 required |= set(getattr(one, "_REQUIRED_DEPS", ()))
     assert required - EXTRA_PACKAGES == set(ROWS[name].packages)
-    (cell,) = [cells[5] for cells in table("# Strategies") if cells[0] == f"`{name}`"]
-    assert cell == (f"`solvers` ({', '.join(ROWS[name].packages)})" if ROWS[name].packages else "–")
 
 
 @quiet
