@@ -10,6 +10,8 @@ from typing import Any
 import griffe
 from mkdocs.structure.files import File
 
+import lightning_gradnorm
+
 sys.path.insert(0, str(Path(__file__).parent))  # mkdocs reads a hook by its path
 
 import site_pages
@@ -26,6 +28,7 @@ def on_config(config: Any) -> Any:
     details = [f"strategies/{one.name}.md" for one in strategy_tables.strategies()]
     _section(config["nav"], "Strategies").extend(sorted(details))
     _section(config["nav"], "Command line", "Configuration").extend(groups)
+    config["copyright"] = f"Version {lightning_gradnorm.__version__} · {config['copyright']}"
     _section(config["nav"], "Results").extend(results)
     return config
 

@@ -58,7 +58,7 @@ def detail_page(one: Strategy) -> str:
         f"**Command line:** `gradnorm-train balancing={one.name}` ([options](../configuration/balancing.md#{one.name}))",
         f"**Python:** {in_python}",
         _table([["", ""], *([name, cell(one)] for name, cell in DETAILS.items())]),
-        "T tasks with losses L<sub>i</sub>; g<sub>i</sub> is task i's gradient where it is taken; M is the T × T matrix of their "
+        "T tasks with losses L<sub>i</sub>; g<sub>i</sub> is task i's gradient where it is taken; M the T × T matrix of their "
         "inner products, 1 a vector of ones, Δ the set of weights that are not negative and sum to 1. "
         "[What the rows mean](../strategies.md#what-the-rows-mean).",
     ]
