@@ -26,6 +26,7 @@ from lightning_gradnorm.experiments.problems.dense.predictions_callback import D
 from lightning_gradnorm.experiments.problems.dense.rooms import RoomsDataModule
 from lightning_gradnorm.experiments.problems.engines.cmapss import CMAPSS
 from lightning_gradnorm.experiments.problems.engines.turbofan import TurbofanDataModule
+from lightning_gradnorm.experiments.problems.pde import PINN, CollocationDataModule, SolutionPicture
 from lightning_gradnorm.experiments.problems.small import MultiMNISTDataModule, SinusoidsDataModule, ToyDataModule
 from lightning_gradnorm.experiments.problems.tabular import TabularDataModule
 from lightning_gradnorm.experiments.registry import SCHEMAS, help_text, made_for_tasks
@@ -36,16 +37,19 @@ WITH_SCHEMA: dict[str, Callable[..., Any]] = {
         for one in (
             CMAPSS,
             CSVLogger,
+            CollocationDataModule,
             DensePredictions,
             LearningRateMonitor,
             ModelCheckpoint,
             MultiMNISTDataModule,
             MultiTaskModule,
             NYUv2,
+            PINN,
             RoomsDataModule,
             SaveLast,
             SaveOnInterrupt,
             SinusoidsDataModule,
+            SolutionPicture,
             TabularDataModule,
             TensorBoardDashboard,
             TensorBoardLogger,
