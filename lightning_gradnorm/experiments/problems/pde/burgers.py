@@ -62,11 +62,11 @@ class Burgers(Equation):
     @override
     def reference(self, points: Tensor) -> Tensor:
         z, weights = (torch.from_numpy(one).to(points) for one in np.polynomial.hermite.hermgauss(self.nodes))
-        x, t = points[:, :1], points[:, 1:]
+        x, t = points[..., :1], points[..., 1:]
         y = math.pi * (x - 2 * (self.viscosity * t).sqrt() * z)
         # f, divided by its largest value at each point: its exponent is about 50.
-        f = weights * torch.softmax(-torch.cos(y) / (2 * math.pi * self.viscosity), dim=1)
-        return -((f * torch.sin(y)).sum(1) / f.sum(1)).unsqueeze(1)
+        f = weights * torch.softmax(-torch.cos(y) / (2 * math.pi * self.viscosity), dim=-1)
+        return -(f * torch.sin(y)).sum(-1, keepdim=True) / f.sum(-1, keepdim=True)
 
     @override
     def residual(self, task: str, function: Function, points: Tensor) -> Tensor:

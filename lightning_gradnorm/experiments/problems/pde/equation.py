@@ -14,7 +14,7 @@ from lightning_gradnorm._messages import is_number
 
 Array = npt.NDArray[np.float64]
 Function = Callable[[Tensor], Tensor]
-"""Points ``(n, d)`` to the values there, ``(n, 1)``."""
+"""Points ``(..., d)`` to the values there, ``(..., 1)``."""
 
 
 class Equation:
@@ -45,7 +45,7 @@ class Equation:
         raise NotImplementedError
 
     def reference(self, points: Tensor) -> Tensor:
-        """Return the exact solution at the points, shape ``(n, 1)``."""
+        """Return the exact solution at the points, shape ``(..., 1)``."""
         raise NotImplementedError
 
     def draw(self, task: str, count: int, stream: np.random.Generator) -> Array:

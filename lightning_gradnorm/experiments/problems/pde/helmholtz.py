@@ -47,7 +47,7 @@ class Helmholtz(Equation):
 
     @override
     def reference(self, points: Tensor) -> Tensor:
-        x, y = points[:, :1], points[:, 1:]
+        x, y = points[..., :1], points[..., 1:]
         return torch.sin(self.waves[0] * math.pi * x) * torch.sin(self.waves[1] * math.pi * y)
 
     @override

@@ -69,6 +69,11 @@ class PINN(L.LightningModule):
         return self.equation.tasks
 
     @property
+    def metric_names(self) -> dict[str, list[str]]:
+        """Task → its metrics besides the loss: none, for the relative L2 error is that of the solution."""
+        return {task: [] for task in self.tasks}
+
+    @property
     def task_heads(self) -> dict[str, str]:
         """Task → the network, out of which all losses come, for balancing callbacks."""
         return dict.fromkeys(self.tasks, "network")

@@ -52,7 +52,8 @@ class KirchhoffPlate(Equation):
         self.lower, self.upper = (0.0, 0.0), (self.side, self.side)
 
     def _shape(self, points: Tensor) -> Tensor:
-        return torch.sin(math.pi * points / self.side).prod(1, keepdim=True)
+        x, y = points[..., :1], points[..., 1:]
+        return torch.sin(math.pi * x / self.side) * torch.sin(math.pi * y / self.side)
 
     @override
     def reference(self, points: Tensor) -> Tensor:
