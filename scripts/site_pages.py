@@ -38,10 +38,12 @@ _ABOUT = {
     "balancing": "How the tasks are balanced. [Strategies](../strategies.md) compares them and has their formulas.",
     "callbacks": "What else looks on: checkpoints, Ctrl-C, learning rate, the dashboard, pictures.",
     "data": "What is learned from. [Data](../data.md) describes the files and the batches.",
+    "data/equation": "The differential equation of `data=pde`, and how many points each of its tasks has.",
     "experiment": "A whole setting at once: data, network, length, learning rates.",
     "hydra": "Where runs are written and what sweeps name them; Hydra's own options are shown by `--hydra-help`.",
     "logger": "Where the curves are written.",
     "model": "Encoder, tasks and optimizer; follows `data` unless it is given.",
+    "model/optimizer": "What trains `model=pde`.",
     "paths": "The folders.",
     "search": "What a sweep looks for by itself, with Optuna; see [Command line](../command_line.md#search).",
     "trainer": "Where and how long: the options of Lightning's `Trainer`.",
@@ -222,7 +224,7 @@ class Option:
     yaml: str
     """What it sets, without the lines that say where its schema is."""
     made_by: dict[str, Constructor]
-    """Key, below the group → what is made there."""
+    """Key → what is made there."""
 
 
 def groups() -> dict[str, list[Option]]:
@@ -236,8 +238,11 @@ def groups() -> dict[str, list[Option]]:
 
 
 def _option(group: str, file: Path) -> Option:
-    told, yaml = _comment_and_rest(file.read_text(encoding="utf-8"))
-    return Option(group, file.stem, told, _without_schemas(yaml), dict(_makers(file)))
+    text = file.read_text(encoding="utf-8")
+    told, yaml = _comment_and_rest(text)
+    place = "" if text.startswith("# @package _global_") else group
+    made_by = {f"{place}.{key}".strip("."): one for key, one in _makers(file)}
+    return Option(group, file.stem, told, _without_schemas(yaml), made_by)
 
 
 def _comment_and_rest(text: str) -> tuple[str, str]:
@@ -392,7 +397,7 @@ def _group_page(group: str, options: list[Option]) -> str:
     for option in options:
         lines += ["", f"## `{group}={option.name}` {{ #{option.name} }}", ""]
         lines += [_escaped(option.told), ""] if option.told else []
-        places = [_place(group, key, one) for key, one in option.made_by.items()]
+        places = [_place(key, one) for key, one in option.made_by.items()]
         lines += ["Options: " + "; ".join(places) + ".", ""] if places else []
         lines += ["```yaml", option.yaml, "```"] if option.yaml else []
     if constructors:
@@ -403,8 +408,7 @@ def _group_page(group: str, options: list[Option]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _place(group: str, key: str, constructor: Constructor) -> str:
-    where = f"{group}.{key}".rstrip(".")
+def _place(where: str, constructor: Constructor) -> str:
     name = constructor.__name__
     what = f"[`{name}`](#made-by-{name.lower()})" if _has_a_table(constructor) else f"`{_dotted(constructor)}`"
     return f"`{where}.…` those of {what}"

@@ -31,6 +31,7 @@ TASKS = {
     "turbofan": ["rul", "health"],
     "cmapss": ["rul", "health"],
     "tabular": ["a", "b"],
+    "pde": ["pde", "boundary"],
 }
 TABLE = [f"data.path={Path(__file__).with_name('table.csv')}", "data.targets=[a, b]"]
 """A table to train on, where that is what is trained on: 60 rows, inputs x, y, z, one value of b in three missing."""
@@ -45,6 +46,10 @@ def tiny(experiment: str) -> list[str]:
         return [*engines, "model.encoder.channels=[8]", "model.encoder.hidden=4"]
     if experiment == "tabular":
         return [*TABLE, "data.batch_size=16"]
+    if experiment.startswith("pinn"):
+        counts = {"pinn_burgers": "initial: 8", "pinn_plate": "moment: 8"}.get(experiment, "")
+        points = f"data.points={{pde: 8, boundary: 8{', ' if counts else ''}{counts}}}"
+        return [points, "data.steps_per_epoch=4", "data.val_size=8", "model.network.hidden=[4]"]
     few = ["data.train_size=16", "data.val_size=8", "data.test_size=8", "data.batch_size=4"]
     if not experiment.startswith("nyuv2"):
         return few

@@ -18,7 +18,9 @@ import torch
 from configurations import compose_run, options, tiny
 from omegaconf import DictConfig
 
+from lightning_gradnorm.experiments.cli.config import conf_dir
 from lightning_gradnorm.experiments.cli.train import train
+from lightning_gradnorm.experiments.registry import read_strategies
 from lightning_gradnorm.strategies import GradNormRule
 
 SETTINGS = {
@@ -39,10 +41,16 @@ SETTINGS = {
     "cmapss_fd003": ["rul", "health"],
     "cmapss_fd004": ["rul", "health"],
     "tabular": ["a", "b"],
+    "pinn_poisson": ["pde", "boundary"],
+    "pinn_helmholtz": ["pde", "boundary"],
+    "pinn_burgers": ["pde", "boundary", "initial"],
+    "pinn_plate": ["pde", "boundary", "moment"],
 }
 """The experiments with their tasks."""
 
-FAMILIES = ["toy_ten", "sinusoids", "multimnist", "nyuv2_seg_small", "cmapss_small", "tabular"]
+STRATEGIES = read_strategies(conf_dir())
+
+FAMILIES = ["toy_ten", "sinusoids", "multimnist", "nyuv2_seg_small", "cmapss_small", "tabular", "pinn_burgers"]
 """One of each kind of data; those on NYUv2, or on C-MAPSS, differ in numbers and networks, not in what strategies are told."""
 
 TINY = [
@@ -90,6 +98,8 @@ def needed(balancing: str, tasks: Sequence[str], folder: Path) -> list[str]:
         checkpoint = folder / "gradnorm.ckpt"
         torch.save({"callbacks": {"GradNorm": GradNormRule(list(tasks)).state_dict()}}, checkpoint)
         return [f"balancing.from_run={checkpoint}"]
+    if "pde" in tasks and STRATEGIES[balancing].kind == "representation":
+        return ["balancing.at=parameters"]  # there are no heads that would read a representation
     return []
 
 

@@ -26,6 +26,15 @@ from lightning_gradnorm.experiments.problems.dense.predictions_callback import D
 from lightning_gradnorm.experiments.problems.dense.rooms import RoomsDataModule
 from lightning_gradnorm.experiments.problems.engines.cmapss import CMAPSS
 from lightning_gradnorm.experiments.problems.engines.turbofan import TurbofanDataModule
+from lightning_gradnorm.experiments.problems.pde import (
+    PINN,
+    Burgers,
+    CollocationDataModule,
+    Helmholtz,
+    KirchhoffPlate,
+    Poisson,
+    SolutionPicture,
+)
 from lightning_gradnorm.experiments.problems.small import MultiMNISTDataModule, SinusoidsDataModule, ToyDataModule
 from lightning_gradnorm.experiments.problems.tabular import TabularDataModule
 from lightning_gradnorm.experiments.registry import SCHEMAS, help_text, made_for_tasks
@@ -34,18 +43,25 @@ WITH_SCHEMA: dict[str, Callable[..., Any]] = {
     **{
         one.__name__: one
         for one in (
+            Burgers,
             CMAPSS,
             CSVLogger,
+            CollocationDataModule,
             DensePredictions,
+            Helmholtz,
+            KirchhoffPlate,
             LearningRateMonitor,
             ModelCheckpoint,
             MultiMNISTDataModule,
             MultiTaskModule,
             NYUv2,
+            PINN,
+            Poisson,
             RoomsDataModule,
             SaveLast,
             SaveOnInterrupt,
             SinusoidsDataModule,
+            SolutionPicture,
             TabularDataModule,
             TensorBoardDashboard,
             TensorBoardLogger,

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from lightning_gradnorm import MultiTaskModule
 from lightning_gradnorm.experiments.cli import hydra_entry
+from lightning_gradnorm.experiments.problems.pde import PINN
 from lightning_gradnorm.experiments.report.collect import strategy_of
 from lightning_gradnorm.experiments.report.methods import HOUSEKEEPING, is_below
 
@@ -82,9 +83,11 @@ class HParamsRecord(L.Callback):
 
     def _results(self, module: L.LightningModule) -> Iterable[str]:
         """Return the names of what the test will log, of all tasks, chosen or not. Only the first five are seen at once."""
-        found = module.metric_names if isinstance(module, MultiTaskModule) else {}
+        found = module.metric_names if isinstance(module, MultiTaskModule | PINN) else {}
         if self.delta_m:
             yield DELTA_M
+        if isinstance(module, PINN):
+            yield "test/relative_l2"
         of_tasks = [[f"test/{metric}/{task}" for metric in metrics] for task, metrics in found.items()]
         yield from (names[0] for names in of_tasks if names)
         yield "test/loss"

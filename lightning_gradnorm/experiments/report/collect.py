@@ -29,6 +29,8 @@ FAILURE = "failure.json"
 """What kept the run from going on."""
 LOG = "output.txt"
 """What a run of a study printed."""
+PICTURE = "solution.png"
+"""What the network has learnt, of runs that draw it."""
 HYDRA = ".hydra"
 """Hydra's own record, which is there before training begins."""
 

@@ -109,7 +109,13 @@ class Comparison:
 
     @property
     def counting(self) -> list[Metric]:
-        """The metrics that ranks and changes are of: those of the tasks; the loss only of a task that has nothing else."""
+        """The metrics that ranks and changes are of: those of the tasks; the loss only of a task that has nothing else.
+
+        If there is a metric of all tasks together, such as how far a solution is from the exact one, it is what counts.
+        """
+        of_all = [metric for metric in self.metrics if metric.task == ALL_TASKS and metric.upwards is not None]
+        if judged := [metric for metric in of_all if metric.short not in ("loss", "delta_m")]:
+            return judged
         known = [metric for metric in self.metrics if metric.task != ALL_TASKS and metric.upwards is not None]
         rich = {metric.task for metric in known if metric.short != "loss"}
         return [metric for metric in known if metric.short != "loss" or metric.task not in rich]

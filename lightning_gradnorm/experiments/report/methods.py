@@ -49,7 +49,15 @@ _NOT_OF_A_METHOD = (
     "tasks",
 )
 
-_OPTIONS_OF_DATA = ("data.batch_size", "data.drop_last", "data.root", "data.augment", "data.standardise_targets")
+_OPTIONS_OF_DATA = (
+    "data.batch_size",
+    "data.drop_last",
+    "data.root",
+    "data.augment",
+    "data.standardise_targets",
+    "data.resample",
+    "data.steps_per_epoch",
+)
 """Differ between methods on the same data; every other option of the data makes other data."""
 
 _FROM_RUN = "balancing.from_run"

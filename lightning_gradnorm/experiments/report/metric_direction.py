@@ -30,6 +30,7 @@ _LOWER = {
     "mse",
     "nasa_score",
     "relative_error",
+    "relative_l2",
     "relative_rmse",
     "rmse",
 }

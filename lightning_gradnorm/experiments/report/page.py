@@ -44,6 +44,7 @@ figcaption { font-size: .875rem; font-weight: 600; overflow-wrap: anywhere; }
   font-size: .875rem; }
 .legend li { display: flex; align-items: center; gap: .4rem; overflow-wrap: anywhere; }
 .legend svg { width: 34px; height: 14px; flex: none; }
+.wide { display: grid; gap: 1rem; } .wide .chart { max-width: 66rem; }
 .chart { display: block; width: 100%; max-width: 28rem; height: auto; }
 svg text { font-size: 11px; fill: var(--soft); font-family: inherit; }
 .end { text-anchor: end; } .middle { text-anchor: middle; }
@@ -128,8 +129,8 @@ def _notes(notes: Sequence[str]) -> list[str]:
 
 def _figures(pictures: Sequence[Figure]) -> list[str]:
     """Return the pictures one below the other, those of one chart side by side where there is room."""
-    small = [picture for picture in pictures if len(picture.panels) == 1]
-    large = [picture for picture in pictures if len(picture.panels) > 1]
+    small = [picture for picture in pictures if len(picture.panels) == 1 and not picture.is_wide]
+    large = [picture for picture in pictures if picture not in small]
     beside = [element("div", *map(_figure, small), class_="beside")] if small else []
     return [*map(_figure, large), *beside]
 
@@ -144,7 +145,7 @@ def _figure(figure: Figure) -> str:
         element("h2", text(figure.title)),
         element("p", text(figure.caption), class_="note"),
         _legend(figure),
-        element("div", *panels, class_="panels"),
+        element("div", *panels, class_="wide" if figure.is_wide else "panels"),
     )
 
 

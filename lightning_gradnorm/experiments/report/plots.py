@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from lightning_gradnorm.experiments.report.charts import Point, Series, line_chart, point_chart
-from lightning_gradnorm.experiments.report.collect import CollectedRun, Curve
+from lightning_gradnorm.experiments.report.collect import PICTURE, CollectedRun, Curve
 from lightning_gradnorm.experiments.report.comparison import Comparison, Metric, Row, by_seed, mean_metrics
 from lightning_gradnorm.experiments.report.methods import Method, is_random
 from lightning_gradnorm.experiments.report.significance import deviation
+from lightning_gradnorm.experiments.report.svg import embedded
 
 MOST_LINES = 8
 """Methods in one picture; more cannot be told apart."""
@@ -37,6 +38,8 @@ class Figure:
     legend: Sequence[tuple[str, int]] = ()
     """Names and styles."""
     is_line: bool = True
+    is_wide: bool = False
+    """Its panels stand one below the other."""
 
 
 def figures(comparison: Comparison) -> list[Figure]:
@@ -73,6 +76,7 @@ def figures(comparison: Comparison) -> list[Figure]:
         _alpha_sweep(comparison),
         _static_search(comparison),
         _pareto(comparison),
+        _solutions(shown),
     ]
     return [figure for figure in found if figure is not None]
 
@@ -209,6 +213,18 @@ def _by_method(
     if len(tasks) < len(comparison.tasks):
         caption += f" The first {len(tasks)} of {len(comparison.tasks)} tasks."
     return Figure(title, caption, panels, [(task, number + 1) for number, task in enumerate(tasks)])
+
+
+def _solutions(methods: Sequence[Method]) -> Figure | None:
+    """Return what the runs have drawn of what they learnt, one run of each method."""
+    panels = []
+    for method in methods:
+        found = ((run, embedded(run.folder / PICTURE, f"solution of {method.name}")) for run in drawn_runs(method))
+        run, image = next((one for one in found if one[1]), (None, ""))
+        if run is not None:
+            panels.append(Panel(f"{method.name} ({run.name})", image))
+    caption = "What the network has learnt, the exact solution, and the size of the difference. One run of each method."
+    return Figure("Solutions", caption, panels, is_wide=True) if panels else None
 
 
 # ---- points ----------------------------------------------------------------------------------------------------------

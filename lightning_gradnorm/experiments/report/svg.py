@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import math
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 WIDTH, HEIGHT = 360, 230
 """Of every chart, in units that are about a pixel on a telephone."""
@@ -42,6 +45,22 @@ def element(tag: str, *children: str, **attributes: object) -> str:
         if value is not None
     )
     return f"<{tag}{shown}>{''.join(children)}</{tag}>"
+
+
+def embedded(file: Path, title: str) -> str:
+    """Return a PNG as part of the page; nothing if there is no such file, or it is damaged.
+
+    Args:
+        file: the picture.
+        title: what it shows, for those who do not see it.
+    """
+    content = file.read_bytes() if file.is_file() else b""
+    if not (content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) > 24):
+        return ""
+    width, height = struct.unpack(">II", content[16:24])
+    source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    image = element("image", href=source, width=width, height=height)
+    return element("svg", image, viewBox=f"0 0 {width} {height}", class_="chart", role="img", aria_label=title)
 
 
 def _attribute(value: object) -> str:
