@@ -33,11 +33,6 @@ def check_arguments(model: object, rule: object, shared_layer: object, heads: ob
     is_name = shared_layer is None or isinstance(shared_layer, str)
     check("Balancer", is_name, "shared_layer", "a dotted name such as 'encoder.4', or None", shared_layer)
     check_heads(heads, (), caller="Balancer")
-    if getattr(rule, "of_parameters", False):
-        raise ValueError(
-            "Balancer: an aggregation with of_parameters=True sets gradients right before the optimizer steps, a moment that "
-            "only a Trainer announces. Use of_parameters=False, or the callback Aggregation(at='parameters')."
-        )
 
 
 def require_agreement(setting: Setting, rule: Rule) -> None:

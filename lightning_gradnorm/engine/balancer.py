@@ -187,7 +187,9 @@ class Balancer:
         self._loop.scales.append(scale.detach())
         if not self._loop.is_inside_call:
             # Who back-propagates does not tell us when it is done. This is the hook that DDP uses for the same purpose.
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
+            # Queued again when all nodes have run, it comes after DDP's own, which writes the gradients.
+            queue = torch.autograd.Variable._execution_engine.queue_callback
+            queue(functools.partial(queue, self._finish_backward))
 
     def _finish_backward(self) -> None:
         with self._recovery():

@@ -112,12 +112,8 @@ class PlainLoop:
         scales = [scale if scale.dtype == torch.float64 else scale.float() for scale in self.scales[-passes:]]
         return functools.reduce(operator.add, scales) if passes else 1.0
 
-    def loss_scale(self) -> float:
-        """Return 1: only aggregations of the parameters' gradients, which `Balancer` refuses, need more."""
-        return 1.0
-
-    def force_skip(self) -> bool:
-        """Return False: the step has been taken already."""
+    def is_accumulating(self) -> bool:
+        """Return False: nobody says."""
         return False
 
 
