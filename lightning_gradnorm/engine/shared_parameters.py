@@ -20,8 +20,8 @@ from lightning_gradnorm.gradients.graph import reachable_nodes
 class AtParameters(GradientMeasurement):
     """Aggregates the gradients of the parameters that at least two tasks reach, when a backward pass is over.
 
-    Until every task has been seen, whatever one of them reaches may be shared: the gradients of all that is held apart, and
-    what then turns out not to be shared gets their plain sum.
+    Until every task has been seen, whatever one of them reaches may be shared. The gradients of all that are kept apart; what
+    turns out not to be shared gets their plain sum.
 
     Args:
         rule: the aggregation.
@@ -68,15 +68,14 @@ class AtParameters(GradientMeasurement):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._merge(trained, self._look(batch))
         is_complete = self._seen >= set(self.setting.tasks)
-        shared = self._shared_among(trained)
+        shared = self._reached_by(2, trained)
         if is_complete and all(parameter.requires_grad for parameter in model.parameters()):
             self._require_shared(shared)
         if not is_complete:  # what one task reaches may be another's as well, unless it is in its head
             heads = self.setting.heads if isinstance(self.setting.heads, Mapping) else {}
-            own = {parameter for name in heads.values() for parameter in model.get_submodule(name).parameters()}
-            reached = set().union(*self._reached.values())
-            shared = [p for p in trained if p in shared or (p in reached and p not in own)]
-        self._gradients.set_targets(shared)
+            own: set[Tensor] = {parameter for name in heads.values() for parameter in model.get_submodule(name).parameters()}
+            shared |= self._reached_by(1, trained) - own
+        self._gradients.set_targets([parameter for parameter in trained if parameter in shared])
 
     def _look(self, batch: BatchState) -> dict[str, set[Node]]:
         """Return the nodes behind the losses that are about to be back-propagated, by task."""
@@ -112,9 +111,10 @@ class AtParameters(GradientMeasurement):
             self._seen |= {task} if row[0] else set()
             self._reached[task] |= {trained[i] for i in row[1:].nonzero().flatten().tolist()}
 
-    def _shared_among(self, parameters: Collection[Tensor]) -> list[Tensor]:
-        reached = list(self._reached.values())
-        return [p for p in parameters if sum(p in of_task for of_task in reached) >= 2]
+    def _reached_by(self, least: int, parameters: Collection[Tensor]) -> set[Tensor]:
+        """Return those of the parameters that at least so many tasks reach."""
+        reached = self._reached.values()
+        return {parameter for parameter in parameters if sum(parameter in of_task for of_task in reached) >= least}
 
     def _require_shared(self, shared: Collection[Tensor]) -> None:
         tasks, model = self.setting.tasks, type(self.setting.model).__name__
@@ -138,7 +138,7 @@ class AtParameters(GradientMeasurement):
     def before_backward(self, loss: Tensor, batch: BatchState, step: OptimizerStepState) -> None:
         """Have the tasks' gradients kept apart in this backward pass."""
         super().before_backward(loss, batch, step)
-        if batch.is_repeated:  # by closure or by hand, after the gradients of the last evaluation were taken away
+        if not step.backwards:  # a repeated evaluation, too, begins with the gradients of the last one taken away
             self._gradients.forget()
             self._before = None
         if step.measured:
@@ -164,24 +164,30 @@ class AtParameters(GradientMeasurement):
         elif not self._keeps_weights:  # a further micro-batch: once more, of all of them
             self.rule.load_aggregator_state(self._before)
         parameters = list(self._gradients.held)
-        counts = torch.tensor([float(step.counts.get(task, 0)) for task in self.setting.tasks])
-        rows = self._gradients.rows(self.setting.tasks, parameters, self.rule.loss_weights)
-        table = loop.ranks.sum(torch.cat([counts.to(rows)[:, None], rows], dim=1))
-        # By how much .grad exceeds the gradient of the mean loss.
-        size = float(loop.step_scale(step.backwards))
-        J, counts = table[:, 1:] / (loop.ranks.size * (size or 1.0)), table[:, 0].cpu()
-        shared = set(self._shared_among(parameters))
-        is_shared = [parameter in shared for parameter in parameters]
-        present = [n > 0 and not self._reached[t].isdisjoint(shared) for t, n in zip(self._reached, counts, strict=True)]
-        if all(is_shared):
-            gradient = self._aggregate(J, torch.tensor(present))
+        widths = [row_width([parameter]) for parameter in parameters]
+        shared = self._reached_by(min(2, len(self._seen)), parameters)
+        size = float(loop.step_scale(step.backwards))  # by how much .grad exceeds the gradient of the mean loss
+        J = loop.ranks.sum(self._gradients.rows(self.setting.tasks, parameters, self.rule.loss_weights))
+        J /= loop.ranks.size * (size or 1.0)
+        present = self._present(step, shared)
+        if len(shared) == len(parameters):
+            gradient = self._aggregate(J, present)
         else:
-            widths = torch.tensor([row_width([parameter]) for parameter in parameters])
-            columns = torch.tensor(is_shared).repeat_interleave(widths).to(J.device)
+            columns = torch.tensor([parameter in shared for parameter in parameters])
+            columns = columns.repeat_interleave(torch.tensor(widths)).to(J.device)
             gradient = J.sum(dim=0)
-            gradient[columns] = self._aggregate(J[:, columns], torch.tensor(present)).to(gradient)
+            gradient[columns] = self._aggregate(J[:, columns], present).to(gradient)
         # Each rank adds it to its own copy of the parameters' gradients: all must add the same bits.
-        self._gradients.place(loop.ranks.broadcast_from_rank0(gradient) * size, parameters)
+        gradient = loop.ranks.broadcast_from_rank0(gradient) * size
+        pieces = dict(zip(parameters, gradient.split(widths), strict=True))
+        # The head of a task that is absent gets no gradient, rather than one of zeros.
+        self._gradients.place({p: piece for p, piece in pieces.items() if p in shared or bool(piece.any())})
+
+    def _present(self, step: OptimizerStepState, shared: Collection[Tensor]) -> Tensor:
+        """Return which tasks take part, on any rank: those in this step that share anything, bool of shape (T,)."""
+        counts = self._on_cpu.sum(torch.tensor([step.counts.get(task, 0) for task in self.setting.tasks]))
+        shares = [not self._reached[task].isdisjoint(shared) for task in self.setting.tasks]
+        return (counts > 0) & torch.tensor(shares)
 
     def _aggregate(self, J: Tensor, present: Tensor) -> Tensor:
         rule = self.rule

@@ -8,7 +8,7 @@ it over the ranks. It does not matter how often the network was called, or wheth
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -116,11 +116,9 @@ class SharedGradients(GradientReader):
         return rows
 
     @torch.no_grad()
-    def place(self, gradient: Tensor, parameters: Iterable[Tensor]) -> None:
-        """Add a gradient, shape (n,), to what the parameters have from elsewhere; in place of what was added in this step."""
-        parameters = list(parameters)
-        pieces = gradient.split([row_width([parameter]) for parameter in parameters])
-        for parameter, piece in zip(parameters, pieces, strict=True):
+    def place(self, pieces: Mapping[Tensor, Tensor]) -> None:
+        """Add to each parameter's gradient from elsewhere a piece, flat; in place of what was added before in this step."""
+        for parameter, piece in pieces.items():
             shape = parameter.shape
             new = torch.view_as_complex(piece.view(*shape, 2)) if parameter.is_complex() else piece.view(shape)
             new = new.to(parameter.dtype)
@@ -128,8 +126,7 @@ class SharedGradients(GradientReader):
                 parameter.grad = new.clone()
             else:
                 before = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-                change = new - self._placed[parameter] if parameter in self._placed else new
-                parameter.grad = before.add_(change)
+                parameter.grad = before.add_(new - self._placed[parameter] if parameter in self._placed else new)
             self._placed[parameter] = new
 
     def release_graph(self) -> None:
