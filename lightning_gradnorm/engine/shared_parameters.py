@@ -167,9 +167,14 @@ class AtParameters(GradientMeasurement):
         widths = [row_width([parameter]) for parameter in parameters]
         shared = self._reached_by(min(2, len(self._seen)), parameters)
         size = float(loop.step_scale(step.backwards))  # by how much .grad exceeds the gradient of the mean loss
-        J = loop.ranks.sum(self._gradients.rows(self.setting.tasks, parameters, self.rule.loss_weights))
-        J /= loop.ranks.size * (size or 1.0)
-        present = self._present(step, shared)
+        table = self.rule.loss_weights.new_zeros(len(self.setting.tasks), 1 + sum(widths))
+        for row, task in zip(table, self.setting.tasks, strict=True):
+            row[0] = step.counts.get(task, 0)
+        self._gradients.write_rows(table[:, 1:], self.setting.tasks)
+        table = loop.ranks.sum(table)
+        J = table[:, 1:].div_(loop.ranks.size * (size or 1.0))
+        shares = [not self._reached[task].isdisjoint(shared) for task in self.setting.tasks]
+        present = (table[:, 0] > 0).cpu() & torch.tensor(shares)
         if len(shared) == len(parameters):
             gradient = self._aggregate(J, present)
         else:
@@ -182,12 +187,6 @@ class AtParameters(GradientMeasurement):
         pieces = dict(zip(parameters, gradient.split(widths), strict=True))
         # The head of a task that is absent gets no gradient, rather than one of zeros.
         self._gradients.place({p: piece for p, piece in pieces.items() if p in shared or bool(piece.any())})
-
-    def _present(self, step: OptimizerStepState, shared: Collection[Tensor]) -> Tensor:
-        """Return which tasks take part, on any rank: those in this step that share anything, bool of shape (T,)."""
-        counts = self._on_cpu.sum(torch.tensor([step.counts.get(task, 0) for task in self.setting.tasks]))
-        shares = [not self._reached[task].isdisjoint(shared) for task in self.setting.tasks]
-        return (counts > 0) & torch.tensor(shares)
 
     def _aggregate(self, J: Tensor, present: Tensor) -> Tensor:
         rule = self.rule

@@ -8,7 +8,7 @@ it over the ranks. It does not matter how often the network was called, or wheth
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -34,7 +34,8 @@ class SharedGradients(GradientReader):
         >>> reader.begin(total, stop=[loss.grad_fn for loss in losses.values()])
         >>> total.backward()
         >>> reader.on_backward_end()
-        >>> reader.rows(["a", "b"], reader.held, torch.zeros(())).tolist(), network.weight.grad.item()
+        >>> reader.write_rows(J := torch.zeros(2, 1), ["a", "b"])
+        >>> J.tolist(), network.weight.grad.item()
         ([[2.0], [3.0]], 5.0)
     """
 
@@ -103,17 +104,14 @@ class SharedGradients(GradientReader):
         self._passes.clear()
         self._others = set()
 
-    def rows(self, tasks: Sequence[str], parameters: Iterable[Tensor], like: Tensor) -> Tensor:
-        """Return the sums so far, shape (T, n), zero where nothing was read, in the dtype and on the device of ``like``."""
-        parameters = list(parameters)
-        widths = [row_width([parameter]) for parameter in parameters]
-        rows = like.new_zeros(len(tasks), sum(widths))
-        for row, task in zip(rows, tasks, strict=True):
+    def write_rows(self, out: Tensor, tasks: Sequence[str]) -> None:
+        """Write the sums so far to the rows of ``out``, shape (T, n), one number for each of the values held."""
+        widths = [row_width([parameter]) for parameter in self.held]
+        for row, task in zip(out, tasks, strict=True):
             found = self._rows.get(task, {})
-            for piece, parameter in zip(row.split(widths), parameters, strict=True):
+            for piece, parameter in zip(row.split(widths), self.held, strict=True):
                 if parameter in found:
                     piece.copy_(found[parameter])
-        return rows
 
     @torch.no_grad()
     def place(self, pieces: Mapping[Tensor, Tensor]) -> None:
