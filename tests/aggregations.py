@@ -65,7 +65,9 @@ def assert_same(
     difference = worst(state(model), state(twin))
     assert difference <= tolerance, f"the networks differ by {difference}"
     assert len(noted.weights) == len(hand.weights)
-    assert max(worst(f, e) for f, e in zip(noted.norms[norms_from:], hand.norms[norms_from:], strict=True)) <= 1e-5  # logged in float32
+    assert (
+        max(worst(f, e) for f, e in zip(noted.norms[norms_from:], hand.norms[norms_from:], strict=True)) <= 1e-5
+    )  # logged in float32
     if noted.callback.rule.has_weights:
         differences = [worst(f, e) for f, e in zip(noted.weights, hand.weights, strict=True)]
         assert max(differences) <= 1e-6, f"the weights differ by {differences}"

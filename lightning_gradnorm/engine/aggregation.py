@@ -14,8 +14,33 @@ from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState
 from lightning_gradnorm.gradients import GradientReader, JointGradients
 
 
-class GradientMeasurement(LossMeasurement[GradientRule]):
-    """What aggregations have in common, wherever the gradients are taken.
+class RanksWeights:
+    """Asks an aggregation for its weights λ, in such a way that all ranks have the same.
+
+    Args:
+        rule: the aggregation.
+        setting: where it is at work.
+    """
+
+    def __init__(self, rule: GradientRule, setting: Setting) -> None:
+        self.rule = rule
+        self.on_cpu = setting.loop.ranks.on_cpu(setting.options.get("timeout"))
+        """The ranks, for sums in the middle of a backward pass."""
+
+    def of(self, gramian: Tensor, present: Tensor, matrix: Tensor | None = None) -> Tensor:
+        """Return rank 0's weights, zero for an absent task."""
+        self.rule.weigh_gradients(gramian, present, matrix)
+        weights = self.on_cpu.broadcast_from_rank0(self.rule.gradient_weights.cpu())
+        self.rule.gradient_weights = weights.to(self.rule.gradient_weights)
+        return self.kept(present)
+
+    def kept(self, present: Tensor) -> Tensor:
+        """Return the weights as they are, zero for an absent task."""
+        return self.rule.gradient_weights * present.to(self.rule.gradient_weights)
+
+
+class AtRepresentation(LossMeasurement[GradientRule]):
+    """Aggregates task gradients where they meet in the backward pass.
 
     Args:
         rule: the aggregation.
@@ -28,44 +53,19 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
         super().__init__(rule, setting)
         self.gramian: Tensor | None = None
         """``J Jᵀ`` of the last backward pass, over all ranks (for aggregations of the matrix: of this rank)."""
-        self._on_cpu = setting.loop.ranks.on_cpu(setting.options.get("timeout"))
+        self._weights = RanksWeights(rule, setting)
         self._keeps_weights = False
-
-    @property
-    def should_measure(self) -> bool:
-        """An aggregation needs the gradients of every step."""
-        return True
-
-    def before_backward(self, loss: Tensor, batch: BatchState, step: OptimizerStepState) -> None:
-        """Called before each backward pass."""
-        super().before_backward(loss, batch, step)
-        # The weights of a step's first evaluation hold in all of them: the optimizer expects one function.
-        self._keeps_weights = batch.is_repeated and self.rule.has_weights
-
-    def _weigh_on_all_ranks(self, gramian: Tensor, present: Tensor, matrix: Tensor | None = None) -> Tensor:
-        """Return rank 0's weights λ."""
-        rule = self.rule
-        rule.weigh_gradients(gramian, present, matrix)
-        weights = self._on_cpu.broadcast_from_rank0(rule.gradient_weights.cpu())
-        rule.gradient_weights = weights.to(rule.gradient_weights)
-        return rule.gradient_weights * present.to(rule.gradient_weights)
-
-    def _by_kept_weights(self, J: Tensor, present: Tensor) -> Tensor:
-        return self.rule.gradient_weights.to(J) * present.to(J) @ J
-
-    def close(self) -> None:
-        """Destroy the process group."""
-        self._on_cpu.close()
-
-
-class AtRepresentation(GradientMeasurement):
-    """Aggregates task gradients where they meet in the backward pass."""
 
     def candidates(self, W: Mapping[str, nn.Parameter], uncompiled: Collection[nn.Module]) -> list[GradientReader]:
         """Return the gate at the representation."""
         setting = self.setting
         encoder = find_module(setting.model, setting.representation, caller=f"{setting.caller}: representation")
         return [JointGradients(encoder, f"'{setting.representation}'", setting.tasks, self._combine)]
+
+    @property
+    def should_measure(self) -> bool:
+        """An aggregation needs the gradients of every step."""
+        return True
 
     @property
     def _gate(self) -> JointGradients:
@@ -79,6 +79,8 @@ class AtRepresentation(GradientMeasurement):
             ValueError: part of a task's gradient would miss the gate, or the tasks are back-propagated one by one.
         """
         super().before_backward(loss, batch, step)
+        # The weights of a step's first evaluation hold in all of them: the optimizer expects one function.
+        self._keeps_weights = batch.is_repeated and self.rule.has_weights
         caller = self.setting.caller
         if not step.measured:
             return
@@ -108,9 +110,9 @@ class AtRepresentation(GradientMeasurement):
     def _agree(self, gramian: Tensor, present: Sequence[bool]) -> Tensor:
         """Return the weights λ of the Gramian of all ranks together."""
         table = torch.cat([gramian, torch.tensor(present, dtype=gramian.dtype)[:, None]], dim=1)
-        table = self._on_cpu.sum(table)
+        table = self._weights.on_cpu.sum(table)
         self.gramian = table[:, :-1] / self.setting.loop.ranks.size**2
-        return self._weigh_on_all_ranks(self.gramian, table[:, -1] > 0)
+        return self._weights.of(self.gramian, table[:, -1] > 0)
 
     @torch.no_grad()
     def _combine(self, J: Tensor) -> Tensor:
@@ -118,7 +120,7 @@ class AtRepresentation(GradientMeasurement):
         rule = self.rule
         here = torch.tensor([task in self._gate.read_tasks for task in self.setting.tasks])
         if self._keeps_weights:
-            return self._by_kept_weights(J, here)
+            return self._weights.kept(here).to(J) @ J
         scale = self.setting.loop.pass_scale()
         gramian = (J @ J.T / scale**2).cpu()
         if rule.input != "matrix":
@@ -127,3 +129,7 @@ class AtRepresentation(GradientMeasurement):
         if rule.has_weights:
             return rule.weigh_gradients(gramian, here, J / scale).to(J) @ J
         return rule.aggregate(J / scale, here, self.setting.loop.ranks.index) * scale
+
+    def close(self) -> None:
+        """Destroy the process group."""
+        self._weights.on_cpu.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,6 +125,12 @@ def _is_in_optimizer() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def call_after_backward(function: Callable[[], None]) -> None:
+    """Have it called when the backward pass that runs is over, and DDP has written the gradients."""
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    queue(functools.partial(queue, function))  # queued again when all nodes have run, it comes after DDP's own
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from lightning_gradnorm.engine.aggregation import GradientMeasurement
-from lightning_gradnorm.engine.measurement import Setting
+from lightning_gradnorm.engine.aggregation import RanksWeights
+from lightning_gradnorm.engine.measurement import LossMeasurement, Setting
 from lightning_gradnorm.engine.rule import GradientRule
 from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState
 from lightning_gradnorm.gradients import GradientReader, SharedGradients, reason_not_retraversable, row_width
 from lightning_gradnorm.gradients.graph import reachable_nodes
 
 
-class AtParameters(GradientMeasurement):
+class AtParameters(LossMeasurement[GradientRule]):
     """Aggregates the gradients of the parameters that at least two tasks reach, when a backward pass is over.
 
     Until every task has been seen, whatever one of them reaches may be shared. The gradients of all that are kept apart; what
@@ -28,8 +28,14 @@ class AtParameters(GradientMeasurement):
         setting: where it is at work.
     """
 
+    replaces_gradients = True
+
     def __init__(self, rule: GradientRule, setting: Setting) -> None:
         super().__init__(rule, setting)
+        self.gramian: Tensor | None = None
+        """``J Jᵀ`` of the last step, over all ranks."""
+        self._weights = RanksWeights(rule, setting)
+        self._keeps_weights = False
         self._seen: set[str] = set()
         self._reached: dict[str, set[Tensor]] = {task: set() for task in setting.tasks}
         """Task → the parameters that its loss has reached so far, on any rank."""
@@ -46,10 +52,15 @@ class AtParameters(GradientMeasurement):
         sharded = [name for name, parameter in model.named_parameters() if hasattr(parameter, "full_tensor")]
         if sharded:
             raise ValueError(
-                f"{self.setting.caller}: at='parameters' takes whole gradients, but '{sharded[0]}' is sharded (a DTensor, as of "
-                f"fully_shard). Use at='representation', or DistributedDataParallel."
+                f"{self.setting.caller}: at='parameters' takes whole gradients, but '{sharded[0]}' is sharded (a DTensor, as "
+                f"of fully_shard). Use at='representation', or DistributedDataParallel."
             )
         return [SharedGradients()]
+
+    @property
+    def should_measure(self) -> bool:
+        """An aggregation needs the gradients of every step."""
+        return True
 
     @property
     def _gradients(self) -> SharedGradients:
@@ -73,7 +84,9 @@ class AtParameters(GradientMeasurement):
             self._require_shared(shared)
         if not is_complete:  # what one task reaches may be another's as well, unless it is in its head
             heads = self.setting.heads if isinstance(self.setting.heads, Mapping) else {}
-            own: set[Tensor] = {parameter for name in heads.values() for parameter in model.get_submodule(name).parameters()}
+            own: set[Tensor] = {
+                parameter for name in heads.values() for parameter in model.get_submodule(name).parameters()
+            }
             shared |= self._reached_by(1, trained) - own
         self._gradients.set_targets([parameter for parameter in trained if parameter in shared])
 
@@ -96,17 +109,17 @@ class AtParameters(GradientMeasurement):
     def _merge(self, trained: list[nn.Parameter], found: Mapping[str, set[Node]]) -> None:
         """Take note of what the losses reach, on all ranks together."""
         here = {
-            task: {getattr(node, "variable", None) for node in nodes if hasattr(node, "variable")}
+            task: {variable for node in nodes if isinstance(variable := getattr(node, "variable", None), Tensor)}
             for task, nodes in found.items()
         }
         if self.setting.loop.ranks.size == 1:
             self._seen |= here.keys()
             for task, leaves in here.items():
-                self._reached[task] |= leaves.intersection(trained)
+                self._reached[task] |= leaves & set(trained)
             return
         tasks = self.setting.tasks
         table = [[task in here, *(p in here.get(task, ()) for p in trained)] for task in tasks]
-        of_ranks = self._on_cpu.sum(torch.tensor(table, dtype=torch.float32)) > 0
+        of_ranks = self._weights.on_cpu.sum(torch.tensor(table, dtype=torch.float32)) > 0
         for task, row in zip(tasks, of_ranks, strict=True):
             self._seen |= {task} if row[0] else set()
             self._reached[task] |= {trained[i] for i in row[1:].nonzero().flatten().tolist()}
@@ -138,6 +151,8 @@ class AtParameters(GradientMeasurement):
     def before_backward(self, loss: Tensor, batch: BatchState, step: OptimizerStepState) -> None:
         """Have the tasks' gradients kept apart in this backward pass."""
         super().before_backward(loss, batch, step)
+        # The weights of a step's first evaluation hold in all of them: the optimizer expects one function.
+        self._keeps_weights = batch.is_repeated and self.rule.has_weights
         if not step.backwards:  # a repeated evaluation, too, begins with the gradients of the last one taken away
             self._gradients.forget()
             self._before = None
@@ -184,7 +199,7 @@ class AtParameters(GradientMeasurement):
             gradient[columns] = self._aggregate(J[:, columns], present).to(gradient)
         # Each rank adds it to its own copy of the parameters' gradients: all must add the same bits.
         gradient = loop.ranks.broadcast_from_rank0(gradient) * size
-        pieces = dict(zip(parameters, gradient.split(widths), strict=True))
+        pieces = dict(zip(parameters, torch.split(gradient, widths), strict=True))
         # The head of a task that is absent gets no gradient, rather than one of zeros.
         self._gradients.place({p: piece for p, piece in pieces.items() if p in shared or bool(piece.any())})
 
@@ -192,10 +207,10 @@ class AtParameters(GradientMeasurement):
         rule = self.rule
         self.gramian = (J @ J.T).cpu()
         if self._keeps_weights:
-            return self._by_kept_weights(J, present)
+            return self._weights.kept(present).to(J) @ J
         if rule.has_weights:
             matrix = J if rule.input == "matrix" else None
-            return self._weigh_on_all_ranks(self.gramian, present, matrix).to(J) @ J
+            return self._weights.of(self.gramian, present, matrix).to(J) @ J
         return rule.aggregate(J, present)
 
     def after_step(self, step: OptimizerStepState) -> bool:
@@ -209,3 +224,7 @@ class AtParameters(GradientMeasurement):
             self.rule.load_aggregator_state(self._before)
             self._before = None
         super().discard_step()
+
+    def close(self) -> None:
+        """Destroy the process group."""
+        self._weights.on_cpu.close()

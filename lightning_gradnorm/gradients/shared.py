@@ -75,7 +75,11 @@ class SharedGradients(GradientReader):
             self._hooks.callback(parameter.register_hook(partial(self._without_tasks, parameter)).remove)  # type: ignore[no-untyped-call]
 
     def read(self, task: str, outputs: Outputs, gradients: Sequence[Tensor]) -> None:
-        """Add the task's gradients to its row."""
+        """Add the task's gradients to its row.
+
+        They go on through the network in the ordinary pass, even if nothing but shared parameters lies there: hooks of a user
+        would be called without a gradient.
+        """
         # Hooks run in our own passes too, and in those of a user who takes a gradient meanwhile.
         arrived = self._passes.setdefault(torch._C._current_graph_task_id(), {})
         found = torch.autograd.grad(outputs, self.targets, gradients, retain_graph=True, allow_unused=True)

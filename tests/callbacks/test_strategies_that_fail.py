@@ -200,7 +200,10 @@ def test_a_representation_that_is_changed_in_place_is_refused(quiet_trainer: Mak
     ("at", "says"),
     [
         ("representation", ["'seg' does not depend on 'encoder'"]),
-        ("parameters", ["task 'seg' shares no trained parameter with the others, ['depth', 'normal']", "Scalarization"]),
+        (
+            "parameters",
+            ["task 'seg' shares no trained parameter with the others, ['depth', 'normal']", "Scalarization"],
+        ),
     ],
 )
 def test_a_loss_that_does_not_come_to_what_is_shared_is_refused(
