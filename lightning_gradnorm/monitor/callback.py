@@ -69,7 +69,8 @@ class GradientNormMonitor(L.Callback):
 
     Logs in measured steps: ``monitor/norm/<loss>``; ``monitor/share/<loss>``, the length of the gradient's projection on
     the sum of all gradients, relative to that sum (see `GradientNorms.shares`); ``monitor/imbalance``, the largest norm over
-    the smallest; ``monitor/cosine/<a>/<b>``; and to TensorBoard ``monitor/cosine``, the image from ``cosine_image``. At the
+    the smallest; ``monitor/cosine/<a>/<b>``; ``monitor/conflict/<a>/<b>``, the share of the measured steps so far in which
+    that cosine was negative; and to TensorBoard ``monitor/cosine``, the image from ``cosine_image``. At the
     end of training it prints a `summary` with suggested static weights: the weights with sum T that make the mean norms
     equal, the goal of GradNorm with ``alpha=0`` (Chen et al., 2018, section 3.2).
 
@@ -245,6 +246,7 @@ class GradientNormMonitor(L.Callback):
         others = {f"share/{name}": share for name, share in found.shares.items()}
         others["imbalance"] = terms.imbalance
         others |= {f"cosine/{one}/{other}": terms.cosine(one, other) for one, other in combinations(terms, 2)}
+        others |= {f"conflict/{one}/{other}": share for (one, other), share in self._summary.conflicts.items()}
         metrics |= {name: value for name, value in others.items() if not math.isnan(value)}
         log_step_metrics(trainer, {f"{self.prefix}/{name}": value for name, value in metrics.items()}, every_step=True)
         if self.cosine_image is None or len(terms) < 2 or not trainer.is_global_zero:
@@ -262,6 +264,11 @@ class GradientNormMonitor(L.Callback):
     def last(self) -> GradientNorms | None:
         """The last measured step. Its names include ``rest_of_loss`` if the loss has a remainder."""
         return self._trained._summary.last
+
+    @property
+    def conflicts(self) -> dict[tuple[str, str], float]:
+        """The share of the measured steps so far in which two losses conflict, their cosine being negative, by pair."""
+        return self._trained._summary.conflicts
 
     @property
     def suggested_weights(self) -> dict[str, float]:
