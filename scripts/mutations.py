@@ -36,6 +36,7 @@ _OF_NETWORK = ("tests/callbacks/test_network_gradients.py",)
 _OF_BALANCER = ("tests/engine/test_balancer.py",)
 _OF_PRECISION = ("tests/callbacks/test_precision.py",)
 _OF_MEANS = ("tests/engine/test_means_of_a_step.py",)
+_OF_ANY_NETWORK = ("tests/engine/test_balancer_aggregation.py",)
 _OF_ROWS = ("tests/gradients/test_rows_of_the_gate.py",)
 _OF_REPORTS = ("tests/callbacks/test_reported_losses.py",)
 _OF_READING = ("tests/gradients/test_one_backward_pass.py",)
@@ -414,8 +415,8 @@ FAULTS = (
     Fault(
         "each evaluation of the losses in a step is a weight update",
         _ENGINE,
-        "        if self._set_aside is not None:\n            self.measurement.after_repetition(step)\n",
-        "        if False:\n            self.measurement.after_repetition(step)\n",
+        "        if self._set_aside is not None:\n            self._end_repetition()\n            return False\n",
+        "        if False:\n            self._end_repetition()\n            return False\n",
         _OF_CLOSURES,
     ),
     Fault(
@@ -457,9 +458,37 @@ FAULTS = (
     Fault(
         "an aggregation's weights go to the rows in reverse",
         f"{_CORE}engine/aggregation.py",
-        "return self._agree(gramian, present).to(J) @ J",
-        "return self._agree(gramian, present).flip(0).to(J) @ J",
+        "return self._agree(gramian, here.tolist()).to(J) @ J",
+        "return self._agree(gramian, here.tolist()).flip(0).to(J) @ J",
         _OF_BALANCER,
+    ),
+    Fault(
+        "the tasks' gradients reach the shared parameters beside what is made of them",
+        f"{_CORE}gradients/shared.py",
+        "return torch.zeros_like(gradient) if of_tasks is None else gradient - of_tasks",
+        "return gradient",
+        _OF_ANY_NETWORK,
+    ),
+    Fault(
+        "a regularizer does not reach the shared parameters",
+        f"{_CORE}gradients/shared.py",
+        "if node_of(parameter) not in self._others:",
+        "if True:",
+        _OF_ANY_NETWORK,
+    ),
+    Fault(
+        "what one task reaches alone is aggregated as well",
+        f"{_CORE}engine/shared_parameters.py",
+        "shared = self._reached_by(2, trained)",
+        "shared = self._reached_by(1, trained)",
+        _OF_ANY_NETWORK,
+    ),
+    Fault(
+        "a second micro-batch is aggregated on top of the first",
+        f"{_CORE}gradients/shared.py",
+        "before.add_(new - self._placed[parameter] if parameter in self._placed else new)",
+        "before.add_(new)",
+        _OF_ANY_NETWORK,
     ),
     Fault(
         "rows of J are those of other tasks",

@@ -1,11 +1,11 @@
 """Physics-informed networks: which strategy brings the solution nearest to the exact one, and what it costs.
 
-    python scripts/reproduce_pinn.py                                      # writes docs/results/pinn.md; 80 minutes on one core
+    python scripts/reproduce_pinn.py             # writes docs/results/pinn.md; 80 minutes on one core
     python scripts/reproduce_pinn.py --problems burgers --arms equal "GradNorm α 1"
-    python scripts/reproduce_pinn.py --quick                              # two seeds, few steps: shows that it runs; writes outputs/
+    python scripts/reproduce_pinn.py --quick     # two seeds, few steps: shows that it runs; writes outputs/
 
-The problems are experiment=pinn_…, trained in a Trainer without loggers and checkpoints. Each run that is finished is a line of
---runs, a CSV, and is not made again: the command may be stopped and given anew. Lines of other settings are kept and passed over.
+The problems are experiment=pinn_…, trained in a Trainer without loggers and checkpoints. Each finished run is a line of the CSV
+--runs and is not repeated, so the command can be stopped and started again. Lines of other settings are kept and ignored.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def norm_weighting(rule: str, **options: Any) -> L.Callback:
         sys.exit(
             f"reproduce_pinn: this lightning_gradnorm has no NormWeighting with {rule}; choose others with --arms."
         )
-    callback: L.Callback = make(of(**options), shared_layer="all", update_every=EVERY)
+    callback: L.Callback = make(of(**options, update_every=EVERY), shared_layer="all")
     return callback
 
 

@@ -156,13 +156,15 @@ def aggregate(
     before_batch: Callable[[int], object] = lambda index: None,
     clip: float | None = None,
 ) -> ByHand:
-    """Train the heads by their own gradients, and what is behind the representation by ``aggregator(J)``."""
+    """Train the heads by their own gradients, and what is behind the representation by ``aggregator(J)``;
+    at the parameters, all that is outside of the heads."""
     model.train()
     found = ByHand(list(tasks))
     seed = torch.initial_seed() % 2**62
     scalarized, calls = Scalarized(tasks, scalarizer, seed, learner), 0
     everything = [p for p in model.parameters() if p.requires_grad]
-    trunk = [p for p in model.get_submodule("encoder").parameters() if p.requires_grad]
+    shared = model.get_submodule("encoder").parameters() if at == "representation" else _outside_heads(model)
+    trunk = [p for p in shared if p.requires_grad]
     others = [p for p in everything if not any(p is q for q in trunk)]
     learnt = [] if scalarizer is None else list(scalarizer.parameters())
 
@@ -221,6 +223,10 @@ def aggregate(
         scalarized.step(1 / len(step))
         found.note(loss_weights * weights, scalarizer)
     return found
+
+
+def _outside_heads(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for name, parameter in model.named_parameters() if "_head" not in name]
 
 
 def _gradient(

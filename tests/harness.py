@@ -131,11 +131,12 @@ class Shares(L.LightningDataModule):
 
 
 def parts(model: nn.Module) -> dict[str, nn.Module]:
-    """Encoder and heads by a name that does not depend on how the module stores them."""
+    """Encoder and heads by a name that does not depend on how the module stores them; of other modules, the whole."""
     if isinstance(model, MultiTaskModule):
         heads = {task: model.get_submodule(name) for task, name in model.task_heads.items()}
+    elif not isinstance(model, Automatic):
+        return {"module": model}
     else:
-        assert isinstance(model, Automatic)
         heads = {task: model.get_submodule(name) for task, name in model.heads().items()}
     return {"encoder": model.get_submodule("encoder"), **heads}
 

@@ -32,8 +32,14 @@ FIXED = {"seg": 2.0, "depth": 0.25, "normal": 0.75}
 Numbers = dict[str, float]
 
 
-def by_hand(contributions: Mapping[str, Sequence[Tensor]], whole: Sequence[Tensor]) -> Numbers:
-    """All that the monitor logs of a step, of the parts' gradients and of that of the whole loss."""
+def by_hand(
+    contributions: Mapping[str, Sequence[Tensor]], whole: Sequence[Tensor], history: dict[str, list[bool]] | None = None
+) -> Numbers:
+    """All that the monitor logs of a step, of the parts' gradients and of that of the whole loss.
+
+    ``history`` has, for each pair, whether they conflicted in the steps before; this step is added.
+    """
+    history = {} if history is None else history
     flat = {name: torch.cat([g.reshape(-1) for g in gradients]) for name, gradients in contributions.items()}
     update = torch.cat([g.reshape(-1) for g in whole])
     rest = update - torch.stack(list(flat.values())).sum(dim=0)
@@ -44,6 +50,9 @@ def by_hand(contributions: Mapping[str, Sequence[Tensor]], whole: Sequence[Tenso
         for other, h in flat.items():
             if list(flat).index(one) < list(flat).index(other):
                 found[f"cosine/{one}/{other}"] = float(F.cosine_similarity(g, h, dim=0))
+                pair = history.setdefault(f"conflict/{one}/{other}", [])
+                pair.append(float(g @ h) < 0)
+                found[f"conflict/{one}/{other}"] = sum(pair) / len(pair)
     if rest.norm() > 1e-12:
         found["norm/rest_of_loss"] = float(rest.norm())
         found["share/rest_of_loss"] = float(rest @ update / (update @ update))
@@ -51,7 +60,12 @@ def by_hand(contributions: Mapping[str, Sequence[Tensor]], whole: Sequence[Tenso
 
 
 def expected(
-    twin: Automatic, state: dict[str, Tensor], batches: Sequence[Any], weights: Mapping[str, float], what: str
+    twin: Automatic,
+    state: dict[str, Tensor],
+    batches: Sequence[Any],
+    weights: Mapping[str, float],
+    what: str,
+    history: dict[str, list[bool]] | None = None,
 ) -> Numbers:
     """What autograd says of one optimizer step's batches, of all ranks, with the network as it was then."""
     with torch.no_grad():
@@ -68,7 +82,7 @@ def expected(
     parameters = list(twin.get_submodule(what).parameters())
     gradients = {n: torch.autograd.grad(p, parameters, retain_graph=True) for n, p in parts.items() if p.requires_grad}
     whole = torch.autograd.grad(torch.stack([rest, *parts.values()]).sum(), parameters)
-    return by_hand(gradients, whole)
+    return by_hand(gradients, whole, history)
 
 
 class Watcher(Notes):

@@ -13,8 +13,9 @@ from typing_extensions import override
 from lightning_gradnorm._messages import check
 from lightning_gradnorm.callbacks.packages import is_one_of
 from lightning_gradnorm.callbacks.scalarization import LossWeightingCallback, Made
-from lightning_gradnorm.engine.aggregation import GradientMeasurement
+from lightning_gradnorm.engine.aggregation import AtRepresentation
 from lightning_gradnorm.engine.measurement import Heads
+from lightning_gradnorm.engine.shared_parameters import AtParameters
 from lightning_gradnorm.strategies.aggregation import AggregationRule
 from lightning_gradnorm.strategies.scalarization import OptimizerFactory
 from lightning_gradnorm.strategies.weight_optimizer import adam
@@ -37,10 +38,11 @@ class Aggregation(LossWeightingCallback[AggregationRule]):
         losses_from: as for `GradNorm`.
         heads: task → dotted name of its head module, at which its gradient is read; ``"auto"`` finds them in the first batch;
             ``None``: it is read by one first-order pass through each head.
-        representation: dotted name of the module whose output the heads read; called once in a forward pass.
-        at: ``"representation"``; or ``"parameters"``: aggregate the gradients of all shared parameters, those behind the
-            representation, averaged over micro-batches and ranks. That is the textbook's: T passes through the trunk, and a
-            sum over ranks of T copies of its gradient.
+        representation: dotted name of the module whose output the heads read; called once in a forward pass. Not needed
+            with ``at="parameters"``.
+        at: ``"representation"``; or ``"parameters"``: aggregate the gradients of all parameters that at least two of the
+            losses reach, averaged over micro-batches and ranks. That is the textbook's, for any network, called as often as
+            it likes, and for losses with derivatives: a pass for each task, and a sum over ranks of T copies of the gradient.
         scalarizer: weights the losses before their gradients are aggregated, as `Scalarization` does: IMTL is IMTL-G of
             IMTL-L, DB-MTL is ``DBMTL`` of the losses' logarithms. ``None``: not at all.
         optimizer: of the scalarizer's parameters.
@@ -49,12 +51,11 @@ class Aggregation(LossWeightingCallback[AggregationRule]):
     place (`NashMTL`, `GradVac`, one with a preference vector) is not asked in such a step, and the tasks that are there keep
     the weights they had (without weights, their mean is taken). Where the aggregator fails, all tasks are weighted alike in
     that step, which is counted and warned of once. With accumulation each batch is aggregated by itself
-    (``at="parameters"``: their mean). With manual optimization and ``at="parameters"`` the gradients are complete when the
-    optimizer steps: clip them in ``on_before_optimizer_step``, not before.
+    (``at="parameters"``: their mean).
 
     Raises:
         ValueError: at the start of training, if the aggregator cannot be used for T tasks, or the representation cannot be
-            found.
+            found; in the first batch, if the tasks share nothing.
 
     Logs ``balancing/weight/<task>`` (of aggregators that have weights; those of the scalarizer included),
     ``balancing/grad_norm/<task>`` and ``balancing/fallbacks``.
@@ -127,7 +128,7 @@ class Aggregation(LossWeightingCallback[AggregationRule]):
     def _step_metrics(self) -> dict[str, Tensor | float]:
         shown = super()._step_metrics()
         measurement = None if self._engine is None else self._engine.measurement
-        if isinstance(measurement, GradientMeasurement) and measurement.gramian is not None:
+        if isinstance(measurement, AtRepresentation | AtParameters) and measurement.gramian is not None:
             norms = measurement.gramian.diagonal().clamp(min=0).sqrt()
             shown |= {f"balancing/grad_norm/{task}": norm for task, norm in zip(self._names, norms, strict=True)}
         return shown

@@ -77,11 +77,6 @@ class TrainerLoop:
         # There is no public question for it; GradScaler.step asks the same a moment later.
         return self._scaler is not None and any(map(bool, self._scaler._found_inf_per_device(optimizer).values()))
 
-    def force_skip(self) -> bool:
-        """Report an overflow to the loss scaler that it cannot have seen. Return False if there is no scaler."""
-        if self._scaler is None:
-            return False
-        for optimizer in self.trainer.optimizers:
-            for found in self._scaler._found_inf_per_device(optimizer).values():
-                found.fill_(1)
-        return True
+    def is_accumulating(self) -> bool:
+        """Return True if the optimizer's step is not due after this backward pass."""
+        return not self.is_by_hand() and self.trainer.fit_loop._should_accumulate()

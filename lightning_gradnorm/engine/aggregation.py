@@ -10,13 +10,37 @@ from torch import Tensor, nn
 from lightning_gradnorm.engine.layers import find_module
 from lightning_gradnorm.engine.measurement import LossMeasurement, Setting
 from lightning_gradnorm.engine.rule import GradientRule
-from lightning_gradnorm.engine.shared_parameters import SharedParameters
 from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState
-from lightning_gradnorm.gradients import BufferGuard, GradientReader, JointGradients
+from lightning_gradnorm.gradients import GradientReader, JointGradients
 
 
-class GradientMeasurement(LossMeasurement[GradientRule]):
-    """Aggregates task gradients where they meet in the backward pass, or those of all shared parameters afterwards.
+class RanksWeights:
+    """Asks an aggregation for its weights λ, in such a way that all ranks have the same.
+
+    Args:
+        rule: the aggregation.
+        setting: where it is at work.
+    """
+
+    def __init__(self, rule: GradientRule, setting: Setting) -> None:
+        self.rule = rule
+        self.on_cpu = setting.loop.ranks.on_cpu(setting.options.get("timeout"))
+        """The ranks, for sums in the middle of a backward pass."""
+
+    def of(self, gramian: Tensor, present: Tensor, matrix: Tensor | None = None) -> Tensor:
+        """Return rank 0's weights, zero for an absent task."""
+        self.rule.weigh_gradients(gramian, present, matrix)
+        weights = self.on_cpu.broadcast_from_rank0(self.rule.gradient_weights.cpu())
+        self.rule.gradient_weights = weights.to(self.rule.gradient_weights)
+        return self.kept(present)
+
+    def kept(self, present: Tensor) -> Tensor:
+        """Return the weights as they are, zero for an absent task."""
+        return self.rule.gradient_weights * present.to(self.rule.gradient_weights)
+
+
+class AtRepresentation(LossMeasurement[GradientRule]):
+    """Aggregates task gradients where they meet in the backward pass.
 
     Args:
         rule: the aggregation.
@@ -29,19 +53,14 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
         super().__init__(rule, setting)
         self.gramian: Tensor | None = None
         """``J Jᵀ`` of the last backward pass, over all ranks (for aggregations of the matrix: of this rank)."""
-        self._buffers = BufferGuard(setting.model.buffers())
-        self._on_cpu = setting.loop.ranks.on_cpu(setting.options.get("timeout"))
-        self._shared: SharedParameters | None = None
+        self._weights = RanksWeights(rule, setting)
         self._keeps_weights = False
 
     def candidates(self, W: Mapping[str, nn.Parameter], uncompiled: Collection[nn.Module]) -> list[GradientReader]:
         """Return the gate at the representation."""
         setting = self.setting
         encoder = find_module(setting.model, setting.representation, caller=f"{setting.caller}: representation")
-        gate = JointGradients(encoder, f"'{setting.representation}'", setting.tasks, self._combine)
-        if self.rule.of_parameters:
-            self._shared = SharedParameters(setting, gate, self._on_cpu)
-        return [gate]
+        return [JointGradients(encoder, f"'{setting.representation}'", setting.tasks, self._combine)]
 
     @property
     def should_measure(self) -> bool:
@@ -60,6 +79,8 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
             ValueError: part of a task's gradient would miss the gate, or the tasks are back-propagated one by one.
         """
         super().before_backward(loss, batch, step)
+        # The weights of a step's first evaluation hold in all of them: the optimizer expects one function.
+        self._keeps_weights = batch.is_repeated and self.rule.has_weights
         caller = self.setting.caller
         if not step.measured:
             return
@@ -71,21 +92,12 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
                 f"pass the task's head. Leave heads out: then each loss gets a first-order pass of its own."
             )
         waiting = [task for task in batch.losses if task not in batch.backpropagated]
-        if self._shared is None and self._gate.was_passed and waiting and self._gate.is_reached_from(loss):
+        if self._gate.was_passed and waiting and self._gate.is_reached_from(loss):
             raise ValueError(
                 f"{caller}: the loss of task '{waiting[0]}' has a backward pass of its own, but the gradients of all tasks "
                 f"must reach the representation in one. Back-propagate the sum of the losses, or use at='parameters'."
             )
-        # The weights of a step's first evaluation hold in all of them: the optimizer expects one function.
-        self._keeps_weights = batch.is_repeated and self.rule.has_weights
-        if self._shared is not None:
-            if batch.is_repeated and self._shared.has_read:
-                raise ValueError(
-                    f"{caller}: at='parameters' aggregates right before an optimizer step, but the parameters have moved "
-                    f"between two backward passes without one, as by SAM's first_step. Use at='representation'."
-                )
-            self._shared.find_parameters()
-        elif self._agrees_in_backward and not self._gate.is_reached_from(loss):
+        if self._agrees_in_backward and not self._gate.is_reached_from(loss):
             # The other ranks wait at their gates for this rank's Gramian. Without a task in this batch it is zero.
             T = len(self.setting.tasks)
             self._agree(torch.zeros(T, T, dtype=self.rule.loss_weights.dtype), [False] * T)
@@ -98,99 +110,26 @@ class GradientMeasurement(LossMeasurement[GradientRule]):
     def _agree(self, gramian: Tensor, present: Sequence[bool]) -> Tensor:
         """Return the weights λ of the Gramian of all ranks together."""
         table = torch.cat([gramian, torch.tensor(present, dtype=gramian.dtype)[:, None]], dim=1)
-        table = self._on_cpu.sum(table)
+        table = self._weights.on_cpu.sum(table)
         self.gramian = table[:, :-1] / self.setting.loop.ranks.size**2
-        return self._weigh_on_all_ranks(self.gramian, table[:, -1] > 0)
-
-    def _weigh_on_all_ranks(self, gramian: Tensor, present: Tensor, matrix: Tensor | None = None) -> Tensor:
-        """Return rank 0's weights λ."""
-        rule = self.rule
-        rule.weigh_gradients(gramian, present, matrix)
-        weights = self._on_cpu.broadcast_from_rank0(rule.gradient_weights.cpu())
-        rule.gradient_weights = weights.to(rule.gradient_weights)
-        return rule.gradient_weights * present.to(rule.gradient_weights)
+        return self._weights.of(self.gramian, table[:, -1] > 0)
 
     @torch.no_grad()
-    def _combine(self, J: Tensor) -> Tensor | None:
+    def _combine(self, J: Tensor) -> Tensor:
         """Return what continues through the trunk in place of the rows of ``J``. Called within backward."""
         rule = self.rule
-        present = [task in self._gate.read_tasks for task in self.setting.tasks]
-        if self._shared is not None:
-            with self._buffers.preserved("at parameters"):
-                self._shared.read()
-            return None
+        here = torch.tensor([task in self._gate.read_tasks for task in self.setting.tasks])
         if self._keeps_weights:
-            return self._by_kept_weights(J, torch.tensor(present))
+            return self._weights.kept(here).to(J) @ J
         scale = self.setting.loop.pass_scale()
         gramian = (J @ J.T / scale**2).cpu()
         if rule.input != "matrix":
-            return self._agree(gramian, present).to(J) @ J
-        here = torch.tensor(present)
+            return self._agree(gramian, here.tolist()).to(J) @ J
         self.gramian = gramian
         if rule.has_weights:
             return rule.weigh_gradients(gramian, here, J / scale).to(J) @ J
         return rule.aggregate(J / scale, here, self.setting.loop.ranks.index) * scale
 
-    def _by_kept_weights(self, J: Tensor, present: Tensor) -> Tensor:
-        return self.rule.gradient_weights.to(J) * present.to(J) @ J
-
-    def after_step(self, step: OptimizerStepState) -> bool:
-        """Aggregate the gradients of the shared parameters, if these are what is aggregated, and update the rule."""
-        if self._shared is not None and step.measured and not self._aggregate_parameters(self._shared, step):
-            self.discard_step()
-            return False
-        return super().after_step(step)
-
-    def require_announcement(self) -> None:
-        """Refuse a step that was made before the gradients of the shared parameters were there.
-
-        Raises:
-            ValueError: it was.
-        """
-        if self._shared is not None:
-            raise ValueError(
-                f"{self.setting.caller}: at='parameters' aggregates right before an optimizer step, but the parameters have "
-                f"moved without one that Lightning knows of (in hooks of the parameters, or by an optimizer that "
-                f"configure_optimizers did not return). Return it there and call its step(), or use at='representation'."
-            )
-
-    def after_repetition(self, step: OptimizerStepState) -> None:
-        """Aggregate the gradients of the shared parameters, if these are what is aggregated."""
-        if self._shared is not None:
-            self._aggregate_parameters(self._shared, step)
-
-    def discard_step(self) -> None:
-        """Forget what was read."""
-        super().discard_step()
-        if self._shared is not None:
-            self._shared.reset()
-
-    @torch.no_grad()
-    def _aggregate_parameters(self, shared: SharedParameters, step: OptimizerStepState) -> bool:
-        """Set the gradient that the aggregation makes of the shared parameters' gradients.
-
-        Returns:
-            True if it is finite, or if there is no loss scaler to skip the step.
-        """
-        rule, loop = self.rule, self.setting.loop
-        J, present = shared.matrix(step, rule.loss_weights)
-        shared.reset()
-        self.gramian = (J @ J.T).cpu()
-        if self._keeps_weights:
-            combined = self._by_kept_weights(J, present)
-        elif rule.has_weights:
-            matrix = None if rule.input != "matrix" else J
-            combined = self._weigh_on_all_ranks(self.gramian, present, matrix).to(J) @ J
-        else:
-            combined = rule.aggregate(J, present)
-        # Each rank adds it to its own copy of the parameters' gradients: all must add the same bits.
-        combined = loop.ranks.broadcast_from_rank0(combined)
-        if not bool(combined.isfinite().all()) and loop.force_skip():
-            return False
-        shared.set_gradient(combined)
-        return True
-
     def close(self) -> None:
         """Destroy the process group."""
-        self._on_cpu.close()
-        self._shared = None
+        self._weights.on_cpu.close()

@@ -32,11 +32,6 @@ def check_arguments(model: object, rule: object, shared_layer: object, heads: ob
     check("Balancer", norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", norm_of)
     check_shared_layer(shared_layer, caller="Balancer")
     check_heads(heads, (), caller="Balancer")
-    if getattr(rule, "of_parameters", False):
-        raise ValueError(
-            "Balancer: an aggregation with of_parameters=True sets gradients right before the optimizer steps, a moment that "
-            "only a Trainer announces. Use of_parameters=False, or the callback Aggregation(at='parameters')."
-        )
 
 
 def check_shared_layer(shared_layer: object, *, caller: str) -> None:

@@ -25,7 +25,7 @@ from lightning_gradnorm.engine.balanced import claim, require_unbalanced
 from lightning_gradnorm.engine.engine import Engine
 from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.measurement import Heads, Setting
-from lightning_gradnorm.engine.plain_loop import PlainLoop, scaler_has_skipped, unwrap_model
+from lightning_gradnorm.engine.plain_loop import PlainLoop, call_after_backward, scaler_has_skipped, unwrap_model
 from lightning_gradnorm.engine.rule import Rule
 from lightning_gradnorm.engine.step_state import WatchedLoss
 
@@ -188,7 +188,7 @@ class Balancer:
         self._loop.scales.append(scale.detach())
         if not self._loop.is_inside_call:
             # Who back-propagates does not tell us when it is done. This is the hook that DDP uses for the same purpose.
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
+            call_after_backward(self._finish_backward)
 
     def _finish_backward(self) -> None:
         with self._recovery():

@@ -24,14 +24,15 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import unserializable_hook
 
-from lightning_gradnorm.engine.aggregation import GradientMeasurement
+from lightning_gradnorm.engine.aggregation import AtRepresentation
 from lightning_gradnorm.engine.constant_losses import ConstantLosses
 from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.inspection import Inspection, ReadingHooks
 from lightning_gradnorm.engine.measurement import AnyRule, LossMeasurement, Measurement, NormMeasurement, Setting
 from lightning_gradnorm.engine.passes import Passes
 from lightning_gradnorm.engine.plan import Plan
-from lightning_gradnorm.engine.rule import Needs
+from lightning_gradnorm.engine.rule import Needs, Rule
+from lightning_gradnorm.engine.shared_parameters import AtParameters
 from lightning_gradnorm.engine.step_state import BatchState, HeldGradients, WatchedLoss
 from lightning_gradnorm.gradients import BufferGuard, GradientReader, RepeatedPasses, branch_arguments, check_loss
 from lightning_gradnorm.gradients.graph import is_transformed, tensors_with_gradient
@@ -41,8 +42,12 @@ _MEASUREMENTS: dict[Needs, type[Measurement[Any]]] = {
     "nothing": Measurement,
     "losses": LossMeasurement,
     "norms": NormMeasurement,
-    "gradients": GradientMeasurement,
+    "gradients": AtRepresentation,
 }
+
+
+def _measurement_of(rule: Rule) -> type[Measurement[Any]]:
+    return AtParameters if getattr(rule, "of_parameters", False) else _MEASUREMENTS[rule.needs]
 
 
 class Engine(Passes[AnyRule]):
@@ -60,7 +65,7 @@ class Engine(Passes[AnyRule]):
         self._caller = setting.caller
         self._hooks = ExitStack()
         with self._hooks:  # if anything fails, what was placed is removed again
-            measurement: Measurement[AnyRule] = _MEASUREMENTS[rule.needs](rule, setting)
+            measurement: Measurement[AnyRule] = _measurement_of(rule)(rule, setting)
             self._hooks.callback(measurement.close)
             hooks = ReadingHooks(self._before_head, self._before_call, self._after_call, self._is_forward_pass)
             inspection = Inspection(measurement, hooks)
@@ -191,6 +196,7 @@ class Engine(Passes[AnyRule]):
         step, batch = self._step, self.batch
         if self._set_aside is None and step.losses and step.held is not None and step.held.were_dropped():
             self._forget_gradients()
+        self.measurement.find_targets(batch)
         self._inspection.inspect_batch(batch, self._step, loss)
         batch.in_backward = True
         batch.is_whole_step = is_whole_step and self._loop.ranks.size == 1
@@ -210,6 +216,8 @@ class Engine(Passes[AnyRule]):
         self.batch.in_backward = False
         if self._step.measured and self.measurement.reader is not None:
             self.measurement.reader.on_backward_end()
+        moved = self._before_pass is not None and self._before_pass != self.watched.versions()
+        self.measurement.after_backward(self._step, has_moved=moved)
         if self._set_aside is None:
             self._step.versions = self._before_pass  # hooks of the parameters may have stepped within the pass
             is_cheap = bool(self.plan.shared_layer)  # and not all parameters of the model
@@ -273,12 +281,9 @@ class Engine(Passes[AnyRule]):
         step = self._step
         self.batch.steps += 1
         if self._set_aside is not None:
-            self.measurement.after_repetition(step)
             self._end_repetition()
             return False
         self._finished = self._loop.steps() if is_counted else None
-        if not is_announced and step.losses:
-            self.measurement.require_announcement()
         self.step_was_taken = False
         if self._loop.ranks.size == 1 and not step.losses:  # another optimizer's step, or no task was present
             step.backwards = 0

@@ -188,11 +188,12 @@ class Inspection:
         if not self._has_warned:
             self._has_warned = True
             what = f"shared_layer '{setting.shared_layer or next(iter(of_layer))}'" if of_layer else reader.label
+            named = "shared_layer" if of_layer else "representation" if reader.module is not None else None
+            way_out = "" if named is None else f"name a {named} that is trained, or "
             setting.loop.ranks.warn(
                 f"{setting.caller}: {what} is frozen (requires_grad=False), so that the tasks' gradients cannot be compared "
-                f"there. Nothing is balanced until it is trained. If it is to stay frozen, name a "
-                f"{'shared_layer' if of_layer else 'representation'} that is trained, or balance by the losses alone, as "
-                f"Scalarization does."
+                f"there. Nothing is balanced until it is trained. If it is to stay frozen, "
+                f"{way_out}balance by the losses alone, as Scalarization does."
             )
 
     def _find_heads(self, discovery: Discovery, batch: BatchState) -> None:

@@ -37,8 +37,5 @@ class Loop(Protocol):
     def step_scale(self, passes: int) -> float | Tensor:
         """Return the factor between the summed gradients of ``passes`` backward passes and those of the mean loss."""
 
-    def loss_scale(self) -> float:
-        """Return the part of `step_scale` that the optimizer does not see, because the loss scaler takes it out."""
-
-    def force_skip(self) -> bool:
-        """Have the loss scaler skip this optimizer step. Return False if there is none."""
+    def is_accumulating(self) -> bool:
+        """Return True after a backward pass if another one is known to come before the optimizer's step."""

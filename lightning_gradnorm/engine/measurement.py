@@ -78,18 +78,18 @@ class Measurement(Generic[AnyRule]):
         """Whether the task gradients of the coming optimizer step are read."""
         return self.reader is not None
 
+    def find_targets(self, batch: BatchState) -> None:
+        """Called before each backward pass, on all ranks, before it is decided where gradients are read."""
+
     def before_backward(self, loss: Tensor, batch: BatchState, step: OptimizerStepState) -> None:
         """Called before each backward pass."""
+
+    def after_backward(self, step: OptimizerStepState, *, has_moved: bool) -> None:
+        """Called after each backward pass, within which the parameters may have been moved."""
 
     def after_step(self, step: OptimizerStepState) -> bool:
         """Called once per optimizer step. Update the rule; return True if any task took part in the step."""
         return bool(step.losses)
-
-    def require_announcement(self) -> None:
-        """Called after a step that nothing has announced. Raise ValueError if something had to happen before it."""
-
-    def after_repetition(self, step: OptimizerStepState) -> None:
-        """Called in place of `after_step` after each repeated evaluation of the losses. The rule does not learn from it."""
 
     def discard_step(self) -> None:
         """Called when the loss scaler skips the network's step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,12 +112,8 @@ class PlainLoop:
         scales = [scale if scale.dtype == torch.float64 else scale.float() for scale in self.scales[-passes:]]
         return functools.reduce(operator.add, scales) if passes else 1.0
 
-    def loss_scale(self) -> float:
-        """Return 1: only aggregations of the parameters' gradients, which `Balancer` refuses, need more."""
-        return 1.0
-
-    def force_skip(self) -> bool:
-        """Return False: the step has been taken already."""
+    def is_accumulating(self) -> bool:
+        """Return False: nobody says."""
         return False
 
 
@@ -129,6 +125,12 @@ def _is_in_optimizer() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def call_after_backward(function: Callable[[], None]) -> None:
+    """Have it called when the backward pass that runs is over, and DDP has written the gradients."""
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    queue(functools.partial(queue, function))  # queued again when all nodes have run, it comes after DDP's own
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:

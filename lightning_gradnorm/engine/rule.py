@@ -115,6 +115,12 @@ class GradientRule(LossRule, Protocol):
     def aggregate(self, matrix: Tensor, present: Tensor, rank: int = 0) -> Tensor:
         """Return one gradient, shape (n,), for a strategy without weights."""
 
+    def aggregator_state(self) -> dict[str, Any]:
+        """Return a copy of what aggregating changes."""
+
+    def load_aggregator_state(self, state: Mapping[str, Any], /) -> None:
+        """Take back what was aggregated since `aggregator_state` returned this."""
+
 
 @runtime_checkable
 class DeclaresTasks(Protocol):

@@ -1,85 +1,230 @@
-"""The task gradients of all shared parameters: the textbook's aggregation, with T passes through the trunk."""
+"""Aggregates the task gradients of all shared parameters: the textbook's aggregation, whatever shape the network has."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import Node
 
-from lightning_gradnorm.engine.measurement import Setting
-from lightning_gradnorm.engine.ranks import Ranks
-from lightning_gradnorm.engine.step_state import OptimizerStepState
-from lightning_gradnorm.gradients import JointGradients, WeightGradients, reason_not_retraversable
+from lightning_gradnorm.engine.aggregation import RanksWeights
+from lightning_gradnorm.engine.measurement import LossMeasurement, Setting
+from lightning_gradnorm.engine.rule import GradientRule
+from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState
+from lightning_gradnorm.gradients import GradientReader, SharedGradients, reason_not_retraversable, row_width
+from lightning_gradnorm.gradients.graph import reachable_nodes
 
 
-class SharedParameters:
-    """Reads the task gradients of the parameters behind the representation, and sets one gradient in place of their sum.
+class AtParameters(LossMeasurement[GradientRule]):
+    """Aggregates the gradients of the parameters that at least two tasks reach, when a backward pass is over.
+
+    Until every task has been seen, whatever one of them reaches may be shared. The gradients of all that are kept apart; what
+    turns out not to be shared gets their plain sum.
 
     Args:
-        setting: where the aggregation is at work.
-        gate: where the task gradients meet; it lets none of them through to the trunk.
-        on_cpu: the ranks in a group that may be used within backward.
+        rule: the aggregation.
+        setting: where it is at work.
     """
 
-    def __init__(self, setting: Setting, gate: JointGradients, on_cpu: Ranks) -> None:
-        self._setting = setting
-        self._gate = gate
-        self._on_cpu = on_cpu
-        self._reader: WeightGradients | None = None
-        self._size = 1.0
-        self.has_read = False
-        """Whether gradients wait for the optimizer step."""
+    replaces_gradients = True
 
-    def find_parameters(self) -> None:
-        """Find, before a backward pass, the parameters behind the representation: on any rank, now or in earlier passes.
+    def __init__(self, rule: GradientRule, setting: Setting) -> None:
+        super().__init__(rule, setting)
+        self.gramian: Tensor | None = None
+        """``J Jᵀ`` of the last step, over all ranks."""
+        self._weights = RanksWeights(rule, setting)
+        self._keeps_weights = False
+        self._seen: set[str] = set()
+        self._reached: dict[str, set[Tensor]] = {task: set() for task in setting.tasks}
+        """Task → the parameters that its loss has reached so far, on any rank."""
+        self._before: dict[str, Any] | None = None
+        """The rule's state before it aggregated in this optimizer step."""
 
-        They keep the model's order. A layer may be skipped in some passes, or be frozen at first.
+    def candidates(self, W: Mapping[str, nn.Parameter], uncompiled: Collection[nn.Module]) -> list[GradientReader]:
+        """Return the reader of what is shared.
 
         Raises:
-            ValueError: the trunk cannot be traversed once for each task.
+            ValueError: the model is sharded.
         """
-        caller = self._setting.caller
-        if self._reader is None and (cause := reason_not_retraversable(self._gate.trunk_nodes())):
+        model = self.setting.model
+        sharded = [name for name, parameter in model.named_parameters() if hasattr(parameter, "full_tensor")]
+        if sharded:
             raise ValueError(
-                f"{caller}: at='parameters' traverses the trunk once for each task, and so comes to {cause.split(',')[0]}"
-                f"{'' if cause.endswith('False.') else ', whose graph cannot be walked twice.'} Or use at='representation'."
+                f"{self.setting.caller}: at='parameters' takes whole gradients, but '{sharded[0]}' is sharded (a DTensor, as "
+                f"of fully_shard). Use at='representation', or DistributedDataParallel."
             )
-        before = [] if self._reader is None else self._reader.targets
-        known = {id(parameter) for parameter in [*self._gate.trunk_parameters(), *before]}
-        parameters = [parameter for parameter in self._setting.model.parameters() if parameter.requires_grad]
-        counts = self._on_cpu.sum(torch.tensor([float(id(parameter) in known) for parameter in parameters]))
-        shared = [parameter for parameter, count in zip(parameters, counts.tolist(), strict=True) if count]
-        if self._reader is not None:
-            self._reader.set_targets(shared)
-        elif shared:
-            self._reader = WeightGradients(shared)
+        return [SharedGradients()]
 
-    def read(self) -> None:
-        """Traverse the trunk once for each task whose gradient has reached the representation. Called within backward."""
-        if self._reader is not None:  # else all of the trunk is frozen
-            self._gate.read_trunk_gradients(self._reader)
-            self.has_read = True
+    @property
+    def should_measure(self) -> bool:
+        """An aggregation needs the gradients of every step."""
+        return True
 
-    def reset(self) -> None:
-        """Forget what was read: a new optimizer step begins."""
-        self.has_read = False
-        if self._reader is not None:
-            self._reader.reset()
+    @property
+    def _gradients(self) -> SharedGradients:
+        assert isinstance(self.reader, SharedGradients)
+        return self.reader
 
-    def matrix(self, step: OptimizerStepState, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return J of shape (T, n), gradients of the step's mean losses over all ranks, and which tasks were present, (T,)."""
-        loop, tasks = self._setting.loop, self._setting.tasks
-        counts = torch.tensor([float(step.counts.get(task, 0)) for task in tasks])
-        rows = like.new_zeros(len(tasks), 0) if self._reader is None else self._reader.rows(tasks, like)
-        table = loop.ranks.sum(torch.cat([counts.to(rows)[:, None], rows], dim=1))
-        # By how much .grad exceeds the gradient of the mean loss. The loss scale has been taken out of it already.
-        self._size = float(loop.step_scale(step.backwards)) / loop.loss_scale()
-        scale = loop.ranks.size * loop.loss_scale() * (self._size or 1.0)
-        return table[:, 1:] / scale, (table[:, 0] > 0).cpu()
+    # ---- which parameters are shared ---------------------------------------------------------------------------------
 
-    def set_gradient(self, gradient: Tensor) -> None:
-        """Add a gradient, shape (n,), to what the parameters have from elsewhere than the tasks."""
-        start = 0
-        for parameter in [] if self._reader is None else self._reader.targets:
-            piece = gradient[start : start + parameter.numel()].view(parameter.shape).to(parameter.dtype) * self._size
-            parameter.grad = piece.clone() if parameter.grad is None else parameter.grad.add_(piece)
-            start += parameter.numel()
+    def find_targets(self, batch: BatchState) -> None:
+        """Find out which parameters the losses reach: in this pass or an earlier one, on any rank.
+
+        Raises:
+            ValueError: tasks share nothing, or the graph cannot be traversed once for each task.
+        """
+        model = self.setting.model
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._merge(trained, self._look(batch))
+        is_complete = self._seen >= set(self.setting.tasks)
+        shared = self._reached_by(2, trained)
+        if is_complete and all(parameter.requires_grad for parameter in model.parameters()):
+            self._require_shared(shared)
+        if not is_complete:  # what one task reaches may be another's as well, unless it is in its head
+            heads = self.setting.heads if isinstance(self.setting.heads, Mapping) else {}
+            own: set[Tensor] = {
+                parameter for name in heads.values() for parameter in model.get_submodule(name).parameters()
+            }
+            shared |= self._reached_by(1, trained) - own
+        self._gradients.set_targets([parameter for parameter in trained if parameter in shared])
+
+    def _look(self, batch: BatchState) -> dict[str, set[Node]]:
+        """Return the nodes behind the losses that are about to be back-propagated, by task."""
+        caller, found = self.setting.caller, {}
+        for task, losses in batch.waiting().items():
+            found[task] = reachable_nodes(loss.node for loss in losses)
+            if task not in self._seen:
+                heads = batch.branches.get(task)
+                if cause := reason_not_retraversable(reachable_nodes(heads) if heads else found[task]):
+                    raise ValueError(
+                        f"{caller}: at='parameters' takes a backward pass of its own for each task, and that of task '{task}' "
+                        f"comes to {cause.split(',')[0]}"
+                        f"{'' if cause.endswith('False.') else ', whose graph cannot be walked twice.'} Or use "
+                        f"at='representation'."
+                    )
+        return found
+
+    def _merge(self, trained: list[nn.Parameter], found: Mapping[str, set[Node]]) -> None:
+        """Take note of what the losses reach, on all ranks together."""
+        here = {
+            task: {variable for node in nodes if isinstance(variable := getattr(node, "variable", None), Tensor)}
+            for task, nodes in found.items()
+        }
+        if self.setting.loop.ranks.size == 1:
+            self._seen |= here.keys()
+            for task, leaves in here.items():
+                self._reached[task] |= leaves & set(trained)
+            return
+        tasks = self.setting.tasks
+        table = [[task in here, *(p in here.get(task, ()) for p in trained)] for task in tasks]
+        of_ranks = self._weights.on_cpu.sum(torch.tensor(table, dtype=torch.float32)) > 0
+        for task, row in zip(tasks, of_ranks, strict=True):
+            self._seen |= {task} if row[0] else set()
+            self._reached[task] |= {trained[i] for i in row[1:].nonzero().flatten().tolist()}
+
+    def _reached_by(self, least: int, parameters: Collection[Tensor]) -> set[Tensor]:
+        """Return those of the parameters that at least so many tasks reach."""
+        reached = self._reached.values()
+        return {parameter for parameter in parameters if sum(parameter in of_task for of_task in reached) >= least}
+
+    def _require_shared(self, shared: Collection[Tensor]) -> None:
+        tasks, model = self.setting.tasks, type(self.setting.model).__name__
+        apart = [task for task in tasks if self._reached[task].isdisjoint(shared)]
+        if not apart:
+            return
+        others = [task for task in tasks if task not in apart]
+        what = (
+            f"task '{apart[0]}' shares no trained parameter with the others, {others}. Leave it out of tasks"
+            if others
+            else f"the tasks {list(tasks)} share no trained parameter. (Is what they share detached, or computed under "
+            f"torch.no_grad()?) Train them without an aggregation"
+        )
+        raise ValueError(
+            f"{self.setting.caller}: at='parameters' aggregates the gradients of the parameters that tasks share, but in "
+            f"{model} {what}, or balance by the losses alone, as Scalarization does."
+        )
+
+    # ---- one backward pass -------------------------------------------------------------------------------------------
+
+    def before_backward(self, loss: Tensor, batch: BatchState, step: OptimizerStepState) -> None:
+        """Have the tasks' gradients kept apart in this backward pass."""
+        super().before_backward(loss, batch, step)
+        # The weights of a step's first evaluation hold in all of them: the optimizer expects one function.
+        self._keeps_weights = batch.is_repeated and self.rule.has_weights
+        if not step.backwards:  # a repeated evaluation, too, begins with the gradients of the last one taken away
+            self._gradients.forget()
+            self._before = None
+        if step.measured:
+            self._gradients.begin(loss, stop=batch.reading_nodes())
+
+    @torch.no_grad()
+    def after_backward(self, step: OptimizerStepState, *, has_moved: bool) -> None:
+        """Set the gradient that the aggregation makes of those read since the optimizer's last step.
+
+        Raises:
+            ValueError: the optimizer has not waited for it.
+        """
+        loop = self.setting.loop
+        if not step.measured or loop.is_accumulating():
+            return
+        if has_moved and step.losses:
+            raise ValueError(
+                f"{self.setting.caller}: at='parameters' aggregates when a backward pass is over, but the parameters have "
+                f"moved within it (in hooks of the parameters that step). Step after it, or use at='representation'."
+            )
+        if self._before is None:
+            self._before = self.rule.aggregator_state()
+        elif not self._keeps_weights:  # a further micro-batch: once more, of all of them
+            self.rule.load_aggregator_state(self._before)
+        parameters = list(self._gradients.held)
+        widths = [row_width([parameter]) for parameter in parameters]
+        shared = self._reached_by(min(2, len(self._seen)), parameters)
+        size = float(loop.step_scale(step.backwards))  # by how much .grad exceeds the gradient of the mean loss
+        table = self.rule.loss_weights.new_zeros(len(self.setting.tasks), 1 + sum(widths))
+        for row, task in zip(table, self.setting.tasks, strict=True):
+            row[0] = step.counts.get(task, 0)
+        self._gradients.write_rows(table[:, 1:], self.setting.tasks)
+        table = loop.ranks.sum(table)
+        J = table[:, 1:].div_(loop.ranks.size * (size or 1.0))
+        shares = [not self._reached[task].isdisjoint(shared) for task in self.setting.tasks]
+        present = (table[:, 0] > 0).cpu() & torch.tensor(shares)
+        if len(shared) == len(parameters):
+            gradient = self._aggregate(J, present)
+        else:
+            columns = torch.tensor([parameter in shared for parameter in parameters])
+            columns = columns.repeat_interleave(torch.tensor(widths)).to(J.device)
+            gradient = J.sum(dim=0)
+            gradient[columns] = self._aggregate(J[:, columns], present).to(gradient)
+        # Each rank adds it to its own copy of the parameters' gradients: all must add the same bits.
+        gradient = loop.ranks.broadcast_from_rank0(gradient) * size
+        pieces = dict(zip(parameters, torch.split(gradient, widths), strict=True))
+        # The head of a task that is absent gets no gradient, rather than one of zeros.
+        self._gradients.place({p: piece for p, piece in pieces.items() if p in shared or bool(piece.any())})
+
+    def _aggregate(self, J: Tensor, present: Tensor) -> Tensor:
+        rule = self.rule
+        self.gramian = (J @ J.T).cpu()
+        if self._keeps_weights:
+            return self._weights.kept(present).to(J) @ J
+        if rule.has_weights:
+            matrix = J if rule.input == "matrix" else None
+            return self._weights.of(self.gramian, present, matrix).to(J) @ J
+        return rule.aggregate(J, present)
+
+    def after_step(self, step: OptimizerStepState) -> bool:
+        """Have the rule learn from the step."""
+        self._before = None
+        return super().after_step(step)
+
+    def discard_step(self) -> None:
+        """Forget what the rule has learnt since the last step."""
+        if self._before is not None:
+            self.rule.load_aggregator_state(self._before)
+            self._before = None
+        super().discard_step()
+
+    def close(self) -> None:
+        """Destroy the process group."""
+        self._weights.on_cpu.close()

@@ -17,6 +17,7 @@ from lightning_gradnorm.gradients.readers import (
 )
 from lightning_gradnorm.gradients.repeated_passes import RepeatedPasses
 from lightning_gradnorm.gradients.replay import ReplayedGradients
+from lightning_gradnorm.gradients.shared import SharedGradients
 
 __all__ = [
     "REST",
@@ -31,6 +32,7 @@ __all__ = [
     "RepeatedPasses",
     "ReplayedGradients",
     "RowReader",
+    "SharedGradients",
     "WeightGradients",
     "branch",
     "branch_arguments",

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from lightning_gradnorm.gradients.branch import TAKEN, replace_tensors
-from lightning_gradnorm.gradients.graph import leaves_behind, node_of, nodes_on_paths, reachable_nodes
-from lightning_gradnorm.gradients.readers import GradientReader, Outputs, WeightGradients
+from lightning_gradnorm.gradients.graph import node_of, nodes_on_paths, reachable_nodes
+from lightning_gradnorm.gradients.readers import GradientReader, Outputs
 
 Gradients = Sequence[Tensor | None]
 
@@ -47,8 +47,8 @@ class JointGradients(GradientReader):
         name: what errors call the representation.
         tasks: the tasks' names, in the order of the rows.
         combine: called in backward, once per forward pass, with J of shape (T, n), zero in the rows of absent tasks, in
-            float32 (float64 if the representation is). Returns a vector of n values that continues through the trunk, or
-            ``None`` for nothing.
+            float32 (float64 if the representation is). Returns the vector of n values that continues
+            through the trunk.
 
     Example:
         >>> trunk, heads = torch.nn.Linear(3, 4), {"a": torch.nn.Linear(4, 1), "b": torch.nn.Linear(4, 1)}
@@ -67,7 +67,7 @@ class JointGradients(GradientReader):
     module: nn.Module
     way_out = "Call it once, outside; or balance by weights, as GradNorm(norm_of='weight') and Scalarization do."
 
-    def __init__(self, module: nn.Module, name: str, tasks: Sequence[str], combine: Callable[[Tensor], Tensor | None]):
+    def __init__(self, module: nn.Module, name: str, tasks: Sequence[str], combine: Callable[[Tensor], Tensor]):
         self.module, self.label = module, name
         self._row_of = {task: row for row, task in enumerate(tasks)}
         self._combine = combine
@@ -143,14 +143,14 @@ class JointGradients(GradientReader):
             return (
                 f"reaches what is within {self.label} by a way that does not pass its output: a skip connection, or a "
                 f"derivative of the heads by the inputs. Name as representation the module whose output is all that the heads "
-                f"read, or have the encoder return what they read. Losses with derivatives can only be balanced by weights, "
-                f"as GradNorm and Scalarization do."
+                f"read, or have the encoder return what they read. Losses with derivatives can be aggregated at='parameters', "
+                f"or balanced by weights, as GradNorm and Scalarization do."
             )
         return None
 
     def _nodes_to_avoid(self) -> set[Node]:
         """Return the trunk's nodes that no loss may reach by a way around the gate."""
-        nodes = self.trunk_nodes()
+        nodes = reachable_nodes(map(node_of, self._inputs))
         leaves = {node: node.variable for node in nodes if hasattr(node, "variable")}
         inputs = {node for node, leaf in leaves.items() if not isinstance(leaf, nn.Parameter)}
         # A loss may read a weight of the trunk directly, as a weight penalty does. Where the inputs carry a gradient, this
@@ -188,21 +188,6 @@ class JointGradients(GradientReader):
         self.read_tasks.add(task)
         return TAKEN if at_gate else None
 
-    def read_trunk_gradients(self, reader: WeightGradients) -> None:
-        """Have ``reader`` read each task's gradient at the trunk's parameters: one pass through the trunk per task."""
-        for task in self.read_tasks:
-            pieces = self._split(self._rows[self._row_of[task]])
-            gradients = [piece.to(tensor.dtype) for piece, tensor in zip(pieces, self._inputs, strict=True)]
-            reader.read(task, self._inputs, gradients)
-
-    def trunk_nodes(self) -> set[Node]:
-        """Return the graph's nodes behind the representation in the current forward pass."""
-        return reachable_nodes(map(node_of, self._inputs))
-
-    def trunk_parameters(self) -> list[Tensor]:
-        """Return the shared parameters: those behind the representation in the current forward pass."""
-        return leaves_behind(self._inputs)
-
     def on_backward_end(self) -> None:
         """Make the gate the identity again."""
         self._in_backward = False
@@ -219,7 +204,7 @@ class JointGradients(GradientReader):
         with torch.no_grad(), torch.autocast(self.targets[0].device.type, enabled=False):
             gradients = self._without_tasks(arrived)
             combined = self._combine(self._rows)
-            for place, piece in enumerate([] if combined is None else self._split(combined)):
+            for place, piece in enumerate(self._split(combined)):
                 if place in self._reached:  # a tensor that no head reads has no gradient, rather than one of zeros
                     before = gradients[place]
                     gradients[place] = piece if before is None else before + piece

@@ -240,16 +240,6 @@ class WeightGradients(RowReader):
         """Whether some of ``W`` is frozen."""
         return not all(W.requires_grad for W in self.targets)
 
-    def set_targets(self, parameters: Sequence[Tensor]) -> None:
-        """Let ``W`` consist of these tensors from now on. Gradients of tensors that remain are kept."""
-        if list(map(id, parameters)) == list(map(id, self.targets)):
-            return
-        for task, row in self._rows.items():
-            parts = torch.split(row, [row_width([parameter]) for parameter in self.targets])
-            read = dict(zip(map(id, self.targets), parts, strict=True))
-            self._rows[task] = torch.cat([read.get(id(p), row.new_zeros(row_width([p]))) for p in parameters])
-        self.targets = list(parameters)
-
     def read(self, task: str, outputs: Outputs, gradients: Sequence[Tensor]) -> None:
         """Add the task's contribution to the gradient of ``W``."""
         found = torch.autograd.grad(outputs, self.targets, gradients, retain_graph=True, allow_unused=True)

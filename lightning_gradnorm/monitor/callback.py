@@ -69,11 +69,10 @@ class GradientNormMonitor(L.Callback):
 
     Logs in measured steps: ``monitor/norm/<loss>``; ``monitor/share/<loss>``, the length of the gradient's projection on
     the sum of all gradients, relative to that sum (see `GradientNorms.shares`); ``monitor/imbalance``, the largest norm over
-    the smallest; ``monitor/cosine/<a>/<b>``; and to TensorBoard ``monitor/cosine``, the image from ``cosine_image``. At the
-    end of training it prints a `summary` with suggested static weights: the weights with sum T that make the mean norms
-    equal, the goal of GradNorm with ``alpha=0`` (Chen et al., 2018, section 3.2).
-
-    Your own hooks on parameters or modules run in each extra pass.
+    the smallest; ``monitor/cosine/<a>/<b>``; ``monitor/conflict/<a>/<b>``, the share of the measured steps so far in which
+    that cosine was negative; and to TensorBoard ``monitor/cosine``, the image from ``cosine_image``. At the end of training
+    it prints a `summary` with suggested static weights: those with sum T that make the mean norms equal (`GradNorm`'s goal
+    with ``alpha=0``; Chen et al., 2018, section 3.2). Your own hooks on parameters or modules run in each extra pass.
 
     Example:
         >>> import lightning as L
@@ -241,12 +240,7 @@ class GradientNormMonitor(L.Callback):
         if found.get(REST) == 0:
             found = terms
         self._summary.add(found, weights)
-        metrics = {f"norm/{name}": norm for name, norm in found.items()}
-        others = {f"share/{name}": share for name, share in found.shares.items()}
-        others["imbalance"] = terms.imbalance
-        others |= {f"cosine/{one}/{other}": terms.cosine(one, other) for one, other in combinations(terms, 2)}
-        metrics |= {name: value for name, value in others.items() if not math.isnan(value)}
-        log_step_metrics(trainer, {f"{self.prefix}/{name}": value for name, value in metrics.items()}, every_step=True)
+        log_step_metrics(trainer, _metrics(found, terms, self._summary.conflicts, self.prefix), every_step=True)
         if self.cosine_image is None or len(terms) < 2 or not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
@@ -262,6 +256,11 @@ class GradientNormMonitor(L.Callback):
     def last(self) -> GradientNorms | None:
         """The last measured step. Its names include ``rest_of_loss`` if the loss has a remainder."""
         return self._trained._summary.last
+
+    @property
+    def conflicts(self) -> dict[tuple[str, str], float]:
+        """The share of the measured steps so far in which two losses conflict, their cosine being negative, by pair."""
+        return self._trained._summary.conflicts
 
     @property
     def suggested_weights(self) -> dict[str, float]:
@@ -333,3 +332,16 @@ class GradientNormMonitor(L.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_measurement": None, "_remove_patch": None}
+
+
+def _metrics(
+    found: GradientNorms, terms: GradientNorms, conflicts: Mapping[tuple[str, str], float], prefix: str
+) -> dict[str, float]:
+    """Return what is logged of a step: of all gradients, and of those of the named losses."""
+    others = {f"share/{name}": share for name, share in found.shares.items()}
+    others["imbalance"] = terms.imbalance
+    others |= {f"cosine/{one}/{other}": terms.cosine(one, other) for one, other in combinations(terms, 2)}
+    others |= {f"conflict/{one}/{other}": share for (one, other), share in conflicts.items()}
+    norms = {f"norm/{name}": norm for name, norm in found.items()}
+    shown = norms | {name: value for name, value in others.items() if not math.isnan(value)}
+    return {f"{prefix}/{name}": value for name, value in shown.items()}

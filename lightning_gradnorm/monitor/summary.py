@@ -67,6 +67,15 @@ class RunningSummary:
                 self._cosines[one][other] = [total + cosine, count + 1, against + (cosine < 0)]
 
     @property
+    def conflicts(self) -> dict[tuple[str, str], float]:
+        """The share of the steps so far in which two losses conflict, their cosine being negative, by pair."""
+        return {
+            (one, other): against / count
+            for one, row in self._cosines.items()
+            for other, (_, count, against) in row.items()
+        }
+
+    @property
     def suggested_weights(self) -> dict[str, float]:
         """Static weights, summing to T, that would have made the mean norms of the losses equal."""
         means = {

@@ -229,17 +229,27 @@ class AggregationRule(ScalarizationRule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return all state as plain tensors and numbers, loadable with ``torch.load(weights_only=True)``."""
+        return {**super().state_dict(), **self.aggregator_state()}
+
+    def aggregator_state(self) -> dict[str, Any]:
+        """Return a copy of what aggregating changes, as plain tensors and numbers."""
         return {
-            **super().state_dict(),
             "gradient_weights": self.gradient_weights.clone(),
             "drawn": self._drawn,
             "aggregator": snapshot(self.aggregator),
+            "fallbacks": self.fallbacks,
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the state of another rule for the same tasks in the same order; see `ScalarizationRule`."""
         super().load_state_dict(state)
+        self.load_aggregator_state(state)
+
+    @torch.no_grad()
+    def load_aggregator_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what was aggregated since `aggregator_state` returned this."""
+        self.fallbacks = state["fallbacks"]
         self.gradient_weights = state["gradient_weights"].to(self.gradient_weights)
         self._drawn = state["drawn"]
         load_snapshot(self.aggregator, state["aggregator"], device=self._works_on)

@@ -233,7 +233,11 @@ def test_an_aggregation_trains_the_heads_alone_as_long_as_the_encoder_is_frozen(
 ) -> None:
     batches, model, twin = vector_batches(3, STEPS), Backbone(frozen == "at first"), Backbone(False)
     aggregation = Aggregation(UPGrad(), TASKS, heads=heads, at=at)
-    with pytest.warns(UserWarning, match=r"Aggregation: 'encoder' is frozen .*name a representation that is trained"):
+    says = {
+        "representation": r"Aggregation: 'encoder' is frozen .*name a representation that is trained",
+        "parameters": r"Aggregation: what the tasks share is frozen .*If it is to stay frozen, balance by the losses alone",
+    }
+    with pytest.warns(UserWarning, match=says[at]):
         quiet_trainer(callbacks=[Sets(3, frozen == "at first"), aggregation]).fit(model, Batches(batches))
     sgd = torch.optim.SGD(
         [{"params": twin.backbone.parameters(), "lr": 0.0}]

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import by_hand
 import pytest
 import textbook
 import torch
@@ -138,8 +139,7 @@ def test_a_representation_inside_a_transform_is_refused_by_name(
     inside = ": 'encoder' is called inside a transform of torch.func"
     model = Derived(SPREAD[spread](way))
     fails(quiet_trainer, model, GradNorm(TASKS, norm_of="activation"), f"GradNorm{inside}", "Use norm_of='weight'")
-    for at in ("representation", "parameters"):
-        fails(quiet_trainer, model, Aggregation(UPGrad(), TASKS, at=at), f"Aggregation{inside}", "Scalarization")
+    fails(quiet_trainer, model, Aggregation(UPGrad(), TASKS), f"Aggregation{inside}", "Scalarization")
 
 
 # ---- Aggregation -----------------------------------------------------------------------------------------------------
@@ -147,12 +147,36 @@ def test_a_representation_inside_a_transform_is_refused_by_name(
 
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("way", ORDINARY)
-@pytest.mark.parametrize("at", ["representation", "parameters"])
-def test_derivatives_that_go_around_the_representation_are_no_aggregation(
-    way: str, at: Any, quiet_trainer: MakeTrainer
+@pytest.mark.parametrize("spread", SPREAD)
+def test_derivatives_that_go_around_the_representation_are_not_aggregated_there(
+    way: str, spread: str, quiet_trainer: MakeTrainer
 ) -> None:
-    for spread in (all_of, one_of):
-        fails(quiet_trainer, Derived(spread(way)), Aggregation(UPGrad(), TASKS, at=at), "Aggregation: ", "'encoder'")
+    model = Derived(SPREAD[spread](way))
+    fails(quiet_trainer, model, Aggregation(UPGrad(), TASKS), "Aggregation: ", "'encoder'")
+
+
+def aggregates(
+    make: Callable[[], Any], forward: Callable[[Any], Callable[[Any], Forward]], heads: Any, trainer: MakeTrainer
+) -> None:
+    """Train with an aggregation at the parameters and by hand, and compare the networks."""
+    model, twin, batches = make(), make(), vector_batches(3, STEPS)
+    trainer(callbacks=[Aggregation(UPGrad(), TASKS, at="parameters", heads=heads)]).fit(model, Batches(batches))
+    optimizer, numbered = network_sgd(twin.parameters()), list(enumerate(batches))
+    by_hand.aggregate(twin, forward(twin), numbered, UPGrad(), optimizer, tasks=TASKS, at="parameters")
+    assert parameter_distance(model, twin) < TOLERANCE
+
+
+@pytest.mark.each_value_once
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("spread", SPREAD)
+@pytest.mark.parametrize("heads", ["auto", None], ids=["found", "none"])
+def test_at_the_parameters_any_derivatives_are_aggregated_as_by_hand(
+    way: str, spread: str, heads: Any, quiet_trainer: MakeTrainer
+) -> None:
+    def forward(twin: Derived) -> Callable[[Any], Forward]:
+        return lambda numbered: twin.forward_for_textbook(numbered[1])
+
+    aggregates(lambda: Derived(SPREAD[spread](way)), forward, heads, quiet_trainer)
 
 
 class Slopes(Automatic):
@@ -201,12 +225,27 @@ class OneProduct(nn.Module):
 
 @pytest.mark.parametrize("options", [{}, {"in_pieces": True}, {"encoder_of_one_layer": True}], ids=str)
 @pytest.mark.parametrize("first", [0, 2])
-@pytest.mark.parametrize("at", ["representation", "parameters"])
-def test_a_penalty_of_slopes_is_no_aggregation_whenever_it_begins(
-    at: Any, first: int, options: dict[str, bool], quiet_trainer: MakeTrainer
+def test_a_penalty_of_slopes_is_not_aggregated_at_the_representation_whenever_it_begins(
+    first: int, options: dict[str, bool], quiet_trainer: MakeTrainer
 ) -> None:
-    expected = "Aggregation: the loss of task 'seg' reaches what is within 'encoder'", "derivative", "GradNorm"
-    fails(quiet_trainer, Slopes(first, **options), Aggregation(UPGrad(), TASKS, at=at), *expected)
+    expected = "Aggregation: the loss of task 'seg' reaches what is within 'encoder'", "at='parameters'", "GradNorm"
+    fails(quiet_trainer, Slopes(first, **options), Aggregation(UPGrad(), TASKS), *expected)
+
+
+@pytest.mark.parametrize("heads", ["auto", None], ids=["found", "none"])
+@pytest.mark.parametrize("options", [{}, {"encoder_of_one_layer": True}], ids=str)
+@pytest.mark.parametrize("first", [0, 2])
+def test_at_the_parameters_it_is_aggregated_as_by_hand(
+    first: int, options: dict[str, bool], heads: Any, quiet_trainer: MakeTrainer
+) -> None:
+    def forward(twin: Slopes) -> Callable[[Any], Forward]:
+        def call(numbered: Any) -> Forward:
+            step = twin.training_step(numbered[1], numbered[0])
+            return Forward({task: step[task] for task in TASKS}, representation=[])
+
+        return call
+
+    aggregates(lambda: Slopes(first, **options), forward, heads, quiet_trainer)
 
 
 # ---- derivatives that another thread takes ---------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import textbook
 import torch
 from climbing import CLIMBERS, Once, Twice
-from harness import Batches, Recorder, assert_agrees
+from harness import Batches, Recorder, assert_agrees, state_by_part
 from models import TASKS, Automatic, Batch, Manual, as_inputs_and_targets, network_sgd, vector_batches
 from torch import Tensor, nn
 from torchjd.aggregation import PCGrad, UPGrad
@@ -218,13 +218,19 @@ def test_each_evaluation_by_hand_may_accumulate(quiet_trainer: MakeTrainer) -> N
     assert_agrees(recorder, model, trajectory, twin, tolerance=1e-8)
 
 
-def test_an_aggregation_at_the_parameters_cannot_know_of_a_step_by_hand(quiet_trainer: MakeTrainer) -> None:
-    model, callback = ByHand(), Aggregation(UPGrad(), list(TASKS[:3]), at="parameters")
-    model.gradnorm = [callback]  # type: ignore[list-item]
-    with pytest.raises(
-        ValueError, match=r"parameters have moved between two backward passes .*first_step.*representation"
-    ):
-        fit(quiet_trainer, model, callback, vector_batches(3, 1))
+@pytest.mark.parametrize("how", ["wrapped", "raw", "closure", "raw closure"])
+def test_an_aggregation_at_the_parameters_by_hand_is_that_of_automatic_optimization(
+    how: str, quiet_trainer: MakeTrainer
+) -> None:
+    batches, weights, networks = vector_batches(3, STEPS), [], []
+    for model in (ByHand(), Climbing(CLIMBERS["SAM"])):
+        callback = Aggregation(UPGrad(), list(TASKS[:3]), at="parameters")
+        model.how, model.gradnorm = how, [callback]  # type: ignore[assignment,list-item]
+        weights.append(fit(quiet_trainer, model, callback, batches).weights)
+        networks.append(state_by_part(model))
+    assert weights[0] == [pytest.approx(of_step, rel=1e-9) for of_step in weights[1]]
+    for name, value in networks[1].items():
+        torch.testing.assert_close(networks[0][name], value, rtol=1e-9, atol=1e-12)
 
 
 class Several(Manual):

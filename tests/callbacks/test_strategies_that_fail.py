@@ -196,9 +196,20 @@ def test_a_representation_that_is_changed_in_place_is_refused(quiet_trainer: Mak
     fails(quiet_trainer, callback, "Aggregation", "changed in place", "relu(z)", model=InPlace(T))
 
 
-@pytest.mark.parametrize("at", ["representation", "parameters"])
-def test_a_loss_that_does_not_come_to_the_representation_is_refused(quiet_trainer: MakeTrainer, at: str) -> None:
-    fails(quiet_trainer, aggregation(jd.UPGrad(), at=at), "'seg'", "does not depend on 'encoder'", model=Around(T))
+@pytest.mark.parametrize(
+    ("at", "says"),
+    [
+        ("representation", ["'seg' does not depend on 'encoder'"]),
+        (
+            "parameters",
+            ["task 'seg' shares no trained parameter with the others, ['depth', 'normal']", "Scalarization"],
+        ),
+    ],
+)
+def test_a_loss_that_does_not_come_to_what_is_shared_is_refused(
+    quiet_trainer: MakeTrainer, at: str, says: list[str]
+) -> None:
+    fails(quiet_trainer, aggregation(jd.UPGrad(), at=at), *says, model=Around(T))
 
 
 def test_famo_with_manual_optimization_is_refused(quiet_trainer: MakeTrainer) -> None:

@@ -35,6 +35,7 @@ RULES: dict[str, Callable[[], Any]] = {
     "GradNorm": gradnorm_rule,
     "UW": lambda: ScalarizationRule(TASKS[:3], S.UW(3)),
     "UPGrad": lambda: AggregationRule(TASKS[:3], A.UPGrad()),
+    "UPGrad at the parameters": lambda: AggregationRule(TASKS[:3], A.UPGrad(), of_parameters=True),
 }
 
 
@@ -82,6 +83,8 @@ def train_on_rank(
         ("UW", False, 1),
         ("UPGrad", True, 1),
         ("UPGrad", False, 1),
+        ("UPGrad at the parameters", True, 1),
+        ("UPGrad at the parameters", False, 2),
     ],
 )
 def test_two_processes_agree_with_one(name: str, heads: bool, accumulate: int, with_ddp: bool, tmp_path: Path) -> None:
@@ -96,13 +99,14 @@ def test_two_processes_agree_with_one(name: str, heads: bool, accumulate: int, w
     assert parameter_distance(first[1], model) <= 1e-9
 
 
-def test_two_processes_agree_with_one_when_somebody_else_back_propagates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [gradnorm_rule, RULES["UPGrad at the parameters"]], ids=["GradNorm", "UPGrad"])
+def test_two_processes_agree_with_one_when_somebody_else_back_propagates(make: Any, tmp_path: Path) -> None:
     """`prepare_loss` learns from the autograd engine when the pass is over, as DDP itself does."""
     batches = vector_batches(3, STEPS, size=8)
     options: dict[str, Any] = {"with_ddp": True, "heads": True, "accumulate": 2, "prepare": True}
-    first, second = on_two_ranks(partial(train_on_rank, batches=batches, make=gradnorm_rule, **options), tmp_path)
+    first, second = on_two_ranks(partial(train_on_rank, batches=batches, make=make, **options), tmp_path)
     model = Network()
-    expected, _ = train(model, gradnorm_rule(), batches)
+    expected, _ = train(model, make(), batches)
     assert first[0] == second[0]
     assert distance(first[0], expected) <= 1e-9
     assert parameter_distance(first[1], model) <= 1e-9

@@ -14,7 +14,7 @@ from torchjd import aggregation as A
 from torchjd import scalarization as S
 
 from lightning_gradnorm import Balancer, GradNorm
-from lightning_gradnorm.strategies import AggregationRule, FixedRule, GradNormRule, ScalarizationRule
+from lightning_gradnorm.strategies import FixedRule, GradNormRule, ScalarizationRule
 
 NAMES = TASKS[:3]
 BATCHES = vector_batches(3, 4)
@@ -98,12 +98,6 @@ def test_a_second_balancer_on_the_same_model() -> None:
             with pytest.raises(ValueError, match=r"Network already has a Balancer, with GradNormRule: .* close\(\)"):
                 Balancer(again, ScalarizationRule(NAMES, S.UW(3)))
     balance(model=model).close()
-
-
-def test_an_aggregation_of_the_parameters_gradients() -> None:
-    rule = AggregationRule(NAMES, A.UPGrad(), of_parameters=True)
-    with pytest.raises(ValueError, match=r"of_parameters=True sets gradients right before .* Use of_parameters=False"):
-        balance(rule)
 
 
 # ---- the order of calls ----------------------------------------------------------------------------------------------

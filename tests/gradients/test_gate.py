@@ -93,14 +93,17 @@ class Around(Automatic):
         return {**losses, "depth": losses["depth"] + inner[0].square().mean()}
 
 
-@AT
 @HEADS
-def test_a_way_around_the_representation_is_refused(at: str, with_heads: bool, quiet_trainer: MakeTrainer) -> None:
+def test_a_way_around_the_representation_is_refused(with_heads: bool, quiet_trainer: MakeTrainer) -> None:
     model = Around(2)
     with pytest.raises(ValueError, match=r"task 'depth' reaches what is within 'encoder' by a way that does not pass"):
-        quiet_trainer(callbacks=[aggregation(model, MGDA(), with_heads, at=at)]).fit(
-            model, Batches(vector_batches(2, 2))
-        )
+        quiet_trainer(callbacks=[aggregation(model, MGDA(), with_heads)]).fit(model, Batches(vector_batches(2, 2)))
+
+
+def test_at_the_parameters_it_is_refused_where_heads_are_named_alone(quiet_trainer: MakeTrainer) -> None:
+    model = Around(2)
+    with pytest.raises(ValueError, match=r"'depth' reaches what the tasks share by a way that .* Leave heads out"):
+        quiet_trainer(callbacks=[aggregation(model, MGDA(), at="parameters")]).fit(model, Batches(vector_batches(2, 2)))
 
 
 def test_an_encoder_that_is_not_called_is_named(quiet_trainer: MakeTrainer) -> None:
@@ -247,7 +250,10 @@ def test_a_frozen_trunk_behind_inputs_with_gradients_trains_its_heads(quiet_trai
     model = Frozen(2)
     model.encoder.requires_grad_(False)
     heads = pickle.dumps(model.seg_head.state_dict())
-    quiet_trainer(callbacks=[aggregation(model, UPGrad(), at="parameters")]).fit(model, Batches(vector_batches(2, 3)))
+    with pytest.warns(UserWarning, match="what the tasks share is frozen"):
+        quiet_trainer(callbacks=[aggregation(model, UPGrad(), at="parameters")]).fit(
+            model, Batches(vector_batches(2, 3))
+        )
     assert pickle.dumps(model.seg_head.state_dict()) != heads
 
 

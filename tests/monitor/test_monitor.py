@@ -67,6 +67,7 @@ def test_numbers_are_those_of_autograd_by_hand(
     before = traces(model)
     ordered = callbacks if first else callbacks[::-1]
     quiet_trainer(callbacks=[*ordered, watcher], **trainer_options).fit(model, Batches(given))
+    history: dict[str, list[bool]] = {}
     for step in range(STEPS):
         state, weights, _ = watcher.notes[step * accumulate]
         shown = watcher.notes[(step + 1) * accumulate - 1][2]
@@ -74,10 +75,13 @@ def test_numbers_are_those_of_autograd_by_hand(
             assert shown == watcher.notes[step * accumulate - 1][2]  # not measured: the last one's
             continue
         micro = batches[step * accumulate : (step + 1) * accumulate]
-        wanted = expected(twin, state, micro, weights, "encoder")
+        wanted = expected(twin, state, micro, weights, "encoder", history)
         assert shown.keys() == wanted.keys()
         for name, value in wanted.items():
             assert shown[name] == pytest.approx(value, abs=1e-8), f"{name} in step {step}"
+    assert {f"conflict/{one}/{other}": share for (one, other), share in monitor.conflicts.items()} == {
+        pair: sum(of_steps) / len(of_steps) for pair, of_steps in history.items()
+    }
     assert_clean(model, before)
 
 

@@ -49,6 +49,7 @@ def test_in_half_precision_numbers_are_those_of_the_unscaled_gradients(
     quiet_trainer(callbacks=callbacks, accumulate_grad_batches=2, **options).fit(model, Batches(batches))
     twin = Single()
     seed = torch.tensor((scale if dtype == torch.float16 else 1.0) / 2)
+    history: dict[str, list[bool]] = {}
     for step in range(2):
         for name, value in state_by_part(twin).items():
             value.data.copy_(watcher.notes[2 * step][0][name])
@@ -61,7 +62,7 @@ def test_in_half_precision_numbers_are_those_of_the_unscaled_gradients(
                 found = torch.autograd.grad(loss, parameters, seed, retain_graph=True)
                 sums[task] = [s + g / (2 * seed) for s, g in zip(sums[task], found, strict=True)]
         whole = [torch.stack(of_all).sum(dim=0) for of_all in zip(*sums.values(), strict=True)]
-        wanted = by_hand(sums, whole)
+        wanted = by_hand(sums, whole, history)
         for name, value in watcher.notes[2 * step + 1][2].items():
             assert value == pytest.approx(wanted[name], rel=1e-5, abs=1e-6), name
 
@@ -110,10 +111,11 @@ def test_two_ranks_show_the_gradients_of_the_whole_batch(kind: str) -> None:
     ranks = _on_ranks(model, steps, monitor, Watcher())
     twin = Automatic(3) if kind == "MultiTaskModule" else WithCoefficients(3)
     for rank in ranks:
+        history: dict[str, list[bool]] = {}
         for step in (0, 2):
             state, weights, _ = rank.notes[2 * step]
             micro = [batch for of_rank in shares(whole[step], 2, 2) for batch in of_rank]
-            wanted = expected(twin, state, micro, weights, "encoder")
+            wanted = expected(twin, state, micro, weights, "encoder", history)
             shown = rank.notes[2 * step + 1][2]
             assert shown.keys() == wanted.keys()
             for name, value in wanted.items():
