@@ -20,13 +20,12 @@ from typing_extensions import override
 
 from lightning_gradnorm import MultiTaskModule
 from lightning_gradnorm.experiments.cli import hydra_entry
+from lightning_gradnorm.experiments.report import DELTA_M
 from lightning_gradnorm.experiments.report.collect import strategy_of
 from lightning_gradnorm.experiments.report.methods import HOUSEKEEPING, is_below
 
 FILE = "events.out.tfevents.0000000000.hparams"
 """Beside the run's other events: one file that is replaced, for TensorBoard keeps of the options what it reads first."""
-
-DELTA_M = "test/delta_m"
 
 _COLUMNS: dict[str, Any] = {"strategy": "", "alpha": 0.0, "seed": ""}
 """Columns that every run has, filled or not, and their kind: of all runs TensorBoard asks only one which there are."""

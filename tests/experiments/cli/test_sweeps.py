@@ -20,7 +20,7 @@ from hydra.errors import MissingConfigException
 from machines import MODULE
 from torch import distributed
 
-from lightning_gradnorm.experiments.cli import errors, job_runner, report, sweep, train
+from lightning_gradnorm.experiments.cli import errors, job_runner, report, sweep, train, training
 from lightning_gradnorm.experiments.report import delta_m, read_run
 
 TINY = [
@@ -65,8 +65,8 @@ def test_a_job_that_fails_ends_no_other_and_is_named_at_the_end(call: Call, tmp_
 def test_a_defect_in_one_job_is_shown_with_its_traceback_and_ends_no_other(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner = train.build_model
-    monkeypatch.setattr(train, "build_model", lambda config: {}["gone"] if config.seed == 0 else inner(config))
+    inner = training.build_model
+    monkeypatch.setattr(training, "build_model", lambda config: {}["gone"] if config.seed == 0 else inner(config))
     monkeypatch.setattr("traceback.print_exc", lambda: print("the traceback"))
     said = call(train.main, "-m", *QUICK, "seed=0,1", "hydra.sweep.dir=sweep", status=1)
     assert "the traceback" in said
