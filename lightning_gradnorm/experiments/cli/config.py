@@ -31,6 +31,7 @@ _OURS = (
     "lightning_gradnorm.MultiTaskModule",
     f"{_PROBLEMS}.dense.nyuv2.NYUv2",
     f"{_PROBLEMS}.dense.rooms.RoomsDataModule",
+    f"{_CALLBACKS}.loss_ratios.LossRatios",
     f"{_CALLBACKS}.save_last.SaveLast",
     f"{_CALLBACKS}.save_on_interrupt.SaveOnInterrupt",
     f"{_PROBLEMS}.small.SinusoidsDataModule",
