@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lightning_gradnorm.experiments.cli import errors, hydra_entry, run_folder, single_task
+from lightning_gradnorm.experiments.cli import console, errors, hydra_entry, run_folder, single_task
 from lightning_gradnorm.experiments.cli.build import build, build_model
 from lightning_gradnorm.experiments.cli.config import conf_dir
 from lightning_gradnorm.experiments.report import Run, comparison_table, task_table
@@ -78,6 +78,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         raise ValueError("ckpt_path should be given: gradnorm-eval ckpt_path=RUN/checkpoints/best.ckpt")
     checkpoint = run_folder.find_checkpoint(config.ckpt_path)
     baseline = single_task.results_in(config.get("single_task"))
+    console.import_lightning()
     from lightning_gradnorm.experiments.cli import guards
 
     guards.refuse_without_gpu(config)
@@ -91,12 +92,12 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     with hydra_entry.without_idle_warnings():
         trainer.test(model, datamodule=data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    console = Console(quiet=not trainer.is_global_zero)
+    terminal = Console(quiet=not trainer.is_global_zero)
     if baseline is None:
-        console.print(task_table(metrics))
+        terminal.print(task_table(metrics))
     else:
         both = [Run("single-task", baseline), Run("this run", metrics)]
-        console.print(comparison_table(both, single_task=baseline))
+        terminal.print(comparison_table(both, single_task=baseline))
         single_task.refuse_half_a_comparison(metrics, baseline)
     return metrics
 

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from lightning_gradnorm._messages import did_you_mean
 from lightning_gradnorm.experiments.cli import errors, hydra_entry, job_runner, run_folder
+from lightning_gradnorm.experiments.cli.console import executable
 from lightning_gradnorm.experiments.report import DELTA_M
 
 if TYPE_CHECKING:
@@ -299,7 +300,7 @@ def told_at_the_end(command: str) -> Iterator[None]:
 def again(command: str, folder: Path) -> str:
     """Return the command line that goes on with the sweep in this folder."""
     words = [word for word in hydra_entry.arguments() if not word.startswith("hydra.sweep.dir=")]
-    return shlex.join([command, *words, f"hydra.sweep.dir={run_folder.quoted(hydra_entry.short(folder))}"])
+    return shlex.join([executable(command), *words, f"hydra.sweep.dir={run_folder.quoted(hydra_entry.short(folder))}"])
 
 
 def _tell(command: str, folder: Path, so_far: str = "") -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_gradnorm.experiments.cli import errors, hydra_entry, launch, run_folder, single_task, sweep
+from lightning_gradnorm.experiments.cli import console, errors, hydra_entry, launch, run_folder, single_task, sweep
 from lightning_gradnorm.experiments.cli.config import conf_dir
 
 COMMAND = "gradnorm-train"
@@ -48,6 +48,7 @@ def _train_and_compare(config: DictConfig) -> Any:
 def train(config: DictConfig) -> dict[str, float]:
     """Train, test and write the run's folder; see `training.train`."""
     refuse_what_is_plainly_wrong(config)
+    console.import_lightning()
     from lightning_gradnorm.experiments.cli import training
 
     return training.train(config)

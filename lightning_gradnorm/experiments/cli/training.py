@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from lightning_gradnorm import MultiTaskModule
+from lightning_gradnorm.experiments.callbacks.console import LossBar, ShowNetwork
 from lightning_gradnorm.experiments.callbacks.save_last import SaveLast, write_whole
 from lightning_gradnorm.experiments.callbacks.save_on_interrupt import SaveOnInterrupt
 from lightning_gradnorm.experiments.cli import (
@@ -28,6 +29,7 @@ from lightning_gradnorm.experiments.cli import (
     sweep,
 )
 from lightning_gradnorm.experiments.cli.build import build, build_model
+from lightning_gradnorm.experiments.cli.console import executable
 from lightning_gradnorm.experiments.report import DELTA_M, delta_m_or_none, task_table, write_metrics
 
 COMMAND = "gradnorm-train"
@@ -83,16 +85,19 @@ def train(config: DictConfig) -> dict[str, float]:
     loggers = _all_of(config, "logger")
     if not loggers:  # which that of the default callbacks refuses
         callbacks = [one for one in callbacks if not isinstance(one, LearningRateMonitor)]
-    trainer: L.Trainer = build(config, "trainer", callbacks=callbacks, logger=loggers)
+    shown = _shown(config.trainer)
+    trainer: L.Trainer = build(
+        config, "trainer", callbacks=[*callbacks, *shown], logger=loggers, enable_model_summary=False
+    )
     sweep.refuse_to_replay(trainer)
     write_whole(trainer)
 
-    console = Console(quiet=not trainer.is_global_zero)
+    terminal = Console(quiet=not trainer.is_global_zero)
     prefix, told = getattr(data, "stands_in_for", (None, ""))
     if prefix is not None and (hydra_entry.chosen("experiment") or "").startswith(prefix):
-        console.print(told, highlight=False)
+        terminal.print(told, highlight=False)
     if alone is not None and "_target_" in config.balancing:
-        console.print(f"One task, {alone}: there is nothing to balance.", highlight=False)
+        terminal.print(f"One task, {alone}: there is nothing to balance.", highlight=False)
     in_folder_of_before = hydra_entry.is_multirun() or _is_inside(resumed_from, run_dir)
     with hydra_entry.without_idle_warnings(in_folder_of_before=in_folder_of_before):
         try:
@@ -101,7 +106,7 @@ def train(config: DictConfig) -> dict[str, float]:
         except SystemExit:
             if not trainer.interrupted:
                 raise
-            console.print(_how_to_go_on(trainer), soft_wrap=True, highlight=False)
+            terminal.print(_how_to_go_on(trainer), soft_wrap=True, highlight=False)
             sys.exit(130)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if resumed_from is not None and not metrics:  # there was nothing left to train
@@ -118,10 +123,10 @@ def train(config: DictConfig) -> dict[str, float]:
         if config.test:
             run_folder.write_whole(run_dir / run_folder.LAST_METRICS, metrics)
             write_metrics(run_dir, tested)  # the last: who has it is finished
-            console.print(task_table(tested | gain, weights_record.read().get("weights")))
-        console.print(f"run folder   {hydra_entry.short(run_dir)}", soft_wrap=True, highlight=False)
+            terminal.print(task_table(tested | gain, weights_record.read().get("weights")))
+        terminal.print(f"run folder   {hydra_entry.short(run_dir)}", soft_wrap=True, highlight=False)
         if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
-            console.print(_how_to_look(run_dir), soft_wrap=True, highlight=False)
+            terminal.print(_how_to_look(run_dir), soft_wrap=True, highlight=False)
     return metrics
 
 
@@ -143,7 +148,7 @@ def _how_to_look(run_dir: Path) -> str:
     folder = Path(HydraConfig.get().sweep.dir) if hydra_entry.is_multirun() else run_dir
     address = "http://localhost:6006"  # where TensorBoard is by default
     lines = [
-        f"look at it   tensorboard --logdir {shlex.quote(hydra_entry.short(folder))}",
+        f"view it      {executable('tensorboard')} --logdir {shlex.quote(hydra_entry.short(folder))}",
         f"{'':13}{address}/#custom_scalars",
     ]
     if hydra_entry.is_multirun():
@@ -164,6 +169,12 @@ def _all_of(config: DictConfig, group: str) -> list[Any]:
             raise ValueError(f"{group}.{name} should be null or name a _target_; got {node!r}")
         built.append(one)
     return [one for one in built if one is not None]
+
+
+def _shown(flags: DictConfig) -> list[L.Callback]:
+    """Return what shows the network and the progress, in the place of Lightning's own, unless they are switched off."""
+    network = [] if flags.get("enable_model_summary") is False else [ShowNetwork()]
+    return [*network, *([] if flags.get("enable_progress_bar") is False else [LossBar()])]
 
 
 def _to_test(trainer: L.Trainer) -> str | None:
@@ -200,5 +211,9 @@ def _how_to_go_on(trainer: L.Trainer) -> str:
         return "Interrupted; there is no checkpoint yet."
     if hydra_entry.is_multirun():
         return "Interrupted."  # how to go on with the whole sweep is said at its end
-    words = [COMMAND, *hydra_entry.config_options(), f"ckpt_path={run_folder.quoted(hydra_entry.short(existing[0]))}"]
+    words = [
+        executable(COMMAND),
+        *hydra_entry.config_options(),
+        f"ckpt_path={run_folder.quoted(hydra_entry.short(existing[0]))}",
+    ]
     return f"Interrupted. To go on:\n  {shlex.join(words)}"
