@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
@@ -34,6 +35,7 @@ _OURS = (
     f"{_CALLBACKS}.loss_ratios.LossRatios",
     f"{_CALLBACKS}.save_last.SaveLast",
     f"{_CALLBACKS}.save_on_interrupt.SaveOnInterrupt",
+    f"{_CALLBACKS}.weights_image.WeightsImage",
     f"{_PROBLEMS}.small.SinusoidsDataModule",
     f"{_PROBLEMS}.tabular.TabularDataModule",
     "lightning_gradnorm.callbacks.TensorBoardDashboard",
@@ -93,6 +95,7 @@ def register() -> None:
     for name in ("out_channels", "out_features"):
         OmegaConf.register_new_resolver(name, partial(_of_network, name), replace=True)
     OmegaConf.register_new_resolver("of_data", _of_data, replace=True)
+    OmegaConf.register_new_resolver("relative", os.path.relpath, replace=True)
     OmegaConf.register_new_resolver("strategies", lambda: help_text(conf_dir()), replace=True)
     _store_schemas()
 

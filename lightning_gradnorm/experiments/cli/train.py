@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
@@ -51,7 +53,17 @@ def train(config: DictConfig) -> dict[str, float]:
     console.import_lightning()
     from lightning_gradnorm.experiments.cli import training
 
-    return training.train(config)
+    try:
+        return training.train(config)
+    finally:
+        _finish_wandb()
+
+
+def _finish_wandb() -> None:
+    """End the run of Weights & Biases, if there is one: the next job of a sweep would go on in it."""
+    wandb: Any = sys.modules.get("wandb")
+    if getattr(wandb, "run", None) is not None:
+        wandb.finish()
 
 
 def refuse_what_is_plainly_wrong(config: DictConfig) -> None:
@@ -65,8 +77,31 @@ def refuse_what_is_plainly_wrong(config: DictConfig) -> None:
     hydra_entry.check_seed(config.seed)
     launch.refuse_without_launcher(hydra_entry.chosen("trainer"))
     single_task.results_in(config.get("single_task"))
+    refuse_missing_loggers(config)
     for group in ("balancing", "trainer"):  # what refers to a value of another type
         OmegaConf.to_container(config[group], resolve=True)
+
+
+_PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow", "CometLogger": "comet_ml", "NeptuneLogger": "neptune"}
+"""Lightning's loggers that need a package of their own."""
+
+
+def refuse_missing_loggers(config: DictConfig) -> None:
+    """Say which package a logger needs.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    targets = [node.get("_target_") for node in (config.logger or {}).values() if isinstance(node, DictConfig)]
+    needed = {one: _PACKAGES.get(str(one).rpartition(".")[2]) for one in targets}
+    missing = [package for package in needed.values() if package is not None and find_spec(package) is None]
+    if missing:
+        names = " and ".join(missing)
+        asked = hydra_entry.chosen("logger") or missing[0]
+        raise ValueError(
+            f"logger={asked} needs {names}, which {'are' if len(missing) > 1 else 'is'} not installed here. Install it: "
+            f"pip install {' '.join(missing)}; or give logger=default, CSV and TensorBoard."
+        )
 
 
 if __name__ == "__main__":
