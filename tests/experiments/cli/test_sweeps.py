@@ -21,6 +21,7 @@ from machines import MODULE
 from torch import distributed
 
 from lightning_gradnorm.experiments.cli import errors, job_runner, report, sweep, train, training
+from lightning_gradnorm.experiments.cli.console import executable
 from lightning_gradnorm.experiments.report import delta_m, read_run
 
 TINY = [
@@ -110,7 +111,7 @@ def test_a_sweep_that_was_interrupted_goes_on_with_the_same_command(
     interrupting(8 + 6)  # in the second job's second epoch
     said = call(train.main, *asked, "hydra.sweep.dir=parts", status=130)
     assert "1 job so far, 1 done" in said
-    assert f"Interrupted. To go on:\n  gradnorm-train {' '.join(asked)} hydra.sweep.dir=parts\n" in said
+    assert f"Interrupted. To go on:\n  {executable('gradnorm-train')} {' '.join(asked)} hydra.sweep.dir=parts\n" in said
     assert "ckpt_path" not in said
     assert list(results(tmp_path / "parts")) == ["0_0"]
     assert (tmp_path / "parts/1_1/checkpoints/interrupted.ckpt").is_file()
