@@ -4,11 +4,21 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # One process per core; tests that measure memory or load the machine themselves share one.
 PARALLEL := -n auto --dist loadgroup
+# On Linux pip brings torch's CUDA build, unless torch is there already.
+INSTALLS := 2 to 5 minutes and about 1.5 GB, 6 GB with torch's CUDA build
 
 .PHONY: demo test test-slow coverage test-lowest test-third-party docs build try-wheel try-core format clean
 
-demo: $(STAMP)
+# Needs the commands and the digits, no development tools; about a minute once they are installed.
+demo: .venv/.demo-installed
 	$(BIN)/python scripts/demo.py
+
+.venv/.demo-installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing torch, Lightning, Hydra and the digits into .venv, on first use only: $(INSTALLS)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[data]"
+	@du -sh .venv | sed 's/\t/ are in /'
+	touch $@
 
 test: $(STAMP)
 	$(BIN)/ruff check .
@@ -80,6 +90,7 @@ format: $(STAMP)
 # Re-made only when the dependencies change; the package itself is installed editable.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing the package and all that its tests need into .venv: $(INSTALLS), and as much again for the tests' packages"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(STAMP)
 

@@ -1,12 +1,13 @@
 """`make demo`: equal weights and GradNorm on the same network, the same digits and the same seed, side by side.
 
-python scripts/demo.py                        # about four minutes on two CPU cores
-python scripts/demo.py trainer.max_epochs=1   # any option of gradnorm-train
+python scripts/demo.py                        # about a minute on two CPU cores
+python scripts/demo.py trainer.max_epochs=8   # any option of gradnorm-train
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from datetime import datetime
@@ -14,7 +15,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lightning_gradnorm.experiments.report import comparison_table, read_run
+from lightning_gradnorm.experiments.cli.console import executable
+from lightning_gradnorm.experiments.report import (
+    Run,
+    by_task,
+    comparison_table,
+    higher_is_better,
+    read_run,
+    tasks_of,
+)
 
 STRATEGIES = ("equal", "gradnorm")
 # In so small a network threads wait for each other more than they compute, above all beside other work.
@@ -27,21 +36,55 @@ def main() -> None:
     for balancing in STRATEGIES:
         options = [
             "experiment=multimnist",
+            "trainer.max_epochs=5",
             f"balancing={balancing}",
             f"hydra.run.dir={parent / balancing}",
             *sys.argv[1:],
         ]
-        console.rule(f"gradnorm-train {' '.join(options)}")
+        console.rule()
+        say(console, shlex.join([executable("gradnorm-train"), *options]))
         trained = subprocess.run(
             [sys.executable, "-m", "lightning_gradnorm.experiments.cli.train", *options], check=False, env=ENVIRONMENT
         )
         if trained.returncode:
             sys.exit(trained.returncode)
     console.rule()
-    console.print(comparison_table([read_run(parent / balancing) for balancing in STRATEGIES]))
-    tensorboard = Path(sys.executable).with_name("tensorboard")
-    console.print(f"Both runs in pictures:\n  {tensorboard} --logdir {parent}", soft_wrap=True, highlight=False)
-    console.print("and open http://localhost:6006/#custom_scalars: weights, gradient norms and losses, task by task.")
+    equal, gradnorm = (read_run(parent / balancing) for balancing in STRATEGIES)
+    console.print(comparison_table([equal, gradnorm]))
+    for sentence in explained(equal, gradnorm):
+        console.print(sentence, highlight=False)
+    say(console, f"\nBoth runs in pictures:\n  {executable('tensorboard')} --logdir {parent}")
+    say(console, "  http://localhost:6006/#custom_scalars: weights, gradient norms and losses, task by task")
+
+
+def say(console: Console, text: str) -> None:
+    """Print a command as it is, to be copied whatever the terminal's width."""
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def explained(equal: Run, gradnorm: Run) -> tuple[str, str]:
+    """Return what the table shows, and why the sum of the losses misleads, a sentence each.
+
+    Args:
+        equal: the run with equal weights.
+        gradnorm: the one to compare with it.
+    """
+    gains, costs = [], []
+    for task in tasks_of(equal.metrics):
+        old, new = by_task(equal.metrics)[task], by_task(gradnorm.metrics)[task]
+        metric = next((name for name in old if name != "loss" and higher_is_better(name) is not None), "loss")
+        is_better = (new[metric] > old[metric]) == bool(higher_is_better(metric))
+        (gains if is_better else costs).append(f"{task} ({metric} {old[metric]:.3g} → {new[metric]:.3g})")
+    losses = {task: by_task(equal.metrics)[task]["loss"] for task in tasks_of(equal.metrics)}
+    largest = max(losses, key=lambda task: losses[task])
+    share = losses[largest] / sum(losses.values())
+    first = f"GradNorm gave every task a similar say in the shared layers: better in {', '.join(gains) or 'no task'}"
+    first += f", worse in {', '.join(costs)}." if costs else "."
+    second = (
+        f"The sum of the losses ('all') says little about that: {share:.0%} of it is the loss of '{largest}', only because of "
+        "its units, so compare the tasks one by one."
+    )
+    return first, second
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ from weight_traces import read_weights, traces_table
 from lightning_gradnorm.experiments.report import Run
 from lightning_gradnorm.experiments.report.significance import paired_test
 
+BY_SUM = "callbacks.checkpoint.monitor=val/loss"
+"""The network that is tested is that of the epoch with the lowest sum of validation losses."""
+
 ARMS = {
     "equal": ["balancing=equal"],
     "gradnorm": ["balancing=gradnorm"],
@@ -84,7 +87,7 @@ def main() -> None:
     if options.quick:
         quick, options.seeds, options.output = ["trainer.max_epochs=1"], options.seeds[:1], Path("outputs")
     jobs = {
-        f"{arm}/{seed}": ["experiment=multimnist", *given, f"seed={seed}", *BARE, *quick]
+        f"{arm}/{seed}": ["experiment=multimnist", *given, f"seed={seed}", *BARE, BY_SUM, *quick]
         for seed in options.seeds
         for arm, given in ARMS.items()
     }
@@ -93,7 +96,8 @@ def main() -> None:
         results.setdefault(run.name.split("/")[0], []).append(run)
     folders = {arm: [options.runs / run.name for run in runs] for arm, runs in results.items() if arm != "equal"}
     about = (
-        f". Seeds {', '.join(map(str, options.seeds))}. Each run is `gradnorm-train experiment=multimnist balancing=… seed=…`, "
+        f". Seeds {', '.join(map(str, options.seeds))}. Each run is `gradnorm-train experiment=multimnist balancing=… seed=… "
+        f"{BY_SUM}`, "
         "tested with the network of the epoch with the lowest sum of validation losses. Mean ± standard deviation over the "
         "seeds; p: t-test paired over the seeds against GradNorm without the remedy, not corrected for there being several."
     )

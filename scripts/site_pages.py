@@ -22,7 +22,7 @@ from typing import Any
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from lightning_gradnorm.experiments.cli.config import WITH_SCHEMA, left_out
+from lightning_gradnorm.experiments.cli.config import left_out, with_schema
 
 sys.path.insert(0, str(Path(__file__).parent))  # mkdocs reads this file by its path
 from strategy_tables import detail_page, strategies
@@ -32,7 +32,7 @@ CONF = ROOT / "conf"
 
 Constructor = Callable[..., Any]
 
-_SCHEMAS: dict[str, Constructor] = {f"/schema/{name}": one for name, one in WITH_SCHEMA.items()}
+_SCHEMAS: dict[str, Constructor] = {f"/schema/{name}": one for name, one in with_schema().items()}
 
 _ABOUT = {
     "balancing": "How the tasks are balanced. [Strategies](../strategies.md) compares them and has their formulas.",

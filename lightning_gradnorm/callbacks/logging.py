@@ -1,12 +1,15 @@
-"""Logs a callback's values: to the loggers and to ``trainer.callback_metrics``, in the steps that Lightning writes."""
+"""Logs a callback's values and images: to the loggers and to ``trainer.callback_metrics``, when Lightning writes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
+
+from lightning_gradnorm.callbacks.packages import is_one_of
 
 
 def is_logged_step(trainer: L.Trainer) -> bool:
@@ -42,3 +45,37 @@ def log_step_metrics(trainer: L.Trainer, values: Mapping[str, Tensor | float], *
 def logger_step(trainer: L.Trainer) -> int:
     """Return the step under which Lightning writes to its loggers."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def loggers_of_images(trainer: L.Trainer) -> list[Any]:
+    """Return the trainer's loggers that take images: of TensorBoard, Weights & Biases, MLflow, Comet, and kindred ones."""
+    known = ("TensorBoardLogger", "MLFlowLogger", "CometLogger")
+    return [one for one in trainer.loggers if is_one_of(one, *known) or callable(getattr(one, "log_image", None))]
+
+
+def log_image(trainer: L.Trainer, name: str, image: Any, step: int) -> None:
+    """Log an image to every logger that takes images; others are passed over.
+
+    Call it on the first rank only.
+
+    Args:
+        trainer: whose loggers.
+        name: such as ``val/prediction/depth``.
+        image: RGB, a tensor or an array of shape ``(3, height, width)``; uint8, or floats in [0, 1].
+        step: under which it is written.
+    """
+    loggers = loggers_of_images(trainer)
+    if not loggers:
+        return
+    picture = torch.as_tensor(image).detach().cpu()
+    pixels = picture if picture.dtype == torch.uint8 else (picture.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    rows = pixels.permute(1, 2, 0).contiguous().numpy()  # height, width, colour
+    for logger in loggers:
+        if is_one_of(logger, "TensorBoardLogger"):
+            logger.experiment.add_image(name, picture, step)
+        elif is_one_of(logger, "MLFlowLogger"):
+            logger.experiment.log_image(logger.run_id, rows, artifact_file=f"{name}/step_{step:08d}.png")
+        elif is_one_of(logger, "CometLogger"):
+            logger.experiment.log_image(rows, name=name, step=step)
+        else:
+            logger.log_image(name, [rows], step=step)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,6 +25,7 @@ from torchjd import aggregation, scalarization
 
 import lightning_gradnorm
 from lightning_gradnorm import strategies
+from lightning_gradnorm.experiments.strategy_kinds import SAYS_THE_TASKS, kind_of
 from lightning_gradnorm.strategies.aggregation import AggregationRule
 from lightning_gradnorm.strategies.factory import instantiate
 from lightning_gradnorm.strategies.facts import Facts, facts_of
@@ -41,8 +41,6 @@ _BASES = (
     aggregation.Weighting,
     scalarization.Scalarizer,
 )
-_SAYS_THE_TASKS = ("n_tasks", "number_of_tasks", "shape", "weights")
-"""Required parameters that follow from the number of tasks."""
 
 
 def _public(*packages: ModuleType) -> list[Any]:
@@ -64,7 +62,7 @@ def made_for_tasks(constructor: Constructor) -> tuple[str, ...]:
     if _is_callback(constructor):
         return ()
     parameters = inspect.signature(constructor).parameters.values()
-    return tuple(p.name for p in parameters if p.name in _SAYS_THE_TASKS and p.default is p.empty)
+    return tuple(p.name for p in parameters if p.name in SAYS_THE_TASKS and p.default is p.empty)
 
 
 def _is_callback(constructor: Constructor) -> bool:
@@ -110,12 +108,6 @@ NEEDS = {
 }
 """The kinds of strategies, and what each has to be given in each step."""
 
-_CALLBACK_KINDS = {
-    "GradNorm": "norms",
-    "NormWeighting": "norms",
-    "Scalarization": "losses",
-    "Aggregation": "representation",
-}
 _CALLBACK_FACTS = {
     "FixedWeights": ("", "as given"),
     "GradNorm": ("weights, L(0), optimizer", "T"),
@@ -180,11 +172,9 @@ class Strategy:
     @property
     def kind(self) -> str:
         """Its kind, a key of `NEEDS`."""
-        if self.callback is not None and self.callback.options.get("at") == "parameters":
-            return "parameters"
         if self._formula is not None and self._formula.of_all_parameters:
             return "network"
-        return _CALLBACK_KINDS.get(self._callback_name, "nothing")
+        return kind_of(self._callback_name, None if self.callback is None else self.callback.options.get("at"))
 
     @property
     def _formula(self) -> type[NormFormula] | None:
@@ -365,23 +355,3 @@ def _part(values: Mapping[Any, Any], place: str, made: Mapping[str, Constructor]
             options[name] = ... if value == MISSING else value
     given = not set(made_for_tasks(constructor)) <= set(options)
     return Part(constructor, options, bool(values.get("_partial_", given and "_target_" not in values)))
-
-
-_HELP = {
-    "": ("nothing", "norms", "network"),
-    "by the losses": ("losses",),
-    "by the gradients where the heads begin": ("representation",),
-    "by the gradients of all that is shared": ("parameters",),
-}
-
-
-def help_text(conf: Path, *, default: str = "gradnorm", width: int = 112, indent: str = " " * 12) -> str:
-    """Return the names of all strategies for ``--help``, by what they need."""
-    groups = []
-    strategies = read_strategies(conf)
-    for title, kinds in _HELP.items():
-        names = [name for name, one in strategies.items() if one.kind in kinds and name != default]
-        names = [f"{default} (default)", *names] if not title else names
-        groups.append(f"{title}: {', '.join(names)}" if title else ", ".join(names))
-    text = f"how the tasks are balanced, see docs/strategies.md: {'; '.join(groups)}"
-    return f"\n{indent}".join(textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False))

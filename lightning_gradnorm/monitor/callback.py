@@ -17,7 +17,7 @@ from typing_extensions import Self, override
 
 from lightning_gradnorm._messages import check, is_integer
 from lightning_gradnorm.callbacks.copies import Copies
-from lightning_gradnorm.callbacks.logging import log_step_metrics, logger_step
+from lightning_gradnorm.callbacks.logging import log_image, log_step_metrics, logger_step, loggers_of_images
 from lightning_gradnorm.callbacks.losses import LossSource, wraps_innermost
 from lightning_gradnorm.callbacks.packages import is_one_of, works_in_both_packages
 from lightning_gradnorm.callbacks.trainer_loop import TrainerLoop
@@ -58,9 +58,10 @@ class GradientNormMonitor(L.Callback):
         every_n_steps: measure the first of this many optimizer steps. A measured step takes one extra pass per term, and
             memory for as many gradients.
         prefix: the beginning of logged names. Two monitors in one Trainer, for two layers say, need different ones.
-        cosine_image: draws the cosines for TensorBoard: a function of the terms' names and a tensor of shape (T, T), nan
-            where unknown, that returns an RGB image of shape (3, height, width), a tensor or an array. The ``experiments``
-            extra has `cosine_heatmap` in ``lightning_gradnorm.experiments.report.heatmap``. ``None`` logs no image.
+        cosine_image: draws the cosines for loggers that take images: a function of the terms' names and a tensor of shape
+            (T, T), nan where unknown, that returns an RGB image of shape (3, height, width), a tensor or an array. The
+            ``experiments`` extra has `cosine_heatmap` in ``lightning_gradnorm.experiments.report.heatmap``. ``None`` logs no
+            image.
         losses_from: as for `GradNorm`.
 
     Raises:
@@ -70,7 +71,7 @@ class GradientNormMonitor(L.Callback):
     Logs in measured steps: ``monitor/norm/<loss>``; ``monitor/share/<loss>``, the length of the gradient's projection on
     the sum of all gradients, relative to that sum (see `GradientNorms.shares`); ``monitor/imbalance``, the largest norm over
     the smallest; ``monitor/cosine/<a>/<b>``; ``monitor/conflict/<a>/<b>``, the share of the measured steps so far in which
-    that cosine was negative; and to TensorBoard ``monitor/cosine``, the image from ``cosine_image``. At the end of training
+    that cosine was negative; and an image, ``monitor/cosine``, from ``cosine_image``. At the end of training
     it prints a `summary` with suggested static weights: those with sum T that make the mean norms equal (`GradNorm`'s goal
     with ``alpha=0``; Chen et al., 2018, section 3.2). Your own hooks on parameters or modules run in each extra pass.
 
@@ -243,10 +244,9 @@ class GradientNormMonitor(L.Callback):
         log_step_metrics(trainer, _metrics(found, terms, self._summary.conflicts, self.prefix), every_step=True)
         if self.cosine_image is None or len(terms) < 2 or not trainer.is_global_zero:
             return
-        for logger in trainer.loggers:
-            if is_one_of(logger, "TensorBoardLogger"):
-                image = self.cosine_image(list(terms), terms.cosines)
-                logger.experiment.add_image(f"{self.prefix}/cosine", image, logger_step(trainer))  # type: ignore[attr-defined]
+        if loggers_of_images(trainer):
+            image = self.cosine_image(list(terms), terms.cosines)
+            log_image(trainer, f"{self.prefix}/cosine", image, logger_step(trainer))
 
     def __repr__(self) -> str:
         names = ", ".join(self._trained._summary.names) or "all losses"

@@ -37,6 +37,7 @@ from lightning_gradnorm import (
     Task,
 )
 from lightning_gradnorm.callbacks import TensorBoardDashboard
+from lightning_gradnorm.callbacks.dashboard import split_name
 from lightning_gradnorm.callbacks.packages import is_one_of
 
 STEPS = 6
@@ -129,21 +130,100 @@ def test_there_are_the_charts_of_what_the_strategy_logs_and_no_other(name: str, 
     charts = charts_of(folder)
     assert list(charts) == ["Balancing", "Validation"]
     assert list(charts["Balancing"]) == expected
-    assert list(charts["Validation"]) == ["sum of the losses", "losses, by task", "mae, by task", "mse, by task"]
+    assert list(charts["Validation"]) == ["losses, by task", "mae, by task", "mse, by task"]
     for tags, shown in shown_in(folder).items():
         assert shown, f"the chart of {tags} is empty"
     shown = shown_in(folder)
-    assert shown["val/mae/"] == {"val/mae/near", "val/mae/far"}
-    assert shown["val/loss/"] == {"val/loss/near", "val/loss/far"}
-    assert shown["val/loss$"] == {"val/loss"}
+    assert shown["val/mae$"] == {("near", "val/mae"), ("far", "val/mae")}
+    assert shown["val/mse$"] == {("near", "val/mse")}
+    assert shown["val/loss$"] == {(".", "val/loss"), ("near", "val/loss"), ("far", "val/loss")}
 
 
-def shown_in(folder: Path) -> dict[str, set[str]]:
-    """Return what each chart's regular expression finds among the scalars that were written, as TensorBoard looks for it."""
-    events = EventAccumulator(str(folder))
-    events.Reload()
+def scalars_of(folder: Path) -> dict[tuple[str, str], list[tuple[int, float]]]:
+    """Return (run, tag) → steps and values of a logger's folder: its own run is ``.``, and those of the tasks are below it."""
+    found = {}
+    for place in [folder, *(one for one in folder.iterdir() if one.is_dir())]:
+        events = EventAccumulator(str(place), size_guidance={"scalars": 0})
+        events.Reload()
+        name = str(place.relative_to(folder))
+        for tag in events.Tags()["scalars"]:
+            found[name, tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+    return found
+
+
+def shown_in(folder: Path) -> dict[str, set[tuple[str, str]]]:
+    """Return what each chart's regular expression finds in the runs, as TensorBoard looks for it."""
+    written = scalars_of(folder)
     patterns = [tag for charts in charts_of(folder).values() for tags in charts.values() for tag in tags]
-    return {tags: {tag for tag in events.Tags()["scalars"] if re.match(tags, tag)} for tags in patterns}
+    return {tags: {(run, tag) for run, tag in written if re.match(tags, tag)} for tags in patterns}
+
+
+@pytest.mark.parametrize("name", ["gradnorm", "of losses", "with weights"])
+def test_each_task_is_a_run_with_the_same_numbers(name: str, train: Train) -> None:
+    """TensorBoard colours by run: one chart of all weights has a line with each task's name and colour."""
+    written = scalars_of(train(*STRATEGIES[name][0](), GradientNormMonitor(every_n_steps=2), num_sanity_val_steps=1))
+    of_task = {tag: curve for (run, tag), curve in written.items() if run == "." and tag.endswith(("/near", "/far"))}
+    alone = {tag for tag in of_task if tag.startswith("monitor/cosine")}
+    prefix = "gradnorm" if name == "gradnorm" else "balancing"
+    assert {f"{prefix}/weight/near", "train/loss/far", "val/mae/far", "monitor/share/near"} <= set(of_task)
+    for tag, curve in of_task.items():
+        if tag not in alone:
+            start, _, task = tag.rpartition("/")
+            assert written[task, start] == curve, tag
+    assert {run for run, _ in written} == {".", "near", "far"}
+    assert len(written) == len({tag for run, tag in written if run == "."}) + len(of_task) - len(alone)
+
+
+def test_the_test_is_in_the_runs_of_the_tasks_and_the_logger_is_as_it_was(
+    tmp_path: Path, quiet_trainer: Callable[..., L.Trainer]
+) -> None:
+    tasks = {name: Task(nn.Linear(3, 1), nn.MSELoss()) for name in ("a/b", "c d")}  # names that are no folders
+    batch = (torch.randn(4, 2), {name: torch.randn(4, 1) for name in tasks})
+    loader = DataLoader([batch] * STEPS, batch_size=None)
+    logger, beside = TensorBoardLogger(tmp_path, name="", version=""), CSVLogger(tmp_path / "csv")
+    trainer = quiet_trainer(callbacks=[GradNorm(), TensorBoardDashboard()], logger=[logger, beside])
+    model = MultiTaskModule(nn.Linear(2, 3), tasks)
+    trainer.fit(model, loader)
+    trainer.test(model, loader, verbose=False)
+    assert "log_metrics" not in vars(logger)
+    written = scalars_of(tmp_path)
+    for task, run in (("a/b", "a-b"), ("c d", "c-d")):
+        assert written[run, "test/loss"] == written[".", f"test/loss/{task}"]
+    assert "gradnorm/weight/a/b" in (Path(beside.log_dir) / "metrics.csv").read_text()
+
+
+def test_an_error_in_training_leaves_the_logger_as_it_was(train: Train) -> None:
+    seen: list[L.Trainer] = []
+
+    class Stops(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            seen.append(trainer)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        train(GradNorm(), Stops())
+    assert "log_metrics" not in vars(seen[0].logger)
+
+
+def test_what_is_one_tasks_is_told_from_what_is_not() -> None:
+    of_task = {
+        "gradnorm/weight/a": ("gradnorm/weight", "a"),
+        "balancing/grad_norm/a/b": ("balancing/grad_norm", "a/b"),
+        "train/loss/a": ("train/loss", "a"),
+        "test/r2/a": ("test/r2", "a"),
+        "physics/share/a": ("physics/share", "a"),
+    }
+    alone = (
+        "gradnorm/loss",
+        "gradnorm/skipped",
+        "val/loss",
+        "val/loss_ratio",
+        "best/val/loss",
+        "monitor/imbalance",
+        "lr-Adam",
+    )
+    assert {name: split_name(name) for name in of_task} == of_task
+    assert [name for name in (*alone, "monitor/cosine/a/b") if split_name(name) is not None] == []
 
 
 def test_the_monitor_has_a_row_of_its_own(train: Train) -> None:
@@ -153,15 +233,15 @@ def test_the_monitor_has_a_row_of_its_own(train: Train) -> None:
         "gradient norms",
         "imbalance, largest norm / smallest",
     ]
-    assert shown_in(folder)["monitor/share/"] == {"monitor/share/near", "monitor/share/far"}
-    assert shown_in(folder)["monitor/imbalance$"] == {"monitor/imbalance"}
+    assert shown_in(folder)["monitor/share$"] == {("near", "monitor/share"), ("far", "monitor/share")}
+    assert shown_in(folder)["monitor/imbalance$"] == {(".", "monitor/imbalance")}
 
 
 @pytest.mark.parametrize("options", [{"num_sanity_val_steps": 1}, {"module": {"accumulate_grad_batches": 3}}], ids=str)
 def test_the_charts_are_there_whatever_comes_first(options: dict[str, Any], train: Train) -> None:
     charts = charts_of(train(GradNorm(initial_losses=2), **options))
     assert list(charts["Balancing"]) == STRATEGIES["gradnorm"][1]
-    assert len(charts["Validation"]) == 4
+    assert len(charts["Validation"]) == 3
 
 
 def test_a_tensorboard_logger_of_either_lightning_is_known_and_no_other_logger(tmp_path: Path) -> None:
@@ -194,7 +274,7 @@ def test_tensorboard_shows_the_charts_of_runs_with_different_strategies_in_one_v
                 try:
                     layout = json.loads(_get(f"{address}/plugin/custom_scalars/layout"))
                     tags = json.loads(_get(f"{address}/plugin/scalars/tags"))
-                    if layout and len(tags) == 4 and all(tags.values()):
+                    if layout and len(tags) == 12 and all(tags.values()):
                         break
                 except OSError:
                     pass
@@ -207,7 +287,7 @@ def test_tensorboard_shows_the_charts_of_runs_with_different_strategies_in_one_v
         chart["title"]: chart["multiline"]["tag"] for category in layout["category"] for chart in category["chart"]
     }
     assert set(charts) >= set(STRATEGIES["gradnorm"][1])
-    assert len(charts) == 9
+    assert len(charts) == 8
     written = [tag for of_run in tags.values() for tag in of_run]
     for title, patterns in charts.items():
         assert any(re.match(pattern, tag) for pattern in patterns for tag in written), f"the chart {title} is empty"

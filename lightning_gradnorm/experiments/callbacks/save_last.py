@@ -105,4 +105,4 @@ class SaveLast(BetweenSteps, Checkpoint):
 
     def _save(self, trainer: L.Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(self.checkpoint)
+            trainer.save_checkpoint(self.checkpoint, weights_only=False)

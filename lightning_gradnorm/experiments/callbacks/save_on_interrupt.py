@@ -55,7 +55,7 @@ class SaveOnInterrupt(BetweenSteps):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.interrupted and self._can_be_resumed(trainer):
-            trainer.save_checkpoint(self.checkpoint)
+            trainer.save_checkpoint(self.checkpoint, weights_only=False)
             raise KeyboardInterrupt
 
     @override

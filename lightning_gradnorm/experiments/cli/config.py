@@ -2,84 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from hydra.core.config_store import ConfigStore
+from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.utils import get_object
-from lightning import Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from lightning_gradnorm import MultiTaskModule
-from lightning_gradnorm.callbacks import TensorBoardDashboard
-from lightning_gradnorm.experiments.callbacks.save_last import SaveLast
-from lightning_gradnorm.experiments.callbacks.save_on_interrupt import SaveOnInterrupt
+from lightning_gradnorm.experiments.cli import signatures
 from lightning_gradnorm.experiments.cli.build import build
-from lightning_gradnorm.experiments.cli.schema import schema_of
-from lightning_gradnorm.experiments.problems.dense.nyuv2 import NYUv2
-from lightning_gradnorm.experiments.problems.dense.predictions_callback import DensePredictions
-from lightning_gradnorm.experiments.problems.dense.rooms import RoomsDataModule
-from lightning_gradnorm.experiments.problems.engines.cmapss import CMAPSS
-from lightning_gradnorm.experiments.problems.engines.turbofan import TurbofanDataModule
-from lightning_gradnorm.experiments.problems.pde import (
-    PINN,
-    Burgers,
-    CollocationDataModule,
-    Helmholtz,
-    KirchhoffPlate,
-    Poisson,
-    SolutionPicture,
-)
-from lightning_gradnorm.experiments.problems.small import MultiMNISTDataModule, SinusoidsDataModule, ToyDataModule
-from lightning_gradnorm.experiments.problems.tabular import TabularDataModule
-from lightning_gradnorm.experiments.registry import SCHEMAS, help_text, made_for_tasks
+from lightning_gradnorm.experiments.cli.schema import schema_from, schema_of
+from lightning_gradnorm.experiments.strategy_kinds import SAYS_THE_TASKS, help_text
 
-WITH_SCHEMA: dict[str, Callable[..., Any]] = {
-    **{
-        one.__name__: one
-        for one in (
-            Burgers,
-            CMAPSS,
-            CSVLogger,
-            CollocationDataModule,
-            DensePredictions,
-            Helmholtz,
-            KirchhoffPlate,
-            LearningRateMonitor,
-            ModelCheckpoint,
-            MultiMNISTDataModule,
-            MultiTaskModule,
-            NYUv2,
-            PINN,
-            Poisson,
-            RoomsDataModule,
-            SaveLast,
-            SaveOnInterrupt,
-            SinusoidsDataModule,
-            SolutionPicture,
-            TabularDataModule,
-            TensorBoardDashboard,
-            TensorBoardLogger,
-            ToyDataModule,
-            Trainer,
-            TurbofanDataModule,
+_PROBLEMS = "lightning_gradnorm.experiments.problems"
+_CALLBACKS = "lightning_gradnorm.experiments.callbacks"
+_STRATEGIES = "lightning_gradnorm.strategies"
+
+_OURS = (
+    f"{_PROBLEMS}.engines.cmapss.CMAPSS",
+    f"{_PROBLEMS}.dense.predictions_callback.DensePredictions",
+    "lightning.pytorch.loggers.CSVLogger",
+    "lightning.pytorch.callbacks.LearningRateMonitor",
+    "lightning.pytorch.callbacks.ModelCheckpoint",
+    f"{_PROBLEMS}.small.MultiMNISTDataModule",
+    "lightning_gradnorm.MultiTaskModule",
+    f"{_PROBLEMS}.dense.nyuv2.NYUv2",
+    f"{_PROBLEMS}.dense.rooms.RoomsDataModule",
+    f"{_CALLBACKS}.loss_ratios.LossRatios",
+    f"{_CALLBACKS}.save_last.SaveLast",
+    f"{_CALLBACKS}.save_on_interrupt.SaveOnInterrupt",
+    f"{_CALLBACKS}.weights_image.WeightsImage",
+    f"{_PROBLEMS}.small.SinusoidsDataModule",
+    *(
+        f"{_PROBLEMS}.pde.{name}"
+        for name in (
+            "Burgers",
+            "CollocationDataModule",
+            "Helmholtz",
+            "KirchhoffPlate",
+            "PINN",
+            "Poisson",
+            "SolutionPicture",
         )
-    },
-    **SCHEMAS,
-}
-"""What a yaml names in its defaults list, such as ``/schema/GradNorm@_here_``; the strategies are the registry's."""
+    ),
+    f"{_PROBLEMS}.tabular.TabularDataModule",
+    "lightning_gradnorm.callbacks.TensorBoardDashboard",
+    "lightning.pytorch.loggers.TensorBoardLogger",
+    f"{_PROBLEMS}.small.ToyDataModule",
+    "lightning.Trainer",
+    f"{_PROBLEMS}.engines.turbofan.TurbofanDataModule",
+)
+"""What a yaml can name in its defaults list, such as ``/schema/Trainer@_here_``, beside the public callbacks and strategies."""
 
 _GIVEN_BY_US = {"MultiTaskModule": ("only",), "Trainer": ("callbacks", "logger")}
 """Parameters that are no option: groups of their own make them, or a key of the main file."""
 
 
+@cache
+def with_schema() -> dict[str, Callable[..., Any]]:
+    """Return what a yaml can name in its defaults list, by name without ``/schema/``; all of it is imported."""
+    from lightning_gradnorm.experiments.registry import SCHEMAS
+
+    return {dotted.rpartition(".")[2]: get_object(dotted) for dotted in _OURS} | dict(SCHEMAS)
+
+
 def left_out(constructor: Callable[..., Any]) -> tuple[str, ...]:
     """Return the parameters that a schema leaves out, because they are given in another way."""
+    from lightning_gradnorm.experiments.registry import made_for_tasks
+
     return _GIVEN_BY_US.get(constructor.__name__, ()) or made_for_tasks(constructor)
 
 
@@ -113,6 +107,7 @@ def register() -> None:
     for name in ("out_channels", "out_features"):
         OmegaConf.register_new_resolver(name, partial(_of_network, name), replace=True)
     OmegaConf.register_new_resolver("of_data", _of_data, replace=True)
+    OmegaConf.register_new_resolver("relative", os.path.relpath, replace=True)
     OmegaConf.register_new_resolver("strategies", lambda: help_text(conf_dir()), replace=True)
     _store_schemas()
 
@@ -120,12 +115,7 @@ def register() -> None:
 @cache
 def _store_schemas() -> None:
     store = ConfigStore.instance()
-    for path, constructor in WITH_SCHEMA.items():
-        group, _, name = f"schema/{path}".rpartition("/")
-        for_tasks = bool(made_for_tasks(constructor))
-        store.store(
-            group=group, name=name, node=schema_of(constructor, leave_out=left_out(constructor), partial=for_tasks)
-        )
+    store.repo["schema"] = _Schemas({name: _Schemas(group=name) for name in ("scalarization", "aggregation", "norms")})
     store.repo = _Shared(store.repo)
 
 
@@ -134,6 +124,69 @@ class _Shared(dict[str, Any]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
         return self
+
+
+class _Schemas(_Shared):
+    """Schemas that are made when they are asked for: a command needs a dozen of them."""
+
+    def __init__(self, content: Mapping[str, Any] | None = None, *, group: str = "") -> None:
+        super().__init__(content or {})
+        self.group = group
+
+    def __contains__(self, name: object) -> bool:
+        if not super().__contains__(name):
+            if not str(name).endswith(".yaml") or super().__contains__(str(name).removesuffix(".yaml")):
+                return False  # a group
+            made = schema_named("/".join(filter(None, [self.group, str(name).removesuffix(".yaml")])))
+            if made is None:
+                return False
+            node = OmegaConf.structured(made)
+            self[str(name)] = ConfigNode(str(name), node, "/".join(filter(None, ["schema", self.group])), None, None)
+        return True
+
+
+@cache
+def schema_named(path: str) -> type | None:
+    """Return a schema by its name without ``/schema/``; ``None`` if there is none.
+
+    It is made from the constructor's source or, where that does not say everything plainly, from the constructor.
+
+    Example:
+        >>> schema_named("aggregation/CAGrad")._target_
+        'torchjd.aggregation.CAGrad'
+    """
+    name = path.rpartition("/")[2]
+    try:
+        found, target = _definition(path)
+        parameters = signatures.parameters(found)
+    except signatures.UnreadableError:
+        constructor = with_schema().get(path)
+        if constructor is None:
+            return None
+        hidden = left_out(constructor)
+        return schema_of(constructor, leave_out=hidden, partial=path != name and bool(hidden))
+    needed = [one.name for one in parameters if one.default is signatures.REQUIRED and one.name in SAYS_THE_TASKS]
+    for_tasks = needed if path != name else []
+    return schema_from(target, parameters, leave_out=(*_GIVEN_BY_US.get(name, ()), *for_tasks), partial=bool(for_tasks))
+
+
+def _definition(path: str) -> tuple[signatures.Definition, str]:
+    """Return where the constructor of a schema is written, and its public name.
+
+    Raises:
+        UnreadableError: the sources do not say it.
+    """
+    group, _, name = path.rpartition("/")
+    if not group:
+        dotted = next((one for one in _OURS if one.endswith(f".{name}")), f"lightning_gradnorm.{name}")
+        found = signatures.find(dotted)
+        return found, signatures.public_name(found)
+    begins = re.compile(rf"^(class|def) {re.escape(name)}\b", re.MULTILINE)
+    for file in sorted((Path(__file__).parents[2] / "strategies").glob("*.py")):
+        if begins.search(file.read_text(encoding="utf-8")):
+            return signatures.find(f"{_STRATEGIES}.{file.stem}.{name}"), f"{_STRATEGIES}.{name}"
+    found = signatures.find(f"torchjd.{group}.{name}")
+    return found, signatures.public_name(found)
 
 
 def _length(values: Sequence[Any]) -> int:
@@ -151,6 +204,8 @@ def _sum(*numbers: int) -> int:
 
 def _of_network(attribute: str, network: DictConfig) -> int:
     """Return what follows from a network's other options, such as the channels it makes; no weight is drawn for it."""
+    import torch
+
     options = {str(key): value for key, value in network.items() if key not in ("_target_", "pretrained")}
     with torch.device("meta"):
         found: int = getattr(get_object(network._target_)(**options), attribute)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from hydra.errors import (
     HydraException,
@@ -14,8 +16,7 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -23,17 +24,15 @@ from omegaconf.errors import (
     OmegaConfBaseException,
     ValidationError,
 )
-from torch.multiprocessing.spawn import ProcessRaisedException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from lightning_gradnorm._messages import nearest
-from lightning_gradnorm.strategies.factory import missing_solver
+from lightning_gradnorm.experiments.cli import signatures
 
-WRONG_INPUT = (
+_WRONG_INPUT = (
     HydraException,
     OmegaConfBaseException,
     YAMLError,
-    MisconfigurationException,
     ValueError,
     TypeError,
     FileNotFoundError,
@@ -43,7 +42,13 @@ WRONG_INPUT = (
     PermissionError,
     ModuleNotFoundError,
 )
-"""What a wrong option, file or installation leads to. Any other exception is a defect and keeps its traceback."""
+
+
+def wrong_input() -> tuple[type[Exception], ...]:
+    """Return what a wrong option, file or installation leads to. Any other exception is a defect and keeps its traceback."""
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # not imported: it has raised nothing
+    return _WRONG_INPUT if lightning is None else (*_WRONG_INPUT, lightning.MisconfigurationException)
+
 
 _VARIABLE = "HYDRA_FULL_ERROR"
 
@@ -82,6 +87,8 @@ def of_processes() -> Iterator[None]:
     Raises:
         ValueError: what was asked wrongly, in the process's words.
     """
+    from torch.multiprocessing.spawn import ProcessRaisedException
+
     try:
         yield
     except ProcessRaisedException as error:
@@ -93,7 +100,7 @@ def of_processes() -> Iterator[None]:
         if not ends:
             raise
         kind, message = lines[ends[0]].split(": ", 1)
-        if kind.rpartition(".")[2] not in {known.__name__ for known in WRONG_INPUT}:
+        if kind.rpartition(".")[2] not in {known.__name__ for known in wrong_input()}:
             raise
         raise ValueError("\n".join([message, *lines[ends[0] + 1 :]])) from error
 
@@ -117,8 +124,11 @@ def explain(error: BaseException) -> str:
     """
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         return explain(error.__cause__)
-    if (missing := missing_solver(error)) is not None:
-        return missing
+    if isinstance(error, ImportError):
+        from lightning_gradnorm.strategies.factory import missing_solver
+
+        if (missing := missing_solver(error)) is not None:
+            return missing
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         return _no_such_option(error)
     if isinstance(error, OverrideParseException):
@@ -129,10 +139,13 @@ def explain(error: BaseException) -> str:
     cause: BaseException | None = of_config
     while isinstance(cause, InterpolationResolutionError):
         cause = cause.__context__
-    if cause is not of_config and isinstance(cause, WRONG_INPUT) and not isinstance(cause, OmegaConfBaseException):
+    if cause is not of_config and isinstance(cause, wrong_input()) and not isinstance(cause, OmegaConfBaseException):
         return explain(cause)  # what a resolver found wrong, in its own words
     if isinstance(of_config, (ConfigAttributeError, ConfigKeyError)) and isinstance(of_config.parent_node, DictConfig):
-        return _where(error) + _no_such_key(of_config)
+        asked = re.search(r"use (\+\S.*)", str(error))
+        return _where(error) + _no_such_key(of_config, None if asked is None else asked[1])
+    if (again := re.search(r"An item is already at '(.*)'", str(error))) is not None:
+        return f"there is a '{again[1]}' already: give its new value without the +"
     if isinstance(of_config, ValidationError):
         message = str(of_config).splitlines()[0]
         key = f"{of_config.full_key}: " if of_config.full_key else ""
@@ -175,11 +188,63 @@ def _no_such_option(error: MissingConfigException) -> str:
     return f"there is no {group} '{option}'{_guess(option, options)}\n  {group} has: {', '.join(options)}{follows}"
 
 
-def _no_such_key(error: OmegaConfBaseException) -> str:
-    keys = [str(key) for key in error.parent_node if not str(key).startswith("_")]
-    full_key = str(error.full_key or error.key)
+def _no_such_key(error: OmegaConfBaseException, added: str | None) -> str:
+    """Return what was probably meant by a key that does not exist.
+
+    Args:
+        error: OmegaConf's.
+        added: the override as it would have to be given to add the key.
+    """
+    node, name = error.parent_node, str(error.key)
+    keys = [str(key) for key in node if not str(key).startswith("_")]
+    full_key = str(error.full_key or name)
     place = full_key.rpartition(".")[0] or "the configuration"
-    return f"there is no '{full_key}'{_guess(str(error.key), keys)}\n  {place} has: {', '.join(keys) or 'nothing'}"
+    target = str(node.get("_target_", "")) if OmegaConf.get_type(node) is dict else None
+    takes = _parameters_of(target) if target else ()
+    lines = [f"there is no '{full_key}'"]
+    elsewhere = _places(node, full_key)
+    if name in takes:
+        lines[0] += f", but {target} takes it. To add it, put a + before it: {added or f'+{full_key}=…'}"
+    elif name in elsewhere or nearest(name, [*keys, *takes]) is None:
+        near = [name] if name in elsewhere else difflib.get_close_matches(name, elsewhere, n=2)
+        found = [place for one in near for place in elsewhere[one]][:3]
+        lines[0] += f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
+    else:
+        lines[0] += _guess(name, [*keys, *takes])
+    lines.append(f"{place} has: {', '.join(keys) or 'nothing'}")
+    if takes:
+        lines.append(
+            f"{target} also takes, each with a + before it: {', '.join(key for key in takes if key not in keys)}"
+        )
+    elif target is not None and added is not None and len(lines[0]) == len(f"there is no '{full_key}'"):
+        lines.append(f"To add a key that the configuration does not have yet, put a + before it: {added}")
+    return "\n  ".join(lines)
+
+
+def _parameters_of(target: str) -> tuple[str, ...]:
+    """Return the parameters of a constructor that is not imported; none if its source does not say them."""
+    try:
+        found = signatures.parameters(signatures.find(target))
+    except signatures.UnreadableError:
+        return ()
+    return tuple(one.name for one in found if one.name not in ("params", "self"))
+
+
+def _places(node: Any, full_key: str) -> dict[str, list[str]]:
+    """Return where keys are in the whole configuration: name → dotted names, those near ``full_key`` first."""
+    whole = OmegaConf.to_container(node._get_root(), resolve=False)
+    found: dict[str, list[str]] = {}
+    for key in _dotted(whole):
+        if not key.startswith("hydra.") and "._" not in key:
+            found.setdefault(key.rpartition(".")[2], []).append(key)
+    group = full_key.partition(".")[0]
+    return {name: sorted(keys, key=lambda key: not key.startswith(f"{group}.")) for name, keys in found.items()}
+
+
+def _dotted(tree: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        yield f"{prefix}{key}"
+        yield from _dotted(value, f"{prefix}{key}.")
 
 
 def _guess(name: str, existing: list[str]) -> str:

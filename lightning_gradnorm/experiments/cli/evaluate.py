@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import lightning as L
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lightning_gradnorm.experiments.cli import errors, hydra_entry, run_folder, single_task
+from lightning_gradnorm.experiments.cli import console, errors, hydra_entry, run_folder, single_task
 from lightning_gradnorm.experiments.cli.build import build, build_model
 from lightning_gradnorm.experiments.cli.config import conf_dir
 from lightning_gradnorm.experiments.report import Run, comparison_table, task_table
+
+if TYPE_CHECKING:
+    from lightning import Trainer
 
 COMMAND = "gradnorm-eval"
 
@@ -20,7 +23,7 @@ def main() -> None:
     """Test a checkpoint as the command line says; ``gradnorm-eval --help`` explains it."""
     try:
         folder = _run_folder()
-    except errors.WRONG_INPUT as error:
+    except errors.wrong_input() as error:
         if errors.wants_traceback():
             raise
         errors.leave(COMMAND, error)
@@ -74,23 +77,27 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     if config.ckpt_path is None:
         raise ValueError("ckpt_path should be given: gradnorm-eval ckpt_path=RUN/checkpoints/best.ckpt")
     checkpoint = run_folder.find_checkpoint(config.ckpt_path)
-    weights = run_folder.read_weights(checkpoint)
     baseline = single_task.results_in(config.get("single_task"))
+    console.import_lightning()
+    from lightning_gradnorm.experiments.cli import guards
+
+    guards.refuse_without_gpu(config)
+    weights = run_folder.read_weights(checkpoint)
     hydra_entry.seed_everything(config.seed)
     data = build(config, "data")
     model = build_model(config)
     with run_folder.loading(checkpoint):
         model.load_state_dict(weights)
-    trainer: L.Trainer = build(config, "trainer", logger=False, callbacks=[], enable_checkpointing=False)
+    trainer: Trainer = build(config, "trainer", logger=False, callbacks=[], enable_checkpointing=False)
     with hydra_entry.without_idle_warnings():
         trainer.test(model, datamodule=data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    console = Console(quiet=not trainer.is_global_zero)
+    terminal = Console(quiet=not trainer.is_global_zero)
     if baseline is None:
-        console.print(task_table(metrics))
+        terminal.print(task_table(metrics))
     else:
         both = [Run("single-task", baseline), Run("this run", metrics)]
-        console.print(comparison_table(both, single_task=baseline))
+        terminal.print(comparison_table(both, single_task=baseline))
         single_task.refuse_half_a_comparison(metrics, baseline)
     return metrics
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
 from tensorboard.compat.proto.event_pb2 import Event
@@ -19,15 +20,15 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from typing_extensions import override
 
 from lightning_gradnorm import MultiTaskModule
+from lightning_gradnorm.experiments.callbacks.loss_ratios import OF_BEST, TOTAL, LossRatios
 from lightning_gradnorm.experiments.cli import hydra_entry
 from lightning_gradnorm.experiments.problems.pde import PINN
+from lightning_gradnorm.experiments.report import DELTA_M
 from lightning_gradnorm.experiments.report.collect import strategy_of
 from lightning_gradnorm.experiments.report.methods import HOUSEKEEPING, is_below
 
 FILE = "events.out.tfevents.0000000000.hparams"
 """Beside the run's other events: one file that is replaced, for TensorBoard keeps of the options what it reads first."""
-
-DELTA_M = "test/delta_m"
 
 _COLUMNS: dict[str, Any] = {"strategy": "", "alpha": 0.0, "seed": ""}
 """Columns that every run has, filled or not, and their kind: of all runs TensorBoard asks only one which there are."""
@@ -55,6 +56,13 @@ def options(config: DictConfig, *, alone: str | None, overrides: Sequence[str]) 
     return shown
 
 
+def _validated(trainer: L.Trainer) -> str:
+    """Return the name of the validation loss of the checkpoint that will be tested: the best, or else the last."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    has_best = any(isinstance(one, ModelCheckpoint) and one.monitor is not None for one in callbacks)
+    return OF_BEST if has_best and any(isinstance(one, LossRatios) for one in callbacks) else TOTAL
+
+
 def _strategy(config: DictConfig) -> str:
     """Return the name of the option that was chosen or, where that is not recorded, of the class."""
     return hydra_entry.chosen("balancing") or strategy_of(OmegaConf.to_container(config.balancing))
@@ -79,7 +87,7 @@ class HParamsRecord(L.Callback):
         if trainer.is_global_zero:
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
-                self._write(folder / FILE, ["val/loss", *self._results(pl_module)])
+                self._write(folder / FILE, [_validated(trainer), *self._results(pl_module)])
 
     def _results(self, module: L.LightningModule) -> Iterable[str]:
         """Return the names of what the test will log, of all tasks, chosen or not. Only the first five are seen at once."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import lightning as L
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -59,7 +58,7 @@ def run(task: Callable[[DictConfig], Any], *, command: str, folder: Path, config
         with errors.hydra_raises(really=errors_are_raw):  # the processes that a strategy starts are not told of it
             try:
                 return task(config)
-            except errors.WRONG_INPUT as error:
+            except errors.wrong_input() as error:
                 if errors_are_raw or is_multirun():  # in a sweep, Hydra says which of the runs it was
                     raise
                 errors.leave(command, error)
@@ -73,7 +72,7 @@ def run(task: Callable[[DictConfig], Any], *, command: str, folder: Path, config
             return
         with errors.hydra_raises():
             main()
-    except errors.WRONG_INPUT as error:
+    except errors.wrong_input() as error:
         if errors_are_raw:
             raise
         errors.leave(command, error)
@@ -137,14 +136,25 @@ def value_of(key: str, overrides: list[str]) -> str | None:
     return None if not values or values[-1] is None else str(values[-1])
 
 
+def check_seed(seed: Any) -> None:
+    """Refuse a seed that is none.
+
+    Raises:
+        ValueError: it is not an integer.
+    """
+    if not is_integer(seed):
+        raise ValueError(f"seed should be an integer, at least 0; got {seed!r}")
+
+
 def seed_everything(seed: Any) -> None:
     """Seed the generators of Python, NumPy and torch, also those of worker processes.
 
     Raises:
         ValueError: the seed is not an integer.
     """
-    if not is_integer(seed):
-        raise ValueError(f"seed should be an integer, at least 0; got {seed!r}")
+    import lightning as L
+
+    check_seed(seed)
     L.seed_everything(seed, workers=True, verbose=False)
 
 

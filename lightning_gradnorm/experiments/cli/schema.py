@@ -6,11 +6,13 @@ import dataclasses
 import importlib
 import inspect
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import UnionType
 from typing import Any, Union
 
 from omegaconf import MISSING
+
+from lightning_gradnorm.experiments.cli.signatures import REQUIRED, Parameter
 
 _PLAIN = (bool, int, float, str)
 
@@ -34,14 +36,32 @@ def schema_of(constructor: Callable[..., Any], *, leave_out: Collection[str] = (
         [100, 100, 100, 100]
     """
     hints = typing.get_type_hints(constructor.__init__ if inspect.isclass(constructor) else constructor)
-    fields: list[Any] = [("_target_", str, _dotted_name(constructor))]
+    found = [
+        Parameter(name, hints.get(name, Any), REQUIRED if parameter.default is parameter.empty else parameter.default)
+        for name, parameter in inspect.signature(constructor).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    return schema_from(_dotted_name(constructor), found, leave_out=leave_out, partial=partial)
+
+
+def schema_from(
+    target: str, parameters: Iterable[Parameter], *, leave_out: Collection[str] = (), partial: bool = False
+) -> type:
+    """Return the same as `schema_of`, from what is known of the constructor without importing it.
+
+    Args:
+        target: its dotted name.
+        parameters: as `signatures.parameters` reads them.
+        leave_out: parameters that are given in another way.
+        partial: make a factory.
+    """
+    fields: list[Any] = [("_target_", str, target)]
     if partial:
         fields.append(("_partial_", bool, True))
-    for name, parameter in inspect.signature(constructor).parameters.items():
-        if name in leave_out or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
-        fields.append((name, _checkable(hints.get(name, Any)), _default(parameter.default)))
-    return dataclasses.make_dataclass(constructor.__name__, fields)
+    fields += [
+        (one.name, _checkable(one.hint), _default(one.default)) for one in parameters if one.name not in leave_out
+    ]
+    return dataclasses.make_dataclass(target.rpartition(".")[2], fields)
 
 
 def _dotted_name(constructor: Callable[..., Any]) -> str:

@@ -11,20 +11,20 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning as L
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig, ListConfig
-from torch import distributed
 from typing_extensions import override
 
 from lightning_gradnorm._messages import did_you_mean
-from lightning_gradnorm.experiments.cli import errors, hparams, hydra_entry, job_runner, run_folder
+from lightning_gradnorm.experiments.cli import errors, hydra_entry, job_runner, run_folder
+from lightning_gradnorm.experiments.cli.console import executable
+from lightning_gradnorm.experiments.report import DELTA_M
+
+if TYPE_CHECKING:
+    from lightning import Trainer
 
 try:
     import fcntl
@@ -58,33 +58,16 @@ class CommandFailedError(ValueError):
     """A job that was run as a command of its own has failed, and has said why."""
 
 
-def refuse_to_replay(trainer: L.Trainer) -> None:
+def refuse_to_replay(trainer: Trainer) -> None:
     """Let no job of a sweep start processes by the command line: each of them would run the whole sweep, out of step.
 
     Raises:
         OwnCommandNeededError: this one would.
     """
+    from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
     if hydra_entry.is_multirun() and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
         raise OwnCommandNeededError
-
-
-class EveryRankIsThere(L.Callback):
-    """Refuses to train on part of the data: the sampler shares it out to processes that do not exist.
-
-    That is what happens if a process is told that it is one of several (``LOCAL_RANK``) and is not.
-    """
-
-    @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return
-        found = distributed.get_world_size()
-        if found != trainer.world_size:
-            raise ValueError(
-                f"trainer.devices and trainer.num_nodes ask for {trainer.world_size} processes, which share the data; "
-                f"{found} of them train{'s' * (found == 1)}. Start the command anew, and without the variable LOCAL_RANK "
-                f"unless torchrun or srun sets it."
-            )
 
 
 def run_job(config: DictConfig, train: Callable[[DictConfig], dict[str, float]]) -> Any:
@@ -157,6 +140,8 @@ def _to_go_on_from(folder: Path, overrides: list[str], config: DictConfig) -> Pa
 
 
 def _is_of_the_end(checkpoint: Path, config: DictConfig) -> bool:
+    import torch
+
     content: Any = torch.load(checkpoint, map_location="cpu", weights_only=True)
     epochs, steps = config.trainer.get("max_epochs"), config.trainer.get("max_steps")
     done = content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
@@ -194,6 +179,8 @@ def _run_as_command(folder: Path, overrides: list[str], checkpoint: Path | None,
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[int | None]:
     """Wait until no other process runs the job in this folder; the kernel takes the lock from whoever dies."""
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
     if fcntl is None or rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         yield None
         return
@@ -240,7 +227,7 @@ def _refuse_a_metric_that_will_not_be(config: DictConfig) -> None:
     if not _is_search():
         return
     for name in _wanted(config):
-        if name == hparams.DELTA_M and config.get("single_task") is None:
+        if name == DELTA_M and config.get("single_task") is None:
             raise ValueError(
                 f"optimized_metric={name} needs single_task=FOLDERS, the runs of one task each; it is null."
             )
@@ -268,7 +255,7 @@ def _note(state: str, error: str = "") -> None:
 
 
 def _note_failure(folder: Path, error: Exception) -> None:
-    is_defect = not isinstance(error, errors.WRONG_INPUT)
+    is_defect = not isinstance(error, errors.wrong_input())
     if is_defect or errors.wants_traceback():
         traceback.print_exc()
     said = errors.explain(error) if not is_defect else run_folder.in_one_line(error)
@@ -313,7 +300,7 @@ def told_at_the_end(command: str) -> Iterator[None]:
 def again(command: str, folder: Path) -> str:
     """Return the command line that goes on with the sweep in this folder."""
     words = [word for word in hydra_entry.arguments() if not word.startswith("hydra.sweep.dir=")]
-    return shlex.join([command, *words, f"hydra.sweep.dir={run_folder.quoted(hydra_entry.short(folder))}"])
+    return shlex.join([executable(command), *words, f"hydra.sweep.dir={run_folder.quoted(hydra_entry.short(folder))}"])
 
 
 def _tell(command: str, folder: Path, so_far: str = "") -> bool:

@@ -1,27 +1,16 @@
-"""`gradnorm-train`: one run, from a configuration to test metrics."""
+"""`gradnorm-train`: from the command line to a run. What trains is in `training`, and imported once it is needed."""
 
 from __future__ import annotations
 
-import shlex
 import sys
-from pathlib import Path
+from importlib.util import find_spec
 from typing import Any
 
-import lightning as L
 from hydra._internal.utils import get_args_parser
-from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
-from omegaconf import DictConfig
-from rich.console import Console
+from omegaconf import DictConfig, OmegaConf
 
-from lightning_gradnorm import MultiTaskModule
-from lightning_gradnorm.experiments.callbacks.save_last import SaveLast, write_whole
-from lightning_gradnorm.experiments.callbacks.save_on_interrupt import SaveOnInterrupt
-from lightning_gradnorm.experiments.cli import errors, hparams, hydra_entry, launch, run_folder, single_task, sweep
-from lightning_gradnorm.experiments.cli.build import build, build_model
+from lightning_gradnorm.experiments.cli import console, errors, hydra_entry, launch, run_folder, single_task, sweep
 from lightning_gradnorm.experiments.cli.config import conf_dir
-from lightning_gradnorm.experiments.report import delta_m_or_none, task_table, write_metrics
 
 COMMAND = "gradnorm-train"
 
@@ -30,7 +19,7 @@ def main() -> None:
     """Train as the command line says; ``gradnorm-train --help`` explains it."""
     try:
         more = _options_to_go_on_with()
-    except errors.WRONG_INPUT as error:
+    except errors.wrong_input() as error:
         if errors.wants_traceback():
             raise
         errors.leave(COMMAND, error)
@@ -59,174 +48,60 @@ def _train_and_compare(config: DictConfig) -> Any:
 
 
 def train(config: DictConfig) -> dict[str, float]:
-    """Train, test and write the run's folder, ``config.paths.run_dir``.
+    """Train, test and write the run's folder; see `training.train`."""
+    refuse_what_is_plainly_wrong(config)
+    console.import_lightning()
+    from lightning_gradnorm.experiments.cli import training
 
-    The folder gets ``config.yaml`` (resolved), ``checkpoints/``, what the loggers write, ``training.json`` (seconds,
-    steps, epochs), ``metrics.json``, ``test_metrics.json`` and, of a balancing strategy, ``weights.json``; a run that fails,
-    ``failure.json``.
+    try:
+        return training.train(config)
+    finally:
+        _finish_wandb()
 
-    Args:
-        config: as ``conf/config.yaml`` composes it.
 
-    Returns:
-        The last metrics of training and validation, and those of the test.
+def _finish_wandb() -> None:
+    """End the run of Weights & Biases, if there is one: the next job of a sweep would go on in it."""
+    wandb: Any = sys.modules.get("wandb")
+    if getattr(wandb, "run", None) is not None:
+        wandb.finish()
+
+
+def refuse_what_is_plainly_wrong(config: DictConfig) -> None:
+    """Say what is wrong as far as that can be known without torch, which takes seconds to import.
 
     Raises:
-        ValueError, TypeError: an option is wrong; says which.
-        SystemExit: stopped by Ctrl-C; status 130.
+        ValueError, FileNotFoundError: an option is wrong; says which.
     """
-    run_dir = Path(config.paths.run_dir)
-    resumed_from = None if config.ckpt_path is None else run_folder.find_checkpoint(config.ckpt_path)
-    if resumed_from is not None:
-        run_folder.read_weights(resumed_from)  # before anything is written
-    hydra_entry.seed_everything(config.seed)
+    if config.ckpt_path is not None:
+        run_folder.find_checkpoint(config.ckpt_path)
+    hydra_entry.check_seed(config.seed)
     launch.refuse_without_launcher(hydra_entry.chosen("trainer"))
-    single = single_task.results_in(config.get("single_task"))
-    data = build(config, "data")
-    model = build_model(config)
-    if isinstance(model, MultiTaskModule):
-        _refuse_flags_that_the_module_has(config.trainer)
-        if single is not None:
-            to_come = {f"test/{name}/{task}": 1.0 for task in model.tasks for name in model.metric_names[task]}
-            single_task.refuse_half_a_comparison(to_come, single)
-    alone = _the_only_task(config)
-    balancing = build(config, "balancing") if alone is None else None
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    weights_record = run_folder.WeightsRecord(run_dir, balancing)
-    options = hparams.options(
-        config, alone=alone, overrides=hydra_entry.swept(given) if hydra_entry.is_multirun() else given
-    )
-    line = hparams.HParamsRecord(options, delta_m=single is not None)
-    its_folder = (
-        run_folder.RunRecord(run_dir, config, given),
-        run_folder.TimeRecord(run_dir),
-        run_folder.FailureRecord(run_dir),
-    )
-    records = (*its_folder, weights_record, line)
-    guards = (sweep.EveryRankIsThere(), launch.OneFolder(run_dir))
-    callbacks = [one for one in (*guards, balancing, *_all_of(config, "callbacks"), *records) if one is not None]
-    loggers = _all_of(config, "logger")
-    if not loggers:  # which that of the default callbacks refuses
-        callbacks = [one for one in callbacks if not isinstance(one, LearningRateMonitor)]
-    trainer: L.Trainer = build(config, "trainer", callbacks=callbacks, logger=loggers)
-    sweep.refuse_to_replay(trainer)
-    write_whole(trainer)
-
-    console = Console(quiet=not trainer.is_global_zero)
-    prefix, told = getattr(data, "stands_in_for", (None, ""))
-    if prefix is not None and (hydra_entry.chosen("experiment") or "").startswith(prefix):
-        console.print(told, highlight=False)
-    if alone is not None and "_target_" in config.balancing:
-        console.print(f"One task, {alone}: there is nothing to balance.", highlight=False)
-    in_folder_of_before = hydra_entry.is_multirun() or _is_inside(resumed_from, run_dir)
-    with hydra_entry.without_idle_warnings(in_folder_of_before=in_folder_of_before):
-        try:
-            with errors.of_processes(), run_folder.loading(resumed_from):
-                trainer.fit(model, datamodule=data, ckpt_path=resumed_from)
-        except SystemExit:
-            if not trainer.interrupted:
-                raise
-            console.print(_how_to_go_on(trainer), soft_wrap=True, highlight=False)
-            sys.exit(130)
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if resumed_from is not None and not metrics:  # there was nothing left to train
-            metrics = run_folder.read_whole(run_dir / run_folder.LAST_METRICS)
-        if trainer.is_global_zero:
-            run_folder.write_whole(run_dir / run_folder.LAST_METRICS, metrics)
-        if config.test:
-            trainer.callback_metrics.clear()  # processes that were forked add to them
-            trainer.test(model, datamodule=data, ckpt_path=_to_test(trainer), verbose=False)
-            tested = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            gain = _compared(trainer, tested, single)
-            metrics |= tested | gain
-    if trainer.is_global_zero:
-        if config.test:
-            run_folder.write_whole(run_dir / run_folder.LAST_METRICS, metrics)
-            write_metrics(run_dir, tested)  # the last: who has it is finished
-            console.print(task_table(tested | gain, weights_record.read().get("weights")))
-        console.print(f"run folder   {hydra_entry.short(run_dir)}", soft_wrap=True, highlight=False)
-        if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
-            console.print(_how_to_look(run_dir), soft_wrap=True, highlight=False)
-    return metrics
+    single_task.results_in(config.get("single_task"))
+    refuse_missing_loggers(config)
+    for group in ("balancing", "trainer"):  # what refers to a value of another type
+        OmegaConf.to_container(config[group], resolve=True)
 
 
-def _compared(trainer: L.Trainer, tested: dict[str, float], single: dict[str, float] | None) -> dict[str, float]:
-    """Return Δm, if there is any, and log it to TensorBoard."""
-    delta_m = None if single is None else delta_m_or_none(tested, single)
-    if delta_m is None:
-        return {}
-    gain = {hparams.DELTA_M: delta_m}
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):  # a CSVLogger of processes that have ended would begin its file anew
-            logger.log_metrics(gain, step=trainer.global_step)
-            logger.save()
-    return gain
+_PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow", "CometLogger": "comet_ml", "NeptuneLogger": "neptune"}
+"""Lightning's loggers that need a package of their own."""
 
 
-def _how_to_look(run_dir: Path) -> str:
-    """Return the command and the address that show the run's dashboard; of a sweep, also the one that compares its runs."""
-    folder = Path(HydraConfig.get().sweep.dir) if hydra_entry.is_multirun() else run_dir
-    address = "http://localhost:6006"  # where TensorBoard is by default
-    lines = [
-        f"look at it   tensorboard --logdir {shlex.quote(hydra_entry.short(folder))}",
-        f"{'':13}{address}/#custom_scalars",
-    ]
-    if hydra_entry.is_multirun():
-        lines.append(f"{'':13}{address}/#hparams compares the runs")
-    return "\n".join(lines)
+def refuse_missing_loggers(config: DictConfig) -> None:
+    """Say which package a logger needs.
 
-
-def _is_inside(checkpoint: Path | None, folder: Path) -> bool:
-    return checkpoint is not None and checkpoint.resolve().is_relative_to(folder.resolve())
-
-
-def _all_of(config: DictConfig, group: str) -> list[Any]:
-    """Return the objects of a group that has several by name; a name that is null is left out."""
-    built = []
-    for name, node in (config[group] or {}).items():
-        one = build(config, f"{group}.{name}")
-        if one is None and node is not None:
-            raise ValueError(f"{group}.{name} should be null or name a _target_; got {node!r}")
-        built.append(one)
-    return [one for one in built if one is not None]
-
-
-def _to_test(trainer: L.Trainer) -> str | None:
-    """Return the best checkpoint, or else the last; ``None`` is the model as it is."""
-    checkpoint = trainer.checkpoint_callback
-    if not isinstance(checkpoint, ModelCheckpoint) or trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return None
-    return checkpoint.best_model_path or checkpoint.last_model_path or None
-
-
-def _the_only_task(config: DictConfig) -> str | None:
-    tasks = config.get("tasks")
-    return None if tasks is None or len(set(tasks)) != 1 else str(tasks[0])
-
-
-def _refuse_flags_that_the_module_has(flags: DictConfig) -> None:
-    """Say which option of the model stands for a flag of the Trainer that manual optimization excludes."""
-    for flag, off in (("accumulate_grad_batches", (1,)), ("gradient_clip_val", (None, 0))):
-        value = flags.get(flag, off[0])
-        if value not in off:
-            raise ValueError(
-                f"trainer.{flag} should not be given with a MultiTaskModule, which optimizes manually; got {value}. Give "
-                f"model.{flag}={value} instead."
-            )
-
-
-def _how_to_go_on(trainer: L.Trainer) -> str:
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    saved = [c.checkpoint for c in callbacks if isinstance(c, SaveOnInterrupt) and c.interrupted]
-    saved += [c.checkpoint for c in callbacks if isinstance(c, SaveLast)]
-    saved += [Path(c.last_model_path) for c in callbacks if isinstance(c, ModelCheckpoint) and c.last_model_path]
-    existing = [path for path in saved if path.is_file()]
-    if not existing:
-        return "Interrupted; there is no checkpoint yet."
-    if hydra_entry.is_multirun():
-        return "Interrupted."  # how to go on with the whole sweep is said at its end
-    words = [COMMAND, *hydra_entry.config_options(), f"ckpt_path={run_folder.quoted(hydra_entry.short(existing[0]))}"]
-    return f"Interrupted. To go on:\n  {shlex.join(words)}"
+    Raises:
+        ValueError: it is not installed.
+    """
+    targets = [node.get("_target_") for node in (config.logger or {}).values() if isinstance(node, DictConfig)]
+    needed = {one: _PACKAGES.get(str(one).rpartition(".")[2]) for one in targets}
+    missing = [package for package in needed.values() if package is not None and find_spec(package) is None]
+    if missing:
+        names = " and ".join(missing)
+        asked = hydra_entry.chosen("logger") or missing[0]
+        raise ValueError(
+            f"logger={asked} needs {names}, which {'are' if len(missing) > 1 else 'is'} not installed here. Install it: "
+            f"pip install {' '.join(missing)}; or give logger=default, CSV and TensorBoard."
+        )
 
 
 if __name__ == "__main__":

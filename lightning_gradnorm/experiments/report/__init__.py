@@ -2,6 +2,7 @@
 
 from lightning_gradnorm.experiments.report.delta_m import (
     COMMUNITY,
+    DELTA_M,
     PAPER,
     delta_m,
     delta_m_or_none,
@@ -14,6 +15,7 @@ from lightning_gradnorm.experiments.report.write import write_report
 
 __all__ = [
     "COMMUNITY",
+    "DELTA_M",
     "PAPER",
     "Run",
     "by_task",

@@ -274,8 +274,11 @@ def _tests(method: Method, baseline: Method) -> dict[str, PairedTest]:
 
 
 def _mean_ranks(methods: Mapping[str, Mapping[str, Spread]], metrics: Sequence[Metric]) -> dict[str, float]:
-    """Return the mean over the metrics of each method's rank, 1 is best; equal means share theirs, NaN comes last."""
-    ranks: dict[str, list[float]] = {}
+    """Return each method's mean rank, first over the metrics of a task and then over the tasks; 1 is best.
+
+    Equal means share their rank, NaN comes last.
+    """
+    ranks: dict[str, dict[str, list[float]]] = {}
     for metric in metrics:
         scores = {}
         for name, values in methods.items():
@@ -285,8 +288,8 @@ def _mean_ranks(methods: Mapping[str, Mapping[str, Spread]], metrics: Sequence[M
         for name, score in scores.items():
             better = sum(other < score for other in scores.values())
             equal = sum(other == score for other in scores.values())
-            ranks.setdefault(name, []).append(better + (equal + 1) / 2)
-    return {name: fmean(of_method) for name, of_method in ranks.items()}
+            ranks.setdefault(name, {}).setdefault(metric.task, []).append(better + (equal + 1) / 2)
+    return {name: fmean(map(fmean, of_method.values())) for name, of_method in ranks.items()}
 
 
 def _with_context(method: Method, others: Sequence[Method]) -> Method | None:

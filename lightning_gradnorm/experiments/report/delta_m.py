@@ -9,6 +9,9 @@ from statistics import fmean
 from lightning_gradnorm.experiments.report.metric_direction import higher_is_better
 from lightning_gradnorm.experiments.report.results import Run, by_task, tasks_of
 
+DELTA_M = "test/delta_m"
+"""The name under which it is logged."""
+
 Chosen = Mapping[str, Sequence[str]]
 
 PAPER: Chosen = {

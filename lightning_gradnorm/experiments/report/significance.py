@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 LEVEL = 0.05
+FEWEST = 5
+"""Pairs, below which nothing is called significant."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,13 @@ class PairedTest:
 
     @property
     def is_significant(self) -> bool:
-        """Whether p < 0.05, as if there were no other test."""
-        return self.p is not None and self.p < LEVEL
+        """Whether p < 0.05, as if there were no other test, of five pairs or more."""
+        return self.has_enough and self.p is not None and self.p < LEVEL
+
+    @property
+    def has_enough(self) -> bool:
+        """Whether there are enough pairs to speak of significance."""
+        return self.count >= FEWEST
 
 
 def paired_test(differences: Sequence[float]) -> PairedTest:

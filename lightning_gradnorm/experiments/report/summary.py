@@ -11,7 +11,7 @@ from lightning_gradnorm.experiments.report.comparison import Comparison, Metric,
 from lightning_gradnorm.experiments.report.methods import is_random
 from lightning_gradnorm.experiments.report.plots import order
 from lightning_gradnorm.experiments.report.results import ALL_TASKS
-from lightning_gradnorm.experiments.report.significance import LEVEL, PairedTest, holm
+from lightning_gradnorm.experiments.report.significance import FEWEST, LEVEL, PairedTest, holm
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _verdict(comparison: Comparison) -> list[str]:
         (row, metric, test, test.p)
         for row in comparison.rows
         for metric in comparison.counting
-        if (test := row.tests.get(metric.name)) is not None and test.p is not None
+        if (test := row.tests.get(metric.name)) is not None and test.p is not None and test.has_enough
     ]
     corrected = holm([p for *_, p in tested])
     how = f"p < {LEVEL:g} after Holm's correction for {len(tested)} {_plural('test', len(tested))}"
@@ -111,7 +111,10 @@ def _verdict(comparison: Comparison) -> list[str]:
     if comparison.baseline is None:
         lines.append("There are no finished runs with equal weights among them: no differences, no ratio of times.")
     elif len(comparison.rows) > 1 and not tested:
-        lines.append(f"With one pair of runs no difference from {comparison.baseline} can be tested: give more seeds.")
+        lines.append(
+            f"With fewer than {FEWEST} seeds in common nothing is said about which differences from {comparison.baseline} are "
+            "more than chance: give more seeds."
+        )
     elif len(comparison.rows) > 1 and not clear:
         lines.append(f"No difference from {comparison.baseline} is significant ({how}).")
     return lines
@@ -165,7 +168,8 @@ def _results(comparison: Comparison) -> Sheet | None:
     notes = [
         "Mean ± standard deviation over the runs of a method, on the test data; bold is the best mean, and says nothing of "
         "chance.",
-        f"Mean rank: over {counted}; equal means share their rank.",
+        f"Mean rank: over {counted}; first over the metrics of a task, then over the tasks. Equal means share their rank.",
+        *_checkpoints(comparison),
     ]
     if has_gain:
         notes.append(
@@ -184,6 +188,21 @@ def _results(comparison: Comparison) -> Sheet | None:
     if repeated:
         notes.append(f"Several runs of the same seed are averaged first: {', '.join(repeated)}.")
     return Sheet("Results", header, lines, notes)
+
+
+def _checkpoints(comparison: Comparison) -> list[str]:
+    """Return which checkpoint of each run was tested."""
+    rules = {_rule(run) for row in comparison.rows for run in row.method.finished}
+    shown = ", ".join(sorted(rules))
+    if len(rules) > 1:
+        return [f"Tested checkpoints differ in how they were chosen: {shown}. Compare runs of one kind."]
+    return [f"Tested is the checkpoint of each run that was chosen so: {shown}."]
+
+
+def _rule(run: CollectedRun) -> str:
+    checkpoint = run.group("callbacks").get("checkpoint")
+    monitor = checkpoint.get("monitor") if isinstance(checkpoint, dict) else None
+    return f"the best by {monitor}" if monitor else "the last"
 
 
 def _scatters(times: Spread) -> bool:
@@ -214,23 +233,19 @@ def _differences(comparison: Comparison) -> Sheet | None:
         line += [_difference(metric, row.tests.get(metric.name)) for metric in comparison.metrics]
         lines.append(line)
     most = max((test.count for row in rows for test in row.tests.values()), default=0)
-    tests = sum(test.p is not None for row in rows for test in row.tests.values())
-    notes = [
-        "Mean difference between runs with the same seed; below it the 95 % interval and p of the paired t-test (two-sided). "
-        "▲ better and ▼ worse with p < 0.05.",
-    ]
+    tests = sum(test.p is not None and test.has_enough for row in rows for test in row.tests.values())
+    notes = ["Mean difference between runs with the same seed; below it the 95 % interval."]
     if most == 0:
         notes.append("No method has a seed in common with the baseline: nothing can be paired.")
-    elif most == 1:
-        notes.append("There is one seed in common: too few for a test, which needs two, and five to be of use.")
-    else:
-        if most < 5:
-            notes.append(
-                f"With {most} seeds only differences that are large beside their scatter can be told from chance: what is not "
-                f"significant here is not therefore equal."
-            )
+    elif most < FEWEST:
         notes.append(
-            f"The p values of this table are not corrected for there being {tests} of them; if nothing differed, about "
+            f"With fewer than {FEWEST} seeds in common nothing is called significant, and no p value is shown: a "
+            "difference may be chance, and what differs little is not therefore equal."
+        )
+    else:
+        notes.append(
+            f"From {FEWEST} seeds on, p of the paired t-test (two-sided), and ▲ better or ▼ worse with p < {LEVEL:g}. The p "
+            f"values of this table are not corrected for there being {tests} of them; if nothing differed, about "
             f"{tests * LEVEL:.1f} would be below {LEVEL:g}. The sentences at the top are: by Holm's method, over the "
             "metrics that ranks are of."
         )
@@ -250,6 +265,8 @@ def _difference(metric: Metric, test: PairedTest | None) -> Cell:
         mark = "▲ " if _is_better(metric, test) else "▼ "
     digits = _digits((test.high - test.low) / 4)
     interval = f"[{_fixed(test.low, digits, '+')}, {_fixed(test.high, digits, '+')}]"
+    if not test.has_enough:
+        return Cell(_fixed(test.mean, digits, "+"), note=interval)
     p = "p < 0.001" if test.p < 0.001 else f"p = {test.p:.3f}" if test.p < 0.1 else f"p = {test.p:.2f}"
     return Cell(mark + _fixed(test.mean, digits, "+"), bool(mark), f"{interval}\n{p}")
 

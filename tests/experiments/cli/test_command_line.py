@@ -204,6 +204,18 @@ def test_the_help_of_evaluation_explains_it_and_the_comparison_with_single_tasks
         ),
         (["sed=1"], ["there is no 'sed'; did you mean 'seed'?", "the configuration has:"]),
         (["trainer.max_epoch=1"], ["did you mean 'max_epochs'?"]),
+        (["max_epochs=1"], ["there is no 'max_epochs'; did you mean 'trainer.max_epochs'?"]),
+        (["epochs=1"], ["'trainer.max_epochs'", "did you mean 'trainer.min_epochs' or "]),
+        (
+            ["balancing.lr=1"],
+            ["did you mean 'balancing.optimizer.lr' or 'model.optimizer.lr'?", "balancing has: tasks"],
+        ),
+        (
+            ["model.optimizer.weight_decay=0.01"],
+            ["but torch.optim.Adam takes it. To add it, put a + before it: +model.optimizer.weight_decay=0.01\n"],
+        ),
+        (["model.optimizer.epps=1"], ["did you mean 'eps'?", "also takes, each with a + before it: betas, eps, "]),
+        (["+trainer.max_epochs=1"], ["there is a 'trainer.max_epochs' already: give its new value without the +"]),
         (
             ["+data.fish=1"],
             ["data: lightning_gradnorm.experiments.problems.small.ToyDataModule has no parameter 'fish'"],
@@ -230,6 +242,14 @@ def test_a_wrong_option_is_answered_with_what_exists(call: Call, arguments: list
     said = call(train.main, *arguments, status=1)
     for part in ["gradnorm-train: ", *expected, "HYDRA_FULL_ERROR=1"]:
         assert part in said
+
+
+def test_a_trainer_for_a_gpu_says_that_there_is_none(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for trainer in ("gpu", "mixed", "ddp"):
+        said = call(train.main, f"trainer={trainer}", status=1)
+        assert "trainer.accelerator=gpu needs a GPU, and torch" in said
+        assert "Give trainer=cpu" in said
 
 
 def test_whoever_asks_for_the_traceback_gets_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,8 +21,7 @@ def test_the_monitor_beside_the_default_callbacks_shows_each_task_and_suggests_w
     said = capfd.readouterr().err + caplog.text  # where it goes depends on whether pytorch_lightning is imported
     assert "of the update on `encoder`" in said
     assert "Suggested static weights, which make the mean norms equal: FixedWeights({'task_0':" in said
-    (folder,) = {file.parent for file in tmp_path.rglob("events.out.tfevents*")}
-    events = EventAccumulator(str(folder))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert {"monitor/norm/task_0", "monitor/share/task_1", "monitor/imbalance"} <= set(events.Tags()["scalars"])
     assert "monitor/cosine" in events.Tags()["images"]

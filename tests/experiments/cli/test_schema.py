@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 import pytest
@@ -16,9 +18,11 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, ValidationError
 
 from lightning_gradnorm import GradNorm
+from lightning_gradnorm.experiments.cli import signatures
 from lightning_gradnorm.experiments.cli.build import build
-from lightning_gradnorm.experiments.cli.config import WITH_SCHEMA, left_out, register
+from lightning_gradnorm.experiments.cli.config import left_out, register, schema_named, with_schema
 from lightning_gradnorm.experiments.cli.schema import schema_of
+from lightning_gradnorm.experiments.registry import made_for_tasks
 
 
 class Example:
@@ -84,7 +88,7 @@ def test_a_schema_refuses_other_names_and_types(schema: type) -> None:
         OmegaConf.merge(config, {"rate": "big"})
 
 
-@pytest.mark.parametrize("constructor", WITH_SCHEMA.values(), ids=WITH_SCHEMA)
+@pytest.mark.parametrize("constructor", with_schema().values(), ids=with_schema())
 def test_every_schema_names_its_constructor_and_all_its_parameters(constructor: Callable[..., Any]) -> None:
     schema = OmegaConf.structured(schema_of(constructor, leave_out=left_out(constructor)))
     assert get_object(schema._target_) is constructor
@@ -94,6 +98,57 @@ def test_every_schema_names_its_constructor_and_all_its_parameters(constructor: 
         if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     }
     assert {str(key) for key in schema} == (parameters | {"_target_"}) - set(left_out(constructor))
+
+
+@pytest.mark.parametrize("name", with_schema())
+def test_a_schema_that_is_read_from_the_source_is_that_of_the_imported_constructor(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constructor = with_schema()[name]
+    hidden = left_out(constructor)
+    expected = schema_of(constructor, leave_out=hidden, partial=bool(made_for_tasks(constructor)))
+
+    def imported() -> None:
+        raise AssertionError(f"{name} was imported")
+
+    monkeypatch.setattr("lightning_gradnorm.experiments.cli.config.with_schema", imported)
+    schema_named.cache_clear()
+    read = schema_named(name)
+    assert read is not None
+    fields = [[(field.name, field.type) for field in dataclasses.fields(one)] for one in (read, expected)]
+    assert fields[0] == fields[1]
+    assert OmegaConf.structured(read) == OmegaConf.structured(expected)
+
+
+def test_a_schema_of_what_the_source_does_not_say_plainly_is_made_by_importing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "unusual").mkdir()
+    (tmp_path / "unusual" / "__init__.py").write_text(
+        "import math\n\nLIMITS = (1, 2, 3)\nSize = int | None\n\n\n"
+        "class Base:\n    def __init__(self, size: Size = None, limits: tuple = LIMITS[:2]): ...\n\n\n"
+        "class Plain(Base): ...\n\n\n"
+        "class Odd:\n    def __init__(self, rate: float = math.pi): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = signatures.parameters(signatures.find("unusual.Plain"))
+    assert [(one.name, one.hint, one.default) for one in found] == [
+        ("size", Optional[int], None),  # noqa: UP045
+        ("limits", Any, (1, 2)),
+    ]
+    with pytest.raises(signatures.UnreadableError, match=r"^math\.pi$"):
+        signatures.parameters(signatures.find("unusual.Odd"))
+    with pytest.raises(signatures.UnreadableError, match="Even"):
+        signatures.find("unusual.Even")
+    monkeypatch.setattr("lightning_gradnorm.experiments.cli.config._OURS", ("unusual.Odd",))
+    monkeypatch.setattr(
+        "lightning_gradnorm.experiments.cli.config.with_schema", lambda: {"Odd": get_object("unusual.Odd")}
+    )
+    schema_named.cache_clear()
+    made = schema_named("Odd")
+    assert made is not None
+    assert OmegaConf.structured(made).rate == math.pi
+    assert schema_named("Even") is None
 
 
 def test_a_schema_alone_builds_the_constructors_defaults() -> None:

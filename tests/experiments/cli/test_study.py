@@ -12,7 +12,7 @@ from commands import start_no_process
 from models import as_inputs_and_targets, multi_task_module, vector_batches
 from torch.utils.data import DataLoader
 
-from lightning_gradnorm.experiments.cli import run_folder
+from lightning_gradnorm.experiments.cli import records
 from lightning_gradnorm.experiments.cli.job_runner import carry_out
 
 TINY = [
@@ -73,11 +73,11 @@ def test_the_time_of_training_leaves_validation_out_and_adds_up_over_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(run_folder, "CLOCKS", {"seconds": clock, "processor_seconds": lambda: clock() / 2})
+    monkeypatch.setattr(records, "CLOCKS", {"seconds": clock, "processor_seconds": lambda: clock() / 2})
 
     def trained(epochs: int, ckpt_path: Path | None = None) -> tuple[dict[str, Any], L.Trainer]:
         trainer = L.Trainer(
-            max_epochs=epochs, callbacks=[run_folder.TimeRecord(tmp_path), clock], accelerator="cpu", logger=False,
+            max_epochs=epochs, callbacks=[records.TimeRecord(tmp_path), clock], accelerator="cpu", logger=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         loader = DataLoader(as_inputs_and_targets(vector_batches(T=3, count=4)), batch_size=None)

@@ -20,7 +20,8 @@ from hydra.errors import MissingConfigException
 from machines import MODULE
 from torch import distributed
 
-from lightning_gradnorm.experiments.cli import errors, job_runner, report, sweep, train
+from lightning_gradnorm.experiments.cli import errors, job_runner, report, sweep, train, training
+from lightning_gradnorm.experiments.cli.console import executable
 from lightning_gradnorm.experiments.report import delta_m, read_run
 
 TINY = [
@@ -65,8 +66,8 @@ def test_a_job_that_fails_ends_no_other_and_is_named_at_the_end(call: Call, tmp_
 def test_a_defect_in_one_job_is_shown_with_its_traceback_and_ends_no_other(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner = train.build_model
-    monkeypatch.setattr(train, "build_model", lambda config: {}["gone"] if config.seed == 0 else inner(config))
+    inner = training.build_model
+    monkeypatch.setattr(training, "build_model", lambda config: {}["gone"] if config.seed == 0 else inner(config))
     monkeypatch.setattr("traceback.print_exc", lambda: print("the traceback"))
     said = call(train.main, "-m", *QUICK, "seed=0,1", "hydra.sweep.dir=sweep", status=1)
     assert "the traceback" in said
@@ -110,7 +111,7 @@ def test_a_sweep_that_was_interrupted_goes_on_with_the_same_command(
     interrupting(8 + 6)  # in the second job's second epoch
     said = call(train.main, *asked, "hydra.sweep.dir=parts", status=130)
     assert "1 job so far, 1 done" in said
-    assert f"Interrupted. To go on:\n  gradnorm-train {' '.join(asked)} hydra.sweep.dir=parts\n" in said
+    assert f"Interrupted. To go on:\n  {executable('gradnorm-train')} {' '.join(asked)} hydra.sweep.dir=parts\n" in said
     assert "ckpt_path" not in said
     assert list(results(tmp_path / "parts")) == ["0_0"]
     assert (tmp_path / "parts/1_1/checkpoints/interrupted.ckpt").is_file()

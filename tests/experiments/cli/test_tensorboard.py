@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from configurations import QUICK, SMALL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
@@ -52,12 +53,34 @@ def test_the_runs_of_a_sweep_can_be_compared_by_strategy_alpha_and_seed(call: Ca
     assert [options for options, _, _ in lines] == expected
     for run, (_, columns, results) in zip(runs, lines, strict=True):
         assert columns == ["strategy", "alpha", "seed"]
-        assert list(results)[:4] == ["val/loss", "test/r2/task_0", "test/r2/task_1", "test/loss"]
-        validated = events_of(run).Scalars("val/loss")[-1].value
-        assert results == pytest.approx({"val/loss": validated, **read_run(run).metrics})
+        assert list(results)[:4] == ["best/val/loss", "test/r2/task_0", "test/r2/task_1", "test/loss"]
+        validated = events_of(run).Scalars("val/loss")[-1].value  # of the only epoch
+        assert results == pytest.approx({"best/val/loss": validated, **read_run(run).metrics})
         assert "hp_metric" not in events_of(run).Tags()["scalars"]
     assert "tensorboard --logdir runs\n" in said
     assert "http://localhost:6006/#hparams compares the runs" in said
+
+
+def test_the_validation_loss_and_the_test_are_of_the_same_checkpoint(call: Call, tmp_path: Path) -> None:
+    """The best epoch is not the last one: it is to be the one with the largest ratio."""
+    few = [one for one in OPTIONS if not one.startswith("trainer.max_epochs")]
+    call(train.main, *few, "trainer.max_epochs=3", "callbacks.checkpoint.mode=max", "hydra.run.dir=run")
+    events = events_of(tmp_path / "run")
+    losses = [[event.value for event in events.Scalars(f"val/loss/task_{number}")] for number in range(2)]
+    ratios = [sum(loss[epoch] / loss[0] for loss in losses) / 2 for epoch in range(3)]
+    assert [event.value for event in events.Scalars("val/loss_ratio")] == pytest.approx(ratios, rel=1e-6)
+    best = ratios.index(max(ratios))
+    assert best < 2, "or the test shows nothing"
+    assert torch.load(tmp_path / "run/checkpoints/best.ckpt", weights_only=True)["epoch"] == best
+    _, _, results = line_of(tmp_path / "run")
+    assert results["best/val/loss"] == pytest.approx(events.Scalars("val/loss")[best].value, rel=1e-6)
+    assert results["test/loss"] == pytest.approx(read_run(tmp_path / "run").metrics["test/loss"], rel=1e-6)
+
+
+def test_without_a_best_checkpoint_the_validation_loss_is_the_last(call: Call, tmp_path: Path) -> None:
+    call(train.main, *OPTIONS, "callbacks.checkpoint=null", "hydra.run.dir=run")
+    _, _, results = line_of(tmp_path / "run")
+    assert results["val/loss"] == pytest.approx(events_of(tmp_path / "run").Scalars("val/loss")[-1].value)
 
 
 @pytest.mark.slow
@@ -79,7 +102,7 @@ def test_delta_m_is_a_result_where_single_task_runs_are_given(call: Call, tmp_pa
     together = {name: value for run in alone for name, value in read_run(run).metrics.items()}
     expected = delta_m(read_run(tmp_path / "run").metrics, together)
     _, _, results = line_of(tmp_path / "run")
-    assert list(results)[:2] == ["val/loss", "test/delta_m"]
+    assert list(results)[:2] == ["best/val/loss", "test/delta_m"]
     assert results["test/delta_m"] == pytest.approx(expected, rel=1e-6)
     assert f"{expected:.4g}" in said
 
@@ -102,14 +125,18 @@ def test_a_run_that_goes_on_has_the_line_of_what_it_goes_on_with(call: Call, tmp
 
 
 def test_an_interrupted_run_has_a_line_already(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+
     def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+        ended.append(1)
+        if len(ended) == 2:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr("lightning_gradnorm.MultiTaskModule.on_train_epoch_end", interrupt, raising=False)
-    call(train.main, *OPTIONS, "hydra.run.dir=run", status=130)
+    call(train.main, *OPTIONS, "trainer.max_epochs=3", "hydra.run.dir=run", status=130)
     options, _, results = line_of(tmp_path / "run")
     assert options["strategy"] == "gradnorm"
-    assert math.isfinite(results["val/loss"])
+    assert math.isfinite(results["best/val/loss"])
     assert math.isnan(results["test/loss"])
 
 

@@ -1,4 +1,4 @@
-"""What a network predicts of images, in TensorBoard, beside the truth."""
+"""What a network predicts of images, in the loggers that take images, beside the truth."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_gradnorm._messages import check, did_you_mean, is_integer
-from lightning_gradnorm.callbacks.packages import is_one_of, works_in_both_packages
+from lightning_gradnorm.callbacks.logging import log_image, loggers_of_images
+from lightning_gradnorm.callbacks.packages import works_in_both_packages
 from lightning_gradnorm.experiments.problems.dense.pictures import TASKS, stack, strip
 
 
@@ -30,13 +31,13 @@ class _Predicted:
 
 @works_in_both_packages
 class DensePredictions(L.Callback):
-    """Shows image, prediction and truth of dense tasks side by side in TensorBoard, as ``val/prediction/<task>``.
+    """Shows image, prediction and truth of dense tasks side by side, as ``val/prediction/<task>``, in loggers that take images.
 
     The images are the first of the validation loader's first batch, which does not change unless the loader shuffles, so
     that pictures of different epochs can be compared. They are shown at the first validation (of a resumed run, too), as
     soon as ``every_n_epochs`` more epochs are validated, and at the last validation before the training ends. The network
-    sees them once more, in the mode in which it is validated; its training is the same to the last bit. Without a
-    `TensorBoardLogger` nothing is done, nor without validation.
+    sees them once more, in the mode in which it is validated; its training is the same to the last bit. Without
+    such a logger nothing is done, nor without validation.
 
     For a model that maps images to a dict of predictions by task, such as a `MultiTaskModule`, and batches ``(images,
     targets)``: images in [0, 1] ``(batch, 3, H, W)``, targets as `dense.pictures.strip` takes them. A task without a target
@@ -90,7 +91,7 @@ class DensePredictions(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         is_first = batch_idx == dataloader_idx == 0
-        if not is_first or trainer.state.fn != TrainerFn.FITTING or not _writers(trainer):
+        if not is_first or trainer.state.fn != TrainerFn.FITTING or not loggers_of_images(trainer):
             return
         # On every rank: where the network is sharded, each has a part of it.
         predicted = self._predict(trainer, pl_module, batch)
@@ -161,9 +162,4 @@ class DensePredictions(L.Callback):
             kind = task if self.kinds is None else self.kinds[task]
             samples = zip(predicted.images, predictions, targets, strict=True)
             picture = stack([strip(kind, *sample) for sample in samples])
-            for writer in _writers(trainer):
-                writer.experiment.add_image(f"val/prediction/{task}", picture, predicted.step)
-
-
-def _writers(trainer: L.Trainer) -> list[Any]:
-    return [logger for logger in trainer.loggers if is_one_of(logger, "TensorBoardLogger")]
+            log_image(trainer, f"val/prediction/{task}", picture, predicted.step)

@@ -1,0 +1,43 @@
+"""What our commands say, and what they keep other packages from saying."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+_NOISE = ("💡 Tip", "TPU available")
+_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero")
+
+
+def import_lightning() -> None:
+    """Import Lightning so that its messages come once, as they are, and without advertisements.
+
+    Hydra has given the root logger a handler. Lightning, imported after that, would leave its messages to it.
+    """
+    root = logging.getLogger()
+    handlers, root.handlers = root.handlers, []
+    try:
+        importlib.import_module("lightning.pytorch")
+    finally:
+        root.handlers = handlers
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        if _is_worth_saying not in logger.filters:
+            logger.addFilter(_is_worth_saying)
+
+
+def _is_worth_saying(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_NOISE)
+
+
+def executable(name: str) -> str:
+    """Return how one of our commands is called here: by its name, or by its path if the shell would not find it."""
+    ours = Path(sys.executable).with_name(name)
+    found = shutil.which(name)
+    if not ours.is_file() or (found is not None and Path(found).resolve() == ours.resolve()):
+        return name
+    here = Path.cwd()
+    return str(ours.relative_to(here)) if ours.is_relative_to(here) else str(ours)
