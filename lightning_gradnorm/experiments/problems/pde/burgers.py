@@ -45,7 +45,7 @@ class Burgers(Equation):
     tasks = ("pde", "boundary", "initial")
     grid_shape = (201, 101)
 
-    def __init__(self, viscosity: float = 0.01 / math.pi, nodes: int = 200) -> None:
+    def __init__(self, viscosity: float = 0.003183098861837907, nodes: int = 200) -> None:
         self._check_positive(viscosity=viscosity, nodes=nodes)
         self.viscosity, self.nodes = float(viscosity), int(nodes)
 
