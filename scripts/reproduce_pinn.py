@@ -1,11 +1,12 @@
 """Physics-informed networks: which strategy brings the solution nearest to the exact one, and what it costs.
 
-    python scripts/reproduce_pinn.py                                      # writes docs/results/pinn.md; 80 minutes on one core
+    python scripts/reproduce_pinn.py           # writes docs/results/pinn.md; 80 minutes on one core
     python scripts/reproduce_pinn.py --problems burgers --arms equal "GradNorm α 1"
-    python scripts/reproduce_pinn.py --quick                              # two seeds, few steps: shows that it runs; writes outputs/
+    python scripts/reproduce_pinn.py --quick   # two seeds, few steps: shows that it runs; writes outputs/pinn.md
 
-The problems are experiment=pinn_…, trained in a Trainer without loggers and checkpoints. Each run that is finished is a line of
---runs, a CSV, and is not made again: the command may be stopped and given anew. Lines of other settings are kept and passed over.
+The problems are experiment=pinn_…, trained in a Trainer without loggers and checkpoints. Each run that is finished is a line
+of --runs, a CSV, and is not made again: the command may be stopped and given anew. Lines of other settings stay there and are
+passed over.
 """
 
 from __future__ import annotations
@@ -323,9 +324,10 @@ def described(problems: Sequence[str], seeds: Sequence[int], study: Study, draws
         "The error is ‖u − u*‖ / ‖u*‖ on a regular grid, of the network at the end; the median over the seeds, with the "
         f"quartiles. GradNorm, InverseNorm, LRAnnealing and NTK read gradient norms in every {EVERY}th step, the last three "
         f"over the whole network. `{BEST_STATIC}`: of {draws} draws of fixed weights, logarithms uniform over four decades, "
-        "the one with the lowest error in the validation with the first seed; finding it costs as many trainings. Time: processor "
-        "time of the training, median of the ratios to equal weights with the same seed; one run after the other on a machine "
-        "that others use, so only large differences count. **−** and **+**: lower and higher than with equal weights, p < 0.05 "
+        "the one with the lowest error in the validation with the first seed; finding it costs as many trainings. Time: "
+        "processor time of the training, median of the ratios to equal weights with the same seed; one run after the other "
+        "on a machine that others use, so only large differences count. **−** and **+**: lower and higher than with equal "
+        "weights, p < 0.05 "
         "in a t-test of the logarithms paired over the seeds, corrected for the number of arms (Holm)."
     )
 
