@@ -7,6 +7,7 @@
     python scripts/benchmark.py --cases segnet:3 engine64:2 --ways "with heads" --name step_time_real
     python scripts/benchmark.py --measure memory --rounds 3 --cases conv:10 dense:5 segnet:3     # peak_memory.md
     python scripts/benchmark.py --measure slope        # one more task, beside one weight-gradient: task_cost.md
+    python scripts/benchmark.py --of pinn --threads 1  # GradNorm on losses made of derivatives: step_time_pinn.md
     python scripts/benchmark.py --measure loop         # a bare loop, Lightning's, and ours in it: loop.md
     python scripts/benchmark.py --measure loader       # how long a step waits for its batch: loader.md
     python scripts/benchmark.py --rounds 1             # shows that it runs
@@ -27,11 +28,13 @@ are compared with equal weights:
 With ``--of aggregation`` they are TorchJD's aggregators through ours, and in brackets stands the share of the step that the
 aggregator's own computation takes. A way of others that fails is said to fail, with its error.
 
+With ``--of pinn`` it is GradNorm at the last layer of a physics-informed network, in every step and in every 10th.
+
 Models: `conv` (6 convolutions, linear heads), `mlp` (4 × 512, linear heads), `dense` (the convolutions with a 3-convolution
 upsampling head for each task), `toy` (the paper's 4 × 100), `transformer` (6 layers, 64 tokens of width 128, fused attention),
 `segnet` and `resnet` (the paper's SegNet on VGG16 and thin ResNet-50, 320 × 320 to 80 × 80, a 1 × 1 convolution for each
 task), `engine64` and `engine256` (the network of C-MAPSS with so many hidden units, 256 windows of 30 cycles and 14 features,
-its heads for remaining life and health).
+its heads for remaining life and health); `burgers` (experiment=pinn_burgers).
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ from benchmarking import loader, loop, memory, slope, synchronisations, times
 from benchmarking.networks import NETWORKS, TASK_COUNTS
 from benchmarking.plan import Case, Plan
 from benchmarking.running import CLOCKS, PRECISIONS, Setting
-from benchmarking.ways import EQUAL, WAYS
+from benchmarking.ways import EQUAL, PINN_CASE, WAYS
 from pages import be_quiet
 
 from lightning_gradnorm._messages import did_you_mean
@@ -135,7 +138,11 @@ def read_plan() -> tuple[Measure, Plan]:
     if cuda and not torch.cuda.is_available():
         parser.error("--device cuda needs a CUDA device; torch.cuda.is_available() is False here")
 
-    cases = [case for text in options.cases or () for case in cases_of(text, parser)] or list(measure.cases)
+    usual = [PINN_CASE] if options.of == "pinn" else list(measure.cases)
+    cases = [case for text in options.cases or () for case in cases_of(text, parser)] or usual
+    for case in cases:
+        if (case == PINN_CASE) != (options.of == "pinn"):
+            parser.error(f"--cases: burgers:3 goes with --of pinn, and nothing else does; got {case[0]}:{case[1]}")
     data = options.data or list(DATA)
     for name in data:
         if name not in loader.known_data():
@@ -148,7 +155,7 @@ def read_plan() -> tuple[Measure, Plan]:
 
     names, left_out = ways_to_try(options, measure, parser)
     kind_of_page = [measure.page]
-    kind_of_page += ["aggregation"] if options.of == "aggregation" else []
+    kind_of_page += [options.of] if options.of != "gradnorm" else []
     kind_of_page += [options.precision] if options.precision != "fp32" else []
     kind_of_page += ["compiled"] if options.compile else []
     kind_of_page += ["cuda"] if cuda else []

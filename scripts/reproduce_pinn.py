@@ -323,9 +323,10 @@ def described(problems: Sequence[str], seeds: Sequence[int], study: Study, draws
         "The error is ‖u − u*‖ / ‖u*‖ on a regular grid, of the network at the end; the median over the seeds, with the "
         f"quartiles. GradNorm, InverseNorm, LRAnnealing and NTK read gradient norms in every {EVERY}th step, the last three "
         f"over the whole network. `{BEST_STATIC}`: of {draws} draws of fixed weights, logarithms uniform over four decades, "
-        "the one with the lowest validation error for the first seed; finding it costs as many trainings. Time: processor "
-        "time of the training, median of the ratios to equal weights with the same seed; one run after the other on a machine "
-        "that others use, so only large differences count. **−** and **+**: lower and higher than with equal weights, p < 0.05 "
+        "the one with the lowest validation error for the first seed; finding it costs as many trainings. Time: "
+        "processor time of the training, median of the ratios to equal weights with the same seed; one run after the other "
+        "on a machine that others use, so only large differences count. **−** and **+**: lower and higher than with equal "
+        "weights, p < 0.05 "
         "in a t-test of the logarithms paired over the seeds, corrected for the number of arms (Holm)."
     )
 

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from benchmarking.networks import NETWORKS
 from lightning_gradnorm import MultiTaskModule, Task
+from lightning_gradnorm.experiments.problems.pde import PINN, Burgers, CollocationDataModule
 
 
 def mean_square(prediction: Tensor, target: Any = None) -> Tensor:
@@ -109,3 +110,19 @@ class Module(MultiTaskModule):
     @override
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         super().training_step((batch, dict.fromkeys(self.tasks, batch)), batch_idx)
+
+
+class Physics(PINN):
+    """Burgers' equation with its three losses, and no heads; always on the same points, those of experiment=pinn_burgers."""
+
+    def __init__(self, kind: str) -> None:
+        torch.manual_seed(0)
+        super().__init__(Burgers(), NETWORKS[kind].trunk())
+        data = CollocationDataModule(self.equation, {"pde": 256, "boundary": 32, "initial": 64}, resample=False)
+        data.setup()
+        self.points = data.train_data.points
+
+    @override
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:  # type: ignore[override]
+        points = {task: one.to(self.device) for task, one in self.points.items()}
+        return super().training_step(points, batch_idx)

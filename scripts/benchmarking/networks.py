@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_gradnorm.experiments.problems.dense.networks import ConvHead, FCNResNet50, SegNet
 from lightning_gradnorm.experiments.problems.dense.tasks import OUT_CHANNELS
 from lightning_gradnorm.experiments.problems.engines.network import EngineEncoder, health_head, rul_head
+from lightning_gradnorm.experiments.problems.pde import Burgers, TanhMLP
 from lightning_gradnorm.experiments.problems.small import MLP
 
 
@@ -27,6 +28,7 @@ class Network:
         shared_layer: dotted name of the last shared layer in a model whose trunk is called ``encoder``.
         steps: of a run, unless the command says otherwise.
         warm_up: those of them that are not measured.
+        block: those that are timed together; as many as there are between two updates of the weights, or a multiple.
     """
 
     trunk: Callable[[], nn.Module]
@@ -35,6 +37,7 @@ class Network:
     shared_layer: str
     steps: int = 33
     warm_up: int = 8
+    block: int = 8
 
 
 def convolutions() -> nn.Sequential:
@@ -93,6 +96,16 @@ NETWORKS = {
     "resnet": Network(FCNResNet50, pixelwise, (2, 3, 320, 320), "encoder.gather.0", steps=7, warm_up=2),
     "engine64": engine(64),
     "engine256": engine(256),
+    # Not a trunk with heads: `models.Physics`.
+    "burgers": Network(
+        partial(TanhMLP, Burgers(), hidden=4 * [32]),
+        lambda task: nn.Identity(),
+        (1,),
+        "",
+        steps=221,
+        warm_up=20,
+        block=40,
+    ),
 }
 TASK_COUNTS = (2, 3, 5, 10, 20, 40)
 """What a model named without T is measured with."""

@@ -67,14 +67,10 @@ class Setting:
         return L.Trainer(**{**quiet, **options})
 
 
-BLOCK = 8
-"""Steps that are timed together, one of which measures with ``update_every=8``."""
-
-
 class Clock(L.Callback):
     """Notes when each block of the measured steps begins, and the last step, with all work before them done."""
 
-    def __init__(self, steps: int, warm_up: int, setting: Setting, block: int = BLOCK) -> None:
+    def __init__(self, steps: int, warm_up: int, setting: Setting, block: int = 8) -> None:
         self.steps, self.warm_up, self.setting = steps, warm_up, setting
         self.block = min(block, steps - 1 - warm_up)
         self.begun = 0
@@ -115,10 +111,16 @@ def train(run: Run, kind: str, setting: Setting, callbacks: Sequence[L.Callback]
 
 
 def step_time(
-    run: Run, kind: str, setting: Setting, callbacks: Sequence[L.Callback] = (), block: int = BLOCK, **options: Any
+    run: Run,
+    kind: str,
+    setting: Setting,
+    callbacks: Sequence[L.Callback] = (),
+    block: int | None = None,
+    **options: Any,
 ) -> tuple[float, float]:
     """`train`, and return the time of a step in seconds, and that of the solver in it."""
-    clock = Clock(setting.steps_of(kind), NETWORKS[kind].warm_up, setting, block)
+    network = NETWORKS[kind]
+    clock = Clock(setting.steps_of(kind), network.warm_up, setting, block or network.block)
     gc.collect()  # what runs before have left: a quarter of a second, in the midst of whichever run it comes
     train(run, kind, setting, [clock, *callbacks], **options)
     return clock.step_time(), run.solver.mean() if run.solver is not None else 0.0

@@ -11,7 +11,7 @@ import lightning as L
 from torchjd.aggregation import IMTLG, MGDA, Aggregator, AlignedMTL, CAGrad, NashMTL, PCGrad, UPGrad
 
 from benchmarking import peers
-from benchmarking.models import Model, Module
+from benchmarking.models import Model, Module, Physics
 from benchmarking.networks import NETWORKS
 from lightning_gradnorm import Aggregation, GradNorm
 
@@ -102,6 +102,10 @@ def aggregation(make: Callable[[int], Aggregator], compiles: bool = True, **opti
     return Way(start, compiles=compiles)
 
 
+def physics(**options: Any) -> Way:
+    return Way(lambda kind, tasks, compiled: Run(Physics(kind), [GradNorm(**options)]), compiles=False)
+
+
 EQUAL = "equal weights"
 OF_GRADNORM = {
     EQUAL: Way(plain),
@@ -128,4 +132,11 @@ OF_AGGREGATION = {
     "UPGrad at parameters": aggregation(lambda tasks: UPGrad(), compiles=False, at="parameters"),
     "UPGrad by hand": OF_GRADNORM["UPGrad by hand"],
 }
-WAYS: Mapping[str, Mapping[str, Way]] = {"gradnorm": OF_GRADNORM, "aggregation": OF_AGGREGATION}
+OF_PINN = {
+    EQUAL: Way(lambda kind, tasks, compiled: Run(Physics(kind)), compiles=False),
+    "every step": physics(),
+    "every 10th step": physics(update_every=10),
+}
+WAYS: Mapping[str, Mapping[str, Way]] = {"gradnorm": OF_GRADNORM, "aggregation": OF_AGGREGATION, "pinn": OF_PINN}
+PINN_CASE = ("burgers", 3)
+"""The only one whose losses are made of derivatives, and that the ways of ``pinn`` train."""

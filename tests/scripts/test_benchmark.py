@@ -69,6 +69,35 @@ def test_every_way_has_a_column_of_ratios_and_one_of_milliseconds(asked: list[st
     assert all(f"{name} (" in (OUTPUT / "step_time.md").read_text() for name in left_out)
 
 
+def test_a_network_with_losses_of_derivatives_is_timed_in_every_step_and_every_tenth(call: Call) -> None:
+    call("--of", "pinn", "--steps", "62", *SHORT)
+    (ratios, milliseconds) = tables("step_time_pinn")
+    assert [(row["model"], row["T"]) for row in ratios + milliseconds] == 2 * [("burgers", "3")]
+    assert all(number(ratios[0][name]) > 0 for name in ("every step", "every 10th step"))
+
+
+def test_the_network_of_derivatives_has_no_heads_and_the_experiments_points(script: ModuleType) -> None:
+    from benchmarking import models
+    from configurations import compose_run
+
+    model = models.Physics("burgers")
+    config = compose_run(Path("none"), "experiment=pinn_burgers")
+    assert {task: len(points) for task, points in model.points.items()} == dict(config.data.points)
+    assert [layer.out_features for layer in model.network.layers[:-1:2]] == list(config.model.network.hidden)
+    losses = model.training_step(torch.zeros(1), 0)
+    again = model.training_step(torch.ones(1), 1)
+    assert {task: loss.item() for task, loss in losses.items()} == {task: loss.item() for task, loss in again.items()}
+
+
+@pytest.mark.parametrize("asked", [["--cases", "burgers:3"], ["--of", "pinn", "--cases", "toy:2"]])
+def test_the_network_of_derivatives_goes_with_its_own_ways_alone(
+    asked: list[str], call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        call(*asked)
+    assert "burgers:3 goes with --of pinn, and nothing else does" in capsys.readouterr().err
+
+
 def test_a_ratio_is_to_the_run_of_equal_weights_right_before(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine on which each run takes twice as long as the one before: that is every ratio, whatever the order."""
     from benchmarking import times

@@ -184,7 +184,9 @@ def _definition(path: str) -> tuple[signatures.Definition, str]:
     begins = re.compile(rf"^(class|def) {re.escape(name)}\b", re.MULTILINE)
     for file in sorted((Path(__file__).parents[2] / "strategies").glob("*.py")):
         if begins.search(file.read_text(encoding="utf-8")):
-            return signatures.find(f"{_STRATEGIES}.{file.stem}.{name}"), f"{_STRATEGIES}.{name}"
+            found = signatures.find(f"{_STRATEGIES}.{file.stem}.{name}")
+            is_at_the_top = signatures.public_name(found) == f"lightning_gradnorm.{name}"
+            return found, f"lightning_gradnorm.{name}" if is_at_the_top else f"{_STRATEGIES}.{name}"
     found = signatures.find(f"torchjd.{group}.{name}")
     return found, signatures.public_name(found)
 

@@ -37,7 +37,7 @@ class Burgers(Equation):
     Example:
         >>> points = torch.tensor([[0.5, 0.0], [0.5, 1.0], [-0.5, 1.0]], dtype=torch.float64)
         >>> Burgers().reference(points).flatten().round(decimals=4).tolist()
-        [-1.0, -0.3752, 0.3752]
+        [-1.0, -0.3762, 0.3762]
     """
 
     coordinates = ("x", "t")

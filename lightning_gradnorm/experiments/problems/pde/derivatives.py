@@ -33,7 +33,7 @@ def second_derivatives(slopes: Tensor, points: Tensor) -> list[Tensor]:
 
     Example:
         >>> x = torch.tensor([[1.0, 3.0]], requires_grad=True)
-        >>> [float(one) for one in second_derivatives(gradient(x[:, 0] ** 3 * x[:, 1] ** 2, x), x)]
+        >>> [one.item() for one in second_derivatives(gradient(x[:, 0] ** 3 * x[:, 1] ** 2, x), x)]
         [54.0, 2.0]
     """
     return [gradient(slopes[:, k], points)[:, k] for k in range(points.shape[1])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -13,9 +14,12 @@ from lightning_gradnorm.experiments.problems.pde.equation import Equation
 
 
 class TanhMLP(nn.Module):
-    """Fully connected layers with tanh, from a point to the solution there; the box is scaled to [-1, 1] first.
+    """Fully connected layers with tanh, from a point to the solution there.
 
-    Weights begin as Glorot and Bengio have them (normal), biases at zero, as is usual for physics-informed networks.
+    Coordinates are standardised first: uniform points have mean 0 and standard deviation 1. Weights begin as Glorot and
+    Bengio have them (normal), biases at zero.
+
+    Source: Wang, Teng, Perdikaris (arXiv 2001.04536) and their code.
 
     Args:
         equation: Whose box it is.
@@ -52,5 +56,6 @@ class TanhMLP(nn.Module):
 
     @override
     def forward(self, points: Tensor) -> Tensor:
-        values: Tensor = self.layers(2 * (points - self.lower) / (self.upper - self.lower) - 1)
+        middle, deviation = (self.upper + self.lower) / 2, (self.upper - self.lower) / math.sqrt(12)
+        values: Tensor = self.layers((points - middle) / deviation)
         return values

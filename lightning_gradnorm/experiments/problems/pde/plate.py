@@ -45,7 +45,7 @@ class KirchhoffPlate(Equation):
     grid_shape = (101, 101)
 
     def __init__(
-        self, side: float = 10.0, rigidity: float = 125 / 6, load: float = 0.015, poisson_ratio: float = 0.2
+        self, side: float = 10.0, rigidity: float = 20.833333333333332, load: float = 0.015, poisson_ratio: float = 0.2
     ) -> None:
         self._check_positive(side=side, rigidity=rigidity, load=load, poisson_ratio=poisson_ratio)
         self.side, self.rigidity, self.load, self.poisson_ratio = map(float, (side, rigidity, load, poisson_ratio))
