@@ -31,11 +31,19 @@ from omegaconf import DictConfig, OmegaConf
 from pages import be_quiet, corrected_tests, write_page
 from torchjd.aggregation import Aggregator, ConFIG, UPGrad
 
-import lightning_gradnorm
-from lightning_gradnorm import Aggregation, FixedWeights, GradNorm, Scalarization, strategies
+from lightning_gradnorm import (
+    Aggregation,
+    FixedWeights,
+    GradNorm,
+    InverseNorm,
+    LRAnnealing,
+    NormWeighting,
+    NTKWeights,
+    Scalarization,
+)
 from lightning_gradnorm.experiments.cli.build import build
 from lightning_gradnorm.experiments.cli.config import conf_dir, register
-from lightning_gradnorm.strategies import ReLoBRaLo, SoftAdapt, Uncertainty
+from lightning_gradnorm.strategies import NormFormula, ReLoBRaLo, SoftAdapt, Uncertainty
 
 PROBLEMS = {"helmholtz": "Helmholtz", "burgers": "Burgers", "plate": "Kirchhoff's plate"}
 EVERY = 10
@@ -45,16 +53,8 @@ DRAWS = 20
 METRIC = "relative_l2"
 
 
-def norm_weighting(rule: str, **options: Any) -> L.Callback:
-    """Return our `NormWeighting` over all of the network; leave if this version lacks it."""
-    try:
-        make, of = lightning_gradnorm.NormWeighting, getattr(strategies, rule)
-    except AttributeError:
-        sys.exit(
-            f"reproduce_pinn: this lightning_gradnorm has no NormWeighting with {rule}; choose others with --arms."
-        )
-    callback: L.Callback = make(of(**options, update_every=EVERY), shared_layer="all")
-    return callback
+def over_the_network(formula: NormFormula) -> L.Callback:
+    return NormWeighting(formula, shared_layer="all")
 
 
 def aggregation(aggregator: Aggregator) -> L.Callback:
@@ -66,9 +66,9 @@ ARMS: dict[str, Callable[[], L.Callback | None]] = {
     "GradNorm α 0": partial(GradNorm, alpha=0.0, update_every=EVERY),
     "GradNorm α 1": partial(GradNorm, alpha=1.0, update_every=EVERY),
     "GradNorm α 1.5": partial(GradNorm, alpha=1.5, update_every=EVERY),
-    "InverseNorm": partial(norm_weighting, "InverseNorm"),
-    "LRAnnealing": partial(norm_weighting, "LRAnnealing", residual="pde"),
-    "NTK": partial(norm_weighting, "NTKWeights"),
+    "InverseNorm": lambda: over_the_network(InverseNorm(update_every=EVERY)),
+    "LRAnnealing": lambda: over_the_network(LRAnnealing("pde", update_every=EVERY)),
+    "NTK": lambda: over_the_network(NTKWeights(update_every=EVERY)),
     "ReLoBRaLo": partial(Scalarization, ReLoBRaLo),
     "SoftAdapt": partial(Scalarization, SoftAdapt),
     "uncertainty": partial(Scalarization, Uncertainty),
