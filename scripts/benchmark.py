@@ -46,7 +46,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from benchmarking import loader, loop, memory, slope, synchronisations, times
+from benchmarking import loader, loop, memory, slope, synchronizations, times
 from benchmarking.networks import NETWORKS, TASK_COUNTS
 from benchmarking.plan import Case, Plan
 from benchmarking.running import CLOCKS, PRECISIONS, Setting
@@ -85,12 +85,12 @@ MEASURES = {
     "slope": Measure(slope.measure, "task_cost", [("conv", T) for T in TASK_COUNTS], ["with heads", "without heads"]),
     "loop": Measure(loop.measure, "loop", [("toy", 2), ("toy", 10)], ["with heads"], steps=300),
     "loader": Measure(loader.measure, "loader", rounds=3),
-    "synchronisations": Measure(synchronisations.measure, "synchronisations", [("segnet", 3), ("resnet", 3)], rounds=1),
+    "synchronizations": Measure(synchronizations.measure, "synchronizations", [("segnet", 3), ("resnet", 3)], rounds=1),
 }
 DATA = ("toy", "multimnist", "rooms_few", "turbofan")
 NO_MATTER = {
     "loader": ("of", "cases", "ways", "precision", "compile", "clock", "batch_size"),
-    "synchronisations": ("rounds", "clock"),
+    "synchronizations": ("rounds", "clock"),
 }
 """Options that a measure takes no notice of; ``--data`` is for the loader alone."""
 
@@ -133,8 +133,8 @@ def read_plan() -> tuple[Measure, Plan]:
     cuda = options.device == "cuda"
     if options.clock == "processor" and (cuda or options.threads > 1):
         parser.error("--clock processor adds up all threads and sees no GPU; give --threads 1 --device cpu with it")
-    if options.measure == "synchronisations" and not cuda:
-        parser.error("--measure synchronisations counts where the host waits for a GPU; give --device cuda, on one")
+    if options.measure == "synchronizations" and not cuda:
+        parser.error("--measure synchronizations counts where the host waits for a GPU; give --device cuda, on one")
     if cuda and not torch.cuda.is_available():
         parser.error("--device cuda needs a CUDA device; torch.cuda.is_available() is False here")
 

@@ -14,7 +14,7 @@ script then exits with 1. The tolerance, of a simulated number from the real one
   of which there is a window each, moves by 10 % from seed to seed, and is for information.
 
 FD001 and FD003 decide, with the default seed; others may put a number or two of FD003 outside. FD002 and FD004, which fly in
-six conditions, are for information; there, sensors are standardised by the real engines' mean and standard deviation in each
+six conditions, are for information; there, sensors are standardized by the real engines' mean and standard deviation in each
 condition. Sensors 6, 8, 10, 13 and 16 are wrong there, and 9 and 14 spread too much.
 """
 
@@ -34,7 +34,7 @@ import numpy.typing as npt
 from lightning_gradnorm.experiments.problems.engines.cmapss import (
     CMAPSS,
     SUBSETS,
-    Standardisation,
+    Standardization,
     Windows,
     read_engines,
 )
@@ -69,15 +69,15 @@ class Statistics:
 
     @classmethod
     def of(cls, data: CMAPSS, like: Engines | None = None) -> Statistics:
-        """Take the statistics of some engines; with ``like``, of sensors standardised within a condition as these."""
+        """Take the statistics of some engines; with ``like``, of sensors standardized within a condition as these."""
         data.setup()
         held_out, test = ridge(data)
         engines = read_engines(data.root / f"train_{data.subset}.txt")
         if like is None:
             shown = engines.sensors
         else:
-            standardise = Standardisation.fit(like.settings, like.sensors, data.conditions)
-            shown = standardise(engines.settings, engines.sensors).astype(np.float64)
+            standardize = Standardization.fit(like.settings, like.sensors, data.conditions)
+            shown = standardize(engines.settings, engines.sensors).astype(np.float64)
         left = engines.of_rows(engines.starts + engines.lengths - 1) - np.arange(len(shown))
         same_engine = np.diff(engines.of_rows(engines.units)) == 0
         constant = np.ptp(shown, axis=0) < 1e-9

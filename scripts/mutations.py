@@ -527,7 +527,7 @@ FAULTS = (
         ("tests/callbacks/test_resume.py",),
     ),
     Fault(
-        "what a callback has learnt in a child process stays there",
+        "what a callback has learned in a child process stays there",
         f"{_CORE}callbacks/copies.py",
         '            callback._take_over(torch.load(file, map_location="cpu", weights_only=True))\n',
         "",

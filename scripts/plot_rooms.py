@@ -2,7 +2,7 @@
 
 python scripts/plot_rooms.py --first 100   # docs/rooms.png
 
-Each of the 24 rooms is a block of four: image and depth (red near, blue seven metres and more) above, normals and
+Each of the 24 rooms is a block of four: image and depth (red near, blue seven meters and more) above, normals and
 classes below.
 """
 

@@ -89,7 +89,7 @@ def draw(path: Path, found: dict[str, dict[int, Run]], tasks: list[str], alphas:
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     axes.axhline(0, color="#444444", linewidth=1)
     styles = zip([*tasks, "mean"], ("#0072b2", "#d55e00", "#009e73", "#000000"), ("o:", "s:", "^:", "D-"), strict=False)
-    for name, colour, style in styles:
+    for name, color, style in styles:
         chosen = tasks if name == "mean" else [name]
         changes = [
             [
@@ -100,7 +100,7 @@ def draw(path: Path, found: dict[str, dict[int, Run]], tasks: list[str], alphas:
         ]
         means = [statistics.mean(values) for values in changes]
         spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in changes] if name == "mean" else None
-        axes.errorbar(alphas, means, yerr=spread, fmt=style, color=colour, label=name, capsize=3)
+        axes.errorbar(alphas, means, yerr=spread, fmt=style, color=color, label=name, capsize=3)
     axes.set(xlabel="α of GradNorm", ylabel="test error against equal weights, %")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)

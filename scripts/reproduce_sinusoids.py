@@ -85,15 +85,15 @@ def run(seed: int, epochs: int | None) -> dict[str, dict[str, Any]]:
 def draw(path: Path, found: list[dict[str, dict[str, Any]]]) -> None:
     """Draw both curves of the first draw, and r² ÷ ceiling of all."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for task, colour, style in zip(TASKS, ("#0072b2", "#d55e00"), ("-", "--"), strict=True):
+    for task, color, style in zip(TASKS, ("#0072b2", "#d55e00"), ("-", "--"), strict=True):
         one = found[0][task]
         epochs = range(1, len(one["r2 curve"]) + 1)
-        left.plot(epochs, one["r2 curve"], style, color=colour, label=f"{task} task")
-        left.axhline(one["ceiling"], color=colour, linestyle=":", linewidth=1)
-        middle.plot(epochs, one["weighted curve"], style, color=colour, label=f"{task} task")
+        left.plot(epochs, one["r2 curve"], style, color=color, label=f"{task} task")
+        left.axhline(one["ceiling"], color=color, linestyle=":", linewidth=1)
+        middle.plot(epochs, one["weighted curve"], style, color=color, label=f"{task} task")
         for draw in found:
             relative = [value / draw[task]["ceiling"] for value in draw[task]["r2 curve"]]
-            right.plot(epochs, relative, style, color=colour, alpha=0.5, linewidth=1)
+            right.plot(epochs, relative, style, color=color, alpha=0.5, linewidth=1)
     left.set(xlabel="epoch", ylabel="validation r²", title="first draw (dotted: ceiling)", ylim=(0, 1.02))
     middle.set(xlabel="epoch", ylabel="validation $w_i L_i$", title="first draw: weighted squared error", yscale="log")
     right.set(xlabel="epoch", ylabel="validation r² ÷ ceiling", title=f"{len(found)} draws", ylim=(0, 1.02))

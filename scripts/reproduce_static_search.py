@@ -82,11 +82,11 @@ def main() -> None:
     jobs |= {f"random {i}": [*shared, "balancing=random_static", f"balancing.seed={i}"] for i in range(options.count)}
     static, *others = finished_runs(jobs, folder, **order)
 
-    centre = json.loads((folder / GRADNORM / "weights.json").read_text())["mean_weights"]
+    center = json.loads((folder / GRADNORM / "weights.json").read_text())["mean_weights"]
 
     def point(run: Run) -> tuple[float, float]:
         weights = json.loads((folder / run.name / "weights.json").read_text())["weights"]
-        return math.dist([weights[task] for task in centre], list(centre.values())), change(run, gradnorm)
+        return math.dist([weights[task] for task in center], list(center.values())), change(run, gradnorm)
 
     points, of_static = [point(run) for run in others], point(static)
     better = sum(y < 0 for _, y in points)
@@ -98,7 +98,7 @@ def main() -> None:
         "NYUv2, else the loss."
     )
     parts = [
-        f"GradNorm's mean weights: {', '.join(f'{task} {weight:.3f}' for task, weight in centre.items())}.",
+        f"GradNorm's mean weights: {', '.join(f'{task} {weight:.3f}' for task, weight in center.items())}.",
         f"- Of {len(points)} random weights {better} beat GradNorm; best {min(y for _, y in points):+.1f} %, median "
         f"{statistics.median(y for _, y in points):+.1f} %, worst {max(y for _, y in points):+.1f} %.\n"
         f"- Nearest (distance {near[0]:.2f}): {near[1]:+.1f} %; farthest ({far[0]:.2f}): {far[1]:+.1f} %. Rank correlation of "

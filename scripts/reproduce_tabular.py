@@ -1,4 +1,4 @@
-"""Eight small regressions with several targets: when balancing helps, when it hurts, and what standardising does.
+"""Eight small regressions with several targets: when balancing helps, when it hurts, and what standardizing does.
 
     python scripts/reproduce_tabular.py FOLDER           # writes docs/results/tabular.md; an hour on one core
     python scripts/reproduce_tabular.py FOLDER --quick   # two sets, one seed, few steps: shows that it runs; writes outputs/
@@ -64,7 +64,7 @@ Strategy = Callable[[Sequence[str], int, dict[str, float]], Rule]
 
 ARMS: dict[str, Strategy] = {
     "equal": lambda tasks, seed, mean: FixedRule(dict.fromkeys(tasks, 1.0)),
-    "standardised": lambda tasks, seed, mean: FixedRule(dict.fromkeys(tasks, 1.0)),  # targets of standard deviation 1
+    "standardized": lambda tasks, seed, mean: FixedRule(dict.fromkeys(tasks, 1.0)),  # targets of standard deviation 1
     "uncertainty": lambda tasks, seed, mean: ScalarizationRule(tasks, UW((len(tasks),))),
     "GradNorm α 1.5": lambda tasks, seed, mean: GradNormRule(tasks, alpha=1.5),
     "GradNorm α 0.5": lambda tasks, seed, mean: GradNormRule(tasks, alpha=0.5),
@@ -73,8 +73,8 @@ ARMS: dict[str, Strategy] = {
     "DWA": lambda tasks, seed, mean: ScalarizationRule(tasks, DWA()),
     "UPGrad": lambda tasks, seed, mean: AggregationRule(tasks, UPGrad()),
     "random static": lambda tasks, seed, mean: FixedRule(RandomWeights(seed, tasks=list(tasks)).weights),
-    # Beside the ten: GradNorm on standardised targets, and two remedies for noisy, unequal scales.
-    "standardised, GradNorm α 1.5": lambda tasks, seed, mean: GradNormRule(tasks, alpha=1.5),
+    # Beside the ten: GradNorm on standardized targets, and two remedies for noisy, unequal scales.
+    "standardized, GradNorm α 1.5": lambda tasks, seed, mean: GradNormRule(tasks, alpha=1.5),
     "GradNorm α 1.5, log": lambda tasks, seed, mean: GradNormRule(tasks, alpha=1.5, weight_space="log"),
     "GradNorm α 1.5, smoothing": lambda tasks, seed, mean: GradNormRule(tasks, alpha=1.5, smoothing=0.9),
 }
@@ -84,7 +84,7 @@ REMEDIES = ("GradNorm α 1.5", "GradNorm α 1.5, log", "GradNorm α 1.5, smoothi
 def train(folder: Path, name: str, arm: str, seed: int, steps: int, mean: dict[str, float]) -> dict[str, Any]:
     """Train once; return the test errors by task, the mean weights and what GradNorm's weights did."""
     table = TABLES[name]
-    options = {**table.options, "seed": seed, "standardise_targets": arm.startswith("standardised")}
+    options = {**table.options, "seed": seed, "standardize_targets": arm.startswith("standardized")}
     data = TabularDataModule(folder / table.file, targets=targets_of(folder, table), **options)
     data.setup()
     inputs, targets = data.train_data.inputs, data.train_data.targets
@@ -186,13 +186,13 @@ def targets_table(found: Found, names: Sequence[str], seeds: Sequence[int]) -> s
     head = [
         "targets",
         "largest ÷ smallest sd",
-        "r² if standardised: lowest, highest",
+        "r² if standardized: lowest, highest",
         "weight of the least learnable target",
     ]
     lines = [f"| | {' | '.join(head)} |", "|---" + "|---:" * len(head) + "|"]
     for name in names:
         scale = found[name, "equal", seeds[0]]["scale"]
-        r2 = {t: statistics.mean(found[name, "standardised", seed]["r2"][t] for seed in seeds) for t in scale}
+        r2 = {t: statistics.mean(found[name, "standardized", seed]["r2"][t] for seed in seeds) for t in scale}
         hardest = min(r2, key=lambda task: r2[task])
         weights = [found[name, "GradNorm α 1.5", seed]["mean_weights"][hardest] for seed in seeds]
         cells = [
@@ -244,11 +244,11 @@ def plot(found: Found, names: Sequence[str], arms: Sequence[str], seeds: Sequenc
     figure, axis = plt.subplots(figsize=(6.5, 4))
     for name in names:
         tasks = list(found[name, "equal", seeds[0]]["scale"])
-        r2 = [max(-0.2, statistics.mean(found[name, "standardised", s]["r2"][t] for s in seeds)) for t in tasks]
+        r2 = [max(-0.2, statistics.mean(found[name, "standardized", s]["r2"][t] for s in seeds)) for t in tasks]
         weights = [statistics.mean(found[name, "GradNorm α 1.5", s]["mean_weights"][t] for s in seeds) for t in tasks]
         axis.plot(r2, [w / len(tasks) for w in weights], "o", markersize=5, alpha=0.7, label=name)
     axis.set(
-        xlabel="r² of the target, standardised (below −0.2 drawn there)", ylabel="share of GradNorm's weight (α 1.5)"
+        xlabel="r² of the target, standardized (below −0.2 drawn there)", ylabel="share of GradNorm's weight (α 1.5)"
     )
     axis.legend(fontsize=8)
     figure.tight_layout()
@@ -302,7 +302,7 @@ def main() -> None:
         "15 % to test on; of Parkinson's whole subjects; missing inputs of river flow are the training rows' means. The "
         "network of the epoch with the lowest mean relative RMSE on the validation rows is tested. Relative RMSE: that of "
         "predicting the training rows' mean is 1; the mean over the targets. Targets are in their own units, except in "
-        "`standardised`, which is equal weights on targets of mean 0 and standard deviation 1, and `standardised, GradNorm`. "
+        "`standardized`, which is equal weights on targets of mean 0 and standard deviation 1, and `standardized, GradNorm`. "
         "`GradNorm static` fixes the mean weights of GradNorm with α 1.5 and the same seed. Mean ± standard deviation "
         "over the seeds."
     )

@@ -31,7 +31,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 EQUAL, GRADNORM, UNCERTAINTY = METHODS = ("equal weights", "GradNorm", "uncertainty")
-COLOURS = {EQUAL: ("#444444", "--"), GRADNORM: ("#0072b2", "-"), UNCERTAINTY: ("#d55e00", "-.")}
+COLORS = {EQUAL: ("#444444", "--"), GRADNORM: ("#0072b2", "-"), UNCERTAINTY: ("#d55e00", "-.")}
 
 
 @dataclass
@@ -121,18 +121,18 @@ def train(sigmas: list[float], seed: int, method: str, options: argparse.Namespa
 
 def draw(path: Path, title: str, sigmas: list[float], traces: Traces) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    colours = mpl.colormaps["viridis"].resampled(len(sigmas))
+    colors = mpl.colormaps["viridis"].resampled(len(sigmas))
     for rank, (sigma, i) in enumerate(sorted((sigma, i) for i, sigma in enumerate(sigmas))):
-        left.plot([w[i] for w in traces[GRADNORM][0].weights], color=colours(rank), label=f"σ = {sigma:g}")
+        left.plot([w[i] for w in traces[GRADNORM][0].weights], color=colors(rank), label=f"σ = {sigma:g}")
     left.set(xlabel="step", ylabel="task weight $w_i$", title=f"{title}: weights of GradNorm (first seed)")
     left.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    for method, (colour, style) in COLOURS.items():
+    for method, (color, style) in COLORS.items():
         curves = torch.tensor([trace.ratios for trace in traces[method]])
         steps = traces[method][0].steps
-        right.fill_between(steps, curves.amin(0), curves.amax(0), color=colour, alpha=0.15, linewidth=0)
+        right.fill_between(steps, curves.amin(0), curves.amax(0), color=color, alpha=0.15, linewidth=0)
         named = f"{method} (mean, range of {len(curves)} seeds)"
-        right.plot(steps, curves.mean(0), style, color=colour, label=named)
-    right.set(xlabel="step", ylabel="Σ test loss / initial test loss", title=f"{title}: task-normalised test loss")
+        right.plot(steps, curves.mean(0), style, color=color, label=named)
+    right.set(xlabel="step", ylabel="Σ test loss / initial test loss", title=f"{title}: task-normalized test loss")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)

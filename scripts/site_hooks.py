@@ -57,7 +57,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Put drawings into the page itself, where they have its colours."""
+    """Put drawings into the page itself, where they have its colors."""
     return re.sub(r'<img [^>]*src="(\w+\.svg)"[^>]*>', _inlined, html)
 
 

@@ -137,7 +137,7 @@ class ThreeViews(AnyNetwork):
 
 
 class Chain(AnyNetwork):
-    """Each task shares something with its neighbour; nothing is common to all three."""
+    """Each task shares something with its neighbor; nothing is common to all three."""
 
     tasks = ("first", "second", "third")
     inputs = {"x": 3}  # noqa: RUF012

@@ -166,7 +166,7 @@ def aggregate(
     shared = model.get_submodule("encoder").parameters() if at == "representation" else _outside_heads(model)
     trunk = [p for p in shared if p.requires_grad]
     others = [p for p in everything if not any(p is q for q in trunk)]
-    learnt = [] if scalarizer is None else list(scalarizer.parameters())
+    learned = [] if scalarizer is None else list(scalarizer.parameters())
 
     def asked(J: Tensor) -> Tensor:
         nonlocal calls
@@ -188,8 +188,8 @@ def aggregate(
             given = forward(batch)
             z = given.representation
             total, loss_weights = scalarized(given.losses, {})
-            if learnt:
-                add(learnt, _gradient([total], learnt))
+            if learned:
+                add(learned, _gradient([total], learned))
             c = {task: (coefficients or {}).get(task, 1.0) for task in tasks}
             L = {
                 t: w.item() * c[t] * given.losses[t]

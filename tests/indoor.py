@@ -15,7 +15,7 @@ SCENES = ["attic_0001", "attic_0001", "hall_0002", "hall_0002", "hall_0003", "ce
 
 
 def rays(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """x/z and y/z (y down) of each pixel's centre for the camera of NYUv2, written out: 480 x 640, counted from one."""
+    """x/z and y/z (y down) of each pixel's center for the camera of NYUv2, written out: 480 x 640, counted from one."""
     height, width = size
     x = ((np.arange(width) + 0.5) * 640 / width + 0.5 - 325.58244941119034) / 518.85790117450188
     y = ((np.arange(height) + 0.5) * 480 / height + 0.5 - 253.73616633400465) / 519.46961112127485
@@ -39,7 +39,7 @@ def room(size: tuple[int, int], half_width: float, floor: float, ceiling: float,
 
 
 def frame(seed: int, size: tuple[int, int] = SIZE) -> Frame:
-    """A room with random colours and labels, holes in everything that can have holes."""
+    """A room with random colors and labels, holes in everything that can have holes."""
     draw = np.random.default_rng([7, seed])
     depth, normals, surface = room(size, *draw.uniform([1.5, 1.2, 1.0, 3.0], [2.5, 1.8, 1.6, 6.0]))
     labels = draw.permutation(13)[surface].astype(np.int8)
@@ -60,7 +60,7 @@ def frames(count: int, first: int = 0, size: tuple[int, int] = SIZE) -> list[Fra
 
 
 def inside(surface: np.ndarray) -> np.ndarray:
-    """Where all of a pixel's neighbours are of the same surface."""
+    """Where all of a pixel's neighbors are of the same surface."""
     same = np.ones(surface.shape, dtype=bool)
     same[0] = same[-1] = same[:, 0] = same[:, -1] = False
     for axis in (0, 1):

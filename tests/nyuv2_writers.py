@@ -5,7 +5,7 @@
     write_huggingface(folder, train=samples, test=others)
 
 A sample is a mapping (or an object with attributes) of numpy arrays or tensors: ``image`` (3, H, W) in [0, 1] or
-``uint8``, ``segmentation`` (H, W), ``depth`` (1, H, W) or (H, W) in metres, ``normals`` (3, H, W); all of one size, as
+``uint8``, ``segmentation`` (H, W), ``depth`` (1, H, W) or (H, W) in meters, ``normals`` (3, H, W); all of one size, as
 these forms have it. Image and normals may have their channels last, as the views of `problems.dense.rooms` do.
 Keypoints have no place in these forms.
 """

@@ -34,7 +34,7 @@ def room(seed: int, scene: int) -> tuple[Scene, Camera, np.ndarray]:
 
 
 def ray(camera: Camera, x: float, y: float, width: int, height: int) -> list[float]:
-    """The direction through the place (x, y) of an image, in world coordinates, one metre deep."""
+    """The direction through the place (x, y) of an image, in world coordinates, one meter deep."""
     right, up, backward = camera.rotation.tolist()
     a = (x * 640 / width - 325.58) / 518.86
     b = (y * 480 / height - 253.74) / 519.47
@@ -84,7 +84,7 @@ def _world(part: Primitive, vector: list[float]) -> list[float]:
 
 def _meet_box(part: Primitive, origin: list[float], direction: list[float]):
     """By slabs: between entering the last pair of planes and leaving the first."""
-    start = _own(part, [o - c for o, c in zip(origin, part.centre, strict=True)])
+    start = _own(part, [o - c for o, c in zip(origin, part.center, strict=True)])
     way = _own(part, direction)
     enter, leave, axis_entered = -math.inf, math.inf, 0
     for axis in range(3):
@@ -104,7 +104,7 @@ def _meet_box(part: Primitive, origin: list[float], direction: list[float]):
 
 
 def _meet_cylinder(part: Primitive, origin: list[float], direction: list[float]):
-    ox, oy, oz = (o - c for o, c in zip(origin, part.centre, strict=True))
+    ox, oy, oz = (o - c for o, c in zip(origin, part.center, strict=True))
     dx, dy, dz = direction
     radius, half, _ = part.half
     found = []

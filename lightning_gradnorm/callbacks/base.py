@@ -191,7 +191,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         state = self._restored
         known = state.get("tasks", ()) if state else () if self._rule is None else self._rule.tasks
         if set(known) == set(self._names):
-            self._names = tuple(known)  # strategies may know tasks by position: they keep the order they learnt
+            self._names = tuple(known)  # strategies may know tasks by position: they keep the order they learned
         if self._rule is None or state is not None or self._rule.tasks != self._names:
             values = [like, *(state or {}).values()]
             is_double = any(isinstance(one, Tensor) and one.dtype == torch.float64 for one in values)

@@ -75,8 +75,8 @@ def layout_of(names: Collection[str]) -> Layout:
 class TaskRuns:
     """Writes what a `TensorBoardLogger` logs of each task once more, to a run of the task's own below the logger's.
 
-    TensorBoard colours and names lines by run. So ``gradnorm/weight`` becomes one chart with a line for each task, named and
-    coloured as in every other chart. The names in the logger's own run, ``gradnorm/weight/<task>``, stay.
+    TensorBoard colors and names lines by run. So ``gradnorm/weight`` becomes one chart with a line for each task, named and
+    colored as in every other chart. The names in the logger's own run, ``gradnorm/weight/<task>``, stay.
 
     Args:
         logger: whose ``log_metrics`` is followed, until `close`.
@@ -117,7 +117,7 @@ class TensorBoardDashboard(L.Callback):
     """Write the layout of the Custom Scalars tab: what the strategy does, the losses and the metrics by task, the monitor.
 
     A chart is there as soon as something is logged that it shows; see `CHARTS`. Each task gets a run of its own below the
-    logger's, so that it has its name and its colour in every chart; see `TaskRuns`. TensorBoard reads one layout for each
+    logger's, so that it has its name and its color in every chart; see `TaskRuns`. TensorBoard reads one layout for each
     run: do not write another one to the same run. Without a `TensorBoardLogger` it does nothing.
 
     Example:

@@ -28,7 +28,7 @@ _RULE_OPTIONS = tuple(
 class GradNorm(NormCallback[GradNormRule]):
     """Give every task's gradient at the last shared layer the size that its training rate deserves.
 
-    Chen et al., *GradNorm*, ICML 2018 (arXiv 1711.02257), Algorithm 1; the maths is in `strategies.gradnorm`. The model is
+    Chen et al., *GradNorm*, ICML 2018 (arXiv 1711.02257), Algorithm 1; the math is in `strategies.gradnorm`. The model is
     used as it is; its own ``loss`` stays what is logged. With ``heads`` the task gradients are read out of the one
     ordinary backward pass; without, by one first-order pass through each head.
 

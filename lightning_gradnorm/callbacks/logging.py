@@ -69,7 +69,7 @@ def log_image(trainer: L.Trainer, name: str, image: Any, step: int) -> None:
         return
     picture = torch.as_tensor(image).detach().cpu()
     pixels = picture if picture.dtype == torch.uint8 else (picture.float().clamp(0, 1) * 255).round().to(torch.uint8)
-    rows = pixels.permute(1, 2, 0).contiguous().numpy()  # height, width, colour
+    rows = pixels.permute(1, 2, 0).contiguous().numpy()  # height, width, color
     for logger in loggers:
         if is_one_of(logger, "TensorBoardLogger"):
             logger.experiment.add_image(name, picture, step)

@@ -30,7 +30,7 @@ AnyLossRule = TypeVar("AnyLossRule", bound=ScalarizationRule)
 class LossWeightingCallback(BalancingCallback[AnyLossRule]):
     """Base of the callbacks whose rule may weight the losses by a function of them: `Scalarization` and `Aggregation`."""
 
-    _state_description: str | None = "its weights and all it has learnt"
+    _state_description: str | None = "its weights and all it has learned"
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class Scalarization(LossWeightingCallback[ScalarizationRule]):
     Args:
         scalarizer: a `torchjd.scalarization` object, or any ``nn.Module`` from the losses, shape (T,), in the order of
             ``tasks``, to a scalar; or what makes one from the number of tasks, as ``torchjd.scalarization.UW`` does. Its
-            parameters are learnt. What it does besides is called for: `DWA` hears of each epoch's end, `FAMO` gets the losses
+            parameters are learned. What it does besides is called for: `DWA` hears of each epoch's end, `FAMO` gets the losses
             of the same batch after the step: ``training_step`` is called once more, without backward and without a trace in
             metrics, logs, statistics or random numbers, as long as it leaves its batch as it is.
         tasks: as for `GradNorm`.

@@ -35,7 +35,7 @@ class Balancer:
 
     The gradient of each task loss is multiplied by the task's weight on its way into the network, and the rule learns from
     what passes. In a distributed training the result is that of one process on the concatenated batch; ranks come from
-    ``torch.distributed``, which should be initialised first.
+    ``torch.distributed``, which should be initialized first.
 
     Args:
         model: the network; one wrapped by DDP or Fabric is unwrapped. Balance it after it is on its device.

@@ -1,4 +1,4 @@
-"""What the engine expects of a rule: a strategy's maths together with its state for one list of tasks."""
+"""What the engine expects of a rule: a strategy's math together with its state for one list of tasks."""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ class AtParameters(LossMeasurement[GradientRule]):
         return super().after_step(step)
 
     def discard_step(self) -> None:
-        """Forget what the rule has learnt since the last step."""
+        """Forget what the rule has learned since the last step."""
         if self._before is not None:
             self.rule.load_aggregator_state(self._before)
             self._before = None

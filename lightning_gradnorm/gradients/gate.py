@@ -3,7 +3,7 @@
 The encoder's output passes a gate before any head reads it. Autograd runs the gate's backward only once everything that
 depends on its views is done. By then each task's gradient has been read, at its head's branch or at its loss, into one row
 of the matrix J of shape (T, n). A strategy combines the rows, and the result continues through the trunk. Heads and trunk are
-traversed once, as in plain training (Sener & Koltun 2018, section 3.3, call the bound that this minimises MGDA-UB).
+traversed once, as in plain training (Sener & Koltun 2018, section 3.3, call the bound that this minimizes MGDA-UB).
 """
 
 from __future__ import annotations

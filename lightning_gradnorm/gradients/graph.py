@@ -32,7 +32,7 @@ def is_custom(node: Node) -> bool:
 
 
 def is_constant(loss: object) -> bool:
-    """Return True for a loss that nothing can be learnt from: a number, no value at all, or no way to anything trained.
+    """Return True for a loss that nothing can be learned from: a number, no value at all, or no way to anything trained.
 
     So the loss of a batch without labels is often written.
 

@@ -1,13 +1,13 @@
 """AMNL, which two editions of its source, a book on predictive maintenance (book-ai.org), define differently.
 
-First edition, section 10.2 — the losses are normalised, so that each counts by its *relative* change::
+First edition, section 10.2 — the losses are normalized, so that each counts by its *relative* change::
 
     Σ_i λ_i L_i / μ_i        λ_i = 1/T        μ_i = L_i, detached
 
 Its value is always 1, and its gradient that of ``Σ_i λ_i log L_i``. Section 10.6 takes for ``μ_i`` the moving average of
 ``L_i`` with ``beta=0.99``, divided by ``1 − beta^t`` as Adam does.
 
-Second edition, sections 13.4 to 15.1 — the weights are fixed, nothing is normalised, and samples near a failure count more::
+Second edition, sections 13.4 to 15.1 — the weights are fixed, nothing is normalized, and samples near a failure count more::
 
     Σ_i λ_i L_i              λ_i = 1/T        L_RUL = mean_b w(y_b) (ŷ_b − y_b)²
     w(y) = 1 + clip(1 − y/125, 0, 1)
@@ -66,7 +66,7 @@ class AMNL(LazyBufferModule, Scalarizer, Stateful):
         given = [1.0] if weights is None else list(weights.values())
         are_shares = min(given, default=0) >= 0 and math.isclose(sum(given), 1.0, rel_tol=1e-6)
         check("AMNL", edition in (1, 2), "edition", "1 or 2", edition)
-        check("AMNL", beta is None or edition == 1, "beta", "None in edition 2, which does not normalise", beta)
+        check("AMNL", beta is None or edition == 1, "beta", "None in edition 2, which does not normalize", beta)
         check("AMNL", beta is None or 0.0 <= beta < 1.0, "beta", "at least 0 and less than 1", beta)
         check("AMNL", are_shares, "weights", "numbers that are not negative and sum to 1", weights)
         self.edition = edition
@@ -100,10 +100,10 @@ class AMNL(LazyBufferModule, Scalarizer, Stateful):
                 f"AMNL: edition 1 divides by the losses, so none may be negative; got {values.tolist()}"
                 f"{f' for {list(self.tasks)}' if self.tasks else ''}. Use edition=2, or a loss bounded below by zero."
             )
-        normalisers = self._normalisers(values.detach())
+        normalizers = self._normalizers(values.detach())
         # What is not divided is divided by 1: a zero in the denominator would make the gradient NaN even if masked later.
-        usable = (normalisers > 0) & values.detach().isfinite()
-        terms = values / torch.where(usable, normalisers, 1.0).to(values)
+        usable = (normalizers > 0) & values.detach().isfinite()
+        terms = values / torch.where(usable, normalizers, 1.0).to(values)
         return (weights * torch.where(usable | ~values.detach().isfinite(), terms, 0.0)).sum()
 
     def _weights_for(self, values: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class AMNL(LazyBufferModule, Scalarizer, Stateful):
             )
         return values.new_tensor([self.weights[task] for task in self.tasks])
 
-    def _normalisers(self, values: Tensor) -> Tensor:
+    def _normalizers(self, values: Tensor) -> Tensor:
         if self.beta is None:
             return values
         if self.means.numel() == 0:

@@ -1,4 +1,4 @@
-"""One task holds nearly all of the weight, and makes no use of it: it cannot be learnt, or it has nothing left to learn."""
+"""One task holds nearly all of the weight, and makes no use of it: it cannot be learned, or it has nothing left to learn."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Domination:
         if fmean(last) >= fmean(first) - noise:
             why = (
                 f"and its loss has not fallen (mean {fmean(first):.4g} over the first half, {fmean(last):.4g} over the "
-                f"second): it cannot be learnt, or is at its floor. If it is merely on a small scale, all is well"
+                f"second): it cannot be learned, or is at its floor. If it is merely on a small scale, all is well"
             )
         elif 0 <= ratio < 0.01 and rate < 0.1:
             why = (

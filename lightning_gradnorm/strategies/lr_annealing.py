@@ -30,7 +30,7 @@ class LRAnnealing(NormFormula):
         residual: the name of the task ``L_r``.
         rate: ``a``.
         norm: ``"max_mean"``, as published; or ``"l2"``: ``λ̂_i = ||∇_θ L_r|| / ||∇_θ L_i||``. The largest entry of a gradient
-            is many times the mean one, so the published form favours the other terms; the latter makes all norms equal.
+            is many times the mean one, so the published form favors the other terms; the latter makes all norms equal.
         update_every: the network's optimizer steps from one weight update to the next; the authors' 10.
 
     Raises:

@@ -26,7 +26,7 @@ class NTKWeights(NormFormula):
 
     ``k_i`` is the Rayleigh quotient of the kernel ``K_i`` at the residuals ``u_i``, over the number of points. It equals
     ``Tr K_i / points``, the mean eigenvalue, where all eigenvalues are alike. Else the eigenvalues are weighted by the squared
-    components of the residuals: directions that are already learnt are ignored, and the large eigenvalues count too much at
+    components of the residuals: directions that are already learned are ignored, and the large eigenvalues count too much at
     the start. It depends on the residuals, which the trace does not. The terms should be means of squares; for others the
     formula is a heuristic. (jaxpi divides the mean of the traces, not their sum, by the trace: T
     times smaller. One public library has the ratio upside down.)

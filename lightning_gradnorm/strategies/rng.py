@@ -22,7 +22,7 @@ def seeded_rng(seed: int, step: int, device: torch.device | str = "cpu") -> Iter
     device = torch.device(device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices, device_type="cuda"):
-        # Large odd factors decorrelate neighbouring seeds and steps.
+        # Large odd factors decorrelate neighboring seeds and steps.
         mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) % 2**63
         torch.default_generator.manual_seed(mixed)
         if devices:

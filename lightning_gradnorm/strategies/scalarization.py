@@ -86,8 +86,8 @@ class ScalarizationRule:
         self._losses = torch.full_like(self.loss_weights, torch.nan)
         self._passes = 0
         self._epoch: int | None = None
-        learnt = [] if self.scalarizer is None else self.scalarizer.parameters()
-        self._parameters = [parameter for parameter in learnt if parameter.requires_grad]
+        learned = [] if self.scalarizer is None else self.scalarizer.parameters()
+        self._parameters = [parameter for parameter in learned if parameter.requires_grad]
         parameters: list[Tensor] = [*self._parameters]
         self._optimizer = made_optimizer(optimizer, parameters, caller=self.name) if parameters else None
         if self.scalarizer is not None:

@@ -12,8 +12,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-# Okabe and Ito's, which the colour-blind tell apart; markers and dashes say the same once more.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+# Okabe and Ito's, which the color-blind tell apart; markers and dashes say the same once more.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 MARKERS = "osD^vPX*"
 
 
@@ -45,7 +45,7 @@ def draw_ratios(path: Path, lines: Sequence[Line]) -> bool:
             panel.plot(
                 [tasks for tasks, _ in points],
                 [ratio for _, ratio in points],
-                color=COLOURS[place % len(COLOURS)],
+                color=COLORS[place % len(COLORS)],
                 marker=MARKERS[place % len(MARKERS)],
                 linestyle="-" if line.is_ours else "--",
                 markerfacecolor=None if line.is_ours else "white",

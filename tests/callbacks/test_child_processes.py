@@ -1,4 +1,4 @@
-"""`ddp_spawn`, `ddp_fork`, `ddp_notebook`: the process that called `fit` reads of its callbacks what rank 0 has learnt."""
+"""`ddp_spawn`, `ddp_fork`, `ddp_notebook`: the process that called `fit` reads of its callbacks what rank 0 has learned."""
 
 from __future__ import annotations
 
@@ -241,11 +241,11 @@ def test_validating_and_testing_change_nothing(fork: Callable[..., L.Trainer]) -
 
     gradnorm, model = GradNorm(NAMES), Tested(T)
     trainer = fork([gradnorm], model)
-    learnt = all_that_is_read(gradnorm)
+    learned = all_that_is_read(gradnorm)
     (validated,) = trainer.validate(model, Batches(vector_batches(T, 1)), verbose=False)
     (tested,) = trainer.test(model, Batches(vector_batches(T, 1)), verbose=False)
     assert validated == tested
-    assert_identical(all_that_is_read(gradnorm), learnt)
+    assert_identical(all_that_is_read(gradnorm), learned)
 
 
 class Explodes(L.Callback):
@@ -256,11 +256,11 @@ class Explodes(L.Callback):
 def test_a_training_that_fails_leaves_the_callers_as_they_were(fork: Callable[..., L.Trainer]) -> None:
     gradnorm, looks = GradNorm(NAMES), monitor()
     before = [all_that_is_read(one) for one in (gradnorm, looks)]
-    for learnt in (False, True):
+    for learned in (False, True):
         with pytest.raises(ProcessRaisedException, match="a user's bug"):
             fork([gradnorm, looks, Explodes()], seed=12)
         assert_identical([all_that_is_read(one) for one in (gradnorm, looks)], before)
-        if not learnt:
+        if not learned:
             fork([gradnorm, looks])
             before = [all_that_is_read(one) for one in (gradnorm, looks)]
     assert "1 measured step:" in looks.summary()

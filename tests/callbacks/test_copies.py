@@ -1,4 +1,4 @@
-"""A library copies a callback and trains the copy: the original shows what the copy has learnt, unless it has learnt itself."""
+"""A library copies a callback and trains the copy: the original shows what the copy has learned, unless it learned itself."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def fit(quiet_trainer: MakeTrainer, callback: Any, seed: int = 11, **options: An
 
 @pytest.mark.parametrize("way", COPY)
 @pytest.mark.parametrize("kind", MAKE)
-def test_the_original_shows_all_that_the_copy_has_learnt(kind: str, way: str, quiet_trainer: MakeTrainer) -> None:
+def test_the_original_shows_all_that_the_copy_has_learned(kind: str, way: str, quiet_trainer: MakeTrainer) -> None:
     original, alone = MAKE[kind](), MAKE[kind]()
     before = all_that_is_read(original)
     copied = COPY[way](original)

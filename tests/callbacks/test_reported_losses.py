@@ -212,7 +212,7 @@ CONSTANTS: dict[str, Callable[[], Any]] = {
 }
 
 
-class Unlabelled(Pair):
+class Unlabeled(Pair):
     """In one batch, `depth` is something else."""
 
     def __init__(self, at: int, instead: Callable[[], Any]) -> None:
@@ -229,8 +229,8 @@ class Unlabelled(Pair):
         }
 
 
-class UnlabelledRows(Unlabelled):
-    """A loss for each labelled example: none in one batch."""
+class UnlabeledRows(Unlabeled):
+    """A loss for each labeled example: none in one batch."""
 
     def given(self, batch: Batch) -> dict[str, Tensor]:
         z = self.encoder(batch["x"])
@@ -248,7 +248,7 @@ STRATEGIES: dict[str, Callable[[], Any]] = {
 
 
 def trained(trainer: MakeTrainer, model: L.LightningModule, callback: Any) -> dict[str, Any]:
-    """What the network and the strategy have learnt."""
+    """What the network and the strategy have learned."""
     trainer(callbacks=[callback]).fit(model, Batches(vector_batches(2, STEPS)))
     return {**model.state_dict(), **{f"weight of {task}": torch.tensor(w) for task, w in callback.weights.items()}}
 
@@ -264,7 +264,7 @@ def nothing() -> None:
 def test_a_loss_that_is_a_constant_0_is_that_of_an_absent_task(
     instead: str, at: int, strategy: str, quiet_trainer: MakeTrainer
 ) -> None:
-    kind = UnlabelledRows if instead == "no value" else Unlabelled
+    kind = UnlabeledRows if instead == "no value" else Unlabeled
     made = CONSTANTS.get(instead, lambda: torch.zeros(0, requires_grad=True) * 2)
     found = trained(quiet_trainer, kind(at, made), STRATEGIES[strategy]())
     expected = trained(quiet_trainer, kind(at, nothing), STRATEGIES[strategy]())
@@ -278,7 +278,7 @@ def test_the_monitor_leaves_a_constant_out(instead: str, quiet_trainer: MakeTrai
     for made in (CONSTANTS.get(instead, lambda: torch.zeros(0, requires_grad=True) * 2), nothing):
         monitor = GradientNormMonitor(NAMES, every_n_steps=1)
         logger = MemoryLogger()
-        quiet_trainer(callbacks=[monitor], logger=logger).fit(Unlabelled(2, made), Batches(vector_batches(2, STEPS)))
+        quiet_trainer(callbacks=[monitor], logger=logger).fit(Unlabeled(2, made), Batches(vector_batches(2, STEPS)))
         shown.append({key: of_key for key, of_key in logger.scalars.items() if "norm" in key})
     assert shown[0] == shown[1] != {}
 
@@ -316,16 +316,16 @@ def test_another_constant_is_a_mistake_at_first_and_warned_of_later(instead: str
     """``max(kl, 0.5)`` is a number where the divergence is small; ``.item()`` is one everywhere."""
     fails(
         quiet_trainer,
-        Unlabelled(0, instead),
+        Unlabeled(0, instead),
         GradNorm(NAMES),
         "'depth'",
         "or None",
         batches=vector_batches(2, 3),
     )
     with pytest.warns(UserWarning, match="'depth' was a constant in a batch .*counts as absent") as warned:
-        found = trained(quiet_trainer, Unlabelled(2, instead), GradNorm(NAMES))
+        found = trained(quiet_trainer, Unlabeled(2, instead), GradNorm(NAMES))
     assert len([one for one in warned if "constant" in str(one.message)]) == 1
-    expected = trained(quiet_trainer, Unlabelled(2, nothing), GradNorm(NAMES))
+    expected = trained(quiet_trainer, Unlabeled(2, nothing), GradNorm(NAMES))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-12, msg=name)
 
@@ -473,8 +473,8 @@ def test_a_task_of_our_own_module_may_return_a_constant(quiet_trainer: MakeTrain
 
     batches = [(batch["x"], {task: batch[task] for task in NAMES}) for batch in vector_batches(2, STEPS)]
     found = []
-    for unlabelled in (torch.full_like(batches[2][1]["depth"], torch.nan), None):
-        batches[2][1]["depth"] = unlabelled
+    for unlabeled in (torch.full_like(batches[2][1]["depth"], torch.nan), None):
+        batches[2][1]["depth"] = unlabeled
         network = Pair()
         tasks = {task: Task(head=network.get_submodule(f"{task}_head"), loss=masked) for task in NAMES}
         gradnorm, module = GradNorm(), MultiTaskModule(encoder=network.encoder, tasks=tasks, optimizer=network_sgd)

@@ -167,7 +167,7 @@ class SpectralNorm(Found):
 
 
 class Bayesian(Found):
-    """Weights drawn anew in each forward pass from learnt means and widths."""
+    """Weights drawn anew in each forward pass from learned means and widths."""
 
     W = ("mean",)
 

@@ -228,7 +228,7 @@ def test_another_strategy_is_an_error_that_names_both(
 @pytest.mark.parametrize("other", [GradNorm(list(TASKS[:3])), make("IMTL")], ids=lambda other: type(other).__name__)
 def test_a_checkpoint_without_the_strategys_state_warns(other: Any, quiet_trainer: MakeTrainer, tmp_path: Path) -> None:
     checkpoint = saved(quiet_trainer, tmp_path, other)
-    with pytest.warns(UserWarning, match="has no state of Scalarization; its weights and all it has learnt start"):
+    with pytest.warns(UserWarning, match="has no state of Scalarization; its weights and all it has learned start"):
         resumed = train(quiet_trainer, make("UW of the losses"), resume=checkpoint, epochs=2)
     assert len(resumed.weights) == 2
     assert resumed.weights[0] == train(quiet_trainer, make("UW of the losses"), epochs=1).weights[0]

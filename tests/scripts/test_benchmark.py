@@ -277,16 +277,16 @@ def test_the_share_of_waiting_for_the_loader_is_measured_with_the_command_lines_
 
 
 def test_events_are_counted_by_step(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarking import synchronisations
+    from benchmarking import synchronizations
 
-    monkeypatch.setattr(synchronisations, "KINDS", {"aten::linear": "linear layers"})
-    synchronisations.measure(plan)
+    monkeypatch.setattr(synchronizations, "KINDS", {"aten::linear": "linear layers"})
+    synchronizations.measure(plan)
     (rows,) = tables("made_up")
     assert [row["linear layers"] for row in rows] == ["6.00", "6.00"]  # four of the trunk, two heads
 
 
 def test_what_makes_the_host_wait_is_told_by_its_name(script: ModuleType) -> None:
-    from benchmarking.synchronisations import counted
+    from benchmarking.synchronizations import counted
 
     names = ["cudaLaunchKernel", "cudaStreamSynchronize", "Memcpy DtoH (Device -> Pinned)", "Memcpy HtoD", "aten::item"]
     assert counted([*names, "cudaStreamSynchronize"]) == {
@@ -312,7 +312,7 @@ def test_what_makes_the_host_wait_is_told_by_its_name(script: ModuleType) -> Non
         ("--measure loader --cases toy:2", "--cases has no effect on --measure loader"),
         ("--measure loader --data to", "there is no 'to'; did you mean 'toy'"),
         ("--measure loader --data toy --steps 4", "--steps should be at least 5 for toy; got 4"),
-        ("--measure synchronisations", "give --device cuda, on one"),
+        ("--measure synchronizations", "give --device cuda, on one"),
         ("--clock processor", "give --threads 1 --device cpu with it"),
     ],
 )

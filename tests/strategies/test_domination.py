@@ -81,7 +81,7 @@ def told_of(rule: GradNormRule) -> list[str]:
 
 
 @pytest.mark.parametrize("as_on_a_gpu", [False, True])
-def test_the_rule_names_the_task_that_is_not_learnt(as_on_a_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rule_names_the_task_that_is_not_learned(as_on_a_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GradNormRule, "syncs_every_step", not as_on_a_gpu)
     rule = GradNormRule(["fit", "noise"], dtype=F64)
     steps = 0

@@ -223,7 +223,7 @@ def test_a_task_first_seen_late_starts_from_its_own_first_loss() -> None:
     torch.testing.assert_close(seen.terms.rates, tensor([0.5, 1.0]) / 0.75, rtol=1e-12, atol=0.0)
 
 
-def test_the_optimizer_holds_the_renormalised_weights() -> None:
+def test_the_optimizer_holds_the_renormalized_weights() -> None:
     """With SGD the next step starts from `w` scaled to sum T, not from the raw one."""
     lr, norms, losses = 0.1, tensor([1.0, 3.0]), torch.ones(2, dtype=F64)
     rule = GradNormRule(["a", "b"], alpha=0.0, optimizer=partial(torch.optim.SGD, lr=lr), dtype=F64)

@@ -46,7 +46,7 @@ def test_with_regressions_alone_it_is_torchjds() -> None:
     assert uncertainty([0.3, -1.2, 2.0])(values).item() == pytest.approx(theirs(values).item(), abs=1e-12)
 
 
-def test_learnt_variances_settle_at_the_loss_and_at_twice_the_cross_entropy() -> None:
+def test_learned_variances_settle_at_the_loss_and_at_twice_the_cross_entropy() -> None:
     made, losses = uncertainty([0.0, 0.0], ("seg",)), torch.tensor([0.7, 5.0], dtype=F64)
     optimizer = torch.optim.LBFGS(made.parameters(), max_iter=100, tolerance_grad=1e-12, tolerance_change=0.0)
 
@@ -62,7 +62,7 @@ def test_learnt_variances_settle_at_the_loss_and_at_twice_the_cross_entropy() ->
     assert made.log_variance.exp().tolist() == pytest.approx([1.4, 5.0], rel=1e-6)
 
 
-def test_naming_the_same_tasks_again_keeps_what_was_learnt_and_other_tasks_are_refused() -> None:
+def test_naming_the_same_tasks_again_keeps_what_was_learned_and_other_tasks_are_refused() -> None:
     made = uncertainty([0.3, -1.2])
     kept = made.log_variance
     made.name_tasks(["seg", "depth"])

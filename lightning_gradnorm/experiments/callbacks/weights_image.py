@@ -15,8 +15,8 @@ from typing_extensions import override
 from lightning_gradnorm._messages import check, is_integer
 from lightning_gradnorm.callbacks.logging import is_logged_step, log_image, logger_step, loggers_of_images
 
-COLOURS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (185, 131, 0), (47, 155, 214), (90, 90, 90))
-"""Told apart by the colour-blind; from the eighth task on they begin again."""
+COLORS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (185, 131, 0), (47, 155, 214), (90, 90, 90))
+"""Told apart by the color-blind; from the eighth task on they begin again."""
 
 _NAME = re.compile(r"(gradnorm|balancing)/weight/(.+)")
 _MOST = 600
@@ -120,10 +120,10 @@ def drawn(curves: Mapping[str, Sequence[tuple[int, float]]], *, width: int = 720
         draw.text((left - 6, y), f"{share * most:.3g}", font=font, fill=(90, 97, 108), anchor="rm")
         draw.text((x, bottom + 6), str(int(share * last)), font=font, fill=(90, 97, 108), anchor="ma")
     for number, (task, curve) in enumerate(curves.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        draw.line([place(*point) for point in curve], fill=colour, width=2)
+        color = COLORS[number % len(COLORS)]
+        draw.line([place(*point) for point in curve], fill=color, width=2)
         row = top + 18 * number
-        draw.line([(right + 12, row + 8), (right + 32, row + 8)], fill=colour, width=3)
+        draw.line([(right + 12, row + 8), (right + 32, row + 8)], fill=color, width=3)
         name = task if len(task) <= 14 else f"{task[:13]}~"
         draw.text((right + 40, row), f"{name} {curve[-1][1]:.3g}", font=font, fill=(27, 29, 33))
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(height, width, 3).permute(2, 0, 1)

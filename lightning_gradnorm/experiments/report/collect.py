@@ -30,7 +30,7 @@ FAILURE = "failure.json"
 LOG = "output.txt"
 """What a run of a study printed."""
 PICTURE = "solution.png"
-"""What the network has learnt, of runs that draw it."""
+"""What the network has learned, of runs that draw it."""
 HYDRA = ".hydra"
 """Hydra's own record, which is there before training begins."""
 

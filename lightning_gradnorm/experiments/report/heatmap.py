@@ -9,15 +9,15 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 AGAINST, NEITHER, TOGETHER, UNKNOWN = (213, 94, 0), (255, 255, 255), (0, 114, 178), (190, 190, 190)
-"""Vermilion over white to blue: told apart by the colour-blind, and by the number in each cell."""
+"""Vermilion over white to blue: told apart by the color-blind, and by the number in each cell."""
 
 
 def cosine_heatmap(names: Sequence[str], cosines: Tensor) -> Tensor:
-    """Return the matrix as an image for ``add_image``: names on both sides, each cell coloured and numbered.
+    """Return the matrix as an image for ``add_image``: names on both sides, each cell colored and numbered.
 
     Args:
         names: of the rows and columns.
-        cosines: between -1 and 1, shape (T, T); what is not finite is grey.
+        cosines: between -1 and 1, shape (T, T); what is not finite is gray.
 
     Shape: to RGB, uint8 ``(3, height, width)``.
 
@@ -43,17 +43,17 @@ def cosine_heatmap(names: Sequence[str], cosines: Tensor) -> Tensor:
     for i, row in enumerate(cosines.tolist()):
         for j, cosine in enumerate(row):
             known = cosine == cosine
-            colour = _colour(cosine) if known else UNKNOWN
+            color = _color(cosine) if known else UNKNOWN
             x, y = margin + j * cell, margin + i * cell
-            draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=colour, outline=UNKNOWN)
-            ink = NEITHER if sum(colour) < 420 else (0, 0, 0)
+            draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=color, outline=UNKNOWN)
+            ink = NEITHER if sum(color) < 420 else (0, 0, 0)
             number = f"{cosine:.2f}" if known else "?"
             draw.text((x + cell / 2, y + cell / 2), number, fill=ink, font=font, anchor="mm")
     values = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     return values.view(side, side, 3).permute(2, 0, 1).contiguous()
 
 
-def _colour(cosine: float) -> tuple[int, int, int]:
+def _color(cosine: float) -> tuple[int, int, int]:
     end = TOGETHER if cosine > 0 else AGAINST
     strength = min(abs(cosine), 1.0)
     red, green, blue = (round(white + strength * (own - white)) for white, own in zip(NEITHER, end, strict=True))

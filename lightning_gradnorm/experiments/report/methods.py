@@ -54,7 +54,7 @@ _OPTIONS_OF_DATA = (
     "data.drop_last",
     "data.root",
     "data.augment",
-    "data.standardise_targets",
+    "data.standardize_targets",
     "data.resample",
     "data.steps_per_epoch",
 )

@@ -216,14 +216,16 @@ def _by_method(
 
 
 def _solutions(methods: Sequence[Method]) -> Figure | None:
-    """Return what the runs have drawn of what they learnt, one run of each method."""
+    """Return what the runs have drawn of what they learned, one run of each method."""
     panels = []
     for method in methods:
         found = ((run, embedded(run.folder / PICTURE, f"solution of {method.name}")) for run in drawn_runs(method))
         run, image = next((one for one in found if one[1]), (None, ""))
         if run is not None:
             panels.append(Panel(f"{method.name} ({run.name})", image))
-    caption = "What the network has learnt, the exact solution, and the size of the difference. One run of each method."
+    caption = (
+        "What the network has learned, the exact solution, and the size of the difference. One run of each method."
+    )
     return Figure("Solutions", caption, panels, is_wide=True) if panels else None
 
 

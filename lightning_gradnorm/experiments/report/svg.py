@@ -16,7 +16,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 8, 20, 34
 """Margins around what is drawn: for the numbers and the names of the axes."""
 
 STYLES = 7
-"""Colours, dash patterns and markers that are distinct together, also without the colours."""
+"""Colors, dash patterns and markers that are distinct together, also without the colors."""
 _DASHES = ("", "7 3", "2 3", "8 3 2 3", "12 4", "4 2", "8 3 2 3 2 3")
 _MARKERS = (
     "M-1 0A1 1 0 1 1 1 0A1 1 0 1 1 -1 0Z",
@@ -201,12 +201,12 @@ def frame(title: str, x: Axis, y: Axis, x_name: str, y_name: str, content: Seque
 
 
 def style(number: int) -> str:
-    """Return the class that has a series' colour."""
+    """Return the class that has a series' color."""
     return f"s{number % STYLES}"
 
 
 def dash(number: int) -> str | None:
-    """Return the dash pattern of a series' line; after `STYLES` series colours come again with other patterns."""
+    """Return the dash pattern of a series' line; after `STYLES` series colors come again with other patterns."""
     return _DASHES[(number + number // STYLES) % STYLES] or None
 
 

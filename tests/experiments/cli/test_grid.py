@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from strategies_page import ROWS, TEXT
 
 SOME = ["equal", "gradnorm", "uncertainty", "famo", "upgrad", "graddrop", "gaba", "db_mtl"]
-"""One of each kind: plain, norms at a layer, learnt, a second look, weights, number by number, at the parameters."""
+"""One of each kind: plain, norms at a layer, learned, a second look, weights, number by number, at the parameters."""
 
 
 def check_problem(setting: str, balancing: str, told: str | None) -> None:

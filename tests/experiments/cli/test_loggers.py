@@ -13,7 +13,7 @@ import stand_ins
 from configurations import QUICK, SMALL, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_gradnorm.experiments.callbacks.weights_image import COLOURS, WeightsImage, drawn
+from lightning_gradnorm.experiments.callbacks.weights_image import COLORS, WeightsImage, drawn
 from lightning_gradnorm.experiments.cli import train
 
 Call = Callable[..., str]
@@ -102,7 +102,7 @@ def test_pictures_of_dense_predictions_reach_every_logger(
 def test_the_weights_over_time_are_a_line_for_each_task() -> None:
     image = drawn({"a": [(0, 1.0), (10, 2.0)], "b": [(0, 1.0), (10, 0.0)]})
     pixels = image.permute(1, 2, 0).numpy()
-    lines = [np.argwhere((pixels[:, :520] == colour).all(axis=2)) for colour in COLOURS[:2]]
+    lines = [np.argwhere((pixels[:, :520] == color).all(axis=2)) for color in COLORS[:2]]
     for line, rises in zip(lines, (True, False), strict=True):
         first, last = line[line[:, 1].argmin()], line[line[:, 1].argmax()]
         assert (last[0] < first[0]) == rises  # rows are counted from above

@@ -34,15 +34,15 @@ def test_strategies_are_compared_on_a_table(call: Call, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_seeds_are_of_one_method_and_raw_targets_are_compared_with_standardised_ones(
+def test_seeds_are_of_one_method_and_raw_targets_are_compared_with_standardized_ones(
     call: Call, tmp_path: Path
 ) -> None:
-    sweep = ["data.standardise_targets=false,true", "seed=0,1", "hydra.sweep.dir=sweep"]
+    sweep = ["data.standardize_targets=false,true", "seed=0,1", "hydra.sweep.dir=sweep"]
     call(train.main, "-m", *RUN, *NO_CHECKPOINT, *sweep)
     call(report.main, "sweep")
     page = (tmp_path / "sweep" / "report.md").read_text()
     assert "4 finished runs, 2 methods" in page
-    assert len(re.findall(r"^\| .*standardise.* \| 2 \|", page, re.M)) == 2
+    assert len(re.findall(r"^\| .*standardize.* \| 2 \|", page, re.M)) == 2
 
 
 def test_a_run_reports_the_metrics_and_is_evaluated_again(call: Call, tmp_path: Path) -> None:
@@ -61,9 +61,9 @@ def test_a_task_of_the_table_is_trained_alone(call: Call) -> None:
     assert "One task, b: there is nothing to balance" in call(train.main, *RUN, "tasks=[b]")
 
 
-@pytest.mark.parametrize("standardise", ["false", "true"])
-def test_the_network_follows_the_table(standardise: str, tmp_path: Path) -> None:
-    options = ["data.inputs=[x, z]", f"data.standardise_targets={standardise}", "model.encoder.hidden=[7]"]
+@pytest.mark.parametrize("standardize", ["false", "true"])
+def test_the_network_follows_the_table(standardize: str, tmp_path: Path) -> None:
+    options = ["data.inputs=[x, z]", f"data.standardize_targets={standardize}", "model.encoder.hidden=[7]"]
     config = compose_run(tmp_path, "data=tabular", *TABLE, *options, "model.tasks.hidden=[5]")
     network, data = build(config, "model"), build(config, "data")
     assert {name: tuple(out.shape) for name, out in network(torch.zeros(2, 2)).items()} == {"a": (2, 1), "b": (2, 1)}

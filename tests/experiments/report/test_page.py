@@ -265,12 +265,12 @@ def test_a_line_can_be_read_off_the_numbers_beside_it(log: bool) -> None:
         assert read == pytest.approx(math.log10(value) if log else value, abs=0.02 * abs(v1 - v0))
 
 
-def test_the_first_styles_differ_in_colour_dashes_and_marker() -> None:
+def test_the_first_styles_differ_in_color_dashes_and_marker() -> None:
     first = range(STYLES)
     assert len({dash(number) for number in first}) == STYLES
     shapes = {re.search(r' d="([^"]*)"', marker(number, 0, 0)).group(1) for number in first}  # type: ignore[union-attr]
     assert len(shapes) == STYLES
-    # A colour that comes again comes with another pattern.
+    # A color that comes again comes with another pattern.
     assert all((dash(number), number % STYLES) != (dash(number + STYLES), number % STYLES) for number in first)
 
 

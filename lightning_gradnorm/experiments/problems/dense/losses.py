@@ -57,7 +57,7 @@ class SegmentationLoss(nn.Module):
 
 
 class SquaredDepthLoss(nn.Module):
-    """Squared error of depth, as in the GradNorm paper: metres², over pixels of known depth.
+    """Squared error of depth, as in the GradNorm paper: meters², over pixels of known depth.
 
     Shape: ``(batch, 1, h, w)`` both.
 
@@ -74,7 +74,7 @@ class SquaredDepthLoss(nn.Module):
 
 
 class AbsoluteDepthLoss(nn.Module):
-    """Absolute error of depth, as in MTAN and LibMTL: metres, over pixels of known depth.
+    """Absolute error of depth, as in MTAN and LibMTL: meters, over pixels of known depth.
 
     Shape: ``(batch, 1, h, w)`` both.
 

@@ -1,6 +1,6 @@
 """Image, prediction and truth of a dense task side by side, as ``add_image`` of TensorBoard takes them.
 
-All are pure functions to RGB, uint8 ``(3, height, width)``. What is not known of a target is black, which is no colour of
+All are pure functions to RGB, uint8 ``(3, height, width)``. What is not known of a target is black, which is no color of
 any class, depth or normal.
 """
 
@@ -36,10 +36,10 @@ PALETTE = (
     (90, 255, 135),
     (255, 150, 240),
 )
-"""Thirteen colours chosen by a search that kept every two of them, and black, as far apart as it could for ordinary sight
-and for each of the three colour blindnesses: 28 units of CIELAB at least (2 can just be told apart)."""
+"""Thirteen colors chosen by a search that kept every two of them, and black, as far apart as it could for ordinary sight
+and for each of the three color blindnesses: 28 units of CIELAB at least (2 can just be told apart)."""
 
-DEPTH_COLOURS = (
+DEPTH_COLORS = (
     (36, 41, 129),
     (4, 75, 129),
     (2, 102, 138),
@@ -51,7 +51,7 @@ DEPTH_COLOURS = (
     (254, 241, 124),
 )
 """From near to far, in equal steps of depth: dark blue over green to light yellow, equal steps of CIELAB lightness, so that
-it can be read in grey too."""
+it can be read in gray too."""
 
 GAP = 4
 """White pixels between the pictures of a strip."""
@@ -103,30 +103,30 @@ def stack(strips: Sequence[Tensor]) -> Tensor:
 
 
 def paint_labels(labels: Tensor) -> Tensor:
-    """Return each label in its colour of `PALETTE`, negative ones in black; past 13 the colours are used again.
+    """Return each label in its color of `PALETTE`, negative ones in black; past 13 the colors are used again.
 
     Shape: ``(h, w)`` to ``(3, h, w)``.
     """
-    colours = torch.tensor(PALETTE, dtype=torch.uint8)[labels.long() % len(PALETTE)]
-    return torch.where((labels < 0).unsqueeze(-1), 0, colours).to(torch.uint8).movedim(-1, 0)
+    colors = torch.tensor(PALETTE, dtype=torch.uint8)[labels.long() % len(PALETTE)]
+    return torch.where((labels < 0).unsqueeze(-1), 0, colors).to(torch.uint8).movedim(-1, 0)
 
 
 def paint_depth(depth: Tensor, nearest: float, farthest: float) -> Tensor:
-    """Return depth in `DEPTH_COLOURS`, what is not known in black.
+    """Return depth in `DEPTH_COLORS`, what is not known in black.
 
     Args:
         depth: ``(1, h, w)``.
-        nearest: depth of the first colour; all that is nearer has it too.
-        farthest: depth of the last colour.
+        nearest: depth of the first color; all that is nearer has it too.
+        farthest: depth of the last color.
 
     Shape: to ``(3, h, w)``.
     """
-    colours = torch.tensor(DEPTH_COLOURS, dtype=torch.float32)
+    colors = torch.tensor(DEPTH_COLORS, dtype=torch.float32)
     valid = valid_depth(depth[0])
     share = (torch.where(valid, depth[0], nearest) - nearest) / max(farthest - nearest, 1e-6)
-    place = share.clamp(0, 1) * (len(colours) - 1)
-    below = place.long().clamp(max=len(colours) - 2)
-    mixed = torch.lerp(colours[below], colours[below + 1], (place - below).unsqueeze(-1))
+    place = share.clamp(0, 1) * (len(colors) - 1)
+    below = place.long().clamp(max=len(colors) - 2)
+    mixed = torch.lerp(colors[below], colors[below + 1], (place - below).unsqueeze(-1))
     return torch.where(valid, _bytes(mixed.movedim(-1, 0) / 255), 0).to(torch.uint8)
 
 
@@ -140,7 +140,7 @@ def paint_normals(normals: Tensor) -> Tensor:
 
 
 def paint_keypoints(picture: Tensor, maps: Tensor) -> Tensor:
-    """Return the heat maps over a dimmed picture, each type of keypoint in a colour, no heat transparent.
+    """Return the heat maps over a dimmed picture, each type of keypoint in a color, no heat transparent.
 
     Args:
         picture: RGB, uint8 ``(3, H, W)``.
@@ -151,9 +151,9 @@ def paint_keypoints(picture: Tensor, maps: Tensor) -> Tensor:
     maps = _enlarge(maps, picture)
     heat, kind = maps.max(dim=0)
     # Lightened, so that the dark ones stand out from the picture.
-    colours = torch.tensor(PALETTE, dtype=torch.float32)[kind % len(PALETTE)].movedim(-1, 0) / 2 + 127
-    grey = picture.float().mean(dim=0, keepdim=True).expand_as(colours) / 2
-    return _bytes(torch.lerp(grey, colours, heat.nan_to_num().clamp(0, 1)) / 255)
+    colors = torch.tensor(PALETTE, dtype=torch.float32)[kind % len(PALETTE)].movedim(-1, 0) / 2 + 127
+    gray = picture.float().mean(dim=0, keepdim=True).expand_as(colors) / 2
+    return _bytes(torch.lerp(gray, colors, heat.nan_to_num().clamp(0, 1)) / 255)
 
 
 # ---- of each task: prediction and target, painted --------------------------------------------------------------------
@@ -166,7 +166,7 @@ def _segmentation(picture: Tensor, logits: Tensor, labels: Tensor) -> _Pair:
 
 
 def _depth(picture: Tensor, prediction: Tensor, target: Tensor) -> _Pair:
-    """Paint both in one range of colours: the target's, unless nothing of it is known."""
+    """Paint both in one range of colors: the target's, unless nothing of it is known."""
     known = next((d[valid_depth(d)] for d in (target, prediction) if valid_depth(d).any()), torch.ones(1))
     nearest, farthest = known.min().item(), known.max().item()
     painted = [_enlarge(paint_depth(depth, nearest, farthest), picture) for depth in (prediction, target)]

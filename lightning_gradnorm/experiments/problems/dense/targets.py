@@ -83,7 +83,7 @@ def is_points(target: Tensor) -> bool:
 
 
 def peaks(maps: Tensor) -> Tensor:
-    """Return where each map is largest: the centre of that pixel, (x, y) in pixels from the upper left edge.
+    """Return where each map is largest: the center of that pixel, (x, y) in pixels from the upper left edge.
 
     Shape: ``(batch, K, h, w)`` to ``(batch, K, 2)``, float32.
 
@@ -102,7 +102,7 @@ def heat_maps(points: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
 
     Args:
         points: ``(batch, K, 3)``, each (x, y, visible), in pixels of the map from its upper left edge: the first pixel's
-            centre is at (0.5, 0.5).
+            center is at (0.5, 0.5).
         size: (height, width) of the maps.
         sigma: standard deviation in pixels.
 
@@ -114,8 +114,8 @@ def heat_maps(points: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
     """
     x, y, visible = points.unbind(dim=-1)
 
-    def profile(centre: Tensor, length: int) -> Tensor:
-        distance = torch.arange(length, device=points.device) + 0.5 - centre.unsqueeze(-1)
+    def profile(center: Tensor, length: int) -> Tensor:
+        distance = torch.arange(length, device=points.device) + 0.5 - center.unsqueeze(-1)
         return torch.exp(-distance.square() / (2 * sigma**2))
 
     drawn = profile(y, size[0]).unsqueeze(-1) * profile(x, size[1]).unsqueeze(-2)

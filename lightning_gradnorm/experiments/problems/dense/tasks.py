@@ -33,7 +33,7 @@ from lightning_gradnorm.multitask.task import Loss, Task
 Head = Callable[[int, int], nn.Module]
 
 OUT_CHANNELS = {"segmentation": 13, "depth": 1, "normals": 3, "keypoints": 48}
-"""Task → channels of its prediction: classes, metres, (x, y, z), types of keypoint."""
+"""Task → channels of its prediction: classes, meters, (x, y, z), types of keypoint."""
 
 _LOSSES: dict[str, Callable[[], Loss]] = {
     "segmentation": SegmentationLoss,

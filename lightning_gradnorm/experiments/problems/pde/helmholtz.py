@@ -17,7 +17,7 @@ class Helmholtz(Equation):
     r"""Helmholtz's equation :math:`u_{xx} + u_{yy} + k^2 u = q` on [-1, 1]², u zero at the edges.
 
     The source q is such that the solution is :math:`\sin(a_1 \pi x) \sin(a_2 \pi y)`. The equation's loss begins a thousand
-    times as large as the boundary's, which with equal weights is learnt late.
+    times as large as the boundary's, which with equal weights is learned late.
 
     Source: Wang, Teng, Perdikaris, Understanding and mitigating gradient flow pathologies in physics-informed neural
     networks, SIAM J. Sci. Comput. 43, 2021 (arXiv 2001.04536), section 2.3; also in Bischof and Kraus (arXiv 2110.09813).

@@ -16,7 +16,7 @@ from lightning_gradnorm.experiments.problems.pde.equation import Equation
 class TanhMLP(nn.Module):
     """Fully connected layers with tanh, from a point to the solution there.
 
-    Coordinates are standardised first: uniform points have mean 0 and standard deviation 1. Weights begin as Glorot and
+    Coordinates are standardized first: uniform points have mean 0 and standard deviation 1. Weights begin as Glorot and
     Bengio have them (normal), biases at zero.
 
     Source: Wang, Teng, Perdikaris (arXiv 2001.04536) and their code.

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from lightning_gradnorm.experiments.problems.pde.equation import Equation
 
-_COLOURS = ((0, 60, 120), (60, 140, 200), (245, 245, 245), (230, 150, 70), (150, 50, 0))
-"""Blue over white to vermilion, told apart by the colour-blind."""
-_ERROR_COLOURS = ((250, 250, 250), (250, 190, 110), (200, 70, 30), (70, 10, 40))
+_COLORS = ((0, 60, 120), (60, 140, 200), (245, 245, 245), (230, 150, 70), (150, 50, 0))
+"""Blue over white to vermilion, told apart by the color-blind."""
+_ERROR_COLORS = ((250, 250, 250), (250, 190, 110), (200, 70, 30), (70, 10, 40))
 _INK, _PAPER, _FRAME = (30, 30, 30), (255, 255, 255), (150, 150, 150)
 WIDTH, HEIGHT, MARGIN, BAR = 240, 220, 46, 12
-"""Of a panel, in pixels; what is left round it for words; of the bar that explains the colours."""
+"""Of a panel, in pixels; what is left round it for words; of the bar that explains the colors."""
 
 
 def solution_picture(equation: Equation, solution: Tensor) -> Tensor:
@@ -40,9 +40,9 @@ def solution_picture(equation: Equation, solution: Tensor) -> Tensor:
     relative = float(error.norm() / exact.norm())
     low, high = float(exact.min()), float(exact.max())
     panels = [
-        _panel("solution", equation, found, low, high, _COLOURS),
-        _panel("reference", equation, exact, low, high, _COLOURS),
-        _panel(f"|error|, relative L2 {relative:.2g}", equation, error, 0.0, float(error.max()), _ERROR_COLOURS),
+        _panel("solution", equation, found, low, high, _COLORS),
+        _panel("reference", equation, exact, low, high, _COLORS),
+        _panel(f"|error|, relative L2 {relative:.2g}", equation, error, 0.0, float(error.max()), _ERROR_COLORS),
     ]
     picture = Image.new("RGB", (sum(one.width for one in panels), panels[0].height), _PAPER)
     for number, panel in enumerate(panels):
@@ -52,7 +52,7 @@ def solution_picture(equation: Equation, solution: Tensor) -> Tensor:
 
 
 def _panel(
-    title: str, equation: Equation, values: Tensor, low: float, high: float, colours: Sequence[tuple[int, int, int]]
+    title: str, equation: Equation, values: Tensor, low: float, high: float, colors: Sequence[tuple[int, int, int]]
 ) -> Image.Image:
     is_map = values.dim() == 2
     panel = Image.new("RGB", (WIDTH + 2 * MARGIN + BAR + 10, HEIGHT + 2 * MARGIN), _PAPER)
@@ -61,13 +61,13 @@ def _panel(
     share = ((values - low) / (high - low if high > low else 1.0)).nan_to_num(0.5).clamp(0, 1)
     if is_map:
         # The first coordinate to the right, the second upwards.
-        panel.paste(_coloured(share.T.flip(0), colours).resize((WIDTH, HEIGHT)), (left, top))
-        bar = _coloured(torch.linspace(1, 0, HEIGHT).double().unsqueeze(1), colours).resize((BAR, HEIGHT))
+        panel.paste(_colored(share.T.flip(0), colors).resize((WIDTH, HEIGHT)), (left, top))
+        bar = _colored(torch.linspace(1, 0, HEIGHT).double().unsqueeze(1), colors).resize((BAR, HEIGHT))
         panel.paste(bar, (right + 10, top))
     else:
         places = torch.linspace(left, right, len(share)).tolist()
         line = [(x, bottom - y * HEIGHT) for x, y in zip(places, share.tolist(), strict=True)]
-        draw.line(line, fill=colours[-2], width=2)
+        draw.line(line, fill=colors[-2], width=2)
     draw.rectangle((left, top, right, bottom), outline=_FRAME)
     numbers = right + (10 + BAR if is_map else 0) + 4
     draw.text((left, top - 8), title, fill=_INK, font=font, anchor="ls")
@@ -84,11 +84,11 @@ def _panel(
     return panel
 
 
-def _coloured(share: Tensor, colours: Sequence[tuple[int, int, int]]) -> Image.Image:
+def _colored(share: Tensor, colors: Sequence[tuple[int, int, int]]) -> Image.Image:
     """Return an image of numbers between 0 and 1, shape (height, width)."""
-    table = torch.tensor(colours, dtype=torch.float64)
-    place = share * (len(colours) - 1)
-    below = place.floor().long().clamp(max=len(colours) - 2)
+    table = torch.tensor(colors, dtype=torch.float64)
+    place = share * (len(colors) - 1)
+    below = place.floor().long().clamp(max=len(colors) - 2)
     part = (place - below).unsqueeze(-1)
     pixels = (table[below] * (1 - part) + table[below + 1] * part).round().to(torch.uint8).contiguous()
     height, width = share.shape

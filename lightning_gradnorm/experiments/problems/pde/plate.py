@@ -27,7 +27,7 @@ class KirchhoffPlate(Equation):
     numbers of the authors' code, which are the defaults.
 
     Args:
-        side: a, in metres.
+        side: a, in meters.
         rigidity: D, in MNm.
         load: p₀, in MN/m².
         poisson_ratio: μ.

@@ -15,7 +15,7 @@ from lightning_gradnorm.experiments.problems.pde.equation import Equation, Funct
 class Poisson(Equation):
     r"""Poisson's equation :math:`-u'' = (k\pi)^2 \sin(k\pi x)` on [-1, 1], u zero at the ends; the solution is sin(kπx).
 
-    For tests and first steps: it is learnt in seconds.
+    For tests and first steps: it is learned in seconds.
 
     Args:
         k: The number of half waves in a unit.

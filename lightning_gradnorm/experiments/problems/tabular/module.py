@@ -33,7 +33,7 @@ _NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
 _DECIDE = (
-    "targets", "inputs", "ignore", "group", "standardise_targets", "missing", "val_fraction", "test_fraction", "format",
+    "targets", "inputs", "ignore", "group", "standardize_targets", "missing", "val_fraction", "test_fraction", "format",
     "separator", "key", "seed",
 )  # fmt: skip
 """The options that decide what is made of a file."""
@@ -69,7 +69,7 @@ _LATEST: dict[str, _Prepared] = {}
 class TabularDataModule(SplitsDataModule[TaskTensors]):
     r"""A regression task for each of several columns of a table: CSV, ARFF, MATLAB or Parquet.
 
-    A batch is ``(inputs, targets)``: inputs ``float32`` ``(batch, input_dim)``, standardised with the training rows' mean
+    A batch is ``(inputs, targets)``: inputs ``float32`` ``(batch, input_dim)``, standardized with the training rows' mean
     and standard deviation; targets ``float32`` ``(batch, 1)`` by task, NaN where missing. A task that no sample of a batch
     has a target of is not in the batch; on several ranks it is, all NaN, and its loss is 0. A task is named like its
     column, but for ``.`` and ``/``, which become ``_``.
@@ -82,7 +82,7 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
         inputs: Names of the input columns; None for all others that hold numbers and are not constant.
         ignore: Columns that are not used.
         group: A column whose values must not be split, such as the subject who was measured; it is no input.
-        standardise_targets: Hand out targets with mean 0 and standard deviation 1 over the training rows. The tasks of
+        standardize_targets: Hand out targets with mean 0 and standard deviation 1 over the training rows. The tasks of
             `tabular_tasks` report their metrics in the original units in any case.
         missing: What to do about missing inputs: ``"error"``, ``"drop"`` the row, or the training rows' ``"mean"``.
         val_fraction: Share of the rows to validate on, as nearly as whole groups allow; 0 for none.
@@ -121,7 +121,7 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
         inputs: Sequence[str | int] | None = None,
         ignore: Sequence[str | int] = (),
         group: str | int | None = None,
-        standardise_targets: bool = False,
+        standardize_targets: bool = False,
         missing: str = "error",
         val_fraction: float = 0.15,
         test_fraction: float = 0.15,
@@ -158,7 +158,7 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
         together = "less than 1 together with test_fraction, or nothing is left to train on"
         check(owner, val_fraction + test_fraction < 1, "val_fraction", together, val_fraction)
         self.path = Path(path)
-        self.standardise_targets = standardise_targets
+        self.standardize_targets = standardize_targets
         self.missing = missing
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
@@ -184,7 +184,7 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
     def scales(self) -> dict[str, tuple[float, float]]:
         """Of each task, the mean of its targets over the training rows, as handed out, and their unit.
 
-        The unit is 1, or the original standard deviation if targets are standardised.
+        The unit is 1, or the original standard deviation if targets are standardized.
         """
         return self._prepared.scales
 
@@ -194,7 +194,7 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
         return self._prepared.rows
 
     def make_splits(self) -> dict[str, TaskTensors]:
-        """Read the table, draw the splits and standardise by the training rows."""
+        """Read the table, draw the splits and standardize by the training rows."""
         prepared = self._prepared
         rows = ", ".join(f"{len(rows):,} {_NAMES[split]}" for split, rows in prepared.rows.items())
         columns = (
@@ -228,7 +228,7 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
         file = self.path.name
         columns = choose_columns(table, file, self.targets, self.inputs, self.ignore, self.group, self.missing)
         places = self._split_up(columns)
-        x, names, notes = self._standardised(columns, places["train"])
+        x, names, notes = self._standardized(columns, places["train"])
         y = columns.targets
         scales = {}
         for number, (task, target) in enumerate(zip(self.tasks, self.targets, strict=True)):
@@ -236,8 +236,8 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
                 self._check_target(target, y[chosen, number], split)
             to_learn = y[places["train"], number]
             mean, std = float(np.nanmean(to_learn)), float(np.nanstd(to_learn))
-            scales[task] = (0.0, std) if self.standardise_targets else (mean, 1.0)
-            if self.standardise_targets:
+            scales[task] = (0.0, std) if self.standardize_targets else (mean, 1.0)
+            if self.standardize_targets:
                 y[:, number] = (y[:, number] - mean) / std
         splits: dict[str, TaskTensors] = {}
         for split, chosen in places.items():
@@ -267,7 +267,7 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
         chosen = {"train": left, "val": chosen["val"], "test": chosen["test"]}
         return {split: np.flatnonzero(np.isin(columns.units, own)) for split, own in chosen.items()}
 
-    def _standardised(self, columns: Columns, train: Integers) -> tuple[Array, tuple[str, ...], list[str]]:
+    def _standardized(self, columns: Columns, train: Integers) -> tuple[Array, tuple[str, ...], list[str]]:
         """Return inputs with mean 0 and standard deviation 1 over the training rows, 0 where missing, without constants."""
         own = columns.inputs[train]
         there = ~np.isnan(own)

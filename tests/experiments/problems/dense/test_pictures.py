@@ -1,4 +1,4 @@
-"""What is painted where, and whether everybody can tell the colours apart."""
+"""What is painted where, and whether everybody can tell the colors apart."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradnorm.experiments.problems.dense.pictures import (
-    DEPTH_COLOURS,
+    DEPTH_COLORS,
     GAP,
     PALETTE,
     paint_depth,
@@ -40,9 +40,9 @@ SIGHT = {
 }
 
 
-def cielab(colours: object, sight: object = SIGHT["all cones"]) -> np.ndarray:
+def cielab(colors: object, sight: object = SIGHT["all cones"]) -> np.ndarray:
     """(n, 3) in 0 … 255 to lightness, a, b (D65)."""
-    srgb = np.asarray(colours) / 255
+    srgb = np.asarray(colors) / 255
     linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
     linear = np.clip(linear @ np.asarray(sight).T, 0, 1)
     to_xyz = np.array(
@@ -66,11 +66,11 @@ def test_every_two_classes_can_be_told_apart(sight: str) -> None:
 
 
 def test_depth_gets_lighter_in_equal_steps() -> None:
-    steps = np.diff(cielab(DEPTH_COLOURS)[:, 0])
+    steps = np.diff(cielab(DEPTH_COLORS)[:, 0])
     assert steps == pytest.approx(np.full(len(steps), 9.0), abs=0.5)
 
 
-def test_labels_have_their_colours_and_black_is_none() -> None:
+def test_labels_have_their_colors_and_black_is_none() -> None:
     painted = paint_labels(torch.tensor([[0, 12, -1, 13]]))
     assert [at(painted, 0, column) for column in range(4)] == [
         list(PALETTE[0]),
@@ -82,7 +82,7 @@ def test_labels_have_their_colours_and_black_is_none() -> None:
 
 def test_depth_is_painted_from_near_to_far_and_holes_are_black() -> None:
     painted = paint_depth(torch.tensor([[[2.0, 3.0, 4.0, 9.0, 0.0, torch.nan]]]), nearest=2, farthest=4)
-    first, middle, last = (list(DEPTH_COLOURS[i]) for i in (0, 4, 8))
+    first, middle, last = (list(DEPTH_COLORS[i]) for i in (0, 4, 8))
     assert [at(painted, 0, column) for column in range(6)] == [first, middle, last, last, BLACK, BLACK]
 
 
@@ -95,7 +95,7 @@ def test_normals_are_red_to_the_right_green_up_blue_towards_the_camera() -> None
 def test_keypoints_are_spots_over_the_dimmed_picture() -> None:
     maps = heat_maps(torch.tensor([[2.5, 1.5, 1.0], [0.0, 0.0, 0.0]]), (4, 5), 0.3)
     painted = paint_keypoints(torch.full((3, 4, 5), 100, dtype=torch.uint8), maps)
-    assert at(painted, 1, 2) == [colour // 2 + 127 for colour in PALETTE[0]]
+    assert at(painted, 1, 2) == [color // 2 + 127 for color in PALETTE[0]]
     assert at(painted, 3, 4) == [50, 50, 50]
 
 
@@ -130,7 +130,7 @@ def test_pixels_are_repeated_not_blended() -> None:
 def test_prediction_and_target_of_depth_share_one_range() -> None:
     target, prediction = torch.tensor([[[2.0, 4.0]]]), torch.tensor([[[4.0, 40.0]]])
     picture = strip("depth", torch.zeros(3, 1, 2), prediction, target)
-    assert at(picture, 0, 2 + GAP) == at(picture, 0, -1) == list(DEPTH_COLOURS[-1])
+    assert at(picture, 0, 2 + GAP) == at(picture, 0, -1) == list(DEPTH_COLORS[-1])
 
 
 def test_maps_of_keypoints_that_cannot_be_seen_are_not_shown() -> None:

@@ -11,7 +11,7 @@ from lightning_gradnorm.experiments.problems.dense.targets import heat_maps
 
 
 @pytest.mark.parametrize("sigma", [0.7, 2.0])
-def test_each_pixel_is_the_gaussian_of_its_centres_distance(sigma: float) -> None:
+def test_each_pixel_is_the_gaussian_of_its_centers_distance(sigma: float) -> None:
     keypoints = torch.tensor([[3.2, 1.9, 1.0], [7.0, 0.0, 1.0], [2.0, 2.0, 0.0]], dtype=torch.float64)
     maps = heat_maps(keypoints, (5, 7), sigma)
     assert maps.shape == (3, 5, 7)

@@ -59,7 +59,7 @@ def test_relative_l2_is_its_closed_form_over_batches() -> None:
     assert RelativeL2()(torch.ones(3), torch.ones(3)).item() == 0.0
 
 
-def test_the_network_standardises_the_box_and_begins_as_glorot_has_it() -> None:
+def test_the_network_standardizes_the_box_and_begins_as_glorot_has_it() -> None:
     network = TanhMLP(KirchhoffPlate(side=4.0), hidden=[200, 300])
     seen: list[Tensor] = []
     network.layers.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -209,7 +209,7 @@ def test_a_run_goes_on_from_within_an_epoch_to_the_same_network(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_poissons_equation_is_learnt(seed: int, quiet_trainer: Build) -> None:
+def test_poissons_equation_is_learned(seed: int, quiet_trainer: Build) -> None:
     model, data = made(Poisson(), steps=250, seed=seed, optimizer=partial(torch.optim.Adam, lr=0.01))
     trainer = quiet_trainer(max_epochs=6)
     trainer.fit(model, datamodule=data)

@@ -64,8 +64,8 @@ def test_noise_is_drawn_for_each_sample_and_task() -> None:
 def test_label_correlation_is_pearsons_of_the_training_labels() -> None:
     data = _made()
     first, second = (data.train_data.targets[task][:, 0].double().numpy() for task in data.tasks)
-    centred = (first - first.mean()) * (second - second.mean())
-    assert data.label_correlation == pytest.approx(centred.mean() / first.std() / second.std())
+    centered = (first - first.mean()) * (second - second.mean())
+    assert data.label_correlation == pytest.approx(centered.mean() / first.std() / second.std())
 
 
 def test_without_sines_and_noise_the_labels_correlate_by_p() -> None:

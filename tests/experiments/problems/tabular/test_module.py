@@ -97,10 +97,10 @@ def test_rows_with_the_same_inputs_are_in_one_split(seed: int, tmp_path: Path) -
         assert set(data.rows[one]) == {(row + 100) % 200 for row in data.rows[one]}
 
 
-@pytest.mark.parametrize("standardise", [False, True])
-def test_statistics_are_those_of_the_training_rows(standardise: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("standardize", [False, True])
+def test_statistics_are_those_of_the_training_rows(standardize: bool, tmp_path: Path) -> None:
     table = frame()
-    data = module(tmp_path, table, standardise_targets=standardise)
+    data = module(tmp_path, table, standardize_targets=standardize)
     assert data.input_names == ("x", "y", "z", "row")
     train = table.iloc[data.rows["train"]]
     for one in SPLITS:
@@ -110,10 +110,10 @@ def test_statistics_are_those_of_the_training_rows(standardise: bool, tmp_path: 
         expected = (own - train.mean()) / train.std(ddof=0)
         assert np.abs(inputs.numpy() - expected[list(data.input_names)]).to_numpy().max() < 1e-5
         for task in ("a", "b"):
-            wanted = (expected if standardise else own)[task]
+            wanted = (expected if standardize else own)[task]
             assert np.abs(targets[task][:, 0].numpy() - wanted).max() < 1e-5 * max(1, np.abs(wanted).max())
     for task in ("a", "b"):
-        found = (train[task].mean(), 1.0) if not standardise else (0.0, train[task].std(ddof=0))
+        found = (train[task].mean(), 1.0) if not standardize else (0.0, train[task].std(ddof=0))
         assert data.scales[task] == pytest.approx(found)
 
 
@@ -125,20 +125,20 @@ def test_what_is_handed_out_to_train_on_changes_with_training_rows_alone(
     table = frame()
     if missing == "mean":
         table.loc[::7, "y"] = np.nan
-    before = module(tmp_path, table, standardise_targets=True, missing=missing)
+    before = module(tmp_path, table, standardize_targets=True, missing=missing)
     inputs, targets = everything(before, "train")
     rows = before.rows[changed]
     other = table.copy()
     for column in ("x", "y", "z", "a", "b"):
         other[column] = other[column].astype(float)
         other.loc[rows, column] = other.loc[rows, column] * 1.5 + 7
-    after = module(tmp_path, other, standardise_targets=True, missing=missing)
+    after = module(tmp_path, other, standardize_targets=True, missing=missing)
     assert all((before.rows[one] == after.rows[one]).all() for one in SPLITS)
     assert (after.scales == before.scales) == (changed != "train")
     same = all(torch.equal(everything(after, "train")[1][task], targets[task]) for task in targets)
     if (
         changed == "train"
-    ):  # an affine change of all training rows is standardised away; of the others' inputs it is seen
+    ):  # an affine change of all training rows is standardized away; of the others' inputs it is seen
         assert not torch.equal(everything(after, "val")[0], everything(before, "val")[0])
     else:
         assert same

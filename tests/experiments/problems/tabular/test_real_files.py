@@ -89,10 +89,10 @@ def test_the_energy_table_is_the_same_as_arff_and_as_text() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("standardise", [False, True])
-def test_a_small_network_predicts_the_energy_a_house_needs(standardise: bool, quiet_trainer: Any) -> None:
+@pytest.mark.parametrize("standardize", [False, True])
+def test_a_small_network_predicts_the_energy_a_house_needs(standardize: bool, quiet_trainer: Any) -> None:
     file = real_data("tabular", "mulan", "enb.arff")
-    data = TabularDataModule(file, ["Y1", "Y2"], standardise_targets=standardise, batch_size=32)
+    data = TabularDataModule(file, ["Y1", "Y2"], standardize_targets=standardize, batch_size=32)
     torch.manual_seed(0)
     network = MultiTaskModule(MLP(data.input_dim, [100, 100]), tabular_tasks(100, data.scales))
     trainer = quiet_trainer(max_epochs=60, callbacks=[GradNorm()])

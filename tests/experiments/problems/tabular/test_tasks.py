@@ -115,7 +115,7 @@ def test_a_batch_lacks_the_tasks_that_none_of_its_samples_has() -> None:
     assert isinstance(data, TaskTensors)
 
 
-def test_raw_and_standardised_targets_give_the_same_metrics_for_the_same_predictions() -> None:
+def test_raw_and_standardized_targets_give_the_same_metrics_for_the_same_predictions() -> None:
     prediction, target = pairs(0.2, offset=40.0)
     mean, std = 39.0, 4.2
     raw = [metric(prediction, target) for metric in tabular_tasks(1, {"a": (mean, 1.0)})["a"].metrics.values()]

@@ -15,7 +15,7 @@ from lightning_gradnorm.experiments.problems.dense.targets import valid_depth
 
 
 class DepthRMSError(MeanSquaredError):
-    """Root mean squared error of depth, in the depth's unit (metres).
+    """Root mean squared error of depth, in the depth's unit (meters).
 
     Shape: ``(batch, 1, h, w)`` both.
 
@@ -34,7 +34,7 @@ class DepthRMSError(MeanSquaredError):
 
 
 class DepthAbsoluteError(MeanAbsoluteError):
-    """Mean absolute error of depth, in the depth's unit (metres); "Abs Err" in the literature.
+    """Mean absolute error of depth, in the depth's unit (meters); "Abs Err" in the literature.
 
     Shape: ``(batch, 1, h, w)`` both.
 

@@ -68,7 +68,7 @@ class SegmentationError(MeanIoU):
 
 
 class PixelAccuracy(MulticlassAccuracy):
-    """Fraction of the labelled pixels that are right, whatever their class; 0 if none is labelled.
+    """Fraction of the labeled pixels that are right, whatever their class; 0 if none is labeled.
 
     Args:
         num_classes: number of classes.

@@ -32,7 +32,7 @@ class DenseHead(nn.Module):
         self.size = None if size is None else (size[0], size[1])
         self.layers = layers
         initialize(self)
-        # He's rule counts the outputs and a ReLU that does not follow: the first depths would be some ten metres off.
+        # He's rule counts the outputs and a ReLU that does not follow: the first depths would be some ten meters off.
         last = layers[-1]
         assert isinstance(last, nn.Conv2d)
         nn.init.kaiming_normal_(last.weight, nonlinearity="linear")
@@ -78,7 +78,7 @@ class ConvHead(DenseHead):
 class DeepLabHead(DenseHead):
     """Looks around each pixel at several distances: the head of DeepLabv3.
 
-    Five branches see the representation, each with a quarter or so of its channels: the pixel itself, its neighbours at
+    Five branches see the representation, each with a quarter or so of its channels: the pixel itself, its neighbors at
     three distances, and the mean of the whole image. One 1 x 1 convolution gathers them, a 3 x 3 and a 1 x 1 follow.
     16.1 million parameters on ResNet-50: with three tasks the heads are twice the trunk. ``channels=64`` makes a light
     one.
@@ -90,7 +90,7 @@ class DeepLabHead(DenseHead):
         in_channels: Channels of the representation.
         out_channels: Channels of the prediction.
         channels: Channels of each branch and of what follows.
-        rates: Distances of the neighbours, in pixels of the representation.
+        rates: Distances of the neighbors, in pixels of the representation.
         dropout: Share of the gathered values that training leaves out.
         size: Height and width of the prediction; ``None`` for those of the representation.
 

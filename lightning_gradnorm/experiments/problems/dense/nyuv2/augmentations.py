@@ -52,7 +52,7 @@ def zoom(sample: Sample, scale: float, top: float, left: float, turn_normals: bo
     4.3). The community's code leaves the normals as they are.
 
     The image is interpolated linearly. Labels, depth and normals are taken from the pixel that lies under the new one's
-    centre, so what is invalid stays so and does not spread.
+    center, so what is invalid stays so and does not spread.
 
     Args:
         sample: Image and targets.
@@ -144,7 +144,7 @@ class Augmentations:
 
 
 def _places(size: int, scale: float, start: float) -> Array:
-    """Return where the centres of the new pixels lie, in old pixels from the edge."""
+    """Return where the centers of the new pixels lie, in old pixels from the edge."""
     return start * (size - size / scale) + (np.arange(size) + 0.5) / scale
 
 

@@ -19,7 +19,7 @@ IGNORED = -1
 """The label of a pixel that has none."""
 KEYPOINT_TYPES = 48
 MAX_DEPTH = 1000.0
-"""Metres. The sensor sees ten; a depth map in millimetres is found out by it."""
+"""Meters. The sensor sees ten; a depth map in millimeters is found out by it."""
 
 SHORTEST_NORMAL = 0.5
 """A vector that is shorter is no normal; see `as_normals`."""
@@ -34,7 +34,7 @@ class Frame:
     Attributes:
         image: ``uint8``, shape ``(3, H, W)``.
         segmentation: ``int8``, shape ``(h, w)``, 0 to 12 or -1.
-        depth: ``float32``, shape ``(h, w)``, metres along the optical axis; 0 where unknown.
+        depth: ``float32``, shape ``(h, w)``, meters along the optical axis; 0 where unknown.
         normals: ``float32``, shape ``(3, h, w)``, unit vectors in the source's own `Convention`, zero where unknown; or the
             camera's `Intrinsics`, of which and the depth they are derived.
         keypoints: ``float32``, shape ``(48, 3)``: x and y in pixels of the segmentation, visible (1) or not (0); or None.
@@ -71,11 +71,11 @@ def as_segmentation(values: Array, file: object) -> Array:
 
 
 def as_depth(values: Array, file: object) -> Array:
-    """Turn depths of whatever floating type into ``float32`` metres; 0 where unknown."""
+    """Turn depths of whatever floating type into ``float32`` meters; 0 where unknown."""
     _expect_floats(values, file, "depth")
     lowest, highest = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     expect(
-        lowest >= 0 and highest <= MAX_DEPTH, str(file), "depth", f"metres within [0, {MAX_DEPTH:g}], 0 where unknown",
+        lowest >= 0 and highest <= MAX_DEPTH, str(file), "depth", f"meters within [0, {MAX_DEPTH:g}], 0 where unknown",
         f"{lowest:g} to {highest:g}",
     )  # fmt: skip
     return values.astype(np.float32)

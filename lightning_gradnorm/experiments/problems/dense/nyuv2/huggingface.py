@@ -60,7 +60,7 @@ class HuggingFace:
     """Reads the parquet shards of ``tanganke/nyuv2`` as downloaded.
 
     Their columns are nested lists: ``image`` (3, H, W) in [0, 1], ``segmentation`` (H, W) with -1 for none, ``depth``
-    (1, H, W) in metres, ``normal`` (3, H, W), and ``noise``, which is left alone.
+    (1, H, W) in meters, ``normal`` (3, H, W), and ``noise``, which is left alone.
 
     Parquet is read by groups of rows. The last group stays in memory, so reading in order is quick; in random order every
     image costs a group. Train on a prepared copy.

@@ -29,7 +29,7 @@ class NYUv2(SplitsDataModule[Images]):
     is found out and said. Batches of a source and of its prepared copy are the same to the last bit.
 
     A batch is ``(images, targets)``: images ``float32`` in [0, 1] of shape ``(batch, 3, H, W)``; targets ``segmentation``
-    ``int64`` ``(batch, h, w)``, 0 to 12 and -1 to be ignored; ``depth`` ``float32`` ``(batch, 1, h, w)``, metres, 0 where
+    ``int64`` ``(batch, h, w)``, 0 to 12 and -1 to be ignored; ``depth`` ``float32`` ``(batch, 1, h, w)``, meters, 0 where
     unknown; ``normals`` ``float32`` ``(batch, 3, h, w)``, unit vectors, x right, y up, z towards the camera, zero where
     unknown; and ``keypoints`` ``float32`` ``(batch, 48, 3)``, each (x, y, visible) in pixels of the output from its
     upper left edge, from prepared data that have them (`KeypointLoss` draws the heat maps).

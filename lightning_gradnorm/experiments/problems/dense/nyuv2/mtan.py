@@ -27,7 +27,7 @@ KINDS = ("image", "label", "depth", "normal")
 class MTAN:
     """Reads ``root/{train,val}/{image,label,depth,normal}/{0..N-1}.npy``, as used by MTAN, LibMTL, CAGrad and Nash-MTL.
 
-    ``image`` (H, W, 3) in [0, 1], ``label`` (H, W) with -1 for none, ``depth`` (H, W, 1) in metres with 0 for unknown,
+    ``image`` (H, W, 3) in [0, 1], ``label`` (H, W) with -1 for none, ``depth`` (H, W, 1) in meters with 0 for unknown,
     ``normal`` (H, W, 3) with zero for unknown; their floating-point types vary between copies. The headers and lengths of
     all files are looked at beforehand, their values when they are read.
 

@@ -14,17 +14,17 @@ Array = npt.NDArray[Any]
 RADIUS_AT_640 = 8
 """Half the window in pixels of an image 640 wide: 17 x 17 pixels, 7 cm at 2 m.
 
-Of 3, 5 and 8, tried on made-up walls in the sensor's steps (2.85 mm per squared metre); never on its own images, which
+Of 3, 5 and 8, tried on made-up walls in the sensor's steps (2.85 mm per squared meter); never on its own images, which
 are smoother. Mean error with 5 and 8: at 2 m and a slant of 37 degrees 1.7 and 0.8 degrees, at 4 m and 17 degrees 15 and
 8, at 6 m and 37 degrees 14 and 2, at 8 m and 37 degrees 23 and 10. Far walls that are nearly parallel to the image remain
 rough."""
 MAX_SLANT = math.radians(80)
-"""A neighbour belongs to the same surface unless that surface would be slanted by more than this."""
+"""A neighbor belongs to the same surface unless that surface would be slanted by more than this."""
 
 
 @dataclass(frozen=True)
 class Intrinsics:
-    """A pinhole camera, in pixels; pixel (0, 0) is the square from (0, 0) to (1, 1), its centre at (0.5, 0.5).
+    """A pinhole camera, in pixels; pixel (0, 0) is the square from (0, 0) to (1, 1), its center at (0.5, 0.5).
 
     Attributes:
         fx: Focal length, horizontally.
@@ -48,14 +48,14 @@ class Intrinsics:
         return Intrinsics(self.fx * across, self.fy * down, self.cx * across, self.cy * down)
 
     def rays(self, rows: Array, columns: Array) -> tuple[Array, Array]:
-        """Return x/z and y/z (x right, y down, z forward) of the points seen at these pixels' centres."""
+        """Return x/z and y/z (x right, y down, z forward) of the points seen at these pixels' centers."""
         return (columns + 0.5 - self.cx) / self.fx, (rows + 0.5 - self.cy) / self.fy
 
 
 KINECT = Intrinsics(
     fx=518.85790117450188, fy=519.46961112127485, cx=325.58244941119034 - 0.5, cy=253.73616633400465 - 0.5
 )
-"""The colour camera of NYUv2 at 640 x 480, from its toolbox, which counts pixels from one at their centres."""
+"""The color camera of NYUv2 at 640 x 480, from its toolbox, which counts pixels from one at their centers."""
 
 
 def normals_from_depth(
@@ -65,24 +65,24 @@ def normals_from_depth(
     columns: Array | None = None,
     radius: int | None = None,
 ) -> Array:
-    """Fit a plane to each pixel's neighbourhood and return the unit vector across it that points to the camera's side.
+    """Fit a plane to each pixel's neighborhood and return the unit vector across it that points to the camera's side.
 
     On a plane the *inverse* depth is an affine function of the pixel, 1/z = a x/z + b y/z + c, whatever its slant, and
-    (a, b, c) is its normal. So a least-squares fit of 1/z is exact on planes. Neighbours without depth, and those that
+    (a, b, c) is its normal. So a least-squares fit of 1/z is exact on planes. Neighbors without depth, and those that
     are further in front or behind than a surface slanted by 80 degrees would be, belong to something else and are left
     out, so that nothing is averaged over an edge.
 
     Args:
-        depth: Metres along the optical axis, shape ``(height, width)``; 0 where unknown.
+        depth: Meters along the optical axis, shape ``(height, width)``; 0 where unknown.
         intrinsics: The camera's, for pixels of ``depth``.
-        rows: The rows wanted; all by default. The others still serve as neighbours.
+        rows: The rows wanted; all by default. The others still serve as neighbors.
         columns: The columns wanted; all by default.
-        radius: Half the window in pixels, without its centre; by default 8 at a width of 640 and in proportion, at least 1.
+        radius: Half the window in pixels, without its center; by default 8 at a width of 640 and in proportion, at least 1.
 
     Returns:
         ``float32``, shape ``(3, rows, columns)``: x right, y up, z towards the camera. A wall facing the camera has
         (0, 0, 1), the floor (0, 1, 0), the wall on the right (-1, 0, 0). Zero where the depth is unknown or fewer than
-        three neighbours, not in a line, belong to the surface.
+        three neighbors, not in a line, belong to the surface.
 
     Example:
         >>> normals_from_depth(np.full((4, 6), 2.0), Intrinsics(fx=6, fy=6, cx=3, cy=2))[:, 1, 1].tolist()
@@ -96,7 +96,7 @@ def normals_from_depth(
     with np.errstate(divide="ignore"):
         inverse = np.where(depth > 0, 1 / depth.astype(np.float64), 0)
     padded = np.pad(inverse, radius)
-    centre = depth[rows[:, None], columns].astype(np.float64)
+    center = depth[rows[:, None], columns].astype(np.float64)
     # Coordinates are relative to the pixel, in units of its rays, and 1/z is relative to the pixel's: well conditioned.
     sums = np.zeros((9, len(rows), len(columns)))
     for down in range(-radius, radius + 1):
@@ -105,9 +105,9 @@ def normals_from_depth(
         n, sx, sxx, sq, sxq = np.zeros((5, len(rows), len(columns)))
         for across in range(-radius, radius + 1):
             x = across / intrinsics.fx
-            ratio = centre * band[:, columns + radius + across]  # of the pixel's depth to the neighbour's, 0 if unknown
+            ratio = center * band[:, columns + radius + across]  # of the pixel's depth to the neighbor's, 0 if unknown
             q = ratio - 1
-            # |z' - z| <= z * step, written with z / z'; nothing unknown fulfils it.
+            # |z' - z| <= z * step, written with z / z'; nothing unknown fulfills it.
             step = math.hypot(x, y) * math.tan(MAX_SLANT)
             same = np.abs(q) <= step * ratio
             q *= same
@@ -120,7 +120,7 @@ def normals_from_depth(
     # At the pixel itself the fit is 1 + c; a and b are slopes in units of rays, so they are the plane's own.
     normal = np.stack([-a, b, 1 + c - a * ray_x - b * ray_y])
     length = np.sqrt((normal**2).sum(axis=0))
-    known = (centre > 0) & determined & (length > 0)
+    known = (center > 0) & determined & (length > 0)
     normal = np.where(known, normal / np.where(known, length, 1), 0) + 0.0  # no negative zeros
     return normal.astype(np.float32)
 
@@ -132,7 +132,7 @@ def _solve(sums: Array) -> tuple[Array, Array, Array, Array]:
     cxx, cxy, cyy = sxx - sx * sx / n, sxy - sx * sy / n, syy - sy * sy / n
     cxq, cyq = sxq - sx * sq / n, syq - sy * sq / n
     determinant = cxx * cyy - cxy * cxy
-    # Zero for points in a line, up to rounding. For three neighbouring pixels it is 1/12 of the scale, for a window more.
+    # Zero for points in a line, up to rounding. For three neighboring pixels it is 1/12 of the scale, for a window more.
     determined = (sums[0] >= 3) & (determinant > 1e-6 * (sxx + syy) ** 2)
     safe = np.where(determined, determinant, 1)
     a = (cxq * cyy - cyq * cxy) / safe

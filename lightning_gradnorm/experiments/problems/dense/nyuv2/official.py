@@ -28,7 +28,7 @@ class Official:
     """Reads the official files, one image at a time.
 
     The data file is MATLAB 7.3, that is HDF5, in which h5py finds every shape reversed: ``images`` (N, 3, W, H)
-    ``uint8``, ``depths`` (N, W, H) in-painted metres, ``labels`` (N, W, H) with 0 for none, and ``scenes`` (1, N),
+    ``uint8``, ``depths`` (N, W, H) in-painted meters, ``labels`` (N, W, H) with 0 for none, and ``scenes`` (1, N),
     references to arrays of characters. The indices of the split count from one. Labels become 13 classes by
     ``labels13[mapClass[label - 1] - 1] - 1``. Normals are not in the files; they are derived from the depth.
 
@@ -107,7 +107,7 @@ class Official:
         samples, _, width, height = shape
         for field, kinds, expected in (
             ("images", ("uint8",), "uint8"),
-            ("depths", ("float32", "float64"), "floating-point metres"),
+            ("depths", ("float32", "float64"), "floating-point meters"),
             ("labels", ("uint8", "uint16", "uint32", "int32"), "integers"),
         ):
             expect(str(data[field].dtype) in kinds, self._file, field, expected, f"dtype {data[field].dtype}")

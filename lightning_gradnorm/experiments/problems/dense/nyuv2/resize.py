@@ -33,7 +33,7 @@ def area_average(image: Array, size: tuple[int, int]) -> Array:
 
 
 def nearest(size: int, to: int) -> Array:
-    """Return, for each of ``to`` new rows (or columns), which of the ``size`` old ones lies under its centre.
+    """Return, for each of ``to`` new rows (or columns), which of the ``size`` old ones lies under its center.
 
     Labels, depth and normals are all taken at these pixels: no mean of a valid and an invalid value, of two classes or of
     two surfaces comes about, and the three targets of a new pixel belong to the same point of the scene.

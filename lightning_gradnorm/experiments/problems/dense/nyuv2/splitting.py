@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-NEIGHBOURS = 10
+NEIGHBORS = 10
 """Where scenes are not known, so many images that follow each other stand in for one: they often show the same room."""
 
 
@@ -33,7 +33,7 @@ def split_by_scene(
         >>> train.tolist(), val.tolist()
         ([0, 1], [2, 3, 4])
     """
-    scenes = [i // NEIGHBOURS for i in range(count)] if scenes is None else scenes
+    scenes = [i // NEIGHBORS for i in range(count)] if scenes is None else scenes
     _, scene_of = np.unique(np.asarray([str(scene) for scene in scenes]), return_inverse=True)
     sizes = np.bincount(scene_of)
     held = np.zeros(len(sizes), dtype=bool)

@@ -37,7 +37,7 @@ TYPES: dict[str, np.dtype[Any]] = {
 }
 NORMAL_STEPS = 32767
 SMALLEST_DEPTH = 6e-5
-"""Metres; what is nearer than this counts as unknown, since half precision has no room for it."""
+"""Meters; what is nearer than this counts as unknown, since half precision has no room for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Sample:
     Attributes:
         image: ``float32``, shape ``(3, H, W)``, in [0, 1].
         segmentation: ``int64``, shape ``(h, w)``, 0 to 12; -1 is to be ignored.
-        depth: ``float32``, shape ``(1, h, w)``, metres; 0 is unknown.
+        depth: ``float32``, shape ``(1, h, w)``, meters; 0 is unknown.
         normals: ``float32``, shape ``(3, h, w)``, unit vectors, x right, y up, z towards the camera; zero is unknown.
         keypoints: ``float32``, shape ``(48, 3)``: x, y in output pixels, visible or not; or None.
     """

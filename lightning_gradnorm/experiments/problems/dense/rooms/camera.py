@@ -21,7 +21,7 @@ class Camera:
     distance along the optical axis, ``-z``, as in NYUv2, not the length of the ray.
 
     Args:
-        position: In world coordinates, in metres, shape ``(3,)``.
+        position: In world coordinates, in meters, shape ``(3,)``.
         rotation: The camera's right, up and backward directions in world coordinates, one a row, shape ``(3, 3)``.
     """
 
@@ -61,7 +61,7 @@ def rotations(yaw: Floats, pitch: Floats, roll: Floats) -> Floats:
 
 
 def pixel_rays(height: int, width: int) -> tuple[Floats, Floats]:
-    """Give the rays through the pixels' centres: ``x`` by column, ``(width,)``, and ``y`` by row, ``(height,)``.
+    """Give the rays through the pixels' centers: ``x`` by column, ``(width,)``, and ``y`` by row, ``(height,)``.
 
     The ray of a pixel is ``(x, y, -1)`` in the camera's frame, so that a point at ``t`` times it has depth ``t``.
 

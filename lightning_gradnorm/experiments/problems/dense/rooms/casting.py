@@ -25,7 +25,7 @@ from lightning_gradnorm.experiments.problems.dense.rooms.scene import Scene
 
 Window = tuple[slice, slice]
 
-NEAR = 0.01  # metres; an outline that comes nearer than this may cover any pixel
+NEAR = 0.01  # meters; an outline that comes nearer than this may cover any pixel
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Faces:
     """Surfaces in the camera's frame: planes, rectangles, discs, and the sides of cylinders.
 
     Args:
-        centre: A point of each, shape ``(n, 3)``; of a cylinder's side, the middle of the cylinder.
+        center: A point of each, shape ``(n, 3)``; of a cylinder's side, the middle of the cylinder.
         first: Unit vector along the surface, ``(n, 3)``.
         second: Unit vector along the surface and square to ``first``; a cylinder's axis.
         normal: Unit normal towards the room's inside; of a cylinder's side, whichever is square to both.
@@ -44,7 +44,7 @@ class Faces:
         material: Number of its material, ``(n,)``: the room's six surfaces, then the scene's primitives in order.
     """
 
-    centre: Floats
+    center: Floats
     first: Floats
     second: Floats
     normal: Floats
@@ -61,7 +61,7 @@ class Hits:
 
     Args:
         face: Number of the face, ``(h, w)``.
-        depth: Distance along the optical axis in metres, ``(h, w)``.
+        depth: Distance along the optical axis in meters, ``(h, w)``.
     """
 
     face: Integers
@@ -74,15 +74,15 @@ _BOX_FACES = tuple((axis, sign, *along) for axis, along in ((0, (2, 1)), (1, (0,
 
 def faces_of(scene: Scene, camera: Camera) -> Faces:
     """Collect the surfaces of a room and of what is in it that face the camera; the room's six come first."""
-    axes, centres, halves = _frames(scene.primitives, camera)
+    axes, centers, halves = _frames(scene.primitives, camera)
     labels = np.array([CLASSES.index(part.label) for part in scene.primitives], dtype=np.int64)
     is_round = np.array([part.round for part in scene.primitives], dtype=bool)
     groups = [_walls(scene, camera)]
     for make, which in ((_box_faces, ~is_round), (_cylinder_faces, is_round)):
         materials = len(scene.surfaces) + np.flatnonzero(which)
-        group = make(axes[which], centres[which], halves[which], labels[which], materials)
+        group = make(axes[which], centers[which], halves[which], labels[which], materials)
         # A plane is seen from the side that its normal points to.
-        facing = (np.sum(group.normal * group.centre, axis=1) < 0) | group.side
+        facing = (np.sum(group.normal * group.center, axis=1) < 0) | group.side
         groups.append(Faces(*(array[facing] for array in _arrays(group))))
     return Faces(*(np.concatenate(arrays) for arrays in zip(*map(_arrays, groups), strict=True)))
 
@@ -92,21 +92,21 @@ def _arrays(faces: Faces) -> list[Any]:
 
 
 def _frames(primitives: Sequence[Primitive], camera: Camera) -> tuple[Floats, Floats, Floats]:
-    """Return the primitives' axes, ``(n, 3 axes, 3)``, and centres, ``(n, 3)``, in the camera's frame, and halves."""
+    """Return the primitives' axes, ``(n, 3 axes, 3)``, and centers, ``(n, 3)``, in the camera's frame, and halves."""
     axes = np.zeros((len(primitives), 3, 3))
     for row, part in enumerate(primitives):
         cos, sin = math.cos(part.yaw), math.sin(part.yaw)
         axes[row] = ((cos, 0, -sin), (0, 1, 0), (sin, 0, cos))
-    centres = np.array([part.centre for part in primitives], dtype=float).reshape(-1, 3)
+    centers = np.array([part.center for part in primitives], dtype=float).reshape(-1, 3)
     halves = np.array([part.half for part in primitives], dtype=float).reshape(-1, 3)
-    return camera.turn(axes), camera.to_camera(centres), halves
+    return camera.turn(axes), camera.to_camera(centers), halves
 
 
 def _walls(scene: Scene, camera: Camera) -> Faces:
     """Turn a box inside out, and its faces into endless planes: the nearest is the one that is seen, without seams."""
-    axes, centre = camera.turn(np.eye(3)[None]), camera.to_camera(scene.size[None] / 2)
+    axes, center = camera.turn(np.eye(3)[None]), camera.to_camera(scene.size[None] / 2)
     labels = [CLASSES.index(name) for name in ("wall", "wall", "floor", "ceiling", "wall", "wall")]
-    walls = _box_faces(axes, centre, scene.size[None] / 2, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
+    walls = _box_faces(axes, center, scene.size[None] / 2, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
     return replace(
         walls,
         normal=-walls.normal,
@@ -116,12 +116,12 @@ def _walls(scene: Scene, camera: Camera) -> Faces:
     )
 
 
-def _box_faces(axes: Floats, centres: Floats, halves: Floats, label: Integers, material: Integers) -> Faces:
+def _box_faces(axes: Floats, centers: Floats, halves: Floats, label: Integers, material: Integers) -> Faces:
     normal_axis, sign, first, second = np.array(_BOX_FACES).T
     normal = axes[:, normal_axis] * sign[:, None]
     count = 6 * len(axes)
     return Faces(
-        centre=(centres[:, None] + normal * halves[:, normal_axis, None]).reshape(count, 3),
+        center=(centers[:, None] + normal * halves[:, normal_axis, None]).reshape(count, 3),
         first=axes[:, first].reshape(count, 3),
         second=axes[:, second].reshape(count, 3),
         normal=normal.reshape(count, 3),
@@ -133,14 +133,14 @@ def _box_faces(axes: Floats, centres: Floats, halves: Floats, label: Integers, m
     )
 
 
-def _cylinder_faces(axes: Floats, centres: Floats, halves: Floats, label: Integers, material: Integers) -> Faces:
+def _cylinder_faces(axes: Floats, centers: Floats, halves: Floats, label: Integers, material: Integers) -> Faces:
     """Bottom, side and top of each."""
     across, up, along = (np.repeat(axes[:, axis], 3, axis=0) for axis in range(3))
     radius, height = (np.repeat(halves[:, axis], 3) for axis in (0, 1))
     level = np.tile([-1.0, 0.0, 1.0], len(axes))[:, None]
     side = level[:, 0] == 0
     return Faces(
-        centre=np.repeat(centres, 3, axis=0) + up * level * height[:, None],
+        center=np.repeat(centers, 3, axis=0) + up * level * height[:, None],
         first=across,
         second=np.where(side[:, None], up, along),
         normal=np.where(side[:, None], along, up * level),
@@ -171,15 +171,15 @@ def cast(faces: Faces, height: int, width: int) -> Hits:
 
 def _meet_plane(faces: Faces, number: int, x: Floats, y: Floats) -> Floats:
     """Return the depth at which rays meet a flat face, infinite where they do not."""
-    centre, normal, half = faces.centre[number], faces.normal[number], faces.half[number]
+    center, normal, half = faces.center[number], faces.normal[number], faces.half[number]
     against = normal[0] * x + (normal[1] * y - normal[2])
     with np.errstate(divide="ignore", invalid="ignore"):
-        depth: Floats = _dot(normal, centre) / against
+        depth: Floats = _dot(normal, center) / against
         met = against < 0
         if np.isfinite(half[0]):
             one, other = faces.first[number], faces.second[number]
-            first = depth * (one[0] * x + (one[1] * y - one[2])) - _dot(one, centre)
-            second = depth * (other[0] * x + (other[1] * y - other[2])) - _dot(other, centre)
+            first = depth * (one[0] * x + (one[1] * y - one[2])) - _dot(one, center)
+            second = depth * (other[0] * x + (other[1] * y - other[2])) - _dot(other, center)
             if faces.disc[number]:
                 met &= first * first + second * second <= half[0] * half[0]
             else:
@@ -190,13 +190,13 @@ def _meet_plane(faces: Faces, number: int, x: Floats, y: Floats) -> Floats:
 
 def _meet_side(faces: Faces, number: int, x: Floats, y: Floats) -> Floats:
     """Return the depth at which rays meet a cylinder's side from outside, infinite where they do not."""
-    centre, axis, (radius, half) = faces.centre[number], faces.second[number], faces.half[number]
+    center, axis, (radius, half) = faces.center[number], faces.second[number], faces.half[number]
     along = axis[0] * x + (axis[1] * y - axis[2])
-    lift = _dot(axis, centre)
+    lift = _dot(axis, center)
     # The ray and the way to the cylinder's middle, without their parts along the axis.
     a = x * x + (y * y + 1) - along * along
-    b = centre[0] * x + (centre[1] * y - centre[2]) - along * lift
-    c = _dot(centre, centre) - lift * lift - radius * radius
+    b = center[0] * x + (center[1] * y - center[2]) - along * lift
+    c = _dot(center, center) - lift * lift - radius * radius
     with np.errstate(divide="ignore", invalid="ignore"):
         depth: Floats = (b - np.sqrt(b * b - a * c)) / a
         met = (depth > 0) & (np.abs(depth * along - lift) <= half)
@@ -215,7 +215,7 @@ def _windows(faces: Faces, height: int, width: int) -> list[tuple[int, Window]]:
     first, second = faces.first * reach[:, :1], faces.second * reach[:, 1:]
     thick = faces.normal * np.where(faces.side, reach[:, 0], 0.0)[:, None]
     corners = np.stack(
-        [faces.centre + i * first + j * second + k * thick for i in (-1, 1) for j in (-1, 1) for k in (-1, 1)], axis=1
+        [faces.center + i * first + j * second + k * thick for i in (-1, 1) for j in (-1, 1) for k in (-1, 1)], axis=1
     )
     ahead = -corners[..., 2]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -252,7 +252,7 @@ def hit_normals(faces: Faces, hits: Hits) -> Floats:
     curved = faces.side[hits.face]
     if curved.any():
         number = hits.face[curved]
-        away = hit_points(hits)[:, curved] - faces.centre[number].T
+        away = hit_points(hits)[:, curved] - faces.center[number].T
         axis = faces.second[number].T
         away -= np.sum(away * axis, axis=0) * axis
         normals[:, curved] = away / np.sqrt(np.sum(away * away, axis=0))

@@ -1,7 +1,7 @@
 """Pieces of furniture, drawn at random, as lists of primitives.
 
 A piece's own frame: ``x`` along the wall behind it, ``y`` up, ``z`` away from that wall; the origin is on the floor, in
-the middle of its back edge. Lengths are in metres.
+the middle of its back edge. Lengths are in meters.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FABRICS = ((0.45, 0.10, 0.10), (0.12, 0.20, 0.42), (0.16, 0.32, 0.18), (0.50, 0.
 SHEETS = ((0.85, 0.84, 0.80), (0.62, 0.70, 0.82), (0.80, 0.62, 0.62), (0.70, 0.78, 0.62), (0.86, 0.80, 0.60))
 PAINTS = ((0.80, 0.74, 0.60), (0.70, 0.76, 0.78), (0.84, 0.82, 0.78), (0.66, 0.74, 0.62), (0.82, 0.68, 0.60))
 BRIGHT = ((0.75, 0.12, 0.10), (0.10, 0.35, 0.70), (0.90, 0.70, 0.10), (0.12, 0.50, 0.22), (0.45, 0.15, 0.50))
-GREYS = ((0.10, 0.10, 0.11), (0.35, 0.35, 0.36), (0.75, 0.75, 0.76))
+GRAYS = ((0.10, 0.10, 0.11), (0.35, 0.35, 0.36), (0.75, 0.75, 0.76))
 
 
 @dataclass(frozen=True)
@@ -37,29 +37,29 @@ class Piece:
     parts: tuple[Primitive, ...]
 
 
-def pick(rng: Random, colours: tuple[Vector, ...], spread: float = 0.15) -> Vector:
-    """Pick a colour and change its brightness a little, by up to ``spread``."""
+def pick(rng: Random, colors: tuple[Vector, ...], spread: float = 0.15) -> Vector:
+    """Pick a color and change its brightness a little, by up to ``spread``."""
     shade = rng.uniform(1 - spread, 1 + spread)
-    red, green, blue = (min(1.0, channel * shade) for channel in colours[rng.integers(len(colours))])
+    red, green, blue = (min(1.0, channel * shade) for channel in colors[rng.integers(len(colors))])
     return red, green, blue
 
 
-def darker(colour: Vector, factor: float) -> Vector:
-    """Scale a colour."""
-    return colour[0] * factor, colour[1] * factor, colour[2] * factor
+def darker(color: Vector, factor: float) -> Vector:
+    """Scale a color."""
+    return color[0] * factor, color[1] * factor, color[2] * factor
 
 
 def wood(rng: Random) -> Material:
     """Make a wood with a grain."""
-    colour = pick(rng, WOODS)
-    return Material(colour, darker(colour, 0.7), "noise", rng.uniform(0.03, 0.12))
+    color = pick(rng, WOODS)
+    return Material(color, darker(color, 0.7), "noise", rng.uniform(0.03, 0.12))
 
 
-def fabric(rng: Random, colours: tuple[Vector, ...] = FABRICS) -> Material:
+def fabric(rng: Random, colors: tuple[Vector, ...] = FABRICS) -> Material:
     """Make a fabric: plain, striped, checked or mottled."""
-    colour = pick(rng, colours)
+    color = pick(rng, colors)
     pattern = ("plain", "stripes", "checker", "noise")[rng.integers(4)]
-    return Material(colour, darker(colour, rng.uniform(0.45, 0.85)), pattern, rng.uniform(0.06, 0.2))
+    return Material(color, darker(color, rng.uniform(0.45, 0.85)), pattern, rng.uniform(0.06, 0.2))
 
 
 def legs(label: str, material: Material, width: float, depth: float, height: float, thick: float) -> list[Primitive]:
@@ -92,7 +92,7 @@ def clutter(rng: Random, width: float, depth: float, height: float, count: int) 
             )
         else:
             radius = min(rng.uniform(0.09, 0.14), slot * 0.4)
-            things.append(cylinder("objects", Material(pick(rng, GREYS)), x, z, 0.025, (height, height + 0.25)))
+            things.append(cylinder("objects", Material(pick(rng, GRAYS)), x, z, 0.025, (height, height + 0.25)))
             shade = Material((0.95, 0.85, 0.6), glow=rng.uniform(0.3, 0.9))
             things.append(cylinder("objects", shade, x, z, radius, (height + 0.25, height + 0.45)))
     return things
@@ -184,7 +184,7 @@ def desk(rng: Random) -> Piece:
 def chair(rng: Random) -> Piece:
     """Make a chair; it faces away from the wall."""
     width, depth, seat = rng.uniform(0.4, 0.5), rng.uniform(0.42, 0.52), rng.uniform(0.43, 0.48)
-    frame = wood(rng) if rng.uniform() < 0.6 else Material(pick(rng, GREYS))
+    frame = wood(rng) if rng.uniform() < 0.6 else Material(pick(rng, GRAYS))
     cover, half, back = (frame if rng.uniform() < 0.4 else fabric(rng)), width / 2, rng.uniform(0.85, 1.05)
     parts = [
         box("chair", cover, (-half, half), (seat - 0.06, seat), (0.04, depth)),
@@ -206,7 +206,7 @@ def cabinet(rng: Random) -> Piece:
     widths, heights = sizes[rng.integers(len(sizes))]
     width, height, depth = rng.uniform(*widths), rng.uniform(*heights), rng.uniform(0.38, 0.6)
     body, half = wood(rng), width / 2
-    front = replace(body, second=darker(body.colour, 0.4), pattern="stripes", scale=rng.uniform(0.2, 0.45))
+    front = replace(body, second=darker(body.color, 0.4), pattern="stripes", scale=rng.uniform(0.2, 0.45))
     parts = [
         box("furniture", body, (-half, half), (0.0, height), (0.0, depth - 0.02)),
         box("furniture", front, (-half + 0.03, half - 0.03), (0.06, height - 0.04), (depth - 0.02, depth)),
@@ -264,7 +264,7 @@ def television(rng: Random) -> Piece:
 
 def lamp(rng: Random) -> Piece:
     """Make a lamp that stands on the floor."""
-    height, metal = rng.uniform(1.4, 1.75), Material(pick(rng, GREYS))
+    height, metal = rng.uniform(1.4, 1.75), Material(pick(rng, GRAYS))
     shade = Material((0.95, 0.86, 0.62), glow=rng.uniform(0.3, 0.9))
     parts = (
         cylinder("objects", metal, 0, 0.2, 0.15, (0.0, 0.03)),
@@ -277,7 +277,7 @@ def lamp(rng: Random) -> Piece:
 def plant(rng: Random) -> Piece:
     """Make a plant in a pot, or a bin where the plant would be."""
     radius, height = rng.uniform(0.13, 0.2), rng.uniform(0.25, 0.4)
-    parts = [cylinder("objects", fabric(rng, BRIGHT + GREYS), 0, 0.25, radius, (0.0, height))]
+    parts = [cylinder("objects", fabric(rng, BRIGHT + GRAYS), 0, 0.25, radius, (0.0, height))]
     if rng.uniform() < 0.6:
         leaves = Material((0.10, 0.32, 0.10), (0.03, 0.14, 0.04), "noise", 0.06)
         parts.append(cylinder("objects", leaves, 0, 0.25, radius + 0.05, (height, height + rng.uniform(0.3, 0.8))))
@@ -295,7 +295,7 @@ def crate(rng: Random) -> Piece:
 def window(rng: Random) -> Piece:
     """Make a window with a frame and a bar, flat at the wall; its height above the floor is its own."""
     width, bottom, top = rng.uniform(0.8, 2.0), rng.uniform(0.8, 1.0), rng.uniform(1.9, 2.15)
-    frame, half, edge = Material(pick(rng, GREYS[2:] + WOODS)), width / 2, 0.06
+    frame, half, edge = Material(pick(rng, GRAYS[2:] + WOODS)), width / 2, 0.06
     sky = Material((0.70, 0.85, 1.0), (0.75, 0.90, 0.80), "noise", rng.uniform(0.3, 0.8), glow=rng.uniform(0.5, 1.1))
     if rng.uniform() < 0.25:
         sky = Material((0.85, 0.84, 0.78), (0.60, 0.60, 0.56), "stripes", 0.06, glow=rng.uniform(0.2, 0.5))  # blinds
@@ -313,7 +313,7 @@ def window(rng: Random) -> Piece:
 def picture(rng: Random) -> Piece:
     """Make a picture in a frame, at the height of the eyes."""
     half, tall, middle = rng.uniform(0.2, 0.55), rng.uniform(0.2, 0.4), rng.uniform(1.4, 1.7)
-    frame = Material(pick(rng, WOODS + GREYS))
+    frame = Material(pick(rng, WOODS + GRAYS))
     motif = Material(pick(rng, BRIGHT + SHEETS), pick(rng, BRIGHT + FABRICS), "noise", rng.uniform(0.08, 0.3))
     if rng.uniform() < 0.3:
         motif = replace(motif, pattern="checker", scale=rng.uniform(0.08, 0.2))
@@ -328,7 +328,7 @@ def picture(rng: Random) -> Piece:
 def door(rng: Random) -> Piece:
     """Make a closed door, which NYUv2's 13 classes count as wall."""
     half, leaf = rng.uniform(0.4, 0.48), wood(rng)
-    knob = Material(pick(rng, GREYS))
+    knob = Material(pick(rng, GRAYS))
     parts = (
         box("wall", leaf, (-half, half), (0.0, 2.05), (0.0, 0.04)),
         box("wall", knob, (half - 0.12, half - 0.05), (1.0, 1.05), (0.04, 0.09)),

@@ -79,7 +79,7 @@ class LayoutViews:
     """What cameras see of the edges of a box room.
 
     Args:
-        size: The room's extent along x, y and z, in metres, shape ``(3,)``; its lower corner is the origin.
+        size: The room's extent along x, y and z, in meters, shape ``(3,)``; its lower corner is the origin.
         positions: The cameras' positions inside it, shape ``(n, 3)``.
         rotations: Their rotations, as in `Camera`, shape ``(n, 3, 3)``.
     """

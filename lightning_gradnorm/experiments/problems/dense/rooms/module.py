@@ -86,7 +86,7 @@ class RoomsDataModule(InMemoryDataModule):
     ``output_size`` says so, those in ``tasks`` of
 
     - ``segmentation``: NYUv2's classes 0 to 12, ``int64``, ``(batch, h, w)``;
-    - ``depth``: metres along the optical axis, ``float32``, ``(batch, 1, h, w)``;
+    - ``depth``: meters along the optical axis, ``float32``, ``(batch, 1, h, w)``;
     - ``normals``: unit vectors, x right, y up, z towards the camera, ``float32``, ``(batch, 3, h, w)``;
     - ``keypoints``: the 48 room-layout keypoints, each (x, y, visible) in pixels of the output from its upper left edge,
       ``float32``, ``(batch, 48, 3)``; `KeypointLoss` draws the heat maps.

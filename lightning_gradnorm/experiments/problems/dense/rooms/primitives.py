@@ -36,17 +36,17 @@ PATTERNS = ("plain", "checker", "stripes", "noise")
 
 @dataclass(frozen=True)
 class Material:
-    """Two colours and how they alternate over a surface.
+    """Two colors and how they alternate over a surface.
 
     Args:
-        colour: Red, green and blue, linear, each in [0, 1].
-        second: The other colour of the pattern.
+        color: Red, green and blue, linear, each in [0, 1].
+        second: The other color of the pattern.
         pattern: One of `PATTERNS`.
-        scale: Length of one square, stripe or grain, in metres.
-        glow: Light that the surface itself gives off, as a multiple of its colour.
+        scale: Length of one square, stripe or grain, in meters.
+        glow: Light that the surface itself gives off, as a multiple of its color.
     """
 
-    colour: Vector
+    color: Vector
     second: Vector = (0.0, 0.0, 0.0)
     pattern: str = "plain"
     scale: float = 1.0
@@ -57,12 +57,12 @@ class Material:
 class Primitive:
     """A box, or a cylinder that stands upright, turned about the vertical.
 
-    World coordinates are right-handed with ``y`` up, in metres; a room's lower corner is the origin.
+    World coordinates are right-handed with ``y`` up, in meters; a room's lower corner is the origin.
 
     Args:
         label: Name of its class, one of `CLASSES`.
         material: What it is made of.
-        centre: Its middle.
+        center: Its middle.
         half: Half its extent along its own three axes. A cylinder's first and third are its radius.
         yaw: How far its own axes are turned about ``y``, counter-clockwise seen from above, in radians.
         round: Whether it is a cylinder.
@@ -70,7 +70,7 @@ class Primitive:
 
     label: str
     material: Material
-    centre: Vector
+    center: Vector
     half: Vector
     yaw: float = 0.0
     round: bool = False
@@ -79,14 +79,14 @@ class Primitive:
         """Turn about the world's origin by ``yaw``, then shift.
 
         Example:
-            >>> part = Primitive("chair", Material((1, 1, 1)), centre=(1.0, 0.5, 0.0), half=(0.2, 0.5, 0.3))
-            >>> [round(number, 6) for number in part.moved(2.0, 0.0, yaw=math.pi / 2).centre]
+            >>> part = Primitive("chair", Material((1, 1, 1)), center=(1.0, 0.5, 0.0), half=(0.2, 0.5, 0.3))
+            >>> [round(number, 6) for number in part.moved(2.0, 0.0, yaw=math.pi / 2).center]
             [2.0, 0.5, -1.0]
         """
         cos, sin = math.cos(yaw), math.sin(yaw)
-        cx, cy, cz = self.centre
-        centre = (cos * cx + sin * cz + x, cy + y, cos * cz - sin * cx + z)
-        return Primitive(self.label, self.material, centre, self.half, self.yaw + yaw, self.round)
+        cx, cy, cz = self.center
+        center = (cos * cx + sin * cz + x, cy + y, cos * cz - sin * cx + z)
+        return Primitive(self.label, self.material, center, self.half, self.yaw + yaw, self.round)
 
 
 def box(
@@ -98,9 +98,9 @@ def box(
         >>> box("table", Material((1, 1, 1)), x=(0, 2), y=(0, 1), z=(0, 4)).half
         (1.0, 0.5, 2.0)
     """
-    centre: Any = tuple((low + high) / 2 for low, high in (x, y, z))
+    center: Any = tuple((low + high) / 2 for low, high in (x, y, z))
     half: Any = tuple((high - low) / 2 for low, high in (x, y, z))
-    return Primitive(label, material, centre, half)
+    return Primitive(label, material, center, half)
 
 
 def cylinder(label: str, material: Material, x: float, z: float, radius: float, y: tuple[float, float]) -> Primitive:

@@ -22,10 +22,10 @@ class View:
     Args:
         image: Red, green and blue, ``uint8``, ``(3, H, W)``.
         segmentation: Classes 0 to 12, ``uint8``, ``(h, w)``.
-        depth: Distance along the optical axis in metres, ``float32``, ``(1, h, w)``.
+        depth: Distance along the optical axis in meters, ``float32``, ``(1, h, w)``.
         normals: Unit normals in the camera's frame, x right, y up, z towards the camera, ``float32``, ``(3, h, w)``.
         keypoints: For each of the 48 types x and y in pixels of the ``h, w`` grid and 1 if it is in view, otherwise
-            three zeros, ``float32``, ``(48, 3)``. The image is 0 to w wide; pixel centres are at halves.
+            three zeros, ``float32``, ``(48, 3)``. The image is 0 to w wide; pixel centers are at halves.
     """
 
     image: Pixels
@@ -39,7 +39,7 @@ def render(seed: int, scene: int, image_size: Size, output_size: Size | None = N
     """Draw room number ``scene``, take one picture, and read off what is in it.
 
     The result follows from the arguments alone. Room, camera and labels do not depend on ``image_size``: the labels are
-    those of rays through the centres of the output's own pixels, not resized ones.
+    those of rays through the centers of the output's own pixels, not resized ones.
 
     Args:
         seed: Seed of the data set.

@@ -61,12 +61,12 @@ class Scene:
     """A box room and what is in it.
 
     Args:
-        size: Extent along x, y (up) and z, in metres, shape ``(3,)``; the lower corner is the origin.
+        size: Extent along x, y (up) and z, in meters, shape ``(3,)``; the lower corner is the origin.
         surfaces: Materials of the walls at low and high x, of floor and ceiling, of the walls at low and high z.
         primitives: What is in the room.
         light: Position of the lamp, shape ``(3,)``.
-        tint: Colour of its light, shape ``(3,)``.
-        power: What it gives to a surface one metre away that faces it.
+        tint: Color of its light, shape ``(3,)``.
+        power: What it gives to a surface one meter away that faces it.
         ambient: What every surface gets.
     """
 
@@ -143,10 +143,10 @@ def _surfaces(rng: Random) -> tuple[Material, ...]:
     wall = Material(paint, furniture.darker(paint, rng.uniform(0.8, 0.95)), pattern, rng.uniform(0.1, 0.3))
     ceiling = Material(furniture.pick(rng, ((0.88, 0.88, 0.86),), 0.08))
     if rng.uniform() < 0.25:  # tiles
-        ceiling = Material(ceiling.colour, furniture.darker(ceiling.colour, 0.88), "checker", 0.6)
+        ceiling = Material(ceiling.color, furniture.darker(ceiling.color, 0.88), "checker", 0.6)
     kind = rng.integers(3)
     if kind == 0:
-        tile = furniture.pick(rng, furniture.PAINTS + furniture.GREYS)
+        tile = furniture.pick(rng, furniture.PAINTS + furniture.GRAYS)
         ground = Material(tile, furniture.darker(tile, rng.uniform(0.6, 0.9)), "checker", rng.uniform(0.25, 0.5))
     elif kind == 1:
         plank = furniture.pick(rng, furniture.WOODS)

@@ -1,4 +1,4 @@
-"""What colour a pixel has: the surface's pattern, lit by a lamp.
+"""What color a pixel has: the surface's pattern, lit by a lamp.
 
 Only sums, products, quotients, roots and integer arithmetic, which are rounded the same way wherever they are done: no
 pixel depends on how many there are.
@@ -19,12 +19,12 @@ Words = npt.NDArray[np.uint32]
 
 
 def shade(scene: Scene, camera: Camera, faces: Faces, hits: Hits, noise: np.random.Generator) -> Pixels:
-    """Colour an image, ``(3, h, w)``, ``uint8``."""
+    """Color an image, ``(3, h, w)``, ``uint8``."""
     points = hit_points(hits)
     materials = [*scene.surfaces, *(part.material for part in scene.primitives)]
     material = faces.material[hits.face]
     glow = np.array([each.glow for each in materials])[material]
-    linear = _colours(materials, faces, hits, points) * (_lit(scene, camera, hit_normals(faces, hits), points) + glow)
+    linear = _colors(materials, faces, hits, points) * (_lit(scene, camera, hit_normals(faces, hits), points) + glow)
     # A camera's response, as a root; then what a sensor adds.
     response = 255 * np.sqrt(linear) + noise.integers(-5, 6, size=linear.shape)
     pixels: Pixels = np.clip(response, 0, 255).astype(np.uint8)
@@ -41,11 +41,11 @@ def _lit(scene: Scene, camera: Camera, normals: Floats, points: Floats) -> Float
     return lit
 
 
-def _colours(materials: list[Material], faces: Faces, hits: Hits, points: Floats) -> Floats:
-    """Colours of the surfaces under white light, ``(3, h, w)``."""
+def _colors(materials: list[Material], faces: Faces, hits: Hits, points: Floats) -> Floats:
+    """Colors of the surfaces under white light, ``(3, h, w)``."""
     face, material = hits.face, faces.material[hits.face]
     scale = np.array([each.scale for each in materials])[material]
-    u, v = (_along(axis, faces.centre, face, points) / scale for axis in (faces.first, faces.second))
+    u, v = (_along(axis, faces.center, face, points) / scale for axis in (faces.first, faces.second))
     pattern = np.array([PATTERNS.index(each.pattern) for each in materials])[material]
     column, row = np.floor(u), np.floor(v)
     share = np.zeros(face.shape)
@@ -53,19 +53,19 @@ def _colours(materials: list[Material], faces: Faces, hits: Hits, points: Floats
         np.copyto(share, values, where=pattern == PATTERNS.index(name))
     grainy = pattern == PATTERNS.index("noise")
     share[grainy] = _value_noise(u[grainy], v[grainy], material[grainy])
-    # Far away, where a square is smaller than a pixel or two, only the mean of both colours is left.
+    # Far away, where a square is smaller than a pixel or two, only the mean of both colors is left.
     pixel = hits.depth / (FX * hits.depth.shape[1])
     contrast = np.clip(scale / pixel - 0.5, 0.0, 1.0)
     share = np.where(pattern == PATTERNS.index("plain"), 0.0, 0.5 + (share - 0.5) * contrast)
-    one, other = (np.array([getattr(each, name) for each in materials]).T for name in ("colour", "second"))
-    colours: Floats = one[:, material] + share * (other - one)[:, material]
-    return colours
+    one, other = (np.array([getattr(each, name) for each in materials]).T for name in ("color", "second"))
+    colors: Floats = one[:, material] + share * (other - one)[:, material]
+    return colors
 
 
-def _along(axis: Floats, centre: Floats, face: Integers, points: Floats) -> Floats:
-    """Return how far points are from their faces' centres along their faces' axis, ``(h, w)``."""
+def _along(axis: Floats, center: Floats, face: Integers, points: Floats) -> Floats:
+    """Return how far points are from their faces' centers along their faces' axis, ``(h, w)``."""
     x, y, z = (component[face] for component in axis.T)
-    distance: Floats = points[0] * x + points[1] * y + points[2] * z - np.sum(axis * centre, axis=1)[face]
+    distance: Floats = points[0] * x + points[1] * y + points[2] * z - np.sum(axis * center, axis=1)[face]
     return distance
 
 

@@ -13,13 +13,13 @@ from lightning_gradnorm.experiments.problems.dense.rooms.primitives import Boole
 from lightning_gradnorm.experiments.problems.dense.rooms.scene import Scene
 
 CLEARANCE = 0.45
-"""No camera is nearer than this to anything, in metres, so that no depth is below 0.3."""
+"""No camera is nearer than this to anything, in meters, so that no depth is below 0.3."""
 
 AHEAD = 2.0
-"""The end of the room is at least this far ahead, in metres."""
+"""The end of the room is at least this far ahead, in meters."""
 
 LOWEST, HIGHEST = 1.1, 1.8
-"""A camera's height above the floor, in metres."""
+"""A camera's height above the floor, in meters."""
 
 MIN_ANGLES, MAX_ANGLES = (0.0, -0.45, -0.05), (2 * math.pi, 0.2, 0.05)
 """Yaw, pitch and roll, in radians: any direction, more down than up, nearly upright."""
@@ -59,11 +59,11 @@ def draw_camera(rng: Random, scene: Scene, tries: int = 64, rounds: int = 20) ->
 
 
 def _area_in_view(primitives: tuple[Primitive, ...], positions: Floats, turned: Floats) -> Floats:
-    """Add up the largest faces of the primitives whose centres each camera has in its image, ``(n,)``."""
-    centres = np.array([part.centre for part in primitives]).reshape(-1, 3)
+    """Add up the largest faces of the primitives whose centers each camera has in its image, ``(n,)``."""
+    centers = np.array([part.center for part in primitives]).reshape(-1, 3)
     halves = np.array([part.half for part in primitives]).reshape(-1, 3)
     areas = np.sort(halves, axis=1)[:, 1:].prod(axis=1)
-    offsets = centres - positions[:, None]
+    offsets = centers - positions[:, None]
     x, y, z = (np.sum(offsets * turned[:, None, axis], axis=-1) for axis in range(3))
     inside = (z < 0) & (np.abs(FX * x) < -0.5 * z) & (np.abs(FY * y) < -0.5 * z)
     area: Floats = np.sum(inside * areas, axis=1)
@@ -79,10 +79,10 @@ def _distance_ahead(size: Floats, positions: Floats, directions: Floats) -> Floa
 
 def _is_clear(primitives: tuple[Primitive, ...], positions: Floats) -> Booleans:
     """Say which positions, ``(n, 3)``, are at least `CLEARANCE` away from all primitives."""
-    centres = np.array([part.centre for part in primitives]).reshape(-1, 3)
+    centers = np.array([part.center for part in primitives]).reshape(-1, 3)
     halves = np.array([part.half for part in primitives]).reshape(-1, 3)
     cos, sin = (np.array([f(part.yaw) for part in primitives]) for f in (math.cos, math.sin))
-    x, y, z = np.moveaxis(positions[:, None] - centres, -1, 0)
+    x, y, z = np.moveaxis(positions[:, None] - centers, -1, 0)
     own = np.stack([cos * x - sin * z, y, sin * x + cos * z], axis=-1)
     beyond = np.maximum(np.abs(own) - halves, 0.0)
     clear: Booleans = (np.sum(beyond**2, axis=-1) >= CLEARANCE**2).all(axis=1)

@@ -8,7 +8,7 @@ engine's life, `module` the data set.
 from lightning_gradnorm.experiments.problems.engines.cmapss.columns import SENSORS, SUBSETS
 from lightning_gradnorm.experiments.problems.engines.cmapss.files import Engines, read_engines, read_rul
 from lightning_gradnorm.experiments.problems.engines.cmapss.module import CMAPSS
-from lightning_gradnorm.experiments.problems.engines.cmapss.normalization import Standardisation
+from lightning_gradnorm.experiments.problems.engines.cmapss.normalization import Standardization
 from lightning_gradnorm.experiments.problems.engines.cmapss.windows import Windows, health_of
 
 __all__ = [
@@ -16,7 +16,7 @@ __all__ = [
     "SENSORS",
     "SUBSETS",
     "Engines",
-    "Standardisation",
+    "Standardization",
     "Windows",
     "health_of",
     "read_engines",

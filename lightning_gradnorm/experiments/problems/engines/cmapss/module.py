@@ -15,7 +15,7 @@ from lightning_gradnorm.experiments.loading.splits import SplitsDataModule
 from lightning_gradnorm.experiments.problems.engines.cmapss.columns import ALL_SENSORS, SENSORS, SUBSETS
 from lightning_gradnorm.experiments.problems.engines.cmapss.errors import wrong
 from lightning_gradnorm.experiments.problems.engines.cmapss.files import Array, Engines, read_engines, read_rul
-from lightning_gradnorm.experiments.problems.engines.cmapss.normalization import Standardisation
+from lightning_gradnorm.experiments.problems.engines.cmapss.normalization import Standardization
 from lightning_gradnorm.experiments.problems.engines.cmapss.originals import (
     ORIGINALS,
     Original,
@@ -34,7 +34,7 @@ class CMAPSS(SplitsDataModule[Windows]):
     engines run to failure; test engines are cut short, and the RUL file says how long each would have run on.
 
     A batch is ``(windows, targets)``: windows ``float32`` ``(batch, window, features)``, the oldest cycle first; features
-    are the sensors, standardised within their operating condition, and, if there are several conditions, one column for
+    are the sensors, standardized within their operating condition, and, if there are several conditions, one column for
     each that is 1 in the cycles flown in it and 0 in others. The three settings are no inputs: within a condition they are
     noise. Targets:
 
@@ -121,7 +121,7 @@ class CMAPSS(SplitsDataModule[Windows]):
         self.conditions = SUBSETS[subset].conditions if conditions is None else conditions
         self.val_fraction = val_fraction
         self.short_engines = short_engines
-        self.standardisation: Standardisation | None = None
+        self.standardization: Standardization | None = None
         """What was fitted on the training engines, after ``setup``."""
         if val_fraction == 0:
             self._validate_on_nothing()
@@ -142,7 +142,7 @@ class CMAPSS(SplitsDataModule[Windows]):
         return len(self.health_thresholds) + 1
 
     def make_splits(self) -> dict[str, Windows]:
-        """Read the files, hold out the validation engines, and standardise by the others."""
+        """Read the files, hold out the validation engines, and standardize by the others."""
         train_file, test_file, rul_file = (self.root / f"{kind}_{self.subset}.txt" for kind in ("train", "test", "RUL"))
         recorded = read_engines(train_file, f"the training engines of {self.subset}")
         test = read_engines(test_file, f"the test engines of {self.subset}")
@@ -153,7 +153,7 @@ class CMAPSS(SplitsDataModule[Windows]):
         self._check_lengths(test, test_file)
         held = self._held_out(len(recorded.units))
         train, val = recorded.chosen(~held), recorded.chosen(held)
-        self.standardisation = Standardisation.fit(train.settings, self._chosen_sensors(train), self.conditions)
+        self.standardization = Standardization.fit(train.settings, self._chosen_sensors(train), self.conditions)
         self._warn_of_constants(train)
         splits = {
             "train": self._windows(train, np.zeros(len(train.units)), self.cap),
@@ -171,8 +171,8 @@ class CMAPSS(SplitsDataModule[Windows]):
         return engines.sensors[:, [sensor - 1 for sensor in self.sensors]]
 
     def _warn_of_constants(self, train: Engines) -> None:
-        assert self.standardisation is not None
-        constant = [sensor for sensor, moves in zip(self.sensors, self.standardisation.moves, strict=True) if not moves]
+        assert self.standardization is not None
+        constant = [sensor for sensor, moves in zip(self.sensors, self.standardization.moves, strict=True) if not moves]
         if constant:
             rank_zero_warn(
                 f"{type(self).__name__}: each sensor should tell a network something; in the training engines of "
@@ -194,10 +194,10 @@ class CMAPSS(SplitsDataModule[Windows]):
 
     def _windows(self, engines: Engines, left: Array, cap: float, only_last: bool = False) -> Windows:
         """Make windows of engines that would run ``left`` cycles more, shape ``(engines,)``, than they were recorded."""
-        assert self.standardisation is not None
-        cycles = self.standardisation(engines.settings, self._chosen_sensors(engines))
+        assert self.standardization is not None
+        cycles = self.standardization(engines.settings, self._chosen_sensors(engines))
         if self.conditions > 1:
-            flown_in = self.standardisation.conditions_of(engines.settings)
+            flown_in = self.standardization.conditions_of(engines.settings)
             cycles = np.hstack([cycles, np.eye(self.conditions, dtype=np.float32)[flown_in]])
         starts = engines.of_rows(engines.starts)
         ends = engines.of_rows(engines.starts + engines.lengths - 1)

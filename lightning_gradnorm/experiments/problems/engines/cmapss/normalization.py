@@ -11,13 +11,13 @@ from lightning_gradnorm.experiments.problems.engines.cmapss.files import Array, 
 
 
 @dataclass(frozen=True)
-class Standardisation:
+class Standardization:
     """``(x - mean) / std``, with mean and standard deviation of the operating condition that the cycle was flown in.
 
     In FD002 and FD004, nearly all of a sensor's variance is between conditions; what wear does is seen within one only.
 
     Attributes:
-        centres: Settings of the conditions, by altitude, then Mach number, then throttle, shape ``(conditions, 3)``.
+        centers: Settings of the conditions, by altitude, then Mach number, then throttle, shape ``(conditions, 3)``.
         scale: What each setting is divided by before distances are taken, shape ``(3,)``.
         mean: Shape ``(conditions, features)``.
         std: The same shape; 1 for a feature that does not change within a condition.
@@ -25,19 +25,19 @@ class Standardisation:
 
     Example:
         >>> settings = np.array([[0, 0, 100], [0, 0, 100], [0, 0, 100.0]])
-        >>> standardise = Standardisation.fit(settings, np.array([[1.0], [2.0], [3.0]]), conditions=1)
-        >>> standardise(settings[:1], np.array([[2.0]])).tolist()
+        >>> standardize = Standardization.fit(settings, np.array([[1.0], [2.0], [3.0]]), conditions=1)
+        >>> standardize(settings[:1], np.array([[2.0]])).tolist()
         [[0.0]]
     """
 
-    centres: Array
+    centers: Array
     scale: Array
     mean: Array
     std: Array
     moves: npt.NDArray[np.bool_]
 
     @classmethod
-    def fit(cls, settings: Array, features: Array, conditions: int) -> Standardisation:
+    def fit(cls, settings: Array, features: Array, conditions: int) -> Standardization:
         """Find the conditions and take the statistics.
 
         Args:
@@ -53,8 +53,8 @@ class Standardisation:
         scale = np.where(ranges > 0, ranges, 1.0)
         labels = _clusters(settings / scale, conditions)
         groups = [labels == number for number in range(conditions)]
-        centres = np.stack([settings[group].mean(axis=0) for group in groups])
-        order = np.lexsort(centres.T[::-1])
+        centers = np.stack([settings[group].mean(axis=0) for group in groups])
+        order = np.lexsort(centers.T[::-1])
         means, stds = [], []
         moves = np.zeros(features.shape[1], dtype=bool)
         for number in order:
@@ -64,16 +64,16 @@ class Standardisation:
             # The rounding errors of a constant's mean must not be blown up to standard deviation 1.
             stds.append(np.where(changes, own.std(axis=0), 1.0))
             moves |= changes
-        return cls(centres[order], scale, np.stack(means), np.stack(stds), moves)
+        return cls(centers[order], scale, np.stack(means), np.stack(stds), moves)
 
     def conditions_of(self, settings: Array) -> Integers:
         """Return the number of the nearest condition of each cycle: ``(cycles, 3)`` to ``(cycles,)``."""
-        differences = (settings[:, None] - self.centres) / self.scale
+        differences = (settings[:, None] - self.centers) / self.scale
         nearest: Integers = (differences**2).sum(axis=2).argmin(axis=1)
         return nearest
 
     def __call__(self, settings: Array, features: Array) -> npt.NDArray[np.float32]:
-        """Standardise ``features``, shape ``(cycles, features)``, flown at ``settings``, shape ``(cycles, 3)``."""
+        """Standardize ``features``, shape ``(cycles, features)``, flown at ``settings``, shape ``(cycles, 3)``."""
         condition = self.conditions_of(settings)
         return ((features - self.mean[condition]) / self.std[condition]).astype(np.float32)
 

@@ -19,7 +19,7 @@ def test_first_predictions_are_of_order_one_whatever_is_predicted(head: type[Den
     assert 0.3 < predictions.square().mean().sqrt() < 1.5
 
 
-def test_the_first_depths_of_segnet_are_metres_off_not_tens_of_metres() -> None:
+def test_the_first_depths_of_segnet_are_meters_off_not_tens_of_meters() -> None:
     torch.manual_seed(0)
     trunk = SegNet(width=0.25)
     depths = ConvHead(trunk.out_channels, 1)(trunk(torch.rand(4, 3, 64, 64)))

@@ -342,7 +342,7 @@ def test_argument_out_of_range_is_refused(trunk: Callable[..., Any], wrong: dict
     [
         case("no batch", SegNet, torch.rand(3, 64, 64), r"SegNet: images should be .*\(batch, 3, height, width\); got"),
         case(
-            "grey images", FCNResNet50, torch.rand(1, 1, 64, 64), r"FCNResNet50: images should .*got .*\(1, 1, 64, 64"
+            "gray images", FCNResNet50, torch.rand(1, 1, 64, 64), r"FCNResNet50: images should .*got .*\(1, 1, 64, 64"
         ),
         case("bytes", DilatedResNet50, torch.zeros(1, 3, 64, 64, dtype=torch.uint8), r"DilatedResNet50: .*torch.uint8"),
         case("nothing would be left", SegNet, torch.rand(1, 3, 31, 64), r"SegNet: .* 32 or more.*; got 31 × 64"),

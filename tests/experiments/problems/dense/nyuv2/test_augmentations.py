@@ -68,7 +68,7 @@ def test_flipping_turns_left_corners_into_right_ones() -> None:
 
 
 def test_keypoints_stay_at_their_pixels() -> None:
-    """A marked pixel and the keypoint at its centre are still at the same place."""
+    """A marked pixel and the keypoint at its center are still at the same place."""
     before = sample()
     labels = np.zeros(SIZE, dtype=np.int64)
     labels[20, 10] = 1

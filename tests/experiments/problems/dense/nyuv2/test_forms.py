@@ -165,7 +165,7 @@ def test_the_official_forms_normals_are_derived_from_its_depth(roots: dict[str, 
     source = find_source(roots["official"])
     frame = source.read("train", 0)
     assert isinstance(frame.normals, Intrinsics)
-    # fx=518.86, fy=519.47, cx=325.58, cy=253.74 at 640 x 480, where the toolbox counts pixels from one at their centres.
+    # fx=518.86, fy=519.47, cx=325.58, cy=253.74 at 640 x 480, where the toolbox counts pixels from one at their centers.
     tenth = [frame.normals.fx, frame.normals.fy, frame.normals.cx, frame.normals.cy]
     assert tenth == pytest.approx([51.886, 51.947, 32.508, 25.324], abs=1e-3)
     _, targets = _batches(roots["official"], "test")[0]
@@ -174,7 +174,7 @@ def test_the_official_forms_normals_are_derived_from_its_depth(roots: dict[str, 
         assert np.abs(normals.numpy() - derived).max() < 1e-4
         both = (derived != 0).any(axis=0) & (frame.normals != 0).any(axis=0)
         angles = np.degrees(np.arccos(np.clip((derived * frame.normals).sum(axis=0)[both], -1, 1)))
-        # Away from the edges between two surfaces, and where a hole leaves too few neighbours, they are the room's own.
+        # Away from the edges between two surfaces, and where a hole leaves too few neighbors, they are the room's own.
         assert both.mean() > 0.85
         assert np.median(angles) < 0.05
         assert (angles < 1).mean() > 0.8

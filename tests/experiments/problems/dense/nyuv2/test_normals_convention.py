@@ -87,7 +87,7 @@ def test_the_scale_of_the_depth_does_not_matter(scale: float, views: list[Frame]
 
 @pytest.mark.parametrize("share", [0.5, 0.75])
 def test_a_part_of_the_image_serves_as_well(share: float, views: list[Frame]) -> None:
-    """A crop, whose focal length and centre are not what they are taken for."""
+    """A crop, whose focal length and center are not what they are taken for."""
 
     def crop(array: np.ndarray) -> np.ndarray:
         return array[..., : int(120 * share), : int(160 * share)]
@@ -286,14 +286,14 @@ def test_nan_is_unknown_and_spoils_no_other_pixel() -> None:
         assert np.array_equal(as_normals(given, "a file"), np.where(holes, 0, normals))
 
 
-@pytest.mark.parametrize("centre", [127, 128])
-def test_pictures_of_8_bits_keep_what_is_known(centre: int) -> None:
+@pytest.mark.parametrize("center", [127, 128])
+def test_pictures_of_8_bits_keep_what_is_known(center: int) -> None:
     """Unit vectors in all directions, as (n + 1) / 2 in 8 bits, unknown ones in the middle: 127 or 128."""
     draw = np.random.default_rng(1)
     normals = draw.normal(size=(3, 200, 200))
     normals /= np.linalg.norm(normals, axis=0)
     unknown = draw.uniform(size=(200, 200)) < 0.22
-    picture = np.where(unknown, centre, np.round((normals + 1) / 2 * 255)).astype(np.uint8)
+    picture = np.where(unknown, center, np.round((normals + 1) / 2 * 255)).astype(np.uint8)
     read = as_normals(picture / 127.5 - 1, "a file")
     assert np.array_equal((read == 0).all(axis=0), unknown)
     assert np.linalg.norm(read - normals, axis=0)[~unknown].max() < 0.01

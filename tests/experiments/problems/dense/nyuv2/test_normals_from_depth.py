@@ -81,7 +81,7 @@ def test_a_spheres_error_is_its_curvature_and_falls_with_the_square_of_the_windo
 
 
 def test_nothing_is_averaged_over_a_step() -> None:
-    """A slanted board half a metre before a slanted wall: each keeps its own normal up to the very edge."""
+    """A slanted board half a meter before a slanted wall: each keeps its own normal up to the very edge."""
     board, wall = (np.array(n) / np.linalg.norm(n) for n in ((0.4, 0.0, 1.0), (-0.4, 0.2, 1.0)))
     is_board = np.zeros(SIZE, dtype=bool)
     is_board[15:45, 20:55] = True
@@ -104,7 +104,7 @@ def test_unknown_depth_is_an_unknown_normal_and_spoils_no_other() -> None:
     assert degrees(normals, np.broadcast_to(wanted[:, None, None], normals.shape))[known].max() < 1e-3
 
 
-def test_a_pixel_whose_neighbours_are_in_a_line_has_no_normal() -> None:
+def test_a_pixel_whose_neighbors_are_in_a_line_has_no_normal() -> None:
     depth = np.zeros((5, 5))
     depth[2] = 1.0
     assert (normals_from_depth(depth, Intrinsics(5, 5, 2.5, 2.5)) == 0).all()
@@ -120,7 +120,7 @@ def test_wanted_pixels_alone_are_those_of_the_whole() -> None:
 
 
 def test_the_sensors_steps_do_not_bend_a_surface() -> None:
-    """A wall 6 m away, slanted by 37 degrees, in the sensor's steps of 2.85 mm per squared metre: 10 cm there."""
+    """A wall 6 m away, slanted by 37 degrees, in the sensor's steps of 2.85 mm per squared meter: 10 cm there."""
     wanted = np.array([0.6, 0.0, 0.8])
     camera = Intrinsics(KINECT.fx, KINECT.fy, 60, 20)
     x, _ = camera.rays(np.arange(40)[:, None], np.arange(120))

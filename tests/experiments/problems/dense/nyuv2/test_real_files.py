@@ -32,7 +32,7 @@ def picture(*parts: str) -> np.ndarray:
 
 
 def depth_of(number: int) -> np.ndarray:
-    """Metres; the steps of 0.2 mm are inferred from the range."""
+    """Meters; the steps of 0.2 mm are inferred from the range."""
     return picture(f"depth_gt_{number:06}.png") / 5000.0
 
 
@@ -130,7 +130,7 @@ def test_all_published_label_images_have_the_13_classes_and_none(published: Publ
 
 
 @pytest.mark.parametrize("number", FRAMES)
-def test_the_depth_of_the_frames_is_in_metres(number: int) -> None:
+def test_the_depth_of_the_frames_is_in_meters(number: int) -> None:
     depth = as_depth(depth_of(number), "the picture")
     assert 0.6 < (depth > 0).mean() < 1
     assert 1 < depth[depth > 0].min() < depth.max() < 6

@@ -46,7 +46,7 @@ def test_white_stays_white_and_black_black_at_every_size() -> None:
 
 
 @pytest.mark.parametrize(("size", "to"), [(480, 80), (288, 80), (6, 6), (5, 7), (7, 5), (3, 1), (1, 4)])
-def test_the_nearest_pixel_lies_under_the_centre(size: int, to: int) -> None:
+def test_the_nearest_pixel_lies_under_the_center(size: int, to: int) -> None:
     assert nearest(size, to).tolist() == [int(Fraction(2 * i + 1, 2) * Fraction(size, to)) for i in range(to)]
 
 

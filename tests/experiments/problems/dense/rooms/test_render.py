@@ -58,16 +58,16 @@ def test_depth_normals_and_classes_are_those_of_single_rays_in_many_rooms() -> N
 
 
 def one_box(part: Primitive) -> tuple[Scene, Camera]:
-    grey = Material((0.5, 0.5, 0.5))
+    gray = Material((0.5, 0.5, 0.5))
     scene = Scene(
-        np.array([6.0, 4.0, 8.0]), (grey,) * 6, (part,), np.array([3.0, 3.5, 4.0]), np.ones(3), power=1.0, ambient=0.2
+        np.array([6.0, 4.0, 8.0]), (gray,) * 6, (part,), np.array([3.0, 3.5, 4.0]), np.ones(3), power=1.0, ambient=0.2
     )
     return scene, Camera(np.array([3.0, 2.0, 6.0]), rotations(*np.zeros((3, 1)))[0])
 
 
 def test_a_wall_and_a_box_that_face_the_camera_have_one_depth_each_and_face_it() -> None:
     """Depth is along the optical axis: not longer at the image's edge."""
-    box = Primitive("tv", Material((1, 1, 1)), centre=(3.0, 2.0, 3.5), half=(0.5, 0.25, 0.5))
+    box = Primitive("tv", Material((1, 1, 1)), center=(3.0, 2.0, 3.5), half=(0.5, 0.25, 0.5))
     scene, camera = one_box(box)
     faces = faces_of(scene, camera)
     hits = cast(faces, 48, 64)
@@ -76,7 +76,7 @@ def test_a_wall_and_a_box_that_face_the_camera_have_one_depth_each_and_face_it()
     assert np.allclose(depth[front], 2.0, rtol=0, atol=1e-12)
     wall = (labels == CLASSES.index("wall")) & np.isclose(depth, 6.0, rtol=0, atol=1e-9)
     assert np.allclose(faces.normal[hits.face[front | wall]], [0, 0, 1], rtol=0, atol=1e-12)
-    # One metre wide and half a metre high at two metres.
+    # One meter wide and half a meter high at two meters.
     assert front.sum() == pytest.approx((518.86 / 640 * 64 / 2) * (519.47 / 480 * 48 / 4), rel=0.1)
     assert front.any(axis=0).sum() == pytest.approx(518.86 / 640 * 64 / 2, abs=1)
 
@@ -84,15 +84,15 @@ def test_a_wall_and_a_box_that_face_the_camera_have_one_depth_each_and_face_it()
 @pytest.mark.parametrize("round", [False, True], ids=["box", "cylinder"])
 @pytest.mark.parametrize("beyond", [(0.0, 0.0, 4.0), (-8.0, 0.0, 0.0)], ids=["behind", "beside"])
 def test_what_is_not_in_front_of_the_camera_is_not_in_the_image(round: bool, beyond: tuple[float, ...]) -> None:
-    centre = tuple(place + shift for place, shift in zip((3.0, 2.0, 3.5), beyond, strict=True))
-    scene, camera = one_box(Primitive("tv", Material((1, 1, 1)), centre, half=(0.4, 0.25, 0.4), round=round))
+    center = tuple(place + shift for place, shift in zip((3.0, 2.0, 3.5), beyond, strict=True))
+    scene, camera = one_box(Primitive("tv", Material((1, 1, 1)), center, half=(0.4, 0.25, 0.4), round=round))
     faces = faces_of(scene, camera)
     assert CLASSES.index("tv") not in faces.label[cast(faces, 24, 32).face]
 
 
 @pytest.mark.parametrize("round", [False, True], ids=["box", "cylinder"])
 def test_what_reaches_from_behind_the_camera_into_the_image_is_seen(round: bool) -> None:
-    shelf = Primitive("table", Material((1, 1, 1)), centre=(3.0, 1.0, 6.0), half=(2.0, 0.5, 2.0), round=round)
+    shelf = Primitive("table", Material((1, 1, 1)), center=(3.0, 1.0, 6.0), half=(2.0, 0.5, 2.0), round=round)
     scene, camera = one_box(shelf)
     hits = cast(faces_of(scene, camera), 24, 32)
     for row, column in itertools.product(range(24), range(32)):
@@ -165,7 +165,7 @@ def test_no_camera_is_in_or_at_anything_and_everything_is_in_the_room() -> None:
         for name, place, extent in (("x", px, scene.size[0]), ("z", pz, scene.size[2])):
             assert CLEARANCE <= place <= extent - CLEARANCE, name
         for part in scene.primitives:
-            cx, cy, cz = part.centre
+            cx, cy, cz = part.center
             cos, sin = math.cos(part.yaw), math.sin(part.yaw)
             dx, dz = px - cx, pz - cz
             own = (cos * dx - sin * dz, py - cy, sin * dx + cos * dz)
@@ -173,13 +173,13 @@ def test_no_camera_is_in_or_at_anything_and_everything_is_in_the_room() -> None:
             assert distance >= CLEARANCE - 1e-9, (number, part)
             reach_x = abs(cos) * part.half[0] + abs(sin) * part.half[2]
             reach_z = abs(sin) * part.half[0] + abs(cos) * part.half[2]
-            for centre, reach, extent in zip((cx, cy, cz), (reach_x, part.half[1], reach_z), scene.size, strict=True):
-                assert centre - reach >= -1e-9, (number, part)
-                assert centre + reach <= extent + 1e-9, (number, part)
+            for center, reach, extent in zip((cx, cy, cz), (reach_x, part.half[1], reach_z), scene.size, strict=True):
+                assert center - reach >= -1e-9, (number, part)
+                assert center + reach <= extent + 1e-9, (number, part)
 
 
 def test_a_room_without_a_place_to_stand_is_not_searched_for_ever() -> None:
-    full = Primitive("furniture", Material((1, 1, 1)), centre=(3.0, 2.0, 4.0), half=(2.9, 1.9, 3.9))
+    full = Primitive("furniture", Material((1, 1, 1)), center=(3.0, 2.0, 4.0), half=(2.9, 1.9, 3.9))
     scene, _ = one_box(full)
     assert draw_camera(np.random.default_rng(0), scene) is None
 
@@ -201,14 +201,14 @@ def test_another_process_gives_the_same_bytes() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["plain", "checker", "stripes"])
-def test_colours_are_lamberts_law_on_the_pattern(pattern: str) -> None:
+def test_colors_are_lamberts_law_on_the_pattern(pattern: str) -> None:
     material = Material((0.5, 0.3, 0.2), (0.1, 0.2, 0.4), pattern, scale=0.7)
     scene, camera = one_box(Primitive("tv", Material((1, 1, 1)), (0.5, 0.5, 7.5), (0.1, 0.1, 0.1)))
     light, size = [2.0, 3.0, 3.0], scene.size
     scene = Scene(size, (material,) * 6, scene.primitives, np.array(light), np.array([1.0, 0.9, 0.8]), 1.5, 0.25)
     faces = faces_of(scene, camera)
     image = shade(scene, camera, faces, cast(faces, 24, 32), np.random.default_rng(0))
-    colours = set()
+    colors = set()
     for row, column in itertools.product(range(24), range(32)):
         direction = ray(camera, column + 0.5, row + 0.5, 32, 24)
         hit = trace(scene, camera, direction)
@@ -223,11 +223,11 @@ def test_colours_are_lamberts_law_on_the_pattern(pattern: str) -> None:
         u, v = ((point - size / 2)[along] / 0.7 for along in (first, second))
         near_edge = min(abs(u - round(u)), abs(v - round(v))) < 1e-9
         odd = {"plain": 0, "checker": math.floor(u) + math.floor(v), "stripes": math.floor(u)}[pattern] % 2
-        linear = np.array(material.second if odd else material.colour) * (0.25 + lamp * np.array([1.0, 0.9, 0.8]))
+        linear = np.array(material.second if odd else material.color) * (0.25 + lamp * np.array([1.0, 0.9, 0.8]))
         expected = np.clip(255 * np.sqrt(linear), 0, 255)
-        colours.add(odd)
+        colors.add(odd)
         assert near_edge or np.abs(image[:, row, column] - expected).max() <= 6, (row, column)
-    assert colours == ({0} if pattern == "plain" else {0, 1})
+    assert colors == ({0} if pattern == "plain" else {0, 1})
 
 
 # Keypoints. The walls are named as they stand in the image, from left to right, which no keypoint has a part in.

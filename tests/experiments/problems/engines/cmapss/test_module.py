@@ -15,7 +15,7 @@ from engine_files import lines, place, row, write_engines
 from torch import Tensor, nn
 
 from lightning_gradnorm import GradNorm, MultiTaskModule, Task
-from lightning_gradnorm.experiments.problems.engines.cmapss import CMAPSS, SUBSETS, Standardisation, Windows, health_of
+from lightning_gradnorm.experiments.problems.engines.cmapss import CMAPSS, SUBSETS, Standardization, Windows, health_of
 
 # Our files are not NASA's, and in them more sensors are constant.
 pytestmark = [
@@ -49,7 +49,7 @@ def units(windows: Windows) -> set[int]:
 def window_by_hand(
     unit: int, last: int, data: CMAPSS, fitted_on: Iterable[int], lengths: tuple[int, ...], conditions: int = 1
 ) -> np.ndarray:
-    """The window of `unit` that ends with its cycle `last`, standardised by cycles of the engines `fitted_on`."""
+    """The window of `unit` that ends with its cycle `last`, standardized by cycles of the engines `fitted_on`."""
     columns = [4 + number for number in data.sensors]
 
     def condition(one: int, cycle: int) -> int:
@@ -154,13 +154,13 @@ def test_another_seed_holds_out_others(root: Path) -> None:
     assert units(engines(root, seed=3).val_data) == units(engines(root, seed=3).val_data)
 
 
-def fitted(data: CMAPSS) -> Standardisation:
-    assert data.standardisation is not None
-    return data.standardisation
+def fitted(data: CMAPSS) -> Standardization:
+    assert data.standardization is not None
+    return data.standardization
 
 
-def same(one: Standardisation, other: Standardisation) -> bool:
-    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("centres", "scale", "mean", "std"))
+def same(one: Standardization, other: Standardization) -> bool:
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("centers", "scale", "mean", "std"))
 
 
 @pytest.mark.parametrize(("subset", "conditions"), [("FD001", 1), ("FD002", 6)])

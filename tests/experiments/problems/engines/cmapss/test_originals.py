@@ -134,7 +134,7 @@ def test_nasas_own_files_are_known(subset: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("subset", [*SUBSETS])
-def test_nasas_own_engines_are_in_one_split_each_and_standardised_by_training_engines(subset: str) -> None:
+def test_nasas_own_engines_are_in_one_split_each_and_standardized_by_training_engines(subset: str) -> None:
     root = real_data("cmapss", f"train_{subset}.txt").parent
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_gradnorm.experiments.problems.engines.cmapss import SUBSETS, Standardisation, read_engines, read_rul
+from lightning_gradnorm.experiments.problems.engines.cmapss import SUBSETS, Standardization, read_engines, read_rul
 from lightning_gradnorm.experiments.problems.engines.turbofan import cut_short, simulate, write_turbofan
 from lightning_gradnorm.experiments.problems.engines.turbofan.engine import (
     BUILT,
@@ -151,7 +151,7 @@ def test_engines_fly_in_the_conditions_of_their_subset(subset: str) -> None:
     shares = np.bincount(nearest, minlength=len(places)) / len(nearest)
     expected = [1] if len(places) == 1 else [0.15] * 5 + [0.25]
     assert np.abs(shares - expected).max() < 0.02
-    found = Standardisation.fit(flights.engines.settings, flights.engines.sensors, len(places))
+    found = Standardization.fit(flights.engines.settings, flights.engines.sensors, len(places))
     assert np.array_equal(found.conditions_of(flights.engines.settings), flights.conditions)
 
 

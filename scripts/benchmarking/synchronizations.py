@@ -75,4 +75,4 @@ def measure(plan: Plan) -> None:
             rows.append([kind, str(tasks), name, *cells])
             print(table_line(rows[-1]), flush=True)
     parts = [table(["model", "T", "way", *KINDS.values()], rows, texts=3), *failures.sentences()]
-    plan.write("Synchronisations of a training step", DESCRIBED, parts)
+    plan.write("Synchronizations of a training step", DESCRIBED, parts)
