@@ -288,7 +288,7 @@ class MadeOnce:
 
 
 @pytest.mark.parametrize(("make", "why"), [(MadeOnce, "there is only one"), (Secretive, "cannot be saved")])
-def test_what_cannot_be_taken_over_is_said_and_the_network_kept(
+def test_what_cannot_be_taken_over_is_reported_and_the_network_kept(
     make: Any, why: str, fork: Callable[..., L.Trainer]
 ) -> None:
     looks, model = monitor(), Automatic(T)

@@ -205,7 +205,7 @@ def test_an_error_in_training_leaves_the_logger_as_it_was(train: Train) -> None:
     assert "log_metrics" not in vars(seen[0].logger)
 
 
-def test_what_is_one_tasks_is_told_from_what_is_not() -> None:
+def test_names_of_one_task_are_distinguished_from_all_others() -> None:
     of_task = {
         "gradnorm/weight/a": ("gradnorm/weight", "a"),
         "balancing/grad_norm/a/b": ("balancing/grad_norm", "a/b"),

@@ -158,7 +158,7 @@ class Validated(Automatic):
     ],
     ids=str,
 )
-def test_dwa_hears_of_the_end_of_each_epoch_of_training_and_of_no_other(
+def test_dwa_is_notified_of_the_end_of_each_training_epoch_and_of_no_other(
     options: dict[str, Any], quiet_trainer: MakeTrainer
 ) -> None:
     epochs, size = 5, {3: 3, 0.5: 3}.get(options.get("limit_train_batches"), 6)

@@ -182,7 +182,7 @@ def test_a_layer_that_is_frozen_after_norms_were_taken_is_an_error(how: str, qui
 
 
 @pytest.mark.parametrize("stage", ["before", "after"])
-def test_a_layer_may_be_frozen_where_stop_after_says_so(stage: str, quiet_trainer: MakeTrainer) -> None:
+def test_a_layer_may_be_frozen_once_stop_after_has_passed(stage: str, quiet_trainer: MakeTrainer) -> None:
     model = Frozen(3)
     model.backbone.requires_grad_(True)
     gradnorm = GradNorm(TASKS, shared_layer="backbone.2", stop_after=2 if stage == "after" else 3)

@@ -153,7 +153,7 @@ def warned_of(trainer: Any, batches: list[Batch], epochs: int = 1, **options: An
     return [str(one.message) for one in caught if "GradNorm" in str(one.message)]
 
 
-def test_an_epoch_without_two_tasks_at_a_time_is_told_once_with_what_helps(quiet_trainer: Any) -> None:
+def test_an_epoch_without_two_tasks_in_a_step_warns_once_and_suggests_a_fix(quiet_trainer: Any) -> None:
     (told,) = warned_of(quiet_trainer, in_turn(9), epochs=3)
     assert told.startswith("GradNorm: in none of the last 9 weight updates were two tasks present")
     for remedy in ("max_size_cycle", "accumulate_grad_batches", "absent_tasks='last_seen'"):
@@ -168,7 +168,7 @@ def test_an_epoch_in_which_something_is_balanced_is_not_told_of(options: Any, qu
 
 
 @pytest.mark.parametrize("absent_tasks", ["leave_out", "last_seen"])
-def test_tasks_that_are_never_measured_are_told_of(absent_tasks: str, quiet_trainer: Any) -> None:
+def test_tasks_that_are_never_measured_are_reported(absent_tasks: str, quiet_trainer: Any) -> None:
     """Of three tasks in turn, every third step always has the same."""
     (told,) = warned_of(quiet_trainer, in_turn(9), epochs=2, absent_tasks=absent_tasks, update_every=3)
     assert told.startswith("GradNorm: in none of the last 3 weight updates")

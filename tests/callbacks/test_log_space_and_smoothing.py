@@ -97,7 +97,7 @@ def numbers(count: int) -> list[tuple[Tensor, Tensor]]:
 
 
 @each_option
-def test_a_resumed_rule_goes_on_bit_by_bit(options: dict[str, Any]) -> None:
+def test_a_resumed_rule_continues_bit_for_bit(options: dict[str, Any]) -> None:
     whole, first, second = (rule(**options) for _ in range(3))
     for index, (norms, losses) in enumerate(numbers(20)):
         whole.step(norms, losses)

@@ -169,7 +169,7 @@ def test_a_multi_task_module_without_a_strategy_weighs_all_tasks_equally(
     check(compare, Automatic(3), batches, accumulate)
 
 
-def test_a_group_of_batches_cut_short_by_the_epochs_end_is_averaged_over_what_there_is(
+def test_an_accumulation_window_cut_short_by_the_epochs_end_is_averaged_over_its_batches(
     quiet_trainer: MakeTrainer,
 ) -> None:
     batches = vector_batches(3, 5)

@@ -197,7 +197,7 @@ def test_heads_may_be_trained_first_while_the_encoder_is_toggled_off(heads: Any,
 
 
 @pytest.mark.parametrize("heads", ["auto", "named", None])
-def test_losses_watched_while_the_encoder_is_toggled_off_are_told_of(heads: Any, quiet_trainer: MakeTrainer) -> None:
+def test_losses_watched_while_the_encoder_is_toggled_off_are_reported(heads: Any, quiet_trainer: MakeTrainer) -> None:
     with pytest.raises(UserWarning, match=r"'encoder.2' is frozen .* Nothing is balanced until it is trained"):
         fit(quiet_trainer, Situation(lambda: Toggles(watches_heads=True), []), gradnorm(heads))
 

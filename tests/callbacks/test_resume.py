@@ -121,7 +121,7 @@ def test_a_reordered_list_of_tasks_is_matched_by_name(quiet_trainer: MakeTrainer
         torch.testing.assert_close(value, network[name], rtol=0, atol=1e-12)
 
 
-def test_a_second_fit_of_the_same_trainer_goes_on_from_the_weights_of_the_first(quiet_trainer: MakeTrainer) -> None:
+def test_a_second_fit_of_the_same_trainer_continues_from_the_weights_of_the_first(quiet_trainer: MakeTrainer) -> None:
     _, _, whole = run(quiet_trainer, "automatic", 1, {}, None, None)
     model, gradnorm, batches = make("automatic", 1, {})
     trainer = quiet_trainer(callbacks=[gradnorm])

@@ -144,7 +144,7 @@ NOTHING = [
 
 
 @pytest.mark.parametrize(("model", "options", "expected"), NOTHING)
-def test_a_model_in_which_there_is_nothing_to_find_is_told_why(
+def test_the_error_explains_why_nothing_was_found_in_a_model(
     model: Any, options: dict[str, Any], expected: list[str], quiet_trainer: MakeTrainer
 ) -> None:
     fails(quiet_trainer, model(3), GradNorm(**{"tasks": TASKS, **options}), "GradNorm: ", *expected)

@@ -320,7 +320,7 @@ MODELS = [
 
 @pytest.mark.parametrize("heads", [False, True], ids=["no-heads", "heads"])
 @pytest.mark.parametrize(("model", "options", "expected"), MODELS)
-def test_a_model_that_cannot_be_balanced_is_told_why(
+def test_the_error_explains_why_a_model_cannot_be_balanced(
     model: Any, options: dict[str, Any], expected: list[str], heads: bool, quiet_trainer: MakeTrainer
 ) -> None:
     fails(quiet_trainer, model(3), GradNorm(TASKS, heads=HEADS if heads else None, **options), "GradNorm", *expected)

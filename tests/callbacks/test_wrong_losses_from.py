@@ -123,7 +123,7 @@ def test_a_place_that_is_not_there_is_named(path: str, expected: list[str], quie
     fails(quiet_trainer, Hidden(), GradNorm(TASKS, losses_from=path), f"GradNorm: losses_from '{path}'", *expected)
 
 
-def test_the_keys_that_are_told_are_the_users_own(quiet_trainer: MakeTrainer) -> None:
+def test_the_error_only_lists_the_users_own_keys(quiet_trainer: MakeTrainer) -> None:
     with pytest.raises(ValueError, match="has no 'xyz'; it has") as raised:
         quiet_trainer(callbacks=[GradNorm(TASKS, losses_from="xyz")]).fit(Hidden(), vector_batches(3, 1))
     assert "training'," not in str(raised.value)

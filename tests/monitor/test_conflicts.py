@@ -81,7 +81,7 @@ def test_some_conflict_in_some_steps() -> None:
     assert any(0 < share < 1 for share in of_all)
 
 
-def test_they_go_on_after_a_resume(tmp_path: Path, quiet_trainer: Any) -> None:
+def test_they_continue_after_a_resume(tmp_path: Path, quiet_trainer: Any) -> None:
     batches = HeatEquation.batches(STEPS)
     whole, half, rest = (GradientNormMonitor(list(HeatEquation.tasks), every_n_steps=1) for _ in range(3))
     quiet_trainer(callbacks=[whole]).fit(HeatEquation(), Batches(batches))

@@ -87,7 +87,7 @@ def test_torch_functions_that_reach_out_are_refused() -> None:
         unpack(pack({"loss": partial(torch.hub.load, "somewhere")}))
 
 
-def test_what_cannot_be_pickled_is_said_when_it_is_asked_for() -> None:
+def test_what_cannot_be_pickled_is_an_error_once_it_is_needed() -> None:
     packed = pack({"loss": lambda prediction, target: prediction - target})
     assert isinstance(packed, str)
     with pytest.raises(ValueError, match="could not be pickled"):

@@ -296,7 +296,7 @@ CALLBACKS = [
 
 
 @pytest.mark.parametrize(("make", "expected"), CALLBACKS)
-def test_a_callback_that_does_not_fit_the_module_is_told_the_name(
+def test_the_error_for_a_callback_that_does_not_fit_the_module_gives_the_name(
     make: Any, expected: list[str], quiet_trainer: MakeTrainer
 ) -> None:
     callback = make()

@@ -163,7 +163,7 @@ def test_a_package_balances_in_the_steps_that_are_timed(
     assert (weights - 1).abs().max() > 1e-4
 
 
-def test_what_fails_with_others_is_said_and_what_fails_with_ours_is_raised(
+def test_failures_of_others_are_reported_and_failures_of_ours_are_raised(
     call: Call, ways: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: Any) -> None:
@@ -285,7 +285,7 @@ def test_events_are_counted_by_step(plan: Any, monkeypatch: pytest.MonkeyPatch) 
     assert [row["linear layers"] for row in rows] == ["6.00", "6.00"]  # four of the trunk, two heads
 
 
-def test_what_makes_the_host_wait_is_told_by_its_name(script: ModuleType) -> None:
+def test_calls_that_make_the_host_wait_are_reported_by_name(script: ModuleType) -> None:
     from benchmarking.synchronizations import counted
 
     names = ["cudaLaunchKernel", "cudaStreamSynchronize", "Memcpy DtoH (Device -> Pinned)", "Memcpy HtoD", "aten::item"]

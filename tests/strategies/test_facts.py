@@ -68,7 +68,7 @@ class Averages(Takes):
     averages_over_steps = True
 
 
-def test_a_users_scalarizer_is_called_at_epochs_and_after_steps_if_its_class_says_so() -> None:
+def test_a_users_scalarizer_is_called_at_epochs_and_after_steps_if_its_class_requests_it() -> None:
     counts = Counts()
     rule = ScalarizationRule(TASKS, counts)
     for epoch in (0, 0, 1, 2):

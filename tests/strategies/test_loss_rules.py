@@ -57,7 +57,7 @@ def test_200_steps_follow_the_published_equations(name: str, absence: float) -> 
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_state_that_went_through_a_file_goes_on_bit_for_bit(name: str) -> None:
+def test_a_state_that_went_through_a_file_continues_bit_for_bit(name: str) -> None:
     rule = rule_of(name)
     for step in range(31):
         rule.weigh(losses_of(step))
@@ -107,7 +107,7 @@ def test_a_loss_that_is_not_finite_shows_in_the_total_and_is_forgotten(name: str
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_what_is_remembered_is_not_changed_by_what_becomes_of_the_losses(name: str) -> None:
+def test_later_changes_to_the_losses_do_not_change_the_state(name: str) -> None:
     one, other = (RULES[name].make().double() for _ in range(2))
     with torch.random.fork_rng():
         for scalarizer in (one, other):

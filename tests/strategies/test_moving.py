@@ -90,7 +90,7 @@ def test_every_value_of_the_state_is_the_same_in_double_precision(name: str) -> 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_moved_rule_goes_on_where_it_was(name: str) -> None:
+def test_a_moved_rule_continues_where_it_was(name: str) -> None:
     stays, moved, fresh = rule_of(name), rule_of(name), rule_of(name, torch.float64)
     if any(draws(one) and not has_memory(one) for one in modules_of(stays)):
         pytest.skip("other numbers are drawn in another precision")

@@ -79,7 +79,7 @@ OPTIONS: dict[str, tuple[Any, Any, str]] = {
 
 @pytest.mark.parametrize("resume_options", ["checkpoint", "given"])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_an_option_of_the_optimizer_that_differs_is_told_of_and_one_of_the_two_is_in_force(
+def test_a_different_optimizer_option_is_reported_and_one_of_the_two_is_used(
     option: str, resume_options: Any
 ) -> None:
     old, new, told = OPTIONS[option]
@@ -104,7 +104,7 @@ def test_an_option_of_the_optimizer_that_differs_is_told_of_and_one_of_the_two_i
     )
 
 
-def test_momentum_is_told_of_and_without_any_in_the_checkpoint_there_is_none_to_keep() -> None:
+def test_momentum_is_reported_and_a_checkpoint_without_it_has_none_to_keep() -> None:
     first = trained(sgd, lr=0.05)
     for resume_options, in_force in (("checkpoint", 0), ("given", 0.9)):
         resumed = rule_with(sgd, lr=0.05, momentum=0.9, resume_options=resume_options)
@@ -114,7 +114,7 @@ def test_momentum_is_told_of_and_without_any_in_the_checkpoint_there_is_none_to_
         steps_of(resumed)
 
 
-def test_several_options_are_told_of_one_by_one() -> None:
+def test_several_options_are_reported_one_by_one() -> None:
     first, resumed = trained(), rule_with(lr=0.1, betas=(0.5, 0.9), initial_losses=20)
     with says("initial_losses is {'seg': 'mean of 1'", "betas of", "lr of"):
         resumed.load_state_dict(first.state_dict())
@@ -247,7 +247,7 @@ def with_first_losses(given: Any, updates: int = 1, **options: Any) -> GradNormR
         ({"seg": 1.0}, 1, "{'seg': 1.0} in the checkpoint and {'seg': 'mean of 1'} here", [0.0, 2.0, 8.0]),
     ],
 )
-def test_first_losses_that_differ_are_told_of_once(
+def test_different_first_losses_are_reported_once(
     first: Any, second: Any, told: str, given: list[float], older: bool
 ) -> None:
     state = with_first_losses(first).state_dict()
@@ -399,7 +399,7 @@ def test_a_state_of_another_strategy_is_refused_by_the_names_of_both(read_by: st
 
 
 @pytest.mark.parametrize("resume_options", ["checkpoint", "given"])
-def test_a_callback_resumes_as_it_is_told_and_says_so_once(
+def test_a_callback_resumes_as_requested_and_reports_it_once(
     resume_options: Any, quiet_trainer: Any, tmp_path: Path
 ) -> None:
     def gradnorm(lr: float, **options: Any) -> GradNorm:

@@ -181,7 +181,7 @@ def test_every_stateful_class_of_torchjd_is_among_the_cases() -> None:
 @quiet
 @pytest.mark.parametrize("calls", [2, *(pytest.param(calls, marks=pytest.mark.slow) for calls in (0, 1, 5))])
 @pytest.mark.parametrize("name", CASES)
-def test_a_fresh_object_goes_on_bit_by_bit(name: str, calls: int) -> None:
+def test_a_fresh_object_continues_bit_for_bit(name: str, calls: int) -> None:
     case = of(name)
     uninterrupted, resumed = case.make(), case.make()
     for t in range(calls):

@@ -92,7 +92,7 @@ def test_a_coefficient_that_begins_at_zero_is_as_a_loss_that_is_left_out(heads: 
         assert with_zero == pytest.approx(without, abs=1e-9)
 
 
-def test_the_user_is_told_once_by_name(quiet_trainer: Any) -> None:
+def test_the_user_is_warned_once_by_name(quiet_trainer: Any) -> None:
     gradnorm = GradNorm(NAMES)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -131,7 +131,7 @@ train.main()
 @pytest.mark.parametrize("moment", ["half-written", "given its name"])
 @pytest.mark.parametrize("temporary", [None, "/dev/shm"])
 @pytest.mark.slow
-def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
+def test_a_run_killed_while_it_saves_resumes_from_the_previous_checkpoint(
     start: Any, call: Any, tmp_path: Path, moment: str, temporary: str | None
 ) -> None:
     """Temporary files may lie on another file system, from where there is no renaming."""

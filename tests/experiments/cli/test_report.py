@@ -110,7 +110,7 @@ def logged_in_the_test(folder: Path, name: str) -> float:
     return value
 
 
-def test_a_run_that_goes_on_after_its_failure_is_no_failed_run(call: Call, tmp_path: Path) -> None:
+def test_a_run_that_continues_after_its_failure_is_not_a_failed_run(call: Call, tmp_path: Path) -> None:
     options = [option for option in OPTIONS if option != "callbacks=none"]
     with pytest.raises(RuntimeError, match="disk"):
         call(train.main, *options, FAILS, "callbacks.last.every_n_train_steps=1", "hydra.run.dir=run")

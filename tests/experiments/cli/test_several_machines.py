@@ -163,7 +163,7 @@ def test_a_command_that_its_launcher_has_not_started_is_refused(
 
 
 @pytest.mark.slow
-def test_processes_that_have_what_srun_gives_them_train_in_one_folder_and_go_on_there(tmp_path: Path) -> None:
+def test_processes_with_the_variables_of_srun_train_in_one_folder_and_resume_there(tmp_path: Path) -> None:
     """SLURM itself is not there: these are the variables that it sets."""
     options = [*TOY, *QUIET, "trainer=slurm", "data.batch_size=16"]
     run_as_job(tmp_path, *options, "trainer.max_epochs=1")
@@ -203,7 +203,7 @@ OFTEN = ["callbacks.last.every_n_train_steps=3", "test=false"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("data", "killed"), [(TOY, 0), (DIGITS, 1)], ids=["the first", "the second"])
-def test_the_other_machine_ends_and_the_run_goes_on_as_if_nothing_had_been(
+def test_the_other_machine_ends_and_the_run_resumes_as_if_uninterrupted(
     tmp_path: Path, data: list[str], killed: int
 ) -> None:
     """The checkpoints of the resumed and of an uninterrupted run are the same, each tensor, bit by bit."""

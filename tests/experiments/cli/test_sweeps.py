@@ -103,7 +103,7 @@ def test_a_sweep_without_test_is_finished_by_its_training(call: Call, tmp_path: 
     assert not (tmp_path / "sweep/0/test_metrics.json").exists()
 
 
-def test_a_sweep_that_was_interrupted_goes_on_with_the_same_command(
+def test_the_same_command_continues_an_interrupted_sweep(
     call: Call, tmp_path: Path, interrupting: Callable[[int], None]
 ) -> None:
     asked = ["-m", *TINY, "seed=0,1,2"]

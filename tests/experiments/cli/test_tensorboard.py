@@ -112,7 +112,7 @@ def test_delta_m_is_a_result_where_single_task_runs_are_given(call: Call, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_has_the_line_of_what_it_goes_on_with(call: Call, tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_line_of_its_new_options(call: Call, tmp_path: Path) -> None:
     call(train.main, *OPTIONS, "balancing.alpha=0.5", "hydra.run.dir=run")
     _, _, before = line_of(tmp_path / "run")
     call(train.main, "ckpt_path=run/checkpoints/last.ckpt", "trainer.max_epochs=3", "balancing.alpha=1.0")

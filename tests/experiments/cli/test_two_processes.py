@@ -66,7 +66,7 @@ def test_a_sweep_in_two_processes_runs_each_once(call: Callable[..., str], tmp_p
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_the_terminal_ends_all_processes_and_says_how_to_go_on(start: Any, tmp_path: Path) -> None:
+def test_ctrl_c_in_the_terminal_ends_all_processes_and_prints_how_to_continue(start: Any, tmp_path: Path) -> None:
     process = start(*MODULE, *OPTIONS, "trainer.max_epochs=100000", "hydra.run.dir=run")
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/checkpoints/last.ckpt").exists() and time.monotonic() < deadline:

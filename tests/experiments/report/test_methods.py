@@ -120,7 +120,7 @@ def test_runs_of_one_task_each_alone_are_refused(tmp_path: Path) -> None:
         grouped(tmp_path, {"tasks": ["depth"]}, {"tasks": ["seg"]})
 
 
-def test_a_run_of_which_the_tasks_are_not_known_stands_in_no_ones_way(tmp_path: Path) -> None:
+def test_a_run_with_unknown_tasks_does_not_disturb_the_others(tmp_path: Path) -> None:
     made = {"_target_": "somewhere.make_tasks"}
     assert grouped(tmp_path, {}, {"balancing": "gradnorm", "metrics": None, "model__tasks": made}) == {
         "equal": 1,

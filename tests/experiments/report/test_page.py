@@ -176,7 +176,7 @@ def test_markdown_has_the_same_tables(study: Path) -> None:
     assert "| unfinished | gradnorm | 3 | unfinished | step 41, epoch 5 of 4 |" in text
 
 
-def test_too_few_seeds_are_said_in_words(tmp_path: Path) -> None:
+def test_too_few_seeds_are_reported_as_text(tmp_path: Path) -> None:
     for name in ("equal", "gradnorm"):
         write_run(tmp_path / name, name, metrics=measured(1, 0.5))
     _, text = written(tmp_path)

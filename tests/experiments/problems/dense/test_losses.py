@@ -130,7 +130,7 @@ def test_the_gradient_is_that_of_finite_differences(task: str, loss: nn.Module) 
 
 
 @every_loss
-def test_a_batch_of_which_nothing_is_known_has_the_loss_zero_and_the_gradient_zero(task: str, loss: nn.Module) -> None:
+def test_a_batch_without_known_targets_has_zero_loss_and_zero_gradient(task: str, loss: nn.Module) -> None:
     prediction = dense.predictions()[task].requires_grad_()
     value = loss(prediction, nothing_known(task))
     assert value.item() == 0

@@ -185,7 +185,7 @@ def test_lbfgs_lowers_the_loss_with_a_closure(balancing: Callable[[], L.Callback
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
-def test_a_run_goes_on_from_within_an_epoch_to_the_same_network(
+def test_a_run_resumed_within_an_epoch_ends_with_the_same_network(
     name: str, quiet_trainer: Build, tmp_path: Path
 ) -> None:
     file = tmp_path / "within.ckpt"

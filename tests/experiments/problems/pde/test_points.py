@@ -128,7 +128,7 @@ def test_ranks_share_the_points_of_each_step() -> None:
             assert torch.equal(torch.unique(together, dim=0), torch.unique(batch[task], dim=0))
 
 
-def test_a_loader_goes_on_with_the_step_after_the_last() -> None:
+def test_a_loader_continues_with_the_step_after_the_last() -> None:
     data = made(Helmholtz())
     whole = steps(data, epoch=1)
     loader = data.train_dataloader()

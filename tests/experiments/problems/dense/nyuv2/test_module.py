@@ -131,7 +131,7 @@ def test_epochs_differ_in_order_and_in_augmentation(prepared: Path, quiet_traine
         assert len(common) == (24 if augmentations is None else 0)
 
 
-def test_an_interrupted_run_goes_on_with_the_same_augmented_batches(
+def test_an_interrupted_run_continues_with_the_same_augmented_batches(
     prepared: Path, tmp_path: Path, quiet_trainer: Callable[..., L.Trainer]
 ) -> None:
     def data() -> NYUv2:

@@ -184,7 +184,7 @@ def test_an_unknown_convention_is_warned_of_and_the_normals_are_left_as_they_are
         first_batch(tmp_path / "walls", tasks=("depth",))  # nobody asks for them
 
 
-def test_a_preparation_that_goes_on_turns_the_rest_as_it_did_before(
+def test_a_continued_preparation_turns_the_rest_in_the_same_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lightning_gradnorm.experiments.problems.dense.nyuv2 import mtan, prepared

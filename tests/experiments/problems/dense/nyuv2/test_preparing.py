@@ -60,7 +60,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("after", [1, 2, 33, 40, 65, 72, 100, 110])
-def test_an_interrupted_preparation_goes_on_to_the_same_bytes(
+def test_an_interrupted_preparation_ends_with_the_same_bytes(
     after: int, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
@@ -115,7 +115,7 @@ class SlowRooms(Rooms):
         return super().read(split, index)
 
 
-def test_a_killed_preparation_goes_on_to_the_same_bytes(undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_a_killed_preparation_ends_with_the_same_bytes(undisturbed: dict[str, str], tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     process = context.Process(target=prepare, args=(SlowRooms(), tmp_path), kwargs=SIZES)
     process.start()
@@ -138,7 +138,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.slow
-def test_a_killed_script_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+def test_a_killed_script_ends_with_the_same_bytes(tmp_path: Path) -> None:
     write_mtan(tmp_path / "source", frames(69, size=SMALL), frames(40, first=90, size=SMALL))
     prepare(find_source(tmp_path / "source"), tmp_path / "undisturbed", **SIZES)
     target = tmp_path / "target"
@@ -179,7 +179,7 @@ def test_a_folder_prepared_otherwise_is_not_written_over(complete: bool, tmp_pat
     assert digests(tmp_path) == before
 
 
-def test_another_source_of_the_same_shape_is_found_out_when_going_on(tmp_path: Path) -> None:
+def test_another_source_of_the_same_shape_is_detected_when_continuing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         prepare(Rooms(fail_after=50), tmp_path, **SIZES)
     with pytest.raises(ValueError, match=r"train image 31 in .* should be the same as before; got another"):

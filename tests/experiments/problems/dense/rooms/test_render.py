@@ -178,7 +178,7 @@ def test_no_camera_is_in_or_at_anything_and_everything_is_in_the_room() -> None:
                 assert center + reach <= extent + 1e-9, (number, part)
 
 
-def test_a_room_without_a_place_to_stand_is_not_searched_for_ever() -> None:
+def test_a_room_without_a_place_to_stand_is_not_searched_forever() -> None:
     full = Primitive("furniture", Material((1, 1, 1)), center=(3.0, 2.0, 4.0), half=(2.9, 1.9, 3.9))
     scene, _ = one_box(full)
     assert draw_camera(np.random.default_rng(0), scene) is None

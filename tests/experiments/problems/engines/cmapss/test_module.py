@@ -348,7 +348,7 @@ def test_what_is_wrong_with_the_files_is_named_before_training(
     assert str(error.value).startswith("CMAPSS: ")
 
 
-def test_two_subsets_with_as_many_engines_are_told_apart_by_nasas_numbers(tmp_path: Path) -> None:
+def test_two_subsets_with_equally_many_engines_are_distinguished_by_nasas_numbers(tmp_path: Path) -> None:
     """FD001 and FD003 both have a hundred test engines."""
     numbers = {name: (*subset.first_rul, 3, 4) for name, subset in SUBSETS.items()}
     root = write_engines(tmp_path, TRAIN, [6] * 12, numbers["FD001"])
