@@ -53,7 +53,7 @@ class Scalarized:
     def __call__(self, losses: Mapping[str, Tensor], coefficients: Mapping[str, float]) -> tuple[Tensor, Tensor]:
         """Return what is to be back-propagated, and ``∂s/∂L_i``; an absent task enters with its last loss."""
         ones = torch.ones(len(self.tasks), dtype=torch.float64)
-        # The value is the loss itself; the gradient that goes on from it has the user's coefficient.
+        # The value is the loss itself; the gradient that passes on from it has the user's coefficient.
         own = {t: L.detach() + coefficients.get(t, 1.0) * (L - L.detach()) for t, L in losses.items()}
         self.last |= {task: loss.detach() for task, loss in losses.items()}
         if self.scalarizer is None or set(self.last) < set(self.tasks):
@@ -125,7 +125,7 @@ def scalarize(
 
 
 def flat(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
-    """The tensors as one vector, zero where there is none."""
+    """The tensors as one vector; ``None`` counts as zeros."""
     return torch.cat(
         [(torch.zeros_like(of) if t is None else t).flatten() for t, of in zip(tensors, like, strict=True)]
     )
@@ -137,7 +137,7 @@ def pieces(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def coefficients_of(vector: Tensor, rows: Tensor) -> Tensor:
-    """``λ`` of ``λ @ rows = vector``, if the rows are independent: found from the result, not asked of the aggregator."""
+    """``λ`` of ``λ @ rows = vector``, if the rows are independent: computed from the result, not by the aggregator."""
     return torch.linalg.lstsq(rows.T, vector[:, None]).solution[:, 0]
 
 

@@ -1,4 +1,4 @@
-"""Models of which parts are compiled by torch.compile, against the textbook."""
+"""Models with parts compiled by torch.compile, against the textbook."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ MakeTrainer = Callable[..., L.Trainer]
 
 CUDA = [
     pytest.mark.gpu,
-    # What torch and Lightning have to say about a certain card is not ours to mend; what we say is.
+    # Warnings of torch and Lightning about a certain GPU are not ours to fix; our own are.
     pytest.mark.filterwarnings(
         "default",
         *(f"error:{name}" for name in ("GradNorm", "FixedWeights", "Scalarization", "Aggregation", "MultiTask")),

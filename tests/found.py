@@ -88,7 +88,7 @@ class Residual(Found):
 
 
 class LowRank(nn.Module):
-    """A frozen layer and two small ones beside it, the second of which begins with zeros."""
+    """A frozen layer and two small ones beside it; the second begins with zeros."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -102,7 +102,7 @@ class Watcher(Notes):
 
 
 def model_of(kind: str) -> tuple[Any, Automatic, dict[str, Any]]:
-    """A model, its twin for the hand, and how the monitor is told of its losses."""
+    """A model, its copy for the calculation by hand, and how the monitor learns of its losses."""
     return {
         "a mapping": lambda: (Automatic(3), Automatic(3), {"losses": TASKS}),
         "all that is returned": lambda: (Automatic(3), Automatic(3), {}),

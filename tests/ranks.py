@@ -236,7 +236,7 @@ class Run:
     ddp: Mapping[str, Any] = field(default_factory=dict)
     callbacks: Sequence[L.Callback] = ()
     warns: str | None = None
-    """Warnings that match are told by each rank; any other is an error there as in all tests."""
+    """Each rank reports warnings that match; any other is an error there as in all tests."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the Trainer."""
 
@@ -287,7 +287,7 @@ def train(
 ) -> list[Told]:
     """Train in as many processes as `steps` has ranks, and return what each tells. One rank: in this process."""
     run = Run(model, balancing, steps, ddp or {}, callbacks, warns, options)
-    # A rank that waits for ever is to fail soon.
+    # A rank that waits forever should fail soon.
     strategy = DDPStrategy(start_method="fork", timeout=timedelta(seconds=30), **run.ddp) if run.ranks > 1 else None
     with tempfile.TemporaryDirectory() as folder:
         run.fit(Path(folder), strategy)

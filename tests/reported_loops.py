@@ -215,7 +215,7 @@ class LeavesBatchesOut(ByHand):
 
 
 class RunsOutOfMemory(ByHand):
-    """A backward pass fails in two batches; the module goes on to the next, or tries again."""
+    """A backward pass fails in two batches; the module continues with the next, or tries again."""
 
     def __init__(self, again: bool = False) -> None:
         super().__init__()

@@ -217,4 +217,4 @@ def _is_stateful(name: str) -> bool:
 
 
 STATEFUL = [name for name in STRATEGIES if _is_stateful(name)]
-"""Those that go on differently without their state; random draws count."""
+"""Those that would continue differently without their state; random draws count."""

@@ -148,8 +148,9 @@ def test_every_file_of_a_group_is_in_the_reference_with_its_comment(group: str) 
         assert f"\n## `{group}={file.stem}`" in told
         assert f"[`{file.stem}`]({site_pages.page_of(group)}#{file.stem})" in page("configuration/index.md")
         first = file.read_text(encoding="utf-8").splitlines()[0]
-        words = re.findall(r"[A-Za-z]{4,}", first.removeprefix("# @package _global_")) if first.startswith("# ") else []
-        assert all(word in told for word in words)
+        is_comment = first.startswith("# ")
+        expected = re.findall(r"[A-Za-z]{4,}", first.removeprefix("# @package _global_")) if is_comment else []
+        assert all(word in told for word in expected)
 
 
 @pytest.mark.parametrize(

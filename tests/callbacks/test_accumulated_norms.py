@@ -13,7 +13,7 @@ from models import TASKS, Automatic, vector_batches
 
 from lightning_gradnorm import GradNorm
 
-MICRO_BATCHES = [[0, 1], [2]]  # of each optimizer step: Lightning ends the epoch with what there is
+MICRO_BATCHES = [[0, 1], [2]]  # of each optimizer step: Lightning ends the epoch with an incomplete window
 
 
 @pytest.mark.parametrize("heads", [False, True])

@@ -32,7 +32,7 @@ MAKE: dict[str, Callable[[], Any]] = {
 COPY: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda one: pickle.loads(pickle.dumps(one)),
-    "a copy of a copy": lambda one: copy.deepcopy(copy.deepcopy(one)),  # of which nobody holds the first
+    "a copy of a copy": lambda one: copy.deepcopy(copy.deepcopy(one)),  # nobody holds the first one
 }
 
 

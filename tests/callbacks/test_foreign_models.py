@@ -125,7 +125,7 @@ def test_a_bad_number_is_no_weight_step_and_is_counted_and_warned_of_once(quiet_
             return output
 
         def on_before_optimizer_step(self, optimizer) -> None:
-            for parameter in self.parameters():  # as a user may who wants to go on
+            for parameter in self.parameters():  # as a user might do to keep training
                 parameter.grad = torch.nan_to_num(parameter.grad, nan=0.0, posinf=0.0, neginf=0.0)
 
     class Weights(L.Callback):

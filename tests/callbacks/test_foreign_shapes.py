@@ -54,7 +54,7 @@ AT_Z = {
         modes=(True,),
     ),
 }
-del AT_Z["a dataclass"]  # of which torch does not see the tensors
+del AT_Z["a dataclass"]  # torch does not see its tensors
 
 
 @table(AT_Z)

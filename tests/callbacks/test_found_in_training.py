@@ -77,7 +77,7 @@ def test_a_head_of_zeros_moves_nothing_at_first_and_decides_nothing(quiet_traine
 
 
 @pytest.mark.filterwarnings(
-    "ignore:.*pre-optimization state.*",  # a checkpoint in a step of manual optimization is what is meant
+    "ignore:.*pre-optimization state.*",  # a checkpoint in a step of manual optimization is on purpose
     "ignore:.*manual optimization.*",
     "ignore:Be aware that when using .ckpt_path., callbacks used to create the checkpoint",
 )

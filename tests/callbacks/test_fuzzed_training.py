@@ -243,7 +243,7 @@ RULES = ("alpha", "optimizer", "initial_losses", "priorities")
 
 
 def decided_by_chance(seen: GradNormTerms, present: Tensor) -> bool:
-    """Say whether a G_i is so near its target that the rounding of a norm gives the sign."""
+    """Return True if a G_i is so near its target that the rounding of a norm decides the sign."""
     G, target = seen.grad_norms[present], seen.targets[present]
     larger = torch.maximum(G, target)
     return bool((((G - target).abs() <= 1e-10 * larger) & (larger > 0)).any())

@@ -90,7 +90,7 @@ def test_before_its_first_loss_a_task_is_left_out(quiet_trainer: Any) -> None:
 
 
 def saved_after(step: int, batches: list[Batch], trainer: Any, folder: Path, absent_tasks: Any) -> Path:
-    """Train so many steps and return the checkpoint."""
+    """Train for that many steps and return the checkpoint."""
     gradnorm = GradNorm(NAMES, shared_layer="encoder.2", absent_tasks=absent_tasks)
     saves = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=step, save_top_k=-1)
     with warnings.catch_warnings():

@@ -144,7 +144,7 @@ def test_trial_steps_of_the_learning_rate_finder_leave_the_weights(package: Modu
 @pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy"])
 @pytest.mark.parametrize("name", ["GradNorm", "Scalarization", "Aggregation", "FixedWeights", "GradientNormMonitor"])
 def test_a_strategy_that_shards_the_shared_layer_is_refused(name: str, strategy: str, package: ModuleType) -> None:
-    """Asked of the callback itself: neither strategy starts on a CPU."""
+    """Calls the callback directly, because neither strategy starts on a CPU."""
     made = object.__new__(getattr(packages.submodule(package, "strategies"), strategy))
     trainer: Any = SimpleNamespace(
         callbacks=[], optimizers=[], global_step=0, ckpt_path=None, world_size=1, global_rank=0, strategy=made

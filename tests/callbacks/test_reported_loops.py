@@ -275,7 +275,7 @@ def test_a_step_may_draw_its_batches_itself(heads: Any, quiet_trainer: MakeTrain
     assert callback.weights == pytest.approx(trajectory.weights[-1], abs=1e-9)
 
 
-# a loop of one's own --------------------------------------------------------------------------------------------------
+# your own loop --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("heads", ["auto", "named", None])

@@ -334,7 +334,7 @@ def test_another_constant_is_a_mistake_at_first_and_warned_of_later(instead: str
 
 
 class Low(L.LightningModule):
-    """A network in half precision, the losses of which are what it says they are."""
+    """A network in half precision whose losses have the given values."""
 
     def __init__(self, dtype: torch.dtype, size: float) -> None:
         super().__init__()

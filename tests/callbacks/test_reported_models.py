@@ -188,7 +188,7 @@ class Bayesian(Found):
 
 
 class Soup(Found):
-    """The mean of several weights, none of which lies deeper than the others: the model's first is chosen, on all ranks."""
+    """The mean of several equally deep weights: all ranks choose the model's first."""
 
     W = ("several.0",)
 

@@ -17,7 +17,7 @@ from models import Automatic, Manual, as_inputs_and_targets, multi_task_module, 
 from lightning_gradnorm import GradNorm
 
 pytestmark = [
-    # a checkpoint in every step of a module with manual optimization is what is meant here
+    # a checkpoint in every step of a module with manual optimization is on purpose here
     pytest.mark.filterwarnings("ignore:.*pre-optimization state.*", "ignore:.*manual optimization.*"),
     # so is a resumed run that saves nothing
     pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., callbacks used to create the checkpoint"),

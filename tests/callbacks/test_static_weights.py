@@ -110,7 +110,9 @@ def test_the_error_for_a_run_without_gradnorm_names_its_callbacks(quiet_trainer:
             GradNormStatic(tmp_path / f"{name}.ckpt")
 
 
-def test_the_error_for_a_run_with_other_tasks_lists_both(run: tuple[Path, dict[str, float]], quiet_trainer: Trainer) -> None:
+def test_the_error_for_a_run_with_other_tasks_lists_both(
+    run: tuple[Path, dict[str, float]], quiet_trainer: Trainer
+) -> None:
     both = r"is of tasks \['depth', 'normal', 'seg'\], but this run has \['depth', 'seg'\]"
     with pytest.raises(ValueError, match=both):
         GradNormStatic(run[0], tasks=["seg", "depth"])

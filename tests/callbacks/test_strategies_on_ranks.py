@@ -1,7 +1,7 @@
 """Several processes give, with every strategy, the weights and the network of one process on the concatenated batch.
 
 To start processes takes longer than to train a few steps: the strategies are trained one after the other in the same two
-processes, once, and each test looks at what became of one.
+processes, once, and each test looks at the result of one.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def test_four_ranks_give_what_one_process_gives() -> None:
 
 
 class SeesTheRows(MayLack):
-    """Notes each task's gradient at the representation, and what goes on through the encoder."""
+    """Records each task's gradient at the representation, and the gradient that continues through the encoder."""
 
     def __init__(self, T: int, notes: list[Any]) -> None:
         super().__init__(T)

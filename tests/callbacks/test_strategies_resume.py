@@ -22,7 +22,7 @@ from lightning_gradnorm import Aggregation, GradNorm, Scalarization
 from lightning_gradnorm.strategies import AMNL, DBMTL, GABA, SLAW, ReLoBRaLo, SoftAdapt
 
 pytestmark = [
-    # a resumed run that saves nothing is what is meant here
+    # a resumed run that saves nothing is on purpose here
     pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., callbacks used to create the checkpoint"),
     pytest.mark.filterwarnings("ignore:You are solving a parameterized problem"),  # cvxpy's, of NashMTL
 ]

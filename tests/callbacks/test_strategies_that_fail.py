@@ -257,7 +257,7 @@ def test_an_import_error_that_is_not_torchjds_is_handed_on(quiet_trainer: MakeTr
 
 
 def sometimes(right: Callable[[Tensor], Any], wrong: Callable[[Tensor], Any], at: set[int]) -> Callable[[Tensor], Any]:
-    """Does what is right, but for the calls in ``at``, of which the trial before the first step is none."""
+    """Works correctly except in the calls in ``at``; the trial before the first step does not count as a call."""
     calls = itertools.count(-1)
 
     def call(values: Tensor) -> Any:
@@ -344,7 +344,7 @@ def test_a_scalarizer_without_a_finite_answer_in_mid_training_is_bridged_by_equa
 
 @pytest.mark.parametrize("made", [jd.UPGrad, None])
 def test_an_error_that_a_scalarizer_raises_in_mid_training_is_the_users(quiet_trainer: MakeTrainer, made: Any) -> None:
-    """What it raises is a mistake to be mended, such as a loss that is negative, and would stay one in every step."""
+    """The error reports a mistake that you must fix, such as a negative loss, because it would recur in every step."""
     odd = Odd(sometimes(lambda L: L.square().sum(), raises, WRONG_AT))
     callback = Scalarization(odd, NAMES) if made is None else Aggregation(made(), NAMES, heads=HEADS, scalarizer=odd)
     fails(quiet_trainer, lambda: callback, "the solver gave up", error=RuntimeError, batches=6)

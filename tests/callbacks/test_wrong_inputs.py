@@ -113,7 +113,7 @@ def test_a_wrong_argument_is_named_with_its_value(arguments: dict[str, Any], exp
 
 TASK_NAMES = [
     case("one is 'loss', the sum of all", ["loss", "seg", "depth"], ["'loss'", "back-propagated"]),
-    case("there is none", [], ["two", "[]"]),
+    case("no tasks", [], ["two", "[]"]),
     case("there is one", ["seg"], ["two", "['seg']"]),
     case("there is one, by its logged name", {"seg": "train/seg_loss"}, ["two", "['seg']"]),
     case("one is named twice", ["seg", "depth", "seg"], ["different", "['seg', 'depth', 'seg']"]),
@@ -215,7 +215,7 @@ def test_a_name_that_the_model_lacks_or_a_useless_factory_is_an_error(
 
 
 class TwoLayers(Automatic):
-    """Heads of two layers, two of which are also held in one container."""
+    """Heads of two layers each; one container also holds two of the heads."""
 
     def build(self) -> None:
         super().build()

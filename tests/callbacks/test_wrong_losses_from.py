@@ -1,4 +1,4 @@
-"""Wrong uses of `losses_from`: each error names the place, what is there, and the way out; the model is left as it was."""
+"""Wrong uses of `losses_from`: each error names the path, what it found and the fix; the model does not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A `Balancer` on one data set after the other: absent tasks with their last numbers, and what is said without."""
+"""A `Balancer` on alternating data sets: absent tasks with their last numbers, and the warnings without this option."""
 
 from __future__ import annotations
 

@@ -370,7 +370,7 @@ def test_a_loss_that_is_not_finite_warns_once_and_leaves_the_weights(value: floa
         assert balancer.weights != before
 
 
-# ---- what there is to read -------------------------------------------------------------------------------------------
+# ---- what can be read ------------------------------------------------------------------------------------------------
 
 
 def test_mean_weights_of_a_rule_that_keeps_none() -> None:

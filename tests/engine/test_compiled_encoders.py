@@ -88,7 +88,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Ten blocks, of which torch.compile would run the ninth and tenth eagerly, or refuse them with ``fullgraph``."""
+    """Ten blocks. torch.compile would run the ninth and tenth eagerly, or reject them with ``fullgraph``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Tied(nn.Module):
 
 
 class OfTwoNames(nn.Module):
-    """A layer norm, of which the encoder and one of its modules know; behind the last layer there is a module to compile."""
+    """A layer norm that the encoder and one of its modules both hold; a module to compile follows the last layer."""
 
     def __init__(self) -> None:
         super().__init__()

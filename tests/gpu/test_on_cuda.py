@@ -318,7 +318,7 @@ def test_two_devices_agree_with_one(layers: str, heads: bool, make_trainer: Make
 
 
 @pytest.mark.filterwarnings(
-    "ignore:.*pre-optimization state.*",  # a checkpoint in a step of a module with manual optimization is what is meant
+    "ignore:.*pre-optimization state.*",  # a checkpoint in a step of a module with manual optimization is on purpose
     "ignore:.*manual optimization.*",
     "ignore:Be aware that when using .ckpt_path., callbacks used to create the checkpoint",
 )

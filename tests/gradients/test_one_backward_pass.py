@@ -11,7 +11,7 @@ from lightning_gradnorm.gradients.graph import node_of
 
 
 class Pyramid(nn.Module):
-    """An encoder with several feature maps in nested structures, one of which carries no gradient."""
+    """An encoder with several feature maps in nested structures; one carries no gradient."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -277,7 +277,7 @@ CALLBACKS = [
     ),
     case("priorities that lack a task", partial(GradNorm, priorities={"seg": 1, "depth": 1}), ["priorities", "normal"]),
     case(
-        "heads as they are called in a module of one's own",
+        "heads as they are called in your own module",
         partial(GradNorm, heads={**HEADS, "seg": "seg_head"}),
         ["heads['seg']", "did you mean 'tasks.seg.head'"],
     ),

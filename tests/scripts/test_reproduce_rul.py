@@ -17,7 +17,7 @@ from lightning_gradnorm.experiments.problems.engines.turbofan import write_turbo
 from lightning_gradnorm.experiments.report import Run
 
 SCRIPT = "reproduce_rul"
-LOG = (  # six logged steps, of which the last two are looked at, and validation between them
+LOG = (  # six logged steps, with validation in between; only the last two steps count
     "epoch,gradnorm/loss,gradnorm/weight/rul,gradnorm/weight/health,gradnorm/grad_norm/rul,gradnorm/grad_norm/health,"
     "val/rmse/rul\n"
     + "0,9,1,1,5,5,\n0,,,,,,14.5\n"

@@ -179,7 +179,7 @@ class Codebook(Pair):
 
 
 class StoppedGradients(Pair):
-    """Two views, each of which predicts the other's detached projection (SimSiam)."""
+    """Two views; each predicts the other's detached projection (SimSiam)."""
 
     def given(self, batch: Batch) -> dict[str, Tensor]:
         views = [self.encoder(batch["x"]), self.encoder(batch["x"] + 0.1)]

@@ -1,4 +1,4 @@
-"""A task that holds nearly all of the weight to no avail is told of by name; so is a loss that vanishes."""
+"""Warnings name a task that holds nearly all of the weight without success, and a loss that vanishes."""
 
 from __future__ import annotations
 

@@ -392,9 +392,7 @@ def test_tasks_are_at_least_two_different_names(tasks: Any, kind: type[Exception
         (1, 0, []),
     ],
 )
-def test_it_measures_every_n_steps_and_not_after_the_last(
-    every: int, stop: int | None, expected: list[int]
-) -> None:
+def test_it_measures_every_n_steps_and_not_after_the_last(every: int, stop: int | None, expected: list[int]) -> None:
     rule = GradNormRule(names(2), update_every=every, stop_after=stop)
     measured = []
     for step in range(8):

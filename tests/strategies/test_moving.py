@@ -1,4 +1,4 @@
-"""A rule that is moved to another precision keeps all it has learned, and goes on with it."""
+"""A rule that is moved to another precision keeps everything it has learned, and continues with it."""
 
 from __future__ import annotations
 

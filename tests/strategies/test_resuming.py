@@ -1,4 +1,4 @@
-"""Resuming with options that differ from the checkpoint's: what is in force, what is said, and that errors change nothing."""
+"""Resuming with options that differ from the checkpoint's: which ones win, what is reported, and errors change nothing."""
 
 from __future__ import annotations
 
@@ -79,9 +79,7 @@ OPTIONS: dict[str, tuple[Any, Any, str]] = {
 
 @pytest.mark.parametrize("resume_options", ["checkpoint", "given"])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_a_different_optimizer_option_is_reported_and_one_of_the_two_is_used(
-    option: str, resume_options: Any
-) -> None:
+def test_a_different_optimizer_option_is_reported_and_one_of_the_two_is_used(option: str, resume_options: Any) -> None:
     old, new, told = OPTIONS[option]
     first = trained(**{option: old})
     resumed = rule_with(**{option: new}, resume_options=resume_options)
@@ -89,7 +87,7 @@ def test_a_different_optimizer_option_is_reported_and_one_of_the_two_is_used(
     with says(f"{told}; {in_force}"):
         resumed.load_state_dict(first.state_dict())
     assert group_of(resumed)[option] == (old if resume_options == "checkpoint" else new)
-    # The moments are kept in either case: it goes on as torch's own optimizer would.
+    # The moments are kept in either case: it continues as torch's own optimizer would.
     oracle = first.weights.detach().clone().requires_grad_()
     optimizer = adam([oracle], **{"lr": 0.025, option: new if resume_options == "given" else old})
     state = copy.deepcopy(first.state_dict()["optimizer"])

@@ -1,4 +1,4 @@
-"""What a strategy remembers: through a file into a fresh object, which goes on bit by bit as if nothing had happened."""
+"""A strategy's state goes through a file into a fresh object, which continues bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SoftAdapt's three variants by hand, its finite differences, and weights that change every so many steps."""
+"""SoftAdapt's three variants by hand, its finite differences, and weights that change every N steps."""
 
 from __future__ import annotations
 

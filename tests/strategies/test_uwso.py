@@ -1,4 +1,4 @@
-"""UW-SO's formula by hand, and what becomes of it near zero."""
+"""UW-SO's formula by hand, and its behavior near zero."""
 
 from __future__ import annotations
 

@@ -24,4 +24,4 @@ def assert_only_allowed(
     new = sorted(map(str, set(found) - set(allowed)))
     gone = sorted(map(str, set(allowed) - set(found)))
     assert not new, f"{rule}: {new}"
-    assert not gone, f"remove what has been mended from tests/structure/allowed.py: {gone}"
+    assert not gone, f"remove what has been fixed from tests/structure/allowed.py: {gone}"

@@ -288,7 +288,9 @@ def test_a_file_that_is_not_a_checkpoint_of_the_run_is_an_error(call: Call, run:
 
 @pytest.mark.usefixtures("run")
 @pytest.mark.parametrize("main", [train.main, evaluate.main], ids=["gradnorm-train", "gradnorm-eval"])
-def test_the_error_for_weights_of_another_network_names_the_first_difference(call: Call, main: Callable[[], None]) -> None:
+def test_the_error_for_weights_of_another_network_names_the_first_difference(
+    call: Call, main: Callable[[], None]
+) -> None:
     said = call(main, "ckpt_path=run/checkpoints/last.ckpt", "model.encoder.hidden=[100, 100, 100, 7]", status=1)
     assert "last.ckpt are of another network than the options describe (size mismatch for encoder." in said
     assert "Give the options of its run, or none" in said
@@ -298,7 +300,7 @@ def test_the_error_for_weights_of_another_network_names_the_first_difference(cal
 
 
 def assert_resumes_exactly(call: Call, folder: Path, options: list[str]) -> None:
-    """Go on with the interrupted run ``parts`` for an epoch and a bit, and train as long without a stop."""
+    """Resume the interrupted run ``parts`` for more than an epoch, and train as long without a stop."""
     interrupted = torch.load(folder / "parts/checkpoints/interrupted.ckpt", weights_only=True)
     epochs = f"trainer.max_epochs={interrupted['epoch'] + 2}"
     call(train.main, "ckpt_path=parts/checkpoints/interrupted.ckpt", epochs)

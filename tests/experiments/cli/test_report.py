@@ -78,9 +78,9 @@ def assert_table_agrees_with_logs(runs: Path, methods: list[str]) -> None:
     for folder in [*runs.glob("sweep/*"), *runs.glob("alpha/*")]:
         given = folder / "overrides.yaml"
         if given.is_file():
-            words = given.read_text()
-            name = (re.findall(r"balancing=(\w+)", words) or ["gradnorm"])[0]
-            alpha = " α=0.5" if "alpha=0.5" in words else " α=1.5" if name == "gradnorm" and varies_alpha else ""
+            overrides = given.read_text()
+            name = (re.findall(r"balancing=(\w+)", overrides) or ["gradnorm"])[0]
+            alpha = " α=0.5" if "alpha=0.5" in overrides else " α=1.5" if name == "gradnorm" and varies_alpha else ""
             of_method.setdefault(name + alpha, []).append(folder)
     assert sorted(of_method) == methods
     text = (runs / "report.md").read_text()

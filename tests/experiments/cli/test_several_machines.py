@@ -95,7 +95,7 @@ def test_only_the_first_machine_writes_and_one_machine_evaluates(call: Callable[
     with pytest.MonkeyPatch.context() as patch:
         test = evaluate.evaluate
         patch.setattr(evaluate, "evaluate", lambda config: found.append(test(config)))
-        call(evaluate.main, f"ckpt_path={run}/checkpoints/best.ckpt")  # would wait for the other machine for ever
+        call(evaluate.main, f"ckpt_path={run}/checkpoints/best.ckpt")  # would wait for the other machine forever
     assert found[0] == pytest.approx(read_run(run).metrics, rel=1e-5)
 
 
@@ -206,7 +206,7 @@ OFTEN = ["callbacks.last.every_n_train_steps=3", "test=false"]
 def test_the_other_machine_ends_and_the_run_resumes_as_if_uninterrupted(
     tmp_path: Path, data: list[str], killed: int
 ) -> None:
-    """The checkpoints of the resumed and of an uninterrupted run are the same, each tensor, bit by bit."""
+    """The checkpoints of the resumed and of an uninterrupted run are the same: every tensor is bit-identical."""
     options = [*data, *QUIET, *OFTEN, "data.batch_size=16", "trainer=torchrun"]
     last = tmp_path / "parts" / LAST
     with two_machines(tmp_path, *options, ENDLESS, "hydra.run.dir=parts") as machines:

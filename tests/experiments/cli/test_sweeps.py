@@ -301,7 +301,7 @@ OPTUNAS_OWN = pytest.mark.filterwarnings("ignore:.*declarative_base", "ignore:.*
 
 @pytest.fixture
 def optuna() -> None:
-    """Leaves the test out where there is no Optuna; its log would go on to the output of the first test that imported it."""
+    """Skips the test without Optuna; its log would keep writing to the output of the first test that imported it."""
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     pytest.importorskip("optuna").logging.disable_default_handler()
 
@@ -364,7 +364,7 @@ def test_a_search_for_what_is_not_logged_says_what_is(call: Call) -> None:
 def test_a_sweep_that_looks_for_nothing_needs_no_metric(call: Call) -> None:
     asked = ["-m", *QUICK, "hydra.sweep.dir=sweep"]
     assert "1 job, 1 done" in call(train.main, *asked, "optimized_metric=nope")
-    # Nor does it make another run of it: what was mistyped is mended without training again.
+    # Nor does it make another run of it: you can fix a typo without training again.
     assert "1 job, 1 finished before" in call(train.main, *asked, "optimized_metric=val/loss")
 
 

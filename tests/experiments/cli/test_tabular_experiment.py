@@ -1,4 +1,4 @@
-"""From a table of one's own to a comparison, by the command line alone."""
+"""From your own table to a comparison, with the command line alone."""
 
 from __future__ import annotations
 

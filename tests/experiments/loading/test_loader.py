@@ -1,4 +1,4 @@
-"""A run that stops anywhere goes on as if it had not."""
+"""A run that stops anywhere resumes as if it had not stopped."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def labels(*values: int) -> Tensor:
 
 
 def said(*values: int) -> Tensor:
-    """Logits of which these are the largest."""
+    """Logits that are largest at these classes."""
     return torch.nn.functional.one_hot(labels(*values), dense.CLASSES).movedim(-1, 1).float()
 
 
@@ -130,7 +130,7 @@ def test_a_rank_that_knows_nothing_changes_nothing(task: str, name: str) -> None
     plain.update(prediction, target)
     metric.update(prediction, nothing)
     alone = metric.compute().item()
-    assert math.isnan(alone) or name == "pixel_accuracy"  # of which torchmetrics says 0
+    assert math.isnan(alone) or name == "pixel_accuracy"  # torchmetrics returns 0 for it
     metric.update(prediction, target)
     assert metric.compute().item() == plain.compute().item()
 

@@ -184,7 +184,7 @@ def test_a_missing_target_is_an_absent_task(tmp_path: Path) -> None:
 
 
 def test_on_several_ranks_every_batch_has_all_tasks(tmp_path: Path) -> None:
-    """A rank that lacked a task's gradient or metric would have the others wait for it for ever."""
+    """A rank that lacked a task's gradient or metric would make the others wait for it forever."""
     table = frame()
     table.loc[table.index % 4 != 0, "b"] = np.nan
     data = module(tmp_path, table, batch_size=3)

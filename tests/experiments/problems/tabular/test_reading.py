@@ -1,4 +1,4 @@
-"""Tables out of files: what is read, whatever it is written in, and what is said about a file that is not a table."""
+"""Tables from files of all formats, and the errors for a file that is not a table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a copy of the data is said before training: the file, the field, what was expected and found."""
+"""Errors in a copy of the data are reported before training: the file, the field, what was expected and found."""
 
 from __future__ import annotations
 

@@ -235,7 +235,7 @@ def test_worker_processes_read_what_one_process_reads(form: str, context: str, r
         if workers:
             loader.multiprocessing_context = context
         batches[workers] = list(loader)
-        data.stored.arrays("train", 0)  # and the first process goes on
+        data.stored.arrays("train", 0)  # and the first process continues
     assert len(batches[0]) == 4
     assert _equal(batches[0], batches[2])
 

@@ -1,4 +1,4 @@
-"""Preparation that is interrupted goes on; what is damaged afterwards is found."""
+"""An interrupted preparation continues; later damage is detected."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_an_interrupted_preparation_ends_with_the_same_bytes(
     second = Rooms(fail_after=1000)
     prepare(second, tmp_path, **SIZES)
     assert digests(tmp_path) == undisturbed
-    # It went on: one image to find out the kinds, and at most one again for each split and those since the last note.
+    # It continued: one image to find out the kinds, and at most one again for each split and those since the last note.
     assert 1000 - second.left <= 110 - (after - 1) + 3 + convert.NOTE_EVERY
 
 

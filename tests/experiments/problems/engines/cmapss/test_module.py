@@ -176,10 +176,10 @@ def test_statistics_change_with_training_engines_and_with_no_others(
     ]
     text = []
     for line in file.read_text().splitlines():
-        words = line.split()
-        if int(words[0]) in changed:
-            words[2:] = [f"{float(word) * 1.5 + 7:.4f}" for word in words[2:]]
-        text.append(" ".join(words))
+        fields = line.split()
+        if int(fields[0]) in changed:
+            fields[2:] = [f"{float(one) * 1.5 + 7:.4f}" for one in fields[2:]]
+        text.append(" ".join(fields))
     file.write_text("\n".join(text))
     after = engines(root, subset=subset)
     assert same(fitted(before), fitted(after)) == (kind != "training")
