@@ -1,6 +1,6 @@
 """Networks without a trunk, or whose trunk is called several times, and aggregations of their gradients by brute force.
 
-What tasks share is found by brute force too: the parameters at which two of the losses have had a gradient.
+Brute force also finds the shared parameters: those where at least two losses have a gradient.
 """
 
 from __future__ import annotations

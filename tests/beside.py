@@ -1,4 +1,4 @@
-"""A training with GradNorm beside other callbacks: models of every kind, and their course batch by batch."""
+"""A training with GradNorm beside other callbacks: models of every kind, recorded batch by batch."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Scalarizers and aggregators in a plain loop, as TorchJD's manual has them used: what the callbacks are held against.
+"""Scalarizers and aggregators in a plain loop, used as in TorchJD's manual: the reference for the callbacks.
 
-One process, no Lightning, and nothing of the package under test but the seed of its random numbers, and what a strategy
-states that it has to be called for. A scalarizer is called
-with the losses and back-propagated through; an aggregator is called with the whole matrix of the gradients, which are taken
-one by one with ``torch.autograd.grad``.
+One process, no Lightning. From the package under test it only takes the seed of the random numbers and the requirements that a
+strategy declares. It calls a scalarizer with the losses and back-propagates through it; it calls an aggregator with the whole
+matrix of gradients, computed one by one with ``torch.autograd.grad``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""C-MAPSS's files written by hand: every number follows from unit, cycle and column, so that a test knows it."""
+"""C-MAPSS's files written by hand: every number follows from unit, cycle and column, so tests can predict it."""
 
 from __future__ import annotations
 

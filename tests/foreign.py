@@ -1,4 +1,4 @@
-"""Networks that nobody made for this callback, in the Trainer and in the textbook."""
+"""Networks that were not written for this callback, in the Trainer and in the textbook."""
 
 from __future__ import annotations
 

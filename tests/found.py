@@ -1,4 +1,4 @@
-"""Networks that say nothing about themselves: no `encoder`, and the heads are for the callback to find.
+"""Networks with nothing named: no `encoder`, and the callback must find the heads.
 
 Each has the name of the deepest weight that all its tasks share, and how the callback describes the heads it finds.
 """

@@ -1,4 +1,4 @@
-"""What a test needs around a Trainer: a loader, recorders, and two questions (do they agree? is the model clean?)."""
+"""Helpers for tests with a Trainer: a loader, recorders, and two questions (do they agree? is the model clean?)."""
 
 from __future__ import annotations
 

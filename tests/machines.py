@@ -1,4 +1,4 @@
-"""Two machines that train together, as far as one machine can be two: each its own torchrun, its own clock and address."""
+"""Simulates two machines that train together: each has its own torchrun, clock and address."""
 
 from __future__ import annotations
 

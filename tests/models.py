@@ -1,7 +1,7 @@
-"""Tiny float64 networks, the batches they see, and what the textbook needs to train the same thing.
+"""Tiny float64 networks, their batches, and the parts that the textbook needs to train them.
 
 Every network is built from a seed, so two calls give identical parameters: one goes to the Trainer, one to the oracle.
-`forward_for_textbook` of each says in plain torch what its `training_step` computes.
+Each network's `forward_for_textbook` repeats its `training_step` in plain torch.
 """
 
 from __future__ import annotations

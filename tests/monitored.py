@@ -1,4 +1,4 @@
-"""What the monitor has to show, taken by hand, and what watches it do so."""
+"""The monitor's expected values, computed by hand, and recorders that compare them."""
 
 from __future__ import annotations
 

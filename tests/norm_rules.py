@@ -1,4 +1,4 @@
-"""InverseNorm, LRAnnealing and NTKWeights from their published equations, in plain floats; and a loop that uses them."""
+"""InverseNorm, LRAnnealing and NTKWeights from their published equations, in plain floats, and a loop that uses them."""
 
 from __future__ import annotations
 

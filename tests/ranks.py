@@ -1,4 +1,4 @@
-"""Trains one network in several forked processes, gives each rank its own batches, and tells how each rank ended."""
+"""Trains one network in several forked processes, gives each rank its own batches, and reports how each rank ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders as `gradnorm-train` leaves them, made in milliseconds."""
+"""Run folders like those of `gradnorm-train`, made in milliseconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trains in two processes that share one network between them (FSDP2)."""
+"""Trains in two processes that shard one network between them (FSDP2)."""
 
 from __future__ import annotations
 

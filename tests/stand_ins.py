@@ -1,4 +1,4 @@
-"""Stand-ins for the packages of loggers, as far as Lightning's loggers call them; they write down what they get."""
+"""Stand-ins for the packages of loggers, as far as Lightning's loggers call them; they record what they receive."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Every strategy that a callback can be made of, by name, for tests that go through all of them.
+"""Every strategy that a callback accepts, by name, for tests over all of them.
 
-The classes are those of the package's registry, with the arguments that they require from ``conf/balancing``. Listed by hand is
-only what is tried with other options (`INSTEAD`, `MORE`).
+The classes come from the package's registry, with their required arguments from ``conf/balancing``. Only other
+options are listed by hand (`INSTEAD`, `MORE`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Trainings with a strategy that are cut into the batches of several ranks."""
+"""Trainings with a strategy, split into the batches of several ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dotted paths of the first edition, as saved configurations and checkpoints have them."""
+"""Old dotted paths, as in saved configurations and checkpoints."""
 
 from __future__ import annotations
 

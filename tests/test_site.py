@@ -1,4 +1,4 @@
-"""The documentation site: its links lead somewhere, its made pages are complete, its examples run. Needs no mkdocs."""
+"""The documentation site: its links work, its generated pages are complete, its examples run. Needs no mkdocs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each recipe of docs/your_framework.md runs as it stands there and gives the weights of a plain loop."""
+"""Each recipe of docs/your_framework.md runs as printed and gives the weights of a plain loop."""
 
 from __future__ import annotations
 

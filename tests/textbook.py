@@ -1,7 +1,7 @@
-"""GradNorm as a textbook would write it: the oracle the callback is held against.
+"""GradNorm as a textbook would write it: the reference for the callback.
 
 Double backward (`create_graph=True`), one plain loop, one process, float64, no Lightning. Slow and obvious on purpose:
-it takes nothing from the package under test, so an error has to be made twice to go unseen.
+it takes nothing from the package under test, so an error goes unseen only if it is made twice.
 """
 
 from __future__ import annotations

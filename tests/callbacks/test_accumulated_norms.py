@@ -1,4 +1,4 @@
-"""What is logged as a task's norm belongs to the mean over the micro-batches of the step, also of one that is cut short."""
+"""The logged norm of a task is that of the mean loss over the step's micro-batches, also in an incomplete step."""
 
 from __future__ import annotations
 

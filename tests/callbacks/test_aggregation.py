@@ -1,4 +1,4 @@
-"""Any aggregation through the callback is what the aggregator makes of the whole matrix of gradients, taken by hand."""
+"""The callback gives the same result as calling the aggregator on the whole matrix of gradients, computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Aggregation(at="parameters")` where there is no trunk, or it is called several times: held against brute force."""
+"""`Aggregation(at="parameters")` without a trunk, or with one that is called several times, agrees with brute force."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ddp_spawn`, `ddp_fork`, `ddp_notebook`: the process that called `fit` reads of its callbacks what rank 0 has learned."""
+"""`ddp_spawn`, `ddp_fork`, `ddp_notebook`: the callbacks in the process that called `fit` show what rank 0 has learned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a strategy asks for besides the losses of the batch: FAMO its losses after the step, DWA the end of an epoch."""
+"""Strategies that need more than the losses of the batch: FAMO needs losses after the step, DWA the end of an epoch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""With the Trainer's flags GradNorm sees the batches that they leave, and trains as the textbook says; with clipping too."""
+"""With any Trainer flags, including clipping, GradNorm sees the remaining batches and agrees with the textbook."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shapes of models that people have, each trained as it is."""
+"""Kinds of models that people have, each trained unchanged."""
 
 from __future__ import annotations
 

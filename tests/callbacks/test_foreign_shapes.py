@@ -1,4 +1,4 @@
-"""Shapes of networks that nobody made for this callback: a few steps of each, against the double-backward textbook."""
+"""Networks that were not written for this callback: a few steps of each, against the double-backward textbook."""
 
 from __future__ import annotations
 

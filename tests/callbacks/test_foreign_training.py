@@ -1,4 +1,4 @@
-"""Ways to run and to optimize a network that nobody made for this callback: recomputed, compiled, scheduled, clipped."""
+"""Ways to run and optimize a network that was not written for this callback: recomputed, compiled, scheduled, clipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks that say nothing about themselves, in the ways people train, held against the double-backward textbook."""
+"""Networks without named layers or heads, in the ways people train, against the double-backward textbook."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""An encoder that is frozen, for an epoch as `BackboneFinetuning` does or to the end: strategies wait and say so.
+"""An encoder that is frozen, for an epoch as with `BackboneFinetuning` or to the end: strategies wait and report it.
 
-And networks that stay frozen beside the model, as those of perceptual losses do: they are not what the tasks share.
+Networks that stay frozen next to the model, as in perceptual losses, do not count as shared.
 """
 
 from __future__ import annotations

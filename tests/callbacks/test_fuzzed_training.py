@@ -1,10 +1,10 @@
-"""Trainings with losses as bad as they come: the callback does what the bare rule does with the numbers the test took.
+"""Trainings with arbitrarily bad losses: the callback agrees with the bare rule on the numbers that the test computes.
 
 Losses are infinite, negative or exactly zero, tasks are absent or come one at a time, the optimizer evaluates its closure
 twice, and a loss may be changed in place after it was shown.
 
-The rule itself is held against double backward in `tests/strategies/test_rule_fuzzed.py`. Here the test takes each task's
-gradient on its own, before the callback has seen the loss, and asks a `GradNormRule` what ought to happen.
+`tests/strategies/test_rule_fuzzed.py` compares the rule itself with double backward. Here the test computes each task's
+gradient separately, before the callback has seen the loss, and a `GradNormRule` gives the expected result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The callback inside a real Trainer against a double-backward loop in float64: the same weights, the same network."""
+"""The callback in a real Trainer and a double-backward loop in float64 give the same weights and the same network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""However training ends, and at whatever moment it is saved or copied, the model is as if the callback had never been there."""
+"""However training ends, and whenever you save or copy the model, no trace of the callback remains on it."""
 
 from __future__ import annotations
 

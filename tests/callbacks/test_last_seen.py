@@ -1,6 +1,6 @@
-"""``absent_tasks="last_seen"`` in a Trainer: an absent task takes part with the norm and the loss it last had.
+"""``absent_tasks="last_seen"`` in a Trainer: an absent task counts with its last norm and loss.
 
-Held against the textbook, which keeps the last norm and loss of each task. One task for each batch is the hardest case.
+Compared with a textbook that keeps the last norm and loss of each task. One task per batch is the hardest case.
 """
 
 from __future__ import annotations

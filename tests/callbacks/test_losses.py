@@ -1,4 +1,4 @@
-"""Each loss counts once, only if it was back-propagated, whatever way the model shows it."""
+"""Each loss counts once, and only if it was back-propagated, however the model reports it."""
 
 from __future__ import annotations
 

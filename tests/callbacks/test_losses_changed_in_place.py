@@ -1,4 +1,4 @@
-"""A loss counts as it was when it was shown: adding losses up in place afterwards changes nothing but the sum."""
+"""Later in-place changes to a loss have no effect: adding losses up in place only changes the sum."""
 
 from __future__ import annotations
 

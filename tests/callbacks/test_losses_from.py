@@ -1,6 +1,6 @@
-"""Losses taken out of what something inside the model returns: the model returns its total alone and knows nothing of us.
+"""Losses read from a return value inside the model: the model only returns its total and does not know this library.
 
-Each is held against a twin that returns its losses from `training_step`.
+Each is compared with a twin that returns its losses from `training_step`.
 """
 
 from __future__ import annotations

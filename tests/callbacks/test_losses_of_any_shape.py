@@ -1,7 +1,7 @@
-"""Losses of any shape, shown anywhere: the weight scales the gradient, and what is balanced is the mean.
+"""Losses of any shape, reported anywhere: the weight scales the gradient, and the mean is balanced.
 
-A model may return its total alone and call ``watch`` wherever a loss is at hand. All are held against the textbook, which knows
-the means.
+A model may return only its total and call ``watch`` wherever it computes a loss. All are compared with the textbook, which
+receives the means.
 """
 
 from __future__ import annotations

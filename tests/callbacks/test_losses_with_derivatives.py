@@ -1,6 +1,6 @@
-"""Losses made with `torch.func`, forward-mode derivatives or double backward: read exactly, or refused by name.
+"""Losses that use `torch.func`, forward mode or double backward: read exactly, or an error that names them.
 
-`tests/derivatives.py` has the ways in which they are made.
+`tests/derivatives.py` has the ways to build them.
 """
 
 from __future__ import annotations

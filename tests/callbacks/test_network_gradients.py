@@ -1,6 +1,6 @@
-"""At the optimizer step each parameter's `.grad` is that of `Σ w_i c_i L_i + rest`, and of nothing else.
+"""At the optimizer step each parameter's `.grad` is exactly the gradient of `Σ w_i c_i L_i + rest`.
 
-The weights are those in force when the step began; nothing of `L_grad` (its second-order terms) may leak in.
+The weights are those at the start of the step; nothing of `L_grad` (its second-order terms) may leak in.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every callback works with `pytorch_lightning` as with `lightning`, and is refused the same things."""
+"""Every callback works with `pytorch_lightning` as with `lightning`, and raises the same errors."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Several processes give the weights and the network of one process on the concatenated batch.
 
-Where the ranks have the same tasks, they are held against one process of the Trainer. Where they have not, they are held
-against the textbook, which says what DDP's objective then is: the mean over ranks and micro-batches of the sum of the
-losses that are there. SGD updates the weights: Adam would hide a norm that is wrong by a factor.
+If the ranks have the same tasks, they are compared with one process of the Trainer. If not, they are compared with the
+textbook, which uses DDP's objective: the mean over ranks and micro-batches of the sum of the losses that are
+present. SGD updates the weights, because Adam would hide a norm that is wrong by a factor.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Loops that people report: what the rule learns from is what the optimizer steps on, however the step comes about."""
+"""Loops that people report: the rule only learns from gradients that an optimizer step uses, whoever takes the step."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Losses as people report them: made, masked, shaped and combined in ways that nobody here would have thought of.
+"""Losses as people report them: computed, masked, shaped and combined in unexpected ways.
 
-What can be trained is held against the textbook or against the same training written plainly; what cannot, is named.
+If it can be trained, it is compared with the textbook or with the same training in plain code; otherwise the error names it.
 """
 
 from __future__ import annotations

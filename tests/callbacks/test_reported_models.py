@@ -1,4 +1,4 @@
-"""Models that people have reported trouble with elsewhere: each is trained with nothing named, and as the textbook says."""
+"""Models that cause trouble in other libraries: each trains with nothing named, and agrees with the textbook."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training on any scalarization through the callback is training on ``scalarizer(losses).backward()`` by hand."""
+"""Training any scalarization through the callback is the same as ``scalarizer(losses).backward()`` by hand."""
 
 from __future__ import annotations
 

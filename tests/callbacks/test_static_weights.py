@@ -1,4 +1,4 @@
-"""`GradNormStatic` and `RandomWeights`: weights that another run or a seed decides, and that then stay."""
+"""`GradNormStatic` and `RandomWeights`: weights that come from another run or a seed, and then stay constant."""
 
 from __future__ import annotations
 

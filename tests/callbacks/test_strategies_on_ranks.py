@@ -1,7 +1,7 @@
 """Several processes give, with every strategy, the weights and the network of one process on the concatenated batch.
 
-To start processes takes longer than to train a few steps: the strategies are trained one after the other in the same two
-processes, once, and each test looks at the result of one.
+Starting processes takes longer than training a few steps. The same two processes therefore train all strategies once,
+one after another, and each test looks at the result of one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ranks that have not the same tasks, or losses besides, give with every strategy what a calculation by hand gives."""
+"""Ranks with different tasks, or with additional losses, agree with a calculation by hand for every strategy."""
 
 from __future__ import annotations
 

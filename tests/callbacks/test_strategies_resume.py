@@ -1,4 +1,4 @@
-"""A run with any strategy, interrupted and resumed from its checkpoint, is bit-identical to one left alone."""
+"""A run with any strategy, interrupted and resumed from its checkpoint, is bit-identical to an uninterrupted one."""
 
 from __future__ import annotations
 

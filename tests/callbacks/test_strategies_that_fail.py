@@ -1,4 +1,4 @@
-"""A strategy that cannot be used is refused with a reason; one that fails in mid-training is bridged over, and said once."""
+"""An unusable strategy is an error with a reason; one that fails during training is replaced in that step, with a warning."""
 
 from __future__ import annotations
 

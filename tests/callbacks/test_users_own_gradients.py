@@ -1,4 +1,4 @@
-"""A `training_step` that takes gradients of its own, as one that looks at sensitivities or saliency does."""
+"""A `training_step` that computes its own gradients, for example for sensitivities or saliency."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Balancing callbacks that do not go together, and checkpoints that are of something else."""
+"""Balancing callbacks that cannot be combined, and checkpoints of something else."""
 
 from __future__ import annotations
 

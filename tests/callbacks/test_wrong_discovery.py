@@ -1,6 +1,6 @@
-"""Wrong uses of what needs no names: each error names the culprit, what was expected, and the way out.
+"""Wrong uses of automatic discovery: each error names the culprit, the expectation and the fix.
 
-What is wrong about `losses_from` is in `test_wrong_losses_from.py`.
+Wrong uses of `losses_from` are in `test_wrong_losses_from.py`.
 """
 
 from __future__ import annotations

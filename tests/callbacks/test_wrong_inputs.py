@@ -1,7 +1,7 @@
 """Wrong arguments and names get an error that names the culprit, what was expected and what was found.
 
-Each row of a table is one mistake that a user makes, in a sentence, with what has to be in the message; the model is left as it
-was. Wrong losses are in `test_wrong_losses.py`, the mistakes around a `MultiTaskModule` in
+Each row of a table is one mistake of a user, as a sentence, with the required parts of the message; the model does not
+change. Wrong losses are in `test_wrong_losses.py`, the mistakes around a `MultiTaskModule` in
 `tests/multitask/test_module_wrong_inputs.py`.
 """
 

@@ -1,4 +1,4 @@
-"""A model compiled by torch.compile, or any part of it, trains as the textbook says; as a whole, it is not run twice for it."""
+"""A model that torch.compile compiled, in part or as a whole, agrees with the textbook, and does not run twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a compiled encoder may be made of: a layer deep inside, many blocks, a changing depth, tied weights, dropout."""
+"""Kinds of compiled encoders: a layer deep inside, many blocks, a changing depth, tied weights, dropout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heads that are found in models whose modules are handed more than they use."""
+"""Heads found in models whose modules receive more than they use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is put before a method goes again, in whatever order."""
+"""Wrappers around a method can be removed in any order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the graph of the forward pass cannot be walked, a module around the shared layer is run again."""
+"""If the graph of the forward pass cannot be traversed, a module around the shared layer runs again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A new strategy is three files: its formula, its yaml and its test. Everything else finds it."""
+"""A new strategy is three files: its formula, its yaml and its test. Everything else picks it up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is computed again to read a gradient shows in no running statistics."""
+"""Recomputation for reading a gradient does not change running statistics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user does beside an aggregation, and what the gate at the representation must not do to it."""
+"""The gate at the representation does not interfere with a user's other computations next to an aggregation."""
 
 from __future__ import annotations
 

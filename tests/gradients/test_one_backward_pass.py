@@ -1,4 +1,4 @@
-"""The task gradients read on the way of one backward pass are those that T separate passes would give."""
+"""The task gradients read during one backward pass equal those of T separate passes."""
 
 from __future__ import annotations
 

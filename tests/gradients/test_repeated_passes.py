@@ -1,4 +1,4 @@
-"""Fused kernels overwrite what they have saved, or the gradient that arrives: a pass beside the ordinary one would spoil it."""
+"""Fused kernels overwrite their saved tensors or the incoming gradient, so an additional pass would corrupt them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In what share of the steps losses conflict, on networks without a trunk: against brute force, and over a resume."""
+"""The share of steps in which losses conflict, on networks without a trunk: against brute force, and across a resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The monitor shows each loss's part of the update as autograd by hand gives it, and leaves the training as it is."""
+"""The monitor's shares of the update agree with autograd by hand, and training does not change."""
 
 from __future__ import annotations
 

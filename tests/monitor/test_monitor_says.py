@@ -1,4 +1,4 @@
-"""What the monitor says at the end, writes to TensorBoard and keeps in a checkpoint."""
+"""The monitor's summary at the end, its TensorBoard output and its checkpoint state."""
 
 from __future__ import annotations
 

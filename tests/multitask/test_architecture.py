@@ -1,4 +1,4 @@
-"""A checkpoint builds its model again, and nothing else."""
+"""A checkpoint rebuilds its own model, and nothing else."""
 
 from __future__ import annotations
 

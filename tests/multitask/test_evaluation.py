@@ -1,4 +1,4 @@
-"""What a `MultiTaskModule` logs of validation and test: each task's own batches count, on one process and on several."""
+"""`MultiTaskModule` logs validation and test over each task's own batches, on one process and on several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, and shows what it says."""
+"""Every notebook runs from top to bottom, and its output matches its text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark: each measure measures what it says, and each way trains. No time is judged."""
+"""The benchmark: each measure measures what it claims, and each method trains. No test depends on time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison of simulated engines with NASA's: with their files, and what it does when a number is outside."""
+"""The comparison of simulated engines with NASA's: with NASA's files, and with a number outside the tolerance."""
 
 from __future__ import annotations
 

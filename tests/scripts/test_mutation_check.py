@@ -1,4 +1,4 @@
-"""The mutation check: its faults fit the code, its tests exist, its table is complete, and it tells a fault from none."""
+"""The mutation check: its faults fit the code, its tests exist, its table is complete, and it detects a fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The study of physics-informed networks: what is trained, kept and chosen, and the numbers in its tables."""
+"""The study of physics-informed networks: its trainings, its choices, and the numbers in its tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of remaining useful life: what is trained, what is kept, and the numbers in it."""
+"""The table of remaining useful life: its trainings, what it keeps, and its numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How encoder and heads may be called."""
+"""Ways to call encoder and heads."""
 
 from __future__ import annotations
 

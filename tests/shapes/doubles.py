@@ -1,4 +1,4 @@
-"""Weights in two places, and heads that begin in place."""
+"""Weights in two places, and heads that start with an in-place operation."""
 
 from __future__ import annotations
 

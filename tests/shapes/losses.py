@@ -1,4 +1,4 @@
-"""Losses that people train with, each in a network of two tasks that the textbook can train too."""
+"""Losses that people train with, each in a network of two tasks that the textbook can also train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may stand around the shared layer."""
+"""Modules around the shared layer."""
 
 from __future__ import annotations
 

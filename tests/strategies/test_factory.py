@@ -1,4 +1,4 @@
-"""Preference vectors of 1/T, in Python and out of a configuration."""
+"""Preference vectors of 1/T, in Python and from a configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a class states about itself decides how it is called; no code of the framework asks for a strategy by name."""
+"""A class's declarations decide how it is called; no code of the framework checks for a strategy by name."""
 
 from __future__ import annotations
 

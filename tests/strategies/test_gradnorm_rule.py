@@ -1,4 +1,4 @@
-"""The rule by itself: what must hold for any numbers it is given."""
+"""The rule by itself: properties that hold for any input."""
 
 from __future__ import annotations
 

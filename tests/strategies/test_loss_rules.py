@@ -1,4 +1,4 @@
-"""What holds of ReLoBRaLo, SoftAdapt, SLAW and UW-SO alike: their equations over 200 steps, states, and wild numbers."""
+"""Common properties of ReLoBRaLo, SoftAdapt, SLAW and UW-SO: equations over 200 steps, states, and wild numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""InverseNorm, LRAnnealing and NTKWeights alone: equations over 200 steps, states, wild numbers, and what is refused."""
+"""InverseNorm, LRAnnealing and NTKWeights alone: equations over 200 steps, states, wild numbers, and errors."""
 
 from __future__ import annotations
 

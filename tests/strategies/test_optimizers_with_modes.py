@@ -1,4 +1,4 @@
-"""Optimizers with a train() and an eval() mode, as schedule-free ones: for a network, and not for what is read in each step."""
+"""Optimizers with a train() and an eval() mode, such as schedule-free ones: allowed for a network, but not for weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rule under a hundred thousand random steps, good and bad: what holds after every one of them.
+"""The rule under a hundred thousand random steps, good and bad, with checks after each of them.
 
 Each run draws its own rule and its own mixture of ordinary and wild numbers from a seed, which is the test's parameter.
 """

@@ -1,4 +1,4 @@
-"""One step of the weights: Adam on tensors alone is torch's Adam, and the host need not look at a number."""
+"""One step of the weights: our Adam on tensors agrees with torch's Adam, and the host never waits for a number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What breaks a rule of the architecture today, and why. Entries may only be removed; one that is no longer needed fails."""
+"""The current exceptions to the architecture rules, and why. Entries may only be removed; an unneeded entry fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an import loads, in an interpreter that has loaded nothing else."""
+"""The modules that an import loads, in a fresh interpreter."""
 
 from __future__ import annotations
 

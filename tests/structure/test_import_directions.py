@@ -1,4 +1,4 @@
-"""Imports point down only, and each part of the package imports only the third-party packages that it is allowed."""
+"""Imports only point downward, and each part of the package only imports its allowed third-party packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Holds a training against the textbook, step by step: the weights, and the gradients that reach the network."""
+"""Compares a training with the textbook, step by step: the weights, and the gradients that reach the network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a test needs to know of a model that someone else wrote, and what all of them need."""
+"""The description of another project's model for a test, and shared helpers."""
 
 from __future__ import annotations
 

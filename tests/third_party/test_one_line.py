@@ -1,4 +1,4 @@
-"""Models of other people train with one line of ours: as the textbook says, with a layer and heads found by themselves."""
+"""Other projects' models train with our one line: they agree with the textbook, with layer and heads found automatically."""
 
 from __future__ import annotations
 

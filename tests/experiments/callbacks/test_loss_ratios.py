@@ -1,4 +1,4 @@
-"""The number by which the best checkpoint is chosen: every task's validation loss relative to its first one."""
+"""The metric that selects the best checkpoint: every task's validation loss relative to its first one."""
 
 from __future__ import annotations
 

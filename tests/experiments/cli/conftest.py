@@ -1,4 +1,4 @@
-"""The commands, as a shell would call them: in this process, and in one of their own."""
+"""The commands, called as from a shell: in this process, and in a separate one."""
 
 from __future__ import annotations
 

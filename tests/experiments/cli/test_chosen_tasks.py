@@ -1,4 +1,4 @@
-"""`gradnorm-train tasks=[…]`: some of the tasks, or one alone, which is the baseline that others are compared with."""
+"""`gradnorm-train tasks=[…]`: some of the tasks, or a single one, which is the baseline for comparisons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experiments on C-MAPSS with simulated engines, which stand in for it, and with files as NASA's."""
+"""C-MAPSS experiments with simulated engines in place of NASA's, and with files in NASA's format."""
 
 from __future__ import annotations
 

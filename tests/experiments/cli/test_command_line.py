@@ -1,4 +1,4 @@
-"""`gradnorm-train` and `gradnorm-eval` as their users call them."""
+"""`gradnorm-train` and `gradnorm-eval` as users call them."""
 
 from __future__ import annotations
 

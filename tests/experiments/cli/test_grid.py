@@ -1,4 +1,4 @@
-"""Everything goes with everything: data and experiments, strategies, one process and two."""
+"""Every combination works: data and experiments, strategies, one process and two."""
 
 from __future__ import annotations
 

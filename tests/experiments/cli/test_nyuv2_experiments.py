@@ -1,4 +1,4 @@
-"""Experiments on NYUv2 with rooms, which stand in for it, and with its files."""
+"""NYUv2 experiments with rooms in place of NYUv2, and with its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Physics-informed networks from the command line: each equation, strategies, LBFGS, and the report with its pictures."""
+"""Physics-informed networks from the command line: each equation, strategies, LBFGS, and the report with its plots."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Two machines, each with its own torchrun: they train as one process does, write one folder, and can be killed.
 
-The machines are sessions on this one, with clocks in other time zones; they meet on the loopback interface.
+The machines are sessions on this one, with clocks in different time zones; they connect through the loopback interface.
 """
 
 from __future__ import annotations

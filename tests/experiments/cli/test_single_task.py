@@ -1,4 +1,4 @@
-"""`gradnorm-eval single_task=…`: a run beside networks for one task each, and Δm."""
+"""`gradnorm-eval single_task=…`: a run against single-task networks, and Δm."""
 
 from __future__ import annotations
 

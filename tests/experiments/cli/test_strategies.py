@@ -1,4 +1,4 @@
-"""Every strategy has a yaml and a row in docs/strategies.md, and what the row says of it is so."""
+"""Every strategy has a yaml and a row in docs/strategies.md, and the row is correct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`gradnorm-train -m`: each job is done once, whatever stops the sweep, sees all its data, and fails for itself alone."""
+"""`gradnorm-train -m`: each job runs once, whatever stops the sweep, sees all its data, and fails without affecting others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`gradnorm-train trainer=ddp_cpu`: forked processes leave what one process leaves, also in a sweep and at Ctrl-C."""
+"""`gradnorm-train trainer=ddp_cpu`: forked processes write the same files as one process, also in a sweep and at Ctrl-C."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training epoch's last batch of one image, which the DeepLab head refuses, can be left out."""
+"""A last training batch of one image, which the DeepLab head rejects, can be left out."""
 
 from __future__ import annotations
 

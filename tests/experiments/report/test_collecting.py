@@ -1,4 +1,4 @@
-"""Runs are found wherever they lie, and read as far as they can be."""
+"""Runs are found in any subfolder, and read as far as possible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Δm by hand, and as the tables of the literature have it."""
+"""Δm by hand, and as in the tables of the literature."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which runs are one method, and what it is called."""
+"""Which runs count as one method, and the method's name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page and the Markdown: complete, escaped, and nothing but themselves."""
+"""The page and the Markdown: complete, escaped, and self-contained."""
 
 from __future__ import annotations
 

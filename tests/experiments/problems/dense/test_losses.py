@@ -1,4 +1,4 @@
-"""The losses of dense tasks against brute force over pixels, and what holes, empty batches and half precision do to them."""
+"""The losses of dense tasks against brute force over pixels, and with holes, empty batches and half precision."""
 
 from __future__ import annotations
 

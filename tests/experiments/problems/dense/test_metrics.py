@@ -1,4 +1,4 @@
-"""Metrics of dense tasks: by hand on a few pixels, by brute force on random ones, and of parts as of the whole."""
+"""Metrics of dense tasks: by hand on a few pixels, by brute force on random ones, and the same in parts as on the whole."""
 
 from __future__ import annotations
 

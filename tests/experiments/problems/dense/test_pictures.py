@@ -1,4 +1,4 @@
-"""What is painted where, and whether everybody can tell the colors apart."""
+"""What is painted where, and colors that color-blind people can distinguish."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorBoard shows image, prediction and truth side by side, and training does not notice."""
+"""TensorBoard shows image, prediction and truth side by side, and training does not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tasks of NYUv2 in a `MultiTaskModule`: trained, judged, saved, configured, on one rank and on two."""
+"""The tasks of NYUv2 in a `MultiTaskModule`: trained, evaluated, saved, configured, on one rank and on two."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network of C-MAPSS: its sizes are the book's, and what it reads of a window."""
+"""The network of C-MAPSS: its sizes match the book, and the parts of a window that it reads."""
 
 from __future__ import annotations
 

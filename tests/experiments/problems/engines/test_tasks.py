@@ -1,4 +1,4 @@
-"""The tasks of C-MAPSS in a `MultiTaskModule`: trained with every strategy of the comparison, judged, saved."""
+"""The tasks of C-MAPSS in a `MultiTaskModule`: trained with every strategy of the comparison, evaluated, saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Residuals vanish for the exact solutions, are right for other functions, and the references are right by other means."""
+"""Residuals vanish for the exact solutions, are right for other functions, and the references agree with other methods."""
 
 from __future__ import annotations
 

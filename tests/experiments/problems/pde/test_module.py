@@ -1,4 +1,4 @@
-"""The network and the LightningModule: losses, metrics, LBFGS, and strategies that are added to it."""
+"""The network and the LightningModule: losses, metrics, LBFGS, and strategies on top."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the picture of a solution shows, and where it goes."""
+"""The picture of a solution, and where it is written."""
 
 from __future__ import annotations
 

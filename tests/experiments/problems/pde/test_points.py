@@ -1,4 +1,4 @@
-"""Collocation points lie where they should, follow from the seed, and are shared by the ranks."""
+"""Collocation points are where they should be, follow from the seed, and are shared by the ranks."""
 
 from __future__ import annotations
 

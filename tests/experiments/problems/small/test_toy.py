@@ -1,4 +1,4 @@
-"""The toy problem is the paper's, number by number."""
+"""The toy problem matches the paper, number by number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a table hands out: each row in one split, statistics of the training rows alone, no task where its target is missing."""
+"""A table's batches: each row in one split, statistics of the training rows only, no task if its target is missing."""
 
 from __future__ import annotations
 

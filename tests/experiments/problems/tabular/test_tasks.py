@@ -1,4 +1,4 @@
-"""Losses and metrics of a table's targets against scikit-learn: missing targets do not count, units are the table's."""
+"""Losses and metrics of a table's targets against scikit-learn: missing targets do not count, and units are the table's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a dense head predicts before it has learned anything."""
+"""Predictions of a dense head before training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heads predict maps of the size that is asked for."""
+"""Heads predict maps of the requested size."""
 
 from __future__ import annotations
 

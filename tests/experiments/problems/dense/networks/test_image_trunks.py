@@ -1,4 +1,4 @@
-"""What holds for each trunk for photographs: shapes, the last shared layer, gradients, memory, GradNorm on it."""
+"""Properties of every image trunk: shapes, the last shared layer, gradients, memory, GradNorm on it."""
 
 from __future__ import annotations
 

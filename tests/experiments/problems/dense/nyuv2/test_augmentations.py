@@ -1,4 +1,4 @@
-"""An augmented sample is what a camera would have seen, and known, of a scene like it."""
+"""An augmented sample is consistent: image and targets match what a camera would see in such a scene."""
 
 from __future__ import annotations
 

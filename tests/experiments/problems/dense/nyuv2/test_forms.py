@@ -1,4 +1,4 @@
-"""The same rooms come out of every form of the data."""
+"""Every format of the data yields the same rooms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data module: what is held out, what is handed out, and runs that use it."""
+"""The data module: its splits, its batches, and runs that use it."""
 
 from __future__ import annotations
 

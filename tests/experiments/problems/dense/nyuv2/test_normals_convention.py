@@ -1,4 +1,4 @@
-"""What the channels of a source's normals point to is found from its depth, and they are turned to ours."""
+"""The convention of a source's normals is detected from its depth and converted to ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data module hands out what the renderer renders."""
+"""The data module returns what the renderer renders."""
 
 from __future__ import annotations
 

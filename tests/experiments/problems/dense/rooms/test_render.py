@@ -1,4 +1,4 @@
-"""What is known about a picture is what a ray through each pixel meets."""
+"""An image's targets agree with a ray traced through each pixel."""
 
 from __future__ import annotations
 

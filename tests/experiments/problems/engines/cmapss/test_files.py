@@ -1,4 +1,4 @@
-"""The reader of NASA's text files: numbers come out as they stand there, and what is wrong is named."""
+"""The reader of NASA's text files: it returns the numbers in the file, and errors name what is wrong."""
 
 from __future__ import annotations
 

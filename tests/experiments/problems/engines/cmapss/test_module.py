@@ -1,4 +1,4 @@
-"""What C-MAPSS hands out: the right cycles with the right remaining life, and nothing of one engine in two splits."""
+"""C-MAPSS returns the right cycles with the right remaining life, and no engine is in two splits."""
 
 from __future__ import annotations
 

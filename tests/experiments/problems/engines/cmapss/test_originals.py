@@ -1,4 +1,4 @@
-"""NASA's files are known by their numbers; a file that is altered or swapped is named, and the right one is blamed."""
+"""NASA's files are recognized by their numbers; a warning names the right file if one is altered or swapped."""
 
 from __future__ import annotations
 

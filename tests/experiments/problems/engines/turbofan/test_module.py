@@ -1,4 +1,4 @@
-"""The simulated engines as a data module: written once, whole or not at all, and worth learning from."""
+"""The simulated engines as a data module: written once and atomically, and useful for learning."""
 
 from __future__ import annotations
 
