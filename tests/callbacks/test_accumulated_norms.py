@@ -17,9 +17,7 @@ MICRO_BATCHES = [[0, 1], [2]]  # of each optimizer step: Lightning ends the epoc
 
 
 @pytest.mark.parametrize("heads", [False, True])
-def test_norms_are_those_of_the_mean_loss_over_the_micro_batches(
-    heads: bool, quiet_trainer: Callable[..., L.Trainer]
-) -> None:
+def test_norms_match_the_mean_loss_over_the_micro_batches(heads: bool, quiet_trainer: Callable[..., L.Trainer]) -> None:
     model, batches, log = Automatic(3), vector_batches(3, 3), MemoryLogger()
     model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.0)  # type: ignore[method-assign]
     still = partial(torch.optim.SGD, lr=0.0)  # of the weights, which stay 1

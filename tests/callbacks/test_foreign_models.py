@@ -172,7 +172,7 @@ def test_a_scripted_head_that_is_named_is_refused(quiet_trainer) -> None:
         quiet_trainer(callbacks=[GradNorm(NAMES, heads=model.heads())]).fit(model, Batches(vector_batches(3, 2)))
 
 
-def test_a_head_that_reads_what_another_head_gives_is_refused_also_if_it_reads_the_representation_too(
+def test_a_head_that_reads_the_output_of_another_head_is_an_error_even_if_it_reads_the_representation(
     quiet_trainer,
 ) -> None:
     class Fed(Automatic):

@@ -34,7 +34,7 @@ from lightning_gradnorm.engine.engine import Engine
 
 
 @table(REENTRANT)
-def test_a_reentrant_checkpoint_through_which_nothing_can_be_read_is_refused(
+def test_a_reentrant_checkpoint_that_hides_the_gradients_is_an_error(
     case: Case, heads: bool, quiet_trainer: MakeTrainer
 ) -> None:
     """By torch, or by the callback: in any case the message says what to do."""
@@ -180,7 +180,7 @@ class CompiledStem(Shape):
 
 @compiling
 @pytest.mark.parametrize("heads", [False, True], ids=["no heads", "heads"])
-def test_what_comes_before_the_shared_layer_may_be_compiled(heads: bool, quiet_trainer: MakeTrainer) -> None:
+def test_modules_before_the_shared_layer_may_be_compiled(heads: bool, quiet_trainer: MakeTrainer) -> None:
     case = Case(CompiledStem)
     losses = case.make().task_losses(case.batches(1)[0])
     assert "CompiledFunctionBackward" in node_names(losses.values())

@@ -34,7 +34,7 @@ from lightning_gradnorm import GradNorm
 
 @pytest.mark.both_packages
 @pytest.mark.parametrize("network", NETWORKS)
-def test_a_network_that_nobody_has_described_follows_the_textbook(
+def test_a_network_with_nothing_named_agrees_with_the_textbook(
     network: str, quiet_trainer: MakeTrainer, package: ModuleType
 ) -> None:
     make = NETWORKS[network]

@@ -293,7 +293,7 @@ class Apart(Found):
 
 
 @pytest.mark.parametrize("side", ["perceptual loss", "teacher"])
-def test_a_frozen_network_beside_the_model_is_not_what_its_tasks_share(side: str, quiet_trainer: MakeTrainer) -> None:
+def test_a_frozen_network_next_to_the_model_does_not_count_as_shared(side: str, quiet_trainer: MakeTrainer) -> None:
     expected = "GradNorm: shared_layer=None found no layer", "share no trained weight", "Scalarization"
     fails(quiet_trainer, Apart(side), GradNorm(TASKS), *expected)
 

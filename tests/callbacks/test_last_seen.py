@@ -123,7 +123,7 @@ def test_a_checkpoint_that_knows_no_last_numbers_begins_without(quiet_trainer: A
     assert third["normal"] != 1.0
 
 
-def test_two_ranks_give_what_one_process_gives() -> None:
+def test_two_ranks_match_one_process() -> None:
     """Rank 0 and rank 1 have different tasks, and some steps have one task in all."""
     lacks = Presence(
         lambda s, r, m: when(s % 3 != r, "depth") | when((s + r) % 2 == 0, "seg") | when(s % 2 == 1, "normal")
@@ -163,7 +163,7 @@ def test_an_epoch_without_two_tasks_in_a_step_warns_once_and_suggests_a_fix(quie
 @pytest.mark.parametrize(
     "options", [{"absent_tasks": "last_seen"}, {}], ids=["last_seen", "one batch of nine has all tasks"]
 )
-def test_an_epoch_in_which_something_is_balanced_is_not_told_of(options: Any, quiet_trainer: Any) -> None:
+def test_an_epoch_in_which_something_is_balanced_causes_no_warning(options: Any, quiet_trainer: Any) -> None:
     assert warned_of(quiet_trainer, in_turn(9, every=1 if options else 8), epochs=2, **options) == []
 
 

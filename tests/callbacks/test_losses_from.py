@@ -302,7 +302,7 @@ def expected_of(trainer: MakeTrainer, make: Callable[..., Any], **options: Any) 
 @pytest.mark.parametrize("kind", [Hidden, ByHand])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_losses_are_found_wherever_and_in_whatever_they_are_returned(
+def test_losses_are_found_in_any_place_and_any_container(
     output: str, place: str, kind: type[Hidden], quiet_trainer: MakeTrainer
 ) -> None:
     pack, tasks = OUTPUTS[output]
@@ -381,7 +381,7 @@ PATHS = {"seg": "criteria.seg", "depth": "functions.depth", "normal": "normal_lo
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_each_task_may_have_a_place_of_its_own(strategy: str, quiet_trainer: MakeTrainer) -> None:
+def test_each_task_may_have_its_own_path(strategy: str, quiet_trainer: MakeTrainer) -> None:
     expected, twin = expected_of(quiet_trainer, STRATEGIES[strategy])
     model = OnePlaceEach()
     found = train(quiet_trainer, model, STRATEGIES[strategy](NAMES, losses_from=PATHS))

@@ -219,7 +219,7 @@ def test_watch_may_be_called_anywhere_and_in_parts(
 
 
 @pytest.mark.parametrize("show", [at_once, in_two_parts])
-def test_fixed_weights_and_the_monitor_take_what_is_watched(show: Any, quiet_trainer: MakeTrainer) -> None:
+def test_fixed_weights_and_the_monitor_accept_watched_losses(show: Any, quiet_trainer: MakeTrainer) -> None:
     batches = vector_batches(3, STEPS)
     weights = {"seg": 0.5, "depth": 2.0, "normal": 0.5}
     found = []

@@ -317,7 +317,7 @@ def test_losses_that_a_function_returns_inside_vmap_are_refused(quiet_trainer: M
     fails(quiet_trainer, PerSample("none"), callback, "GradNorm: the loss of task 'seg'", "inside a transform")
 
 
-def test_means_of_what_vmap_returns_are_losses(quiet_trainer: MakeTrainer) -> None:
+def test_means_of_the_output_of_vmap_are_losses(quiet_trainer: MakeTrainer) -> None:
     agree(lambda: PerSample("means"), GradNorm(TASKS), quiet_trainer)
 
 

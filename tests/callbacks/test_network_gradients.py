@@ -104,7 +104,7 @@ def train(
     ],
     ids=["automatic", "coefficients", "only-logs", "batch-norm", "tuple", "manual"],
 )
-def test_gradients_of_an_existing_model_are_those_of_the_weighted_loss(
+def test_gradients_of_an_existing_model_match_the_weighted_loss(
     make: Callable[..., Any], heads: bool, accumulate: int, norm_of: Any, quiet_trainer: MakeTrainer
 ) -> None:
     options = {"accumulate": accumulate} if make is Manual else {}
@@ -121,7 +121,7 @@ def test_gradients_of_an_existing_model_are_those_of_the_weighted_loss(
 
 @pytest.mark.parametrize("norm_of", ["weight", "activation"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_gradients_of_a_multi_task_module_are_those_of_the_weighted_loss(
+def test_gradients_of_a_multi_task_module_match_the_weighted_loss(
     accumulate: int, norm_of: Any, quiet_trainer: MakeTrainer
 ) -> None:
     model = multi_task_module(3, accumulate_grad_batches=accumulate)

@@ -160,7 +160,7 @@ def test_a_multi_task_module_in_the_other_trainer_is_an_error_that_names_both_pa
             call(multi_task_module(3), Batches(as_inputs_and_targets(vector_batches(3, 1))))
 
 
-def test_lightnings_own_advice_on_mixed_packages_is_left_as_it_is() -> None:
+def test_lightnings_own_advice_on_mixed_packages_does_not_change() -> None:
     multi_task_module(3)
     trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
     with pytest.raises(TypeError, match="switch to a single import style"):

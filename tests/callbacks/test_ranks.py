@@ -164,12 +164,12 @@ def _with_the_same_tasks() -> Iterator[Way]:
 
 
 @_table(_with_the_same_tasks())
-def test_ranks_and_micro_batches_give_what_one_process_gives(way: Way) -> None:
+def test_ranks_and_micro_batches_match_one_process(way: Way) -> None:
     assert_close(told_of(way), alone(way.kind, way.dtype), TOLERANCE[way.dtype])
 
 
 @pytest.mark.parametrize("kind", ["at the heads", "activation"])
-def test_one_process_gives_what_the_textbook_gives(kind: str) -> None:
+def test_one_process_agrees_with_the_textbook(kind: str) -> None:
     """So that the others, held against it, are held against the textbook too."""
     assert_close([alone(kind)], oracle(cut(kind, 1, 1), kind), 1e-9)
 
@@ -307,7 +307,7 @@ def standing_still(expected: Told, at: set[int]) -> Told:
     return Told(weights, expected.network, {}, [])
 
 
-def test_steps_without_any_task_on_any_rank_move_no_weight_and_stop_nobody() -> None:
+def test_steps_without_any_task_on_any_rank_move_no_weight_and_block_no_rank() -> None:
     """The network's optimizer does take such a step, along a gradient of zero: no rank knows that the others had none."""
     empty = {4, 5, 15}
     steps = uneven(Presence(lambda s, r, m: when(s in empty, *NAMES), accumulate=2))

@@ -203,9 +203,7 @@ def test_losses_watched_while_the_encoder_is_toggled_off_are_reported(heads: Any
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-def test_an_overflow_in_a_discriminator_is_none_of_the_tasks_business(
-    is_first: bool, quiet_trainer: MakeTrainer
-) -> None:
+def test_an_overflow_in_a_discriminator_does_not_affect_the_tasks(is_first: bool, quiet_trainer: MakeTrainer) -> None:
     class Single(Adversarial):
         def discriminate(self, batch: Batch, optimizer: Any) -> None:
             overflows = self.discriminator.weight.register_hook(lambda gradient: gradient * torch.inf)

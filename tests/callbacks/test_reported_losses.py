@@ -49,9 +49,7 @@ MakeTrainer = Callable[..., L.Trainer]
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("heads", ["auto", None], ids=["auto", "no-heads"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_of_all_kinds_are_balanced_as_the_textbook_says(
-    kind: type[Pair], heads: Any, quiet_trainer: MakeTrainer
-) -> None:
+def test_losses_of_all_kinds_agree_with_the_textbook(kind: type[Pair], heads: Any, quiet_trainer: MakeTrainer) -> None:
     batches, model, twin = vector_batches(2, STEPS), kind(), kind()
     follows = isinstance(twin, Teacher)
     trajectory = learn_from_textbook(
@@ -127,7 +125,7 @@ class Offloaded(Pair):
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("heads", ["auto", None], ids=["auto", "no-heads"])
 @pytest.mark.parametrize("kind", [BackwardOneByOne, InChunks, OfOneFunction, Offloaded])
-def test_however_the_same_losses_are_computed_the_weights_are_the_same(
+def test_the_weights_do_not_depend_on_how_the_losses_are_computed(
     kind: type[Pair], heads: Any, quiet_trainer: MakeTrainer
 ) -> None:
     batches, model, twin = vector_batches(2, STEPS), kind(), Pair()
@@ -377,9 +375,7 @@ class Positioned(Pair):
 
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_what_a_strategy_remembers_of_a_tensors_subclass_is_plain(
-    strategy: str, quiet_trainer: MakeTrainer, tmp_path: Any
-) -> None:
+def test_the_state_from_a_tensor_subclass_is_plain(strategy: str, quiet_trainer: MakeTrainer, tmp_path: Any) -> None:
     found = []
     for kind in (Positioned, Pair):
         callback = STRATEGIES[strategy]()

@@ -135,12 +135,12 @@ LONGER = possible([*(Case(name) for name in SOME), *(Case(name, *way) for way in
 
 @pytest.mark.xdist_group("strategies on two ranks")  # all in one pair of processes
 @pytest.mark.parametrize("case", SHORT, ids=str)
-def test_two_ranks_give_what_one_process_gives(case: Case) -> None:
+def test_two_ranks_match_one_process(case: Case) -> None:
     assert_as_alone(case, outcomes(SHORT)[str(case)])
 
 
 @pytest.mark.slow
-def test_two_ranks_give_what_one_process_gives_with_more_strategies() -> None:
+def test_two_ranks_match_one_process_with_more_strategies() -> None:
     found = outcomes(LONGER)
     for case in LONGER:
         print("APART", case, assert_as_alone(case, found[str(case)]))
@@ -148,7 +148,7 @@ def test_two_ranks_give_what_one_process_gives_with_more_strategies() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_give_what_one_process_gives_with_every_strategy(kind: str) -> None:
+def test_two_ranks_match_one_process_with_every_strategy(kind: str) -> None:
     cases = possible(Case(name, kind, 1 if kind == "at the heads" else 2) for name in STRATEGIES)
     found = outcomes(cases)
     for case in cases:
@@ -157,7 +157,7 @@ def test_two_ranks_give_what_one_process_gives_with_every_strategy(kind: str) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_give_what_one_process_gives_in_every_way(kind: str) -> None:
+def test_two_ranks_match_one_process_in_every_mode(kind: str) -> None:
     cases = possible(Case(name, *way) for way in MORE_WAYS if way[0] == kind for name in FEW)
     found = outcomes(cases)
     for case in cases:
@@ -165,7 +165,7 @@ def test_two_ranks_give_what_one_process_gives_in_every_way(kind: str) -> None:
 
 
 @pytest.mark.slow
-def test_four_ranks_give_what_one_process_gives() -> None:
+def test_four_ranks_match_one_process() -> None:
     cases = possible(Case(name, accumulate=2) for name in SOME)
     found = train_each({str(case): run(case, cut(case, ranks=4)) for case in cases})
     for case in cases:

@@ -188,14 +188,14 @@ def assert_as_by_hand(name: str, missing: str, told: list[Told] | str) -> None:
 
 @pytest.mark.xdist_group("tasks absent on two ranks")  # all in one pair of processes
 @pytest.mark.parametrize("case", LACKING_SHORT, ids=", ".join)
-def test_uneven_presence_gives_what_it_gives_by_hand(case: tuple[str, str, str]) -> None:
+def test_uneven_presence_agrees_with_by_hand(case: tuple[str, str, str]) -> None:
     name, _, missing = case
     assert_as_by_hand(name, missing, lacking_outcomes(tuple(LACKING_SHORT))[", ".join(case)])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, "passing by"])
-def test_any_presence_gives_what_it_gives_by_hand(kind: str) -> None:
+def test_any_presence_agrees_with_by_hand(kind: str) -> None:
     missing = NO_TASK if kind == "passing by" else MISSING
     cases = tuple((name, kind, which) for name in UNEVEN for which in missing)
     found = lacking_outcomes(cases)

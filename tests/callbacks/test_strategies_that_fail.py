@@ -148,7 +148,7 @@ AT_THE_START = [
 @pytest.mark.parametrize(("callback", "expected"), [
     pytest.param(row.values[0], row.values[1:], id=row.id) for row in AT_THE_START
 ])  # fmt: skip
-def test_what_cannot_be_used_is_refused_before_the_first_step(quiet_trainer: MakeTrainer, callback, expected) -> None:
+def test_an_unusable_strategy_is_an_error_before_the_first_step(quiet_trainer: MakeTrainer, callback, expected) -> None:
     fails(quiet_trainer, callback, *expected)
 
 
@@ -206,7 +206,7 @@ def test_a_representation_that_is_changed_in_place_is_refused(quiet_trainer: Mak
         ),
     ],
 )
-def test_a_loss_that_does_not_come_to_what_is_shared_is_refused(
+def test_a_loss_that_does_not_reach_the_shared_layer_is_an_error(
     quiet_trainer: MakeTrainer, at: str, says: list[str]
 ) -> None:
     fails(quiet_trainer, aggregation(jd.UPGrad(), at=at), *says, model=Around(T))
@@ -235,7 +235,7 @@ def test_any_two_balancing_callbacks_are_refused(quiet_trainer: MakeTrainer, fir
     [(jd.UPGrad, "quadprog"), (jd.DualProj, "qpsolvers"), (jd.NashMTL, "ecos"), (partial(jd.CAGrad, c=0.5), "clarabel"),
      (partial(jd.FairGrad, alpha=1.0), "scipy")],
 )  # fmt: skip
-def test_a_solver_that_is_not_installed_is_named_with_what_installs_it(
+def test_the_error_for_a_missing_solver_names_it_and_how_to_install_it(
     quiet_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, made: Any, lacks: str
 ) -> None:
     def find_spec(name: str) -> Any:
@@ -246,7 +246,7 @@ def test_a_solver_that_is_not_installed_is_named_with_what_installs_it(
     fails(quiet_trainer, aggregation(made), *expected, error=ModuleNotFoundError)
 
 
-def test_an_import_error_that_is_not_torchjds_is_handed_on(quiet_trainer: MakeTrainer) -> None:
+def test_an_import_error_of_another_package_is_passed_on(quiet_trainer: MakeTrainer) -> None:
     def made(T: int) -> nn.Module:
         raise ImportError("no such thing as unicorns")
 
@@ -380,7 +380,7 @@ def test_an_error_that_a_scalarizer_raises_in_mid_training_is_the_users(quiet_tr
     ],
 )
 @pytest.mark.filterwarnings("ignore:You are solving")
-def test_a_loss_that_is_not_finite_is_counted_and_said_once_and_forgotten(
+def test_a_loss_that_is_not_finite_is_counted_and_reported_once_and_forgotten(
     quiet_trainer: MakeTrainer, made: Callable[[], Any], value: float
 ) -> None:
     callback, model = made(), Guarded(T)

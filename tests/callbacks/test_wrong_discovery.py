@@ -151,7 +151,7 @@ def test_the_error_explains_why_nothing_was_found_in_a_model(
 
 
 @pytest.mark.parametrize("model", [Detaches, OnlyHeads])
-def test_what_needs_no_layer_trains_it_all_the_same(model: Any, quiet_trainer: MakeTrainer) -> None:
+def test_strategies_that_need_no_layer_still_train(model: Any, quiet_trainer: MakeTrainer) -> None:
     """As the message says."""
     scalarization = Scalarization(UW, TASKS)
     quiet_trainer(callbacks=[scalarization]).fit(model(3), Batches(vector_batches(3, 4)))
@@ -253,5 +253,5 @@ WATCHED = [
 
 
 @pytest.mark.parametrize(("how", "expected"), WATCHED)
-def test_what_is_watched_wrongly_is_named(how: Any, expected: list[str], quiet_trainer: MakeTrainer) -> None:
+def test_the_error_names_what_is_watched_wrongly(how: Any, expected: list[str], quiet_trainer: MakeTrainer) -> None:
     fails(quiet_trainer, Shows(how), GradNorm(TASKS), "GradNorm: ", *expected)

@@ -473,7 +473,7 @@ def test_fixed_weights_are_positive_numbers_by_task(arguments: dict[str, Any], e
         case("a logged name", FixedWeights(ONES, tasks={**LOGGED, "seg": "train/sg_loss"}), ["'train/sg_loss'"]),
     ],
 )
-def test_fixed_weights_tell_what_is_misspelt(
+def test_fixed_weights_report_misspelled_names(
     callback: L.Callback, expected: list[str], quiet_trainer: MakeTrainer
 ) -> None:
     fails(quiet_trainer, OnlyLogs(3) if "logged" in str(expected) else Automatic(3), callback, *expected)

@@ -196,7 +196,7 @@ RETURNED = [
 
 @pytest.mark.parametrize("callback", [GradNorm, "FixedWeights"], ids=["GradNorm", "FixedWeights"])
 @pytest.mark.parametrize(("pack", "tasks", "expected"), RETURNED)
-def test_what_is_returned_instead_of_the_losses_is_named(
+def test_the_error_names_what_is_returned_instead_of_the_losses(
     pack: Any, tasks: Any, expected: list[str], callback: Any, quiet_trainer: MakeTrainer
 ) -> None:
     if callback == "FixedWeights":
@@ -240,7 +240,7 @@ def test_a_place_that_gives_no_loss_is_named(
     fails(quiet_trainer, Hidden(step=step), GradNorm(TASKS, losses_from=path), "GradNorm: ", *expected)
 
 
-def test_the_monitor_says_the_same(quiet_trainer: MakeTrainer) -> None:
+def test_the_monitor_raises_the_same_error(quiet_trainer: MakeTrainer) -> None:
     monitor = GradientNormMonitor(TASKS, losses_from="criterio", every_n_steps=1)
     fails(quiet_trainer, Hidden(), monitor, "GradientNormMonitor: losses_from 'criterio'", "did you mean 'criterion'?")
     monitor = GradientNormMonitor(TASKS, losses_from="unused", every_n_steps=1)

@@ -111,7 +111,7 @@ def test_the_end_of_an_epoch_warns_at_once() -> None:
     assert told_by(last_seen(), in_turn(60), end_epoch_after=9) == []
 
 
-def test_a_rule_that_needs_no_norms_says_nothing() -> None:
+def test_a_rule_that_needs_no_norms_does_not_warn() -> None:
     assert told_by(ScalarizationRule(NAMES, UW(3)), in_turn(60), end_epoch_after=9) == []
 
 

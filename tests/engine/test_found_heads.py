@@ -47,7 +47,7 @@ def train(heads: Any) -> tuple[list[dict[str, float]], dict[str, str]]:
         return weights, dict(balancer._engine.plan.heads or {})
 
 
-def test_a_module_that_is_handed_the_loss_of_another_task_is_no_head() -> None:
+def test_a_module_that_receives_the_loss_of_another_task_is_not_a_head() -> None:
     weights, heads = train("auto")
     assert heads == {"near": "near", "far": "far.distance"}
     assert weights == train(None)[0]

@@ -188,7 +188,7 @@ def test_a_forced_overflow_is_no_make_weight_optimizer(mode: str, make_trainer: 
     assert {step for step in range(1, LONG) if stood_still[step - 1]} == skipped
 
 
-def test_the_weights_move_in_the_steps_in_which_the_network_moves(make_trainer: MakeTrainer, device: str) -> None:
+def test_the_weights_move_in_the_same_steps_as_the_network(make_trainer: MakeTrainer, device: str) -> None:
     """A scale that is far too large, as the Trainer's own scaler may have it at first, is halved step by step."""
     seen: list[tuple[Tensor, list[float]]] = []
     model, gradnorm, batches = make("automatic with heads")

@@ -161,7 +161,7 @@ def test_several_passes_are_summed_before_the_norm() -> None:
     assert reader.norms(["a"]).item() == 0.0  # opposite gradients cancel; the norms' sum would be 4
 
 
-def test_without_gradients_the_representation_itself_is_handed_on() -> None:
+def test_without_gradients_the_representation_itself_is_passed_on() -> None:
     z = torch.ones(3, requires_grad=True) * 2
     with torch.no_grad():
         view, node = branch({"z": z}, lambda tensors, gradients: None)

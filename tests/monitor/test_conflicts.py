@@ -56,7 +56,7 @@ def shares(steps: list[dict[tuple[str, str], float]]) -> dict[tuple[str, str], f
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("missing", [(), (0, 1, 5)], ids=["all there", "absent at times"])
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
-def test_without_a_trunk_they_are_those_of_brute_force(
+def test_without_a_trunk_they_agree_with_brute_force(
     network: type[AnyNetwork], missing: tuple[int, ...], every: int, quiet_trainer: Any
 ) -> None:
     batches = network.batches(

@@ -38,9 +38,7 @@ class Single(Automatic):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_half_precision_numbers_are_those_of_the_unscaled_gradients(
-    quiet_trainer: MakeTrainer, dtype: torch.dtype
-) -> None:
+def test_in_half_precision_numbers_match_the_unscaled_gradients(quiet_trainer: MakeTrainer, dtype: torch.dtype) -> None:
     scale = 2.0**12
     plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", scale))]
     options: dict[str, Any] = {"precision": "bf16-mixed"} if dtype == torch.bfloat16 else {"plugins": plugins}

@@ -100,7 +100,9 @@ def test_a_part_that_is_not_finite_is_named(quiet_trainer: MakeTrainer) -> None:
     assert torch.tensor(log.scalars["monitor/norm/seg"]).isfinite().all()
 
 
-def test_a_resumed_run_measures_and_says_what_an_uninterrupted_one_does(quiet_trainer: MakeTrainer, tmp_path) -> None:
+def test_a_resumed_run_measures_and_reports_the_same_as_an_uninterrupted_one(
+    quiet_trainer: MakeTrainer, tmp_path
+) -> None:
     batches = vector_batches(3, 4)
     whole, first, second = (GradientNormMonitor(TASKS, every_n_steps=3) for _ in range(3))
     quiet_trainer(callbacks=[whole], max_epochs=2).fit(Automatic(3), Batches(batches))

@@ -30,7 +30,7 @@ from lightning_gradnorm.engine.layers import find_parameters
 # ---- gradient_norms ----------------------------------------------------------------------------------------------------
 
 
-def test_the_plain_function_says_what_autograd_says_and_changes_nothing() -> None:
+def test_the_plain_function_agrees_with_autograd_and_changes_nothing() -> None:
     network, (batch,) = Automatic(3), vector_batches(3, 1)
     losses = network.task_losses(batch)
     found = gradient_norms(losses, network.parameters())

@@ -51,7 +51,7 @@ def test_weights_take_no_room() -> None:
     assert len(pack({"encoder": nn.Linear(2000, 2000)})) < 10_000
 
 
-def test_the_packed_model_is_left_as_it_was() -> None:
+def test_the_packed_model_does_not_change() -> None:
     encoder = nn.Linear(3, 3)
     before = encoder.weight.detach().clone()
     pack({"encoder": encoder})
@@ -119,7 +119,7 @@ def test_a_module_is_loaded_from_its_checkpoint_alone(tmp_path, quiet_trainer) -
     assert loaded.optimizer.keywords == {"lr": 0.1}
 
 
-def test_a_module_with_own_classes_says_what_to_give_and_loads_when_given(tmp_path, quiet_trainer) -> None:
+def test_a_module_with_own_classes_reports_what_to_pass_and_then_loads(tmp_path, quiet_trainer) -> None:
     model = _model(Own())
     path = _saved(model, tmp_path, quiet_trainer)
     with pytest.raises(ValueError, match=r"Own in it\. Give encoder= and tasks= again"):

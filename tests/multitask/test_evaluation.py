@@ -66,7 +66,7 @@ def test_a_task_counts_where_it_is_present(stage: str, quiet_trainer: Callable[.
     assert found == pytest.approx(expected(stage), rel=1e-5)
 
 
-def test_a_rank_without_any_target_of_a_task_keeps_nobody_waiting() -> None:
+def test_a_rank_without_any_target_of_a_task_blocks_no_rank() -> None:
     """Each rank would log other metrics, and wait for the other in another sum."""
     trainer = L.Trainer(
         accelerator="cpu", strategy="ddp_fork", devices=2, logger=False, use_distributed_sampler=False,

@@ -31,7 +31,7 @@ def test_the_result_is_explained_by_task_and_the_sum_put_into_perspective() -> N
 
 
 @pytest.mark.parametrize("width", [20, 200])
-def test_a_command_is_printed_in_full_whatever_the_width(width: int) -> None:
+def test_a_command_is_printed_in_full_at_any_width(width: int) -> None:
     out = io.StringIO()
     command = "gradnorm-train experiment=multimnist 'tasks=[left]' hydra.run.dir=outputs/demo/2026-11-30_12-00-00/equal"
     demo.say(Console(file=out, width=width), command)

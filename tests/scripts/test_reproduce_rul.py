@@ -110,7 +110,7 @@ def test_seeds_are_five_where_the_published_table_is_and_three_elsewhere(
     ]
 
 
-def test_the_table_has_means_and_deviations_beside_what_was_published(call: Call, made_up: Any, tmp_path: Path) -> None:
+def test_the_table_has_means_and_deviations_next_to_published_values(call: Call, made_up: Any, tmp_path: Path) -> None:
     call("--methods", "fixed", "gradnorm", "amnl_2", "--subsets", "FD002", "--seeds", "0", "1", "2", "--output", "docs")
     page = (tmp_path / "docs" / "rul.md").read_text()
     (fixed,) = [line for line in page.splitlines() if line.startswith("| fixed")]

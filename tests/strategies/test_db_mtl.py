@@ -21,7 +21,7 @@ def matrices(steps: int, T: int = 3, n: int = 11) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("beta", "sigma"), [(0.0, 0.0), (0.9, 0.0), (0.9, 0.5), (0.5, 2.0)])
-def test_directions_are_those_of_the_algorithm_at_every_step(beta: float, sigma: float) -> None:
+def test_directions_match_the_algorithm_at_every_step(beta: float, sigma: float) -> None:
     aggregator, average = DBMTL(beta, sigma), np.zeros((3, 11))
     for t, matrix in enumerate(matrices(8), start=1):
         now = beta / t**sigma

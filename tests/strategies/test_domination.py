@@ -168,7 +168,7 @@ def test_a_task_of_random_targets_is_named_once_and_its_updates_are_logged(quiet
 @pytest.mark.parametrize(
     "options", [{"min_weight": 0.3}, {"stop_after": 20}, {"optimizer": partial(torch.optim.Adam, lr=1e-3)}], ids=str
 )
-def test_what_the_warning_advises_helps(options: dict[str, Any], quiet_trainer: Any) -> None:
+def test_the_advice_of_the_warning_helps(options: dict[str, Any], quiet_trainer: Any) -> None:
     told, logger = train_on(Unlearnable(2), quiet_trainer, alpha=0.5, **options)
     assert told == []
     assert "gradnorm/dominated" not in logger.scalars

@@ -51,7 +51,7 @@ def now(rule: GradNormRule) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(data=st.data(), T=st.integers(2, 40), optimizer=optimizers, alpha=alphas)
-def test_weights_are_positive_and_sum_to_T_whatever_happens(
+def test_weights_are_always_positive_and_sum_to_T(
     dtype: torch.dtype, data: Any, T: int, optimizer: Any, alpha: float
 ) -> None:
     given_initial = dict.fromkeys(names(T), 1.0)

@@ -168,7 +168,7 @@ def test_another_number_of_losses_is_refused_until_reset(name: str) -> None:
         (lambda: UWSO(tau=-1.0), "tau should be positive; got -1.0"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_an_option_is_refused(made: Any, says: str) -> None:
+def test_an_invalid_option_is_an_error(made: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         made()
 
@@ -182,7 +182,7 @@ SEEDS = [pytest.param(range(2), id="400 steps"), pytest.param(range(2, 52), id="
 @pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("name", RULES)
-def test_whatever_it_is_given_the_weights_are_finite_and_of_the_right_sum(
+def test_for_any_input_the_weights_are_finite_and_have_the_right_sum(
     name: str, dtype: torch.dtype, seeds: range
 ) -> None:
     """And the same for tasks in another order, and in a rule that is reloaded from its state."""

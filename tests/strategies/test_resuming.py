@@ -135,7 +135,7 @@ def test_options_that_are_no_part_of_a_checkpoint_are_the_given_ones(options: di
         resumed.load_state_dict(first.state_dict())
 
 
-def test_what_a_scheduler_has_changed_is_no_other_option() -> None:
+def test_a_value_changed_by_a_scheduler_is_not_a_different_option() -> None:
     first = trained()
     group_of(first)["lr"] = 0.001
     resumed, changed = rule_with(), rule_with(lr=0.1, resume_options="given")
@@ -152,7 +152,7 @@ def test_what_a_scheduler_has_changed_is_no_other_option() -> None:
 
 @pytest.mark.parametrize("resume_options", ["checkpoint", "given"])
 @pytest.mark.parametrize(("first_has", "second_has"), [(True, False), (False, True)])
-def test_amsgrad_is_in_force_as_told_and_needs_moments_of_its_own(
+def test_amsgrad_is_used_as_requested_and_needs_its_own_moments(
     first_has: bool, second_has: bool, resume_options: Any
 ) -> None:
     first = trained(amsgrad=first_has)

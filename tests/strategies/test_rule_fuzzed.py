@@ -188,7 +188,7 @@ def few_runs_and(many: int) -> Any:
 
 
 @few_runs_and(500)
-def test_whatever_it_is_given_the_weights_are_right_and_ordinary_steps_are_the_textbooks(seeds: range) -> None:
+def test_the_weights_are_right_for_any_input_and_ordinary_steps_agree_with_the_textbook(seeds: range) -> None:
     happened = {"taken": 0, "skipped": 0, "waiting": 0, "compared": 0}
     for seed in seeds:
         draw = Draw(seed)

@@ -238,7 +238,7 @@ def test_the_help_of_evaluation_explains_it_and_the_comparison_with_single_tasks
     ],
     ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else None,
 )
-def test_a_wrong_option_is_answered_with_what_exists(call: Call, arguments: list[str], expected: list[str]) -> None:
+def test_the_error_for_a_wrong_option_lists_what_exists(call: Call, arguments: list[str], expected: list[str]) -> None:
     said = call(train.main, *arguments, status=1)
     for part in ["gradnorm-train: ", *expected, "HYDRA_FULL_ERROR=1"]:
         assert part in said
@@ -268,7 +268,7 @@ def run(run_once: Callable[..., Path], tmp_path: Path) -> Path:
     return shutil.copytree(made / "run", tmp_path / "run")
 
 
-def test_evaluation_says_what_it_needs(call: Call, tmp_path: Path) -> None:
+def test_evaluation_reports_missing_options(call: Call, tmp_path: Path) -> None:
     assert "ckpt_path should be given" in call(evaluate.main, status=1)
     assert "nope.ckpt is none; there is none in . either" in call(evaluate.main, "ckpt_path=nope.ckpt", status=1)
     (tmp_path / "lonely.ckpt").write_text("weights")

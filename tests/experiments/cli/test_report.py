@@ -121,7 +121,7 @@ def test_a_run_that_continues_after_its_failure_is_not_a_failed_run(call: Call, 
     assert [run.state for run in collect(["run"])] == ["finished"]
 
 
-def test_the_output_goes_where_it_is_asked_to(call: Call, tmp_path: Path) -> None:
+def test_the_output_goes_to_the_requested_folder(call: Call, tmp_path: Path) -> None:
     for name in ("equal", "gradnorm"):
         write_run(tmp_path / f"runs/{name}", name, metrics=measured(1, 0.5))
     said = call(report.main, "runs/equal", "runs/gradnorm", "--output", "docs/new", "--baseline", "gradnorm")

@@ -84,7 +84,7 @@ def test_without_a_best_checkpoint_the_validation_loss_is_the_last(call: Call, t
 
 
 @pytest.mark.slow
-def test_what_else_a_sweep_varies_is_a_column_and_what_it_does_not_is_none(call: Call, tmp_path: Path) -> None:
+def test_only_options_that_a_sweep_varies_are_columns(call: Call, tmp_path: Path) -> None:
     call(train.main, "-m", *OPTIONS, "model.optimizer.lr=0.1,0.01", "data.batch_size=50", "hydra.sweep.dir=runs")
     options, columns, _ = line_of(tmp_path / "runs" / "1_0.01")
     assert columns == ["strategy", "alpha", "seed", "model.optimizer.lr"]

@@ -31,9 +31,7 @@ OPTIONS = [
 ]
 
 
-def test_two_forked_processes_train_as_one_process_does_and_leave_what_it_leaves(
-    call: Callable[..., str], tmp_path: Path
-) -> None:
+def test_two_forked_processes_train_like_one_and_write_the_same_files(call: Callable[..., str], tmp_path: Path) -> None:
     """Weights, network and test metrics: each of the two has one half of every batch."""
     options = [*OPTIONS, "trainer.precision=64-true", "trainer.max_epochs=2"]
     said = call(train.main, *options, "hydra.run.dir=two")

@@ -52,7 +52,7 @@ def test_cross_entropy_is_that_of_each_pixel_with_a_label(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_losses_of_depth_are_those_of_each_pixel_of_known_depth(seed: int) -> None:
+def test_depth_losses_count_each_pixel_of_known_depth(seed: int) -> None:
     prediction, target = dense.predictions(seed=seed)["depth"], dense.targets(seed=seed + 10)["depth"]
     errors = [found - true for found, true in dense.depths(prediction, target)]
     assert SquaredDepthLoss()(prediction, target).item() == pytest.approx(mean([e**2 for e in errors]), rel=1e-5)

@@ -146,7 +146,7 @@ def test_half_precision_is_judged_in_single(task: str, name: str) -> None:
 
 
 @every_metric
-def test_what_is_better_is_known_to_metric_and_report_alike(task: str, name: str) -> None:
+def test_metric_and_report_agree_on_which_direction_is_better(task: str, name: str) -> None:
     assert higher_is_better(name) is not None
     assert higher_is_better(name) is nyuv2_metrics(task)[name].higher_is_better
 
@@ -238,6 +238,6 @@ def test_shapes_that_do_not_fit_are_named(metric: Metric, found: tuple[int, ...]
     assert str(true) in str(error.value)
 
 
-def test_an_angle_that_is_none_is_named() -> None:
+def test_the_error_names_an_invalid_angle() -> None:
     with pytest.raises(ValueError, match="WithinAngle: degrees should be a number above 0, at most 180; got 0"):
         WithinAngle(0)

@@ -74,7 +74,7 @@ def test_the_network_standardizes_the_box_and_begins_as_glorot_has_it() -> None:
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
-def test_training_validation_and_test_log_what_plain_loops_compute(name: str, quiet_trainer: Build) -> None:
+def test_training_validation_and_test_log_the_same_values_as_plain_loops(name: str, quiet_trainer: Build) -> None:
     equation = EQUATIONS[name]()
     model, data = made(equation, steps=1, optimizer=partial(torch.optim.SGD, lr=0.0))
     trainer = quiet_trainer(max_epochs=1)

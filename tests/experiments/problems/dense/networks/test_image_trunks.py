@@ -214,7 +214,7 @@ def test_nothing_of_a_batch_stays_on_the_network(trunk: Callable[..., Any]) -> N
 
 
 @each_trunk
-def test_what_waits_for_the_backward_pass_is_two_maps_for_each_convolution_and_little_more(
+def test_little_more_than_two_maps_per_convolution_is_saved_for_the_backward_pass(
     trunk: Callable[..., Any],
 ) -> None:
     encoder = trunk(width=SMALL)
@@ -239,7 +239,7 @@ def test_what_waits_for_the_backward_pass_is_two_maps_for_each_convolution_and_l
 
 
 @each_trunk
-def test_image_is_seen_alike_in_any_batch_of_an_evaluation(trunk: Callable[..., Any]) -> None:
+def test_an_image_has_the_same_result_in_any_batch_of_an_evaluation(trunk: Callable[..., Any]) -> None:
     encoder = trunk(width=SMALL).eval()
     images = torch.rand(3, 3, 32, 64)
     whole = encoder(images)

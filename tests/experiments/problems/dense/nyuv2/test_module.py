@@ -99,7 +99,7 @@ class Net(L.LightningModule):
 
 
 @pytest.mark.parametrize("augmented", [False, True])
-def test_a_run_sees_the_same_batches_whatever_the_number_of_workers(
+def test_a_run_sees_the_same_batches_with_any_number_of_workers(
     augmented: bool, prepared: Path, quiet_trainer: Callable[..., L.Trainer]
 ) -> None:
     nets = []
@@ -147,7 +147,7 @@ def test_an_interrupted_run_continues_with_the_same_augmented_batches(
     assert begun.seen + resumed.seen == whole.seen
 
 
-def test_only_the_tasks_asked_for_are_handed_out(prepared: Path) -> None:
+def test_only_requested_tasks_are_returned(prepared: Path) -> None:
     data = NYUv2(prepared, tasks=("normals", "depth"), batch_size=3, val_share=0)
     data.setup()
     images, targets = next(iter(data.test_dataloader()))
@@ -177,7 +177,7 @@ def test_training_draws_nothing_from_the_global_generator(prepared: Path) -> Non
     assert np.random.get_state()[1].tolist() == before[1]
 
 
-def test_other_sizes_than_those_prepared_are_refused(prepared: Path) -> None:
+def test_sizes_other_than_the_prepared_ones_are_an_error(prepared: Path) -> None:
     NYUv2(prepared, input_size=SIZE, output_size=[6, 8], val_share=0).setup()
     with pytest.raises(
         ValueError, match=r"output_size should be \(6, 8\), for which the data in .* were prepared; got \(8, 8\)"

@@ -154,7 +154,7 @@ def test_a_killed_script_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert digests(target) == digests(tmp_path / "undisturbed")
 
 
-def test_what_is_complete_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_complete_preparation_does_not_change(tmp_path: Path) -> None:
     prepare(Rooms(), tmp_path, **SIZES)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
     asked = Rooms(fail_after=1)
@@ -264,7 +264,7 @@ def test_damaged_prepared_data_are_an_error_that_names_the_file(name, harm, mess
         NYUv2(tmp_path).setup()
 
 
-def test_the_script_verifies_and_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_verifies_and_names_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sys.path.insert(0, str(SCRIPT.parent))
     try:
         from prepare_nyuv2 import main

@@ -70,7 +70,7 @@ def test_the_files_are_laid_out_as_nasas(subset: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("subset", ["FD001", "FD004"])
-def test_what_is_read_is_what_was_simulated(subset: str, tmp_path: Path) -> None:
+def test_the_reader_returns_the_simulated_numbers(subset: str, tmp_path: Path) -> None:
     root = write_turbofan(tmp_path / "made", subset, 3, 5, seed=2)
     flown = {
         "train": simulate(subset, 3, 2, "train").engines,
