@@ -155,7 +155,7 @@ def aggregate(
     before_batch: Callable[[int], object] = lambda index: None,
     clip: float | None = None,
 ) -> ByHand:
-    """Train the heads by their own gradients, and what is behind the representation by ``aggregator(J)``;
+    """Train the heads by their own gradients, and the trunk by ``aggregator(J)``;
     at the parameters, all that is outside of the heads."""
     model.train()
     found = ByHand(list(tasks))

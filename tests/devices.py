@@ -37,7 +37,7 @@ CUDA = [
 
 
 def on_each_device(name: str, values: Sequence[str], quick: Collection[str]) -> pytest.MarkDecorator:
-    """Every value on CUDA and on the CPU, where those that are not `quick` are left to the slow tests."""
+    """Every value on CUDA and on the CPU; on the CPU, values that are not `quick` run in the slow tests."""
     cases = [pytest.param(value, "cpu", marks=[] if value in quick else [pytest.mark.slow]) for value in values]
     cases += [pytest.param(value, "cuda", marks=CUDA) for value in values]
     return pytest.mark.parametrize((name, "device"), cases, indirect=["device"])

@@ -43,7 +43,7 @@ def learn(
     optimizer: Callable[[Any], Any] = lambda twin: network_sgd(twin.parameters()),
     **options: Any,
 ) -> tuple[Any, textbook.Trajectory]:
-    """Train the twin as the textbook says; the fused attention kernels cannot be differentiated twice."""
+    """Train the twin with the textbook; the fused attention kernels cannot be differentiated twice."""
     twin = case.make().for_textbook()
     named = dict(twin.named_parameters())
     shared = [named[name] for name in case.W]

@@ -112,7 +112,7 @@ class MayLack(Automatic):
     """As `Automatic`, for batches in which some tasks are missing, or all of them."""
 
     def some_losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is back-propagated, and the losses of the tasks that the batch has."""
+        """The back-propagated loss, and the losses of the tasks in the batch."""
         z = self.encoder(batch["x"])
         losses = {t: F.mse_loss(getattr(self, f"{t}_head")(z), batch[t]) for t in self.tasks if t in batch}
         return torch.stack([0 * z.sum(), *losses.values()]).sum(), losses
@@ -245,7 +245,7 @@ class Run:
         return len(self.steps[0])
 
     def fit(self, folder: Path, strategy: DDPStrategy | None) -> None:
-        """Train; each rank writes to `folder` what it has to tell."""
+        """Train; each rank writes its results to `folder`."""
         accumulate = len(self.steps[0][0])
         recorder = Recorder(self.balancing, accumulate)
         options = dict(self.options)

@@ -130,7 +130,7 @@ def test_the_python_pages_name_what_exists() -> None:
 
 
 def keys_of(node: DictConfig) -> set[str]:
-    """All keys of a composed configuration, without what is between a ``_target_`` of foreign code and its arguments."""
+    """All keys of a composed configuration, without those between a ``_target_`` of foreign code and its arguments."""
     found = set()
     for key in node:
         if not str(key).startswith("_"):

@@ -19,7 +19,7 @@ Losses = Mapping[str, Tensor]
 
 @dataclass
 class Forward:
-    """What one micro-batch gives: the raw task losses, what else the user adds to `loss`, and what the heads read."""
+    """One micro-batch's results: the raw task losses, the other terms in `loss`, and the heads' input."""
 
     losses: dict[str, Tensor]
     rest: Tensor | None = None

@@ -60,7 +60,7 @@ def resnet50() -> Shapes:
 
 
 def state_dict(shapes: Shapes, scale: float = 1.0) -> dict[str, Tensor]:
-    """Random numbers under these names; convolutions keep the size of what they see."""
+    """Random numbers under these names; convolutions preserve the scale of their input."""
     values: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         if name.startswith(("classifier.", "fc.")):

@@ -64,7 +64,7 @@ class Neck(Automatic):
 
 
 class RegularizedNeck(Neck):
-    """Both at once, so that what comes to the representation is a mixture."""
+    """Both at once, so the representation receives a mixture."""
 
     training_step = Regularized.training_step
 

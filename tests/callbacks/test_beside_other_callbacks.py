@@ -102,7 +102,7 @@ BYSTANDERS = {
 
 
 def options_for(sentence: str) -> dict[str, Any]:
-    """What the Trainer needs for that callback to do its work at all."""
+    """The Trainer options that this callback requires."""
     options: dict[str, Any] = {"logger": MemoryLogger()}
     options["enable_checkpointing"] = "Checkpoint" in sentence
     options["enable_progress_bar"] = "ProgressBar" in sentence

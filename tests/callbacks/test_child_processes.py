@@ -53,7 +53,7 @@ class Parts(L.Callback):
 
 
 class Notes(L.Callback):
-    """Has rank 0 write down what it reads at the end of its training."""
+    """Makes rank 0 record the callback's values at the end of its training."""
 
     def __init__(self, callbacks: Sequence[L.Callback], file: Path) -> None:
         self.callbacks, self.file = callbacks, file
@@ -176,7 +176,7 @@ def test_a_callback_from_a_file_whose_original_is_gone(fork: Callable[..., L.Tra
 
 
 def test_an_intermediate_process_forwards_a_letter(tmp_path: Path) -> None:
-    """As a queue's manager is, which unpickles what it hands on."""
+    """As with a queue's manager, which unpickles the objects it forwards."""
     gradnorm, file = GradNorm(NAMES), tmp_path / "letter.pt"
     file.touch()
     letter = _Letter(os.getpid() + 1, "GradNorm", gradnorm._copies.lineage, str(file), "")

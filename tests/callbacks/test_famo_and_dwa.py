@@ -57,7 +57,7 @@ class LeavesTraces(Automatic):
 
 
 def by_hand(accumulate: int) -> tuple[LeavesTraces, list[dict[str, float]], list[float], Tensor]:
-    """FAMO as its documentation says, with a second look in which nothing but the losses is computed."""
+    """FAMO as documented, with a second evaluation that only computes the losses."""
     model, famo = LeavesTraces(3), S.FAMO(3).double()
     optimizer = network_sgd(model.parameters())
     weights, totals = [], []

@@ -37,7 +37,7 @@ from lightning_gradnorm.engine.engine import Engine
 def test_a_reentrant_checkpoint_that_hides_the_gradients_is_an_error(
     case: Case, heads: bool, quiet_trainer: MakeTrainer
 ) -> None:
-    """By torch, or by the callback: in any case the message says what to do."""
+    """By torch, or by the callback: in either case the message explains what to do."""
     model = case.make()
     with pytest.raises((ValueError, RuntimeError), match=r"use_reentrant=False"):
         fit(quiet_trainer, model, balance(model, case, heads), case.batches(1))
@@ -166,7 +166,7 @@ def test_compiled_heads_are_refused_without_heads(way: str, quiet_trainer: MakeT
 
 
 class CompiledStem(Shape):
-    """What comes before the shared layer is compiled; reading does not get so far."""
+    """Modules before the shared layer are compiled; reading does not get that far."""
 
     def __init__(self) -> None:
         super().__init__(plain_layer)

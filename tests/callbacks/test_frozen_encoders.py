@@ -35,7 +35,7 @@ ONES = dict.fromkeys(TASKS, 1.0)
 
 
 class Frozen(Found):
-    """Its trunk is frozen until somebody unfreezes it; plain gradient descent, so that a rate of 0 is the same."""
+    """Its trunk stays frozen until it is unfrozen; with plain gradient descent, a rate of 0 has the same effect."""
 
     def build(self) -> None:
         super().build()
@@ -266,7 +266,7 @@ def test_the_monitor_measures_from_when_something_shared_is_trained(quiet_traine
 
 
 class Apart(Found):
-    """Each task has a network of its own; what the losses compare goes through a frozen network, or a teacher says it."""
+    """Each task has its own network; the losses compare outputs of a frozen network or of a teacher."""
 
     def __init__(self, side: str) -> None:
         self.side = side

@@ -33,7 +33,7 @@ MakeTrainer = Callable[..., L.Trainer]
 
 
 class Draw:
-    """One training's random choices, and what is to become of each task's loss in each batch."""
+    """One training's random choices, and the fate of each task's loss in each batch."""
 
     def __init__(self, seed: int) -> None:
         draw = self.random = random.Random(seed)
@@ -144,7 +144,7 @@ class Fuzzed(L.LightningModule):
         return {"loss": total}
 
     def apart(self, task: str, batch: Tensor, target: Tensor, factor: float) -> tuple[float, Tensor]:
-        """Return a task's loss and its gradient, in a graph that nobody else has hooks in."""
+        """Return a task's loss and its gradient, in a graph without other hooks."""
         shared, head = self.encoder[0], self.heads[task]
         z = F.linear(batch, shared.weight, shared.bias)
         loss = F.mse_loss(F.linear(z, head.weight, head.bias), target) * factor
@@ -156,7 +156,7 @@ class Fuzzed(L.LightningModule):
 
 
 class Judge(L.Callback):
-    """After each batch: the weights are right, and what an optimizer step has changed is what the bare rule changes."""
+    """After each batch: the weights are right, and an optimizer step has made the same change as the bare rule."""
 
     def __init__(self, gradnorm: GradNorm, model: Fuzzed) -> None:
         self.gradnorm, self.draw = gradnorm, model.draw

@@ -46,7 +46,7 @@ def fit(
     before_batch: Callable[[int], object] = lambda index: None,
     **options: Any,
 ) -> Recorder:
-    """Train and return what was recorded. The Trainer accumulates for modules that do not do so themselves."""
+    """Train and return the records. The Trainer accumulates for modules that do not do so themselves."""
     if isinstance(model, Manual):
         model.gradnorm = [gradnorm]
     recorder = Recorder(gradnorm, accumulate)

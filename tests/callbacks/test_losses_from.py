@@ -292,7 +292,7 @@ def assert_same(found: Any, model: nn.Module, expected: Any, twin: nn.Module) ->
 
 
 def expected_of(trainer: MakeTrainer, make: Callable[..., Any], **options: Any) -> tuple[Any, Automatic]:
-    """What the same strategy makes of the twin."""
+    """The result of the same strategy on the twin."""
     twin = Automatic(3)
     weights = train(trainer, twin, make(NAMES), **options)
     return weights, twin
@@ -360,7 +360,7 @@ def test_the_monitor_takes_losses_from_the_model(place: str, quiet_trainer: Make
 
 
 class OnePlaceEach(Automatic):
-    """Each task's loss has a place of its own: a module, a method, a function."""
+    """Each task's loss has its own path: a module, a method, a function."""
 
     def __init__(self) -> None:
         super().__init__(3)

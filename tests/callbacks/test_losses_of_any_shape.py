@@ -36,7 +36,7 @@ SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Unreduced(Automatic):
-    """Returns losses of some shape; what is back-propagated is the sum of their means."""
+    """Returns losses of some shape; the sum of their means is back-propagated."""
 
     def __init__(self, shape: str) -> None:
         super().__init__(3)
@@ -264,7 +264,7 @@ def test_a_loss_logged_in_any_way_is_balanced(options: dict[str, Any], quiet_tra
 
 
 def test_losses_logged_under_no_grad_are_balanced(quiet_trainer: MakeTrainer) -> None:
-    """What is logged carries its gradient all the same."""
+    """Logged losses still carry their gradients."""
 
     class LogsWithoutGradients(Automatic):
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # type: ignore[override]

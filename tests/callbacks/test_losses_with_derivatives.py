@@ -252,7 +252,7 @@ def test_at_the_parameters_it_is_aggregated_as_by_hand(
 
 
 class Threaded(Automatic):
-    """Takes a derivative in a thread of its own, where torch numbers nodes anew, as CUDA's backward pass does."""
+    """Computes a derivative in a separate thread, where torch restarts its node numbers, as in CUDA's backward pass."""
 
     def forward_for_textbook(self, batch: Batch) -> Forward:
         z = self.encoder(batch["x"])

@@ -170,7 +170,7 @@ def test_ranks_and_micro_batches_match_one_process(way: Way) -> None:
 
 @pytest.mark.parametrize("kind", ["at the heads", "activation"])
 def test_one_process_agrees_with_the_textbook(kind: str) -> None:
-    """So that the others, held against it, are held against the textbook too."""
+    """The other tests compare with one process, so they also compare with the textbook."""
     assert_close([alone(kind)], oracle(cut(kind, 1, 1), kind), 1e-9)
 
 
@@ -241,7 +241,7 @@ def oracle(steps: list[Step], kind: str) -> Told:
 
 @cache
 def complete(parts: int, kind: str) -> Told:
-    """What the textbook gives where no task is ever absent."""
+    """The textbook's result if no task is ever absent."""
     return oracle(uneven(Presence(lambda s, r, m: set(), ranks=parts)), kind)
 
 

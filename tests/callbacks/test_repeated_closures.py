@@ -95,7 +95,7 @@ def test_evaluating_the_same_function_twice_changes_nothing(make: Any, quiet_tra
 
 
 class Probed(Climbing):
-    """Each loss has a number of its own added to it, 0: its gradient is the weight with which the loss is back-propagated."""
+    """Adds a separate 0 to each loss: its gradient is the weight with which the loss is back-propagated."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         self.probes = torch.zeros(3, dtype=torch.float64, requires_grad=True)

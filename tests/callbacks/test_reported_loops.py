@@ -222,7 +222,7 @@ def test_an_overflow_in_a_discriminator_does_not_affect_the_tasks(is_first: bool
 
 
 class WithDataOfEachTask(Automatic):
-    """Each task has data of its own; the encoder is called once for each."""
+    """Each task has its own data; the encoder is called once per task."""
 
     def losses_of(self, batch: dict[str, Any]) -> dict[str, Tensor | None]:
         heads = {task: getattr(self, f"{task}_head") for task in self.tasks}

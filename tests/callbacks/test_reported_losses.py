@@ -66,7 +66,7 @@ def test_losses_of_all_kinds_agree_with_the_textbook(kind: type[Pair], heads: An
 
 
 class BackwardOneByOne(Pair):
-    """Each loss has a backward pass of its own, through a graph that is kept; one step for both."""
+    """Each loss has its own backward pass, through a retained graph; one step for both."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,7 +246,7 @@ STRATEGIES: dict[str, Callable[[], Any]] = {
 
 
 def trained(trainer: MakeTrainer, model: L.LightningModule, callback: Any) -> dict[str, Any]:
-    """What the network and the strategy have learned."""
+    """The state of the network and the strategy."""
     trainer(callbacks=[callback]).fit(model, Batches(vector_batches(2, STEPS)))
     return {**model.state_dict(), **{f"weight of {task}": torch.tensor(w) for task, w in callback.weights.items()}}
 
@@ -365,7 +365,7 @@ def test_losses_of_half_precision_are_averaged_in_single_precision(
 
 
 class WithPosition(Tensor):
-    """A tensor that remembers where it comes from, as those of medical images do. What is computed of it is of its class."""
+    """A tensor that remembers its origin, as in medical imaging. Results computed from it have its class."""
 
 
 class Positioned(Pair):
@@ -402,7 +402,7 @@ class ParameterAsLoss(Pair):
 
 
 class LeftOut(Pair):
-    """Adds up what is finite alone, and returns all."""
+    """Adds up only the finite losses, and returns all."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Any:
         losses = self.given(batch)

@@ -236,7 +236,7 @@ class StopsOnRank1(MayLack):
 def test_a_rank_that_fails_or_is_stuck_ends_the_other_within_the_timeout_of_ddp(
     at: Any, fails: bool, tmp_path: Path
 ) -> None:
-    """In either case rank 1's process stays, and says nothing more."""
+    """In either case rank 1's process stays, and prints nothing more."""
     steps = cut(Case("UPGrad"))
 
     def work(rank: int) -> None:

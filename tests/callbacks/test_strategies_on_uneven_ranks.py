@@ -215,7 +215,7 @@ class RegularizedOnRank1(MayLack):
 
 
 class RegularizesTheRepresentation(RegularizedOnRank1):
-    """As `RegularizedOnRank1`, by what the heads read: the other's hook sees it before the callback's."""
+    """Like `RegularizedOnRank1`, on the heads' input: the other hook sees it before the callback's."""
 
     def some_losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         z = self.encoder(batch["x"])

@@ -61,7 +61,7 @@ class OnlyHeads(Found):
 
 
 class OneApart(Found):
-    """One task has a trunk of its own."""
+    """One task has its own trunk."""
 
     def build(self) -> None:
         super().build()
@@ -84,7 +84,7 @@ class Normalized(Found):
 
 
 class Detaches(Found):
-    """Trains its heads alone, on a trunk that nobody trains."""
+    """Only trains its heads, on an untrained trunk."""
 
     def represent(self, x: Tensor) -> Tensor:
         return super().represent(x).detach()
@@ -152,7 +152,7 @@ def test_the_error_explains_why_nothing_was_found_in_a_model(
 
 @pytest.mark.parametrize("model", [Detaches, OnlyHeads])
 def test_strategies_that_need_no_layer_still_train(model: Any, quiet_trainer: MakeTrainer) -> None:
-    """As the message says."""
+    """The message claims this."""
     scalarization = Scalarization(UW, TASKS)
     quiet_trainer(callbacks=[scalarization]).fit(model(3), Batches(vector_batches(3, 4)))
     assert len(set(scalarization.weights.values())) == 3

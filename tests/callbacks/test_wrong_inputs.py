@@ -263,7 +263,7 @@ class WithoutWeights(Automatic):
 
 
 class FrozenInPart(Automatic):
-    """Its shared layer is a recurrent one, which trains only what it makes of its inputs."""
+    """Its shared layer is recurrent, and only its input weights are trained."""
 
     def build(self) -> None:
         super().build()

@@ -111,7 +111,7 @@ def test_undivided_micro_batches_give_the_same_task_weights(form: Any) -> None:
 
 @pytest.mark.parametrize("form", [_divided_total, _divided_losses])
 def test_a_division_of_the_losses_is_a_coefficient_of_the_tasks(form: Any) -> None:
-    """All norms are then a third of what they are in the textbook, which steps of Adam show only in its epsilon."""
+    """All norms are then a third of the textbook's, which only changes Adam's steps through its epsilon."""
     batches, model, scaled = vector_batches(3, STEPS * 3), Network(), torch.optim.SGD
     weights, _ = train(model, gradnorm_rule(), batches, accumulate=3, backpropagate=form)
     assert_equal(model, weights, by_textbook(3, batches, 3), bound=1e-6)

@@ -82,7 +82,7 @@ def test_tasks_may_be_absent(missing: tuple[int, ...]) -> None:
 
 
 class Drawn(jd.Aggregator):  # type: ignore[misc]
-    """Weights that are drawn anew each time it is called: as many times as there are steps, and no more."""
+    """Draws new weights in each call: exactly once per step."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from lightning_gradnorm.strategies import GradNormRule
 
 
 class Term(nn.Module):
-    """Is handed a dict of all that has been computed so far; its loss depends on `x` alone."""
+    """Receives a dict of everything computed so far; its loss only depends on `x`."""
 
     def __init__(self, name: str, goal: float) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ def aggregation(model: Automatic, aggregator: Any, with_heads: bool = True, **op
 
 
 class TakesGradients(Automatic):
-    """Looks at a gradient of its own in `training_step`."""
+    """Computes its own gradient in `training_step`."""
 
     def __init__(self) -> None:
         super().__init__(2)

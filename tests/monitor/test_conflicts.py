@@ -46,7 +46,7 @@ def cosines_by_brute_force(
 
 
 def shares(steps: list[dict[tuple[str, str], float]]) -> dict[tuple[str, str], float]:
-    """The share of the steps with a cosine below 0, of those that have both losses."""
+    """The share of the steps with both losses in which the cosine is below 0."""
     pairs = list(dict.fromkeys(pair for step in steps for pair in step))
     of_pair = {pair: [step[pair] for step in steps if pair in step] for pair in pairs}
     return {pair: sum(one < 0 for one in found) / len(found) for pair, found in of_pair.items()}
@@ -73,7 +73,7 @@ def test_without_a_trunk_they_agree_with_brute_force(
 
 
 def test_some_conflict_in_some_steps() -> None:
-    """Else the test above would hold for a monitor that says 0 or 1 at random."""
+    """Otherwise a monitor that reports 0 or 1 at random would pass the test above."""
     of_all = [
         share for n in NETWORKS.values() for share in shares(cosines_by_brute_force(n, n.batches(STEPS))).values()
     ]

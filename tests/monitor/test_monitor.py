@@ -130,7 +130,7 @@ def test_other_steps_cost_no_pass(quiet_trainer: MakeTrainer, monkeypatch: pytes
 
 
 class Checkpointed(Automatic):
-    """Computes a BatchNorm and a dropout once more whenever a gradient passes, with whatever random numbers come."""
+    """Computes a BatchNorm and a dropout again whenever a gradient passes, with fresh random numbers."""
 
     def build(self) -> None:
         super().build()

@@ -33,7 +33,7 @@ from lightning_gradnorm import FixedWeights, GradientNormMonitor
 def test_the_suggested_weights_make_the_mean_norms_equal(
     quiet_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also where other weights are in force: suggested are those for the losses as the model adds them up."""
+    """Even with other current weights, the suggested ones are for the losses as the model adds them up."""
     suggested = []
     for strategy in (None, FixedWeights(FIXED, tasks=TASKS)):
         monitor = GradientNormMonitor(TASKS, "encoder", every_n_steps=1)

@@ -99,7 +99,7 @@ def test_the_network_of_derivatives_only_runs_with_its_own_methods(
 
 
 def test_a_ratio_is_to_the_run_of_equal_weights_right_before(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine on which each run takes twice as long as the one before: that is every ratio, whatever the order."""
+    """Each run takes twice as long as the previous one, so every ratio is 2 in any order."""
     from benchmarking import times
     from benchmarking.plan import Failures
 

@@ -48,7 +48,7 @@ class Counts(S.Scalarizer):
 
 
 class Takes(A.Aggregator):
-    """A user's own aggregator: the sum of the rows, and the shape of what it was called with."""
+    """A user's own aggregator: the sum of the rows, and the shape of its input."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -45,7 +45,7 @@ def numbers(draw: Any, values: Any, T: int, steps: int) -> list[tuple[list[float
 
 
 def now(rule: GradNormRule) -> Tensor:
-    """The weights in force, as plain numbers."""
+    """The current weights, as plain numbers."""
     return rule.weights.detach().clone()
 
 
@@ -237,7 +237,7 @@ def test_the_optimizer_holds_the_renormalized_weights() -> None:
 
 
 def test_adam_keeps_its_moments_from_step_to_step() -> None:
-    """An Adam made anew in each step would move every weight by exactly lr."""
+    """A new Adam in each step would move every weight by exactly lr."""
     rule = GradNormRule(["a", "b"], alpha=0.0, dtype=F64)
     w = torch.ones(2, dtype=F64, requires_grad=True)
     adam = torch.optim.Adam([w], lr=0.025)

@@ -32,7 +32,7 @@ def rule_of(name: str, dtype: torch.dtype = F64, seed: int = 3, order: list[int]
 
 
 def losses_of(step: int) -> torch.Tensor:
-    """They fall at rates of their own, from 0.3 to 30, with noise."""
+    """They fall at different rates, from 0.3 to 30, with noise."""
     noise = torch.rand(4, generator=torch.Generator().manual_seed(step), dtype=F64)
     fall = torch.tensor([1.0, 0.99, 0.995, 1.002], dtype=F64) ** step
     return torch.tensor([0.3, 1.0, 3.0, 30.0], dtype=F64) * fall * (0.5 + noise)

@@ -40,7 +40,7 @@ def rule_of(name: str, dtype: torch.dtype = torch.float32) -> ScalarizationRule:
 
 
 def step(rule: ScalarizationRule, t: int) -> Tensor:
-    """One training step, an epoch of its own; return what the strategy says."""
+    """One training step in its own epoch; return the strategy's result."""
     draw, dtype, T = torch.Generator().manual_seed(t), rule.loss_weights.dtype, len(rule.tasks)
     losses = torch.rand(T, generator=draw, dtype=torch.float64).to(dtype) + 0.1
     J = torch.randn(T, 6, generator=draw, dtype=torch.float64).to(dtype)

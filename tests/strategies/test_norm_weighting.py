@@ -26,7 +26,7 @@ STEPS = 200
 
 
 def gradients_of(step: int) -> Tensor:
-    """Of seven entries; their sizes are apart by three orders of magnitude and fall at rates of their own."""
+    """Of seven entries; their sizes differ by three orders of magnitude and fall at different rates."""
     draw = torch.Generator().manual_seed(step)
     fall = torch.tensor([1.0, 0.99, 0.995], dtype=F64) ** step
     return (torch.tensor([0.1, 1.0, 100.0], dtype=F64) * fall)[:, None] * torch.randn(3, 7, generator=draw, dtype=F64)

@@ -264,7 +264,7 @@ def reloaded(draw: Draw, rule: GradNormRule) -> GradNormRule:
 
 @few_runs_and(150)
 def test_two_tasks_exchanged_are_the_same_two_tasks_bit_for_bit(seeds: range) -> None:
-    """A sum of two does not depend on their order, so that nothing may differ; not after wild numbers either."""
+    """A sum of two does not depend on their order, so nothing may differ, not even after wild numbers."""
     taken = 0
     for seed in seeds:
         draw = Draw(seed, T=2)
@@ -281,7 +281,7 @@ def test_two_tasks_exchanged_are_the_same_two_tasks_bit_for_bit(seeds: range) ->
 
 @few_runs_and(150)
 def test_many_tasks_in_another_order_are_the_same_but_for_the_rounding_of_sums(seeds: range) -> None:
-    """Each step starts from the same state, so that no rounding is carried on; where it decides a sign, it is left out."""
+    """Each step starts from the same state, so no rounding is carried over; steps where it decides a sign are left out."""
     compared = chance = 0
     for seed in seeds:
         draw = Draw(seed, dtype=F64)
@@ -330,7 +330,7 @@ def test_after_wild_steps_the_weights_settle_where_all_gradients_are_equal(T: in
 
 
 def test_a_task_alone_with_next_to_nothing_keeps_that() -> None:
-    """2 − 1.9999999 is nothing in float32: what is left for the present task is not to be found by subtraction."""
+    """2 − 1.9999999 is nothing in float32: subtraction cannot give the present task's rest."""
     weights = {"large": 1.0, "small": 1e-9}
     rule = GradNormRule(["large", "small"], initial_weights=weights, min_weight=1e-10)
     for _ in range(20):

@@ -35,7 +35,7 @@ def matrix_at(t: int) -> Tensor:
 
 
 def call_scalarizer(scalarizer: Any, t: int) -> list[Tensor]:
-    """One training step with an optimizer of its parameters, and what the class asks for besides."""
+    """One training step with an optimizer of its parameters, and the other calls that the class requires."""
     seed(t)  # Random draws weights
     values = losses_at(t).requires_grad_()
     total = scalarizer(values)

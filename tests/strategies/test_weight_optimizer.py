@@ -17,7 +17,7 @@ F64 = torch.float64
 
 
 class General(torch.optim.Adam):
-    """Adam by another name, so that it is moved as any optimizer is."""
+    """Adam by another name, so it is treated like any optimizer."""
 
 
 @pytest.mark.parametrize(

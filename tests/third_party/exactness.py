@@ -54,7 +54,7 @@ works_in_both_packages(Tape)
 
 
 class _Notes:
-    """Stands for the network's optimizer: notes the gradients."""
+    """Takes the place of the network's optimizer and records the gradients."""
 
     def __init__(self, twin: Any) -> None:
         self.named = dict(twin.named_parameters())

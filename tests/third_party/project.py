@@ -21,7 +21,7 @@ STEPS = 5
 
 @dataclass
 class Project:
-    """A model that someone else wrote.
+    """A model from another project.
 
     Args:
         packages: what has to be installed.

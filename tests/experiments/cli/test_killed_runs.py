@@ -134,7 +134,7 @@ train.main()
 def test_a_run_killed_while_it_saves_resumes_from_the_previous_checkpoint(
     start: Any, call: Any, tmp_path: Path, moment: str, temporary: str | None
 ) -> None:
-    """Temporary files may lie on another file system, from where there is no renaming."""
+    """Temporary files may be on another file system, from which renaming is impossible."""
     if temporary is not None and not os.access(temporary, os.W_OK):
         pytest.skip(f"there is no {temporary}")
     elsewhere = {} if temporary is None else {"TMPDIR": temporary}

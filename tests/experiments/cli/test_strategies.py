@@ -66,7 +66,7 @@ def rule_of(name: str, seed: int = 0, tasks: Sequence[str] = TASKS) -> Scalariza
 
 
 def driven(rule: ScalarizationRule, steps: int) -> list[Tensor]:
-    """Let the rule see so many different steps, an epoch each; return what it weighted by, or its gradient if it has none."""
+    """Drive the rule through that many steps, one per epoch; return its weights, or its gradient without weights."""
     draw = torch.Generator().manual_seed(1)
     seen = []
     for step in range(steps):
@@ -98,7 +98,7 @@ def same(first: Any, second: Any) -> bool:
 
 
 def states(rule: ScalarizationRule) -> list[Any]:
-    """What the strategy's parts remember."""
+    """The state of the strategy's parts."""
     return [snapshot(part) for part in (getattr(rule, "aggregator", None), rule.scalarizer) if part is not None]
 
 

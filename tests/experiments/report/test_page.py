@@ -38,7 +38,7 @@ VOID = {"meta", "link"}
 
 
 class Parsed(HTMLParser):
-    """Tags, attributes and text of a page; checks that what is opened is closed."""
+    """Tags, attributes and text of a page; checks that every tag is closed."""
 
     def __init__(self, html: str) -> None:
         super().__init__()

@@ -87,7 +87,7 @@ BRUTE_FORCE: dict[str, Callable[[Tensor, Tensor], float]] = {
 
 
 def near(task: str, seed: int, size: tuple[int, int] = dense.SIZE) -> tuple[Tensor, Tensor]:
-    """A prediction that is right here and there, so that no metric is trivially 0."""
+    """A prediction that is partly right, so no metric is trivially 0."""
     prediction, target = dense.predictions(seed=seed, size=size)[task], dense.targets(seed=seed + 10, size=size)[task]
     if task == "segmentation":
         prediction += 3 * torch.nn.functional.one_hot(target.clamp(min=0), dense.CLASSES).movedim(-1, 1)

@@ -276,7 +276,7 @@ def test_a_wrong_value_is_named(options: dict[str, Any], message: str) -> None:
 
 
 class Bare(L.LightningModule):
-    """Predicts what it was given, for batches of any kind, and is never trained."""
+    """Returns a fixed prediction for batches of any kind, and is never trained."""
 
     def __init__(self, prediction: Any) -> None:
         super().__init__()

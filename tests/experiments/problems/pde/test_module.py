@@ -41,7 +41,7 @@ def made(equation: Equation, steps: int = 4, seed: int = 0, **options: Any) -> t
 
 
 class Network(L.Callback):
-    """Keeps what the network is after each step."""
+    """Records the network after each step."""
 
     def __init__(self) -> None:
         self.after: list[Tensor] = []

@@ -72,7 +72,7 @@ def model_on(encoder: Any, head: Callable[[int, int], nn.Module] = ConvHead) -> 
 
 
 def found_layer(model: MultiTaskModule) -> str:
-    """The name of the weight by which a model is balanced that says nothing about itself."""
+    """The name of the weight found in a model with nothing named."""
     model = copy.deepcopy(model).train()
     images = torch.rand(2, 3, 64, 64).to(next(model.parameters()))
     with Balancer(model, GradNormRule(list(model.task_heads))) as balancer:

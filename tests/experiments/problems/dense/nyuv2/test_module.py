@@ -73,7 +73,7 @@ def test_the_scenes_of_the_official_form_are_used(tmp_path: Path) -> None:
 
 
 class Net(L.LightningModule):
-    """Remembers what it was trained on."""
+    """Records its training batches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def test_a_run_sees_the_same_batches_with_any_number_of_workers(
 
 
 def test_epochs_differ_in_order_and_in_augmentation(prepared: Path, quiet_trainer: Callable[..., L.Trainer]) -> None:
-    """Batches of one image, so that an image's bytes tell what was done to it."""
+    """Batches of one image, so an image's bytes identify its augmentation."""
     nets = {}
     for augmentations in (None, Augmentations(scales=(1.5,))):
         data = NYUv2(prepared, batch_size=1, augmentations=augmentations, val_share=0)

@@ -87,7 +87,7 @@ def test_the_scale_of_the_depth_does_not_matter(scale: float, views: list[Frame]
 
 @pytest.mark.parametrize("share", [0.5, 0.75])
 def test_a_part_of_the_image_serves_as_well(share: float, views: list[Frame]) -> None:
-    """A crop, whose focal length and center are not what they are taken for."""
+    """A crop whose focal length and center differ from the assumed ones."""
 
     def crop(array: np.ndarray) -> np.ndarray:
         return array[..., : int(120 * share), : int(160 * share)]
