@@ -674,7 +674,7 @@ FAULTS = (
         ("tests/strategies/test_resuming.py",),
     ),
     Fault(
-        "an optimizer of another class goes on without a word",
+        "an optimizer of another class is accepted silently",
         _ADAM,
         "        if is_other:\n",
         "        if False:\n",

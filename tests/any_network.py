@@ -1,6 +1,6 @@
 """Networks without a trunk, or whose trunk is called several times, and aggregations of their gradients by brute force.
 
-What tasks share is found by brute force too: the parameters at which two of the losses have had a gradient.
+Brute force also finds the shared parameters: those where at least two losses have a gradient.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class AnyNetwork(L.LightningModule):
         raise NotImplementedError
 
     def rest(self, batch: Batch) -> Tensor | float:
-        """What the total has besides the losses."""
+        """The terms of the total other than the losses."""
         return 0.0
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
@@ -93,7 +93,7 @@ class HeatEquation(AnyNetwork):
 
 
 class WithDecay(HeatEquation):
-    """The same with a penalty that belongs to no task: on the weights and on what the network says."""
+    """The same with a penalty that belongs to no task: on the weights and on the network's output."""
 
     def rest(self, batch: Batch) -> Tensor:
         decay = sum(parameter.square().sum() for parameter in self.parameters())

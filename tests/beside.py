@@ -1,4 +1,4 @@
-"""A training with GradNorm beside other callbacks: models of every kind, and their course batch by batch."""
+"""A training with GradNorm beside other callbacks: models of every kind, recorded batch by batch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MODES = [
 
 FILTERS = [
     pytest.mark.filterwarnings("ignore:You are using `LearningRateMonitor` callback with models that have no learning"),
-    # what Lightning says of a checkpoint in mid-step of a manual model; here it is meant
+    # Lightning's warning about a checkpoint in mid-step of a manual model; here it is on purpose
     pytest.mark.filterwarnings("ignore:.*pre-optimization state.*", "ignore:.*manual optimization.*"),
 ]
 

@@ -1,9 +1,8 @@
-"""Scalarizers and aggregators in a plain loop, as TorchJD's manual has them used: what the callbacks are held against.
+"""Scalarizers and aggregators in a plain loop, used as in TorchJD's manual: the reference for the callbacks.
 
-One process, no Lightning, and nothing of the package under test but the seed of its random numbers, and what a strategy
-states that it has to be called for. A scalarizer is called
-with the losses and back-propagated through; an aggregator is called with the whole matrix of the gradients, which are taken
-one by one with ``torch.autograd.grad``.
+One process, no Lightning. From the package under test it only takes the seed of the random numbers and the requirements that a
+strategy declares. It calls a scalarizer with the losses and back-propagates through it; it calls an aggregator with the whole
+matrix of gradients, computed one by one with ``torch.autograd.grad``.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class Scalarized:
     def __call__(self, losses: Mapping[str, Tensor], coefficients: Mapping[str, float]) -> tuple[Tensor, Tensor]:
         """Return what is to be back-propagated, and ``∂s/∂L_i``; an absent task enters with its last loss."""
         ones = torch.ones(len(self.tasks), dtype=torch.float64)
-        # The value is the loss itself; the gradient that goes on from it has the user's coefficient.
+        # The value is the loss itself; the gradient that passes on from it has the user's coefficient.
         own = {t: L.detach() + coefficients.get(t, 1.0) * (L - L.detach()) for t, L in losses.items()}
         self.last |= {task: loss.detach() for task, loss in losses.items()}
         if self.scalarizer is None or set(self.last) < set(self.tasks):
@@ -125,7 +124,7 @@ def scalarize(
 
 
 def flat(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
-    """The tensors as one vector, zero where there is none."""
+    """The tensors as one vector; ``None`` counts as zeros."""
     return torch.cat(
         [(torch.zeros_like(of) if t is None else t).flatten() for t, of in zip(tensors, like, strict=True)]
     )
@@ -137,7 +136,7 @@ def pieces(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def coefficients_of(vector: Tensor, rows: Tensor) -> Tensor:
-    """``λ`` of ``λ @ rows = vector``, if the rows are independent: found from the result, not asked of the aggregator."""
+    """``λ`` of ``λ @ rows = vector``, if the rows are independent: computed from the result, not by the aggregator."""
     return torch.linalg.lstsq(rows.T, vector[:, None]).solution[:, 0]
 
 
@@ -156,7 +155,7 @@ def aggregate(
     before_batch: Callable[[int], object] = lambda index: None,
     clip: float | None = None,
 ) -> ByHand:
-    """Train the heads by their own gradients, and what is behind the representation by ``aggregator(J)``;
+    """Train the heads by their own gradients, and the trunk by ``aggregator(J)``;
     at the parameters, all that is outside of the heads."""
     model.train()
     found = ByHand(list(tasks))

@@ -40,7 +40,7 @@ class SAM(torch.optim.SGD):
 
 
 class Backtracking(torch.optim.Optimizer):
-    """Halves its step until the loss falls enough (Armijo's rule): a number of evaluations that nobody knows beforehand."""
+    """Halves its step until the loss falls enough (Armijo's rule): the number of evaluations is not known in advance."""
 
     def __init__(self, parameters: Any, lr: float = 4.0) -> None:
         super().__init__(parameters, {"lr": lr})

@@ -1,4 +1,4 @@
-"""The commands in this process: as a shell would call them, and in the place of processes that would be started for them."""
+"""The commands in this process: called as from a shell, and in place of the processes that they would start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of which parts are compiled by torch.compile, against the textbook."""
+"""Models with parts compiled by torch.compile, against the textbook."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def wrapped(*names: str, **options: Any) -> Callable[[Any, str], Any]:
 
 
 def in_place(*names: str) -> Callable[[Any, str], Any]:
-    """`.compile()` does nothing for classes of torch.nn itself, which is why these get a class of their own."""
+    """`.compile()` does nothing for classes of torch.nn itself, so these get their own class."""
 
     def compiled(model: Any, backend: str) -> Any:
         for name in names:

@@ -76,7 +76,7 @@ def _composed(overrides: tuple[str, ...]) -> DictConfig:
 
 
 def compose_alone(group: str, option: str) -> DictConfig | None:
-    """Compose an option of a group without the rest of a configuration; what it takes from there is not resolved."""
+    """Compose an option of a group without the rest of a configuration; references to the rest are not resolved."""
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         option_alone: DictConfig | None = compose(f"{group}/{option}")[group]

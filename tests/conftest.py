@@ -1,4 +1,4 @@
-"""One thread, one seed, and a Trainer that says nothing and writes nothing unless asked."""
+"""One thread, one seed, and a Trainer that prints nothing and writes nothing unless asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses of networks that are differentiated by their inputs, or called through `torch.func`, as physics losses are."""
+"""Losses with derivatives with respect to the inputs, or through `torch.func`, as in physics-informed networks."""
 
 from __future__ import annotations
 

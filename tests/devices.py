@@ -28,7 +28,7 @@ MakeTrainer = Callable[..., L.Trainer]
 
 CUDA = [
     pytest.mark.gpu,
-    # What torch and Lightning have to say about a certain card is not ours to mend; what we say is.
+    # Warnings of torch and Lightning about a certain GPU are not ours to fix; our own are.
     pytest.mark.filterwarnings(
         "default",
         *(f"error:{name}" for name in ("GradNorm", "FixedWeights", "Scalarization", "Aggregation", "MultiTask")),
@@ -37,7 +37,7 @@ CUDA = [
 
 
 def on_each_device(name: str, values: Sequence[str], quick: Collection[str]) -> pytest.MarkDecorator:
-    """Every value on CUDA and on the CPU, where those that are not `quick` are left to the slow tests."""
+    """Every value on CUDA and on the CPU; on the CPU, values that are not `quick` run in the slow tests."""
     cases = [pytest.param(value, "cpu", marks=[] if value in quick else [pytest.mark.slow]) for value in values]
     cases += [pytest.param(value, "cuda", marks=CUDA) for value in values]
     return pytest.mark.parametrize((name, "device"), cases, indirect=["device"])

@@ -1,4 +1,4 @@
-"""C-MAPSS's files written by hand: every number follows from unit, cycle and column, so that a test knows it."""
+"""C-MAPSS's files written by hand: every number follows from unit, cycle and column, so tests can predict it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def write_engines(
     subset: str = "FD001",
     conditions: int = 1,
 ) -> Path:
-    """Write the three files of engines of these lengths; the test engines' numbers go on from 1, as NASA's do."""
+    """Write the three files of engines of these lengths; the test engines' numbers start at 1, as NASA's do."""
     root.mkdir(parents=True, exist_ok=True)
     (root / f"train_{subset}.txt").write_text("\n".join(lines(train, conditions)) + "\n")
     (root / f"test_{subset}.txt").write_text("\n".join(lines(test, conditions)) + "\n")

@@ -1,4 +1,4 @@
-"""Networks that nobody made for this callback, in the Trainer and in the textbook."""
+"""Networks that were not written for this callback, in the Trainer and in the textbook."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def learn(
     optimizer: Callable[[Any], Any] = lambda twin: network_sgd(twin.parameters()),
     **options: Any,
 ) -> tuple[Any, textbook.Trajectory]:
-    """Train the twin as the textbook says; the fused attention kernels cannot be differentiated twice."""
+    """Train the twin with the textbook; the fused attention kernels cannot be differentiated twice."""
     twin = case.make().for_textbook()
     named = dict(twin.named_parameters())
     shared = [named[name] for name in case.W]

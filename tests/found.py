@@ -1,4 +1,4 @@
-"""Networks that say nothing about themselves: no `encoder`, and the heads are for the callback to find.
+"""Networks with nothing named: no `encoder`, and the callback must find the heads.
 
 Each has the name of the deepest weight that all its tasks share, and how the callback describes the heads it finds.
 """
@@ -73,7 +73,7 @@ class Found(Automatic):
 
 
 class Residual(Found):
-    """A block of two layers beside one: the block's second layer lies deeper."""
+    """A block of two layers parallel to a single layer: the block's second layer is deeper."""
 
     W = ("second.weight",)
 
@@ -88,7 +88,7 @@ class Residual(Found):
 
 
 class LowRank(nn.Module):
-    """A frozen layer and two small ones beside it, the second of which begins with zeros."""
+    """A frozen layer and two small parallel ones; the second begins with zeros."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Auxiliary(Found):
 
 
 class Penalized(Found):
-    """One task's loss has a term on what the heads read, which passes no head."""
+    """One task's loss has a term on the heads' input that passes no head."""
 
     heads_found = "heads: depth → depth_head, normal → normal_head, losses"
 
@@ -208,7 +208,7 @@ class ByHand(Found, Manual):
 
 
 class EachAlone(ByHand):
-    """Back-propagates each task's loss in a pass of its own."""
+    """Back-propagates each task's loss separately."""
 
     shows_all_first = True
 
@@ -234,7 +234,7 @@ class EachShownAlone(EachAlone):
 
 
 class Adversarial(ByHand):
-    """A critic with an optimizer of its own steps first; the last task's loss is what the critic says."""
+    """A critic with its own optimizer steps first; the last task's loss is the critic's output."""
 
     def build(self) -> None:
         super().build()
@@ -325,7 +325,7 @@ def assert_follows_textbook(
     heads: Any = "auto",
     **options: Any,
 ) -> str:
-    """Train with nothing named, and as the textbook says; return how the callback describes what it has found."""
+    """Train with nothing named, and with the textbook; return the callback's description of what it found."""
     batches, twin, model = vector_batches(3, STEPS * accumulate), make(), make()
     W = [twin.get_parameter(name) for name in twin.W]
     of_oracle = {"accumulate": accumulate, **twin.oracle_options(batches), **(oracle or {}), **options}

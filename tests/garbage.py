@@ -21,7 +21,7 @@ def only_what_comes_from_here() -> Iterator[None]:
 
 
 class Garbage:
-    """What is there, and what the collector finds, after some steps in which it did not run."""
+    """What exists, and what the collector finds, after some steps in which it did not run."""
 
     def __init__(self) -> None:
         self.of_graphs: list[torch.Size] = []

@@ -51,7 +51,7 @@ SETTINGS = {
 STRATEGIES = read_strategies(conf_dir())
 
 FAMILIES = ["toy_ten", "sinusoids", "multimnist", "nyuv2_seg_small", "cmapss_small", "tabular", "pinn_burgers"]
-"""One of each kind of data; those on NYUv2, or on C-MAPSS, differ in numbers and networks, not in what strategies are told."""
+"""One of each kind of data; those on NYUv2, or on C-MAPSS, differ in numbers and networks, not in what strategies receive."""
 
 TINY = [
     "trainer.max_epochs=1",

@@ -1,4 +1,4 @@
-"""What a test needs around a Trainer: a loader, recorders, and two questions (do they agree? is the model clean?)."""
+"""Helpers for tests with a Trainer: a loader, recorders, and two questions (do they agree? is the model clean?)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Batches:
 
 
 class Recorder(L.Callback):
-    """Notes the weights in force after each optimizer step, `accumulate` batches to a step."""
+    """Records the current weights after each optimizer step, with `accumulate` batches per step."""
 
     def __init__(self, balancing: BalancingCallback[Any], accumulate: int = 1) -> None:
         self.balancing = balancing
@@ -59,7 +59,7 @@ class Recorder(L.Callback):
 
 
 class MemoryLogger(Logger):
-    """Keeps what was logged: `scalars["gradnorm/loss"]` has one number for each time it was logged."""
+    """Records logged values: `scalars["gradnorm/loss"]` has one number per logging call."""
 
     name = "memory"
     version = "0"
@@ -75,7 +75,7 @@ class MemoryLogger(Logger):
             self.steps.setdefault(key, []).append(step)
 
     def at(self, key: str, steps: Sequence[int]) -> list[float]:
-        """What was logged in these steps; Lightning repeats the last value in the steps between."""
+        """The values logged in these steps; Lightning repeats the last value in the steps between."""
         by_step = dict(zip(self.steps[key], self.scalars[key], strict=True))
         return [by_step[step] for step in steps]
 
@@ -84,7 +84,7 @@ class MemoryLogger(Logger):
 
 
 def seed(number: int) -> None:
-    """Seed what the CPU draws. `torch.manual_seed` formats the stack for each other device, which takes longer than a step."""
+    """Seed the CPU's random numbers. `torch.manual_seed` formats the stack per device, which takes longer than a step."""
     torch.default_generator.manual_seed(number)
 
 

@@ -1,4 +1,4 @@
-"""A plain model and a plain training loop with a `Balancer`, in one process or two, for the tests that need no Trainer."""
+"""A plain model and a plain training loop with a `Balancer`, in one process or two, for tests without a Trainer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two machines that train together, as far as one machine can be two: each its own torchrun, its own clock and address."""
+"""Simulates two machines that train together: each has its own torchrun, clock and address."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 class Machine:
-    """One of two: a launcher with a worker, in a session of its own."""
+    """One of two: a launcher with a worker, in its own session."""
 
     def __init__(self, command: Sequence[str], folder: Path, log: Path, env: dict[str, str]) -> None:
         self.log = log
@@ -45,12 +45,12 @@ class Machine:
         return self.log.read_text()
 
     def workers(self) -> list[int]:
-        """Processes that the launcher has started; torchrun gives each a session of its own."""
+        """Processes that the launcher has started; torchrun gives each its own session."""
         listed = Path(f"/proc/{self.launcher.pid}/task/{self.launcher.pid}/children")
         return [int(pid) for pid in listed.read_text().split()] if listed.exists() else []
 
     def kill(self) -> None:
-        """Kill all of it at once, so that nobody is left to tell the others: the launcher first, then its workers."""
+        """Kill everything at once, so no process can notify the others: the launcher first, then its workers."""
         workers = self.workers()
         for pid in (self.launcher.pid, *workers):
             with suppress(ProcessLookupError):
@@ -62,7 +62,7 @@ class Machine:
 def started(
     folder: Path, commands: Mapping[str, Sequence[str]], environments: Mapping[str, dict[str, str]]
 ) -> Iterator[list[Machine]]:
-    """Start a machine for each command, by name; whatever still runs at the end is killed."""
+    """Start a machine for each command, by name; kill whatever still runs at the end."""
     machines: list[Machine] = []
     try:
         for name, command in commands.items():

@@ -1,7 +1,7 @@
-"""Tiny float64 networks, the batches they see, and what the textbook needs to train the same thing.
+"""Tiny float64 networks, their batches, and the parts that the textbook needs to train them.
 
 Every network is built from a seed, so two calls give identical parameters: one goes to the Trainer, one to the oracle.
-`forward_for_textbook` of each says in plain torch what its `training_step` computes.
+Each network's `forward_for_textbook` repeats its `training_step` in plain torch.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Automatic(L.LightningModule):
 
 
 class WithoutTargets(L.LightningModule):
-    """An encoder and heads that a test makes; each task's loss is the mean square of what its head says."""
+    """An encoder and heads that a test creates; each task's loss is the mean square of its head's output."""
 
     encoder: nn.Module
     heads: nn.ModuleDict
@@ -224,7 +224,7 @@ class Nested(Automatic):
 
 
 class Manual(Automatic):
-    """Manual optimization with accumulation of its own; it shows its losses to `gradnorm` before `manual_backward`."""
+    """Manual optimization with its own accumulation; it passes its losses to `gradnorm` before `manual_backward`."""
 
     def __init__(self, T: int = 3, seed: int = 0, accumulate: int = 1) -> None:
         super().__init__(T, seed)

@@ -1,4 +1,4 @@
-"""What the monitor has to show, taken by hand, and what watches it do so."""
+"""The monitor's expected values, computed by hand, and recorders that compare them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def expected(
     what: str,
     history: dict[str, list[bool]] | None = None,
 ) -> Numbers:
-    """What autograd says of one optimizer step's batches, of all ranks, with the network as it was then."""
+    """Autograd's result for one optimizer step's batches, of all ranks, with the network at that time."""
     with torch.no_grad():
         for name, value in state_by_part(twin).items():
             value.copy_(state[name])
@@ -86,7 +86,7 @@ def expected(
 
 
 class Watcher(Notes):
-    """Notes, of each batch, the network and the weights before it, and what is logged of the monitor after it."""
+    """Records, for each batch, the network and the weights before it, and the monitor's logged values after it."""
 
     def __init__(self, weights: Callable[[], Mapping[str, float]] = lambda: dict.fromkeys(TASKS, 1.0)) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Watcher(Notes):
 
 
 def model_of(kind: str) -> tuple[Any, Automatic, dict[str, Any]]:
-    """A model, its twin for the hand, and how the monitor is told of its losses."""
+    """A model, its copy for the calculation by hand, and how the monitor learns of its losses."""
     return {
         "a mapping": lambda: (Automatic(3), Automatic(3), {"losses": TASKS}),
         "all that is returned": lambda: (Automatic(3), Automatic(3), {}),
@@ -123,7 +123,7 @@ BESIDE: dict[str, Callable[[list[str] | None], Any]] = {
 
 
 class WithOwnLayers(Automatic):
-    """`normal` has a trunk of its own beside the one that the others share."""
+    """`normal` has its own trunk next to the one that the others share."""
 
     def build(self) -> None:
         super().build()

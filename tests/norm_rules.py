@@ -1,4 +1,4 @@
-"""InverseNorm, LRAnnealing and NTKWeights from their published equations, in plain floats; and a loop that uses them."""
+"""InverseNorm, LRAnnealing and NTKWeights from their published equations, in plain floats, and a loop that uses them."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Trained:
 
 
 def train_by_hand(model: Any, rule: RuleByHand, batches: Sequence[Any], W: Sequence[nn.Parameter]) -> Trained:
-    """Train with a backward pass of its own for each task, weights of the step before, and the formula in plain floats."""
+    """Train with one backward pass per task, the weights of the previous step, and the formula in plain floats."""
     weigh, optimizer = rule.equations(), model.configure_optimizers()
     weights, told = dict.fromkeys(model.tasks, 1.0), []
     for step, batch in enumerate(batches):

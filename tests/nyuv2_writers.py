@@ -1,4 +1,4 @@
-"""Write images with their annotation in each of the three forms that people have of NYUv2, down to the layout.
+"""Write images with their annotations in each of the three formats of NYUv2, down to the layout.
 
     write_official(folder, train=samples, test=others, scenes=["kitchen_0001", ...])
     write_mtan(folder, train=samples, test=others)
@@ -6,8 +6,8 @@
 
 A sample is a mapping (or an object with attributes) of numpy arrays or tensors: ``image`` (3, H, W) in [0, 1] or
 ``uint8``, ``segmentation`` (H, W), ``depth`` (1, H, W) or (H, W) in meters, ``normals`` (3, H, W); all of one size, as
-these forms have it. Image and normals may have their channels last, as the views of `problems.dense.rooms` do.
-Keypoints have no place in these forms.
+these formats require. Image and normals may have their channels last, as the views of `problems.dense.rooms` do.
+These formats have no keypoints.
 """
 
 from __future__ import annotations

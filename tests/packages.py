@@ -1,4 +1,4 @@
-"""Runs a test with both packages that publish Lightning: the same models and callbacks, another Trainer."""
+"""Runs a test with both packages that publish Lightning: the same models and callbacks with another Trainer."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Physics(Automatic):
         return losses
 
     def rest(self) -> Tensor:
-        """What is minimized besides."""
+        """The other terms that are minimized."""
         return 0.01 * sum((p.square().sum() for p in self.parameters()), torch.zeros((), dtype=torch.float64))
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Trains one network in several forked processes, gives each rank its own batches, and tells how each rank ended."""
+"""Trains one network in several forked processes, gives each rank its own batches, and reports how each rank ended."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class MayLack(Automatic):
     """As `Automatic`, for batches in which some tasks are missing, or all of them."""
 
     def some_losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is back-propagated, and the losses of the tasks that the batch has."""
+        """The back-propagated loss, and the losses of the tasks in the batch."""
         z = self.encoder(batch["x"])
         losses = {t: F.mse_loss(getattr(self, f"{t}_head")(z), batch[t]) for t in self.tasks if t in batch}
         return torch.stack([0 * z.sum(), *losses.values()]).sum(), losses
@@ -236,7 +236,7 @@ class Run:
     ddp: Mapping[str, Any] = field(default_factory=dict)
     callbacks: Sequence[L.Callback] = ()
     warns: str | None = None
-    """Warnings that match are told by each rank; any other is an error there as in all tests."""
+    """Each rank reports warnings that match; any other is an error there as in all tests."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the Trainer."""
 
@@ -245,7 +245,7 @@ class Run:
         return len(self.steps[0])
 
     def fit(self, folder: Path, strategy: DDPStrategy | None) -> None:
-        """Train; each rank writes to `folder` what it has to tell."""
+        """Train; each rank writes its results to `folder`."""
         accumulate = len(self.steps[0][0])
         recorder = Recorder(self.balancing, accumulate)
         options = dict(self.options)
@@ -287,7 +287,7 @@ def train(
 ) -> list[Told]:
     """Train in as many processes as `steps` has ranks, and return what each tells. One rank: in this process."""
     run = Run(model, balancing, steps, ddp or {}, callbacks, warns, options)
-    # A rank that waits for ever is to fail soon.
+    # A rank that waits forever should fail soon.
     strategy = DDPStrategy(start_method="fork", timeout=timedelta(seconds=30), **run.ddp) if run.ranks > 1 else None
     with tempfile.TemporaryDirectory() as folder:
         run.fit(Path(folder), strategy)

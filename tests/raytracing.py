@@ -1,4 +1,4 @@
-"""One ray at a time through a room, in world coordinates and plain Python: what the renderer is compared with."""
+"""One ray at a time through a room, in world coordinates and plain Python: the reference for the renderer."""
 
 from __future__ import annotations
 

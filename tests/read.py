@@ -1,4 +1,4 @@
-"""What a user can read from a callback after a training."""
+"""All values that a user can read from a callback after training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where tests find real data that the project does not ship."""
+"""Locations of real data that the project does not ship."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class StepsRawByClosure(Automatic):
 
 
 class SkipsAWindow(Automatic):
-    """Accumulates as the Trainer says, and makes no step in one of the windows."""
+    """Accumulates as the Trainer specifies, and makes no step in one of the windows."""
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:  # type: ignore[override]
         if batch_idx in (2, 3):
@@ -107,7 +107,7 @@ class BackwardForEachLoss(Automatic):
 
 
 class Lookahead(torch.optim.Optimizer):
-    """Wraps another optimizer and leaves out Optimizer.__init__, as many do: torch knows of no hooks of its."""
+    """Wraps another optimizer and leaves out Optimizer.__init__, as many do: torch does not know its hooks."""
 
     def __init__(self, parameters: Any) -> None:
         self.base = network_sgd(parameters)
@@ -215,7 +215,7 @@ class LeavesBatchesOut(ByHand):
 
 
 class RunsOutOfMemory(ByHand):
-    """A backward pass fails in two batches; the module goes on to the next, or tries again."""
+    """A backward pass fails in two batches; the module continues with the next, or tries again."""
 
     def __init__(self, again: bool = False) -> None:
         super().__init__()
@@ -307,7 +307,7 @@ class InPieces(ByHand):
 
 
 class KeepsItsOptimizer(ByHand):
-    """The Trainer knows of no optimizer."""
+    """The Trainer does not know any optimizer."""
 
     def configure_optimizers(self) -> None:  # type: ignore[override]
         return None

@@ -1,4 +1,4 @@
-"""Folders as `gradnorm-train` leaves them, made in milliseconds."""
+"""Run folders like those of `gradnorm-train`, made in milliseconds."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def write_run(
     logged: Sequence[Mapping[str, float | str]] = (),
     **options: Any,
 ) -> Path:
-    """Write a run's folder with what is given; return the folder."""
+    """Write a run folder with the given contents; return the folder."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config_of(folder, balancing, seed, tasks, **options)))
     (folder / "overrides.yaml").write_text(yaml.safe_dump([f"balancing={balancing}", f"seed={seed}"]))
@@ -74,7 +74,7 @@ def write_run(
 
 
 def write_log(folder: Path, rows: Sequence[Mapping[str, float | str]], version: int = 0) -> Path:
-    """Write what the CSV logger would have written."""
+    """Write the files that the CSV logger would write."""
     names = sorted({name for row in rows for name in row})
     file = folder / f"csv/version_{version}/metrics.csv"
     file.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Trains in two processes that share one network between them (FSDP2)."""
+"""Trains in two processes that shard one network between them (FSDP2)."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Tell(L.Callback):
 
 
 def train_sharded(folder: Path, case: str, **options: Any) -> list[str]:
-    """Train, and return what each rank has failed with, as a traceback; both write to `folder` what became of the network."""
+    """Train, and return each rank's traceback if it fails; both write the resulting network to `folder`."""
 
     def work(rank: int) -> None:
         try:

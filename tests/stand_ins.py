@@ -1,4 +1,4 @@
-"""Stand-ins for the packages of loggers, as far as Lightning's loggers call them; they write down what they get."""
+"""Stand-ins for the packages of loggers, as far as Lightning's loggers call them; they record what they receive."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Image:
 
 
 class WandbRun:
-    """Keeps what is logged; `scalars` and `images` are name → step → value."""
+    """Records logged values; `scalars` and `images` are name → step → value."""
 
     id = name = "stand-in"
     started: dict[str, Any]
@@ -73,7 +73,7 @@ def wandb(patch: pytest.MonkeyPatch) -> WandbRun:
 
 
 class MlflowClient:
-    """Keeps what is logged; `scalars` and `images` are name → step → value, of an image its file → pixels."""
+    """Records logged values; `scalars` and `images` are name → step → value, for an image its file → pixels."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri

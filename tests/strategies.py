@@ -1,7 +1,7 @@
-"""Every strategy that a callback can be made of, by name, for tests that go through all of them.
+"""Every strategy that a callback accepts, by name, for tests over all of them.
 
-The classes are those of the package's registry, with the arguments that they require from ``conf/balancing``. Listed by hand is
-only what is tried with other options (`INSTEAD`, `MORE`).
+The classes come from the package's registry, with their required arguments from ``conf/balancing``. Only other
+options are listed by hand (`INSTEAD`, `MORE`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _vector(*values: float) -> torch.Tensor:
 
 
 def _at_least_half(P: torch.Tensor) -> torch.Tensor:
-    """Makes GradDrop keep the sign of the larger part, whatever it draws."""
+    """Makes GradDrop keep the sign of the larger part in every draw."""
     return (P > 0.5).to(P)
 
 
@@ -115,7 +115,7 @@ def _options_of_a_yaml() -> dict[Any, Mapping[str, Any]]:
 
 
 def _made(kind: Any, T: int) -> nn.Module:
-    """The class with what it requires: what says the tasks, or the options of the first yaml that has it."""
+    """The class with its required arguments: its tasks, or the options of the first YAML file with this class."""
     for_tasks = {"shape": T, "n_tasks": T, "weights": _preferences(T)}
     arguments = {name: for_tasks[name] for name in registry.made_for_tasks(kind)}
     for name, parameter in inspect.signature(kind).parameters.items():
@@ -143,13 +143,13 @@ def _is_twin(kind: Any) -> bool:
 
 
 def draws(module: nn.Module) -> bool:
-    """Random numbers decide what comes out of it."""
+    """Its result depends on random numbers."""
     drawing = any("random draws" in facts_of(part).remembers for part in module.modules())
     return drawing and getattr(module, "f", None) is not _at_least_half
 
 
 def has_memory(module: nn.Module) -> bool:
-    """What it was given before decides what comes out of it."""
+    """Its result depends on earlier inputs."""
     return any(facts_of(part).remembers.replace("random draws", "") for part in module.modules())
 
 
@@ -217,4 +217,4 @@ def _is_stateful(name: str) -> bool:
 
 
 STATEFUL = [name for name in STRATEGIES if _is_stateful(name)]
-"""Those that go on differently without their state; random draws count."""
+"""Those that would continue differently without their state; random draws count."""

@@ -1,4 +1,4 @@
-"""Trainings with a strategy that are cut into the batches of several ranks."""
+"""Trainings with a strategy, split into the batches of several ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOLERANCE = 1e-8
 
 
 class Case(NamedTuple):
-    """One training: of which strategy, in which way."""
+    """One training: its strategy and how it runs."""
 
     name: str
     kind: str = "at the heads"

@@ -1,4 +1,4 @@
-"""docs/strategies.md as the site shows it: what it says of each strategy, and what is left out."""
+"""docs/strategies.md as the site shows it: its rows, and the strategies that it leaves out."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def test_modules_that_are_linked_exist() -> None:
     assert [name for name in linked if not (TESTS / name).exists()] == []
 
 
-def test_what_the_documentation_calls_proof_holds_a_guarantee() -> None:
+def test_tests_that_the_documentation_cites_hold_a_guarantee() -> None:
     page = TESTS.parent / "docs" / "guarantees.md"
     proofs = re.findall(r"`tests/(\S+?\.py)(?:::\w+)?`", page.read_text())
     assert len(proofs) > 20

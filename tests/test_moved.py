@@ -1,4 +1,4 @@
-"""Dotted paths of the first edition, as saved configurations and checkpoints have them."""
+"""Old dotted paths, as in saved configurations and checkpoints."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_an_old_path_leads_to_the_object_that_has_moved(path: str) -> None:
         ("balancing.state.state_of", "snapshot"),
     ],
 )
-def test_an_old_path_leads_to_what_was_also_renamed(path: str, new: str) -> None:
+def test_an_old_path_leads_to_renamed_objects(path: str, new: str) -> None:
     from lightning_gradnorm import strategies
 
     assert locate(path) is getattr(strategies, new)

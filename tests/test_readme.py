@@ -1,4 +1,4 @@
-"""The README is short, its snippet runs, its links lead somewhere; the tests that the guarantees name exist."""
+"""The README is short, its snippet runs, its links work; the tests that the guarantees name exist."""
 
 from __future__ import annotations
 

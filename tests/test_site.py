@@ -1,4 +1,4 @@
-"""The documentation site: its links lead somewhere, its made pages are complete, its examples run. Needs no mkdocs."""
+"""The documentation site: its links work, its generated pages are complete, its examples run. Needs no mkdocs."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def navigation(entry: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [*WRITTEN, *MADE_NAMES])
-def test_links_and_pictures_of_a_page_are_there(name: str) -> None:
+def test_links_and_pictures_of_a_page_exist(name: str) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page(name))):
         if target.startswith(("http://", "https://", "#")):
             continue
@@ -89,7 +89,7 @@ def test_links_and_pictures_of_a_page_are_there(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_what_a_page_includes_is_there(name: str) -> None:
+def test_files_that_a_page_includes_exist(name: str) -> None:
     for included in re.findall(r'^--8<-- "([^":]+)', page(name), flags=re.MULTILINE):
         assert (DOCS / included).is_file(), f"{name}: {included}"
 
@@ -104,7 +104,7 @@ def test_every_page_is_in_the_navigation_and_every_entry_is_a_page() -> None:
     assert names - by_hook <= set(listed)
 
 
-def test_the_pages_that_are_made_are_these() -> None:
+def test_the_generated_pages_are_listed() -> None:
     assert sorted(made()) == sorted(MADE_NAMES)
 
 
@@ -130,7 +130,7 @@ def test_the_python_pages_name_what_exists() -> None:
 
 
 def keys_of(node: DictConfig) -> set[str]:
-    """All keys of a composed configuration, without what is between a ``_target_`` of foreign code and its arguments."""
+    """All keys of a composed configuration, without those between a ``_target_`` of foreign code and its arguments."""
     found = set()
     for key in node:
         if not str(key).startswith("_"):
@@ -148,8 +148,9 @@ def test_every_file_of_a_group_is_in_the_reference_with_its_comment(group: str) 
         assert f"\n## `{group}={file.stem}`" in told
         assert f"[`{file.stem}`]({site_pages.page_of(group)}#{file.stem})" in page("configuration/index.md")
         first = file.read_text(encoding="utf-8").splitlines()[0]
-        words = re.findall(r"[A-Za-z]{4,}", first.removeprefix("# @package _global_")) if first.startswith("# ") else []
-        assert all(word in told for word in words)
+        is_comment = first.startswith("# ")
+        expected = re.findall(r"[A-Za-z]{4,}", first.removeprefix("# @package _global_")) if is_comment else []
+        assert all(word in told for word in expected)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +215,7 @@ def test_python_on_a_page_can_be_read(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")
-def test_the_complete_example_for_a_model_of_ones_own_trains(
+def test_the_complete_example_for_your_own_model_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -229,7 +230,7 @@ def test_the_complete_example_for_a_model_of_ones_own_trains(
     assert list(found["model"].tasks) == ["price", "kind"]
 
 
-def test_means_and_deviations_everywhere_are_those_of_the_results_page() -> None:
+def test_means_and_deviations_everywhere_match_the_results_page() -> None:
     results = " ".join(WRITTEN["reproducing.md"].split())
     pages = {name: text for name, text in WRITTEN.items() if "/" not in name and name != "reproducing.md"}
     pages["README.md"] = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -238,7 +239,7 @@ def test_means_and_deviations_everywhere_are_those_of_the_results_page() -> None
     assert len(re.findall(r"[\d.]+ ± [\d.]+", results)) >= 8
 
 
-def test_what_builds_the_site_is_pinned() -> None:
+def test_the_packages_that_build_the_site_are_pinned() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     wanted = re.findall(r'"([\w-]+)', re.search(r"^docs = \[(.*)\]$", project, re.MULTILINE)[1])  # type: ignore[index]
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")

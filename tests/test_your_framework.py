@@ -1,4 +1,4 @@
-"""Each recipe of docs/your_framework.md runs as it stands there and gives the weights of a plain loop."""
+"""Each recipe of docs/your_framework.md runs as printed and gives the weights of a plain loop."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["trainer"].state.global_step == len(BATCHES)
 
 
-def test_the_lines_for_other_peoples_models_are_those_that_make_test_third_party_trains_them_with() -> None:
+def test_the_lines_for_third_party_models_match_those_in_make_test_third_party() -> None:
     lines: list[dict[str, Any]] = []
     exec(RECIPES[GALLERY], {"GradNorm": lambda tasks, **options: lines.append({"tasks": tasks, **options})})
     same_line = ("BERT with LoRA", "SCVI, adversarial")
@@ -174,7 +174,7 @@ def test_the_lines_for_other_peoples_models_are_those_that_make_test_third_party
 
 
 @pytest.mark.parametrize("name", PROJECTS)
-def test_what_the_page_says_was_found_in_a_model_is_what_make_test_third_party_finds(name: str) -> None:
+def test_the_layers_that_the_page_lists_match_those_that_make_test_third_party_finds(name: str) -> None:
     (row,) = re.findall(rf"^\| {name.partition(',')[0]} \| `.*", PAGE, re.MULTILINE)
     W, heads = re.findall(r"W = (\S+) .*, heads: (.*), losses:", PROJECTS[name]().found)[0]
     modules = [head.partition(" → ")[2] for head in heads.split(", ") if head != "none"]

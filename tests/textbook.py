@@ -1,7 +1,7 @@
-"""GradNorm as a textbook would write it: the oracle the callback is held against.
+"""GradNorm as a textbook would write it: the reference for the callback.
 
 Double backward (`create_graph=True`), one plain loop, one process, float64, no Lightning. Slow and obvious on purpose:
-it takes nothing from the package under test, so an error has to be made twice to go unseen.
+it takes nothing from the package under test, so an error goes unseen only if it is made twice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Losses = Mapping[str, Tensor]
 
 @dataclass
 class Forward:
-    """What one micro-batch gives: the raw task losses, what else the user adds to `loss`, and what the heads read."""
+    """One micro-batch's results: the raw task losses, the other terms in `loss`, and the heads' input."""
 
     losses: dict[str, Tensor]
     rest: Tensor | None = None

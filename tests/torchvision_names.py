@@ -1,6 +1,6 @@
-"""torchvision's names and shapes for VGG16 and ResNet-50, written down from its documentation, and what they compute.
+"""torchvision's names and shapes for VGG16 and ResNet-50, taken from its documentation, and their computations.
 
-`state_dict` makes such a dict with random numbers; `vgg16_features` and `resnet50_features` are plain functions of it.
+`state_dict` creates such a dict with random numbers; `vgg16_features` and `resnet50_features` are plain functions of it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def resnet50() -> Shapes:
 
 
 def state_dict(shapes: Shapes, scale: float = 1.0) -> dict[str, Tensor]:
-    """Random numbers under these names; convolutions keep the size of what they see."""
+    """Random numbers under these names; convolutions preserve the scale of their input."""
     values: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         if name.startswith(("classifier.", "fc.")):

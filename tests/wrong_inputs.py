@@ -1,4 +1,4 @@
-"""What the tests of wrong inputs share: the names of the three tasks, and a fit that has to fail."""
+"""Shared by the tests of wrong inputs: the names of the three tasks, and a fit that must fail."""
 
 from __future__ import annotations
 

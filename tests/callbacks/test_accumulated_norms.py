@@ -1,4 +1,4 @@
-"""What is logged as a task's norm belongs to the mean over the micro-batches of the step, also of one that is cut short."""
+"""The logged norm of a task is that of the mean loss over the step's micro-batches, also in an incomplete step."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from models import TASKS, Automatic, vector_batches
 
 from lightning_gradnorm import GradNorm
 
-MICRO_BATCHES = [[0, 1], [2]]  # of each optimizer step: Lightning ends the epoch with what there is
+MICRO_BATCHES = [[0, 1], [2]]  # of each optimizer step: Lightning ends the epoch with an incomplete window
 
 
 @pytest.mark.parametrize("heads", [False, True])
-def test_norms_are_those_of_the_mean_loss_over_the_micro_batches(
-    heads: bool, quiet_trainer: Callable[..., L.Trainer]
-) -> None:
+def test_norms_match_the_mean_loss_over_the_micro_batches(heads: bool, quiet_trainer: Callable[..., L.Trainer]) -> None:
     model, batches, log = Automatic(3), vector_batches(3, 3), MemoryLogger()
     model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.0)  # type: ignore[method-assign]
     still = partial(torch.optim.SGD, lr=0.0)  # of the weights, which stay 1

@@ -1,4 +1,4 @@
-"""Any aggregation through the callback is what the aggregator makes of the whole matrix of gradients, taken by hand."""
+"""The callback gives the same result as calling the aggregator on the whole matrix of gradients, computed by hand."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_every_aggregator_trains_as_by_hand(quiet_trainer: MakeTrainer, name: st
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("name", AT_PARAMETERS_ALONE)
 @WITH_AND_WITHOUT_HEADS
-def test_what_averages_gradients_over_steps_trains_as_by_hand_at_parameters(
+def test_strategies_that_average_over_steps_agree_with_by_hand_at_parameters(
     quiet_trainer: MakeTrainer, name: str, with_heads: bool
 ) -> None:
     train_both(quiet_trainer, AT_PARAMETERS_ALONE[name], at="parameters", with_heads=with_heads)

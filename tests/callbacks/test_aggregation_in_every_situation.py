@@ -64,7 +64,7 @@ class Neck(Automatic):
 
 
 class RegularizedNeck(Neck):
-    """Both at once, so that what comes to the representation is a mixture."""
+    """Both at once, so the representation receives a mixture."""
 
     training_step = Regularized.training_step
 
@@ -102,7 +102,7 @@ class Again(nn.Sequential):
 
 
 class Maps(Nested):
-    """Feature maps of which one is made of the other: the gradient of each is what the heads give to it directly."""
+    """Two feature maps, one computed from the other: the gradient of each is what the heads give to it directly."""
 
     def forward_for_textbook(self, batch: Any) -> Any:
         z = self.encoder(batch["x"])

@@ -1,4 +1,4 @@
-"""`Aggregation` in mixed precision follows single precision, and a scale that overflows is no failure of an aggregator."""
+"""`Aggregation` in mixed precision follows single precision, and an overflowing scale is not a failure of the aggregator."""
 
 from __future__ import annotations
 

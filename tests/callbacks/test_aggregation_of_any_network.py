@@ -1,4 +1,4 @@
-"""`Aggregation(at="parameters")` where there is no trunk, or it is called several times: held against brute force."""
+"""`Aggregation(at="parameters")` without a trunk, or with one that is called several times, agrees with brute force."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def _mask(gradient: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("network", [WithDecay, ThreeViews])
-def test_hooks_of_parameters_change_the_rest_and_the_tasks_alike(
+def test_parameter_hooks_change_the_rest_and_the_tasks_equally(
     network: type[AnyNetwork], quiet_trainer: MakeTrainer
 ) -> None:
     class Hooked(network):  # type: ignore[valid-type,misc]
@@ -191,7 +191,7 @@ ON_RANKS = {
 }
 
 
-def test_two_ranks_give_what_one_gives_on_their_batches_together() -> None:
+def test_two_ranks_match_one_process_on_the_joint_batches() -> None:
     runs, expected = {}, {}
     for name, (network, made, accumulate) in ON_RANKS.items():
         whole = network.batches(4, size=8)
@@ -253,7 +253,7 @@ class CheckpointedTwice(HeatEquation):
         (CheckpointedTwice, ["task 'boundary' comes to an activation checkpoint", "use_reentrant=False", "'representation'"]),
     ],
 )  # fmt: skip
-def test_what_cannot_be_aggregated_is_refused_by_name(
+def test_the_error_names_what_cannot_be_aggregated(
     network: type[AnyNetwork], says: list[str], quiet_trainer: MakeTrainer
 ) -> None:
     callback = aggregation(network)

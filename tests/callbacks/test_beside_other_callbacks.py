@@ -1,7 +1,7 @@
 """Beside the callbacks that people use, GradNorm trains as it does alone, and leaves nothing on the model.
 
-Where the other callback changes nothing in training, both runs are equal bit by bit; where it does, as an average or a backbone
-that is unfrozen later, they are those of the textbook.
+If the other callback does not change the training, both runs are bit-identical. If it does, as weight averaging or a backbone
+that is unfrozen later do, they agree with the textbook.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ BYSTANDERS = {
 
 
 def options_for(sentence: str) -> dict[str, Any]:
-    """What the Trainer needs for that callback to do its work at all."""
+    """The Trainer options that this callback requires."""
     options: dict[str, Any] = {"logger": MemoryLogger()}
     options["enable_checkpointing"] = "Checkpoint" in sentence
     options["enable_progress_bar"] = "ProgressBar" in sentence

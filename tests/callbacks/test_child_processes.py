@@ -1,4 +1,4 @@
-"""`ddp_spawn`, `ddp_fork`, `ddp_notebook`: the process that called `fit` reads of its callbacks what rank 0 has learned."""
+"""`ddp_spawn`, `ddp_fork`, `ddp_notebook`: the callbacks in the process that called `fit` show what rank 0 has learned."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Parts(L.Callback):
 
 
 class Notes(L.Callback):
-    """Has rank 0 write down what it reads at the end of its training."""
+    """Makes rank 0 record the callback's values at the end of its training."""
 
     def __init__(self, callbacks: Sequence[L.Callback], file: Path) -> None:
         self.callbacks, self.file = callbacks, file
@@ -91,7 +91,7 @@ def monitor() -> GradientNormMonitor:
         ),
     ],
 )
-def test_the_caller_reads_what_one_process_gives(
+def test_the_caller_sees_the_results_of_one_process(
     kind: str, strategy: str, quiet_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     """Both ranks see the same batches, whose means over the ranks are exact: nothing differs by a bit."""
@@ -112,9 +112,7 @@ def test_the_caller_reads_what_one_process_gives(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["GradNorm", "UW", "UPGrad"])
-def test_ranks_with_batches_of_their_own_give_what_one_process_gives(
-    kind: str, quiet_trainer: MakeTrainer, tmp_path: Path
-) -> None:
+def test_ranks_with_different_batches_match_one_process(kind: str, quiet_trainer: MakeTrainer, tmp_path: Path) -> None:
     found, expected = [MAKE[kind](), monitor()], [MAKE[kind](), monitor()]
     for callbacks, options in ((expected, {}), (found, {"devices": 2, "strategy": "ddp_spawn"})):
         quiet_trainer(callbacks=[*callbacks, Notes(callbacks, tmp_path / "told.pt")], **options).fit(
@@ -177,8 +175,8 @@ def test_a_callback_from_a_file_whose_original_is_gone(fork: Callable[..., L.Tra
     assert gradnorm.weights != dict.fromkeys(NAMES, 1.0)
 
 
-def test_a_letter_is_handed_on_by_a_process_between(tmp_path: Path) -> None:
-    """As a queue's manager is, which unpickles what it hands on."""
+def test_an_intermediate_process_forwards_a_letter(tmp_path: Path) -> None:
+    """As with a queue's manager, which unpickles the objects it forwards."""
     gradnorm, file = GradNorm(NAMES), tmp_path / "letter.pt"
     file.touch()
     letter = _Letter(os.getpid() + 1, "GradNorm", gradnorm._copies.lineage, str(file), "")
@@ -288,7 +286,7 @@ class MadeOnce:
 
 
 @pytest.mark.parametrize(("make", "why"), [(MadeOnce, "there is only one"), (Secretive, "cannot be saved")])
-def test_what_cannot_be_taken_over_is_said_and_the_network_kept(
+def test_results_that_cannot_be_transferred_are_reported_and_the_network_kept(
     make: Any, why: str, fork: Callable[..., L.Trainer]
 ) -> None:
     looks, model = monitor(), Automatic(T)

@@ -32,7 +32,7 @@ MAKE: dict[str, Callable[[], Any]] = {
 COPY: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda one: pickle.loads(pickle.dumps(one)),
-    "a copy of a copy": lambda one: copy.deepcopy(copy.deepcopy(one)),  # of which nobody holds the first
+    "a copy of a copy": lambda one: copy.deepcopy(copy.deepcopy(one)),  # nobody holds the first one
 }
 
 
@@ -106,7 +106,7 @@ def test_a_copy_of_one_template_for_each_fold_shows_its_own(quiet_trainer: MakeT
 
 @pytest.mark.parametrize("way", COPY)
 def test_a_copy_made_in_mid_training_trains_as_one_made_before(way: str, quiet_trainer: MakeTrainer) -> None:
-    """What is placed on a model stays with the callback that trains it."""
+    """Hooks on a model stay with the callback that trains it."""
     gradnorm, monitor = GradNorm(TASKS[:T]), GradientNormMonitor(TASKS[:T], every_n_steps=1)
     copies: list[Any] = []
 

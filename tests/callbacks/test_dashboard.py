@@ -124,7 +124,7 @@ def charts_of(folder: Path) -> dict[str, dict[str, list[str]]]:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_there_are_the_charts_of_what_the_strategy_logs_and_no_other(name: str, train: Train) -> None:
+def test_only_values_that_the_strategy_logs_have_charts(name: str, train: Train) -> None:
     callbacks, expected = STRATEGIES[name]
     folder = train(*callbacks())
     charts = charts_of(folder)
@@ -205,7 +205,7 @@ def test_an_error_in_training_leaves_the_logger_as_it_was(train: Train) -> None:
     assert "log_metrics" not in vars(seen[0].logger)
 
 
-def test_what_is_one_tasks_is_told_from_what_is_not() -> None:
+def test_names_of_one_task_are_distinguished_from_all_others() -> None:
     of_task = {
         "gradnorm/weight/a": ("gradnorm/weight", "a"),
         "balancing/grad_norm/a/b": ("balancing/grad_norm", "a/b"),
@@ -226,7 +226,7 @@ def test_what_is_one_tasks_is_told_from_what_is_not() -> None:
     assert [name for name in (*alone, "monitor/cosine/a/b") if split_name(name) is not None] == []
 
 
-def test_the_monitor_has_a_row_of_its_own(train: Train) -> None:
+def test_the_monitor_has_its_own_row(train: Train) -> None:
     folder = train(GradientNormMonitor(every_n_steps=2))
     assert list(charts_of(folder)["Gradient-norm monitor"]) == [
         "share of the update",
@@ -238,7 +238,7 @@ def test_the_monitor_has_a_row_of_its_own(train: Train) -> None:
 
 
 @pytest.mark.parametrize("options", [{"num_sanity_val_steps": 1}, {"module": {"accumulate_grad_batches": 3}}], ids=str)
-def test_the_charts_are_there_whatever_comes_first(options: dict[str, Any], train: Train) -> None:
+def test_the_charts_exist_in_any_order_of_events(options: dict[str, Any], train: Train) -> None:
     charts = charts_of(train(GradNorm(initial_losses=2), **options))
     assert list(charts["Balancing"]) == STRATEGIES["gradnorm"][1]
     assert len(charts["Validation"]) == 3

@@ -1,4 +1,4 @@
-"""What a strategy asks for besides the losses of the batch: FAMO its losses after the step, DWA the end of an epoch."""
+"""Strategies that need more than the losses of the batch: FAMO needs losses after the step, DWA the end of an epoch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class LeavesTraces(Automatic):
 
 
 def by_hand(accumulate: int) -> tuple[LeavesTraces, list[dict[str, float]], list[float], Tensor]:
-    """FAMO as its documentation says, with a second look in which nothing but the losses is computed."""
+    """FAMO as documented, with a second evaluation that only computes the losses."""
     model, famo = LeavesTraces(3), S.FAMO(3).double()
     optimizer = network_sgd(model.parameters())
     weights, totals = [], []
@@ -158,7 +158,7 @@ class Validated(Automatic):
     ],
     ids=str,
 )
-def test_dwa_hears_of_the_end_of_each_epoch_of_training_and_of_no_other(
+def test_dwa_is_notified_of_the_end_of_each_training_epoch_and_of_no_other(
     options: dict[str, Any], quiet_trainer: MakeTrainer
 ) -> None:
     epochs, size = 5, {3: 3, 0.5: 3}.get(options.get("limit_train_batches"), 6)

@@ -25,7 +25,7 @@ MakeTrainer = Callable[..., L.Trainer]
 
 
 class Penalized(Automatic):
-    """The loss of `depth` is a penalty that is 0 as long as the batch says so."""
+    """The loss of `depth` is a penalty that is 0 for as long as the batch sets it."""
 
     def task_losses(self, batch: Batch) -> dict[str, Tensor]:
         z = self.encoder(batch["x"])

@@ -1,4 +1,4 @@
-"""With the Trainer's flags GradNorm sees the batches that they leave, and trains as the textbook says; with clipping too."""
+"""With any Trainer flags, including clipping, GradNorm sees the remaining batches and agrees with the textbook."""
 
 from __future__ import annotations
 
@@ -65,9 +65,7 @@ FLAGS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "mode", ["heads", "own", *(pytest.param(m, marks=pytest.mark.slow) for m in ("manual", "automatic", "logged"))]
 )
 @pytest.mark.parametrize("flag", FLAGS)
-def test_a_flag_of_the_trainer_changes_which_batches_are_seen_and_nothing_else(
-    flag: str, mode: str, quiet_trainer: MakeTrainer
-) -> None:
+def test_a_trainer_flag_only_changes_which_batches_are_seen(flag: str, mode: str, quiet_trainer: MakeTrainer) -> None:
     options, seen = FLAGS[flag]
     model, course, trainer = fit(quiet_trainer, mode, [], **options)
     twin, batches = Automatic(3), vector_batches(3, BATCHES)

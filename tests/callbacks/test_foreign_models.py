@@ -1,4 +1,4 @@
-"""Shapes of models that people have, each trained as it is."""
+"""Kinds of models that people have, each trained unchanged."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_bad_number_is_no_weight_step_and_is_counted_and_warned_of_once(quiet_
             return output
 
         def on_before_optimizer_step(self, optimizer) -> None:
-            for parameter in self.parameters():  # as a user may who wants to go on
+            for parameter in self.parameters():  # as a user might do to keep training
                 parameter.grad = torch.nan_to_num(parameter.grad, nan=0.0, posinf=0.0, neginf=0.0)
 
     class Weights(L.Callback):
@@ -172,7 +172,7 @@ def test_a_scripted_head_that_is_named_is_refused(quiet_trainer) -> None:
         quiet_trainer(callbacks=[GradNorm(NAMES, heads=model.heads())]).fit(model, Batches(vector_batches(3, 2)))
 
 
-def test_a_head_that_reads_what_another_head_gives_is_refused_also_if_it_reads_the_representation_too(
+def test_a_head_that_reads_the_output_of_another_head_is_an_error_even_if_it_reads_the_representation(
     quiet_trainer,
 ) -> None:
     class Fed(Automatic):

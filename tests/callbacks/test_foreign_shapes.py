@@ -1,4 +1,4 @@
-"""Shapes of networks that nobody made for this callback: a few steps of each, against the double-backward textbook."""
+"""Networks that were not written for this callback: a few steps of each, against the double-backward textbook."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ AT_Z = {
         modes=(True,),
     ),
 }
-del AT_Z["a dataclass"]  # of which torch does not see the tensors
+del AT_Z["a dataclass"]  # torch does not see its tensors
 
 
 @table(AT_Z)
@@ -83,7 +83,7 @@ def test_a_head_may_begin_in_place_without_heads(case: Case, heads: bool, quiet_
 
 @with_heads(IN_PLACE, True)
 def test_a_head_that_begins_in_place_is_refused_with_heads(case: Case, heads: bool, quiet_trainer: MakeTrainer) -> None:
-    """What it overwrites, those after it read: the tasks cannot be told apart at the heads."""
+    """Later heads read what it overwrites, so the tasks cannot be distinguished at the heads."""
     model = case.make()
     with pytest.raises(ValueError, match=r"changes the representation in place.*inplace=False, or leave heads out"):
         fit(quiet_trainer, model, balance(model, case, heads), case.batches(1))

@@ -1,4 +1,4 @@
-"""Ways to run and to optimize a network that nobody made for this callback: recomputed, compiled, scheduled, clipped."""
+"""Ways to run and optimize a network that was not written for this callback: recomputed, compiled, scheduled, clipped."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from lightning_gradnorm.engine.engine import Engine
 
 
 @table(REENTRANT)
-def test_a_reentrant_checkpoint_through_which_nothing_can_be_read_is_refused(
+def test_a_reentrant_checkpoint_that_hides_the_gradients_is_an_error(
     case: Case, heads: bool, quiet_trainer: MakeTrainer
 ) -> None:
-    """By torch, or by the callback: in any case the message says what to do."""
+    """By torch, or by the callback: in either case the message explains what to do."""
     model = case.make()
     with pytest.raises((ValueError, RuntimeError), match=r"use_reentrant=False"):
         fit(quiet_trainer, model, balance(model, case, heads), case.batches(1))
@@ -166,7 +166,7 @@ def test_compiled_heads_are_refused_without_heads(way: str, quiet_trainer: MakeT
 
 
 class CompiledStem(Shape):
-    """What comes before the shared layer is compiled; reading does not get so far."""
+    """Modules before the shared layer are compiled; reading does not get that far."""
 
     def __init__(self) -> None:
         super().__init__(plain_layer)
@@ -180,7 +180,7 @@ class CompiledStem(Shape):
 
 @compiling
 @pytest.mark.parametrize("heads", [False, True], ids=["no heads", "heads"])
-def test_what_comes_before_the_shared_layer_may_be_compiled(heads: bool, quiet_trainer: MakeTrainer) -> None:
+def test_modules_before_the_shared_layer_may_be_compiled(heads: bool, quiet_trainer: MakeTrainer) -> None:
     case = Case(CompiledStem)
     losses = case.make().task_losses(case.batches(1)[0])
     assert "CompiledFunctionBackward" in node_names(losses.values())

@@ -1,4 +1,4 @@
-"""Networks that say nothing about themselves, in the ways people train, held against the double-backward textbook."""
+"""Networks without named layers or heads, in the ways people train, against the double-backward textbook."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lightning_gradnorm import GradNorm
 
 @pytest.mark.both_packages
 @pytest.mark.parametrize("network", NETWORKS)
-def test_a_network_that_nobody_has_described_follows_the_textbook(
+def test_a_network_with_nothing_named_agrees_with_the_textbook(
     network: str, quiet_trainer: MakeTrainer, package: ModuleType
 ) -> None:
     make = NETWORKS[network]
@@ -77,7 +77,7 @@ def test_a_head_of_zeros_moves_nothing_at_first_and_decides_nothing(quiet_traine
 
 
 @pytest.mark.filterwarnings(
-    "ignore:.*pre-optimization state.*",  # a checkpoint in a step of manual optimization is what is meant
+    "ignore:.*pre-optimization state.*",  # a checkpoint in a step of manual optimization is on purpose
     "ignore:.*manual optimization.*",
     "ignore:Be aware that when using .ckpt_path., callbacks used to create the checkpoint",
 )

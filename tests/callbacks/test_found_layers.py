@@ -1,7 +1,7 @@
-"""Nothing but the tasks is named: the layer and the heads that are found give the numbers of the same layer named.
+"""With only the tasks named, the layer and heads found give the same numbers as the same layer named explicitly.
 
-All shapes of `tests/shapes`, which `test_foreign_shapes.py` holds against the textbook by their names. Networks and trainings
-that people have are in `test_found_in_training.py`.
+All shapes of `tests/shapes`, which `test_foreign_shapes.py` compares with the textbook by name. Real-world networks and
+trainings are in `test_found_in_training.py`.
 """
 
 from __future__ import annotations

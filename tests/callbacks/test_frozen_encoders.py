@@ -1,6 +1,6 @@
-"""An encoder that is frozen, for an epoch as `BackboneFinetuning` does or to the end: strategies wait and say so.
+"""An encoder that is frozen, for an epoch as with `BackboneFinetuning` or to the end: strategies wait and report it.
 
-And networks that stay frozen beside the model, as those of perceptual losses do: they are not what the tasks share.
+Networks that stay frozen next to the model, as in perceptual losses, do not count as shared.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ONES = dict.fromkeys(TASKS, 1.0)
 
 
 class Frozen(Found):
-    """Its trunk is frozen until somebody unfreezes it; plain gradient descent, so that a rate of 0 is the same."""
+    """Its trunk stays frozen until it is unfrozen; with plain gradient descent, a rate of 0 has the same effect."""
 
     def build(self) -> None:
         super().build()
@@ -182,7 +182,7 @@ def test_a_layer_that_is_frozen_after_norms_were_taken_is_an_error(how: str, qui
 
 
 @pytest.mark.parametrize("stage", ["before", "after"])
-def test_a_layer_may_be_frozen_where_stop_after_says_so(stage: str, quiet_trainer: MakeTrainer) -> None:
+def test_a_layer_may_be_frozen_once_stop_after_has_passed(stage: str, quiet_trainer: MakeTrainer) -> None:
     model = Frozen(3)
     model.backbone.requires_grad_(True)
     gradnorm = GradNorm(TASKS, shared_layer="backbone.2", stop_after=2 if stage == "after" else 3)
@@ -266,7 +266,7 @@ def test_the_monitor_measures_from_when_something_shared_is_trained(quiet_traine
 
 
 class Apart(Found):
-    """Each task has a network of its own; what the losses compare goes through a frozen network, or a teacher says it."""
+    """Each task has its own network; the losses compare outputs of a frozen network or of a teacher."""
 
     def __init__(self, side: str) -> None:
         self.side = side
@@ -293,7 +293,7 @@ class Apart(Found):
 
 
 @pytest.mark.parametrize("side", ["perceptual loss", "teacher"])
-def test_a_frozen_network_beside_the_model_is_not_what_its_tasks_share(side: str, quiet_trainer: MakeTrainer) -> None:
+def test_a_frozen_network_next_to_the_model_does_not_count_as_shared(side: str, quiet_trainer: MakeTrainer) -> None:
     expected = "GradNorm: shared_layer=None found no layer", "share no trained weight", "Scalarization"
     fails(quiet_trainer, Apart(side), GradNorm(TASKS), *expected)
 

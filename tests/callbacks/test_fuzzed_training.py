@@ -1,10 +1,10 @@
-"""Trainings with losses as bad as they come: the callback does what the bare rule does with the numbers the test took.
+"""Trainings with arbitrarily bad losses: the callback agrees with the bare rule on the numbers that the test computes.
 
 Losses are infinite, negative or exactly zero, tasks are absent or come one at a time, the optimizer evaluates its closure
 twice, and a loss may be changed in place after it was shown.
 
-The rule itself is held against double backward in `tests/strategies/test_rule_fuzzed.py`. Here the test takes each task's
-gradient on its own, before the callback has seen the loss, and asks a `GradNormRule` what ought to happen.
+`tests/strategies/test_rule_fuzzed.py` compares the rule itself with double backward. Here the test computes each task's
+gradient separately, before the callback has seen the loss, and a `GradNormRule` gives the expected result.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MakeTrainer = Callable[..., L.Trainer]
 
 
 class Draw:
-    """One training's random choices, and what is to become of each task's loss in each batch."""
+    """One training's random choices, and the fate of each task's loss in each batch."""
 
     def __init__(self, seed: int) -> None:
         draw = self.random = random.Random(seed)
@@ -144,7 +144,7 @@ class Fuzzed(L.LightningModule):
         return {"loss": total}
 
     def apart(self, task: str, batch: Tensor, target: Tensor, factor: float) -> tuple[float, Tensor]:
-        """Return a task's loss and its gradient, in a graph that nobody else has hooks in."""
+        """Return a task's loss and its gradient, in a graph without other hooks."""
         shared, head = self.encoder[0], self.heads[task]
         z = F.linear(batch, shared.weight, shared.bias)
         loss = F.mse_loss(F.linear(z, head.weight, head.bias), target) * factor
@@ -156,7 +156,7 @@ class Fuzzed(L.LightningModule):
 
 
 class Judge(L.Callback):
-    """After each batch: the weights are right, and what an optimizer step has changed is what the bare rule changes."""
+    """After each batch: the weights are right, and an optimizer step has made the same change as the bare rule."""
 
     def __init__(self, gradnorm: GradNorm, model: Fuzzed) -> None:
         self.gradnorm, self.draw = gradnorm, model.draw
@@ -243,7 +243,7 @@ RULES = ("alpha", "optimizer", "initial_losses", "priorities")
 
 
 def decided_by_chance(seen: GradNormTerms, present: Tensor) -> bool:
-    """Say whether a G_i is so near its target that the rounding of a norm gives the sign."""
+    """Return True if a G_i is so near its target that the rounding of a norm decides the sign."""
     G, target = seen.grad_norms[present], seen.targets[present]
     larger = torch.maximum(G, target)
     return bool((((G - target).abs() <= 1e-10 * larger) & (larger > 0)).any())

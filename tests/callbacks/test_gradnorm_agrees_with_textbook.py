@@ -1,4 +1,4 @@
-"""The callback inside a real Trainer against a double-backward loop in float64: the same weights, the same network."""
+"""The callback in a real Trainer and a double-backward loop in float64 give the same weights and the same network."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def fit(
     before_batch: Callable[[int], object] = lambda index: None,
     **options: Any,
 ) -> Recorder:
-    """Train and return what was recorded. The Trainer accumulates for modules that do not do so themselves."""
+    """Train and return the records. The Trainer accumulates for modules that do not do so themselves."""
     if isinstance(model, Manual):
         model.gradnorm = [gradnorm]
     recorder = Recorder(gradnorm, accumulate)
@@ -65,7 +65,7 @@ def fit(
     ("mode", "accumulate"),  # one axis, so that the fast set has all pairs
     list(itertools.product(["automatic", "automatic+heads", "manual", "manual+heads", "module"], [1, 2])),
 )
-def test_weights_and_network_are_those_of_the_textbook(
+def test_weights_and_network_agree_with_the_textbook(
     mode: str, accumulate: int, optimizer: Any, T: int, alpha: float, quiet_trainer: MakeTrainer
 ) -> None:
     batches = vector_batches(T, 2 * STEPS * accumulate)
@@ -105,7 +105,7 @@ def test_weights_and_network_are_those_of_the_textbook(
     ],
     ids=["batch-norm", "dropout", "coefficients", "only-logs", "dict", "tuple", "another-order"],
 )
-def test_existing_models_train_as_the_textbook_says(
+def test_existing_models_agree_with_the_textbook(
     make: Callable[..., Automatic], accumulate: int, heads: bool, quiet_trainer: MakeTrainer
 ) -> None:
     model, twin = make(T=3, seed=5), make(T=3, seed=5)
@@ -176,7 +176,7 @@ def test_a_batch_norm_as_shared_layer_runs_once(heads: bool, quiet_trainer: Make
     ],
     ids=lambda v: str(v).replace(" ", "") if v != {} else "",
 )
-def test_options_mean_what_the_textbook_makes_of_them(
+def test_options_have_the_same_effect_as_in_the_textbook(
     option: str, value: Any, oracle: dict[str, Any], heads: bool, quiet_trainer: MakeTrainer
 ) -> None:
     model, twin = Automatic(3), Automatic(3)
@@ -259,7 +259,7 @@ def test_first_activation_norm_is_the_one_autograd_gives_by_hand(heads: bool, qu
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("module", ["automatic", "coefficients", "own"])
 @pytest.mark.parametrize("update_every", [1, 3])
-def test_logged_norms_rates_and_objective_are_those_of_the_textbook(
+def test_logged_norms_rates_and_objective_agree_with_the_textbook(
     module: str, update_every: int, quiet_trainer: MakeTrainer
 ) -> None:
     batches, logger = vector_batches(3, STEPS), MemoryLogger()

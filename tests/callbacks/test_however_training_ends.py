@@ -1,4 +1,4 @@
-"""However training ends, and at whatever moment it is saved or copied, the model is as if the callback had never been there."""
+"""However training ends, and whenever you save or copy the model, no trace of the callback remains on it."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_a_checkpoint_written_at_an_exception_has_the_state_of_that_moment(
 @pytest.mark.parametrize("others", [False, True], ids=["alone", "beside"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("after", ["validate", "test", "a second fit"])
-def test_what_follows_a_training_leaves_a_clean_model(
+def test_operations_after_training_leave_a_clean_model(
     after: str, mode: str, others: bool, quiet_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     model, gradnorm, batches = make(mode)

@@ -1,6 +1,6 @@
-"""``absent_tasks="last_seen"`` in a Trainer: an absent task takes part with the norm and the loss it last had.
+"""``absent_tasks="last_seen"`` in a Trainer: an absent task counts with its last norm and loss.
 
-Held against the textbook, which keeps the last norm and loss of each task. One task for each batch is the hardest case.
+Compared with a textbook that keeps the last norm and loss of each task. One task per batch is the hardest case.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def test_before_its_first_loss_a_task_is_left_out(quiet_trainer: Any) -> None:
 
 
 def saved_after(step: int, batches: list[Batch], trainer: Any, folder: Path, absent_tasks: Any) -> Path:
-    """Train so many steps and return the checkpoint."""
+    """Train for that many steps and return the checkpoint."""
     gradnorm = GradNorm(NAMES, shared_layer="encoder.2", absent_tasks=absent_tasks)
     saves = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=step, save_top_k=-1)
     with warnings.catch_warnings():
@@ -123,7 +123,7 @@ def test_a_checkpoint_that_knows_no_last_numbers_begins_without(quiet_trainer: A
     assert third["normal"] != 1.0
 
 
-def test_two_ranks_give_what_one_process_gives() -> None:
+def test_two_ranks_match_one_process() -> None:
     """Rank 0 and rank 1 have different tasks, and some steps have one task in all."""
     lacks = Presence(
         lambda s, r, m: when(s % 3 != r, "depth") | when((s + r) % 2 == 0, "seg") | when(s % 2 == 1, "normal")
@@ -153,7 +153,7 @@ def warned_of(trainer: Any, batches: list[Batch], epochs: int = 1, **options: An
     return [str(one.message) for one in caught if "GradNorm" in str(one.message)]
 
 
-def test_an_epoch_without_two_tasks_at_a_time_is_told_once_with_what_helps(quiet_trainer: Any) -> None:
+def test_an_epoch_without_two_tasks_in_a_step_warns_once_and_suggests_a_fix(quiet_trainer: Any) -> None:
     (told,) = warned_of(quiet_trainer, in_turn(9), epochs=3)
     assert told.startswith("GradNorm: in none of the last 9 weight updates were two tasks present")
     for remedy in ("max_size_cycle", "accumulate_grad_batches", "absent_tasks='last_seen'"):
@@ -163,12 +163,12 @@ def test_an_epoch_without_two_tasks_at_a_time_is_told_once_with_what_helps(quiet
 @pytest.mark.parametrize(
     "options", [{"absent_tasks": "last_seen"}, {}], ids=["last_seen", "one batch of nine has all tasks"]
 )
-def test_an_epoch_in_which_something_is_balanced_is_not_told_of(options: Any, quiet_trainer: Any) -> None:
+def test_an_epoch_in_which_something_is_balanced_causes_no_warning(options: Any, quiet_trainer: Any) -> None:
     assert warned_of(quiet_trainer, in_turn(9, every=1 if options else 8), epochs=2, **options) == []
 
 
 @pytest.mark.parametrize("absent_tasks", ["leave_out", "last_seen"])
-def test_tasks_that_are_never_measured_are_told_of(absent_tasks: str, quiet_trainer: Any) -> None:
+def test_tasks_that_are_never_measured_are_reported(absent_tasks: str, quiet_trainer: Any) -> None:
     """Of three tasks in turn, every third step always has the same."""
     (told,) = warned_of(quiet_trainer, in_turn(9), epochs=2, absent_tasks=absent_tasks, update_every=3)
     assert told.startswith("GradNorm: in none of the last 3 weight updates")

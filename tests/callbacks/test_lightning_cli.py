@@ -1,4 +1,4 @@
-"""LightningCLI of both packages builds callbacks from a yaml; the config it saves trains the same again."""
+"""LightningCLI of both packages builds callbacks from a YAML file; the config it saves reproduces the training."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def numbers(count: int) -> list[tuple[Tensor, Tensor]]:
 
 
 @each_option
-def test_a_resumed_rule_goes_on_bit_by_bit(options: dict[str, Any]) -> None:
+def test_a_resumed_rule_continues_bit_for_bit(options: dict[str, Any]) -> None:
     whole, first, second = (rule(**options) for _ in range(3))
     for index, (norms, losses) in enumerate(numbers(20)):
         whole.step(norms, losses)
@@ -162,7 +162,7 @@ def test_in_log_space_small_and_large_weights_move_by_the_same_factor() -> None:
 
 
 @each_option
-def test_two_processes_give_what_one_gives(options: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes_match_one(options: dict[str, Any], tmp_path: Path) -> None:
     batches = vector_batches(3, 6, size=8)
     alone = Network()
     expected, _ = train(alone, gradnorm_rule(**options), batches)

@@ -1,4 +1,4 @@
-"""Each loss counts once, only if it was back-propagated, whatever way the model shows it."""
+"""Each loss counts once, and only if it was back-propagated, however the model reports it."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_a_checkpoint_looked_at_is_not_gone_on_from(quiet_trainer, tmp_path) -> 
     quiet_trainer(callbacks=[again]).validate(Validated(3), loader, ckpt_path=tmp_path / "one.ckpt", verbose=False)
     assert again.weights == expected
     quiet_trainer(callbacks=[again]).fit(Validated(3), loader, loader)
-    assert again.weights == expected  # the same as a first training, not one that went on
+    assert again.weights == expected  # the same as a first training, not a continued one
 
 
 def test_state_given_by_hand_is_gone_on_from(quiet_trainer) -> None:

@@ -1,4 +1,4 @@
-"""A loss counts as it was when it was shown: adding losses up in place afterwards changes nothing but the sum."""
+"""Later in-place changes to a loss have no effect: adding losses up in place only changes the sum."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def callback(kind: str, tasks: Any) -> Any:
 @pytest.mark.parametrize("kind", ["GradNorm", "GradNorm with heads", "GradNorm alone", "FixedWeights", "UW"])
 @pytest.mark.parametrize("form", list(SUMS))
 @pytest.mark.parametrize("watches", [False, True], ids=["logged", "watched"])
-def test_it_trains_as_with_a_sum_of_its_own(kind: str, form: str, watches: bool, quiet_trainer: Any) -> None:
+def test_it_trains_as_with_a_separate_sum(kind: str, form: str, watches: bool, quiet_trainer: Any) -> None:
     found = []
     for add in SUMS[form]:
         balancing = callback(kind, NAMES if watches else LOGGED)

@@ -1,6 +1,6 @@
-"""Losses taken out of what something inside the model returns: the model returns its total alone and knows nothing of us.
+"""Losses read from a return value inside the model: the model only returns its total and does not know this library.
 
-Each is held against a twin that returns its losses from `training_step`.
+Each is compared with a twin that returns its losses from `training_step`.
 """
 
 from __future__ import annotations
@@ -292,7 +292,7 @@ def assert_same(found: Any, model: nn.Module, expected: Any, twin: nn.Module) ->
 
 
 def expected_of(trainer: MakeTrainer, make: Callable[..., Any], **options: Any) -> tuple[Any, Automatic]:
-    """What the same strategy makes of the twin."""
+    """The result of the same strategy on the twin."""
     twin = Automatic(3)
     weights = train(trainer, twin, make(NAMES), **options)
     return weights, twin
@@ -302,7 +302,7 @@ def expected_of(trainer: MakeTrainer, make: Callable[..., Any], **options: Any) 
 @pytest.mark.parametrize("kind", [Hidden, ByHand])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_losses_are_found_wherever_and_in_whatever_they_are_returned(
+def test_losses_are_found_in_any_place_and_any_container(
     output: str, place: str, kind: type[Hidden], quiet_trainer: MakeTrainer
 ) -> None:
     pack, tasks = OUTPUTS[output]
@@ -360,7 +360,7 @@ def test_the_monitor_takes_losses_from_the_model(place: str, quiet_trainer: Make
 
 
 class OnePlaceEach(Automatic):
-    """Each task's loss has a place of its own: a module, a method, a function."""
+    """Each task's loss has its own path: a module, a method, a function."""
 
     def __init__(self) -> None:
         super().__init__(3)
@@ -381,7 +381,7 @@ PATHS = {"seg": "criteria.seg", "depth": "functions.depth", "normal": "normal_lo
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_each_task_may_have_a_place_of_its_own(strategy: str, quiet_trainer: MakeTrainer) -> None:
+def test_each_task_may_have_its_own_path(strategy: str, quiet_trainer: MakeTrainer) -> None:
     expected, twin = expected_of(quiet_trainer, STRATEGIES[strategy])
     model = OnePlaceEach()
     found = train(quiet_trainer, model, STRATEGIES[strategy](NAMES, losses_from=PATHS))

@@ -1,4 +1,4 @@
-"""`losses_from` with a matrix of losses: a row for each sample, a column for each task."""
+"""`losses_from` with a matrix of losses: one row per sample, one column per task."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Losses of any shape, shown anywhere: the weight scales the gradient, and what is balanced is the mean.
+"""Losses of any shape, reported anywhere: the weight scales the gradient, and the mean is balanced.
 
-A model may return its total alone and call ``watch`` wherever a loss is at hand. All are held against the textbook, which knows
-the means.
+A model may return only its total and call ``watch`` wherever it computes a loss. All are compared with the textbook, which
+receives the means.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Unreduced(Automatic):
-    """Returns losses of some shape; what is back-propagated is the sum of their means."""
+    """Returns losses of some shape; the sum of their means is back-propagated."""
 
     def __init__(self, shape: str) -> None:
         super().__init__(3)
@@ -219,7 +219,7 @@ def test_watch_may_be_called_anywhere_and_in_parts(
 
 
 @pytest.mark.parametrize("show", [at_once, in_two_parts])
-def test_fixed_weights_and_the_monitor_take_what_is_watched(show: Any, quiet_trainer: MakeTrainer) -> None:
+def test_fixed_weights_and_the_monitor_accept_watched_losses(show: Any, quiet_trainer: MakeTrainer) -> None:
     batches = vector_batches(3, STEPS)
     weights = {"seg": 0.5, "depth": 2.0, "normal": 0.5}
     found = []
@@ -264,7 +264,7 @@ def test_a_loss_logged_in_any_way_is_balanced(options: dict[str, Any], quiet_tra
 
 
 def test_losses_logged_under_no_grad_are_balanced(quiet_trainer: MakeTrainer) -> None:
-    """What is logged carries its gradient all the same."""
+    """Logged losses still carry their gradients."""
 
     class LogsWithoutGradients(Automatic):
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # type: ignore[override]

@@ -1,6 +1,6 @@
-"""Losses made with `torch.func`, forward-mode derivatives or double backward: read exactly, or refused by name.
+"""Losses that use `torch.func`, forward mode or double backward: read exactly, or an error that names them.
 
-`tests/derivatives.py` has the ways in which they are made.
+`tests/derivatives.py` has the ways to build them.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def test_at_the_parameters_it_is_aggregated_as_by_hand(
 
 
 class Threaded(Automatic):
-    """Takes a derivative in a thread of its own, where torch numbers nodes anew, as CUDA's backward pass does."""
+    """Computes a derivative in a separate thread, where torch restarts its node numbers, as in CUDA's backward pass."""
 
     def forward_for_textbook(self, batch: Batch) -> Forward:
         z = self.encoder(batch["x"])
@@ -317,7 +317,7 @@ def test_losses_that_a_function_returns_inside_vmap_are_refused(quiet_trainer: M
     fails(quiet_trainer, PerSample("none"), callback, "GradNorm: the loss of task 'seg'", "inside a transform")
 
 
-def test_means_of_what_vmap_returns_are_losses(quiet_trainer: MakeTrainer) -> None:
+def test_means_of_the_output_of_vmap_are_losses(quiet_trainer: MakeTrainer) -> None:
     agree(lambda: PerSample("means"), GradNorm(TASKS), quiet_trainer)
 
 

@@ -1,6 +1,6 @@
-"""At the optimizer step each parameter's `.grad` is that of `Σ w_i c_i L_i + rest`, and of nothing else.
+"""At the optimizer step each parameter's `.grad` is exactly the gradient of `Σ w_i c_i L_i + rest`.
 
-The weights are those in force when the step began; nothing of `L_grad` (its second-order terms) may leak in.
+The weights are those at the start of the step; nothing of `L_grad` (its second-order terms) may leak in.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def train(
     ],
     ids=["automatic", "coefficients", "only-logs", "batch-norm", "tuple", "manual"],
 )
-def test_gradients_of_an_existing_model_are_those_of_the_weighted_loss(
+def test_gradients_of_an_existing_model_match_the_weighted_loss(
     make: Callable[..., Any], heads: bool, accumulate: int, norm_of: Any, quiet_trainer: MakeTrainer
 ) -> None:
     options = {"accumulate": accumulate} if make is Manual else {}
@@ -121,7 +121,7 @@ def test_gradients_of_an_existing_model_are_those_of_the_weighted_loss(
 
 @pytest.mark.parametrize("norm_of", ["weight", "activation"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_gradients_of_a_multi_task_module_are_those_of_the_weighted_loss(
+def test_gradients_of_a_multi_task_module_match_the_weighted_loss(
     accumulate: int, norm_of: Any, quiet_trainer: MakeTrainer
 ) -> None:
     model = multi_task_module(3, accumulate_grad_batches=accumulate)
@@ -169,7 +169,7 @@ def test_a_multi_task_module_without_a_strategy_weighs_all_tasks_equally(
     check(compare, Automatic(3), batches, accumulate)
 
 
-def test_a_group_of_batches_cut_short_by_the_epochs_end_is_averaged_over_what_there_is(
+def test_an_accumulation_window_cut_short_by_the_epochs_end_is_averaged_over_its_batches(
     quiet_trainer: MakeTrainer,
 ) -> None:
     batches = vector_batches(3, 5)

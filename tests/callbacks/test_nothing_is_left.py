@@ -1,4 +1,4 @@
-"""However training ends, nothing of the callback stays on the model."""
+"""However training ends, no trace of the callback remains on the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every callback works with `pytorch_lightning` as with `lightning`, and is refused the same things."""
+"""Every callback works with `pytorch_lightning` as with `lightning`, and raises the same errors."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_trial_steps_of_the_learning_rate_finder_leave_the_weights(package: Modu
 @pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy"])
 @pytest.mark.parametrize("name", ["GradNorm", "Scalarization", "Aggregation", "FixedWeights", "GradientNormMonitor"])
 def test_a_strategy_that_shards_the_shared_layer_is_refused(name: str, strategy: str, package: ModuleType) -> None:
-    """Asked of the callback itself: neither strategy starts on a CPU."""
+    """Calls the callback directly, because neither strategy starts on a CPU."""
     made = object.__new__(getattr(packages.submodule(package, "strategies"), strategy))
     trainer: Any = SimpleNamespace(
         callbacks=[], optimizers=[], global_step=0, ckpt_path=None, world_size=1, global_rank=0, strategy=made
@@ -160,7 +160,7 @@ def test_a_multi_task_module_in_the_other_trainer_is_an_error_that_names_both_pa
             call(multi_task_module(3), Batches(as_inputs_and_targets(vector_batches(3, 1))))
 
 
-def test_lightnings_own_advice_on_mixed_packages_is_left_as_it_is() -> None:
+def test_lightnings_own_advice_on_mixed_packages_does_not_change() -> None:
     multi_task_module(3)
     trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
     with pytest.raises(TypeError, match="switch to a single import style"):

@@ -1,4 +1,4 @@
-"""Mixed precision: norms are those of unscaled gradients, and a step that the scaler skips is no weight step."""
+"""Mixed precision: norms are those of unscaled gradients, and a step that the scaler skips does not update the weights."""
 
 from __future__ import annotations
 

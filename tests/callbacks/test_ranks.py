@@ -1,8 +1,8 @@
 """Several processes give the weights and the network of one process on the concatenated batch.
 
-Where the ranks have the same tasks, they are held against one process of the Trainer. Where they have not, they are held
-against the textbook, which says what DDP's objective then is: the mean over ranks and micro-batches of the sum of the
-losses that are there. SGD updates the weights: Adam would hide a norm that is wrong by a factor.
+If the ranks have the same tasks, they are compared with one process of the Trainer. If not, they are compared with the
+textbook, which uses DDP's objective: the mean over ranks and micro-batches of the sum of the losses that are
+present. SGD updates the weights, because Adam would hide a norm that is wrong by a factor.
 """
 
 from __future__ import annotations
@@ -164,13 +164,13 @@ def _with_the_same_tasks() -> Iterator[Way]:
 
 
 @_table(_with_the_same_tasks())
-def test_ranks_and_micro_batches_give_what_one_process_gives(way: Way) -> None:
+def test_ranks_and_micro_batches_match_one_process(way: Way) -> None:
     assert_close(told_of(way), alone(way.kind, way.dtype), TOLERANCE[way.dtype])
 
 
 @pytest.mark.parametrize("kind", ["at the heads", "activation"])
-def test_one_process_gives_what_the_textbook_gives(kind: str) -> None:
-    """So that the others, held against it, are held against the textbook too."""
+def test_one_process_agrees_with_the_textbook(kind: str) -> None:
+    """The other tests compare with one process, so they also compare with the textbook."""
     assert_close([alone(kind)], oracle(cut(kind, 1, 1), kind), 1e-9)
 
 
@@ -241,7 +241,7 @@ def oracle(steps: list[Step], kind: str) -> Told:
 
 @cache
 def complete(parts: int, kind: str) -> Told:
-    """What the textbook gives where no task is ever absent."""
+    """The textbook's result if no task is ever absent."""
     return oracle(uneven(Presence(lambda s, r, m: set(), ranks=parts)), kind)
 
 
@@ -307,7 +307,7 @@ def standing_still(expected: Told, at: set[int]) -> Told:
     return Told(weights, expected.network, {}, [])
 
 
-def test_steps_without_any_task_on_any_rank_move_no_weight_and_stop_nobody() -> None:
+def test_steps_without_any_task_on_any_rank_move_no_weight_and_block_no_rank() -> None:
     """The network's optimizer does take such a step, along a gradient of zero: no rank knows that the others had none."""
     empty = {4, 5, 15}
     steps = uneven(Presence(lambda s, r, m: when(s in empty, *NAMES), accumulate=2))

@@ -53,7 +53,7 @@ def fit(trainer: MakeTrainer, model: Any, callback: Any, batches: Any, **options
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("heads", ["auto", "named", None])
 @pytest.mark.parametrize("optimizer", CLIMBERS.values(), ids=CLIMBERS)
-def test_one_update_for_each_step_as_the_textbook_says(optimizer: Any, heads: Any, quiet_trainer: MakeTrainer) -> None:
+def test_one_update_per_step_agrees_with_the_textbook(optimizer: Any, heads: Any, quiet_trainer: MakeTrainer) -> None:
     batches = vector_batches(3, STEPS)
     twin, trajectory = by_the_textbook(optimizer, batches)
     model, callback = Climbing(optimizer), gradnorm(heads)
@@ -95,7 +95,7 @@ def test_evaluating_the_same_function_twice_changes_nothing(make: Any, quiet_tra
 
 
 class Probed(Climbing):
-    """Each loss has a number of its own added to it, 0: its gradient is the weight with which the loss is back-propagated."""
+    """Adds a separate 0 to each loss: its gradient is the weight with which the loss is back-propagated."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         self.probes = torch.zeros(3, dtype=torch.float64, requires_grad=True)
@@ -199,7 +199,7 @@ class ByHand(Manual):
 
 
 @pytest.mark.parametrize("how", ["wrapped", "raw", "closure", "raw closure"])
-def test_sam_by_hand_is_balanced_as_the_textbook_says(how: str, quiet_trainer: MakeTrainer) -> None:
+def test_sam_by_hand_agrees_with_the_textbook(how: str, quiet_trainer: MakeTrainer) -> None:
     batches = vector_batches(3, STEPS)
     twin, trajectory = by_the_textbook(CLIMBERS["SAM"], batches)
     model, callback = ByHand(), gradnorm()
@@ -262,7 +262,7 @@ def test_each_of_several_steps_in_a_batch_counts(is_wrapped: bool, heads: Any, q
 
 
 @pytest.mark.parametrize("name", ["UW", "geometric mean", "UPGrad", "UPGrad at parameters"])
-def test_several_steps_in_a_batch_are_those_of_several_batches(name: str, quiet_trainer: MakeTrainer) -> None:
+def test_several_steps_in_a_batch_match_several_batches(name: str, quiet_trainer: MakeTrainer) -> None:
     batches = vector_batches(3, STEPS)
     weights = []
     for whole in ([[batch] for batch in batches], [batches]):

@@ -1,4 +1,4 @@
-"""Loops that people report: what the rule learns from is what the optimizer steps on, however the step comes about."""
+"""Loops that people report: the rule only learns from gradients that an optimizer step uses, whoever takes the step."""
 
 from __future__ import annotations
 
@@ -197,15 +197,13 @@ def test_heads_may_be_trained_first_while_the_encoder_is_toggled_off(heads: Any,
 
 
 @pytest.mark.parametrize("heads", ["auto", "named", None])
-def test_losses_watched_while_the_encoder_is_toggled_off_are_told_of(heads: Any, quiet_trainer: MakeTrainer) -> None:
+def test_losses_watched_while_the_encoder_is_toggled_off_are_reported(heads: Any, quiet_trainer: MakeTrainer) -> None:
     with pytest.raises(UserWarning, match=r"'encoder.2' is frozen .* Nothing is balanced until it is trained"):
         fit(quiet_trainer, Situation(lambda: Toggles(watches_heads=True), []), gradnorm(heads))
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-def test_an_overflow_in_a_discriminator_is_none_of_the_tasks_business(
-    is_first: bool, quiet_trainer: MakeTrainer
-) -> None:
+def test_an_overflow_in_a_discriminator_does_not_affect_the_tasks(is_first: bool, quiet_trainer: MakeTrainer) -> None:
     class Single(Adversarial):
         def discriminate(self, batch: Batch, optimizer: Any) -> None:
             overflows = self.discriminator.weight.register_hook(lambda gradient: gradient * torch.inf)
@@ -224,7 +222,7 @@ def test_an_overflow_in_a_discriminator_is_none_of_the_tasks_business(
 
 
 class WithDataOfEachTask(Automatic):
-    """Each task has data of its own; the encoder is called once for each."""
+    """Each task has its own data; the encoder is called once per task."""
 
     def losses_of(self, batch: dict[str, Any]) -> dict[str, Tensor | None]:
         heads = {task: getattr(self, f"{task}_head") for task in self.tasks}
@@ -275,7 +273,7 @@ def test_a_step_may_draw_its_batches_itself(heads: Any, quiet_trainer: MakeTrain
     assert callback.weights == pytest.approx(trajectory.weights[-1], abs=1e-9)
 
 
-# a loop of one's own --------------------------------------------------------------------------------------------------
+# your own loop --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("heads", ["auto", "named", None])

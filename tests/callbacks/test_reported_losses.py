@@ -1,6 +1,6 @@
-"""Losses as people report them: made, masked, shaped and combined in ways that nobody here would have thought of.
+"""Losses as people report them: computed, masked, shaped and combined in unexpected ways.
 
-What can be trained is held against the textbook or against the same training written plainly; what cannot, is named.
+If it can be trained, it is compared with the textbook or with the same training in plain code; otherwise the error names it.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ MakeTrainer = Callable[..., L.Trainer]
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("heads", ["auto", None], ids=["auto", "no-heads"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_of_all_kinds_are_balanced_as_the_textbook_says(
-    kind: type[Pair], heads: Any, quiet_trainer: MakeTrainer
-) -> None:
+def test_losses_of_all_kinds_agree_with_the_textbook(kind: type[Pair], heads: Any, quiet_trainer: MakeTrainer) -> None:
     batches, model, twin = vector_batches(2, STEPS), kind(), kind()
     follows = isinstance(twin, Teacher)
     trajectory = learn_from_textbook(
@@ -68,7 +66,7 @@ def test_losses_of_all_kinds_are_balanced_as_the_textbook_says(
 
 
 class BackwardOneByOne(Pair):
-    """Each loss has a backward pass of its own, through a graph that is kept; one step for both."""
+    """Each loss has its own backward pass, through a retained graph; one step for both."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +125,7 @@ class Offloaded(Pair):
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("heads", ["auto", None], ids=["auto", "no-heads"])
 @pytest.mark.parametrize("kind", [BackwardOneByOne, InChunks, OfOneFunction, Offloaded])
-def test_however_the_same_losses_are_computed_the_weights_are_the_same(
+def test_the_weights_do_not_depend_on_how_the_losses_are_computed(
     kind: type[Pair], heads: Any, quiet_trainer: MakeTrainer
 ) -> None:
     batches, model, twin = vector_batches(2, STEPS), kind(), Pair()
@@ -248,7 +246,7 @@ STRATEGIES: dict[str, Callable[[], Any]] = {
 
 
 def trained(trainer: MakeTrainer, model: L.LightningModule, callback: Any) -> dict[str, Any]:
-    """What the network and the strategy have learned."""
+    """The state of the network and the strategy."""
     trainer(callbacks=[callback]).fit(model, Batches(vector_batches(2, STEPS)))
     return {**model.state_dict(), **{f"weight of {task}": torch.tensor(w) for task, w in callback.weights.items()}}
 
@@ -334,7 +332,7 @@ def test_another_constant_is_a_mistake_at_first_and_warned_of_later(instead: str
 
 
 class Low(L.LightningModule):
-    """A network in half precision, the losses of which are what it says they are."""
+    """A network in half precision whose losses have the given values."""
 
     def __init__(self, dtype: torch.dtype, size: float) -> None:
         super().__init__()
@@ -367,7 +365,7 @@ def test_losses_of_half_precision_are_averaged_in_single_precision(
 
 
 class WithPosition(Tensor):
-    """A tensor that remembers where it comes from, as those of medical images do. What is computed of it is of its class."""
+    """A tensor that remembers its origin, as in medical imaging. Results computed from it have its class."""
 
 
 class Positioned(Pair):
@@ -377,9 +375,7 @@ class Positioned(Pair):
 
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_what_a_strategy_remembers_of_a_tensors_subclass_is_plain(
-    strategy: str, quiet_trainer: MakeTrainer, tmp_path: Any
-) -> None:
+def test_the_state_from_a_tensor_subclass_is_plain(strategy: str, quiet_trainer: MakeTrainer, tmp_path: Any) -> None:
     found = []
     for kind in (Positioned, Pair):
         callback = STRATEGIES[strategy]()
@@ -406,7 +402,7 @@ class ParameterAsLoss(Pair):
 
 
 class LeftOut(Pair):
-    """Adds up what is finite alone, and returns all."""
+    """Adds up only the finite losses, and returns all."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Any:
         losses = self.given(batch)

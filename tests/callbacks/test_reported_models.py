@@ -1,4 +1,4 @@
-"""Models that people have reported trouble with elsewhere: each is trained with nothing named, and as the textbook says."""
+"""Models that cause trouble in other libraries: each trains with nothing named, and agrees with the textbook."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_gradnorm import GradNorm
 
 
 class Experts(Found):
-    """Multi-gate mixture of experts: each task mixes the experts' outputs by a gate of its own."""
+    """Multi-gate mixture of experts: each task mixes the experts' outputs with its own gate."""
 
     W = ("experts.1.weight",)
     heads_found = "heads: "
@@ -63,7 +63,7 @@ class CrossStitch(Found):
 
 
 class Conditioned(Found):
-    """One decoder for all tasks, told by an embedding which of them it is to solve."""
+    """One decoder for all tasks; an embedding selects the task."""
 
     W = ("decoder.2.weight",)
     heads_found = "heads: none"
@@ -78,7 +78,7 @@ class Conditioned(Found):
 
 
 class UNet(Found):
-    """Skip connections around the bottleneck, at which one task has a head of its own."""
+    """Skip connections around the bottleneck, where one task has its own head."""
 
     W = ("bottleneck.weight",)
 
@@ -167,7 +167,7 @@ class SpectralNorm(Found):
 
 
 class Bayesian(Found):
-    """Weights drawn anew in each forward pass from learned means and widths."""
+    """Weights drawn in each forward pass from learned means and widths."""
 
     W = ("mean",)
 
@@ -188,7 +188,7 @@ class Bayesian(Found):
 
 
 class Soup(Found):
-    """The mean of several weights, none of which lies deeper than the others: the model's first is chosen, on all ranks."""
+    """The mean of several equally deep weights: all ranks choose the model's first."""
 
     W = ("several.0",)
 
@@ -202,7 +202,7 @@ class Soup(Found):
 
 
 class HyperNetwork(Found):
-    """A small network makes the weights of the last shared layer. The layer before it lies deeper below the input."""
+    """A small network makes the weights of the last shared layer. The layer before it is deeper."""
 
     W = ("trunk.weight",)
 
@@ -218,7 +218,7 @@ class HyperNetwork(Found):
 
 
 class Averaged(Found):
-    """Keeps a moving average of its trunk beside it, and a frozen teacher that one task listens to."""
+    """Keeps a moving average of its trunk, and a frozen teacher for one task."""
 
     heads_found = "heads: depth → depth_head, seg → seg_head"
 

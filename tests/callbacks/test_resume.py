@@ -1,4 +1,4 @@
-"""A run interrupted after any optimizer step and resumed from its checkpoint is bit-identical to one left alone."""
+"""A run interrupted after any optimizer step and resumed from its checkpoint is bit-identical to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from models import Automatic, Manual, as_inputs_and_targets, multi_task_module, 
 from lightning_gradnorm import GradNorm
 
 pytestmark = [
-    # a checkpoint in every step of a module with manual optimization is what is meant here
+    # a checkpoint in every step of a module with manual optimization is on purpose here
     pytest.mark.filterwarnings("ignore:.*pre-optimization state.*", "ignore:.*manual optimization.*"),
     # so is a resumed run that saves nothing
     pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., callbacks used to create the checkpoint"),
@@ -121,7 +121,7 @@ def test_a_reordered_list_of_tasks_is_matched_by_name(quiet_trainer: MakeTrainer
         torch.testing.assert_close(value, network[name], rtol=0, atol=1e-12)
 
 
-def test_a_second_fit_of_the_same_trainer_goes_on_from_the_weights_of_the_first(quiet_trainer: MakeTrainer) -> None:
+def test_a_second_fit_of_the_same_trainer_continues_from_the_weights_of_the_first(quiet_trainer: MakeTrainer) -> None:
     _, _, whole = run(quiet_trainer, "automatic", 1, {}, None, None)
     model, gradnorm, batches = make("automatic", 1, {})
     trainer = quiet_trainer(callbacks=[gradnorm])

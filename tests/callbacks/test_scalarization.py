@@ -1,4 +1,4 @@
-"""Training on any scalarization through the callback is training on ``scalarizer(losses).backward()`` by hand."""
+"""Training any scalarization through the callback is the same as ``scalarizer(losses).backward()`` by hand."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class States(L.Callback):
 
 
 def fresh(made: Callable[[int], nn.Module]) -> nn.Module:
-    """A scalarizer as the loop by hand takes it: told of its tasks, in double precision."""
+    """A scalarizer for the loop by hand: it knows its tasks and uses double precision."""
     scalarizer = made(T)
     if isinstance(scalarizer, TaskAware):
         scalarizer.name_tasks(NAMES)

@@ -1,4 +1,4 @@
-"""`GradNormStatic` and `RandomWeights`: weights that another run or a seed decides, and that then stay."""
+"""`GradNormStatic` and `RandomWeights`: weights that come from another run or a seed, and then stay constant."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_tasks_may_be_in_another_order(run: tuple[Path, dict[str, float]], q
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-12)
 
 
-def test_a_run_that_is_not_there_is_told_with_what_is(run: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
+def test_the_error_for_a_missing_run_lists_what_exists(run: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
     folder, _ = run
     with pytest.raises(FileNotFoundError, match=r"a finished run, or a checkpoint; there is no nowhere\. Train"):
         GradNormStatic("nowhere")
@@ -101,7 +101,7 @@ def test_a_run_that_is_not_there_is_told_with_what_is(run: tuple[Path, dict[str,
         GradNormStatic(tmp_path / "notes.ckpt")
 
 
-def test_a_run_without_gradnorm_is_told_with_the_callbacks_it_had(quiet_trainer: Trainer, tmp_path: Path) -> None:
+def test_the_error_for_a_run_without_gradnorm_names_its_callbacks(quiet_trainer: Trainer, tmp_path: Path) -> None:
     for name, callbacks, had in (("plain", [], "no callback"), ("fixed", [L.pytorch.callbacks.Timer()], "Timer")):
         trainer = quiet_trainer(callbacks=callbacks)
         trainer.fit(model(), batches())
@@ -110,7 +110,9 @@ def test_a_run_without_gradnorm_is_told_with_the_callbacks_it_had(quiet_trainer:
             GradNormStatic(tmp_path / f"{name}.ckpt")
 
 
-def test_a_run_of_other_tasks_is_told_with_both(run: tuple[Path, dict[str, float]], quiet_trainer: Trainer) -> None:
+def test_the_error_for_a_run_with_other_tasks_lists_both(
+    run: tuple[Path, dict[str, float]], quiet_trainer: Trainer
+) -> None:
     both = r"is of tasks \['depth', 'normal', 'seg'\], but this run has \['depth', 'seg'\]"
     with pytest.raises(ValueError, match=both):
         GradNormStatic(run[0], tasks=["seg", "depth"])

@@ -1,7 +1,7 @@
 """Several processes give, with every strategy, the weights and the network of one process on the concatenated batch.
 
-To start processes takes longer than to train a few steps: the strategies are trained one after the other in the same two
-processes, once, and each test looks at what became of one.
+Starting processes takes longer than training a few steps. The same two processes therefore train all strategies once,
+one after another, and each test looks at the result of one.
 """
 
 from __future__ import annotations
@@ -135,12 +135,12 @@ LONGER = possible([*(Case(name) for name in SOME), *(Case(name, *way) for way in
 
 @pytest.mark.xdist_group("strategies on two ranks")  # all in one pair of processes
 @pytest.mark.parametrize("case", SHORT, ids=str)
-def test_two_ranks_give_what_one_process_gives(case: Case) -> None:
+def test_two_ranks_match_one_process(case: Case) -> None:
     assert_as_alone(case, outcomes(SHORT)[str(case)])
 
 
 @pytest.mark.slow
-def test_two_ranks_give_what_one_process_gives_with_more_strategies() -> None:
+def test_two_ranks_match_one_process_with_more_strategies() -> None:
     found = outcomes(LONGER)
     for case in LONGER:
         print("APART", case, assert_as_alone(case, found[str(case)]))
@@ -148,7 +148,7 @@ def test_two_ranks_give_what_one_process_gives_with_more_strategies() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_give_what_one_process_gives_with_every_strategy(kind: str) -> None:
+def test_two_ranks_match_one_process_with_every_strategy(kind: str) -> None:
     cases = possible(Case(name, kind, 1 if kind == "at the heads" else 2) for name in STRATEGIES)
     found = outcomes(cases)
     for case in cases:
@@ -157,7 +157,7 @@ def test_two_ranks_give_what_one_process_gives_with_every_strategy(kind: str) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_give_what_one_process_gives_in_every_way(kind: str) -> None:
+def test_two_ranks_match_one_process_in_every_mode(kind: str) -> None:
     cases = possible(Case(name, *way) for way in MORE_WAYS if way[0] == kind for name in FEW)
     found = outcomes(cases)
     for case in cases:
@@ -165,7 +165,7 @@ def test_two_ranks_give_what_one_process_gives_in_every_way(kind: str) -> None:
 
 
 @pytest.mark.slow
-def test_four_ranks_give_what_one_process_gives() -> None:
+def test_four_ranks_match_one_process() -> None:
     cases = possible(Case(name, accumulate=2) for name in SOME)
     found = train_each({str(case): run(case, cut(case, ranks=4)) for case in cases})
     for case in cases:
@@ -173,7 +173,7 @@ def test_four_ranks_give_what_one_process_gives() -> None:
 
 
 class SeesTheRows(MayLack):
-    """Notes each task's gradient at the representation, and what goes on through the encoder."""
+    """Records each task's gradient at the representation, and the gradient that continues through the encoder."""
 
     def __init__(self, T: int, notes: list[Any]) -> None:
         super().__init__(T)
@@ -236,7 +236,7 @@ class StopsOnRank1(MayLack):
 def test_a_rank_that_fails_or_is_stuck_ends_the_other_within_the_timeout_of_ddp(
     at: Any, fails: bool, tmp_path: Path
 ) -> None:
-    """In either case rank 1's process stays, and says nothing more."""
+    """In either case rank 1's process stays, and prints nothing more."""
     steps = cut(Case("UPGrad"))
 
     def work(rank: int) -> None:

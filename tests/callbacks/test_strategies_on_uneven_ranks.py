@@ -1,4 +1,4 @@
-"""Ranks that have not the same tasks, or losses besides, give with every strategy what a calculation by hand gives."""
+"""Ranks with different tasks, or with additional losses, agree with a calculation by hand for every strategy."""
 
 from __future__ import annotations
 
@@ -188,14 +188,14 @@ def assert_as_by_hand(name: str, missing: str, told: list[Told] | str) -> None:
 
 @pytest.mark.xdist_group("tasks absent on two ranks")  # all in one pair of processes
 @pytest.mark.parametrize("case", LACKING_SHORT, ids=", ".join)
-def test_uneven_presence_gives_what_it_gives_by_hand(case: tuple[str, str, str]) -> None:
+def test_uneven_presence_agrees_with_by_hand(case: tuple[str, str, str]) -> None:
     name, _, missing = case
     assert_as_by_hand(name, missing, lacking_outcomes(tuple(LACKING_SHORT))[", ".join(case)])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, "passing by"])
-def test_any_presence_gives_what_it_gives_by_hand(kind: str) -> None:
+def test_any_presence_agrees_with_by_hand(kind: str) -> None:
     missing = NO_TASK if kind == "passing by" else MISSING
     cases = tuple((name, kind, which) for name in UNEVEN for which in missing)
     found = lacking_outcomes(cases)
@@ -215,7 +215,7 @@ class RegularizedOnRank1(MayLack):
 
 
 class RegularizesTheRepresentation(RegularizedOnRank1):
-    """As `RegularizedOnRank1`, by what the heads read: the other's hook sees it before the callback's."""
+    """Like `RegularizedOnRank1`, on the heads' input: the other hook sees it before the callback's."""
 
     def some_losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         z = self.encoder(batch["x"])

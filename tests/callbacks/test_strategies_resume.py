@@ -1,4 +1,4 @@
-"""A run with any strategy, interrupted and resumed from its checkpoint, is bit-identical to one left alone."""
+"""A run with any strategy, interrupted and resumed from its checkpoint, is bit-identical to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_gradnorm import Aggregation, GradNorm, Scalarization
 from lightning_gradnorm.strategies import AMNL, DBMTL, GABA, SLAW, ReLoBRaLo, SoftAdapt
 
 pytestmark = [
-    # a resumed run that saves nothing is what is meant here
+    # a resumed run that saves nothing is on purpose here
     pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path., callbacks used to create the checkpoint"),
     pytest.mark.filterwarnings("ignore:You are solving a parameterized problem"),  # cvxpy's, of NashMTL
 ]
@@ -76,7 +76,7 @@ def each_step(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
 
 
-def assert_goes_on(found: Trained, whole: Trained, step: int) -> None:
+def assert_continues(found: Trained, whole: Trained, step: int) -> None:
     assert found.weights == whole.weights[step:], f"resumed after step {step}"
     for name, value in whole.network.items():
         assert torch.equal(found.network[name], value), f"{name}, resumed after step {step}"
@@ -95,7 +95,7 @@ def _resumed(trainer: MakeTrainer, folder: Path, name: str, steps: Sequence[int]
         checkpoint = folder / f"step={step}.ckpt"
         torch.load(checkpoint, weights_only=True)
         torch.manual_seed(1000 + step)  # what is drawn comes from the checkpoint
-        assert_goes_on(train(trainer, make(name), resume=checkpoint, T=tasks_for(name), **options), whole, step)
+        assert_continues(train(trainer, make(name), resume=checkpoint, T=tasks_for(name), **options), whole, step)
 
 
 @pytest.mark.parametrize("name", [n if n in ONCE else pytest.param(n, marks=pytest.mark.slow) for n in STATEFUL])
@@ -116,7 +116,7 @@ def test_a_run_resumed_after_any_step_is_bit_identical(
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("name", ["DWA of the losses", "FAMO of the losses", "DB-MTL"])
 @pytest.mark.parametrize("within", [True, False])
-def test_a_checkpoint_written_at_the_end_of_validation_goes_on_bit_identically(
+def test_a_checkpoint_written_at_the_end_of_validation_resumes_bit_identically(
     name: str, within: bool, quiet_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     """Of a validation within the epoch, after its second step, or at its end."""
@@ -133,7 +133,7 @@ def test_a_checkpoint_written_at_the_end_of_validation_goes_on_bit_identically(
     assert steps == ([2, 5, 8, 11] if within else [3, 6, 9, 12])
     for step in steps[:-1]:
         rest = train(quiet_trainer, make(name), resume=tmp_path / f"step={step}.ckpt", **options)
-        assert_goes_on(rest, whole, step)
+        assert_continues(rest, whole, step)
 
 
 def test_the_weights_of_dwa_do_differ_by_the_time_it_is_interrupted(quiet_trainer: MakeTrainer) -> None:
@@ -150,7 +150,7 @@ def test_an_object_that_is_trained_with_again_from_step_0_begins_anew(name: str,
     balancing, T = make(name), tasks_for(name)
     first = train(quiet_trainer, balancing, T=T)
     again = train(quiet_trainer, balancing, T=T)
-    assert_goes_on(again, first, 0)
+    assert_continues(again, first, 0)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_module_that_was_given_begins_anew_as_it_was_given(given: Any, quiet_t
     made = Scalarization if isinstance(given, S.Scalarizer) else partial(Aggregation, heads=heads, at=at)
     balancing = made(given, tasks=tasks)
     first = train(quiet_trainer, balancing)
-    assert_goes_on(train(quiet_trainer, balancing), first, 0)
+    assert_continues(train(quiet_trainer, balancing), first, 0)
 
 
 # ---- other tasks, another strategy -------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_tasks_in_another_order_are_matched_by_name(name: str, quiet_trainer: Ma
     T = tasks_for(name)
     whole = train(quiet_trainer, make(name), saving=[each_step(tmp_path)], T=T)
     other_order = make(name, list(reversed(TASKS[:T])))
-    assert_goes_on(train(quiet_trainer, other_order, resume=tmp_path / "step=4.ckpt", T=T), whole, 4)
+    assert_continues(train(quiet_trainer, other_order, resume=tmp_path / "step=4.ckpt", T=T), whole, 4)
 
 
 def saved(trainer: MakeTrainer, folder: Path, balancing: Any) -> Path:

@@ -1,4 +1,4 @@
-"""A strategy that cannot be used is refused with a reason; one that fails in mid-training is bridged over, and said once."""
+"""An unusable strategy is an error with a reason; one that fails during training is replaced in that step, with a warning."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ AT_THE_START = [
 @pytest.mark.parametrize(("callback", "expected"), [
     pytest.param(row.values[0], row.values[1:], id=row.id) for row in AT_THE_START
 ])  # fmt: skip
-def test_what_cannot_be_used_is_refused_before_the_first_step(quiet_trainer: MakeTrainer, callback, expected) -> None:
+def test_an_unusable_strategy_is_an_error_before_the_first_step(quiet_trainer: MakeTrainer, callback, expected) -> None:
     fails(quiet_trainer, callback, *expected)
 
 
@@ -206,7 +206,7 @@ def test_a_representation_that_is_changed_in_place_is_refused(quiet_trainer: Mak
         ),
     ],
 )
-def test_a_loss_that_does_not_come_to_what_is_shared_is_refused(
+def test_a_loss_that_does_not_reach_the_shared_layer_is_an_error(
     quiet_trainer: MakeTrainer, at: str, says: list[str]
 ) -> None:
     fails(quiet_trainer, aggregation(jd.UPGrad(), at=at), *says, model=Around(T))
@@ -235,7 +235,7 @@ def test_any_two_balancing_callbacks_are_refused(quiet_trainer: MakeTrainer, fir
     [(jd.UPGrad, "quadprog"), (jd.DualProj, "qpsolvers"), (jd.NashMTL, "ecos"), (partial(jd.CAGrad, c=0.5), "clarabel"),
      (partial(jd.FairGrad, alpha=1.0), "scipy")],
 )  # fmt: skip
-def test_a_solver_that_is_not_installed_is_named_with_what_installs_it(
+def test_the_error_for_a_missing_solver_names_it_and_how_to_install_it(
     quiet_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, made: Any, lacks: str
 ) -> None:
     def find_spec(name: str) -> Any:
@@ -246,7 +246,7 @@ def test_a_solver_that_is_not_installed_is_named_with_what_installs_it(
     fails(quiet_trainer, aggregation(made), *expected, error=ModuleNotFoundError)
 
 
-def test_an_import_error_that_is_not_torchjds_is_handed_on(quiet_trainer: MakeTrainer) -> None:
+def test_an_import_error_of_another_package_is_passed_on(quiet_trainer: MakeTrainer) -> None:
     def made(T: int) -> nn.Module:
         raise ImportError("no such thing as unicorns")
 
@@ -257,7 +257,7 @@ def test_an_import_error_that_is_not_torchjds_is_handed_on(quiet_trainer: MakeTr
 
 
 def sometimes(right: Callable[[Tensor], Any], wrong: Callable[[Tensor], Any], at: set[int]) -> Callable[[Tensor], Any]:
-    """Does what is right, but for the calls in ``at``, of which the trial before the first step is none."""
+    """Works correctly except in the calls in ``at``; the trial before the first step does not count as a call."""
     calls = itertools.count(-1)
 
     def call(values: Tensor) -> Any:
@@ -344,7 +344,7 @@ def test_a_scalarizer_without_a_finite_answer_in_mid_training_is_bridged_by_equa
 
 @pytest.mark.parametrize("made", [jd.UPGrad, None])
 def test_an_error_that_a_scalarizer_raises_in_mid_training_is_the_users(quiet_trainer: MakeTrainer, made: Any) -> None:
-    """What it raises is a mistake to be mended, such as a loss that is negative, and would stay one in every step."""
+    """The error reports a mistake that you must fix, such as a negative loss, because it would recur in every step."""
     odd = Odd(sometimes(lambda L: L.square().sum(), raises, WRONG_AT))
     callback = Scalarization(odd, NAMES) if made is None else Aggregation(made(), NAMES, heads=HEADS, scalarizer=odd)
     fails(quiet_trainer, lambda: callback, "the solver gave up", error=RuntimeError, batches=6)
@@ -380,7 +380,7 @@ def test_an_error_that_a_scalarizer_raises_in_mid_training_is_the_users(quiet_tr
     ],
 )
 @pytest.mark.filterwarnings("ignore:You are solving")
-def test_a_loss_that_is_not_finite_is_counted_and_said_once_and_forgotten(
+def test_a_loss_that_is_not_finite_is_counted_and_reported_once_and_forgotten(
     quiet_trainer: MakeTrainer, made: Callable[[], Any], value: float
 ) -> None:
     callback, model = made(), Guarded(T)

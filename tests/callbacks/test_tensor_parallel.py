@@ -1,4 +1,4 @@
-"""What cuts layers into pieces is refused: tensor parallelism, and for the monitor FSDP2 as well."""
+"""Anything that shards single layers is an error: tensor parallelism, and for the monitor FSDP2 as well."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A `training_step` that takes gradients of its own, as one that looks at sensitivities or saliency does."""
+"""A `training_step` that computes its own gradients, for example for sensitivities or saliency."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MakeTrainer = Callable[..., L.Trainer]
 
 
 class Curious(Automatic):
-    """Looks at the gradient of a prediction on the way; what it learns from stays the same."""
+    """Looks at the gradient of a prediction in between; the training stays the same."""
 
     def task_losses(self, batch: Batch) -> dict[str, Tensor]:
         losses = super().task_losses(batch)

@@ -1,4 +1,4 @@
-"""Balancing callbacks that do not go together, and checkpoints that are of something else."""
+"""Balancing callbacks that cannot be combined, and checkpoints of something else."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_balancer_and_a_callback_on_one_model_are_refused(part: str | None, qu
 
 
 class MakesOne(Automatic):
-    """Makes a Balancer of a part of itself in mid-training."""
+    """Creates a Balancer on a part of itself during training."""
 
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
         Balancer(self.encoder, FixedRule(ONES))

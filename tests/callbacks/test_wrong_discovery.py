@@ -1,6 +1,6 @@
-"""Wrong uses of what needs no names: each error names the culprit, what was expected, and the way out.
+"""Wrong uses of automatic discovery: each error names the culprit, the expectation and the fix.
 
-What is wrong about `losses_from` is in `test_wrong_losses_from.py`.
+Wrong uses of `losses_from` are in `test_wrong_losses_from.py`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class OnlyHeads(Found):
 
 
 class OneApart(Found):
-    """One task has a trunk of its own."""
+    """One task has its own trunk."""
 
     def build(self) -> None:
         super().build()
@@ -84,7 +84,7 @@ class Normalized(Found):
 
 
 class Detaches(Found):
-    """Trains its heads alone, on a trunk that nobody trains."""
+    """Only trains its heads, on an untrained trunk."""
 
     def represent(self, x: Tensor) -> Tensor:
         return super().represent(x).detach()
@@ -144,15 +144,15 @@ NOTHING = [
 
 
 @pytest.mark.parametrize(("model", "options", "expected"), NOTHING)
-def test_a_model_in_which_there_is_nothing_to_find_is_told_why(
+def test_the_error_explains_why_nothing_was_found_in_a_model(
     model: Any, options: dict[str, Any], expected: list[str], quiet_trainer: MakeTrainer
 ) -> None:
     fails(quiet_trainer, model(3), GradNorm(**{"tasks": TASKS, **options}), "GradNorm: ", *expected)
 
 
 @pytest.mark.parametrize("model", [Detaches, OnlyHeads])
-def test_what_needs_no_layer_trains_it_all_the_same(model: Any, quiet_trainer: MakeTrainer) -> None:
-    """As the message says."""
+def test_strategies_that_need_no_layer_still_train(model: Any, quiet_trainer: MakeTrainer) -> None:
+    """The message claims this."""
     scalarization = Scalarization(UW, TASKS)
     quiet_trainer(callbacks=[scalarization]).fit(model(3), Batches(vector_batches(3, 4)))
     assert len(set(scalarization.weights.values())) == 3
@@ -253,5 +253,5 @@ WATCHED = [
 
 
 @pytest.mark.parametrize(("how", "expected"), WATCHED)
-def test_what_is_watched_wrongly_is_named(how: Any, expected: list[str], quiet_trainer: MakeTrainer) -> None:
+def test_the_error_names_what_is_watched_wrongly(how: Any, expected: list[str], quiet_trainer: MakeTrainer) -> None:
     fails(quiet_trainer, Shows(how), GradNorm(TASKS), "GradNorm: ", *expected)

@@ -1,7 +1,7 @@
 """Wrong arguments and names get an error that names the culprit, what was expected and what was found.
 
-Each row of a table is one mistake that a user makes, in a sentence, with what has to be in the message; the model is left as it
-was. Wrong losses are in `test_wrong_losses.py`, the mistakes around a `MultiTaskModule` in
+Each row of a table is one mistake of a user, as a sentence, with the required parts of the message; the model does not
+change. Wrong losses are in `test_wrong_losses.py`, the mistakes around a `MultiTaskModule` in
 `tests/multitask/test_module_wrong_inputs.py`.
 """
 
@@ -113,7 +113,7 @@ def test_a_wrong_argument_is_named_with_its_value(arguments: dict[str, Any], exp
 
 TASK_NAMES = [
     case("one is 'loss', the sum of all", ["loss", "seg", "depth"], ["'loss'", "back-propagated"]),
-    case("there is none", [], ["two", "[]"]),
+    case("no tasks", [], ["two", "[]"]),
     case("there is one", ["seg"], ["two", "['seg']"]),
     case("there is one, by its logged name", {"seg": "train/seg_loss"}, ["two", "['seg']"]),
     case("one is named twice", ["seg", "depth", "seg"], ["different", "['seg', 'depth', 'seg']"]),
@@ -215,7 +215,7 @@ def test_a_name_that_the_model_lacks_or_a_useless_factory_is_an_error(
 
 
 class TwoLayers(Automatic):
-    """Heads of two layers, two of which are also held in one container."""
+    """Heads of two layers each; one container also holds two of the heads."""
 
     def build(self) -> None:
         super().build()
@@ -263,7 +263,7 @@ class WithoutWeights(Automatic):
 
 
 class FrozenInPart(Automatic):
-    """Its shared layer is a recurrent one, which trains only what it makes of its inputs."""
+    """Its shared layer is recurrent, and only its input weights are trained."""
 
     def build(self) -> None:
         super().build()
@@ -320,7 +320,7 @@ MODELS = [
 
 @pytest.mark.parametrize("heads", [False, True], ids=["no-heads", "heads"])
 @pytest.mark.parametrize(("model", "options", "expected"), MODELS)
-def test_a_model_that_cannot_be_balanced_is_told_why(
+def test_the_error_explains_why_a_model_cannot_be_balanced(
     model: Any, options: dict[str, Any], expected: list[str], heads: bool, quiet_trainer: MakeTrainer
 ) -> None:
     fails(quiet_trainer, model(3), GradNorm(TASKS, heads=HEADS if heads else None, **options), "GradNorm", *expected)
@@ -473,7 +473,7 @@ def test_fixed_weights_are_positive_numbers_by_task(arguments: dict[str, Any], e
         case("a logged name", FixedWeights(ONES, tasks={**LOGGED, "seg": "train/sg_loss"}), ["'train/sg_loss'"]),
     ],
 )
-def test_fixed_weights_tell_what_is_misspelt(
+def test_fixed_weights_report_misspelled_names(
     callback: L.Callback, expected: list[str], quiet_trainer: MakeTrainer
 ) -> None:
     fails(quiet_trainer, OnlyLogs(3) if "logged" in str(expected) else Automatic(3), callback, *expected)

@@ -25,7 +25,7 @@ from lightning_gradnorm import FixedWeights, GradNorm
 
 
 class Spoilt(Automatic):
-    """Returns what it should not."""
+    """Returns an invalid value."""
 
     def __init__(self, spoil: Callable[[Losses], Any]) -> None:
         super().__init__(3)

@@ -1,4 +1,4 @@
-"""Wrong uses of `losses_from`: each error names the place, what is there, and the way out; the model is left as it was."""
+"""Wrong uses of `losses_from`: each error names the path, what it found and the fix; the model does not change."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_place_that_is_not_there_is_named(path: str, expected: list[str], quie
     fails(quiet_trainer, Hidden(), GradNorm(TASKS, losses_from=path), f"GradNorm: losses_from '{path}'", *expected)
 
 
-def test_the_keys_that_are_told_are_the_users_own(quiet_trainer: MakeTrainer) -> None:
+def test_the_error_only_lists_the_users_own_keys(quiet_trainer: MakeTrainer) -> None:
     with pytest.raises(ValueError, match="has no 'xyz'; it has") as raised:
         quiet_trainer(callbacks=[GradNorm(TASKS, losses_from="xyz")]).fit(Hidden(), vector_batches(3, 1))
     assert "training'," not in str(raised.value)
@@ -196,7 +196,7 @@ RETURNED = [
 
 @pytest.mark.parametrize("callback", [GradNorm, "FixedWeights"], ids=["GradNorm", "FixedWeights"])
 @pytest.mark.parametrize(("pack", "tasks", "expected"), RETURNED)
-def test_what_is_returned_instead_of_the_losses_is_named(
+def test_the_error_names_what_is_returned_instead_of_the_losses(
     pack: Any, tasks: Any, expected: list[str], callback: Any, quiet_trainer: MakeTrainer
 ) -> None:
     if callback == "FixedWeights":
@@ -240,7 +240,7 @@ def test_a_place_that_gives_no_loss_is_named(
     fails(quiet_trainer, Hidden(step=step), GradNorm(TASKS, losses_from=path), "GradNorm: ", *expected)
 
 
-def test_the_monitor_says_the_same(quiet_trainer: MakeTrainer) -> None:
+def test_the_monitor_raises_the_same_error(quiet_trainer: MakeTrainer) -> None:
     monitor = GradientNormMonitor(TASKS, losses_from="criterio", every_n_steps=1)
     fails(quiet_trainer, Hidden(), monitor, "GradientNormMonitor: losses_from 'criterio'", "did you mean 'criterion'?")
     monitor = GradientNormMonitor(TASKS, losses_from="unused", every_n_steps=1)

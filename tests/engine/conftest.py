@@ -1,4 +1,4 @@
-"""What the tests of compiled models begin with, and what they count."""
+"""Fixtures and counters for the tests of compiled models."""
 
 from __future__ import annotations
 

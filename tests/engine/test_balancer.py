@@ -100,7 +100,7 @@ def test_micro_batches_are_averaged_when_backward_divides(form: Any) -> None:
 
 
 @pytest.mark.parametrize("form", [_undivided])
-def test_micro_batches_that_nobody_divides_give_the_same_task_weights(form: Any) -> None:
+def test_undivided_micro_batches_give_the_same_task_weights(form: Any) -> None:
     """The network's gradient is then n times the mean, as without a Balancer; a learning rate of 1/n makes up for it."""
     batches, model = vector_batches(3, STEPS * 3), Network()
     slower = torch.optim.SGD(model.parameters(), lr=0.02 / 3, momentum=0.9)
@@ -111,7 +111,7 @@ def test_micro_batches_that_nobody_divides_give_the_same_task_weights(form: Any)
 
 @pytest.mark.parametrize("form", [_divided_total, _divided_losses])
 def test_a_division_of_the_losses_is_a_coefficient_of_the_tasks(form: Any) -> None:
-    """All norms are then a third of what they are in the textbook, which steps of Adam show only in its epsilon."""
+    """All norms are then a third of the textbook's, which only changes Adam's steps through its epsilon."""
     batches, model, scaled = vector_batches(3, STEPS * 3), Network(), torch.optim.SGD
     weights, _ = train(model, gradnorm_rule(), batches, accumulate=3, backpropagate=form)
     assert_equal(model, weights, by_textbook(3, batches, 3), bound=1e-6)
@@ -122,7 +122,7 @@ def test_a_division_of_the_losses_is_a_coefficient_of_the_tasks(form: Any) -> No
     assert_equal(model, weights, by_textbook(3, batches, 3, weight_optimizer=partial(scaled, lr=0.06)))
 
 
-def test_coefficients_and_a_regularizer_are_those_of_the_loss_given() -> None:
+def test_coefficients_and_a_regularizer_come_from_the_given_loss() -> None:
     coefficients, batches = {"seg": 2.0, "depth": 0.5, "normal": 1.25}, vector_batches(3, STEPS * 2)
 
     def penalty(model: Network) -> Tensor:
@@ -238,7 +238,7 @@ def test_upgrad_agrees_with_by_hand(accumulate: int, with_heads: bool) -> None:
     assert_equal(model, weights, (expected, found.weights), bound=1e-8)
 
 
-def test_fixed_weights_are_those_of_a_weighted_sum() -> None:
+def test_fixed_weights_match_a_weighted_sum() -> None:
     batches, model, expected = vector_batches(3, STEPS), Network(), Network()
     given = {"seg": 0.5, "depth": 2.0, "normal": 1.0}
     weights, state = train(model, FixedRule(given), batches)

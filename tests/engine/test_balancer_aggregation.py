@@ -82,7 +82,7 @@ def test_tasks_may_be_absent(missing: tuple[int, ...]) -> None:
 
 
 class Drawn(jd.Aggregator):  # type: ignore[misc]
-    """Weights that are drawn anew each time it is called: as many times as there are steps, and no more."""
+    """Draws new weights in each call: exactly once per step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def _on_rank(rank: int, network: type[AnyNetwork], made: Any, batches: list[Batc
 @pytest.mark.parametrize(
     ("network", "made"), [(WithDecay, jd.UPGrad), (Autoencoder, jd.ConFIG)], ids=["heat equation", "autoencoder"]
 )
-def test_two_ranks_give_what_one_gives(network: type[AnyNetwork], made: Any, tmp_path: Path) -> None:
+def test_two_ranks_match_one(network: type[AnyNetwork], made: Any, tmp_path: Path) -> None:
     batches = network.batches(STEPS, size=8)
     models = on_two_ranks(partial(_on_rank, network=network, made=made, batches=batches), tmp_path)
     train_by_brute_force(twin := network(), batches, made())

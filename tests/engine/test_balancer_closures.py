@@ -38,7 +38,7 @@ def weighted(balancer: Balancer, losses: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("heads", ["auto", None])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("name", CLIMBERS)
-def test_a_closure_is_balanced_as_the_textbook_says(name: str, accumulate: int, heads: Any) -> None:
+def test_a_closure_agrees_with_the_textbook(name: str, accumulate: int, heads: Any) -> None:
     batches = vector_batches(3, STEPS * accumulate)
     model = Network()
     optimizer = CLIMBERS[name](model.parameters())

@@ -1,4 +1,4 @@
-"""A `Balancer` on one data set after the other: absent tasks with their last numbers, and what is said without."""
+"""A `Balancer` on alternating data sets: absent tasks with their last numbers, and the warnings without this option."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_it_agrees_with_the_textbook(options: dict[str, Any], accumulate: int, h
 
 
 @pytest.mark.parametrize("at", [1, 2, 7])
-def test_its_state_goes_on_bit_by_bit(at: int) -> None:
+def test_its_state_resumes_bit_for_bit(at: int) -> None:
     batches, whole, parts = in_turn(STEPS), Network(), Network()
     expected, _ = train(whole, last_seen(), batches)
     optimizer = network_sgd(parts.parameters())
@@ -99,19 +99,19 @@ def told_by(rule: Any, batches: Sequence[Batch], *, end_epoch_after: int | None 
     return [str(one.message) for one in caught if "weight updates" in str(one.message)]
 
 
-def test_after_fifty_steps_with_one_task_each_it_is_told_once() -> None:
+def test_fifty_steps_with_one_task_each_warn_once() -> None:
     assert told_by(gradnorm_rule(), in_turn(49)) == []
     (told,) = told_by(gradnorm_rule(), in_turn(120))
     assert told.startswith("Balancer: in none of the last 50 weight updates were two tasks present")
 
 
-def test_at_the_end_of_an_epoch_it_is_told_at_once() -> None:
+def test_the_end_of_an_epoch_warns_at_once() -> None:
     (told,) = told_by(gradnorm_rule(), in_turn(9), end_epoch_after=9)
     assert told.startswith("Balancer: in none of the last 9 weight updates")
     assert told_by(last_seen(), in_turn(60), end_epoch_after=9) == []
 
 
-def test_a_rule_that_needs_no_norms_says_nothing() -> None:
+def test_a_rule_that_needs_no_norms_does_not_warn() -> None:
     assert told_by(ScalarizationRule(NAMES, UW(3)), in_turn(60), end_epoch_after=9) == []
 
 

@@ -214,7 +214,7 @@ def test_ranks_that_disagree_are_an_error_on_all_of_them(
 
 
 def _uneven_ranks(rank: int, batches: Sequence[Batch]) -> Any:
-    """Rank 0 has one micro-batch of each batch's three parts, rank 1 has two; nobody divides."""
+    """Rank 0 has one micro-batch of each batch's three parts, rank 1 has two; neither divides."""
     model, weights = Network(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     with Balancer(model, gradnorm_rule(), heads=model.heads()) as balancer:

@@ -40,7 +40,7 @@ def balance(rule: Any = None, model: nn.Module | None = None, **options: Any) ->
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_is_not_a_rule(rule: Any, found: str) -> None:
+def test_something_that_is_not_a_rule(rule: Any, found: str) -> None:
     with pytest.raises(TypeError) as error:
         Balancer(Network(), rule)
     assert str(error.value).startswith(
@@ -48,7 +48,7 @@ def test_what_is_not_a_rule(rule: Any, found: str) -> None:
     )
 
 
-def test_what_is_not_a_model() -> None:
+def test_something_that_is_not_a_model() -> None:
     with pytest.raises(TypeError, match="Balancer: model should be a module; got list"):
         Balancer([1], gradnorm_rule())  # type: ignore[arg-type]
 
@@ -370,7 +370,7 @@ def test_a_loss_that_is_not_finite_warns_once_and_leaves_the_weights(value: floa
         assert balancer.weights != before
 
 
-# ---- what there is to read -------------------------------------------------------------------------------------------
+# ---- what can be read ------------------------------------------------------------------------------------------------
 
 
 def test_mean_weights_of_a_rule_that_keeps_none() -> None:

@@ -1,4 +1,4 @@
-"""A model compiled by torch.compile, or any part of it, trains as the textbook says; as a whole, it is not run twice for it."""
+"""A model that torch.compile compiled, in part or as a whole, agrees with the textbook, and does not run twice."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_a_whole_module_needs_no_heads_named(quiet_trainer) -> None:
 
 
 def test_all_of_many_heads_are_compiled(quiet_trainer) -> None:
-    """torch.compile keeps no more than eight versions of one function, and runs what comes then eagerly."""
+    """torch.compile keeps at most eight versions of one function, and then runs eagerly."""
     names = [f"task{i}" for i in range(12)]
 
     class Many(L.LightningModule):

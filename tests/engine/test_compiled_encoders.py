@@ -1,4 +1,4 @@
-"""What a compiled encoder may be made of: a layer deep inside, many blocks, a changing depth, tied weights, dropout."""
+"""Kinds of compiled encoders: a layer deep inside, many blocks, a changing depth, tied weights, dropout."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ BEFORE_THE_LAYER = ["stem", "blocks.0 and blocks.1 together", "blocks.2.one", "b
         (as_a_whole, [*BEFORE_THE_LAYER, *HEADS]),
     ],
 )
-def test_what_precedes_a_layer_deep_inside_stays_compiled_and_is_not_run_again(
+def test_modules_before_a_layer_deep_inside_stay_compiled_and_run_once(
     quiet_trainer, replays, compiled: Callable[[Any, str], Any], graphs: list[str]
 ) -> None:
     batches = vector_batches(T, STEPS)
@@ -88,7 +88,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Ten blocks, of which torch.compile would run the ninth and tenth eagerly, or refuse them with ``fullgraph``."""
+    """Ten blocks. torch.compile would run the ninth and tenth eagerly, or reject them with ``fullgraph``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Tied(nn.Module):
 
 
 class OfTwoNames(nn.Module):
-    """A layer norm, of which the encoder and one of its modules know; behind the last layer there is a module to compile."""
+    """A layer norm that the encoder and one of its modules both hold; a module to compile follows the last layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class Copies(L.Callback):
         self.told = {name: value.clone() for name, value in encoder.state_dict().items()}
 
 
-def test_a_copy_made_in_mid_training_is_a_network_of_its_own(quiet_trainer) -> None:
+def test_a_copy_made_in_mid_training_is_independent(quiet_trainer) -> None:
     model = wrapped("encoder")(Automatic(T), "aot_eager")
     gradnorm = GradNorm(NAMES, shared_layer="encoder.2", heads=model.heads())
     copies, batches = Copies(), vector_batches(T, 3)

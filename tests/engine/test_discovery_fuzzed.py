@@ -1,4 +1,4 @@
-"""Random networks that nobody described: the layer and the heads that are found, against brute force and the textbook."""
+"""Random networks with nothing named: the layer and the heads found, against brute force and the textbook."""
 
 from __future__ import annotations
 

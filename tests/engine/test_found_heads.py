@@ -1,4 +1,4 @@
-"""Heads that are found in models whose modules are handed more than they use."""
+"""Heads found in models whose modules receive more than they use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_gradnorm.strategies import GradNormRule
 
 
 class Term(nn.Module):
-    """Is handed a dict of all that has been computed so far; its loss depends on `x` alone."""
+    """Receives a dict of everything computed so far; its loss only depends on `x`."""
 
     def __init__(self, name: str, goal: float) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def train(heads: Any) -> tuple[list[dict[str, float]], dict[str, str]]:
         return weights, dict(balancer._engine.plan.heads or {})
 
 
-def test_a_module_that_is_handed_the_loss_of_another_task_is_no_head() -> None:
+def test_a_module_that_receives_the_loss_of_another_task_is_not_a_head() -> None:
     weights, heads = train("auto")
     assert heads == {"near": "near", "far": "far.distance"}
     assert weights == train(None)[0]

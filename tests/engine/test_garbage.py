@@ -1,4 +1,4 @@
-"""What a step has used is gone when the step is over, and does not wait for the garbage collector."""
+"""Everything that a step used is freed when the step ends, without waiting for the garbage collector."""
 
 from __future__ import annotations
 

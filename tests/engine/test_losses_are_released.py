@@ -1,4 +1,4 @@
-"""When a step is over its losses are gone at once, and with them the graph: nothing of ours holds them."""
+"""When a step ends, its losses and their graph are freed at once: nothing of ours holds them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The means of one optimizer step: each task's over those batches, and those ranks, that have it."""
+"""The means of one optimizer step: for each task over the batches and ranks that have it."""
 
 from __future__ import annotations
 

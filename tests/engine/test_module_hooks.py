@@ -1,4 +1,4 @@
-"""What is put before a method goes again, in whatever order."""
+"""Wrappers around a method can be removed in any order."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_shadows_are_undone_in_any_order(order: tuple[int, ...], of_instance: bo
     assert vars(owner) == before
 
 
-def test_what_others_put_on_top_stays_theirs_to_take_away() -> None:
+def test_wrappers_of_others_on_top_stay_until_they_remove_them() -> None:
     owner = Owner()
     undo = patch_attribute(owner, "method", lambda: "shadow")
     owner.__dict__["method"] = theirs = lambda: "theirs"

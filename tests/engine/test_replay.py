@@ -1,4 +1,4 @@
-"""Where the graph of the forward pass cannot be walked, a module around the shared layer is run again."""
+"""If the graph of the forward pass cannot be traversed, a module around the shared layer runs again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Reentrant(nn.Module):
         return out
 
 
-def test_weights_and_network_are_those_of_the_textbook_inside_a_reentrant_checkpoint() -> None:
+def test_weights_and_network_agree_with_the_textbook_inside_a_reentrant_checkpoint() -> None:
     model, twin, batches = Network(3), Network(3), vector_batches(3, STEPS)
     first, tanh, last, end = model.encoder
     model.encoder = nn.Sequential(first, tanh, Reentrant(nn.Sequential(last, end)))

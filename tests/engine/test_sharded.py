@@ -84,7 +84,7 @@ def test_sharded_heads_that_are_not_named_are_refused(tmp_path: Path) -> None:
         pytest.param("FAMO of the losses", "layers within the encoder", 2, True, marks=pytest.mark.slow),
     ],
 )
-def test_a_strategy_on_processes_that_share_the_network_gives_what_it_gives_on_one(
+def test_a_strategy_on_processes_that_shard_the_network_matches_one_process(
     strategy: str, case: str, accumulate: int, heads: bool, tmp_path: Path
 ) -> None:
     failures = train_sharded(tmp_path, case, strategy=strategy, accumulate=accumulate, heads=heads)

@@ -1,4 +1,4 @@
-"""A loss that is shown twice before its backward pass is weighted once."""
+"""A loss that is reported twice before its backward pass is weighted once."""
 
 from __future__ import annotations
 

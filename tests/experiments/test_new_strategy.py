@@ -1,4 +1,4 @@
-"""A new strategy is three files: its formula, its yaml and its test. Everything else finds it."""
+"""A new strategy is three files: its formula, its yaml and its test. Everything else picks it up."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ print(site_pages.pages()["configuration/balancing.md"])
 
 TESTS = {  # a file → what the ids of its tests for the strategy have in them
     "tests/strategies/test_toy_strategy.py": "test_its_gradient_is",
-    "tests/strategies/test_snapshot.py": "test_a_fresh_object_goes_on_bit_by_bit",
-    "tests/strategies/test_moving.py": "test_a_moved_rule_goes_on_where_it_was",
+    "tests/strategies/test_snapshot.py": "test_a_fresh_object_continues_bit_for_bit",
+    "tests/strategies/test_moving.py": "test_a_moved_rule_continues_where_it_was",
     "tests/callbacks/test_scalarization.py": "test_every_scalarizer_trains_as_by_hand",
     "tests/callbacks/test_strategies_resume.py": "test_a_resumed_run_is_bit_identical",
     "tests/experiments/cli/test_grid.py": "test_every_strategy_trains_two_tasks_or_ten_if_it_needs_more[toy_strategy]",

@@ -1,4 +1,4 @@
-"""The host does not wait for the GPU: `pytest -m gpu`. On the CPU no number is asked for instead."""
+"""The host does not wait for the GPU: `pytest -m gpu`. The CPU version checks that no number is requested from the device."""
 
 from __future__ import annotations
 

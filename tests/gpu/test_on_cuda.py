@@ -188,7 +188,7 @@ def test_a_forced_overflow_is_no_make_weight_optimizer(mode: str, make_trainer: 
     assert {step for step in range(1, LONG) if stood_still[step - 1]} == skipped
 
 
-def test_the_weights_move_in_the_steps_in_which_the_network_moves(make_trainer: MakeTrainer, device: str) -> None:
+def test_the_weights_move_in_the_same_steps_as_the_network(make_trainer: MakeTrainer, device: str) -> None:
     """A scale that is far too large, as the Trainer's own scaler may have it at first, is halved step by step."""
     seen: list[tuple[Tensor, list[float]]] = []
     model, gradnorm, batches = make("automatic with heads")
@@ -318,7 +318,7 @@ def test_two_devices_agree_with_one(layers: str, heads: bool, make_trainer: Make
 
 
 @pytest.mark.filterwarnings(
-    "ignore:.*pre-optimization state.*",  # a checkpoint in a step of a module with manual optimization is what is meant
+    "ignore:.*pre-optimization state.*",  # a checkpoint in a step of a module with manual optimization is on purpose
     "ignore:.*manual optimization.*",
     "ignore:Be aware that when using .ckpt_path., callbacks used to create the checkpoint",
 )

@@ -1,4 +1,4 @@
-"""What is computed again to read a gradient shows in no running statistics."""
+"""Recomputation for reading a gradient does not change running statistics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_gradnorm.gradients import BufferGuard
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_batch_norm_writes_is_put_back_and_does_not_disturb_its_backward(dtype: torch.dtype) -> None:
+def test_running_statistics_are_restored_without_disturbing_the_backward_pass_of_batch_norm(dtype: torch.dtype) -> None:
     layer, x = nn.BatchNorm1d(3).to(dtype), torch.randn(4, 3, dtype=dtype, requires_grad=True)
     kept = BufferGuard(layer.buffers())
     once = layer(x)

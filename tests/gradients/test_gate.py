@@ -1,4 +1,4 @@
-"""What a user does beside an aggregation, and what the gate at the representation must not do to it."""
+"""The gate at the representation does not interfere with a user's other computations next to an aggregation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def aggregation(model: Automatic, aggregator: Any, with_heads: bool = True, **op
 
 
 class TakesGradients(Automatic):
-    """Looks at a gradient of its own in `training_step`."""
+    """Computes its own gradient in `training_step`."""
 
     def __init__(self) -> None:
         super().__init__(2)
@@ -220,7 +220,7 @@ class TwoOutputs(Automatic):
 
 
 @HEADS
-def test_what_no_head_reads_has_no_gradient(with_heads: bool, quiet_trainer: MakeTrainer) -> None:
+def test_outputs_that_no_head_reads_have_no_gradient(with_heads: bool, quiet_trainer: MakeTrainer) -> None:
     model = TwoOutputs(2)
     before = copy.deepcopy(model.encoder.unread.weight)
     quiet_trainer(callbacks=[aggregation(model, UPGrad(), with_heads)]).fit(model, Batches(vector_batches(2, 3)))
@@ -282,7 +282,7 @@ class FixedShares(Weighting):  # type: ignore[type-arg]
 
 
 @pytest.mark.parametrize("buffer", [False, True])
-def test_options_by_place_are_not_those_of_another_task_when_one_is_absent(
+def test_positional_options_stay_with_their_task_when_another_is_absent(
     buffer: bool, quiet_trainer: MakeTrainer
 ) -> None:
     batches = vector_batches(2, 4)

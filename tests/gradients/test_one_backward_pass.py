@@ -1,4 +1,4 @@
-"""The task gradients read on the way of one backward pass are those that T separate passes would give."""
+"""The task gradients read during one backward pass equal those of T separate passes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_gradnorm.gradients.graph import node_of
 
 
 class Pyramid(nn.Module):
-    """An encoder with several feature maps in nested structures, one of which carries no gradient."""
+    """An encoder with several feature maps in nested structures; one carries no gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ def test_several_passes_are_summed_before_the_norm() -> None:
     assert reader.norms(["a"]).item() == 0.0  # opposite gradients cancel; the norms' sum would be 4
 
 
-def test_without_gradients_the_representation_itself_is_handed_on() -> None:
+def test_without_gradients_the_representation_itself_is_passed_on() -> None:
     z = torch.ones(3, requires_grad=True) * 2
     with torch.no_grad():
         view, node = branch({"z": z}, lambda tensors, gradients: None)

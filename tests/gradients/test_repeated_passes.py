@@ -1,4 +1,4 @@
-"""Fused kernels overwrite what they have saved, or the gradient that arrives: a pass beside the ordinary one would spoil it."""
+"""Fused kernels overwrite their saved tensors or the incoming gradient, so an additional pass would corrupt them."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class FusedNormInHead(FusedNorm):
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("heads", ["auto", HEADS, None], ids=["auto", "heads", "no-heads"])
 @pytest.mark.parametrize("kind", [FusedNorm, FusedNormInHead])
-def test_a_function_that_overwrites_what_arrives_is_lent_a_copy(
+def test_a_function_that_overwrites_its_incoming_gradient_gets_a_copy(
     kind: type[FusedNorm], heads: Any, quiet_trainer: MakeTrainer
 ) -> None:
     batches, model, twin = vector_batches(2, STEPS), kind(), kind()

@@ -17,7 +17,7 @@ WEIGHTS = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64)
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
 @pytest.mark.parametrize("present", [TASKS, ["a", "c"]])
 def test_rows_are_the_gradients_of_the_tasks_in_their_order(order: list[int], present: list[str]) -> None:
-    """Whatever the order in which heads are called."""
+    """Heads may be called in any order."""
     tasks = [TASKS[i] for i in order]
     seen: list[Tensor] = []
     trunk, x = nn.Linear(3, 4).double(), torch.randn(2, 3, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""In what share of the steps losses conflict, on networks without a trunk: against brute force, and over a resume."""
+"""The share of steps in which losses conflict, on networks without a trunk: against brute force, and across a resume."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def cosines_by_brute_force(
 
 
 def shares(steps: list[dict[tuple[str, str], float]]) -> dict[tuple[str, str], float]:
-    """The share of the steps with a cosine below 0, of those that have both losses."""
+    """The share of the steps with both losses in which the cosine is below 0."""
     pairs = list(dict.fromkeys(pair for step in steps for pair in step))
     of_pair = {pair: [step[pair] for step in steps if pair in step] for pair in pairs}
     return {pair: sum(one < 0 for one in found) / len(found) for pair, found in of_pair.items()}
@@ -56,7 +56,7 @@ def shares(steps: list[dict[tuple[str, str], float]]) -> dict[tuple[str, str], f
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("missing", [(), (0, 1, 5)], ids=["all there", "absent at times"])
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
-def test_without_a_trunk_they_are_those_of_brute_force(
+def test_without_a_trunk_they_agree_with_brute_force(
     network: type[AnyNetwork], missing: tuple[int, ...], every: int, quiet_trainer: Any
 ) -> None:
     batches = network.batches(
@@ -73,7 +73,7 @@ def test_without_a_trunk_they_are_those_of_brute_force(
 
 
 def test_some_conflict_in_some_steps() -> None:
-    """Else the test above would hold for a monitor that says 0 or 1 at random."""
+    """Otherwise a monitor that reports 0 or 1 at random would pass the test above."""
     of_all = [
         share for n in NETWORKS.values() for share in shares(cosines_by_brute_force(n, n.batches(STEPS))).values()
     ]
@@ -81,7 +81,7 @@ def test_some_conflict_in_some_steps() -> None:
     assert any(0 < share < 1 for share in of_all)
 
 
-def test_they_go_on_after_a_resume(tmp_path: Path, quiet_trainer: Any) -> None:
+def test_they_continue_after_a_resume(tmp_path: Path, quiet_trainer: Any) -> None:
     batches = HeatEquation.batches(STEPS)
     whole, half, rest = (GradientNormMonitor(list(HeatEquation.tasks), every_n_steps=1) for _ in range(3))
     quiet_trainer(callbacks=[whole]).fit(HeatEquation(), Batches(batches))

@@ -1,4 +1,4 @@
-"""The monitor shows each loss's part of the update as autograd by hand gives it, and leaves the training as it is."""
+"""The monitor's shares of the update agree with autograd by hand, and training does not change."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from lightning_gradnorm import GradientNormMonitor, GradNorm
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("beside", BESIDE)
 @pytest.mark.parametrize("kind", MODELS)
-def test_numbers_are_those_of_autograd_by_hand(
+def test_numbers_agree_with_autograd_by_hand(
     quiet_trainer: MakeTrainer, kind: str, beside: str, accumulate: int, first: bool
 ) -> None:
     model, twin, options = model_of(kind)
@@ -85,7 +85,7 @@ def test_numbers_are_those_of_autograd_by_hand(
     assert_clean(model, before)
 
 
-def test_gradients_are_those_of_gradnorm_that_reads_them_at_the_heads(quiet_trainer: MakeTrainer) -> None:
+def test_gradients_match_those_that_gradnorm_reads_at_the_heads(quiet_trainer: MakeTrainer) -> None:
     model, log = Automatic(3), MemoryLogger()
     gradnorm = GradNorm(TASKS, shared_layer="encoder.2", heads=model.heads())
     monitor = GradientNormMonitor(TASKS, "encoder.2.weight", every_n_steps=1)
@@ -130,7 +130,7 @@ def test_other_steps_cost_no_pass(quiet_trainer: MakeTrainer, monkeypatch: pytes
 
 
 class Checkpointed(Automatic):
-    """Computes a BatchNorm and a dropout once more whenever a gradient passes, with whatever random numbers come."""
+    """Computes a BatchNorm and a dropout again whenever a gradient passes, with fresh random numbers."""
 
     def build(self) -> None:
         super().build()

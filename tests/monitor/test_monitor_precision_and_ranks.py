@@ -38,9 +38,7 @@ class Single(Automatic):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_half_precision_numbers_are_those_of_the_unscaled_gradients(
-    quiet_trainer: MakeTrainer, dtype: torch.dtype
-) -> None:
+def test_in_half_precision_numbers_match_the_unscaled_gradients(quiet_trainer: MakeTrainer, dtype: torch.dtype) -> None:
     scale = 2.0**12
     plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", scale))]
     options: dict[str, Any] = {"precision": "bf16-mixed"} if dtype == torch.bfloat16 else {"plugins": plugins}
@@ -123,7 +121,7 @@ def test_two_ranks_show_the_gradients_of_the_whole_batch(kind: str) -> None:
 
 
 def test_losses_that_only_one_rank_has_are_shown_on_all() -> None:
-    """None for losses: what there is, and which parameters are shared, has to be found out by both ranks together."""
+    """None for losses: both ranks together must find out which losses exist and which parameters are shared."""
     (batch,) = vector_batches(3, 1, size=8)
     (step,) = [shares(batch, 2, 1)]
     for rank, lacks in enumerate(("depth", "seg")):

@@ -1,4 +1,4 @@
-"""What the monitor says at the end, writes to TensorBoard and keeps in a checkpoint."""
+"""The monitor's summary at the end, its TensorBoard output and its checkpoint state."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lightning_gradnorm import FixedWeights, GradientNormMonitor
 def test_the_suggested_weights_make_the_mean_norms_equal(
     quiet_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also where other weights are in force: suggested are those for the losses as the model adds them up."""
+    """Even with other current weights, the suggested ones are for the losses as the model adds them up."""
     suggested = []
     for strategy in (None, FixedWeights(FIXED, tasks=TASKS)):
         monitor = GradientNormMonitor(TASKS, "encoder", every_n_steps=1)
@@ -100,7 +100,9 @@ def test_a_part_that_is_not_finite_is_named(quiet_trainer: MakeTrainer) -> None:
     assert torch.tensor(log.scalars["monitor/norm/seg"]).isfinite().all()
 
 
-def test_a_resumed_run_measures_and_says_what_an_uninterrupted_one_does(quiet_trainer: MakeTrainer, tmp_path) -> None:
+def test_a_resumed_run_measures_and_reports_the_same_as_an_uninterrupted_one(
+    quiet_trainer: MakeTrainer, tmp_path
+) -> None:
     batches = vector_batches(3, 4)
     whole, first, second = (GradientNormMonitor(TASKS, every_n_steps=3) for _ in range(3))
     quiet_trainer(callbacks=[whole], max_epochs=2).fit(Automatic(3), Batches(batches))

@@ -30,7 +30,7 @@ from lightning_gradnorm.engine.layers import find_parameters
 # ---- gradient_norms ----------------------------------------------------------------------------------------------------
 
 
-def test_the_plain_function_says_what_autograd_says_and_changes_nothing() -> None:
+def test_the_plain_function_agrees_with_autograd_and_changes_nothing() -> None:
     network, (batch,) = Automatic(3), vector_batches(3, 1)
     losses = network.task_losses(batch)
     found = gradient_norms(losses, network.parameters())
@@ -238,7 +238,7 @@ def test_a_compiled_layer_is_refused_for_its_graph_cannot_be_walked_twice(quiet_
         quiet_trainer(callbacks=[GradientNormMonitor()]).fit(model, Batches(vector_batches(3, 2)))
 
 
-def test_an_encoder_that_is_frozen_is_said_to_be_in_the_end(quiet_trainer: MakeTrainer) -> None:
+def test_a_frozen_encoder_is_reported_at_the_end(quiet_trainer: MakeTrainer) -> None:
     model, monitor = multi_task_module(3), GradientNormMonitor(every_n_steps=1)
     model.encoder.requires_grad_(False)
     quiet_trainer(callbacks=[monitor]).fit(model, Batches(as_inputs_and_targets(vector_batches(3, 2))))

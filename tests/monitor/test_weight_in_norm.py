@@ -1,4 +1,4 @@
-"""The monitor shows gradients with the weights in force, and suggests weights for those without."""
+"""The monitor shows gradients that include the current weights, and suggests weights for unweighted gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint builds its model again, and nothing else."""
+"""A checkpoint rebuilds its own model, and nothing else."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_weights_take_no_room() -> None:
     assert len(pack({"encoder": nn.Linear(2000, 2000)})) < 10_000
 
 
-def test_the_packed_model_is_left_as_it_was() -> None:
+def test_the_packed_model_does_not_change() -> None:
     encoder = nn.Linear(3, 3)
     before = encoder.weight.detach().clone()
     pack({"encoder": encoder})
@@ -87,7 +87,7 @@ def test_torch_functions_that_reach_out_are_refused() -> None:
         unpack(pack({"loss": partial(torch.hub.load, "somewhere")}))
 
 
-def test_what_cannot_be_pickled_is_said_when_it_is_asked_for() -> None:
+def test_what_cannot_be_pickled_is_an_error_once_it_is_needed() -> None:
     packed = pack({"loss": lambda prediction, target: prediction - target})
     assert isinstance(packed, str)
     with pytest.raises(ValueError, match="could not be pickled"):
@@ -119,7 +119,7 @@ def test_a_module_is_loaded_from_its_checkpoint_alone(tmp_path, quiet_trainer) -
     assert loaded.optimizer.keywords == {"lr": 0.1}
 
 
-def test_a_module_with_own_classes_says_what_to_give_and_loads_when_given(tmp_path, quiet_trainer) -> None:
+def test_a_module_with_own_classes_reports_what_to_pass_and_then_loads(tmp_path, quiet_trainer) -> None:
     model = _model(Own())
     path = _saved(model, tmp_path, quiet_trainer)
     with pytest.raises(ValueError, match=r"Own in it\. Give encoder= and tasks= again"):

@@ -1,4 +1,4 @@
-"""What a `MultiTaskModule` logs of validation and test: each task's own batches count, on one process and on several."""
+"""`MultiTaskModule` logs validation and test over each task's own batches, on one process and on several."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_task_counts_where_it_is_present(stage: str, quiet_trainer: Callable[.
     assert found == pytest.approx(expected(stage), rel=1e-5)
 
 
-def test_a_rank_without_any_target_of_a_task_keeps_nobody_waiting() -> None:
+def test_a_rank_without_any_target_of_a_task_blocks_no_rank() -> None:
     """Each rank would log other metrics, and wait for the other in another sum."""
     trainer = L.Trainer(
         accelerator="cpu", strategy="ddp_fork", devices=2, logger=False, use_distributed_sampler=False,

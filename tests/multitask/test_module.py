@@ -142,7 +142,7 @@ def test_a_plateau_schedule_follows_the_validation_loss(quiet_trainer) -> None:
     assert rates.seen == pytest.approx([0.1, 0.01, 0.001])  # never better by such a threshold
 
 
-def test_a_plateau_schedule_on_what_is_not_logged_is_an_error(quiet_trainer) -> None:
+def test_a_plateau_schedule_on_an_unlogged_metric_is_an_error(quiet_trainer) -> None:
     scheduler = {"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau, "monitor": "val/los"}
     with pytest.raises(ValueError, match=r"monitors 'val/los', which is not logged; did you mean 'val/loss'\?"):
         quiet_trainer(max_epochs=1).fit(_model(lr_scheduler=scheduler), _loader(_batches(1)), _loader(_batches(1)))

@@ -277,7 +277,7 @@ CALLBACKS = [
     ),
     case("priorities that lack a task", partial(GradNorm, priorities={"seg": 1, "depth": 1}), ["priorities", "normal"]),
     case(
-        "heads as they are called in a module of one's own",
+        "heads as they are called in your own module",
         partial(GradNorm, heads={**HEADS, "seg": "seg_head"}),
         ["heads['seg']", "did you mean 'tasks.seg.head'"],
     ),
@@ -296,7 +296,7 @@ CALLBACKS = [
 
 
 @pytest.mark.parametrize(("make", "expected"), CALLBACKS)
-def test_a_callback_that_does_not_fit_the_module_is_told_the_name(
+def test_the_error_for_a_callback_that_does_not_fit_the_module_gives_the_name(
     make: Any, expected: list[str], quiet_trainer: MakeTrainer
 ) -> None:
     callback = make()

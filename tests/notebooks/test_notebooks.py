@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, and shows what it says."""
+"""Every notebook runs from top to bottom, and its output matches its text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _run(path: Path, instead: tuple[str, str] | None = None) -> tuple[dict[str, 
     return namespace, [value for value in values if value is not None]
 
 
-def test_each_notebook_is_run_below_and_opens_with_what_one_will_see() -> None:
+def test_each_notebook_runs_below_and_opens_with_what_you_will_see() -> None:
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == {"plug_in", "read_results", "toy_experiment", "vae"}
     for path in FOLDER.glob("*.ipynb"):
         first = json.loads(path.read_text())["cells"][0]

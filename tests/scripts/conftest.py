@@ -40,7 +40,7 @@ def lightnings_log() -> Iterator[None]:
 
 @pytest.fixture
 def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """`call(*arguments)` runs the script's command and returns what it prints."""
+    """`call(*arguments)` runs the script's command and returns its output."""
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", [f"scripts/{script.__name__}.py", *arguments])

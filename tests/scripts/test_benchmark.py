@@ -1,4 +1,4 @@
-"""The benchmark: each measure measures what it says, and each way trains. No time is judged."""
+"""The benchmark: each measure measures what it claims, and each method trains. No test depends on time."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_the_network_of_derivatives_has_no_heads_and_the_experiments_points(scri
 
 
 @pytest.mark.parametrize("asked", [["--cases", "burgers:3"], ["--of", "pinn", "--cases", "toy:2"]])
-def test_the_network_of_derivatives_goes_with_its_own_ways_alone(
+def test_the_network_of_derivatives_only_runs_with_its_own_methods(
     asked: list[str], call: Call, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
@@ -99,7 +99,7 @@ def test_the_network_of_derivatives_goes_with_its_own_ways_alone(
 
 
 def test_a_ratio_is_to_the_run_of_equal_weights_right_before(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine on which each run takes twice as long as the one before: that is every ratio, whatever the order."""
+    """Each run takes twice as long as the previous one, so every ratio is 2 in any order."""
     from benchmarking import times
     from benchmarking.plan import Failures
 
@@ -130,7 +130,7 @@ def test_every_way_changes_the_whole_network(name: str, precision: str, ways: An
 
 
 @pytest.mark.parametrize("name", ["with heads", "without heads", "MultiTaskModule"])
-def test_what_is_timed_as_the_textbook_has_the_weights_of_ours(name: str, ways: Any, plan: Any) -> None:
+def test_the_timed_textbook_has_the_same_weights_as_ours(name: str, ways: Any, plan: Any) -> None:
     from benchmarking.running import train
 
     runs = {way: ways.OF_GRADNORM[way].start("mlp", 3, False) for way in (name, "textbook")}
@@ -163,7 +163,7 @@ def test_a_package_balances_in_the_steps_that_are_timed(
     assert (weights - 1).abs().max() > 1e-4
 
 
-def test_what_fails_with_others_is_said_and_what_fails_with_ours_is_raised(
+def test_failures_of_others_are_reported_and_failures_of_ours_are_raised(
     call: Call, ways: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: Any) -> None:
@@ -180,7 +180,7 @@ def test_what_fails_with_others_is_said_and_what_fails_with_ours_is_raised(
         call("--cases", "toy:2", "--steps", "11", "--ways", "with heads", *SHORT)
 
 
-def test_the_solvers_share_stands_beside_the_ratio_of_aggregations(call: Call) -> None:
+def test_the_solvers_share_is_shown_next_to_the_ratio_of_aggregations(call: Call) -> None:
     call("--of", "aggregation", "--cases", "toy:2", "--steps", "11", "--ways", "PCGrad", *SHORT)
     ratios, _ = tables("step_time_aggregation")
     ratio, _, share = ratios[0]["PCGrad"].strip(")").partition("; ")
@@ -245,7 +245,7 @@ def test_one_weight_gradient_is_one_product_of_the_shared_layer(plan: Any) -> No
     assert len(backward) == REPETITIONS + 3
 
 
-def test_the_bare_loop_stands_beside_lightnings_and_ours(call: Call) -> None:
+def test_the_bare_loop_is_shown_next_to_lightnings_and_ours(call: Call) -> None:
     call("--measure", "loop", "--cases", "toy:2", "--steps", "11", *SHORT)
     (rows,) = tables("loop")
     assert [row["loop"] for row in rows] == ["bare loop", "equal weights", "with heads"]
@@ -285,7 +285,7 @@ def test_events_are_counted_by_step(plan: Any, monkeypatch: pytest.MonkeyPatch) 
     assert [row["linear layers"] for row in rows] == ["6.00", "6.00"]  # four of the trunk, two heads
 
 
-def test_what_makes_the_host_wait_is_told_by_its_name(script: ModuleType) -> None:
+def test_calls_that_make_the_host_wait_are_reported_by_name(script: ModuleType) -> None:
     from benchmarking.synchronizations import counted
 
     names = ["cudaLaunchKernel", "cudaStreamSynchronize", "Memcpy DtoH (Device -> Pinned)", "Memcpy HtoD", "aten::item"]
@@ -325,7 +325,7 @@ def test_a_wrong_option_is_named(
     assert complaint in capsys.readouterr().err
 
 
-def test_a_way_whose_package_is_not_there_says_how_to_get_it(
+def test_a_method_with_a_missing_package_explains_how_to_get_it(
     call: Call, ways: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def absent() -> None:

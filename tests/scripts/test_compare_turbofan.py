@@ -1,4 +1,4 @@
-"""The comparison of simulated engines with NASA's: with their files, and what it does when a number is outside."""
+"""The comparison of simulated engines with NASA's: with NASA's files, and with a number outside the tolerance."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_number_outside_the_tolerance_is_marked_and_counted(
 
 
 @pytest.mark.parametrize(("subset", "status"), [("FD001", 1), ("FD002", 0)])
-def test_what_decides_makes_the_script_fail(
+def test_a_decisive_number_makes_the_script_fail(
     subset: str, status: int, script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = type("Found", (), {"lines": [], "outside": 2})

@@ -21,7 +21,7 @@ EQUAL = {
 }
 
 
-def test_the_result_is_told_by_task_and_the_sum_is_put_in_its_place() -> None:
+def test_the_result_is_explained_by_task_and_the_sum_put_into_perspective() -> None:
     better = {**EQUAL, "test/accuracy/left": 0.95, "test/r2/sum": 0.7, "test/loss/sum": 3.5, "test/loss/third": 0.5}
     first, second = demo.explained(Run("equal", EQUAL), Run("gradnorm", better))
     assert "better in left (accuracy 0.9 → 0.95), third (loss 0.6 → 0.5), worse in sum (r2 0.8 → 0.7)." in first
@@ -31,7 +31,7 @@ def test_the_result_is_told_by_task_and_the_sum_is_put_in_its_place() -> None:
 
 
 @pytest.mark.parametrize("width", [20, 200])
-def test_a_command_is_printed_in_full_whatever_the_width(width: int) -> None:
+def test_a_command_is_printed_in_full_at_any_width(width: int) -> None:
     out = io.StringIO()
     command = "gradnorm-train experiment=multimnist 'tasks=[left]' hydra.run.dir=outputs/demo/2026-11-30_12-00-00/equal"
     demo.say(Console(file=out, width=width), command)

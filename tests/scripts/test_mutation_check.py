@@ -1,4 +1,4 @@
-"""The mutation check: its faults fit the code, its tests exist, its table is complete, and it tells a fault from none."""
+"""The mutation check: its faults fit the code, its tests exist, its table is complete, and it detects a fault."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_fault_occurs_once_and_changes_the_core_alone(script: ModuleType) 
         assert fault.old != fault.new
 
 
-def test_a_text_that_does_not_occur_once_is_told(script: ModuleType) -> None:
+def test_a_text_that_does_not_occur_once_is_reported(script: ModuleType) -> None:
     (told,) = script.wrong_texts([replace(CHEAP, old="no such text"), CHEAP])
     assert told.startswith(f"'{CHEAP.name}': its text occurs 0 times in {CHEAP.file}")
     (told,) = script.wrong_texts([replace(CHEAP, old="import")])

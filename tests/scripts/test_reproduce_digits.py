@@ -1,4 +1,4 @@
-"""The comparison on two digits: what is trained, and the numbers in its tables."""
+"""The comparison on two digits: its trainings, and the numbers in its tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The study of physics-informed networks: what is trained, kept and chosen, and the numbers in its tables."""
+"""The study of physics-informed networks: its trainings, its choices, and the numbers in its tables."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_quick_study_is_trained_kept_and_written(call: Call, script: ModuleT
 
 
 @pytest.mark.slow
-def test_runs_of_other_settings_are_not_taken_for_these(call: Call, tmp_path: Path) -> None:
+def test_runs_with_other_settings_are_not_mistaken_for_these(call: Call, tmp_path: Path) -> None:
     call("--quick", "--problems", "plate", "--arms", "equal")
     told = call("--problems", "plate", "--arms", "equal", "--seeds", "0", "--epochs", "1", "--output", "outputs")
     assert "plate, equal, seed 0" in told

@@ -1,4 +1,4 @@
-"""The table of remaining useful life: what is trained, what is kept, and the numbers in it."""
+"""The table of remaining useful life: its trainings, what it keeps, and its numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_gradnorm.experiments.problems.engines.turbofan import write_turbo
 from lightning_gradnorm.experiments.report import Run
 
 SCRIPT = "reproduce_rul"
-LOG = (  # six logged steps, of which the last two are looked at, and validation between them
+LOG = (  # six logged steps, with validation in between; only the last two steps count
     "epoch,gradnorm/loss,gradnorm/weight/rul,gradnorm/weight/health,gradnorm/grad_norm/rul,gradnorm/grad_norm/health,"
     "val/rmse/rul\n"
     + "0,9,1,1,5,5,\n0,,,,,,14.5\n"
@@ -110,7 +110,7 @@ def test_seeds_are_five_where_the_published_table_is_and_three_elsewhere(
     ]
 
 
-def test_the_table_has_means_and_deviations_beside_what_was_published(call: Call, made_up: Any, tmp_path: Path) -> None:
+def test_the_table_has_means_and_deviations_next_to_published_values(call: Call, made_up: Any, tmp_path: Path) -> None:
     call("--methods", "fixed", "gradnorm", "amnl_2", "--subsets", "FD002", "--seeds", "0", "1", "2", "--output", "docs")
     page = (tmp_path / "docs" / "rul.md").read_text()
     (fixed,) = [line for line in page.splitlines() if line.startswith("| fixed")]

@@ -1,4 +1,4 @@
-"""The study of small regressions: its numbers against ones computed here, on made-up tables with the real ones' names."""
+"""The study of small regressions: its numbers against ones computed here, on synthetic tables with the real names."""
 
 from __future__ import annotations
 

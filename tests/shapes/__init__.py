@@ -1,7 +1,7 @@
-"""Shapes of networks that people train: what the shared layer is, what stands around it, how the heads are called.
+"""Kinds of networks that people train: their shared layer, the modules around it, and the calls of their heads.
 
-A `Case` is one row of a table: the network, what its inputs look like, the name given as `shared_layer` and the parameters
-that this name must stand for. All networks have three tasks, are float64 and are built from a seed, so that two calls give
+A `Case` is one row of a table: the network, its inputs, the name given as `shared_layer` and the parameters
+that this name must refer to. All networks have three tasks, are float64 and are built from a seed, so two calls give
 the same parameters: one goes to the Trainer, one to the textbook.
 """
 

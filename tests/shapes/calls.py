@@ -1,4 +1,4 @@
-"""How encoder and heads may be called."""
+"""Ways to call encoder and heads."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def two_views(encoder: nn.Module, heads: Heads, x: Tensor) -> dict[str, Tensor]:
 
 
 def interleaved(encoder: nn.Module, heads: Heads, x: Tensor) -> dict[str, Tensor]:
-    """The encoder runs anew for each head."""
+    """The encoder runs again for each head."""
     return {task: head(encoder(x)) for task, head in heads.items()}
 
 

@@ -22,7 +22,7 @@ from shapes.surroundings import dropped
 
 
 class Checkpointed(nn.Module):
-    """Computes what is inside a second time in backward, instead of keeping it."""
+    """Recomputes its contents in backward, instead of storing them."""
 
     plain = False
 
@@ -91,7 +91,7 @@ CHECKPOINTS: dict[str, Case] = {
 
 
 def checkpointed_calls(use_reentrant: bool) -> Run:
-    """The heads themselves are what is checkpointed, so that their hooks run inside."""
+    """The heads themselves are checkpointed, so their hooks run inside."""
 
     def run(encoder: nn.Module, heads: Heads, x: Tensor) -> dict[str, Tensor]:
         z = encoder(x)

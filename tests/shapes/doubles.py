@@ -1,4 +1,4 @@
-"""Weights in two places, and heads that begin in place."""
+"""Weights in two places, and heads that start with an in-place operation."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ TIED: dict[str, Case] = {
 
 
 class InPlace(nn.Module):
-    """Begins by overwriting what it is given."""
+    """Starts by overwriting its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class InPlace(nn.Module):
 
 
 class FirstInPlace(Shape):
-    """Some heads begin in place; the others keep no reference to z for their backward, so that plain torch allows it."""
+    """Some heads start in place; the others keep no reference to z for their backward, so plain torch allows it."""
 
     def __init__(self, *tasks: str) -> None:
         self.in_place = tasks

@@ -1,4 +1,4 @@
-"""What the shared layer may be."""
+"""Kinds of shared layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses that people train with, each in a network of two tasks that the textbook can train too."""
+"""Losses that people train with, each in a network of two tasks that the textbook can also train."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMES = ["seg", "depth"]
 
 
 class Pair(Automatic):
-    """Two tasks; `given` says what a batch gives, to the Trainer and to the textbook alike."""
+    """Two tasks; `given` computes a batch's losses, both for the Trainer and for the textbook."""
 
     def __init__(self) -> None:
         super().__init__(2)
@@ -179,7 +179,7 @@ class Codebook(Pair):
 
 
 class StoppedGradients(Pair):
-    """Two views, each of which predicts the other's detached projection (SimSiam)."""
+    """Two views; each predicts the other's detached projection (SimSiam)."""
 
     def given(self, batch: Batch) -> dict[str, Tensor]:
         views = [self.encoder(batch["x"]), self.encoder(batch["x"] + 0.1)]
@@ -219,7 +219,7 @@ class ActorAndCritic(Pair):
 
 
 class Distilled(Pair):
-    """Both losses are of the same output: labels, and what an older network says."""
+    """Both losses use the same output: against labels, and against an older network's output."""
 
     def build(self) -> None:
         super().build()
@@ -237,7 +237,7 @@ class Distilled(Pair):
 
 
 class Generator(Pair):
-    """A generator that reconstructs and deceives, and a discriminator with an optimizer of its own."""
+    """A generator that reconstructs and deceives, and a discriminator with its own optimizer."""
 
     def __init__(self) -> None:
         super().__init__()

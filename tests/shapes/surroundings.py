@@ -1,4 +1,4 @@
-"""What may stand around the shared layer."""
+"""Modules around the shared layer."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Reversal(torch.autograd.Function):
 
 
 class Reversed(nn.Module):
-    """A head as in domain adaptation: what it learns, the encoder is to unlearn."""
+    """A head as in domain adaptation: the encoder should unlearn what the head learns."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ def test_the_first_edition_has_value_one_and_the_gradient_of_the_mean_logarithm(
     assert weights == pytest.approx(values.grad.tolist(), rel=1e-12)
 
 
-def test_weights_are_by_name_whatever_their_order() -> None:
+def test_weights_are_matched_by_name_in_any_order() -> None:
     amnl = AMNL(weights={"health": 0.25, "rul": 0.75})
     amnl.name_tasks(["rul", "health"])
     assert weights_of(amnl, [2000.0, 2.0])[1] == pytest.approx([0.75 / 2000, 0.25 / 2], abs=1e-15)
@@ -98,7 +98,7 @@ def test_state_dict_carries_the_average_into_a_fresh_object() -> None:
     assert weights_of(amnl, [1.0, 1.0]) == weights_of(AMNL(beta=0.9), [1.0, 1.0])
 
 
-def test_what_is_no_weight_or_beta_or_edition_is_refused() -> None:
+def test_an_invalid_weight_or_beta_or_edition_is_an_error() -> None:
     for arguments, says in (
         ({"edition": 3}, "1 or 2"),
         ({"edition": 2, "beta": 0.99}, "None in edition 2"),

@@ -21,7 +21,7 @@ def matrices(steps: int, T: int = 3, n: int = 11) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("beta", "sigma"), [(0.0, 0.0), (0.9, 0.0), (0.9, 0.5), (0.5, 2.0)])
-def test_directions_are_those_of_the_algorithm_at_every_step(beta: float, sigma: float) -> None:
+def test_directions_match_the_algorithm_at_every_step(beta: float, sigma: float) -> None:
     aggregator, average = DBMTL(beta, sigma), np.zeros((3, 11))
     for t, matrix in enumerate(matrices(8), start=1):
         now = beta / t**sigma
@@ -90,7 +90,7 @@ def test_state_dict_carries_the_average_into_a_fresh_object_and_reset_forgets_it
     assert aggregator(now[:2, :4]).equal(DBMTL(sigma=0.5)(now[:2, :4]))
 
 
-def test_a_representation_that_changes_its_size_is_told_what_to_do() -> None:
+def test_the_error_for_a_representation_that_changes_its_size_suggests_a_fix() -> None:
     aggregator = DBMTL()
     aggregator(torch.ones(2, 8))
     with pytest.raises(ValueError, match=r"at='parameters'\), or nothing \(beta=0\)"):

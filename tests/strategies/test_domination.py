@@ -1,4 +1,4 @@
-"""A task that holds nearly all of the weight to no avail is told of by name; so is a loss that vanishes."""
+"""Warnings name a task that holds nearly all of the weight without success, and a loss that vanishes."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_updates_that_lack_the_task_do_not_end_its_stretch_and_do_not_count() ->
 
 @pytest.mark.parametrize("alpha", [0.0, 0.12, 1.5])
 @pytest.mark.parametrize("absent_tasks", ["leave_out", "last_seen"])
-def test_a_loss_that_goes_to_zero_leaves_the_weights_right_and_is_told_of(absent_tasks: Any, alpha: float) -> None:
+def test_a_loss_that_goes_to_zero_leaves_the_weights_right_and_is_reported(absent_tasks: Any, alpha: float) -> None:
     """Its norm is that of a square, the root of the loss; at the end both are exactly 0."""
     rule = GradNormRule(["fit", "gone"], alpha=alpha, absent_tasks=absent_tasks, dtype=F64)
     for step in range(1500):
@@ -168,7 +168,7 @@ def test_a_task_of_random_targets_is_named_once_and_its_updates_are_logged(quiet
 @pytest.mark.parametrize(
     "options", [{"min_weight": 0.3}, {"stop_after": 20}, {"optimizer": partial(torch.optim.Adam, lr=1e-3)}], ids=str
 )
-def test_what_the_warning_advises_helps(options: dict[str, Any], quiet_trainer: Any) -> None:
+def test_the_advice_of_the_warning_helps(options: dict[str, Any], quiet_trainer: Any) -> None:
     told, logger = train_on(Unlearnable(2), quiet_trainer, alpha=0.5, **options)
     assert told == []
     assert "gradnorm/dominated" not in logger.scalars
@@ -180,7 +180,7 @@ def test_ordinary_training_logs_none_of_the_rare_counts(quiet_trainer: Any) -> N
     assert {"gradnorm/dominated", "gradnorm/without_gradient"}.isdisjoint(logger.scalars)
 
 
-def test_a_plain_loop_is_told_too() -> None:
+def test_a_plain_loop_is_warned_too() -> None:
     rule = gradnorm_rule(2, alpha=0.5)
     with pytest.warns(UserWarning, match="Balancer: task 'depth' has held more than 90 % of the weight"):
         train(Loop(), rule, vector_batches(2, 500), shared_layer="encoder.2")

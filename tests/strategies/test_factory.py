@@ -1,4 +1,4 @@
-"""Preference vectors of 1/T, in Python and out of a configuration."""
+"""Preference vectors of 1/T, in Python and from a configuration."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_it_is_the_scalarizer_with_weights_of_one_over_T(scalarizer: Any, option
     assert by_options(losses).item() == by_partial(losses).item() == pytest.approx(same(losses).item())
 
 
-def test_a_configuration_makes_what_wants_the_number_of_tasks() -> None:
+def test_a_configuration_creates_objects_that_need_the_number_of_tasks() -> None:
     make = instantiate(
         {
             "_target_": "lightning_gradnorm.strategies.with_equal_preferences",

@@ -1,4 +1,4 @@
-"""What a class states about itself decides how it is called; no code of the framework asks for a strategy by name."""
+"""A class's declarations decide how it is called; no code of the framework checks for a strategy by name."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Counts(S.Scalarizer):
 
 
 class Takes(A.Aggregator):
-    """A user's own aggregator: the sum of the rows, and the shape of what it was called with."""
+    """A user's own aggregator: the sum of the rows, and the shape of its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Averages(Takes):
     averages_over_steps = True
 
 
-def test_a_users_scalarizer_is_called_at_epochs_and_after_steps_if_its_class_says_so() -> None:
+def test_a_users_scalarizer_is_called_at_epochs_and_after_steps_if_its_class_requests_it() -> None:
     counts = Counts()
     rule = ScalarizationRule(TASKS, counts)
     for epoch in (0, 0, 1, 2):
@@ -80,13 +80,13 @@ def test_a_users_scalarizer_is_called_at_epochs_and_after_steps_if_its_class_say
     assert counts.updates == [[0.5, 2.0]]  # an absent task's is its last
 
 
-def test_a_users_scalarizer_that_says_nothing_is_not_called_for_it() -> None:
+def test_a_users_scalarizer_without_declarations_gets_no_extra_calls() -> None:
     rule = ScalarizationRule(TASKS, S.Sum())
     assert not rule.needs_losses_after_step
     assert facts_of(S.Sum()) == Facts(weights_sum_to="T")
 
 
-def test_a_users_aggregator_gets_the_matrix_or_a_root_of_the_gramian_as_its_class_says() -> None:
+def test_a_users_aggregator_gets_the_matrix_or_a_root_of_the_gramian_as_its_class_declares() -> None:
     J = torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
     matrix, root = Takes(), TakesRoot()
     of_matrix, of_root = AggregationRule(TASKS, matrix), AggregationRule(TASKS, root)
@@ -97,7 +97,7 @@ def test_a_users_aggregator_gets_the_matrix_or_a_root_of_the_gramian_as_its_clas
     assert (matrix.shapes[-1], root.shapes[-1]) == ((2, 3), (2, 2))
 
 
-def test_what_averages_gradients_is_refused_at_the_representation() -> None:
+def test_averaging_gradients_at_the_representation_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"Averages averages gradients over steps.*Use at='parameters'"):
         AggregationRule(TASKS, Averages())
     assert AggregationRule(TASKS, Averages(), of_parameters=True).of_parameters

@@ -32,7 +32,7 @@ def by_hand(steps: list[list[float]], beta: float, floor: float, warmup: int) ->
 
 @pytest.mark.parametrize("T", [2, 3, 8])
 @pytest.mark.parametrize(("beta", "floor", "warmup"), [(0.0, 0.0, 0), (0.9, 0.05, 0), (0.99, 0.1, 3), (0.5, 0.12, 2)])
-def test_weights_are_those_of_the_equations_at_every_step(T: int, beta: float, floor: float, warmup: int) -> None:
+def test_weights_match_the_equations_at_every_step(T: int, beta: float, floor: float, warmup: int) -> None:
     generator = torch.Generator().manual_seed(T)
     gaba, steps = GABA(beta, floor, warmup), []
     for t in range(12):
@@ -54,7 +54,7 @@ def test_the_floor_holds_a_weight_up_before_they_are_scaled_to_sum_one() -> None
     assert weights.tolist() == pytest.approx([0.05 / (0.05 + large), large / (0.05 + large)], abs=1e-12)
 
 
-def test_warmup_is_uniform_and_what_it_sees_is_forgotten() -> None:
+def test_warmup_is_uniform_and_its_observations_are_forgotten() -> None:
     gaba = GABA(beta=0.5, warmup=4)
     for t in range(4):
         assert gaba(gramian_of([1000.0, 1.0, float(t)])).tolist() == [1 / 3] * 3

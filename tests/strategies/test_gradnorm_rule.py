@@ -1,4 +1,4 @@
-"""The rule by itself: what must hold for any numbers it is given."""
+"""The rule by itself: properties that hold for any input."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def numbers(draw: Any, values: Any, T: int, steps: int) -> list[tuple[list[float
 
 
 def now(rule: GradNormRule) -> Tensor:
-    """The weights in force, as plain numbers."""
+    """The current weights, as plain numbers."""
     return rule.weights.detach().clone()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(data=st.data(), T=st.integers(2, 40), optimizer=optimizers, alpha=alphas)
-def test_weights_are_positive_and_sum_to_T_whatever_happens(
+def test_weights_are_always_positive_and_sum_to_T(
     dtype: torch.dtype, data: Any, T: int, optimizer: Any, alpha: float
 ) -> None:
     given_initial = dict.fromkeys(names(T), 1.0)
@@ -237,7 +237,7 @@ def test_the_optimizer_holds_the_renormalized_weights() -> None:
 
 
 def test_adam_keeps_its_moments_from_step_to_step() -> None:
-    """An Adam made anew in each step would move every weight by exactly lr."""
+    """A new Adam in each step would move every weight by exactly lr."""
     rule = GradNormRule(["a", "b"], alpha=0.0, dtype=F64)
     w = torch.ones(2, dtype=F64, requires_grad=True)
     adam = torch.optim.Adam([w], lr=0.025)
@@ -392,9 +392,7 @@ def test_tasks_are_at_least_two_different_names(tasks: Any, kind: type[Exception
         (1, 0, []),
     ],
 )
-def test_it_measures_every_so_many_steps_and_not_after_the_last(
-    every: int, stop: int | None, expected: list[int]
-) -> None:
+def test_it_measures_every_n_steps_and_not_after_the_last(every: int, stop: int | None, expected: list[int]) -> None:
     rule = GradNormRule(names(2), update_every=every, stop_after=stop)
     measured = []
     for step in range(8):

@@ -1,4 +1,4 @@
-"""The terms of one update by hand, in plain floats: what priorities mean, and over which tasks a mean is taken."""
+"""The terms of one update by hand, in plain floats: the meaning of priorities, and the tasks that count in a mean."""
 
 from __future__ import annotations
 

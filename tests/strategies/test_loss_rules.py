@@ -1,4 +1,4 @@
-"""What holds of ReLoBRaLo, SoftAdapt, SLAW and UW-SO alike: their equations over 200 steps, states, and wild numbers."""
+"""Common properties of ReLoBRaLo, SoftAdapt, SLAW and UW-SO: equations over 200 steps, states, and wild numbers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rule_of(name: str, dtype: torch.dtype = F64, seed: int = 3, order: list[int]
 
 
 def losses_of(step: int) -> torch.Tensor:
-    """They fall at rates of their own, from 0.3 to 30, with noise."""
+    """They fall at different rates, from 0.3 to 30, with noise."""
     noise = torch.rand(4, generator=torch.Generator().manual_seed(step), dtype=F64)
     fall = torch.tensor([1.0, 0.99, 0.995, 1.002], dtype=F64) ** step
     return torch.tensor([0.3, 1.0, 3.0, 30.0], dtype=F64) * fall * (0.5 + noise)
@@ -57,7 +57,7 @@ def test_200_steps_follow_the_published_equations(name: str, absence: float) -> 
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_state_that_went_through_a_file_goes_on_bit_for_bit(name: str) -> None:
+def test_a_state_that_went_through_a_file_continues_bit_for_bit(name: str) -> None:
     rule = rule_of(name)
     for step in range(31):
         rule.weigh(losses_of(step))
@@ -107,7 +107,7 @@ def test_a_loss_that_is_not_finite_shows_in_the_total_and_is_forgotten(name: str
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_what_is_remembered_is_not_changed_by_what_becomes_of_the_losses(name: str) -> None:
+def test_later_changes_to_the_losses_do_not_change_the_state(name: str) -> None:
     one, other = (RULES[name].make().double() for _ in range(2))
     with torch.random.fork_rng():
         for scalarizer in (one, other):
@@ -168,7 +168,7 @@ def test_another_number_of_losses_is_refused_until_reset(name: str) -> None:
         (lambda: UWSO(tau=-1.0), "tau should be positive; got -1.0"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_an_option_is_refused(made: Any, says: str) -> None:
+def test_an_invalid_option_is_an_error(made: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         made()
 
@@ -182,7 +182,7 @@ SEEDS = [pytest.param(range(2), id="400 steps"), pytest.param(range(2, 52), id="
 @pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("name", RULES)
-def test_whatever_it_is_given_the_weights_are_finite_and_of_the_right_sum(
+def test_for_any_input_the_weights_are_finite_and_have_the_right_sum(
     name: str, dtype: torch.dtype, seeds: range
 ) -> None:
     """And the same for tasks in another order, and in a rule that is reloaded from its state."""

@@ -1,4 +1,4 @@
-"""A rule that is moved to another precision keeps all it has learned, and goes on with it."""
+"""A rule that is moved to another precision keeps everything it has learned, and continues with it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def rule_of(name: str, dtype: torch.dtype = torch.float32) -> ScalarizationRule:
 
 
 def step(rule: ScalarizationRule, t: int) -> Tensor:
-    """One training step, an epoch of its own; return what the strategy says."""
+    """One training step in its own epoch; return the strategy's result."""
     draw, dtype, T = torch.Generator().manual_seed(t), rule.loss_weights.dtype, len(rule.tasks)
     losses = torch.rand(T, generator=draw, dtype=torch.float64).to(dtype) + 0.1
     J = torch.randn(T, 6, generator=draw, dtype=torch.float64).to(dtype)
@@ -90,7 +90,7 @@ def test_every_value_of_the_state_is_the_same_in_double_precision(name: str) -> 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_moved_rule_goes_on_where_it_was(name: str) -> None:
+def test_a_moved_rule_continues_where_it_was(name: str) -> None:
     stays, moved, fresh = rule_of(name), rule_of(name), rule_of(name, torch.float64)
     if any(draws(one) and not has_memory(one) for one in modules_of(stays)):
         pytest.skip("other numbers are drawn in another precision")

@@ -1,4 +1,4 @@
-"""InverseNorm, LRAnnealing and NTKWeights alone: equations over 200 steps, states, wild numbers, and what is refused."""
+"""InverseNorm, LRAnnealing and NTKWeights alone: equations over 200 steps, states, wild numbers, and errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS = 200
 
 
 def gradients_of(step: int) -> Tensor:
-    """Of seven entries; their sizes are apart by three orders of magnitude and fall at rates of their own."""
+    """Of seven entries; their sizes differ by three orders of magnitude and fall at different rates."""
     draw = torch.Generator().manual_seed(step)
     fall = torch.tensor([1.0, 0.99, 0.995], dtype=F64) ** step
     return (torch.tensor([0.1, 1.0, 100.0], dtype=F64) * fall)[:, None] * torch.randn(3, 7, generator=draw, dtype=F64)
@@ -68,7 +68,7 @@ def test_200_updates_follow_the_published_equations(name: str, absence: float) -
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_state_that_went_through_a_file_goes_on_bit_for_bit_in_any_order_of_the_tasks(name: str) -> None:
+def test_a_state_that_went_through_a_file_continues_bit_for_bit_in_any_order_of_the_tasks(name: str) -> None:
     rule = NormWeightingRule(TASKS, RULES[name].make(), dtype=F64)
     for step in range(31):
         rule.step(read(gradients_of(step), rule), losses_of(step))
@@ -157,7 +157,7 @@ def test_priorities_keep_their_precision_in_float64() -> None:
     assert rule.weights.tolist() == pytest.approx([0.25, 1.75], rel=1e-15)
 
 
-def test_weights_of_a_run_without_normalization_are_scaled_when_it_goes_on_with_it() -> None:
+def test_weights_of_a_run_without_normalization_are_scaled_when_it_resumes_with_it() -> None:
     free = NormWeightingRule(["a", "b"], InverseNorm(0.0, 1.0, normalize=False), dtype=F64)
     free.step(torch.tensor([0.1, 0.2]), torch.ones(2))
     scaled = NormWeightingRule(["a", "b"], InverseNorm(0.0), dtype=F64)

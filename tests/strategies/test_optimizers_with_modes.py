@@ -1,4 +1,4 @@
-"""Optimizers with a train() and an eval() mode, as schedule-free ones: for a network, and not for what is read in each step."""
+"""Optimizers with a train() and an eval() mode, such as schedule-free ones: allowed for a network, but not for weights."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ REFUSED: dict[str, tuple[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_for_weights_and_scalarizers_it_is_refused_by_name_with_what_to_take(case: str, quiet_trainer: Any) -> None:
+def test_for_weights_and_scalarizers_the_error_names_it_and_suggests_an_alternative(
+    case: str, quiet_trainer: Any
+) -> None:
     name, make = REFUSED[case]
     with pytest.raises(ValueError, match="ScheduleFree has modes") as error:
         quiet_trainer(callbacks=[make()]).fit(Automatic(2), Batches(vector_batches(2, 3)))
@@ -107,6 +109,6 @@ def test_for_the_network_it_is_fine(quiet_trainer: Any) -> None:
         (torch.optim.LBFGS, ValueError, "LBFGS does not step by their gradient alone"),
     ],
 )
-def test_what_is_no_optimizer_of_a_scalarizers_parameters_is_refused_too(optimizer: Any, error: Any, told: str) -> None:
+def test_a_non_optimizer_for_a_scalarizers_parameters_is_an_error(optimizer: Any, error: Any, told: str) -> None:
     with pytest.raises(error, match=f"Scalarization: optimizer should make a torch optimizer .*{told}"):
         ScalarizationRule(NAMES, S.UW(2), optimizer=optimizer)

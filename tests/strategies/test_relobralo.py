@@ -48,7 +48,7 @@ def looked_back(seed: int, steps: int = 1000) -> list[bool]:
     return found
 
 
-def test_it_looks_back_as_often_as_rho_says_with_random_numbers_of_the_rules_own() -> None:
+def test_it_looks_back_as_often_as_rho_specifies_with_its_own_random_numbers() -> None:
     torch.manual_seed(1)
     first = looked_back(seed=1)
     assert sum(first) / len(first) == pytest.approx(0.3, abs=0.05)

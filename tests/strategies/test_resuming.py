@@ -1,4 +1,4 @@
-"""Resuming with options that differ from the checkpoint's: what is in force, what is said, and that errors change nothing."""
+"""Resuming with options that differ from the checkpoint's: which ones win, what is reported, and errors change nothing."""
 
 from __future__ import annotations
 
@@ -79,9 +79,7 @@ OPTIONS: dict[str, tuple[Any, Any, str]] = {
 
 @pytest.mark.parametrize("resume_options", ["checkpoint", "given"])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_an_option_of_the_optimizer_that_differs_is_told_of_and_one_of_the_two_is_in_force(
-    option: str, resume_options: Any
-) -> None:
+def test_a_different_optimizer_option_is_reported_and_one_of_the_two_is_used(option: str, resume_options: Any) -> None:
     old, new, told = OPTIONS[option]
     first = trained(**{option: old})
     resumed = rule_with(**{option: new}, resume_options=resume_options)
@@ -89,7 +87,7 @@ def test_an_option_of_the_optimizer_that_differs_is_told_of_and_one_of_the_two_i
     with says(f"{told}; {in_force}"):
         resumed.load_state_dict(first.state_dict())
     assert group_of(resumed)[option] == (old if resume_options == "checkpoint" else new)
-    # The moments are kept in either case: it goes on as torch's own optimizer would.
+    # The moments are kept in either case: it continues as torch's own optimizer would.
     oracle = first.weights.detach().clone().requires_grad_()
     optimizer = adam([oracle], **{"lr": 0.025, option: new if resume_options == "given" else old})
     state = copy.deepcopy(first.state_dict()["optimizer"])
@@ -104,7 +102,7 @@ def test_an_option_of_the_optimizer_that_differs_is_told_of_and_one_of_the_two_i
     )
 
 
-def test_momentum_is_told_of_and_without_any_in_the_checkpoint_there_is_none_to_keep() -> None:
+def test_momentum_is_reported_and_a_checkpoint_without_it_has_none_to_keep() -> None:
     first = trained(sgd, lr=0.05)
     for resume_options, in_force in (("checkpoint", 0), ("given", 0.9)):
         resumed = rule_with(sgd, lr=0.05, momentum=0.9, resume_options=resume_options)
@@ -114,7 +112,7 @@ def test_momentum_is_told_of_and_without_any_in_the_checkpoint_there_is_none_to_
         steps_of(resumed)
 
 
-def test_several_options_are_told_of_one_by_one() -> None:
+def test_several_options_are_reported_one_by_one() -> None:
     first, resumed = trained(), rule_with(lr=0.1, betas=(0.5, 0.9), initial_losses=20)
     with says("initial_losses is {'seg': 'mean of 1'", "betas of", "lr of"):
         resumed.load_state_dict(first.state_dict())
@@ -137,7 +135,7 @@ def test_options_that_are_no_part_of_a_checkpoint_are_the_given_ones(options: di
         resumed.load_state_dict(first.state_dict())
 
 
-def test_what_a_scheduler_has_changed_is_no_other_option() -> None:
+def test_a_value_changed_by_a_scheduler_is_not_a_different_option() -> None:
     first = trained()
     group_of(first)["lr"] = 0.001
     resumed, changed = rule_with(), rule_with(lr=0.1, resume_options="given")
@@ -154,7 +152,7 @@ def test_what_a_scheduler_has_changed_is_no_other_option() -> None:
 
 @pytest.mark.parametrize("resume_options", ["checkpoint", "given"])
 @pytest.mark.parametrize(("first_has", "second_has"), [(True, False), (False, True)])
-def test_amsgrad_is_in_force_as_told_and_needs_moments_of_its_own(
+def test_amsgrad_is_used_as_requested_and_needs_its_own_moments(
     first_has: bool, second_has: bool, resume_options: Any
 ) -> None:
     first = trained(amsgrad=first_has)
@@ -247,7 +245,7 @@ def with_first_losses(given: Any, updates: int = 1, **options: Any) -> GradNormR
         ({"seg": 1.0}, 1, "{'seg': 1.0} in the checkpoint and {'seg': 'mean of 1'} here", [0.0, 2.0, 8.0]),
     ],
 )
-def test_first_losses_that_differ_are_told_of_once(
+def test_different_first_losses_are_reported_once(
     first: Any, second: Any, told: str, given: list[float], older: bool
 ) -> None:
     state = with_first_losses(first).state_dict()
@@ -399,7 +397,7 @@ def test_a_state_of_another_strategy_is_refused_by_the_names_of_both(read_by: st
 
 
 @pytest.mark.parametrize("resume_options", ["checkpoint", "given"])
-def test_a_callback_resumes_as_it_is_told_and_says_so_once(
+def test_a_callback_resumes_as_requested_and_reports_it_once(
     resume_options: Any, quiet_trainer: Any, tmp_path: Path
 ) -> None:
     def gradnorm(lr: float, **options: Any) -> GradNorm:

@@ -1,4 +1,4 @@
-"""The rule under a hundred thousand random steps, good and bad: what holds after every one of them.
+"""The rule under a hundred thousand random steps, good and bad, with checks after each of them.
 
 Each run draws its own rule and its own mixture of ordinary and wild numbers from a seed, which is the test's parameter.
 """
@@ -188,7 +188,7 @@ def few_runs_and(many: int) -> Any:
 
 
 @few_runs_and(500)
-def test_whatever_it_is_given_the_weights_are_right_and_ordinary_steps_are_the_textbooks(seeds: range) -> None:
+def test_the_weights_are_right_for_any_input_and_ordinary_steps_agree_with_the_textbook(seeds: range) -> None:
     happened = {"taken": 0, "skipped": 0, "waiting": 0, "compared": 0}
     for seed in seeds:
         draw = Draw(seed)
@@ -264,7 +264,7 @@ def reloaded(draw: Draw, rule: GradNormRule) -> GradNormRule:
 
 @few_runs_and(150)
 def test_two_tasks_exchanged_are_the_same_two_tasks_bit_for_bit(seeds: range) -> None:
-    """A sum of two does not depend on their order, so that nothing may differ; not after wild numbers either."""
+    """A sum of two does not depend on their order, so nothing may differ, not even after wild numbers."""
     taken = 0
     for seed in seeds:
         draw = Draw(seed, T=2)
@@ -281,7 +281,7 @@ def test_two_tasks_exchanged_are_the_same_two_tasks_bit_for_bit(seeds: range) ->
 
 @few_runs_and(150)
 def test_many_tasks_in_another_order_are_the_same_but_for_the_rounding_of_sums(seeds: range) -> None:
-    """Each step starts from the same state, so that no rounding is carried on; where it decides a sign, it is left out."""
+    """Each step starts from the same state, so no rounding is carried over; steps where it decides a sign are left out."""
     compared = chance = 0
     for seed in seeds:
         draw = Draw(seed, dtype=F64)
@@ -330,7 +330,7 @@ def test_after_wild_steps_the_weights_settle_where_all_gradients_are_equal(T: in
 
 
 def test_a_task_alone_with_next_to_nothing_keeps_that() -> None:
-    """2 − 1.9999999 is nothing in float32: what is left for the present task is not to be found by subtraction."""
+    """2 − 1.9999999 is nothing in float32: subtraction cannot give the present task's rest."""
     weights = {"large": 1.0, "small": 1e-9}
     rule = GradNormRule(["large", "small"], initial_weights=weights, min_weight=1e-10)
     for _ in range(20):

@@ -1,4 +1,4 @@
-"""What a strategy remembers: through a file into a fresh object, which goes on bit by bit as if nothing had happened."""
+"""A strategy's state goes through a file into a fresh object, which continues bit for bit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def matrix_at(t: int) -> Tensor:
 
 
 def call_scalarizer(scalarizer: Any, t: int) -> list[Tensor]:
-    """One training step with an optimizer of its parameters, and what the class asks for besides."""
+    """One training step with an optimizer of its parameters, and the other calls that the class requires."""
     seed(t)  # Random draws weights
     values = losses_at(t).requires_grad_()
     total = scalarizer(values)
@@ -181,7 +181,7 @@ def test_every_stateful_class_of_torchjd_is_among_the_cases() -> None:
 @quiet
 @pytest.mark.parametrize("calls", [2, *(pytest.param(calls, marks=pytest.mark.slow) for calls in (0, 1, 5))])
 @pytest.mark.parametrize("name", CASES)
-def test_a_fresh_object_goes_on_bit_by_bit(name: str, calls: int) -> None:
+def test_a_fresh_object_continues_bit_for_bit(name: str, calls: int) -> None:
     case = of(name)
     uninterrupted, resumed = case.make(), case.make()
     for t in range(calls):
@@ -203,7 +203,7 @@ def test_without_its_memory_it_would_not(name: str) -> None:
 
 @quiet
 @pytest.mark.parametrize("name", CASES)
-def test_a_state_does_not_change_with_the_object_it_is_of_nor_with_those_it_was_restored_into(name: str) -> None:
+def test_a_state_is_independent_of_its_object_and_of_those_it_was_restored_into(name: str) -> None:
     case = of(name)
     first = case.make()
     for t in range(3):
@@ -288,7 +288,7 @@ def stateful_object() -> Any:
         (torch.optim.SGD([nn.Parameter(torch.ones(1))]), "'memory' has parameters that are not the module's"),
     ],
 )
-def test_what_cannot_be_saved_is_an_error_that_says_what_to_implement(content: Any, what: str) -> None:
+def test_unsavable_state_is_an_error_that_explains_what_to_implement(content: Any, what: str) -> None:
     with pytest.raises(TypeError, match=rf"^With: .*{what}.* implement get_extra_state.* set_extra_state in With\.$"):
         snapshot(With(content))
 
@@ -361,7 +361,7 @@ def test_a_state_of_another_layout_is_refused() -> None:
         load_snapshot(S.DWA(), {**snapshot(S.DWA()), "version": 7})
 
 
-def test_an_option_of_another_value_is_taken_from_the_state_and_said() -> None:
+def test_an_option_with_another_value_is_taken_from_the_state_and_reported() -> None:
     resumed = S.DWA(temperature=1.0)
     with pytest.warns(UserWarning, match=r"DWA: temperature is 2\.0 in the state and 1\.0 here"):
         load_snapshot(resumed, snapshot(S.DWA(temperature=2.0)))
@@ -386,7 +386,7 @@ def test_a_parameter_that_is_not_made_yet_is_made() -> None:
     assert resumed(losses_at(0)).equal(saved(losses_at(0)))
 
 
-def test_what_was_kept_on_a_device_goes_to_the_one_named() -> None:
+def test_state_from_one_device_moves_to_the_requested_one() -> None:
     """The meta device stands for an accelerator."""
     weighting, moved = A.MoDoWeighting(), A.MoDoWeighting()
     call_weighting(weighting, 0)

@@ -1,4 +1,4 @@
-"""SoftAdapt's three variants by hand, its finite differences, and weights that change every so many steps."""
+"""SoftAdapt's three variants by hand, its finite differences, and weights that change every N steps."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_as_long_as_there_are_few_losses_the_order_is_lower() -> None:
         assert found[known - 1] == pytest.approx(after(steps[:known], beta=0.3, order=known - 1), rel=1e-12)
 
 
-def test_weights_change_every_so_many_steps_by_the_means_of_so_many_losses() -> None:
+def test_weights_change_every_n_steps_by_the_means_of_n_losses() -> None:
     softadapt = SoftAdapt(beta=0.3, update_every=3).double()
     steps = [[4.0, 1.0], [3.0, 3.0], [2.0, 2.0], [1.0, 1.0], [9.0, 1.0], [2.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
     found = [weights_of(softadapt, losses) for losses in steps]

@@ -62,7 +62,7 @@ def test_learned_variances_settle_at_the_loss_and_at_twice_the_cross_entropy() -
     assert made.log_variance.exp().tolist() == pytest.approx([1.4, 5.0], rel=1e-6)
 
 
-def test_naming_the_same_tasks_again_keeps_what_was_learned_and_other_tasks_are_refused() -> None:
+def test_naming_the_same_tasks_again_keeps_the_parameters_and_other_tasks_are_an_error() -> None:
     made = uncertainty([0.3, -1.2])
     kept = made.log_variance
     made.name_tasks(["seg", "depth"])

@@ -1,4 +1,4 @@
-"""UW-SO's formula by hand, and what becomes of it near zero."""
+"""UW-SO's formula by hand, and its behavior near zero."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_loss_that_goes_to_zero_takes_all_the_weight() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_losses_of_exactly_zero_share_the_weight_whatever_their_sign(dtype: torch.dtype) -> None:
+def test_losses_of_exactly_zero_share_the_weight_with_either_sign(dtype: torch.dtype) -> None:
     assert weights_of(UWSO(), [0.0, 0.0, 3.0], dtype) == [0.5, 0.5, 0.0]
     assert weights_of(UWSO(), [-0.0, 0.0, 3.0], dtype) == [0.5, 0.5, 0.0]
     assert weights_of(UWSO(), [-0.0, -0.0], dtype) == [0.5, 0.5]

@@ -1,4 +1,4 @@
-"""One step of the weights: Adam on tensors alone is torch's Adam, and the host need not look at a number."""
+"""One step of the weights: our Adam on tensors agrees with torch's Adam, and the host never waits for a number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ F64 = torch.float64
 
 
 class General(torch.optim.Adam):
-    """Adam by another name, so that it is moved as any optimizer is."""
+    """Adam by another name, so it is treated like any optimizer."""
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_the_state_of_torchs_adam_and_of_ours_can_take_each_others_place() -> No
         partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=40),  # of the betas, too
     ],
 )
-def test_what_a_scheduler_changes_is_in_force_in_the_next_step(scheduler: Any) -> None:
+def test_a_schedulers_change_applies_in_the_next_step(scheduler: Any) -> None:
     weights = {}
     for maker in (torch.optim.Adam, General):
         schedulers = []
@@ -123,7 +123,7 @@ class OnAGPU(GradNormRule):
     syncs_every_step = False
 
 
-def test_a_step_with_absent_tasks_or_bad_numbers_makes_nobody_wait() -> None:
+def test_a_step_with_absent_tasks_or_bad_numbers_does_not_synchronize() -> None:
     rule, looking = (
         kind(list("abc"), initial_losses=dict.fromkeys(list("abc"), 1.0)) for kind in (OnAGPU, GradNormRule)
     )

@@ -92,7 +92,7 @@ def test_a_coefficient_that_begins_at_zero_is_as_a_loss_that_is_left_out(heads: 
         assert with_zero == pytest.approx(without, abs=1e-9)
 
 
-def test_the_user_is_told_once_by_name(quiet_trainer: Any) -> None:
+def test_the_user_is_warned_once_by_name(quiet_trainer: Any) -> None:
     gradnorm = GradNorm(NAMES)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -110,7 +110,7 @@ def test_its_updates_are_logged(quiet_trainer: Any) -> None:
     assert logger.scalars["gradnorm/without_gradient"] == [1, 2, 3, 4, 4, 4, 4, 4]
 
 
-def test_with_last_numbers_it_takes_part_with_those_it_had_before() -> None:
+def test_with_last_numbers_it_counts_with_its_previous_ones() -> None:
     rule, other = (GradNormRule(NAMES, absent_tasks="last_seen", dtype=F64) for _ in range(2))
     for step in range(12):
         seg = 2.0 - 0.1 * step

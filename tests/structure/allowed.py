@@ -1,4 +1,4 @@
-"""What breaks a rule of the architecture today, and why. Entries may only be removed; one that is no longer needed fails."""
+"""The current exceptions to the architecture rules, and why. Entries may only be removed; an unneeded entry fails."""
 
 from __future__ import annotations
 
@@ -24,4 +24,4 @@ def assert_only_allowed(
     new = sorted(map(str, set(found) - set(allowed)))
     gone = sorted(map(str, set(allowed) - set(found)))
     assert not new, f"{rule}: {new}"
-    assert not gone, f"remove what has been mended from tests/structure/allowed.py: {gone}"
+    assert not gone, f"remove what has been fixed from tests/structure/allowed.py: {gone}"

@@ -131,7 +131,7 @@ def _complete(module: str, name: str) -> str:
 
 
 def part_imported(found: Import) -> str | None:
-    """Return the part of the architecture that is imported, or ``None`` for what is not ours."""
+    """Return the part of the architecture that is imported, or ``None`` for other packages."""
     package, _, rest = found.name.partition(".")
     return (rest.partition(".")[0] or "__init__") if package == PACKAGE else None
 

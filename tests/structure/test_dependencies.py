@@ -41,7 +41,7 @@ def test_the_core_depends_on_torch_lightning_torchmetrics_and_torchjd() -> None:
     assert CORE - {"typing_extensions"} == {"torch", "lightning", "torchmetrics", "torchjd"}  # torch requires that one
 
 
-def test_what_the_experiments_import_is_declared() -> None:
+def test_imports_of_the_experiments_are_declared() -> None:
     found = [one for one in imports() if one.module.part == "experiments" and is_foreign(one)]
     at_top = {(one.module.path, one.distribution) for one in found if one.is_at_top}
     anywhere = {(one.module.path, one.distribution) for one in found}
@@ -60,7 +60,7 @@ def test_the_commands_check_for_all_that_their_extra_installs() -> None:
 
 
 @pytest.mark.parametrize("extra", [*ON_USE, "plots", "sweeps"])
-def test_an_extra_of_the_experiments_includes_what_all_of_them_need(extra: str) -> None:
+def test_an_extra_of_the_experiments_includes_the_common_requirements(extra: str) -> None:
     assert f"{PACKAGE.replace('_', '-')}[experiments]" in EXTRAS[extra]
 
 

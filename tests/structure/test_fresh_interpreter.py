@@ -1,4 +1,4 @@
-"""What an import loads, in an interpreter that has loaded nothing else."""
+"""The modules that an import loads, in a fresh interpreter."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_pure_torch_parts_load_no_lightning(loaded: dict[str, list[str]]) ->
 
 
 @pytest.mark.parametrize(("function", "command"), [("train", "train"), ("evaluate", "eval"), ("report", "report")])
-def test_a_command_without_the_extra_says_in_one_line_what_to_install(function: str, command: str) -> None:
+def test_a_command_without_the_extra_explains_in_one_line_what_to_install(function: str, command: str) -> None:
     done = run(
         f"import sys; sys.modules['hydra'] = None; from {PACKAGE}.experiments.cli.commands import {function}; {function}()"
     )
@@ -87,7 +87,7 @@ def test_a_command_without_the_extra_says_in_one_line_what_to_install(function: 
 # ---- the names of the package ----------------------------------------------------------------------------------------
 
 
-def test_what_is_imported_on_first_use_is_what_type_checkers_see() -> None:
+def test_lazy_imports_match_what_type_checkers_see() -> None:
     root = next(module for module in modules() if module.path == "__init__.py")
     homes: dict[str, Any] = {}
     for node in ast.walk(root.tree):

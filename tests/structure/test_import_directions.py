@@ -1,4 +1,4 @@
-"""Imports point down only, and each part of the package imports only the third-party packages that it is allowed."""
+"""Imports only point downward, and each part of the package only imports its allowed third-party packages."""
 
 from __future__ import annotations
 
@@ -113,5 +113,5 @@ def test_the_list_of_exceptions_can_only_shrink() -> None:
     allowed.assert_only_allowed({"a"}, {"a": "why"}, "rule")
     with pytest.raises(AssertionError, match=r"rule: \['b'\]"):
         allowed.assert_only_allowed({"a", "b"}, {"a": "why"}, "rule")
-    with pytest.raises(AssertionError, match=r"remove what has been mended .*: \['a'\]"):
+    with pytest.raises(AssertionError, match=r"remove what has been fixed .*: \['a'\]"):
         allowed.assert_only_allowed(set(), {"a": "why"}, "rule")

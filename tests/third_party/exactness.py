@@ -1,4 +1,4 @@
-"""Holds a training against the textbook, step by step: the weights, and the gradients that reach the network."""
+"""Compares a training with the textbook, step by step: the weights, and the gradients that reach the network."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ works_in_both_packages(Tape)
 
 
 class _Notes:
-    """Stands for the network's optimizer: notes the gradients."""
+    """Takes the place of the network's optimizer and records the gradients."""
 
     def __init__(self, twin: Any) -> None:
         self.named = dict(twin.named_parameters())

@@ -1,4 +1,4 @@
-"""Forecasting models of other people; see `projects`."""
+"""Forecasting models of other projects; see `projects`."""
 
 from __future__ import annotations
 

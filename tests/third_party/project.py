@@ -1,4 +1,4 @@
-"""What a test needs to know of a model that someone else wrote, and what all of them need."""
+"""The description of another project's model for a test, and shared helpers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = 5
 
 @dataclass
 class Project:
-    """A model that someone else wrote.
+    """A model from another project.
 
     Args:
         packages: what has to be installed.

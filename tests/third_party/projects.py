@@ -1,6 +1,6 @@
-"""Models of other people, tiny, with random weights and data: how a user trains each of them, with the line of ours.
+"""Tiny models of other projects, with random weights and data, trained as a user would with our one line.
 
-Packages are imported when a project is made. `losses` is written by hand: what the textbook differentiates.
+Packages are imported when a project is created. `losses` is written by hand for the textbook to differentiate.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models of other people train with one line of ours: as the textbook says, with a layer and heads found by themselves."""
+"""Other projects' models train with our one line: they agree with the textbook, with layer and heads found automatically."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def fit(project: Project, **options: Any) -> tuple[Tape, GradNorm]:
 
 
 @pytest.mark.parametrize("heads", HEADS)
-def test_weights_and_gradients_are_those_of_a_double_backward(project: Project, heads: Any) -> None:
+def test_weights_and_gradients_agree_with_double_backward(project: Project, heads: Any) -> None:
     tape, _ = fit(project, heads=heads, precision="64-true")
     weights, gradients = distances(project, tape)
     assert len(tape.weights) >= 5
@@ -61,7 +61,7 @@ def test_single_precision_differs_by_rounding_only(project: Project, heads: Any)
     assert gradients <= 1e-3
 
 
-def test_the_callback_says_what_it_found(project: Project) -> None:
+def test_the_callback_reports_what_it_found(project: Project) -> None:
     tape, _ = fit(project)
     assert repr(tape.balancing) == f"GradNorm: {project.found}"
 

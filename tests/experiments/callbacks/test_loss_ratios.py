@@ -1,4 +1,4 @@
-"""The number by which the best checkpoint is chosen: every task's validation loss relative to its first one."""
+"""The metric that selects the best checkpoint: every task's validation loss relative to its first one."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def seen(quiet_trainer: Callable[..., L.Trainer]) -> Callable[..., list[dict[str
 Seen = Callable[..., list[dict[str, float]]]
 
 
-def test_every_task_counts_alike_relative_to_the_first_validation_after_the_sanity_check(seen: Seen) -> None:
+def test_every_task_counts_equally_relative_to_the_first_validation_after_the_sanity_check(seen: Seen) -> None:
     found = seen([{"a": 2.0, "b": 100.0}, {"a": 1.0, "b": 110.0}, {"a": 3.0, "b": 80.0}])
     assert [row["val/loss_ratio"] for row in found] == pytest.approx([1.0, (0.5 + 1.1) / 2, (1.5 + 0.8) / 2])
 

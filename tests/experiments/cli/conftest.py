@@ -1,4 +1,4 @@
-"""The commands, as a shell would call them: in this process, and in one of their own."""
+"""The commands, called as from a shell: in this process, and in a separate one."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def interrupting(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 @pytest.fixture
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """`call(main, *arguments, status=0)` runs a command in ``tmp_path`` and returns what it printed."""
+    """`call(main, *arguments, status=0)` runs a command in ``tmp_path`` and returns its output."""
     as_in_a_terminal(monkeypatch, tmp_path)
 
     def run(main: Callable[[], None], *arguments: str, status: int = 0) -> str:
@@ -74,7 +74,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """`start(*arguments, **environment)` starts Python in ``tmp_path``; what still runs at the end is killed.
+    """`start(*arguments, **environment)` starts Python in ``tmp_path`` and kills whatever still runs at the end.
 
     What it prints is in ``stdout``. It has a session of its own, as a command in a terminal has: Ctrl-C there is for all
     processes of the session's group.

@@ -1,4 +1,4 @@
-"""`gradnorm-train tasks=[…]`: some of the tasks, or one alone, which is the baseline that others are compared with."""
+"""`gradnorm-train tasks=[…]`: some of the tasks, or a single one, which is the baseline for comparisons."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_task_begins_with_the_head_and_the_encoder_that_it_has_among_all(
     assert all(torch.equal(every[name], value) for name, value in one.items())
 
 
-def test_a_model_of_ones_own_that_does_not_let_one_choose_is_told(call: Callable[..., str], tmp_path: Path) -> None:
+def test_a_model_that_cannot_choose_tasks_is_an_error(call: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "mine/model").mkdir(parents=True)
     (tmp_path / "mine/model/own.yaml").write_text("_target_: lightning.pytorch.demos.boring_classes.BoringModel\n")
     said = call(train.main, "--config-dir", "mine", "model=own", "tasks=[task_0]", status=1)

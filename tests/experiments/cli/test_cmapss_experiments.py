@@ -1,4 +1,4 @@
-"""Experiments on C-MAPSS with simulated engines, which stand in for it, and with files as NASA's."""
+"""C-MAPSS experiments with simulated engines in place of NASA's, and with files in NASA's format."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SIMULATED = ("data.engines", "data.test_engines", "data.folder")  # which files 
 EXPERIMENTS = [one for one in options("experiment") if one.startswith("cmapss")]
 
 
-def test_a_run_says_that_simulated_engines_stand_in_for_cmapss(call: Call) -> None:
+def test_a_run_reports_that_it_uses_simulated_engines_instead_of_cmapss(call: Call) -> None:
     told = call(train.main, "experiment=cmapss_small", *SMALL)
     assert "Simulated engines stand in for C-MAPSS; with its files: data=cmapss data.root=FOLDER" in told
     assert "stand in for C-MAPSS" not in call(train.main, "data=turbofan", *SMALL)
 
 
 @pytest.mark.filterwarnings("ignore:CMAPSS. .* should be NASA's")
-def test_with_its_files_nothing_stands_in(call: Call, tmp_path: Path) -> None:
+def test_with_the_real_files_nothing_is_simulated(call: Call, tmp_path: Path) -> None:
     write_turbofan(tmp_path / "files", "FD001", engines=6, test_engines=3, seed=0)
     given = ["experiment=cmapss_fd001", "data=cmapss", "data.root=files", "balancing=uncertainty"]
     network = [option for option in SMALL if not option.startswith(SIMULATED)]

@@ -1,4 +1,4 @@
-"""`gradnorm-train` and `gradnorm-eval` as their users call them."""
+"""`gradnorm-train` and `gradnorm-eval` as users call them."""
 
 from __future__ import annotations
 
@@ -238,13 +238,13 @@ def test_the_help_of_evaluation_explains_it_and_the_comparison_with_single_tasks
     ],
     ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else None,
 )
-def test_a_wrong_option_is_answered_with_what_exists(call: Call, arguments: list[str], expected: list[str]) -> None:
+def test_the_error_for_a_wrong_option_lists_what_exists(call: Call, arguments: list[str], expected: list[str]) -> None:
     said = call(train.main, *arguments, status=1)
     for part in ["gradnorm-train: ", *expected, "HYDRA_FULL_ERROR=1"]:
         assert part in said
 
 
-def test_a_trainer_for_a_gpu_says_that_there_is_none(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_trainer_without_a_gpu_is_a_clear_error(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for trainer in ("gpu", "mixed", "ddp"):
         said = call(train.main, f"trainer={trainer}", status=1)
@@ -268,14 +268,14 @@ def run(run_once: Callable[..., Path], tmp_path: Path) -> Path:
     return shutil.copytree(made / "run", tmp_path / "run")
 
 
-def test_evaluation_says_what_it_needs(call: Call, tmp_path: Path) -> None:
+def test_evaluation_reports_missing_options(call: Call, tmp_path: Path) -> None:
     assert "ckpt_path should be given" in call(evaluate.main, status=1)
     assert "nope.ckpt is none; there is none in . either" in call(evaluate.main, "ckpt_path=nope.ckpt", status=1)
     (tmp_path / "lonely.ckpt").write_text("weights")
     assert "should lie in the folder of its run" in call(evaluate.main, "ckpt_path=lonely.ckpt", status=1)
 
 
-def test_a_file_that_is_no_checkpoint_of_the_run_is_told(call: Call, run: Path) -> None:
+def test_a_file_that_is_not_a_checkpoint_of_the_run_is_an_error(call: Call, run: Path) -> None:
     (run / "notes.ckpt").write_text("weights")
     assert "cannot be read as one" in call(evaluate.main, "ckpt_path=run/notes.ckpt", status=1)
     assert "cannot be read as one" in call(train.main, "ckpt_path=run/notes.ckpt", status=1)
@@ -288,7 +288,9 @@ def test_a_file_that_is_no_checkpoint_of_the_run_is_told(call: Call, run: Path) 
 
 @pytest.mark.usefixtures("run")
 @pytest.mark.parametrize("main", [train.main, evaluate.main], ids=["gradnorm-train", "gradnorm-eval"])
-def test_weights_of_another_network_are_told_by_what_differs_first(call: Call, main: Callable[[], None]) -> None:
+def test_the_error_for_weights_of_another_network_names_the_first_difference(
+    call: Call, main: Callable[[], None]
+) -> None:
     said = call(main, "ckpt_path=run/checkpoints/last.ckpt", "model.encoder.hidden=[100, 100, 100, 7]", status=1)
     assert "last.ckpt are of another network than the options describe (size mismatch for encoder." in said
     assert "Give the options of its run, or none" in said
@@ -297,8 +299,8 @@ def test_weights_of_another_network_are_told_by_what_differs_first(call: Call, m
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
-def assert_goes_on_exactly(call: Call, folder: Path, options: list[str]) -> None:
-    """Go on with the interrupted run ``parts`` for an epoch and a bit, and train as long without a stop."""
+def assert_resumes_exactly(call: Call, folder: Path, options: list[str]) -> None:
+    """Resume the interrupted run ``parts`` for more than an epoch, and train as long without a stop."""
     interrupted = torch.load(folder / "parts/checkpoints/interrupted.ckpt", weights_only=True)
     epochs = f"trainer.max_epochs={interrupted['epoch'] + 2}"
     call(train.main, "ckpt_path=parts/checkpoints/interrupted.ckpt", epochs)
@@ -306,18 +308,18 @@ def assert_goes_on_exactly(call: Call, folder: Path, options: list[str]) -> None
     assert same(weights_of(folder / "whole/checkpoints/last.ckpt"), weights_of(folder / "parts/checkpoints/last.ckpt"))
 
 
-def test_ctrl_c_leaves_a_checkpoint_that_goes_on_exactly(
+def test_ctrl_c_leaves_a_checkpoint_that_resumes_exactly(
     call: Call, tmp_path: Path, interrupting: Callable[[int], None]
 ) -> None:
     options = [*SMALL, "test=false"]
     interrupting(6)  # an epoch is four steps
     said = call(train.main, *options, "trainer.max_epochs=100", "hydra.run.dir=parts", status=130)
     assert "gradnorm-train ckpt_path=parts/checkpoints/interrupted.ckpt" in said
-    assert_goes_on_exactly(call, tmp_path, options)
+    assert_resumes_exactly(call, tmp_path, options)
 
 
 @pytest.mark.slow
-def test_ctrl_c_at_any_moment_leaves_a_checkpoint_that_goes_on_exactly(start: Any, call: Call, tmp_path: Path) -> None:
+def test_ctrl_c_at_any_moment_leaves_a_checkpoint_that_resumes_exactly(start: Any, call: Call, tmp_path: Path) -> None:
     options = [*SMALL, "test=false", "data.train_size=2000", "trainer.max_epochs=150"]
     process = start(*MODULE, *options, "hydra.run.dir=parts")
     metrics = tmp_path / "parts" / "checkpoints" / "last.ckpt"
@@ -329,4 +331,4 @@ def test_ctrl_c_at_any_moment_leaves_a_checkpoint_that_goes_on_exactly(start: An
     assert process.returncode == 130, said
     assert "gradnorm-train ckpt_path=parts/checkpoints/interrupted.ckpt" in said
     assert "Traceback" not in said
-    assert_goes_on_exactly(call, tmp_path, options)
+    assert_resumes_exactly(call, tmp_path, options)

@@ -1,4 +1,4 @@
-"""Every yaml composes, resolves, makes its objects, and trains."""
+"""Every YAML file composes, resolves, creates its objects, and trains."""
 
 from __future__ import annotations
 

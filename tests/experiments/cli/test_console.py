@@ -61,7 +61,7 @@ def test_the_weights_of_four_tasks_have_room() -> None:
     assert numbers({"train/loss/a": 1.0, "gradnorm/loss": 2.0}) == {}
 
 
-def test_a_network_in_words_says_what_is_frozen() -> None:
+def test_the_description_of_a_network_counts_frozen_parameters() -> None:
     network = torch.nn.ModuleDict(
         {"trunk": torch.nn.Linear(2, 3), "head": torch.nn.LazyLinear(2), "act": torch.nn.ReLU()}
     )

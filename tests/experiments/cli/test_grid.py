@@ -1,4 +1,4 @@
-"""Everything goes with everything: data and experiments, strategies, one process and two."""
+"""Every combination works: data and experiments, strategies, one process and two."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SOME = ["equal", "gradnorm", "uncertainty", "famo", "upgrad", "graddrop", "gaba"
 
 
 def check_problem(setting: str, balancing: str, told: str | None) -> None:
-    """Nothing went wrong; or there are fewer tasks than the documentation says there have to be, and why."""
+    """Nothing went wrong, or the error explains that there are fewer tasks than documented."""
     fewest = ROWS[balancing].fewest_tasks
     if len(SETTINGS[setting]) >= fewest:
         assert told is None, told

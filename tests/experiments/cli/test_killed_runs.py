@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and resumed ends as the run that was left alone: each tensor, bit by bit."""
+"""A run that is killed at any moment and resumed ends like an uninterrupted run: every tensor is bit-identical."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ OPTIONS = [
     "callbacks.last.every_n_train_steps=3",
 ]
 LAST = "checkpoints/last.ckpt"
-ENDLESS = "trainer.max_epochs=100000"  # whoever kills it need not hurry; how long it is to be is said afterwards
+ENDLESS = "trainer.max_epochs=100000"  # leaves enough time to kill it; the length is set afterwards
 
 
 def kill_after(process: subprocess.Popen[str], run: Path, steps: int) -> int:
-    """Kill the run once its checkpoint is of so many steps or more; return of how many."""
+    """Kill the run once its checkpoint has at least that many steps; return its number of steps."""
     deadline = time.monotonic() + 300
     seen = -1
     while seen < steps:
@@ -131,10 +131,10 @@ train.main()
 @pytest.mark.parametrize("moment", ["half-written", "given its name"])
 @pytest.mark.parametrize("temporary", [None, "/dev/shm"])
 @pytest.mark.slow
-def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(
+def test_a_run_killed_while_it_saves_resumes_from_the_previous_checkpoint(
     start: Any, call: Any, tmp_path: Path, moment: str, temporary: str | None
 ) -> None:
-    """Temporary files may lie on another file system, from where there is no renaming."""
+    """Temporary files may be on another file system, from which renaming is impossible."""
     if temporary is not None and not os.access(temporary, os.W_OK):
         pytest.skip(f"there is no {temporary}")
     elsewhere = {} if temporary is None else {"TMPDIR": temporary}

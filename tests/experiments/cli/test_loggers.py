@@ -1,4 +1,4 @@
-"""Loggers beside TensorBoard's: what they are missing is said, and scalars and images reach each of them."""
+"""Loggers beside TensorBoard's: missing packages are reported, and scalars and images reach each of them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_scalars_and_images_reach_every_logger(call: Call, tmp_path: Path, monke
     call(train.main, *SMALL, *QUICK, *NORMS, "logger=many", "logger.wandb.offline=true", "hydra.run.dir=run")
     (client,) = clients
     assert run.started["name"] == client.tags["mlflow.runName"] == "run"
-    assert run.finished == 1, "or the next job of a sweep would go on in it"
+    assert run.finished == 1, "or the next job of a sweep would continue in it"
     expected = logged_by_csv(tmp_path / "run")
     assert {"gradnorm/weight/task_0", "train/loss/task_1", "val/loss_ratio", "test/r2/task_0"} <= set(expected)
     for name, curve in expected.items():

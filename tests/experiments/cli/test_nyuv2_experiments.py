@@ -1,4 +1,4 @@
-"""Experiments on NYUv2 with rooms, which stand in for it, and with its files."""
+"""NYUv2 experiments with rooms in place of NYUv2, and with its files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ SMALL = [*QUICK, *tiny("nyuv2_seg_small"), "callbacks=none", "logger=none"]
 COUNTS = ("data.train_size", "data.val_size", "data.test_size")  # which files have of their own
 
 
-def test_a_run_says_that_rooms_stand_in_for_nyuv2(call: Call) -> None:
+def test_a_run_reports_that_it_uses_rooms_instead_of_nyuv2(call: Call) -> None:
     told = call(train.main, "experiment=nyuv2_seg_small", *SMALL)
     assert "Rendered rooms stand in for NYUv2; with its files: data=nyuv2 data.root=FOLDER" in told
     assert "stand in" not in call(train.main, "data=rooms", *SMALL)
 
 
-def test_with_its_files_the_run_says_which_form_they_have(
+def test_with_the_real_files_the_run_reports_their_format(
     call: Call, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_mtan(tmp_path / "files", frames(20), frames(3, first=20))

@@ -1,4 +1,4 @@
-"""Physics-informed networks from the command line: each equation, strategies, LBFGS, and the report with its pictures."""
+"""Physics-informed networks from the command line: each equation, strategies, LBFGS, and the report with its plots."""
 
 from __future__ import annotations
 
@@ -103,6 +103,6 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_said_in_one_sentence(case: str, call: Call) -> None:
+def test_an_error_is_one_sentence(case: str, call: Call) -> None:
     options, expected = WRONG[case]
     assert expected in call(train.main, *run("pinn_burgers", *options), status=1)

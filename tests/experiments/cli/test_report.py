@@ -78,9 +78,9 @@ def assert_table_agrees_with_logs(runs: Path, methods: list[str]) -> None:
     for folder in [*runs.glob("sweep/*"), *runs.glob("alpha/*")]:
         given = folder / "overrides.yaml"
         if given.is_file():
-            words = given.read_text()
-            name = (re.findall(r"balancing=(\w+)", words) or ["gradnorm"])[0]
-            alpha = " α=0.5" if "alpha=0.5" in words else " α=1.5" if name == "gradnorm" and varies_alpha else ""
+            overrides = given.read_text()
+            name = (re.findall(r"balancing=(\w+)", overrides) or ["gradnorm"])[0]
+            alpha = " α=0.5" if "alpha=0.5" in overrides else " α=1.5" if name == "gradnorm" and varies_alpha else ""
             of_method.setdefault(name + alpha, []).append(folder)
     assert sorted(of_method) == methods
     text = (runs / "report.md").read_text()
@@ -110,7 +110,7 @@ def logged_in_the_test(folder: Path, name: str) -> float:
     return value
 
 
-def test_a_run_that_goes_on_after_its_failure_is_no_failed_run(call: Call, tmp_path: Path) -> None:
+def test_a_run_that_continues_after_its_failure_is_not_a_failed_run(call: Call, tmp_path: Path) -> None:
     options = [option for option in OPTIONS if option != "callbacks=none"]
     with pytest.raises(RuntimeError, match="disk"):
         call(train.main, *options, FAILS, "callbacks.last.every_n_train_steps=1", "hydra.run.dir=run")
@@ -121,7 +121,7 @@ def test_a_run_that_goes_on_after_its_failure_is_no_failed_run(call: Call, tmp_p
     assert [run.state for run in collect(["run"])] == ["finished"]
 
 
-def test_the_output_goes_where_it_is_asked_to(call: Call, tmp_path: Path) -> None:
+def test_the_output_goes_to_the_requested_folder(call: Call, tmp_path: Path) -> None:
     for name in ("equal", "gradnorm"):
         write_run(tmp_path / f"runs/{name}", name, metrics=measured(1, 0.5))
     said = call(report.main, "runs/equal", "runs/gradnorm", "--output", "docs/new", "--baseline", "gradnorm")

@@ -1,4 +1,4 @@
-"""What the commands import: nothing heavy to explain themselves, or to say that something does not exist."""
+"""The commands' imports: nothing heavy for `--help` or for errors about unknown names."""
 
 from __future__ import annotations
 

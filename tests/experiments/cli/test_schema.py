@@ -66,7 +66,7 @@ def test_plain_parameters_are_typed_and_others_are_any(schema: type) -> None:
     }
 
 
-def test_what_yaml_can_say_is_a_default_and_the_rest_is_missing(schema: type) -> None:
+def test_values_that_yaml_can_express_are_defaults_and_the_rest_is_missing(schema: type) -> None:
     config = OmegaConf.structured(schema)
     values = {name: value for name, value in OmegaConf.to_container(config).items() if name != "_target_"}
     assert values == {
@@ -120,7 +120,7 @@ def test_a_schema_that_is_read_from_the_source_is_that_of_the_imported_construct
     assert OmegaConf.structured(read) == OmegaConf.structured(expected)
 
 
-def test_a_schema_of_what_the_source_does_not_say_plainly_is_made_by_importing(
+def test_a_schema_that_the_source_does_not_state_plainly_is_made_by_importing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "unusual").mkdir()

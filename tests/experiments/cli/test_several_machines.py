@@ -1,6 +1,6 @@
 """Two machines, each with its own torchrun: they train as one process does, write one folder, and can be killed.
 
-The machines are sessions on this one, with clocks in other time zones; they meet on the loopback interface.
+The machines are sessions on this one, with clocks in different time zones; they connect through the loopback interface.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def test_only_the_first_machine_writes_and_one_machine_evaluates(call: Callable[
     with pytest.MonkeyPatch.context() as patch:
         test = evaluate.evaluate
         patch.setattr(evaluate, "evaluate", lambda config: found.append(test(config)))
-        call(evaluate.main, f"ckpt_path={run}/checkpoints/best.ckpt")  # would wait for the other machine for ever
+        call(evaluate.main, f"ckpt_path={run}/checkpoints/best.ckpt")  # would wait for the other machine forever
     assert found[0] == pytest.approx(read_run(run).metrics, rel=1e-5)
 
 
@@ -163,7 +163,7 @@ def test_a_command_that_its_launcher_has_not_started_is_refused(
 
 
 @pytest.mark.slow
-def test_processes_that_have_what_srun_gives_them_train_in_one_folder_and_go_on_there(tmp_path: Path) -> None:
+def test_processes_with_the_variables_of_srun_train_in_one_folder_and_resume_there(tmp_path: Path) -> None:
     """SLURM itself is not there: these are the variables that it sets."""
     options = [*TOY, *QUIET, "trainer=slurm", "data.batch_size=16"]
     run_as_job(tmp_path, *options, "trainer.max_epochs=1")
@@ -203,10 +203,10 @@ OFTEN = ["callbacks.last.every_n_train_steps=3", "test=false"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("data", "killed"), [(TOY, 0), (DIGITS, 1)], ids=["the first", "the second"])
-def test_the_other_machine_ends_and_the_run_goes_on_as_if_nothing_had_been(
+def test_the_other_machine_ends_and_the_run_resumes_as_if_uninterrupted(
     tmp_path: Path, data: list[str], killed: int
 ) -> None:
-    """The checkpoints of the resumed and of an uninterrupted run are the same, each tensor, bit by bit."""
+    """The checkpoints of the resumed and of an uninterrupted run are the same: every tensor is bit-identical."""
     options = [*data, *QUIET, *OFTEN, "data.batch_size=16", "trainer=torchrun"]
     last = tmp_path / "parts" / LAST
     with two_machines(tmp_path, *options, ENDLESS, "hydra.run.dir=parts") as machines:

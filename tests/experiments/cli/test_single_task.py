@@ -1,4 +1,4 @@
-"""`gradnorm-eval single_task=…`: a run beside networks for one task each, and Δm."""
+"""`gradnorm-eval single_task=…`: a run against single-task networks, and Δm."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def delta_m_printed(said: str) -> float:
     return float(found)
 
 
-def test_the_last_row_is_delta_m_and_what_stands_in_its_way_is_said(call: Call, tmp_path: Path) -> None:
+def test_the_last_row_is_delta_m_and_obstacles_to_it_are_reported(call: Call, tmp_path: Path) -> None:
     call(train.main, *OPTIONS, "hydra.run.dir=run")
     call(train.main, "-m", *OPTIONS, "tasks=[task_0],[task_1],null", "hydra.sweep.dir=alone")
     of_run = read_run(tmp_path / "run").metrics

@@ -1,4 +1,4 @@
-"""Every strategy has a yaml and a row in docs/strategies.md, and what the row says of it is so."""
+"""Every strategy has a yaml and a row in docs/strategies.md, and the row is correct."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def rule_of(name: str, seed: int = 0, tasks: Sequence[str] = TASKS) -> Scalariza
 
 
 def driven(rule: ScalarizationRule, steps: int) -> list[Tensor]:
-    """Let the rule see so many different steps, an epoch each; return what it weighted by, or its gradient if it has none."""
+    """Drive the rule through that many steps, one per epoch; return its weights, or its gradient without weights."""
     draw = torch.Generator().manual_seed(1)
     seen = []
     for step in range(steps):
@@ -98,7 +98,7 @@ def same(first: Any, second: Any) -> bool:
 
 
 def states(rule: ScalarizationRule) -> list[Any]:
-    """What the strategy's parts remember."""
+    """The state of the strategy's parts."""
     return [snapshot(part) for part in (getattr(rule, "aggregator", None), rule.scalarizer) if part is not None]
 
 
@@ -123,14 +123,14 @@ def test_every_strategy_of_torchjd_has_a_row_or_a_reason_to_have_none() -> None:
             assert is_in_table != (f"{kind}.{name}" in LEFT_OUT), f"{kind}.{name}"
 
 
-def test_the_rows_of_what_is_left_out_name_what_torchjd_has() -> None:
+def test_the_rows_of_omitted_strategies_name_classes_of_torchjd() -> None:
     for name in LEFT_OUT:
         kind, one = name.split(".")
         assert hasattr(getattr(torchjd, kind), one), name
 
 
 @pytest.mark.parametrize("name", options("balancing"))
-def test_every_yaml_begins_with_what_it_is(name: str) -> None:
+def test_every_yaml_begins_with_a_summary(name: str) -> None:
     first, *_ = (conf_dir() / "balancing" / f"{name}.yaml").read_text().splitlines()
     assert re.match(r"# [A-Z]", first)
 
@@ -154,7 +154,7 @@ def test_the_yaml_and_the_line_of_python_make_the_same(name: str) -> None:
         assert same(snapshot(part), snapshot(other))  # with all options
 
 
-def test_the_other_yamls_make_what_their_rows_say() -> None:
+def test_the_other_yamls_create_what_their_rows_state() -> None:
     assert from_yaml("equal") is None
     assert type(from_yaml("gradnorm")) is type(in_python("gradnorm")) is GradNorm
     fixed = from_yaml("fixed", "balancing.weights={seg: 1.0, depth: 0.2}")
@@ -195,7 +195,7 @@ def needed(row: Strategy) -> str:
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_what_it_needs_and_costs_follows_from_its_kind(row: Strategy) -> None:
+def test_requirements_and_costs_follow_from_the_kind(row: Strategy) -> None:
     assert row.needs == needed(row)
     costs = {
         "gradients of the last shared layer": "T gradients of one layer",
@@ -211,7 +211,7 @@ def test_what_it_needs_and_costs_follows_from_its_kind(row: Strategy) -> None:
 
 @quiet
 @pytest.mark.parametrize("name", OF_TORCHJD)
-def test_what_it_remembers_is_what_changes(name: str) -> None:
+def test_the_stated_state_is_what_changes(name: str) -> None:
     row, rule, fresh = ROWS[name], rule_of(name), rule_of(name)
     before = states(rule)
     assert same(before, states(fresh))
@@ -230,7 +230,7 @@ def test_what_it_remembers_is_what_changes(name: str) -> None:
 
 @quiet
 @pytest.mark.parametrize("name", OF_TORCHJD)
-def test_what_the_weights_sum_to_is_measured(name: str) -> None:
+def test_the_sum_of_the_weights_is_measured(name: str) -> None:
     rule = rule_of(name)
     if not rule.has_weights:
         assert ROWS[name].weights_sum_to == "none"
@@ -241,7 +241,7 @@ def test_what_the_weights_sum_to_is_measured(name: str) -> None:
     assert (found or ["free"]) == [ROWS[name].weights_sum_to], sums
 
 
-def test_static_weights_sum_to_what_the_rows_say() -> None:
+def test_static_weights_have_the_sum_in_their_rows() -> None:
     assert {ROWS[name].weights_sum_to for name in ("random_static", "gradnorm", "gradnorm_static")} == {"T"}
     assert [ROWS[name].weights_sum_to for name in ("inverse_norm", "lr_annealing", "ntk")] == ["T", "free", "free"]
     assert sum(RandomWeights(4, tasks=TASKS).weights.values()) == pytest.approx(T, abs=1e-12)
@@ -268,7 +268,7 @@ def test_on_several_ranks_it_is_exact_unless_it_goes_number_by_number(name: str)
 
 
 @pytest.mark.parametrize("name", OF_TORCHJD)
-def test_the_extra_is_what_its_parts_require(name: str) -> None:
+def test_the_extra_contains_what_its_parts_require(name: str) -> None:
     required = set()
     for part in parts(in_python(name)):
         for module in part.modules():

@@ -24,7 +24,7 @@ TINY = [
 @pytest.mark.parametrize(
     "at_once", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["in this process", "two at once"]
 )
-def test_finished_runs_are_kept_and_what_fails_does_not_end_the_others(
+def test_finished_runs_are_kept_and_a_failure_does_not_stop_the_others(
     at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if at_once == 1:

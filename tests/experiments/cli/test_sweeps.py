@@ -1,4 +1,4 @@
-"""`gradnorm-train -m`: each job is done once, whatever stops the sweep, sees all its data, and fails for itself alone."""
+"""`gradnorm-train -m`: each job runs once, whatever stops the sweep, sees all its data, and fails without affecting others."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def finished_sweep(run_once: Callable[..., Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("finished_sweep")
-def test_the_folder_of_another_sweep_is_left_as_it_is(call: Call, tmp_path: Path) -> None:
+def test_the_folder_of_another_sweep_does_not_change(call: Call, tmp_path: Path) -> None:
     before = written(tmp_path / "sweep")
     said = call(train.main, "-m", *QUICK, "alpha=2", "seed=0,1", "hydra.sweep.dir=sweep", status=1)
     assert "sweep/0_0 should be a run of" in said
@@ -103,7 +103,7 @@ def test_a_sweep_without_test_is_finished_by_its_training(call: Call, tmp_path: 
     assert not (tmp_path / "sweep/0/test_metrics.json").exists()
 
 
-def test_a_sweep_that_was_interrupted_goes_on_with_the_same_command(
+def test_the_same_command_continues_an_interrupted_sweep(
     call: Call, tmp_path: Path, interrupting: Callable[[int], None]
 ) -> None:
     asked = ["-m", *TINY, "seed=0,1,2"]
@@ -219,7 +219,7 @@ def test_a_sweep_over_the_number_of_processes_gives_each_job_all_its_data(
     assert found["2_1"] == found["0_1"] != found["1_2"]
 
 
-def test_a_job_whose_processes_would_replay_the_sweep_is_run_as_a_command_of_its_own(
+def test_a_job_whose_processes_would_replay_the_sweep_runs_as_a_separate_command(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = "import sys; folder = sys.argv[-1].partition('=')[2]; open(folder + '/{}', 'w').write('{}'); sys.exit({})"
@@ -277,7 +277,7 @@ def test_fsdp_and_ddp_in_one_sweep_agree(call: Call, tmp_path: Path, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_the_jobs_of_a_launcher_know_what_the_configurations_use(
+def test_the_jobs_of_a_launcher_have_our_resolvers_and_schemas(
     start: Any, call: Call, tmp_path: Path, launcher: str
 ) -> None:
     """In their processes nothing has registered resolvers and schemas, and the command line is another."""
@@ -301,7 +301,7 @@ OPTUNAS_OWN = pytest.mark.filterwarnings("ignore:.*declarative_base", "ignore:.*
 
 @pytest.fixture
 def optuna() -> None:
-    """Leaves the test out where there is no Optuna; its log would go on to the output of the first test that imported it."""
+    """Skips the test without Optuna; its log would keep writing to the output of the first test that imported it."""
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     pytest.importorskip("optuna").logging.disable_default_handler()
 
@@ -354,7 +354,7 @@ def test_a_trial_can_be_carried_on_alone(call: Call, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("optuna")
 @OPTUNAS_OWN
-def test_a_search_for_what_is_not_logged_says_what_is(call: Call) -> None:
+def test_the_error_for_a_search_on_an_unknown_metric_lists_the_logged_ones(call: Call) -> None:
     said = call(train.main, *SEARCH, "optimized_metric=val/los", "hydra.sweeper.n_trials=1", status=1)
     assert "optimized_metric 'val/los' is not logged; did you mean 'val/loss'?" in said
     said = call(train.main, *SEARCH, "optimized_metric=test/loss", "test=false", "hydra.sweeper.n_trials=1", status=1)
@@ -364,7 +364,7 @@ def test_a_search_for_what_is_not_logged_says_what_is(call: Call) -> None:
 def test_a_sweep_that_looks_for_nothing_needs_no_metric(call: Call) -> None:
     asked = ["-m", *QUICK, "hydra.sweep.dir=sweep"]
     assert "1 job, 1 done" in call(train.main, *asked, "optimized_metric=nope")
-    # Nor does it make another run of it: what was mistyped is mended without training again.
+    # Nor does it make another run of it: you can fix a typo without training again.
     assert "1 job, 1 finished before" in call(train.main, *asked, "optimized_metric=val/loss")
 
 
@@ -377,7 +377,7 @@ def test_a_sweep_that_looks_for_nothing_needs_no_metric(call: Call) -> None:
         ("hydra/sweeper/sampler/tpe", "hydra-optuna-sweeper"),
     ],
 )
-def test_without_the_extra_a_launcher_or_a_search_says_what_to_install(option: str, package: str) -> None:
+def test_without_the_extra_a_launcher_or_a_search_explains_what_to_install(option: str, package: str) -> None:
     said = errors.explain(MissingConfigException("…", missing_cfg_file=option, options=["basic"]))
     group, _, name = option.rpartition("/")
     assert said.startswith(f"{group}={name} needs {package}, which is not installed here.")

@@ -1,4 +1,4 @@
-"""From a table of one's own to a comparison, by the command line alone."""
+"""From your own table to a comparison, with the command line alone."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_said_in_one_sentence(case: str, call: Call) -> None:
+def test_an_error_is_one_sentence(case: str, call: Call) -> None:
     options, expected = WRONG[case]
     start = [] if case == "other data" else ["experiment=tabular"]
     told = call(train.main, *start, *options, status=1)

@@ -84,7 +84,7 @@ def test_without_a_best_checkpoint_the_validation_loss_is_the_last(call: Call, t
 
 
 @pytest.mark.slow
-def test_what_else_a_sweep_varies_is_a_column_and_what_it_does_not_is_none(call: Call, tmp_path: Path) -> None:
+def test_only_options_that_a_sweep_varies_are_columns(call: Call, tmp_path: Path) -> None:
     call(train.main, "-m", *OPTIONS, "model.optimizer.lr=0.1,0.01", "data.batch_size=50", "hydra.sweep.dir=runs")
     options, columns, _ = line_of(tmp_path / "runs" / "1_0.01")
     assert columns == ["strategy", "alpha", "seed", "model.optimizer.lr"]
@@ -108,11 +108,11 @@ def test_delta_m_is_a_result_where_single_task_runs_are_given(call: Call, tmp_pa
 
     said = call(train.main, *OPTIONS, "single_task=alone/0_task_0", "hydra.run.dir=other", status=1)
     assert "there is none of task_1 alone" in said
-    assert not (tmp_path / "other" / "tensorboard").exists(), "it is said before anything is trained"
+    assert not (tmp_path / "other" / "tensorboard").exists(), "it is reported before anything is trained"
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_has_the_line_of_what_it_goes_on_with(call: Call, tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_line_of_its_new_options(call: Call, tmp_path: Path) -> None:
     call(train.main, *OPTIONS, "balancing.alpha=0.5", "hydra.run.dir=run")
     _, _, before = line_of(tmp_path / "run")
     call(train.main, "ckpt_path=run/checkpoints/last.ckpt", "trainer.max_epochs=3", "balancing.alpha=1.0")

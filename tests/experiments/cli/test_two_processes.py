@@ -1,4 +1,4 @@
-"""`gradnorm-train trainer=ddp_cpu`: forked processes leave what one process leaves, also in a sweep and at Ctrl-C."""
+"""`gradnorm-train trainer=ddp_cpu`: forked processes write the same files as one process, also in a sweep and at Ctrl-C."""
 
 from __future__ import annotations
 
@@ -31,9 +31,7 @@ OPTIONS = [
 ]
 
 
-def test_two_forked_processes_train_as_one_process_does_and_leave_what_it_leaves(
-    call: Callable[..., str], tmp_path: Path
-) -> None:
+def test_two_forked_processes_train_like_one_and_write_the_same_files(call: Callable[..., str], tmp_path: Path) -> None:
     """Weights, network and test metrics: each of the two has one half of every batch."""
     options = [*OPTIONS, "trainer.precision=64-true", "trainer.max_epochs=2"]
     said = call(train.main, *options, "hydra.run.dir=two")
@@ -66,7 +64,7 @@ def test_a_sweep_in_two_processes_runs_each_once(call: Callable[..., str], tmp_p
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_the_terminal_ends_all_processes_and_says_how_to_go_on(start: Any, tmp_path: Path) -> None:
+def test_ctrl_c_in_the_terminal_ends_all_processes_and_prints_how_to_continue(start: Any, tmp_path: Path) -> None:
     process = start(*MODULE, *OPTIONS, "trainer.max_epochs=100000", "hydra.run.dir=run")
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/checkpoints/last.ckpt").exists() and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""A training epoch's last batch of one image, which the DeepLab head refuses, can be left out."""
+"""A last training batch of one image, which the DeepLab head rejects, can be left out."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def fit(quiet_trainer: Callable[..., L.Trainer]) -> Callable[..., list[int]]:
     return run
 
 
-def test_a_last_batch_of_one_image_is_refused_and_the_error_says_how_to_leave_it_out(make: Make, fit: Any) -> None:
+def test_a_last_batch_of_one_image_is_an_error_that_explains_how_to_drop_it(make: Make, fit: Any) -> None:
     with pytest.raises(ValueError, match=r"DeepLabHead: a training batch should have 2 images .*: drop_last=True"):
         fit(make(batch_size=2))
 

@@ -1,4 +1,4 @@
-"""A run that stops anywhere goes on as if it had not."""
+"""A run that stops anywhere resumes as if it had not stopped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_p
 
 
 class Numbered(InMemoryDataModule):
-    """Sample `i` is the number `i`, so that a batch says which samples it holds."""
+    """Sample `i` is the number `i`, so a batch shows which samples it holds."""
 
     def __init__(self, num_workers: int = 0, train_size: int = BATCHES * BATCH_SIZE, seed: int = 3) -> None:
         super().__init__(train_size, 4, 4, BATCH_SIZE, seed, num_workers)

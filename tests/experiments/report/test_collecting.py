@@ -1,4 +1,4 @@
-"""Runs are found wherever they lie, and read as far as they can be."""
+"""Runs are found in any subfolder, and read as far as possible."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_folders_without_runs_are_refused_in_a_sentence(tmp_path: Path) -> None:
         collect([tmp_path])
 
 
-def test_every_state_is_told_with_how_far_the_run_came(tmp_path: Path) -> None:
+def test_every_state_is_reported_with_the_progress_of_the_run(tmp_path: Path) -> None:
     rows = [{"epoch": 0, "step": 9, "train/loss": 1.0}, {"epoch": 1, "step": 19, "train/loss": 1.0}]
     write_run(tmp_path / "finished", metrics=measured(1, 0.5), training={"seconds": 2.0, "steps": 40, "epochs": 4})
     write_run(tmp_path / "trained", training={"seconds": 2.0, "steps": 40, "epochs": 4})

@@ -66,7 +66,7 @@ FOLDERS = {
 NAMES = ("test/loss", "test/loss/depth", "test/rmse/depth", "test/miou/seg")
 
 
-def test_means_and_deviations_are_those_of_the_files(study: Path) -> None:
+def test_means_and_deviations_match_the_files(study: Path) -> None:
     rows = compared(study).rows
     assert {row.method.name for row in rows} == set(FOLDERS)
     for row in rows:
@@ -103,7 +103,7 @@ def test_delta_m_is_the_mean_gain_over_the_single_task_runs(study: Path) -> None
         assert row.delta_m.deviation == pytest.approx(statistics.stdev(gains), rel=1e-9)
 
 
-def test_mean_ranks_are_those_of_the_metrics_beside_the_losses(study: Path) -> None:
+def test_mean_ranks_use_the_metrics_and_not_the_losses(study: Path) -> None:
     means = {
         name: (
             statistics.mean(on_disk(study / at, "test/rmse/depth")),
@@ -190,7 +190,7 @@ def test_the_baseline_has_the_other_options_of_the_method(tmp_path: Path) -> Non
     assert rows["gradnorm lr=0.2"].tests["test/rmse/depth"].mean == pytest.approx(2.0)
 
 
-def test_a_baseline_that_is_not_there_is_an_error_that_says_what_is(study: Path) -> None:
+def test_a_missing_baseline_is_an_error_that_lists_what_exists(study: Path) -> None:
     with pytest.raises(ValueError, match="there is no 'equals'; did you mean 'equal'"):
         compared(study, "equals")
     with pytest.raises(ValueError, match=r"--baseline 'gradnorm' is several methods: gradnorm α=0.5, gradnorm α=1.5"):
@@ -208,7 +208,7 @@ def test_without_equal_weights_there_are_no_differences(tmp_path: Path) -> None:
     assert comparison.rows[0].time_ratio is None
 
 
-def test_nothing_that_began_is_refused_with_what_is_known(tmp_path: Path) -> None:
+def test_without_a_comparable_run_the_error_lists_what_is_known(tmp_path: Path) -> None:
     run = write_run(tmp_path / "0", metrics=measured(1, 0.5))
     (run / "config.yaml").write_text("{")
     with pytest.raises(ValueError, match=r"none of the 1 runs can be compared \(0: .*config.yaml cannot be read"):
@@ -239,7 +239,7 @@ def test_a_long_curve_is_thinned_without_losing_its_mean() -> None:
     assert (len(short), short[-1].x, short[-1].high) == (120, 597, short[-1].y)
 
 
-def test_a_curve_ends_where_the_first_seed_ends_and_passes_over_what_is_not_finite() -> None:
+def test_a_curve_ends_where_the_first_seed_ends_and_skips_values_that_are_not_finite() -> None:
     points = mean_curve([[(0, 1.0), (1, math.nan), (2, 3.0), (3, 4.0)], [(0, 3.0), (1, 2.0), (2, 1.0)], []])
     assert [(point.x, point.y) for point in points] == [(0, 2.0), (2, 2.0)]
 
@@ -266,7 +266,7 @@ def write_pairs(folder: Path, scatter: list[float], *, rmse: float) -> Compariso
 
 
 @pytest.mark.parametrize("is_clear", [True, False])
-def test_a_difference_is_called_significant_only_if_it_stands_up_to_the_number_of_tests(
+def test_a_difference_is_called_significant_only_after_correction_for_the_number_of_tests(
     tmp_path: Path, is_clear: bool
 ) -> None:
     # Five seeds; p of the mIoU alone 0.032, and of the rmse below 0.0001 or 0.049: by Holm's method 0.032, or 0.065 of both.

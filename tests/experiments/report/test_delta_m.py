@@ -1,4 +1,4 @@
-"""Δm by hand, and as the tables of the literature have it."""
+"""Δm by hand, and as in the tables of the literature."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def test_a_task_with_more_metrics_does_not_count_more() -> None:
 
 
 @pytest.mark.parametrize(("metric", "value", "expected"), [("miou", 0.5, 25.0), ("miou", 0.3, -25.0)])
-def test_more_of_what_should_be_high_is_a_gain(metric: str, value: float, expected: float) -> None:
+def test_an_increase_of_a_metric_that_should_be_high_is_a_gain(metric: str, value: float, expected: float) -> None:
     assert delta_m({f"test/{metric}/a": value}, {f"test/{metric}/a": 0.4}) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0.5, -25.0), (0.3, 25.0)])
-def test_more_of_what_should_be_low_is_a_loss(value: float, expected: float) -> None:
+def test_an_increase_of_a_metric_that_should_be_low_is_a_loss(value: float, expected: float) -> None:
     assert delta_m({"test/rmse/a": value}, {"test/rmse/a": 0.4}) == pytest.approx(expected)
 
 
@@ -88,7 +88,7 @@ def test_the_chosen_metrics_exist(chosen: dict[str, list[str]]) -> None:
         ({"test/loss": 1.0, "test/loss/a": 1.0}, {"test/loss/a": 1.0}, "metrics of tasks to compare"),
     ],
 )
-def test_what_cannot_be_compared_is_named(run: dict[str, float], single: dict[str, float], says: str) -> None:
+def test_the_error_names_what_cannot_be_compared(run: dict[str, float], single: dict[str, float], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         delta_m(run, single)
 

@@ -1,4 +1,4 @@
-"""The heatmap of cosines shows each number in its cell, in its color, beside its names."""
+"""The heatmap of cosines shows each number in its cell, in its color, next to its names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which runs are one method, and what it is called."""
+"""Which runs count as one method, and the method's name."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def test_an_option_in_which_only_an_unfinished_run_differs_is_in_its_name_alone(
         {"model__newly_there": None},  # as if written by an older version of the library
     ],
 )
-def test_what_does_not_change_the_training_makes_no_method(tmp_path: Path, option: dict[str, Any]) -> None:
+def test_options_that_do_not_change_the_training_do_not_define_a_method(tmp_path: Path, option: dict[str, Any]) -> None:
     assert grouped(tmp_path, {"seed": 0}, {"seed": 1, **option}) == {"equal": 2}
 
 
-def test_what_the_model_takes_from_each_seeds_data_makes_no_method(tmp_path: Path) -> None:
+def test_values_from_each_seeds_data_do_not_define_a_method(tmp_path: Path) -> None:
     def fitted(seed: int) -> dict[str, Any]:
         tasks = {"_target_": "somewhere.make_tasks", "scales": {"depth": [seed + 0.5, 1.0], "seg": [0.1, 1.0]}}
         return {"seed": seed, "model__tasks": tasks, "model__encoder": {"in_features": 20 + seed}}
@@ -120,7 +120,7 @@ def test_runs_of_one_task_each_alone_are_refused(tmp_path: Path) -> None:
         grouped(tmp_path, {"tasks": ["depth"]}, {"tasks": ["seg"]})
 
 
-def test_a_run_of_which_the_tasks_are_not_known_stands_in_no_ones_way(tmp_path: Path) -> None:
+def test_a_run_with_unknown_tasks_does_not_disturb_the_others(tmp_path: Path) -> None:
     made = {"_target_": "somewhere.make_tasks"}
     assert grouped(tmp_path, {}, {"balancing": "gradnorm", "metrics": None, "model__tasks": made}) == {
         "equal": 1,

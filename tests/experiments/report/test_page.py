@@ -1,4 +1,4 @@
-"""The page and the Markdown: complete, escaped, and nothing but themselves."""
+"""The page and the Markdown: complete, escaped, and self-contained."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ VOID = {"meta", "link"}
 
 
 class Parsed(HTMLParser):
-    """Tags, attributes and text of a page; checks that what is opened is closed."""
+    """Tags, attributes and text of a page; checks that every tag is closed."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ def test_the_page_is_whole_and_loads_nothing(study: Path) -> None:
     assert parsed.tags.count("h1") == 1
 
 
-def test_every_chart_is_well_formed_and_says_what_it_is(study: Path) -> None:
+def test_every_chart_is_well_formed_and_labeled(study: Path) -> None:
     html, _ = written(study)
     charts = re.findall(r'<svg(?=[^>]*class="chart").*?</svg>', html, flags=re.DOTALL)
     assert len(charts) >= 6
@@ -176,7 +176,7 @@ def test_markdown_has_the_same_tables(study: Path) -> None:
     assert "| unfinished | gradnorm | 3 | unfinished | step 41, epoch 5 of 4 |" in text
 
 
-def test_too_few_seeds_are_said_in_words(tmp_path: Path) -> None:
+def test_too_few_seeds_are_reported_as_text(tmp_path: Path) -> None:
     for name in ("equal", "gradnorm"):
         write_run(tmp_path / name, name, metrics=measured(1, 0.5))
     _, text = written(tmp_path)
@@ -191,7 +191,7 @@ def test_runs_without_any_result_make_a_page_all_the_same(tmp_path: Path) -> Non
     assert "Metrics during training" in html
 
 
-def test_numbers_that_are_not_finite_are_said_and_drawn_nowhere(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_reported_but_not_drawn(tmp_path: Path) -> None:
     rows: list[dict[str, float | str]] = [{"step": 0, "val/rmse/depth": "nan", "train/loss/depth": "inf"}]
     for seed in range(2):
         write_run(tmp_path / f"e{seed}", seed=seed, metrics=measured(1 + seed, 0.5))
@@ -201,7 +201,7 @@ def test_numbers_that_are_not_finite_are_said_and_drawn_nowhere(tmp_path: Path) 
     assert not re.search(r'="[^"]*(nan|inf)\b', html)
 
 
-def test_whatever_stands_in_the_files_there_is_a_page_or_a_sentence(study: Path) -> None:
+def test_any_content_of_the_files_gives_a_page_or_a_clear_error(study: Path) -> None:
     draw = random.Random(0)
     files = sorted(file for file in study.rglob("*") if file.suffix in (".json", ".yaml", ".csv"))
     written_first = {file: file.read_bytes() for file in files}
@@ -278,7 +278,7 @@ def test_the_first_styles_differ_in_color_dashes_and_marker() -> None:
     "values", [[], [1.0], [0.0, 0.0], [1e-30, 1e30], [-5.0, -4.0], [3.0, float("nan"), float("inf")]]
 )
 @pytest.mark.parametrize("log", [False, True])
-def test_axes_have_a_few_round_ticks_whatever_the_values(values: list[float], log: bool) -> None:
+def test_axes_have_a_few_round_ticks_for_any_values(values: list[float], log: bool) -> None:
     axis = Axis.around(values, 0, 100, log=log)
     assert 1 <= len(axis.ticks()) <= 12
     for tick in axis.ticks():

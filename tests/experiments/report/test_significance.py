@@ -24,7 +24,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("dof", "five", "one"), TABLE)
-def test_quantiles_are_those_of_the_printed_table(dof: int, five: float, one: float) -> None:
+def test_quantiles_match_the_printed_table(dof: int, five: float, one: float) -> None:
     assert round(t_quantile(0.95, dof), 3) == pytest.approx(five, abs=1e-9)
     assert round(t_quantile(0.99, dof), 3) == pytest.approx(one, abs=1e-9)
     assert t_two_sided(five, dof) == pytest.approx(0.05, abs=1e-4)
@@ -73,7 +73,7 @@ def test_numbers_that_are_not_finite_make_no_verdict() -> None:
     assert math.isnan(deviation([1.0, math.inf]))
 
 
-def test_holms_correction_rejects_what_his_procedure_rejects() -> None:
+def test_holms_correction_agrees_with_his_procedure() -> None:
     draw = random.Random(0)
     for count in range(1, 12):
         p_values = [draw.choice([draw.random(), draw.random() / 50, 0.01]) for _ in range(count)]

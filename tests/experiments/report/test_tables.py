@@ -1,4 +1,4 @@
-"""What stands in the tables of finished runs."""
+"""The contents of the tables of finished runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The losses of dense tasks against brute force over pixels, and what holes, empty batches and half precision do to them."""
+"""The losses of dense tasks against brute force over pixels, and with holes, empty batches and half precision."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_cross_entropy_is_that_of_each_pixel_with_a_label(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_losses_of_depth_are_those_of_each_pixel_of_known_depth(seed: int) -> None:
+def test_depth_losses_count_each_pixel_of_known_depth(seed: int) -> None:
     prediction, target = dense.predictions(seed=seed)["depth"], dense.targets(seed=seed + 10)["depth"]
     errors = [found - true for found, true in dense.depths(prediction, target)]
     assert SquaredDepthLoss()(prediction, target).item() == pytest.approx(mean([e**2 for e in errors]), rel=1e-5)
@@ -130,7 +130,7 @@ def test_the_gradient_is_that_of_finite_differences(task: str, loss: nn.Module) 
 
 
 @every_loss
-def test_a_batch_of_which_nothing_is_known_has_the_loss_zero_and_the_gradient_zero(task: str, loss: nn.Module) -> None:
+def test_a_batch_without_known_targets_has_zero_loss_and_zero_gradient(task: str, loss: nn.Module) -> None:
     prediction = dense.predictions()[task].requires_grad_()
     value = loss(prediction, nothing_known(task))
     assert value.item() == 0

@@ -1,4 +1,4 @@
-"""Metrics of dense tasks: by hand on a few pixels, by brute force on random ones, and of parts as of the whole."""
+"""Metrics of dense tasks: by hand on a few pixels, by brute force on random ones, and the same in parts as on the whole."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def labels(*values: int) -> Tensor:
 
 
 def said(*values: int) -> Tensor:
-    """Logits of which these are the largest."""
+    """Logits that are largest at these classes."""
     return torch.nn.functional.one_hot(labels(*values), dense.CLASSES).movedim(-1, 1).float()
 
 
@@ -87,7 +87,7 @@ BRUTE_FORCE: dict[str, Callable[[Tensor, Tensor], float]] = {
 
 
 def near(task: str, seed: int, size: tuple[int, int] = dense.SIZE) -> tuple[Tensor, Tensor]:
-    """A prediction that is right here and there, so that no metric is trivially 0."""
+    """A prediction that is partly right, so no metric is trivially 0."""
     prediction, target = dense.predictions(seed=seed, size=size)[task], dense.targets(seed=seed + 10, size=size)[task]
     if task == "segmentation":
         prediction += 3 * torch.nn.functional.one_hot(target.clamp(min=0), dense.CLASSES).movedim(-1, 1)
@@ -130,7 +130,7 @@ def test_a_rank_that_knows_nothing_changes_nothing(task: str, name: str) -> None
     plain.update(prediction, target)
     metric.update(prediction, nothing)
     alone = metric.compute().item()
-    assert math.isnan(alone) or name == "pixel_accuracy"  # of which torchmetrics says 0
+    assert math.isnan(alone) or name == "pixel_accuracy"  # torchmetrics returns 0 for it
     metric.update(prediction, target)
     assert metric.compute().item() == plain.compute().item()
 
@@ -146,7 +146,7 @@ def test_half_precision_is_judged_in_single(task: str, name: str) -> None:
 
 
 @every_metric
-def test_what_is_better_is_known_to_metric_and_report_alike(task: str, name: str) -> None:
+def test_metric_and_report_agree_on_which_direction_is_better(task: str, name: str) -> None:
     assert higher_is_better(name) is not None
     assert higher_is_better(name) is nyuv2_metrics(task)[name].higher_is_better
 
@@ -238,6 +238,6 @@ def test_shapes_that_do_not_fit_are_named(metric: Metric, found: tuple[int, ...]
     assert str(true) in str(error.value)
 
 
-def test_an_angle_that_is_none_is_named() -> None:
+def test_the_error_names_an_invalid_angle() -> None:
     with pytest.raises(ValueError, match="WithinAngle: degrees should be a number above 0, at most 180; got 0"):
         WithinAngle(0)

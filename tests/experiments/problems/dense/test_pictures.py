@@ -1,4 +1,4 @@
-"""What is painted where, and whether everybody can tell the colors apart."""
+"""What is painted where, and colors that color-blind people can distinguish."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_maps_of_keypoints_that_cannot_be_seen_are_not_shown() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_sample_of_which_nothing_is_known_can_be_painted(task: str) -> None:
+def test_a_sample_without_known_targets_can_be_painted(task: str) -> None:
     target = torch.full_like(dense.targets()[task][0], -1 if task == "segmentation" else 0)
     prediction = dense.predictions()[task][0]
     for found in (prediction, torch.full_like(prediction, torch.nan)):

@@ -1,4 +1,4 @@
-"""TensorBoard shows image, prediction and truth side by side, and training does not notice."""
+"""TensorBoard shows image, prediction and truth side by side, and training does not change."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_validation_outside_of_training_shows_nothing(tmp_path: Path, quiet_trai
     assert shown(tmp_path) == {}
 
 
-def test_a_resumed_run_goes_on_with_the_steps_of_the_first(fit: Any, tmp_path: Path, quiet_trainer: Build) -> None:
+def test_a_resumed_run_continues_with_the_steps_of_the_first(fit: Any, tmp_path: Path, quiet_trainer: Build) -> None:
     first = fit(network(), DensePredictions(every_n_epochs=2), max_epochs=2)
     first.save_checkpoint(tmp_path / "2.ckpt")
     logger = TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False)
@@ -246,7 +246,7 @@ def test_tasks_may_have_other_names(fit: Any, tmp_path: Path) -> None:
     assert torch.equal(seg[:, :, -SIZE[1] :], segmentation[:, :, -SIZE[1] :])
 
 
-def test_a_task_of_which_the_batch_has_no_target_is_left_out(fit: Any, tmp_path: Path) -> None:
+def test_a_task_without_a_target_in_the_batch_is_left_out(fit: Any, tmp_path: Path) -> None:
     val = batches(9)
     del val.batches[0][1]["normals"]
     val.batches[0][1]["depth"] = None
@@ -276,7 +276,7 @@ def test_a_wrong_value_is_named(options: dict[str, Any], message: str) -> None:
 
 
 class Bare(L.LightningModule):
-    """Predicts what it is told to, of batches of any kind, and is never trained."""
+    """Returns a fixed prediction for batches of any kind, and is never trained."""
 
     def __init__(self, prediction: Any) -> None:
         super().__init__()
@@ -334,7 +334,7 @@ class Bare(L.LightningModule):
         ),
     ],
 )
-def test_what_cannot_be_shown_is_told_before_training(
+def test_predictions_that_cannot_be_shown_are_an_error_before_training(
     fit: Any, prediction: Any, batch: Any, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):

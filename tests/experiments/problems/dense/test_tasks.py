@@ -1,4 +1,4 @@
-"""The tasks of NYUv2 in a `MultiTaskModule`: trained, judged, saved, configured, on one rank and on two."""
+"""The tasks of NYUv2 in a `MultiTaskModule`: trained, evaluated, saved, configured, on one rank and on two."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_every_metric_of_every_task_is_logged_in_training_with_gradnorm(
     assert sum(trainer.callbacks[0].weights.values()) == pytest.approx(len(names))  # type: ignore[attr-defined]
 
 
-def test_the_metrics_of_a_test_are_those_of_all_its_pixels(quiet_trainer: Callable[..., L.Trainer]) -> None:
+def test_test_metrics_count_all_pixels(quiet_trainer: Callable[..., L.Trainer]) -> None:
     names = SETS["all"]
     model, data = module(names), batches(names, count=3)
     (tested,) = quiet_trainer().test(model, Batches(data), verbose=False)

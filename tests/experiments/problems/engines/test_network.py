@@ -1,4 +1,4 @@
-"""The network of C-MAPSS: its sizes are the book's, and what it reads of a window."""
+"""The network of C-MAPSS: its sizes match the book, and the parts of a window that it reads."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_parameters_are_as_many_as_the_book_says() -> None:
     assert sum(map(count_parameters, heads)) / every < 0.002  # published
 
 
-def test_the_last_cycle_alone_asks_and_finds_what_it_would_find_among_all() -> None:
+def test_attention_from_the_last_cycle_alone_matches_full_attention() -> None:
     encoder = EngineEncoder(**SMALL).eval()
     x = windows()
     cycles, _ = encoder.lstm(encoder.convolutions(x.mT).mT)
@@ -99,7 +99,7 @@ def test_the_last_shared_layer_is_the_last_of_the_funnel(quiet_trainer: Any) -> 
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_untrained_head_says_half_of_the_longest_life_and_learns(seed: int) -> None:
+def test_the_untrained_head_predicts_half_of_the_longest_life_and_learns(seed: int) -> None:
     torch.manual_seed(seed)
     encoder, head = EngineEncoder(**SMALL), rul_head()
     life = head(encoder(windows(64)))

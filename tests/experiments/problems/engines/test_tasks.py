@@ -1,4 +1,4 @@
-"""The tasks of C-MAPSS in a `MultiTaskModule`: trained with every strategy of the comparison, judged, saved."""
+"""The tasks of C-MAPSS in a `MultiTaskModule`: trained with every strategy of the comparison, evaluated, saved."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_every_strategy_of_the_comparison_trains_the_whole_network(
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_the_metrics_are_those_of_their_definitions(quiet_trainer: Callable[..., L.Trainer]) -> None:
+def test_the_metrics_match_their_definitions(quiet_trainer: Callable[..., L.Trainer]) -> None:
     model, data = module().eval(), batches()
     with torch.no_grad():
         predictions = model(torch.cat([windows for windows, _ in data]))
@@ -102,7 +102,7 @@ def test_the_weighted_loss_counts_a_failure_twice_and_a_new_engine_once() -> Non
     assert scaled(torch.tensor([103.0]), torch.tensor([100.0])).item() == pytest.approx(9 * 1.5)
 
 
-def test_an_untrained_head_says_half_of_the_longest_life() -> None:
+def test_an_untrained_head_predicts_half_of_the_longest_life() -> None:
     for cap in (125.0, 200.0):
         said = engine_tasks(cap=cap)["rul"].head(torch.zeros(1, 32)).item()
         assert said == pytest.approx(cap / 2, abs=2)

@@ -1,4 +1,4 @@
-"""Residuals vanish for the exact solutions, are right for other functions, and the references are right by other means."""
+"""Residuals vanish for the exact solutions, are right for other functions, and the references agree with other methods."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_the_cole_hopf_integral_is_that_of_another_quadrature(nu: float) -> None
     assert found == pytest.approx([trapezoid(x, t, nu) for x, t in places], abs=1e-10)
 
 
-def test_the_cole_hopf_integral_is_what_finite_differences_compute() -> None:
+def test_the_cole_hopf_integral_agrees_with_finite_differences() -> None:
     nu, cells = 0.02, 800
     x = np.linspace(-1, 1, cells + 1)
     u, h = -np.sin(math.pi * x), 2 / cells
@@ -155,7 +155,7 @@ def test_the_plates_deflection_is_naviers() -> None:
     assert found.flatten().tolist() == pytest.approx([middle, middle * math.sqrt(0.5), 0.0], rel=1e-9, abs=1e-15)
 
 
-def test_derivatives_are_those_by_hand_and_can_be_back_propagated() -> None:
+def test_derivatives_match_those_by_hand_and_can_be_back_propagated() -> None:
     a = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     x = torch.tensor([[0.5, 1.0], [2.0, -1.0], [1.0, 3.0]], dtype=torch.float64, requires_grad=True)
 

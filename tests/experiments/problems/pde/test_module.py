@@ -1,4 +1,4 @@
-"""The network and the LightningModule: losses, metrics, LBFGS, and strategies that are added to it."""
+"""The network and the LightningModule: losses, metrics, LBFGS, and strategies on top."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def made(equation: Equation, steps: int = 4, seed: int = 0, **options: Any) -> t
 
 
 class Network(L.Callback):
-    """Keeps what the network is after each step."""
+    """Records the network after each step."""
 
     def __init__(self) -> None:
         self.after: list[Tensor] = []
@@ -74,7 +74,7 @@ def test_the_network_standardizes_the_box_and_begins_as_glorot_has_it() -> None:
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
-def test_training_validation_and_test_log_what_plain_loops_compute(name: str, quiet_trainer: Build) -> None:
+def test_training_validation_and_test_log_the_same_values_as_plain_loops(name: str, quiet_trainer: Build) -> None:
     equation = EQUATIONS[name]()
     model, data = made(equation, steps=1, optimizer=partial(torch.optim.SGD, lr=0.0))
     trainer = quiet_trainer(max_epochs=1)
@@ -185,7 +185,7 @@ def test_lbfgs_lowers_the_loss_with_a_closure(balancing: Callable[[], L.Callback
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
-def test_a_run_goes_on_from_within_an_epoch_to_the_same_network(
+def test_a_run_resumed_within_an_epoch_ends_with_the_same_network(
     name: str, quiet_trainer: Build, tmp_path: Path
 ) -> None:
     file = tmp_path / "within.ckpt"

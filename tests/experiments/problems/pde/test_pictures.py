@@ -1,4 +1,4 @@
-"""What the picture of a solution shows, and where it goes."""
+"""The picture of a solution, and where it is written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Build = Callable[..., Any]
 
 
 def panels(picture: torch.Tensor) -> list[np.ndarray]:
-    """Return what is drawn in the three frames, ``(height, width, 3)`` each."""
+    """Return the contents of the three frames, ``(height, width, 3)`` each."""
     pixels = picture.permute(1, 2, 0).numpy().astype(int)
     whole = pixels.shape[1] // 3
     return [pixels[MARGIN + 1 : MARGIN + HEIGHT, k * whole + MARGIN + 1 : k * whole + MARGIN + WIDTH] for k in range(3)]

@@ -1,4 +1,4 @@
-"""Collocation points lie where they should, follow from the seed, and are shared by the ranks."""
+"""Collocation points are where they should be, follow from the seed, and are shared by the ranks."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_ranks_share_the_points_of_each_step() -> None:
             assert torch.equal(torch.unique(together, dim=0), torch.unique(batch[task], dim=0))
 
 
-def test_a_loader_goes_on_with_the_step_after_the_last() -> None:
+def test_a_loader_continues_with_the_step_after_the_last() -> None:
     data = made(Helmholtz())
     whole = steps(data, epoch=1)
     loader = data.train_dataloader()

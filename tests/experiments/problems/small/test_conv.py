@@ -24,7 +24,7 @@ def test_last_weight_matrix_is_that_of_the_linear_layer() -> None:
     assert weights[-1].weight.shape == (128, 64 * 16)
 
 
-def test_a_sample_is_encoded_alike_in_any_batch_and_mode() -> None:
+def test_a_sample_has_the_same_encoding_in_any_batch_and_mode() -> None:
     encoder = ConvEncoder()
     images = torch.rand(4, 1, 36, 36)
     whole = encoder(images)

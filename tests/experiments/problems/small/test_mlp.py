@@ -1,4 +1,4 @@
-"""The MLP is the paper's trunk."""
+"""The MLP matches the paper's trunk."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_batches_have_the_shapes_promised(data: MultiMNISTDataModule) -> None:
     assert [len(split) for split in _splits(data).values()] == [300, 60, 60]
 
 
-def test_digits_are_those_of_the_file() -> None:
+def test_digits_match_the_file() -> None:
     images, labels = read_digits()
     assert images.shape == (5000, 28, 28)
     assert np.bincount(labels).tolist() == [500] * 10

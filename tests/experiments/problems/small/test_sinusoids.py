@@ -78,7 +78,7 @@ def test_closer_directions_make_more_correlated_labels() -> None:
     assert correlations == sorted(correlations)
 
 
-def test_r2_ceiling_is_what_the_noiseless_function_reaches() -> None:
+def test_the_r2_ceiling_is_the_score_of_the_noiseless_function() -> None:
     noisy, clean = _made(test_size=20_000), _made(test_size=20_000, noise=0.0)
     for task, ceiling in noisy.r2_ceiling.items():
         y, perfect = noisy.test_data.targets[task], clean.test_data.targets[task]

@@ -1,4 +1,4 @@
-"""The toy problem is the paper's, number by number."""
+"""The toy problem matches the paper, number by number."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_setup_makes_the_data_once() -> None:
     assert data.train_data is before
 
 
-def test_data_before_setup_is_an_error_that_says_so() -> None:
+def test_data_before_setup_is_a_clear_error() -> None:
     with pytest.raises(RuntimeError, match=r"ToyDataModule: the data are made by setup\(\)"):
         ToyDataModule().train_dataloader()
 

@@ -1,4 +1,4 @@
-"""What a table hands out: each row in one split, statistics of the training rows alone, no task where its target is missing."""
+"""A table's batches: each row in one split, statistics of the training rows only, no task if its target is missing."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_rows_with_the_same_inputs_are_in_one_split(seed: int, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("standardize", [False, True])
-def test_statistics_are_those_of_the_training_rows(standardize: bool, tmp_path: Path) -> None:
+def test_statistics_come_from_the_training_rows(standardize: bool, tmp_path: Path) -> None:
     table = frame()
     data = module(tmp_path, table, standardize_targets=standardize)
     assert data.input_names == ("x", "y", "z", "row")
@@ -119,9 +119,7 @@ def test_statistics_are_those_of_the_training_rows(standardize: bool, tmp_path: 
 
 @pytest.mark.parametrize("missing", ["error", "mean"])
 @pytest.mark.parametrize("changed", SPLITS)
-def test_what_is_handed_out_to_train_on_changes_with_training_rows_alone(
-    changed: str, missing: str, tmp_path: Path
-) -> None:
+def test_training_data_only_depends_on_training_rows(changed: str, missing: str, tmp_path: Path) -> None:
     table = frame()
     if missing == "mean":
         table.loc[::7, "y"] = np.nan
@@ -184,7 +182,7 @@ def test_a_missing_target_is_an_absent_task(tmp_path: Path) -> None:
 
 
 def test_on_several_ranks_every_batch_has_all_tasks(tmp_path: Path) -> None:
-    """A rank that lacked a task's gradient or metric would have the others wait for it for ever."""
+    """A rank that lacked a task's gradient or metric would make the others wait for it forever."""
     table = frame()
     table.loc[table.index % 4 != 0, "b"] = np.nan
     data = module(tmp_path, table, batch_size=3)

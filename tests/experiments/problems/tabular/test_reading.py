@@ -1,4 +1,4 @@
-"""Tables out of files: what is read, whatever it is written in, and what is said about a file that is not a table."""
+"""Tables from files of all formats, and the errors for a file that is not a table."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_nominal_attributes_are_texts_and_may_be_missing(tmp_path: Path) -> None
     assert table.isna().to_numpy().tolist() == [[False, False], [True, False], [False, True]]
 
 
-def test_an_index_with_a_name_is_a_column_and_one_without_is_none(tmp_path: Path) -> None:
+def test_only_an_index_with_a_name_is_a_column(tmp_path: Path) -> None:
     frame = pd.DataFrame({"v": [1.0, 2.0]}, index=[5, 6])
     frame.to_parquet(tmp_path / "without.parquet")
     frame.rename_axis("subject").to_parquet(tmp_path / "with.parquet")
@@ -154,7 +154,7 @@ WRONG: dict[str, tuple[str, bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_file_that_is_no_such_table_is_named_with_what_it_looks_like(case: str, tmp_path: Path) -> None:
+def test_the_error_for_a_wrong_file_describes_what_it_looks_like(case: str, tmp_path: Path) -> None:
     name, content, expected = WRONG[case]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=expected) as told:

@@ -1,4 +1,4 @@
-"""Tables as they are found in the wild, where they are at hand: sizes and splits as published, and a network that learns."""
+"""Real tables, if available: sizes and splits as published, and a network that learns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses and metrics of a table's targets against scikit-learn: missing targets do not count, units are the table's."""
+"""Losses and metrics of a table's targets against scikit-learn: missing targets do not count, and units are the table's."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def pairs(missing: float, offset: float, seed: int = 0) -> tuple[torch.Tensor, t
 @pytest.mark.parametrize("unit", [1.0, 0.01, 250.0])
 @pytest.mark.parametrize("offset", [0.0, 3.0, 10_000.0])
 @pytest.mark.parametrize("missing", [0.0, 0.3])
-def test_metrics_are_those_of_scikit_learn_in_the_tables_units(missing: float, offset: float, unit: float) -> None:
+def test_metrics_agree_with_scikit_learn_in_the_tables_units(missing: float, offset: float, unit: float) -> None:
     prediction, target = pairs(missing, offset)
     mean = offset + 0.5
     metrics = [RMSE(mean, unit), RelativeRMSE(mean, unit), CoefficientOfDetermination(mean, unit)]
@@ -74,7 +74,7 @@ def test_the_report_knows_which_way_the_metrics_are_better() -> None:
 
 
 @pytest.mark.parametrize("there", [[0, 1, 2, 3], [2], [0, 3], []])
-def test_the_loss_and_its_gradient_are_those_of_the_targets_that_are_there(there: list[int]) -> None:
+def test_the_loss_and_its_gradient_only_count_existing_targets(there: list[int]) -> None:
     target = torch.full((4, 1), NAN, dtype=torch.float64)
     target[there] = torch.tensor([[1.0], [-2.0], [30.0], [4.0]], dtype=torch.float64)[there]
     prediction = torch.arange(4.0, dtype=torch.float64)[:, None].requires_grad_()

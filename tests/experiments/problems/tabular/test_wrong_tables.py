@@ -1,4 +1,4 @@
-"""What is said about a table that cannot be trained on: the column or the row, what was expected, what helps."""
+"""Errors for a table that cannot be trained on: the column or the row, the expectation and the fix."""
 
 from __future__ import annotations
 

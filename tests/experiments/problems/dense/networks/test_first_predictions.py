@@ -1,4 +1,4 @@
-"""What a dense head predicts before it has learned anything."""
+"""Predictions of a dense head before training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_gradnorm.experiments.problems.dense.networks.heads import DenseHe
 
 @pytest.mark.parametrize("out_channels", [1, 3, 13, 48])
 @pytest.mark.parametrize("head", [ConvHead, DeepLabHead])
-def test_first_predictions_are_of_order_one_whatever_is_predicted(head: type[DenseHead], out_channels: int) -> None:
+def test_first_predictions_are_of_order_one_for_every_task(head: type[DenseHead], out_channels: int) -> None:
     torch.manual_seed(0)
     options = {"channels": 32} if head is DeepLabHead else {}
     representation = torch.randn(8, 64, 16, 16).relu()  # mean square 1/2

@@ -1,4 +1,4 @@
-"""Heads predict maps of the size that is asked for."""
+"""Heads predict maps of the requested size."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_number_out_of_range_is_refused(head: Callable[..., nn.Module], wrong: d
 
 
 @each_head
-def test_representation_is_left_as_it_was(head: Callable[..., nn.Module]) -> None:
+def test_the_representation_does_not_change(head: Callable[..., nn.Module]) -> None:
     z = torch.rand(2, 8, 6, 10)
     before = z.clone()
     F.mse_loss(head(8, 3, size=(12, 20))(z), torch.zeros(2, 3, 12, 20)).backward()

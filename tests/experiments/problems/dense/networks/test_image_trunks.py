@@ -1,4 +1,4 @@
-"""What holds for each trunk for photographs: shapes, the last shared layer, gradients, memory, GradNorm on it."""
+"""Properties of every image trunk: shapes, the last shared layer, gradients, memory, GradNorm on it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def model_on(encoder: Any, head: Callable[[int, int], nn.Module] = ConvHead) -> 
 
 
 def found_layer(model: MultiTaskModule) -> str:
-    """The name of the weight by which a model is balanced that says nothing about itself."""
+    """The name of the weight found in a model with nothing named."""
     model = copy.deepcopy(model).train()
     images = torch.rand(2, 3, 64, 64).to(next(model.parameters()))
     with Balancer(model, GradNormRule(list(model.task_heads))) as balancer:
@@ -214,7 +214,7 @@ def test_nothing_of_a_batch_stays_on_the_network(trunk: Callable[..., Any]) -> N
 
 
 @each_trunk
-def test_what_waits_for_the_backward_pass_is_two_maps_for_each_convolution_and_little_more(
+def test_little_more_than_two_maps_per_convolution_is_saved_for_the_backward_pass(
     trunk: Callable[..., Any],
 ) -> None:
     encoder = trunk(width=SMALL)
@@ -239,7 +239,7 @@ def test_what_waits_for_the_backward_pass_is_two_maps_for_each_convolution_and_l
 
 
 @each_trunk
-def test_image_is_seen_alike_in_any_batch_of_an_evaluation(trunk: Callable[..., Any]) -> None:
+def test_an_image_has_the_same_result_in_any_batch_of_an_evaluation(trunk: Callable[..., Any]) -> None:
     encoder = trunk(width=SMALL).eval()
     images = torch.rand(3, 3, 32, 64)
     whole = encoder(images)

@@ -1,4 +1,4 @@
-"""Weights come from files with torchvision's names, and from no others."""
+"""Weights come from files with torchvision's names, and from no other files."""
 
 from __future__ import annotations
 

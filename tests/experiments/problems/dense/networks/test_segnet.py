@@ -1,4 +1,4 @@
-"""SegNet's decoder puts the maxima back where the encoder took them from."""
+"""SegNet's decoder puts the maxima back to their positions in the encoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An augmented sample is what a camera would have seen, and known, of a scene like it."""
+"""An augmented sample is consistent: image and targets match what a camera would see in such a scene."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_image_and_targets_show_the_same_part() -> None:
         assert abs(edge_of_image - after.segmentation[0].argmax()) <= 1
 
 
-def test_what_leaves_the_image_is_not_visible() -> None:
+def test_points_that_leave_the_image_are_not_visible() -> None:
     after = zoom(sample(), 2.0, 0.0, 0.0)
     assert after.keypoints[:, 2].tolist()[:3] == [1, 0, 0]
     assert (after.keypoints[1:] == 0).all()

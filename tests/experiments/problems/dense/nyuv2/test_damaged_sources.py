@@ -1,4 +1,4 @@
-"""What is wrong with a copy of the data is said before training: the file, the field, what was expected and found."""
+"""Errors in a copy of the data are reported before training: the file, the field, what was expected and found."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("form", "name", "harm", "message"), CASES)
-def test_what_is_wrong_is_named_before_training(
+def test_the_error_before_training_names_what_is_wrong(
     form: str, name: str, harm: Harm, message: str, whole: Path, tmp_path: Path, quiet_trainer: Callable[..., L.Trainer]
 ) -> None:
     root = tmp_path / form
@@ -241,7 +241,9 @@ def test_damage_in_the_middle_of_the_hdf5_file_is_named(whole: Path, tmp_path: P
         NYUv2(root).prepare_data()
 
 
-def test_the_form_of_a_folder_is_found_and_said(whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_format_of_a_folder_is_detected_and_reported(
+    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for form, words in (
         ("official", "official .mat"),
         ("mtan", "MTAN folder"),
@@ -253,7 +255,7 @@ def test_the_form_of_a_folder_is_found_and_said(whole: Path, tmp_path: Path, cap
         assert f"is the {words} form: 3 train and 2 test images of 12 x 16. Each image is read" in caplog.text
 
 
-def test_a_folder_that_is_no_form_says_what_was_looked_for(whole: Path, tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_folder_lists_the_expected_files(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"root should be a folder; .*nowhere is none"):
         find_form(tmp_path / "nowhere")
     with pytest.raises(
@@ -264,7 +266,7 @@ def test_a_folder_that_is_no_form_says_what_was_looked_for(whole: Path, tmp_path
         find_form(whole)
 
 
-def test_a_folder_of_two_forms_asks_which(whole: Path, tmp_path: Path) -> None:
+def test_a_folder_with_two_formats_is_an_error(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole / "mtan", tmp_path, dirs_exist_ok=True)
     shutil.copytree(whole / "official", tmp_path, dirs_exist_ok=True)
     with pytest.raises(ValueError, match=r"holds official, mtan. Say which with form="):

@@ -1,4 +1,4 @@
-"""The same rooms come out of every form of the data."""
+"""Every format of the data yields the same rooms."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_source_reads_what_was_written(form: str, roots: dict[str, Path]) -> None:
+def test_a_source_reads_the_written_samples(form: str, roots: dict[str, Path]) -> None:
     source = find_source(roots[form])
     assert source.size == SIZE
     for split, written in (("train", TRAIN), ("test", TEST)):
@@ -123,7 +123,7 @@ def test_all_forms_give_identical_batches(stage: str, sizes: tuple, roots: dict[
     assert _equal(batches["mtan"], batches["official"], leave_out=("normals",))
 
 
-def test_batches_are_what_was_written(roots: dict[str, Path], tmp_path: Path) -> None:
+def test_batches_equal_the_written_samples(roots: dict[str, Path], tmp_path: Path) -> None:
     """At the source's size: exact but for the documented errors of storing depth (1/2048) and normals (0.002 degrees)."""
     prepare(find_source(roots["mtan"]), tmp_path / "prepared")
     data = NYUv2(tmp_path / "prepared", batch_size=3, val_share=0)
@@ -181,7 +181,7 @@ def test_the_official_forms_normals_are_derived_from_its_depth(roots: dict[str, 
 
 
 @pytest.mark.parametrize("options", [{"dtype": np.float64}, {"dtype": np.float32, "flat_depth": True}])
-def test_copies_of_the_mtan_form_differ_in_types_but_not_in_what_they_say(options: dict, tmp_path: Path) -> None:
+def test_copies_in_the_mtan_format_differ_in_types_but_not_in_content(options: dict, tmp_path: Path) -> None:
     write_mtan(tmp_path, TRAIN[:1], TEST[:1], **options)
     read = find_source(tmp_path).read("test", 0)
     assert np.array_equal(read.image, TEST[0].image)
@@ -224,7 +224,7 @@ def test_shards_as_the_hub_converts_them_are_found(roots: dict[str, Path], tmp_p
     ("form", "context"),
     [*((form, "fork") for form in FORMS), pytest.param("official", "spawn", marks=pytest.mark.slow)],
 )
-def test_worker_processes_read_what_one_process_reads(form: str, context: str, roots: dict[str, Path]) -> None:
+def test_worker_processes_read_the_same_as_one_process(form: str, context: str, roots: dict[str, Path]) -> None:
     """Also when files were open before the workers were started, as they are after the check of a run."""
     batches = {}
     for workers in (0, 2):
@@ -235,7 +235,7 @@ def test_worker_processes_read_what_one_process_reads(form: str, context: str, r
         if workers:
             loader.multiprocessing_context = context
         batches[workers] = list(loader)
-        data.stored.arrays("train", 0)  # and the first process goes on
+        data.stored.arrays("train", 0)  # and the first process continues
     assert len(batches[0]) == 4
     assert _equal(batches[0], batches[2])
 

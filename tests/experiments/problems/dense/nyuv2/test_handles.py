@@ -1,4 +1,4 @@
-"""What is open in one process is not used by another."""
+"""Processes do not share open file handles."""
 
 from __future__ import annotations
 

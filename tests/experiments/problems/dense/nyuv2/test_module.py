@@ -1,4 +1,4 @@
-"""The data module: what is held out, what is handed out, and runs that use it."""
+"""The data module: its splits, its batches, and runs that use it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_scenes_of_the_official_form_are_used(tmp_path: Path) -> None:
 
 
 class Net(L.LightningModule):
-    """Remembers what it was trained on."""
+    """Records its training batches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Net(L.LightningModule):
 
 
 @pytest.mark.parametrize("augmented", [False, True])
-def test_a_run_sees_the_same_batches_whatever_the_number_of_workers(
+def test_a_run_sees_the_same_batches_with_any_number_of_workers(
     augmented: bool, prepared: Path, quiet_trainer: Callable[..., L.Trainer]
 ) -> None:
     nets = []
@@ -117,7 +117,7 @@ def test_a_run_sees_the_same_batches_whatever_the_number_of_workers(
 
 
 def test_epochs_differ_in_order_and_in_augmentation(prepared: Path, quiet_trainer: Callable[..., L.Trainer]) -> None:
-    """Batches of one image, so that an image's bytes tell what was done to it."""
+    """Batches of one image, so an image's bytes identify its augmentation."""
     nets = {}
     for augmentations in (None, Augmentations(scales=(1.5,))):
         data = NYUv2(prepared, batch_size=1, augmentations=augmentations, val_share=0)
@@ -131,7 +131,7 @@ def test_epochs_differ_in_order_and_in_augmentation(prepared: Path, quiet_traine
         assert len(common) == (24 if augmentations is None else 0)
 
 
-def test_an_interrupted_run_goes_on_with_the_same_augmented_batches(
+def test_an_interrupted_run_continues_with_the_same_augmented_batches(
     prepared: Path, tmp_path: Path, quiet_trainer: Callable[..., L.Trainer]
 ) -> None:
     def data() -> NYUv2:
@@ -147,7 +147,7 @@ def test_an_interrupted_run_goes_on_with_the_same_augmented_batches(
     assert begun.seen + resumed.seen == whole.seen
 
 
-def test_only_the_tasks_asked_for_are_handed_out(prepared: Path) -> None:
+def test_only_requested_tasks_are_returned(prepared: Path) -> None:
     data = NYUv2(prepared, tasks=("normals", "depth"), batch_size=3, val_share=0)
     data.setup()
     images, targets = next(iter(data.test_dataloader()))
@@ -177,7 +177,7 @@ def test_training_draws_nothing_from_the_global_generator(prepared: Path) -> Non
     assert np.random.get_state()[1].tolist() == before[1]
 
 
-def test_other_sizes_than_those_prepared_are_refused(prepared: Path) -> None:
+def test_sizes_other_than_the_prepared_ones_are_an_error(prepared: Path) -> None:
     NYUv2(prepared, input_size=SIZE, output_size=[6, 8], val_share=0).setup()
     with pytest.raises(
         ValueError, match=r"output_size should be \(6, 8\), for which the data in .* were prepared; got \(8, 8\)"

@@ -1,4 +1,4 @@
-"""What the channels of a source's normals point to is found from its depth, and they are turned to ours."""
+"""The convention of a source's normals is detected from its depth and converted to ours."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_convention_of_rendered_rooms_is_found(made: Made, views: list[Frame
 
 
 @pytest.mark.slow
-def test_any_single_room_says_the_right_convention_or_none() -> None:
+def test_any_single_room_gives_the_right_convention_or_none() -> None:
     found = [str(compare_with_depth([turned(rendered(scene), PUBLISHED)]).convention) for scene in range(60)]
     assert set(found) <= {"right away up", "None"}
     assert found.count("right away up") > 40
@@ -87,7 +87,7 @@ def test_the_scale_of_the_depth_does_not_matter(scale: float, views: list[Frame]
 
 @pytest.mark.parametrize("share", [0.5, 0.75])
 def test_a_part_of_the_image_serves_as_well(share: float, views: list[Frame]) -> None:
-    """A crop, whose focal length and center are not what they are taken for."""
+    """A crop whose focal length and center differ from the assumed ones."""
 
     def crop(array: np.ndarray) -> np.ndarray:
         return array[..., : int(120 * share), : int(160 * share)]
@@ -104,7 +104,7 @@ def test_the_images_after_one_that_tells_nothing_decide() -> None:
 
 
 @pytest.mark.parametrize("kind", ["wall", "noise", "few", "nothing"])
-def test_what_does_not_show_is_unknown(kind: str) -> None:
+def test_an_undetectable_convention_is_unknown(kind: str) -> None:
     draw = np.random.default_rng(0)
     made = []
     for one in frames(4, size=SIZE):
@@ -158,7 +158,7 @@ def test_the_channels_are_turned_to_ours_whether_prepared_or_not(
         assert all(torch.equal(targets[task], wanted[task]) for task in wanted)
 
 
-def test_an_unknown_convention_is_warned_of_and_the_normals_are_left_as_they_are(
+def test_an_unknown_convention_causes_a_warning_and_the_normals_do_not_change(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_mtan(tmp_path / "walls", [turned(wall(i), PUBLISHED) for i in range(3)], [turned(wall(4), PUBLISHED)])
@@ -184,7 +184,7 @@ def test_an_unknown_convention_is_warned_of_and_the_normals_are_left_as_they_are
         first_batch(tmp_path / "walls", tasks=("depth",))  # nobody asks for them
 
 
-def test_a_preparation_that_goes_on_turns_the_rest_as_it_did_before(
+def test_a_continued_preparation_turns_the_rest_in_the_same_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lightning_gradnorm.experiments.problems.dense.nyuv2 import mtan, prepared
@@ -234,7 +234,7 @@ def test_another_way_to_write_a_convention_is_refused(given: object) -> None:
 
 
 @pytest.mark.parametrize("made", EVERY, ids=name)
-def test_every_convention_can_be_written_and_turns_what_it_says(made: Made) -> None:
+def test_every_convention_can_be_written_and_is_applied(made: Made) -> None:
     ours = frame(0)
     assert np.array_equal(Convention.parse(name(made)).to_ours(turned(ours, made).normals), ours.normals)
 
@@ -287,7 +287,7 @@ def test_nan_is_unknown_and_spoils_no_other_pixel() -> None:
 
 
 @pytest.mark.parametrize("center", [127, 128])
-def test_pictures_of_8_bits_keep_what_is_known(center: int) -> None:
+def test_8_bit_images_keep_the_known_pixels(center: int) -> None:
     """Unit vectors in all directions, as (n + 1) / 2 in 8 bits, unknown ones in the middle: 127 or 128."""
     draw = np.random.default_rng(1)
     normals = draw.normal(size=(3, 200, 200))

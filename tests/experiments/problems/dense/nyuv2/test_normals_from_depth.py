@@ -112,7 +112,7 @@ def test_a_pixel_whose_neighbors_are_in_a_line_has_no_normal() -> None:
     assert (normals_from_depth(depth, Intrinsics(5, 5, 2.5, 2.5))[:, 2, 1] != 0).any()
 
 
-def test_wanted_pixels_alone_are_those_of_the_whole() -> None:
+def test_selected_pixels_match_the_whole_image() -> None:
     depth, _, _ = room(SIZE, 2.0, 1.4, 1.2, 4.0)
     rows, columns = np.array([0, 13, 59]), np.array([1, 2, 40, 79])
     whole = normals_from_depth(depth, CAMERA)

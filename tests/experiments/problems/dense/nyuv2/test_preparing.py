@@ -1,4 +1,4 @@
-"""Preparation that is interrupted goes on; what is damaged afterwards is found."""
+"""An interrupted preparation continues; later damage is detected."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("after", [1, 2, 33, 40, 65, 72, 100, 110])
-def test_an_interrupted_preparation_goes_on_to_the_same_bytes(
+def test_an_interrupted_preparation_ends_with_the_same_bytes(
     after: int, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
@@ -69,7 +69,7 @@ def test_an_interrupted_preparation_goes_on_to_the_same_bytes(
     second = Rooms(fail_after=1000)
     prepare(second, tmp_path, **SIZES)
     assert digests(tmp_path) == undisturbed
-    # It went on: one image to find out the kinds, and at most one again for each split and those since the last note.
+    # It continued: one image to find out the kinds, and at most one again for each split and those since the last note.
     assert 1000 - second.left <= 110 - (after - 1) + 3 + convert.NOTE_EVERY
 
 
@@ -115,7 +115,7 @@ class SlowRooms(Rooms):
         return super().read(split, index)
 
 
-def test_a_killed_preparation_goes_on_to_the_same_bytes(undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_a_killed_preparation_ends_with_the_same_bytes(undisturbed: dict[str, str], tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     process = context.Process(target=prepare, args=(SlowRooms(), tmp_path), kwargs=SIZES)
     process.start()
@@ -138,7 +138,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.slow
-def test_a_killed_script_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+def test_a_killed_script_ends_with_the_same_bytes(tmp_path: Path) -> None:
     write_mtan(tmp_path / "source", frames(69, size=SMALL), frames(40, first=90, size=SMALL))
     prepare(find_source(tmp_path / "source"), tmp_path / "undisturbed", **SIZES)
     target = tmp_path / "target"
@@ -154,7 +154,7 @@ def test_a_killed_script_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     assert digests(target) == digests(tmp_path / "undisturbed")
 
 
-def test_what_is_complete_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_complete_preparation_does_not_change(tmp_path: Path) -> None:
     prepare(Rooms(), tmp_path, **SIZES)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
     asked = Rooms(fail_after=1)
@@ -179,7 +179,7 @@ def test_a_folder_prepared_otherwise_is_not_written_over(complete: bool, tmp_pat
     assert digests(tmp_path) == before
 
 
-def test_another_source_of_the_same_shape_is_found_out_when_going_on(tmp_path: Path) -> None:
+def test_another_source_of_the_same_shape_is_detected_when_continuing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         prepare(Rooms(fail_after=50), tmp_path, **SIZES)
     with pytest.raises(ValueError, match=r"train image 31 in .* should be the same as before; got another"):
@@ -264,7 +264,7 @@ def test_damaged_prepared_data_are_an_error_that_names_the_file(name, harm, mess
         NYUv2(tmp_path).setup()
 
 
-def test_the_script_verifies_and_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_verifies_and_names_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sys.path.insert(0, str(SCRIPT.parent))
     try:
         from prepare_nyuv2 import main

@@ -1,4 +1,4 @@
-"""Published files of NYUv2, where they are: the split, the mappings of the classes, label images, and two frames."""
+"""Published files of NYUv2, if available: the split, the class mappings, label images, and two frames."""
 
 from __future__ import annotations
 

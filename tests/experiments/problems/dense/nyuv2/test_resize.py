@@ -51,7 +51,7 @@ def test_the_nearest_pixel_lies_under_the_center(size: int, to: int) -> None:
 
 
 @pytest.mark.parametrize("size", [(12, 16), (7, 9), (48, 64), (100, 30)])
-def test_nothing_invalid_bleeds_into_what_is_valid(size: tuple[int, int]) -> None:
+def test_invalid_pixels_do_not_bleed_into_valid_ones(size: tuple[int, int]) -> None:
     """Each label, depth and normal of the new size is one of the old, all three of the same pixel."""
     source = frame(3)
     small = compact(source, (8, 8), size)

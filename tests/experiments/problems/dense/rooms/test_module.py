@@ -1,4 +1,4 @@
-"""The data module hands out what the renderer renders."""
+"""The data module returns what the renderer renders."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_samples_are_the_rooms_with_their_numbers(data: RoomsDataModule) -> None
             assert np.array_equal(targets["keypoints"].numpy(), view.keypoints)
 
 
-def test_rooms_rendered_when_asked_for_are_those_that_are_kept(data: RoomsDataModule) -> None:
+def test_rooms_rendered_on_demand_equal_the_stored_ones(data: RoomsDataModule) -> None:
     late = rooms(in_memory=False)
     for kept, rendered in ((data.train_data, late.train_data), (data.test_data, late.test_data)):
         assert equal(kept[1], rendered[1])

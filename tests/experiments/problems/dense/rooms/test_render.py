@@ -1,4 +1,4 @@
-"""What is known about a picture is what a ray through each pixel meets."""
+"""An image's targets agree with a ray traced through each pixel."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def compare_with_rays(scenes: range, height: int, width: int) -> int:
     return curved
 
 
-def test_depth_normals_and_classes_are_those_of_single_rays() -> None:
+def test_depth_normals_and_classes_match_single_rays() -> None:
     assert compare_with_rays(range(30), 12, 16) > 20
 
 
 @pytest.mark.slow
-def test_depth_normals_and_classes_are_those_of_single_rays_in_many_rooms() -> None:
+def test_depth_normals_and_classes_match_single_rays_in_many_rooms() -> None:
     assert compare_with_rays(range(1000, 1060), 24, 32) > 500
 
 
@@ -83,7 +83,7 @@ def test_a_wall_and_a_box_that_face_the_camera_have_one_depth_each_and_face_it()
 
 @pytest.mark.parametrize("round", [False, True], ids=["box", "cylinder"])
 @pytest.mark.parametrize("beyond", [(0.0, 0.0, 4.0), (-8.0, 0.0, 0.0)], ids=["behind", "beside"])
-def test_what_is_not_in_front_of_the_camera_is_not_in_the_image(round: bool, beyond: tuple[float, ...]) -> None:
+def test_objects_behind_the_camera_are_not_in_the_image(round: bool, beyond: tuple[float, ...]) -> None:
     center = tuple(place + shift for place, shift in zip((3.0, 2.0, 3.5), beyond, strict=True))
     scene, camera = one_box(Primitive("tv", Material((1, 1, 1)), center, half=(0.4, 0.25, 0.4), round=round))
     faces = faces_of(scene, camera)
@@ -91,7 +91,7 @@ def test_what_is_not_in_front_of_the_camera_is_not_in_the_image(round: bool, bey
 
 
 @pytest.mark.parametrize("round", [False, True], ids=["box", "cylinder"])
-def test_what_reaches_from_behind_the_camera_into_the_image_is_seen(round: bool) -> None:
+def test_objects_that_reach_from_behind_the_camera_into_the_image_are_visible(round: bool) -> None:
     shelf = Primitive("table", Material((1, 1, 1)), center=(3.0, 1.0, 6.0), half=(2.0, 0.5, 2.0), round=round)
     scene, camera = one_box(shelf)
     hits = cast(faces_of(scene, camera), 24, 32)
@@ -130,7 +130,7 @@ def test_arrays_are_as_promised(views: list[View]) -> None:
         assert (view.keypoints[:, :2] <= [32 + 1e-5, 24 + 1e-5]).all()
 
 
-def test_depths_are_those_of_a_room(views: list[View]) -> None:
+def test_depths_are_plausible_for_a_room(views: list[View]) -> None:
     depth = np.stack([view.depth for view in views])
     assert depth.min() > 0.3
     assert depth.max() < 12
@@ -178,7 +178,7 @@ def test_no_camera_is_in_or_at_anything_and_everything_is_in_the_room() -> None:
                 assert center + reach <= extent + 1e-9, (number, part)
 
 
-def test_a_room_without_a_place_to_stand_is_not_searched_for_ever() -> None:
+def test_a_room_without_a_place_to_stand_is_not_searched_forever() -> None:
     full = Primitive("furniture", Material((1, 1, 1)), center=(3.0, 2.0, 4.0), half=(2.9, 1.9, 3.9))
     scene, _ = one_box(full)
     assert draw_camera(np.random.default_rng(0), scene) is None

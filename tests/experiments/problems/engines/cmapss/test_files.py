@@ -1,4 +1,4 @@
-"""The reader of NASA's text files: numbers come out as they stand there, and what is wrong is named."""
+"""The reader of NASA's text files: it returns the numbers in the file, and errors name what is wrong."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ WRITINGS: dict[str, Callable[[str], bytes]] = {
 
 
 @pytest.mark.parametrize("writing", WRITINGS.values(), ids=WRITINGS)
-def test_every_number_is_read_however_the_file_is_laid_out(writing: Callable[[str], bytes], tmp_path: Path) -> None:
+def test_every_number_is_read_in_any_file_layout(writing: Callable[[str], bytes], tmp_path: Path) -> None:
     (tmp_path / "engines.txt").write_bytes(writing("\n".join(lines(LENGTHS)) + "\n"))
     (tmp_path / "rul.txt").write_bytes(writing("12  \n0  \n7  \n"))
     engines = read_engines(tmp_path / "engines.txt")
@@ -121,7 +121,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("harm", "message"), WRONG.values(), ids=WRONG)
-def test_what_is_wrong_in_the_engines_file_is_named_with_its_line(
+def test_the_error_for_an_engines_file_names_the_line(
     harm: Callable[[list[str]], list[str]], message: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "train_FD001.txt"
@@ -146,7 +146,7 @@ def test_line_numbers_count_header_and_empty_lines(tmp_path: Path) -> None:
         ("", r"RUL_FD001.txt should have lines of numbers"),
     ],
 )
-def test_what_is_wrong_in_the_rul_file_is_named_with_its_line(text: str, message: str, tmp_path: Path) -> None:
+def test_the_error_for_the_rul_file_names_the_line(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "RUL_FD001.txt"
     file.write_text(text)
     with pytest.raises(ValueError, match=f"^CMAPSS: .*{message}"):

@@ -1,4 +1,4 @@
-"""What C-MAPSS hands out: the right cycles with the right remaining life, and nothing of one engine in two splits."""
+"""C-MAPSS returns the right cycles with the right remaining life, and no engine is in two splits."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def window_by_hand(
 
 
 @pytest.mark.parametrize(("subset", "conditions"), [("FD001", 1), ("FD002", 6), ("FD003", 1), ("FD004", 6)])
-def test_windows_and_targets_are_those_computed_by_hand(subset: str, conditions: int, tmp_path: Path) -> None:
+def test_windows_and_targets_match_those_computed_by_hand(subset: str, conditions: int, tmp_path: Path) -> None:
     lengths = (40, 31, 36, 44, 38, 37)
     data = engines(write_engines(tmp_path, lengths, TEST, RUL, subset, conditions), subset=subset)
     fitted_on = units(data.train_data)
@@ -176,10 +176,10 @@ def test_statistics_change_with_training_engines_and_with_no_others(
     ]
     text = []
     for line in file.read_text().splitlines():
-        words = line.split()
-        if int(words[0]) in changed:
-            words[2:] = [f"{float(word) * 1.5 + 7:.4f}" for word in words[2:]]
-        text.append(" ".join(words))
+        fields = line.split()
+        if int(fields[0]) in changed:
+            fields[2:] = [f"{float(one) * 1.5 + 7:.4f}" for one in fields[2:]]
+        text.append(" ".join(fields))
     file.write_text("\n".join(text))
     after = engines(root, subset=subset)
     assert same(fitted(before), fitted(after)) == (kind != "training")
@@ -188,7 +188,7 @@ def test_statistics_change_with_training_engines_and_with_no_others(
     assert not torch.equal(everything(getattr(before, other))[0], everything(getattr(after, other))[0])
 
 
-def test_the_test_engines_targets_are_those_of_the_file_if_they_are_not_capped(root: Path) -> None:
+def test_the_test_engines_targets_match_the_file_if_they_are_not_capped(root: Path) -> None:
     data = engines(root, cap_test=False)
     assert everything(data.test_data)[1]["rul"].tolist() == [[3], [30], [0], [11]]
     assert everything(data.train_data)[1]["rul"].max() == 8
@@ -335,7 +335,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize(("harm", "kind", "message"), WRONG.values(), ids=WRONG)
-def test_what_is_wrong_with_the_files_is_named_before_training(
+def test_the_error_for_wrong_files_comes_before_training(
     harm: Callable[[Path], object],
     kind: type[Exception],
     message: str,
@@ -348,7 +348,7 @@ def test_what_is_wrong_with_the_files_is_named_before_training(
     assert str(error.value).startswith("CMAPSS: ")
 
 
-def test_two_subsets_with_as_many_engines_are_told_apart_by_nasas_numbers(tmp_path: Path) -> None:
+def test_two_subsets_with_equally_many_engines_are_distinguished_by_nasas_numbers(tmp_path: Path) -> None:
     """FD001 and FD003 both have a hundred test engines."""
     numbers = {name: (*subset.first_rul, 3, 4) for name, subset in SUBSETS.items()}
     root = write_engines(tmp_path, TRAIN, [6] * 12, numbers["FD001"])

@@ -1,4 +1,4 @@
-"""NASA's files are known by their numbers; a file that is altered or swapped is named, and the right one is blamed."""
+"""NASA's files are recognized by their numbers; a warning names the right file if one is altered or swapped."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def known(file: Path) -> Original:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the small files of FD001 and, in `of_fd003`, of FD003, that stand for NASA's."""
+    """A folder with the small files of FD001 and, in `of_fd003`, of FD003, in place of NASA's."""
     folder = write_engines(tmp_path / "files", TRAIN, TEST, RUL)
     other = write_engines(tmp_path / "files" / "of_fd003", OTHER_TRAIN, OTHER_TEST, (44, 51), subset="FD003")
     for file in (*folder.glob("*.txt"), *other.glob("*.txt")):

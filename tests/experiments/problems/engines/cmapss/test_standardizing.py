@@ -22,7 +22,7 @@ def scattered(cycles: int, conditions: int, seed: int = 0) -> tuple[np.ndarray, 
 
 
 @pytest.mark.parametrize("conditions", [1, 2, 6])
-def test_mean_and_spread_are_those_of_each_condition(conditions: int) -> None:
+def test_mean_and_spread_are_computed_per_condition(conditions: int) -> None:
     settings, features, condition = scattered(400, conditions)
     standardize = Standardization.fit(settings, features, conditions)
     assert np.array_equal(standardize.conditions_of(settings), condition)  # conditions are in order of their altitude
@@ -41,7 +41,7 @@ def test_mean_and_spread_are_those_of_each_condition(conditions: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_six_conditions_are_found_whatever_the_order_and_share_of_the_cycles(seed: int) -> None:
+def test_the_six_conditions_are_found_in_any_order_and_share_of_the_cycles(seed: int) -> None:
     settings, features, condition = scattered(900, 6, seed)
     rare = (condition != 3) | (np.arange(900) < 20)  # a condition flown a few times only
     standardize = Standardization.fit(settings[rare], features[rare], 6)
@@ -49,7 +49,7 @@ def test_the_six_conditions_are_found_whatever_the_order_and_share_of_the_cycles
     assert np.array_equal(standardize.conditions_of(settings), condition)
 
 
-def test_what_does_not_change_in_a_condition_becomes_zero_there() -> None:
+def test_constant_features_of_a_condition_become_zero() -> None:
     settings, features, condition = scattered(300, 2)
     features[condition == 0, 1] = 518.67  # the mean of so many is not exactly this number
     standardize = Standardization.fit(settings, features, 2)

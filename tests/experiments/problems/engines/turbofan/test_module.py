@@ -1,4 +1,4 @@
-"""The simulated engines as a data module: written once, whole or not at all, and worth learning from."""
+"""The simulated engines as a data module: written once and atomically, and useful for learning."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def everything(windows: Windows) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.filterwarnings("ignore:CMAPSS. .* should be NASA's")
 @pytest.mark.parametrize("subset", ["FD001", "FD002"])
-def test_it_hands_out_what_cmapss_reads_from_its_files(subset: str, tmp_path: Path) -> None:
+def test_it_returns_what_cmapss_reads_from_its_files(subset: str, tmp_path: Path) -> None:
     made = engines(tmp_path, subset=subset)
     read = CMAPSS(made.root, subset=subset)
     read.setup()

@@ -1,4 +1,4 @@
-"""Simulated engines wear, fail and are recorded as is said, in files like NASA's."""
+"""Simulated engines wear, fail and are recorded as documented, in files like NASA's."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def test_the_files_are_laid_out_as_nasas(subset: str, tmp_path: Path) -> None:
         text = (root / f"{kind}_{subset}.txt").read_bytes().decode("ascii")
         for line in text.removesuffix("\n").split("\n"):
             assert line.endswith("  ")
-            words = line.removesuffix("  ").split(" ")
-            assert len(words) == 26
-            decimals = [len(word.partition(".")[2]) for word in words]
+            fields = line.removesuffix("  ").split(" ")
+            assert len(fields) == 26
+            decimals = [len(field.partition(".")[2]) for field in fields]
             assert decimals == [0, 0, 4, 4, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 4, 2, 0, 0, 2, 2, 4]
     left = (root / f"RUL_{subset}.txt").read_text().split("\n")
     assert left[-1] == ""
@@ -70,7 +70,7 @@ def test_the_files_are_laid_out_as_nasas(subset: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("subset", ["FD001", "FD004"])
-def test_what_is_read_is_what_was_simulated(subset: str, tmp_path: Path) -> None:
+def test_the_reader_returns_the_simulated_numbers(subset: str, tmp_path: Path) -> None:
     root = write_turbofan(tmp_path / "made", subset, 3, 5, seed=2)
     flown = {
         "train": simulate(subset, 3, 2, "train").engines,
