@@ -163,7 +163,7 @@ def test_each_task_is_a_run_with_the_same_numbers(name: str, train: Train) -> No
     """TensorBoard colors by run: one chart of all weights has a line with each task's name and color."""
     written = scalars_of(train(*STRATEGIES[name][0](), GradientNormMonitor(every_n_steps=2), num_sanity_val_steps=1))
     of_task = {tag: curve for (run, tag), curve in written.items() if run == "." and tag.endswith(("/near", "/far"))}
-    alone = {tag for tag in of_task if tag.startswith("monitor/cosine")}
+    alone = {tag for tag in of_task if tag.startswith(("monitor/cosine", "monitor/conflict"))}
     prefix = "gradnorm" if name == "gradnorm" else "balancing"
     assert {f"{prefix}/weight/near", "train/loss/far", "val/mae/far", "monitor/share/near"} <= set(of_task)
     for tag, curve in of_task.items():

@@ -80,7 +80,7 @@ print(lightning_gradnorm.__file__)
 print("schema:", ConfigStore.instance().load("schema/scalarization/ToyStrategy.yaml").node)
 for name in strategy_tables.PAGES:
     print(strategy_tables.filled((strategy_tables.ROOT / "docs" / name).read_text(encoding="utf-8")))
-print(site_pages.pages()["configuration/balancing.md"])
+print(site_pages.pages()["configuration/balancing.md"], site_pages.pages()["strategies/toy_strategy.md"])
 """
 
 TESTS = {  # a file → what the ids of its tests for the strategy have in them
@@ -141,19 +141,20 @@ def test_help_schema_and_pages_have_it(checkout: Path) -> None:
     made = python(checkout, "-c", PRINT_ALL)
     assert made.startswith(str(checkout))
     assert "schema: {'_target_': 'lightning_gradnorm.strategies.ToyStrategy', 'power': '???'}" in made
-    cells = [
-        "`toy_strategy`",
-        "`Scalarization(ToyStrategy(power=2.0))`",
-        "losses",
-        "sum of losses",
-        "nothing",
-        "–",
-        "free",
-    ]
-    source = "Somebody et al., A Toy, [2601.00001](https://arxiv.org/abs/2601.00001)"
-    assert f"| {' | '.join([*cells, 'exact', '≥ 2', source])} |" in made
-    formula = "Σ L<sub>i</sub><sup>p</sup> / s, s the sum of all losses so far"
-    assert f"| `toy_strategy` | {formula} |" in made
+    assert "| [`toy_strategy`](strategies/toy_strategy.md) | `Scalarization(ToyStrategy(power=2.0))` | " in made
+    details = {
+        "needs": "losses",
+        "state in the checkpoint": "sum of losses",
+        "costs beside the backward pass": "nothing",
+        "extra": "–",
+        "weights sum to": "free",
+        "several ranks": "exact",
+        "tasks": "≥ 2",
+        "source": "Somebody et al., A Toy, [2601.00001](https://arxiv.org/abs/2601.00001)",
+    }
+    for name, value in details.items():
+        assert f"| {name} | {value} |" in made
+    assert "**Formula:** Σ L<sub>i</sub><sup>p</sup> / s, s the sum of all losses so far" in made
     assert "## `balancing=toy_strategy`" in made
     assert "| `power` | `float` |  | the exponent. |" in made
 
