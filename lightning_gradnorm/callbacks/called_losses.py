@@ -1,4 +1,4 @@
-"""Takes losses out of the return value of a module, method or function inside the model, if the model returns only its total."""
+"""Takes losses out of the return value of a module, method or function inside the model, if the model returns only a total."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class CalledLosses:
         for path, tasks in self._inside.items():
             if len(tasks) > 1 and "" in tasks.values():
                 raise ValueError(
-                    f"{caller}: losses_from names '{path}' for the tasks {list(tasks)}, but its return value can be the loss of "
-                    f"only one task. If it returns several, give losses_from='{path}', and in tasks where in it each loss is."
+                    f"{caller}: losses_from names '{path}' for the tasks {list(tasks)}, but its return value can be the loss "
+                    f"of only one task. If it returns several, give losses_from='{path}', and in tasks the place of each loss."
                 )
 
     def __str__(self) -> str:

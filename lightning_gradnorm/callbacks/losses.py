@@ -98,7 +98,7 @@ class LossSource:
         )
 
     def __str__(self) -> str:
-        """Where the losses are found, in words."""
+        """Describe where the losses are found."""
         if self._called is not None:
             return str(self._called)
         if self.logged_names is not None:
