@@ -1,4 +1,4 @@
-"""Fixed weights: the simplest rule, which reads nothing and remembers nothing."""
+"""Fixed weights: the simplest rule. It reads nothing and has no state."""
 
 from __future__ import annotations
 
