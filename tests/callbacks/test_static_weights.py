@@ -106,7 +106,7 @@ def test_a_run_without_gradnorm_is_told_with_the_callbacks_it_had(quiet_trainer:
         trainer = quiet_trainer(callbacks=callbacks)
         trainer.fit(model(), batches())
         trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
-        with pytest.raises(ValueError, match=rf"{name}\.ckpt has no state of it, but of {had}\."):
+        with pytest.raises(ValueError, match=rf"{name}\.ckpt has no state of it, only of {had}\."):
             GradNormStatic(tmp_path / f"{name}.ckpt")
 
 
