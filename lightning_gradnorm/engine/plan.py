@@ -1,4 +1,4 @@
-"""A plan: what the engine decides once about a model, before and in its first batch. Data that can be printed and tested."""
+"""A plan: what the engine decides once about a model, before and in its first batch. Data that you can print and test."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Plan:
     heads: Mapping[str, str] | None = None
     """Task → head, if the gradients are read where the heads begin."""
     candidates: Sequence[GradientReader] = ()
-    """The readers that might serve, in order of preference. The first batch leaves one."""
+    """The readers that may be used, in order of preference. The first batch leaves one."""
 
     @property
     def at_heads(self) -> bool:
-        """Whether gradients are read at the heads, or else by a first-order pass from each loss."""
+        """True if gradients are read at the heads, False if by a first-order pass from each loss."""
         return bool(self.candidates) and self.heads is not None
 
     def __str__(self) -> str:
@@ -49,7 +49,7 @@ def inspect_model(measurement: Measurement[AnyRule]) -> tuple[Plan, dict[str, nn
     """Find the heads, the shared layer and the readers of a model; split it where compiled code would hide them.
 
     Returns:
-        The plan; task → head module; and what undoes the splitting.
+        The plan; task → head module; and the object that undoes the splitting.
 
     Raises:
         ValueError: a name does not exist, or a module cannot be used.

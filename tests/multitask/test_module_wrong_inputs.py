@@ -285,7 +285,7 @@ CALLBACKS = [
     case(
         "heads exchanged",
         partial(GradNorm, heads={**HEADS, "seg": HEADS["depth"], "depth": HEADS["seg"]}),
-        ["'seg'", "'depth'", "exchanged?"],
+        ["'seg'", "'depth'", "swapped?"],
     ),
     case(
         "losses by the names under which the module logs them",
