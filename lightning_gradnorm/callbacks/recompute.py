@@ -40,8 +40,8 @@ class LossRecomputer:
     def __init__(self, module: L.LightningModule, *, caller: str, strategy: str) -> None:
         if not module.automatic_optimization and not isinstance(module, DeclaresTasks):
             raise ValueError(
-                f"{caller}: {strategy} needs the losses after the step, but calling {type(module).__name__}.training_step again "
-                f"would take another step, since it optimizes manually. Use automatic optimization, or MultiTaskModule."
+                f"{caller}: {strategy} needs the losses after the step, but calling {type(module).__name__}.training_step "
+                f"again would take another step, since it optimizes manually. Use automatic optimization, or MultiTaskModule."
             )
         self._module = module
         self._random: list[Tensor] = []

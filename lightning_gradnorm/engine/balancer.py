@@ -368,9 +368,7 @@ def _require_finished_pass(engine: Engine[Rule]) -> None:
 
 def _require_one_pass(times: int) -> None:
     if times != 1:
-        raise ValueError(
-            f"Balancer: backward should back-propagate its loss exactly once; it did {times} times."
-        )
+        raise ValueError(f"Balancer: backward should back-propagate its loss exactly once; it did {times} times.")
 
 
 def _require_no_pending_step(engine: Engine[Rule], method: str) -> None:

@@ -423,9 +423,7 @@ class LeavesOut(Automatic):
 @pytest.mark.parametrize("heads", [False, True], ids=["no-heads", "heads"])
 def test_a_shared_layer_that_is_replaced_later_is_an_error(heads: bool, quiet_trainer: MakeTrainer) -> None:
     callback = GradNorm(TASKS, shared_layer="encoder.2", heads=HEADS if heads else None)
-    fails(
-        quiet_trainer, ReplacesLater(3), callback, "GradNorm", "ReplacesLater had when training began", "replaced"
-    )
+    fails(quiet_trainer, ReplacesLater(3), callback, "GradNorm", "ReplacesLater had when training began", "replaced")
 
 
 @pytest.mark.parametrize("heads", [False, True], ids=["no-heads", "heads"])

@@ -82,7 +82,12 @@ def test_wrong_input_of_the_plain_function(losses: Any, parameters: Any, error: 
         case("a single name", {"losses": "seg"}, TypeError, ["losses should be a list of names", "'seg'"]),
         case("no name", {"losses": []}, TypeError, ["losses should be a list of names"]),
         case("twice", {"losses": ["seg", "seg"]}, ValueError, ["losses should all be different"]),
-        case("the sum", {"losses": ["seg", "loss"]}, ValueError, ["losses names 'loss'", "the sum that is back-propagated"]),
+        case(
+            "the sum",
+            {"losses": ["seg", "loss"]},
+            ValueError,
+            ["losses names 'loss'", "the sum that is back-propagated"],
+        ),
         case("the rest", {"losses": ["rest_of_loss"]}, ValueError, ["'rest_of_loss'", "another name"]),
         case(
             "no layer", {"parameters": None}, ValueError, ["parameters should be 'shared' or a dotted name; got None"]
