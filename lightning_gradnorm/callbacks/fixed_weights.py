@@ -112,7 +112,7 @@ class GradNormStatic(StaticWeights):
     def _check_same(self, weights: Mapping[str, float], tasks: Collection[str]) -> None:
         if set(tasks) != set(weights):
             raise ValueError(
-                f"GradNormStatic: from_run is of tasks {sorted(weights)}, but this run has {sorted(tasks)}. Give a run of "
+                f"GradNormStatic: from_run has tasks {sorted(weights)}, but this run has {sorted(tasks)}. Give a run of "
                 f"the same tasks, or numbers of your own to FixedWeights."
             )
 

@@ -161,7 +161,7 @@ class GradNorm(NormCallback[GradNormRule]):
         adapts, known, tasks = self.on_task_mismatch == "adapt", set(state["tasks"]), set(self._names)
         if adapts and known != tasks:
             Ranks.current().warn(
-                f"GradNorm: the checkpoint is of tasks {sorted(known)}: {sorted(tasks - known) or 'no task'} is new and begins "
+                f"GradNorm: the checkpoint has tasks {sorted(known)}: {sorted(tasks - known) or 'no task'} is new and starts "
                 f"with their mean weight, {sorted(known - tasks) or 'no task'} is gone; the weights are scaled to sum "
                 f"{len(tasks)}."
             )

@@ -68,7 +68,7 @@ def explain_other_trainer(cls: type[L.LightningModule]) -> None:
     def check_and_explain(instance: object) -> None:
         if isinstance(instance, cls):
             raise TypeError(
-                f"{cls.__name__}: the Trainer should be that of the package lightning; got that of {_OTHER}. Use `import "
+                f"{cls.__name__}: the Trainer should be from the package lightning; got one from {_OTHER}. Use `import "
                 f"lightning as L` and L.Trainer."
             )
         check(instance)

@@ -158,6 +158,6 @@ def refuse_company(callback: object, others: Sequence[object]) -> None:
 def explain_lost_state(caller: str, what: str, checkpoint: object) -> str:
     """Return a warning for a checkpoint without the callback's state; ``what`` describes what is lost."""
     return (
-        f"{caller}: the checkpoint {checkpoint} has no state of {caller}; {what} start anew. To keep them, resume from a "
+        f"{caller}: the checkpoint {checkpoint} has no state of {caller}; {what} start over. To keep them, resume from a "
         f"checkpoint of a run that had {caller} among its callbacks."
     )

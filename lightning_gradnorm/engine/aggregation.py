@@ -89,12 +89,12 @@ class AtRepresentation(LossMeasurement[GradientRule]):
         if {loss.node for losses in at_heads for loss in losses} & set(self._gate.other_paths):
             raise ValueError(
                 f"{caller}: part of a task's gradient now reaches '{self.setting.representation}' by a path that does not "
-                f"pass the task's head. Leave heads out: then each loss gets a first-order pass of its own."
+                f"pass the task's head. Leave heads out: then each loss gets its own first-order pass."
             )
         waiting = [task for task in batch.losses if task not in batch.backpropagated]
         if self._gate.was_passed and waiting and self._gate.is_reached_from(loss):
             raise ValueError(
-                f"{caller}: the loss of task '{waiting[0]}' has a backward pass of its own, but the gradients of all tasks "
+                f"{caller}: the loss of task '{waiting[0]}' has its own backward pass, but the gradients of all tasks "
                 f"must reach the representation in one. Back-propagate the sum of the losses, or use at='parameters'."
             )
         if self._agrees_in_backward and not self._gate.is_reached_from(loss):

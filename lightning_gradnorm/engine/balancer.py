@@ -355,7 +355,7 @@ def _load_state(rule: Rule, state: Mapping[str, Any]) -> None:
         rule.load_state_dict(state)
     except KeyError as error:
         kind = type(rule).__name__
-        raise ValueError(f"Balancer: state should be that of a {kind}; got one without {error}.") from error
+        raise ValueError(f"Balancer: state should be from a {kind}; got one without {error}.") from error
 
 
 def _require_finished_pass(engine: Engine[Rule]) -> None:

@@ -97,7 +97,7 @@ class GraphChecks:
                     f"{self._caller}: the backward pass reaches the head of task '{task}' by other paths than the task's loss "
                     f"(for example from a regularizer of the head's output; and the loss given must be the very tensor, not a "
                     f"copy), so the loss's own gradient cannot be separated at the head. Leave heads out: then each loss gets "
-                    f"a pass of its own."
+                    f"its own pass."
                 )
 
     def require_readable_at_losses(self, tasks: Collection[str], batch: BatchState) -> None:
@@ -128,7 +128,7 @@ class GraphChecks:
         ends = {node_of(tensor) for tensor in targets}  # a gradient that ends there does not pass the node
         own = batch.branches.get(task, set())
         if self._at_heads:
-            leave_out = "Leave heads out: then each loss gets a first-order pass of its own."
+            leave_out = "Leave heads out: then each loss gets its own first-order pass."
             others = {node: other for other, nodes in batch.branches.items() if other != task for node in nodes}
             reached = sorted({others[node] for node in reachable_nodes([loss.node]) if node in others})
             if reached:

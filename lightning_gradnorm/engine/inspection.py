@@ -146,8 +146,8 @@ class Inspection:
         way_out = "leave heads out" if self.named_heads else "give heads=None"
         return (
             f"{caller}: the head of task '{in_head}' changes the representation in place, as ReLU(inplace=True) does, and "
-            f"thus the input of the other heads. Make its first operation inplace=False, or {way_out}: then each loss gets a "
-            f"first-order pass of its own."
+            f"thus the input of the other heads. Make its first operation inplace=False, or {way_out}: then each loss gets "
+            f"its own first-order pass."
         )
 
     def _find_layer(self, discovery: Discovery, batch: BatchState, step: OptimizerStepState) -> None:

@@ -242,8 +242,8 @@ class LossMeasurement(Measurement[AnyLossRule]):
         if self.rule.fallbacks > self._fallbacks and not self._has_warned:
             self._has_warned = True
             self.setting.loop.ranks.warn(
-                f"{self.setting.caller}: {self.rule.kind} gave no usable weights ({self.rule.reason}); all tasks are weighted "
-                f"alike in this step. Further such steps are counted in balancing/fallbacks."
+                f"{self.setting.caller}: {self.rule.kind} gave no usable weights ({self.rule.reason}); all tasks get equal "
+                f"weights in this step. Further such steps are counted in balancing/fallbacks."
             )
         self._fallbacks = self.rule.fallbacks
         return bool(step.losses)

@@ -76,12 +76,12 @@ def _head_modules(setting: Setting, names: Mapping[str, str]) -> dict[str, nn.Mo
         if head in tasks:
             raise ValueError(
                 f"{setting.caller}: heads should name one module for each task; '{name}' is named by both '{tasks[head]}' and "
-                f"'{task}'. Leave heads out: then each loss gets a pass of its own."
+                f"'{task}'. Leave heads out: then each loss gets its own pass."
             )
         if not supports_hooks(head):
             raise ValueError(
                 f"{setting.caller}: heads['{task}'] '{name}' was made by torch.jit.script, which allows no hooks. Leave heads "
-                f"out: then each loss gets a first-order pass of its own."
+                f"out: then each loss gets its own first-order pass."
             )
         tasks[head] = task
     return {task: head for head, task in tasks.items()}

@@ -99,9 +99,9 @@ class AtParameters(LossMeasurement[GradientRule]):
                 heads = batch.branches.get(task)
                 if cause := reason_not_retraversable(reachable_nodes(heads) if heads else found[task]):
                     raise ValueError(
-                        f"{caller}: at='parameters' takes a backward pass of its own for each task, and that of task '{task}' "
+                        f"{caller}: at='parameters' takes a separate backward pass for each task, and that of task '{task}' "
                         f"comes to {cause.split(',')[0]}"
-                        f"{'' if cause.endswith('False.') else ', whose graph cannot be walked twice.'} Or use "
+                        f"{'' if cause.endswith('False.') else ', whose graph cannot be traversed twice.'} Or use "
                         f"at='representation'."
                     )
         return found

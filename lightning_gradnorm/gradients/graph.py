@@ -175,8 +175,8 @@ def reason_not_retraversable(nodes: Iterable[Node]) -> str | None:
     nodes gather and free weights when a gradient passes them. A reentrant checkpoint does not support torch.autograd.grad.
     """
     causes = {
-        "Compiled": "a module compiled with torch.compile, whose graph cannot be walked twice. Name the heads with heads=, and "
-        "a shared_layer in the last module that is compiled before them",
+        "Compiled": "a module compiled with torch.compile, whose graph cannot be traversed twice. Name the heads with heads=, "
+        "and a shared_layer in the last module that is compiled before them",
         "RegisterPostBackward": "a module sharded by FSDP, which cannot be passed twice. Name the heads with heads=, and a "
         "shared_layer in the last module that is sharded before them",
         "CheckpointFunction": "an activation checkpoint that cannot be passed twice. Call it with use_reentrant=False",

@@ -63,7 +63,7 @@ class LossTermGradients:
         """The terms that a backward pass of this step has reached."""
         self._buffers = BufferGuard(buffers)
         self._caller = caller
-        self._repeats = RepeatedPasses(f"{caller}: the gradient of the loss", " for as long as you look")
+        self._repeats = RepeatedPasses(f"{caller}: the gradient of the loss", " while you measure")
         self._checked: set[str] = set()
         self._readings: list[_Reading] = []
         self._hooks = ExitStack()
@@ -154,7 +154,7 @@ class LossTermGradients:
         if cause := reason_not_retraversable(nodes_on_paths([node_of(total)], self.parameters)):
             raise ValueError(
                 f"{self._caller}: the loss reaches the parameters through {cause.split(',')[0].rstrip('.')}, whose graph "
-                f"cannot be walked twice. Measure the gradients in a short run without it."
+                f"cannot be traversed twice. Measure the gradients in a short run without it."
             )
         for name, loss in terms:
             others = {other: tensor for other, tensor in terms if other != name}

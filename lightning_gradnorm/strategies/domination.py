@@ -68,8 +68,8 @@ class Domination:
             self.updates += STRETCH
             self.found.setdefault(
                 task,
-                f"task '{task}' has held more than {100 * SHARE:.0f} % of the weight for {STRETCH} updates, {why}. What helps: "
-                f"leave the task out, give it a lower priority (priorities=…), raise min_weight, slow the weights down "
+                f"task '{task}' has held more than {100 * SHARE:.0f} % of the weight for {STRETCH} updates, {why}. Possible "
+                f"fixes: leave the task out, give it a lower priority (priorities=…), raise min_weight, slow the weights down "
                 f"(optimizer=partial(torch.optim.Adam, lr=0.005)), or fix them after a while (stop_after=…).",
             )
         self._losses.clear()

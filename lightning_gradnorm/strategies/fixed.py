@@ -72,5 +72,5 @@ class FixedRule:
         """
         if state:
             raise ValueError(
-                f"{type(self).__name__}: the state should be empty, as fixed weights have none; it is that of {kind_of(state)}."
+                f"{type(self).__name__}: the state should be empty, as fixed weights have none; it is from {kind_of(state)}."
             )

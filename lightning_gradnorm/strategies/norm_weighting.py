@@ -273,7 +273,7 @@ class NormWeightingRule(ReadsOutcomes):
         check_kind(state, self.kind, _VERSION, caller=self.kind)
         if set(state["tasks"]) != set(self.tasks):
             raise ValueError(
-                f"{self.kind}: the checkpoint is of tasks {sorted(state['tasks'])}, but this run has {sorted(self.tasks)}. "
+                f"{self.kind}: the checkpoint has tasks {sorted(state['tasks'])}, but this run has {sorted(self.tasks)}. "
                 f"Resume with the same tasks."
             )
         matched = matched_by_task(state, self.tasks)

@@ -39,11 +39,11 @@ def check_kind(state: Mapping[str, Any], kind: str, version: int, *, caller: str
     Example:
         >>> check_kind({"kind": "UW", "version": 1}, "GradNorm", 1, caller="GradNorm")
         Traceback (most recent call last):
-        ValueError: GradNorm: the state should be that of GradNorm; it is that of UW. Resume with the strategy that wrote it.
+        ValueError: GradNorm: the state should be from GradNorm; it is from UW. Resume with the strategy that wrote it.
     """
     if (found := kind_of(state)) != kind:
         raise ValueError(
-            f"{caller}: the state should be that of {kind}; it is that of {found}. Resume with the strategy that wrote it."
+            f"{caller}: the state should be from {kind}; it is from {found}. Resume with the strategy that wrote it."
         )
     if state.get("version") != version:
         raise ValueError(
@@ -62,7 +62,7 @@ def check_state(state: Mapping[str, Any], tasks: Sequence[str], kind: str, versi
     known = state["tasks"]
     if set(known) != set(tasks) and not adapt:
         raise ValueError(
-            f"{kind}: the checkpoint is of tasks {sorted(known)}, but this run has {sorted(tasks)}. Resume with the "
+            f"{kind}: the checkpoint has tasks {sorted(known)}, but this run has {sorted(tasks)}. Resume with the "
             f"same tasks; or with on_task_mismatch='adapt', which keeps what is known and gives new tasks the mean."
         )
     for name in ("weights", "weights_mean", "initial_losses", "updates_seen"):
@@ -77,7 +77,7 @@ def say_what_is_in_force(option: str, saved: object, given: object, resume_optio
     """Warn, on the first rank, that an option differs from the checkpoint's, and which of the two is in force."""
     in_force, otherwise = ("this run's", "checkpoint") if resume_options == "given" else ("the checkpoint's", "given")
     say(
-        f"{option} is {saved} in the checkpoint and {given} here; {in_force} is in force. For the other, resume with "
+        f"{option} is {saved} in the checkpoint and {given} here; {in_force} applies. For the other, resume with "
         f"resume_options='{otherwise}'."
     )
 

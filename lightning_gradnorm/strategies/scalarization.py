@@ -246,7 +246,7 @@ class ScalarizationRule:
         check_kind(state, self.kind, _VERSION, caller=self.name)
         if list(state["tasks"]) != list(self.tasks):
             raise ValueError(
-                f"{self.name}: the checkpoint is of tasks {list(state['tasks'])}, but this run has {list(self.tasks)}. "
+                f"{self.name}: the checkpoint has tasks {list(state['tasks'])}, but this run has {list(self.tasks)}. "
                 f"Resume with the same tasks in the same order."
             )
         self.loss_weights = state["loss_weights"].to(self.loss_weights)

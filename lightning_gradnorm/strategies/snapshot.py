@@ -248,7 +248,7 @@ def _warn_of_other_options(owner: str, part: nn.Module, saved: Mapping[str, Any]
             old, new = saved[name], vars(part).get(name)
             if type(old) in _PLAIN and type(new) in _PLAIN and old != new:
                 warnings.warn(
-                    f"{owner}: {argument} is {old!r} in the state and {new!r} here; the state's is in force. "
+                    f"{owner}: {argument} is {old!r} in the state and {new!r} here; the state's applies. "
                     f"To change it, set it after the state is loaded.",
                     stacklevel=4,
                 )

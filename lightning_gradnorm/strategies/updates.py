@@ -192,7 +192,7 @@ class Outcomes:
                 remedies.append("let an absent task count as it was last (absent_tasks='last_seen')")
             self.remarks.setdefault(
                 "one task at a time",
-                f"in none of the last {self._updates} weight updates {what}, so nothing has been balanced. What helps: "
+                f"in none of the last {self._updates} weight updates {what}, so nothing has been balanced. Possible fixes: "
                 f"{'; or '.join(remedies)}.",
             )
         self._updates = self._updates_of_several = 0

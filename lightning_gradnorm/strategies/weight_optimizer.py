@@ -120,9 +120,7 @@ class WeightOptimizer:
             group = {**({} if is_other else group), **options, "params": group["params"]}
             fits = (needed := _moments_of(self.optimizer)) is None and not is_other
             if moments and moments[0].keys() != needed and not fits:
-                say(
-                    f"the moments of the weights' optimizer start anew: {name} has others than those in the checkpoint."
-                )
+                say(f"the moments of the weights' optimizer start over: {name} has different ones from the checkpoint.")
                 moments = {}
         kept = self.optimizer.state, self.optimizer.param_groups
         try:

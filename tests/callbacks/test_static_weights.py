@@ -111,7 +111,7 @@ def test_a_run_without_gradnorm_is_told_with_the_callbacks_it_had(quiet_trainer:
 
 
 def test_a_run_of_other_tasks_is_told_with_both(run: tuple[Path, dict[str, float]], quiet_trainer: Trainer) -> None:
-    both = r"is of tasks \['depth', 'normal', 'seg'\], but this run has \['depth', 'seg'\]"
+    both = r"has tasks \['depth', 'normal', 'seg'\], but this run has \['depth', 'seg'\]"
     with pytest.raises(ValueError, match=both):
         GradNormStatic(run[0], tasks=["seg", "depth"])
     with pytest.raises(ValueError, match=both):

@@ -208,13 +208,13 @@ def test_other_tasks_are_an_error_that_names_both(quiet_trainer: MakeTrainer, tm
 @pytest.mark.parametrize(
     ("written", "read", "says"),
     [
-        ("UW of the losses", "IMTLL of the losses", "should be that of IMTLL; it is that of UW"),
+        ("UW of the losses", "IMTLL of the losses", "should be from IMTLL; it is from UW"),
         (
             "GradVac at the representation",
             "NashMTL at the representation",
-            "should be that of NashMTL; it is that of GradVac",
+            "should be from NashMTL; it is from GradVac",
         ),
-        ("IMTL", "UPGrad at the representation", "should be that of UPGrad; it is that of IMTLG of IMTLL"),
+        ("IMTL", "UPGrad at the representation", "should be from UPGrad; it is from IMTLG of IMTLL"),
     ],
 )
 def test_another_strategy_is_an_error_that_names_both(

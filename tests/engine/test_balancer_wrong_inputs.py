@@ -385,7 +385,7 @@ def test_a_state_of_other_tasks_or_of_another_strategy() -> None:
     with balance(GradNormRule(["a", "b", "c"])) as balancer:
         with pytest.raises(ValueError, match="seg"):
             balancer.load_state_dict(gradnorm_rule().state_dict())
-        with pytest.raises(ValueError, match="GradNorm: the state should be that of GradNorm; it is that of UW"):
+        with pytest.raises(ValueError, match="GradNorm: the state should be from GradNorm; it is from UW"):
             balancer.load_state_dict(ScalarizationRule(["a", "b", "c"], S.UW(3)).state_dict())
 
 

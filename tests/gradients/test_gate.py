@@ -159,7 +159,7 @@ def test_a_backward_pass_for_each_task_is_refused_at_the_representation(
     model = OneByOne(2)
     balancing = aggregation(model, MGDA(), with_heads)
     model.gradnorm = [balancing]  # type: ignore[list-item]
-    with pytest.raises(ValueError, match=r"task 'depth' has a backward pass of its own.*sum of the losses"):
+    with pytest.raises(ValueError, match=r"task 'depth' has its own backward pass.*sum of the losses"):
         quiet_trainer(callbacks=[balancing]).fit(model, Batches(vector_batches(2, 2)))
 
 
