@@ -73,7 +73,7 @@ def checked_names(
 
     Raises:
         TypeError: neither a list of names nor a mapping from name to name.
-        ValueError: fewer names than ``least``, one twice, or two with the same loss.
+        ValueError: fewer names than ``least``, a name twice, or two names for the same loss.
     """
     if isinstance(given, Mapping):
         check_task_names(list(given.values()), caller=caller, parameter=parameter, least=1)
@@ -92,7 +92,7 @@ def check_task_names(tasks: Sequence[str], *, caller: str, parameter: str = "tas
 
     Raises:
         TypeError: not a list of strings.
-        ValueError: too few, or one twice.
+        ValueError: too few names, or a name twice.
     """
     is_list = isinstance(tasks, Sequence) and not isinstance(tasks, str) and (len(tasks) > 0 or least > 1)
     if not is_list or not all(isinstance(one, str) for one in tasks):

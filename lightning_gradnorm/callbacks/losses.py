@@ -98,7 +98,7 @@ class LossSource:
         )
 
     def __str__(self) -> str:
-        """Describe where the losses are found."""
+        """Return a description of where the losses are found."""
         if self._called is not None:
             return str(self._called)
         if self.logged_names is not None:
@@ -127,7 +127,7 @@ class LossSource:
             return None
         if self._called is not None:
             raise ValueError(
-                f"{self.caller}: losses_from is for models that return their total only, but {name} shows the losses of its "
+                f"{self.caller}: losses_from is for models that return only their total, but {name} shows the losses of its "
                 f"tasks itself. Leave it out."
             )
         if self.logged_names is not None:

@@ -66,7 +66,7 @@ class LossRecomputer:
 
         with (
             ExitStack() as stack,
-            torch.enable_grad(),  # a loss may be made of gradients: a penalty, a differential equation
+            torch.enable_grad(),  # a loss may contain gradients: a penalty, a differential equation
             isolate_rng(include_cuda=False),
             self._same_randomness(),
             BufferGuard(module.buffers()).preserved(""),

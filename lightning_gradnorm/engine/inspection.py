@@ -181,7 +181,7 @@ class Inspection:
         setting, of_layer = self._setting, self.plan.shared_layer
         if self.checks.is_selected and isinstance(reader, RowReader):
             raise ValueError(
-                f"{setting.caller}: {reader.label} has been frozen (requires_grad=False) during the training. Name the last "
+                f"{setting.caller}: {reader.label} has been frozen (requires_grad=False) during training. Name the last "
                 f"shared layer that is trained to the end, or use stop_after. (If toggle_optimizer freezes it for some "
                 f"backward passes, call watch only before those that train it.)"
             )

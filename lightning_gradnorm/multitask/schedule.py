@@ -50,7 +50,7 @@ class Schedule:
     def make(self, optimizer: torch.optim.Optimizer) -> Scheduler:
         """Return the scheduler of an optimizer."""
         scheduler = self.scheduler(optimizer)
-        _check(isinstance(scheduler, Scheduler), "lr_scheduler", "what makes a scheduler of torch", scheduler)
+        _check(isinstance(scheduler, Scheduler), "lr_scheduler", "a function that makes a torch scheduler", scheduler)
         return scheduler
 
     def step(self, module: L.LightningModule, interval: str) -> None:

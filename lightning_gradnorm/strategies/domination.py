@@ -57,12 +57,12 @@ class Domination:
         if fmean(last) >= fmean(first) - noise:
             why = (
                 f"and its loss has not fallen (mean {fmean(first):.4g} over the first half, {fmean(last):.4g} over the "
-                f"second): it cannot be learned, or is at its floor. If it is merely on a small scale, all is well"
+                f"second): it cannot be learned, or is at its floor. A loss that is merely on a small scale is fine"
             )
         elif 0 <= ratio < 0.01 and rate < 0.1:
             why = (
-                f"though its loss has all but vanished ({100 * ratio:.2g} % of L_i(0)): so has its gradient, which GradNorm "
-                f"makes up for, most of all with alpha=0. A larger alpha holds it back"
+                f"though its loss has all but vanished ({100 * ratio:.2g} % of L_i(0)). So has its gradient, and GradNorm "
+                f"compensates for that, most of all with alpha=0. A larger alpha limits it"
             )
         if why:
             self.updates += STRETCH

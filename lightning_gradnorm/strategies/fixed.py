@@ -65,7 +65,7 @@ class FixedRule:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Keep the weights that were given.
+        """Keep the given weights.
 
         Raises:
             ValueError: the state is another strategy's.

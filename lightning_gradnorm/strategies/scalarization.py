@@ -69,8 +69,8 @@ class ScalarizationRule:
         self.tasks = check_task_names(tasks, caller=self.name)
         if isinstance(scalarizer, Aggregator | Weighting):
             raise TypeError(
-                f"{self.name}: scalarizer should make a number of the losses; got {type(scalarizer).__name__}, which combines "
-                f"gradients. Use Aggregation({type(scalarizer).__name__}(…), tasks=…)."
+                f"{self.name}: scalarizer should turn the losses into a number; got {type(scalarizer).__name__}, which "
+                f"combines gradients. Use Aggregation({type(scalarizer).__name__}(…), tasks=…)."
             )
         if not (scalarizer is None or isinstance(scalarizer, nn.Module)):
             found = f"the class {scalarizer.__name__}" if isinstance(scalarizer, type) else type(scalarizer).__name__

@@ -121,7 +121,7 @@ def load_snapshot(module: nn.Module, state: Mapping[str, Any], device: torch.dev
         ValueError: class, submodules, attributes or shapes differ from the state's. The module may then be loaded in part.
 
     Warns:
-        UserWarning: an option differs from the state's. The state's is in force, as with torch's optimizers.
+        UserWarning: an option differs from the state's. The state's applies, as with torch's optimizers.
     """
     owner, parts = type(module).__qualname__, dict(module.named_modules())
     if state.get("version") != _VERSION:
@@ -182,7 +182,7 @@ def _loaded(saved: Any, present: Any, where: str, device: torch.device | None) -
         if is_filled and present.shape != saved.shape:
             raise ValueError(
                 f"{where} should be of shape {tuple(saved.shape)} as in the state; got {tuple(present.shape)}. "
-                f"Build it with the same arguments and as many tasks, and load the state before it is used."
+                f"Build it with the same arguments and number of tasks, and load the state before it is used."
             )
         if isinstance(present, nn.Parameter):
             present.data.copy_(saved)

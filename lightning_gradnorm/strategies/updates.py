@@ -189,7 +189,7 @@ class Outcomes:
             if takes_part:
                 remedies.append("measure in each step (update_every=1)")
             elif self._absent_tasks == "leave_out":
-                remedies.append("let an absent task count as it was last (absent_tasks='last_seen')")
+                remedies.append("let an absent task count with its last numbers (absent_tasks='last_seen')")
             self.remarks.setdefault(
                 "one task at a time",
                 f"in none of the last {self._updates} weight updates {what}, so nothing has been balanced. Possible fixes: "

@@ -142,7 +142,7 @@ def nothing(of: Any) -> None:
     ("arguments", "expected"),
     [
         case("the optimizer", {"optimizer": nothing}, ["optimizer", "torch optimizer", "None"]),
-        case("the scheduler", {"lr_scheduler": nothing}, ["lr_scheduler", "scheduler of torch", "None"]),
+        case("the scheduler", {"lr_scheduler": nothing}, ["lr_scheduler", "torch scheduler", "None"]),
     ],
 )
 def test_a_factory_that_returns_nothing_is_an_error(
