@@ -177,7 +177,7 @@ class WithoutParameters(Automatic):
         case("one in another", Nesting, {}, ValueError, ["the loss 'seg' contains the loss 'depth'"]),
         case("copies", Copying, {"losses": TASKS}, ValueError, ["the loss 'seg' took no part in the backward pass"]),
         case("detached", Detaching, {"losses": TASKS}, ValueError, ["the loss 'depth'", "carries no gradient"]),
-        case("nothing shared", Apart, {}, ValueError, ["parameters='shared'", "['seg', 'normal']", "there is none"]),
+        case("nothing shared", Apart, {}, ValueError, ["parameters='shared'", "['seg', 'normal']", "there are none"]),
     ],
 )
 def test_wrong_use_is_an_error_that_names_the_culprit(
