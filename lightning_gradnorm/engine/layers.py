@@ -108,7 +108,7 @@ def find_shared_layer(root: nn.Module, name: str, *, caller: str) -> dict[str, n
         trained = [n for n, p in parameters.items() if p.requires_grad and p.ndim >= 2]
         raise ValueError(
             f"{caller}: shared_layer '{name}' is frozen in part ({_shortened(frozen)} should have requires_grad=True; got "
-            f"False). Leave shared_layer out, then it is found, or name one that is trained: {_shortened(trained)}."
+            f"False). Name one that is trained ({_shortened(trained)}), or leave shared_layer out: then it is found."
         )
     return found
 

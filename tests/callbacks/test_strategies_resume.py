@@ -201,7 +201,9 @@ def saved(trainer: MakeTrainer, folder: Path, balancing: Any) -> Path:
 
 def test_other_tasks_are_an_error_that_names_both(quiet_trainer: MakeTrainer, tmp_path: Path) -> None:
     checkpoint = saved(quiet_trainer, tmp_path, make("UW of the losses"))
-    with pytest.raises(ValueError, match=r"of tasks \['seg', 'depth', 'normal'\], but this run has \['seg', 'depth'\]"):
+    with pytest.raises(
+        ValueError, match=r"has tasks \['seg', 'depth', 'normal'\], but this run has \['seg', 'depth'\]"
+    ):
         train(quiet_trainer, Scalarization(S.UW, tasks=["seg", "depth"]), resume=checkpoint)
 
 

@@ -388,7 +388,7 @@ def test_a_state_of_another_strategy_is_refused_by_the_names_of_both(read_by: st
     before = rule.state_dict()
     if read_by == written_by:
         return rule.load_state_dict(state)
-    with pytest.raises(ValueError, match=f"that of {written_by}") as error:
+    with pytest.raises(ValueError, match=f"it is from {written_by}") as error:
         rule.load_state_dict(state)
     assert (read_by if read_by != "fixed weights" else "FixedRule") in str(error.value)
     assert "version" not in str(error.value)
