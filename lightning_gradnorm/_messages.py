@@ -1,4 +1,4 @@
-"""Argument checks, and suggestions for misspelt names: one shape for every error message."""
+"""Argument checks, and suggestions for misspelled names: one shape for every error message."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 def check(caller: str, holds: bool, parameter: str, expected: str, found: object) -> None:
     """Raise an error that names the argument, what is expected and what was given, unless ``holds``.
 
-    What takes more than a short line to show, an optimizer or a list of networks, is shown by its type alone.
+    A value that does not fit in a short line, such as an optimizer or a list of networks, is shown by its type alone.
 
     Raises:
         ValueError: the condition does not hold.
@@ -34,12 +34,12 @@ def is_number(value: object) -> bool:
 
 
 def is_integer(value: object, least: float = -math.inf) -> bool:
-    """Return True for an int that is at least ``least``; a bool is none."""
+    """Return True for an int that is at least ``least``, but not for a bool."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def nearest(name: str, existing: Iterable[str]) -> str | None:
-    """Return the existing name that is most like ``name``, or ``None`` if none is.
+    """Return the existing name that is most like ``name``, or ``None`` if none is similar.
 
     Example:
         >>> nearest("gradnrom", ["equal", "gradnorm"])
@@ -50,7 +50,7 @@ def nearest(name: str, existing: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, existing: Iterable[str]) -> str:
-    """Return the end of an error's sentence: the near match of ``name``, or all that exists.
+    """Return the end of an error's sentence: the nearest match of ``name``, or all that exist.
 
     Example:
         >>> did_you_mean("encoder.layr4", ["encoder.layer4", "head"])
@@ -69,11 +69,11 @@ def did_you_mean(name: str, existing: Iterable[str]) -> str:
 def checked_names(
     given: Sequence[str] | Mapping[str, str], *, caller: str, parameter: str = "tasks", least: int = 2
 ) -> tuple[str, ...]:
-    """Return the names of the losses that a user gave: a list, or a mapping to the names under which they are logged.
+    """Return the names of the losses that you gave: a list, or a mapping to the names under which they are logged.
 
     Raises:
         TypeError: neither a list of names nor a mapping from name to name.
-        ValueError: fewer names than ``least``, one twice, or two with the same loss.
+        ValueError: fewer names than ``least``, a name twice, or two names for the same loss.
     """
     if isinstance(given, Mapping):
         check_task_names(list(given.values()), caller=caller, parameter=parameter, least=1)
@@ -81,8 +81,8 @@ def checked_names(
     names = check_task_names(given, caller=caller, parameter=parameter, least=least)
     if "loss" in names:
         raise ValueError(
-            f"{caller}: {parameter} names 'loss', which is what is back-propagated, the sum of all; it should name the "
-            f"losses that are added up in it. Got {list(names)}"
+            f"{caller}: {parameter} names 'loss', which is the sum that is back-propagated; it should name the losses in "
+            f"this sum. Got {list(names)}"
         )
     return names
 
@@ -92,7 +92,7 @@ def check_task_names(tasks: Sequence[str], *, caller: str, parameter: str = "tas
 
     Raises:
         TypeError: not a list of strings.
-        ValueError: too few, or one twice.
+        ValueError: too few names, or a name twice.
     """
     is_list = isinstance(tasks, Sequence) and not isinstance(tasks, str) and (len(tasks) > 0 or least > 1)
     if not is_list or not all(isinstance(one, str) for one in tasks):

@@ -1,7 +1,7 @@
 """Old dotted paths of the first edition: saved configurations and checkpoints keep working, with one warning.
 
 A name such as ``lightning_gradnorm.networks.MLP`` or ``lightning_gradnorm.networks.mlp.MLP`` is looked up in the modules
-that now hold what ``lightning_gradnorm.networks`` held. Nothing is imported until somebody asks for an old path.
+that now hold the content of ``lightning_gradnorm.networks``. Nothing is imported until you use an old path.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ NEW_NAMES = {
         "state_of": "snapshot",
     },
 }
-"""Old module → old name → new name, of what was also renamed."""
+"""Old module → old name → new name, for names that also changed."""
 
 _warned = False
 
 
 def find_moved(old: str, name: str) -> Any:
-    """Return what the old module ``old``, relative to this package, called ``name``.
+    """Return the object that the old module ``old``, relative to this package, called ``name``.
 
     Raises:
         AttributeError: it had no such name.
@@ -93,7 +93,7 @@ def find_moved(old: str, name: str) -> Any:
 
 
 class _OldModules(MetaPathFinder, Loader):
-    """Makes an empty module of each old path; its names are looked up when they are asked for."""
+    """Makes an empty module for each old path; its names are looked up on access."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -121,5 +121,5 @@ def _entry(fullname: str) -> str:
 
 def install() -> None:
     """Make old paths importable."""
-    # First, so that a folder left behind by an older version is not taken for a namespace package.
+    # First, so that a folder left behind by an older version is not mistaken for a namespace package.
     sys.meta_path.insert(0, _OldModules())

@@ -1,4 +1,4 @@
-"""The Lightning side: what plugs balancing strategies into a LightningModule, and shows what they do."""
+"""The Lightning side: callbacks that plug balancing strategies into a LightningModule and show what they do."""
 
 from typing import Any
 

@@ -22,42 +22,42 @@ from lightning_gradnorm.strategies.weight_optimizer import adam
 
 
 class Aggregation(LossWeightingCallback[AggregationRule]):
-    """Make one gradient of the tasks' gradients at the representation, where they meet in the ordinary backward pass.
+    """Combine the task gradients at the representation, where they meet in the ordinary backward pass, into one gradient.
 
-    Each head is trained by its own task's gradient; the trunk by what the aggregator makes of the T gradients that arrive at
-    the encoder's output (the setting of MGDA-UB, Sener & Koltun, NeurIPS 2018, section 3.3). One backward pass, whatever the
-    aggregator. Where it weights by the Gramian of the gradients, which is nearly always, the Gramians of all ranks are added
-    up, T² numbers, and every rank has the weights that one process would have on the whole batch.
+    Each task's own gradient trains its head. The trunk gets what the aggregator makes of the T gradients that arrive at the
+    encoder's output (the setting of MGDA-UB, Sener & Koltun, NeurIPS 2018, section 3.3). This takes one backward pass for any
+    aggregator. Nearly all aggregators weight by the Gramian of the gradients. For these we add up the Gramians of all ranks,
+    T² numbers, so every rank has the weights that one process would have on the whole batch.
 
     Args:
-        aggregator: a `torchjd.aggregation.Aggregator`, a `Weighting` of the Gramian, or what makes one of these from the
-            number of tasks, as ``torchjd.aggregation.NashMTL`` does. One that works number by number (`GradDrop`,
-            `TrimmedMean`) is applied on each rank to the rank's own rows of the representation; so is a matrix aggregator of
-            your own, which then must not mix numbers of different rows if several ranks are to agree.
+        aggregator: a `torchjd.aggregation.Aggregator`, a `Weighting` of the Gramian, or a function that makes one of these
+            from the number of tasks, as ``torchjd.aggregation.NashMTL`` does. An entrywise aggregator (`GradDrop`,
+            `TrimmedMean`) is applied on each rank to that rank's own rows of the representation; so is a matrix aggregator of
+            your own, which must not mix numbers of different rows if several ranks are to agree.
         tasks: as for `GradNorm`.
         losses_from: as for `GradNorm`.
-        heads: task → dotted name of its head module, at which its gradient is read; ``"auto"`` finds them in the first batch;
-            ``None``: it is read by one first-order pass through each head.
+        heads: task → dotted name of its head module, where its gradient is read; ``"auto"`` finds them in the first batch;
+            ``None``: read it by one first-order pass through each head.
         representation: dotted name of the module whose output the heads read; called once in a forward pass. Not needed
             with ``at="parameters"``.
         at: ``"representation"``; or ``"parameters"``: aggregate the gradients of all parameters that at least two of the
-            losses reach, averaged over micro-batches and ranks. That is the textbook's, for any network, called as often as
-            it likes, and for losses with derivatives: a pass for each task, and a sum over ranks of T copies of the gradient.
+            losses reach, averaged over micro-batches and ranks. This is the textbook method. It works for any network, called
+            any number of times, and for losses with derivatives. It takes one pass per task, and a sum over ranks of T copies
+            of the gradient.
         scalarizer: weights the losses before their gradients are aggregated, as `Scalarization` does: IMTL is IMTL-G of
-            IMTL-L, DB-MTL is ``DBMTL`` of the losses' logarithms. ``None``: not at all.
+            IMTL-L, DB-MTL is ``DBMTL`` of the losses' logarithms. ``None``: no scalarizer.
         optimizer: of the scalarizer's parameters.
 
-    A task that is absent from a batch is left out of what the aggregator sees; an aggregator that remembers tasks by their
-    place (`NashMTL`, `GradVac`, one with a preference vector) is not asked in such a step, and the tasks that are there keep
-    the weights they had (without weights, their mean is taken). Where the aggregator fails, all tasks are weighted alike in
-    that step, which is counted and warned of once. With accumulation each batch is aggregated by itself
-    (``at="parameters"``: their mean).
+    The aggregator does not see a task that is absent from a batch. If an aggregator knows tasks by their place (`NashMTL`,
+    `GradVac`, one with a preference vector), such a step does not call it: the tasks that are present keep their weights
+    (without weights, their mean is taken). If the aggregator fails, all tasks get equal weights in that step; we count this
+    and warn once. With accumulation, each batch is aggregated by itself (``at="parameters"``: their mean).
 
     Raises:
-        ValueError: at the start of training, if the aggregator cannot be used for T tasks, or the representation cannot be
-            found; in the first batch, if the tasks share nothing.
+        ValueError: at the start of training, the aggregator does not work for T tasks, or the representation is not found;
+            in the first batch, the tasks share nothing.
 
-    Logs ``balancing/weight/<task>`` (of aggregators that have weights; those of the scalarizer included),
+    Logs ``balancing/weight/<task>`` (if the aggregator has weights; the scalarizer's are included),
     ``balancing/grad_norm/<task>`` and ``balancing/fallbacks``.
 
     Example:
@@ -111,7 +111,7 @@ class Aggregation(LossWeightingCallback[AggregationRule]):
         super()._refuse_unsupported(trainer)
         if self.at == "parameters" and is_one_of(trainer.strategy, "ModelParallelStrategy"):
             raise ValueError(
-                f"{self._name}: at='parameters' takes whole gradients, of which ModelParallelStrategy keeps pieces. Use "
+                f"{self._name}: at='parameters' takes whole gradients, but ModelParallelStrategy keeps pieces of them. Use "
                 f"at='representation', or strategy='ddp'."
             )
 

@@ -34,16 +34,16 @@ from lightning_gradnorm.engine.measurement import AnyRule, Heads, Setting
 
 @works_in_both_packages
 class BalancingCallback(L.Callback, Generic[AnyRule]):
-    """Plugs a balancing rule into any LightningModule, unchanged.
+    """Plugs a balancing rule into any unchanged LightningModule.
 
-    A strategy overrides `_build_rule`, and where it differs `_load_rule`, `_step_metrics` and `_refuse_unsupported`. Lightning
-    may restore a checkpoint before or after ``on_fit_start``, and for validation too: its state is kept until training starts.
+    A strategy overrides `_build_rule` and, where it differs, `_load_rule`, `_step_metrics` and `_refuse_unsupported`. Lightning
+    may restore a checkpoint before or after ``on_fit_start``, and also for validation: we keep its state until training starts.
 
     Args:
         tasks: keys of the mapping that ``training_step`` returns; or task → name under which the module logs its loss; or
             ``None`` for all tasks of a module that declares them (`MultiTaskModule`).
-        losses_from: for models that return their total only. Dotted path to the module, method or function that returns the
-            losses, in which ``tasks`` are keys, attributes or indices; or task → path of what returns its loss.
+        losses_from: for models that return only their total loss. Dotted path to the module, method or function that returns
+            the losses; ``tasks`` are keys, attributes or indices of its return value. Or task → path of what returns its loss.
         heads: task → dotted name of its head module; ``"auto"`` finds them in the first batch; ``None``: no heads.
         representation: dotted name of the module whose output the heads read.
         shared_layer: dotted name of the last shared layer, or of several layers; ``"all"``: all trained parameters.
@@ -53,7 +53,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
     update_is_weighted_sum: ClassVar[bool] = True
     """Whether the network's gradient is a weighted sum of the task gradients."""
     _state_description: str | None = None
-    """What is lost if a checkpoint lacks it, in words; ``None`` if nothing is."""
+    """A description of what is lost if a checkpoint lacks it; ``None`` if nothing is."""
 
     def __init__(
         self,
@@ -81,9 +81,9 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._optimizers: OptimizerSteps | None = None
         self._hooks = ExitStack()
         self._recomputed: dict[str, list[Any]] | None = None
-        """Takes the losses while they are computed again without being trained on."""
+        """Collects the losses of a recomputation, which are not trained on."""
         self._with_gradients: list[bool] = []
-        """Whether gradients were on in each call of `watch` in this batch: computed again, none of them has any."""
+        """For each call of `watch` in this batch, whether gradients were on. In a recomputation they never are."""
         self._shown = True
         self._described: str | None = None
         self._copies = Copies(self)
@@ -94,7 +94,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
     # ---- what a strategy overrides -----------------------------------------------------------------------------------
 
     def _build_rule(self, like: Tensor) -> AnyRule:
-        """Return a new rule for ``self._names``, with the dtype and device of ``like``. Called when a training starts."""
+        """Return a new rule for ``self._names``, with the dtype and device of ``like``. Called when training starts."""
         raise NotImplementedError
 
     def _load_rule(self, rule: AnyRule, state: Mapping[str, Any]) -> None:
@@ -102,11 +102,11 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         rule.load_state_dict(state)
 
     def _step_metrics(self) -> Mapping[str, Tensor | float]:
-        """Return what to log of the last optimizer step. Called in the steps that Lightning writes."""
+        """Return what to log for the last optimizer step. Called in the steps that Lightning writes."""
         return {}
 
     def _refuse_unsupported(self, trainer: L.Trainer) -> None:
-        """Raise ValueError if this Trainer's setting cannot be balanced. Called when a training starts."""
+        """Raise ValueError if we cannot balance with this Trainer's settings. Called when training starts."""
         refuse_company(self, [one for one in trainer.callbacks if isinstance(one, BalancingCallback)])  # type: ignore[attr-defined]
         refuse_strategy(trainer.strategy, caller=self._name)
 
@@ -116,7 +116,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     @property
     def rule(self) -> AnyRule:
-        """The rule at work.
+        """The rule in use.
 
         Raises:
             RuntimeError: no training has started.
@@ -127,7 +127,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
 
     @property
     def _trained(self) -> Self:
-        """The copy that was trained in place of this callback, if one was; or this callback."""
+        """The copy that was trained in place of this callback, or this callback."""
         return self._copies.trained or self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -155,17 +155,17 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         check_heads(self.heads, self._names, caller=self._name)
         self._usage = UsageChecks(self._source, loop.ranks)
         self._choose_state(loop)
-        # Every rank takes part in sums over the ranks, also one that never sees a loss: all agree on the dtype beforehand.
+        # Every rank joins in the sums over ranks, even one that never sees a loss, so all must agree on the dtype first.
         parameter = next((p for p in pl_module.parameters() if p.is_floating_point()), torch.zeros(()))
         self._start_rule(torch.zeros((), dtype=parameter.dtype, device=pl_module.device))
         heads = self.heads
         is_at_heads = heads == "auto" and self.shared_layer != ALL
         if is_at_heads and declared and len(set(map(pl_module.get_submodule, declared.values()))) == len(declared):
             heads = declared
-        options = {"timeout": getattr(trainer.strategy, "_timeout", None)}  # the user's, if DDPStrategy was given one
+        options = {"timeout": getattr(trainer.strategy, "_timeout", None)}  # yours, if you gave DDPStrategy one
         names, W, z = self._names, self.shared_layer, self.representation
         setting = Setting(self._name, pl_module, loop, names, W, heads, z, self.norm_of, options)
-        with ExitStack() as hooks:  # if anything fails, what was placed is removed again
+        with ExitStack() as hooks:  # if anything fails, everything placed so far is removed
             hooks.callback(claim(pl_module, caller=self._name, rule=type(self.rule).__name__))
             engine = Engine(self.rule, setting)
             hooks.callback(engine.close)
@@ -187,11 +187,11 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
                 loop.ranks.warn(explain_lost_state(self._name, self._state_description, trainer.ckpt_path))
 
     def _start_rule(self, like: Tensor) -> None:
-        """Make the rule, if there is none for these tasks, and put it on the device of ``like``."""
+        """Build the rule if none exists for these tasks, and move it to the device of ``like``."""
         state = self._restored
         known = state.get("tasks", ()) if state else () if self._rule is None else self._rule.tasks
         if set(known) == set(self._names):
-            self._names = tuple(known)  # strategies may know tasks by position: they keep the order they learned
+            self._names = tuple(known)  # strategies may know tasks by position: keep the order they learned
         if self._rule is None or state is not None or self._rule.tasks != self._names:
             values = [like, *(state or {}).values()]
             is_double = any(isinstance(one, Tensor) and one.dtype == torch.float64 for one in values)
@@ -228,16 +228,16 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
     def watch(self, losses: Mapping[str, Tensor | None]) -> None:
         """Balance these losses in the backward pass that follows.
 
-        Call it anywhere in the forward pass, with all losses or some at a time, where ``training_step`` neither returns nor
-        logs them; with manual optimization, before ``manual_backward``.
+        Call it anywhere in the forward pass, with all losses or a few at a time, if ``training_step`` neither returns nor
+        logs them. With manual optimization, call it before ``manual_backward``.
 
         Args:
-            losses: task → loss of any shape, the very tensors that make up the back-propagated loss. Several for one task
-                are summed. Names that are not among the tasks are ignored; ``None``: the task is absent from this batch.
+            losses: task → loss of any shape. Pass the very tensors that make up the back-propagated loss. Several losses of one
+                task are summed. Names that are not tasks are ignored; ``None``: the task is absent from this batch.
 
         Raises:
-            TypeError, ValueError: a loss is no tensor, or carries no gradient. That a task is missing is an error of the
-                backward pass, or of the end of the batch.
+            TypeError, ValueError: a loss is not a tensor, or carries no gradient. A missing task raises an error in the
+                backward pass or at the end of the batch.
         """
         if not isinstance(losses, Mapping):
             raise TypeError(f"{self._name}: watch takes a mapping from task to loss; got {type(losses).__name__}.")
@@ -297,7 +297,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._optimizers.finish_if_moved()
         self._usage.on_batch_end(pl_module, self._engine.batch)
         if not (pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1):
-            self._show_if_logged(trainer)  # in a batch that Lightning writes, but without an optimizer step
+            self._show_if_logged(trainer)  # Lightning writes this batch, but it had no optimizer step
         self._engine.start_batch()
         if self._described is None and self._engine.is_settled and self._usage.seen:
             parts = filter(None, [str(self._engine.plan), f"losses: {self._source}"])
@@ -327,7 +327,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored, self._restored_by, self._copies.trained = dict(state_dict) or None, self._stage, None
         if self._engine is not None and self._rule is not None and self._restored is not None:
-            # During training: a LearningRateFinder takes back its trial steps.
+            # During training: a LearningRateFinder undoes its trial steps.
             self._load_rule(self._rule, self._restored)
             self._restored = None
             self._engine.start_step()

@@ -1,4 +1,4 @@
-"""Takes losses out of what a module, a method or a function inside the model returns: for models that return their total."""
+"""Takes losses out of the return value of a module, method or function inside the model, if the model returns only a total."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class _Place:
 
 
 class CalledLosses:
-    """Finds the losses in the return values of one place for all tasks, or of one place for each.
+    """Finds the losses in the return values of one place for all tasks, or of one place per task.
 
     Args:
         caller: begins each error.
-        names: task → where its loss is in what is returned, dotted, if there is one place.
-        losses_from: the dotted path of that place; or task → path, whose return value is the task's loss.
+        names: task → dotted position of its loss in the return value, if there is one place.
+        losses_from: the dotted path of that place; or task → path; its return value is the task's loss.
     """
 
     def __init__(self, caller: str, names: Mapping[str, str], losses_from: str | Mapping[str, str]) -> None:
@@ -53,8 +53,8 @@ class CalledLosses:
         for path, tasks in self._inside.items():
             if len(tasks) > 1 and "" in tasks.values():
                 raise ValueError(
-                    f"{caller}: losses_from names '{path}' for the tasks {list(tasks)}, but what it returns can be the loss of "
-                    f"one task alone. If it returns several, give losses_from='{path}', and in tasks where in it each loss is."
+                    f"{caller}: losses_from names '{path}' for the tasks {list(tasks)}, but its return value can be the loss "
+                    f"of only one task. If it returns several, give losses_from='{path}', and in tasks the place of each loss."
                 )
 
     def __str__(self) -> str:
@@ -115,9 +115,9 @@ class CalledLosses:
         return _Place(owner, walked[-1], found)
 
     def _take(self, path: str, tasks: Mapping[str, str], output: Any, show: Show) -> Any:
-        """Show the losses in ``output``. Return what takes its place, if it is a tensor with a loss in each entry or column."""
+        """Show the losses in ``output``. Return its replacement if it is a tensor with a loss in each entry or column."""
         if isinstance(output, Tensor) and output.ndim and any(tasks.values()):
-            # An entry taken out of the tensor would be no part of the loss. So the loss is made of the entries.
+            # A separate entry of the tensor would not be part of the loss. So we rebuild the tensor from its entries.
             are_columns = output.ndim == 2 and all(inside.startswith("T.") for inside in tasks.values())
             parts = output.unbind(int(are_columns))
             names = {task: inside.removeprefix("T.") if are_columns else inside for task, inside in tasks.items()}
@@ -140,18 +140,18 @@ class CalledLosses:
                 what = f"{self._caller}: the loss of task '{task}' should be '{inside}' in what '{path}' returns, but"
                 if isinstance(value, Tensor) and value.ndim:
                     raise ValueError(
-                        f"{what} the entries of a tensor are found only if it is all that is returned: elsewhere they are no "
+                        f"{what} the entries of a tensor are found only if it is all that is returned: otherwise they are not "
                         f"part of the loss. Name a module or a method that returns the tensor itself, or call watch()."
                     )
                 if not _keys(value):
-                    raise ValueError(f"{what} got a {kind}, in which there is nothing. Name what returns each loss.")
+                    raise ValueError(f"{what} got a {kind}, which contains nothing. Name what returns each loss.")
                 raise ValueError(f"{what} this {kind} has no '{key}'; {did_you_mean(key, _keys(value))}")
             value, kind = found, None
         return value
 
 
 def _tensors(value: Any) -> Iterator[Any]:
-    """Yield the losses in a value: itself, or what a mapping, a list or a tuple holds."""
+    """Yield the losses in a value: the value itself, or the items of a mapping, a list or a tuple."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):
@@ -162,7 +162,7 @@ def _tensors(value: Any) -> Iterator[Any]:
 
 
 def _item(holder: Any, key: str) -> Any:
-    """Return an item by key or index, or an attribute; ``None`` if there is neither."""
+    """Return an item by key or index, or an attribute; ``None`` if it has neither."""
     if isinstance(holder, Mapping) and key in holder:
         return holder[key]
     if isinstance(holder, Sequence) and not isinstance(holder, str) and key.isdigit():
@@ -171,7 +171,7 @@ def _item(holder: Any, key: str) -> Any:
 
 
 def _keys(holder: Any) -> list[str]:
-    """Return what `_item` finds in a holder."""
+    """Return the keys that `_item` finds in a holder."""
     if isinstance(holder, Mapping):
         return [str(key) for key in holder]
     if isinstance(holder, Sequence) and not hasattr(holder, "_fields"):
@@ -198,7 +198,7 @@ def _is_framework(kind: type) -> bool:
 
 
 def _replace(place: _Place, call: Callable[..., Any], asked: str) -> Remove:
-    """Put ``call`` in the place of what is called there."""
+    """Replace the callable at a place by ``call``."""
     owner, key = place.owner, place.key
     if isinstance(owner, MutableMapping | MutableSequence):
         index: Any = key if isinstance(owner, Mapping) else int(key)
@@ -212,6 +212,6 @@ def _replace(place: _Place, call: Callable[..., Any], asked: str) -> Remove:
         return patch_attribute(owner, key, ReplacedMethod(owner, key, call))
     except (TypeError, AttributeError) as error:
         raise ValueError(
-            f"{asked} cannot be replaced in a {type(owner).__name__}, as is necessary to see what it returns. Name a module or "
+            f"{asked} cannot be replaced in a {type(owner).__name__}, which we need to see its return value. Name a module or "
             f"a method that calls it."
         ) from error

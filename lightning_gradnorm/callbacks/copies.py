@@ -1,7 +1,7 @@
-"""What a user reads from a callback of which only a copy has been trained: by a library, or by Lightning in a child process.
+"""Shows you the results of a callback when only a copy of it was trained: by a library, or by Lightning in a child process.
 
-A library may deep-copy the callbacks that it is given. Lightning's ``ddp_spawn``, ``ddp_fork`` and ``ddp_notebook`` train in
-child processes, and call no hook of a callback in the process that called ``fit``. What rank 0 has there comes back through the
+A library may deep-copy the callbacks that you pass. Lightning's ``ddp_spawn``, ``ddp_fork`` and ``ddp_notebook`` train in
+child processes, and call no hook of a callback in the process that called ``fit``. The results of rank 0 come back through the
 queue in which Lightning's launcher sends the metrics and the path of the network's weights.
 """
 
@@ -26,25 +26,25 @@ from torch import Tensor
 
 
 class MayBeCopied(Protocol):
-    """A callback with `Copies`, which are copied with it. What it has placed on a model is not: see its `__getstate__`."""
+    """A callback with `Copies`, which are copied with it. Its hooks on a model are not: see its `__getstate__`."""
 
     _copies: Copies
 
     def _results(self) -> dict[str, Any]:
-        """Return what there is to read after a training, loadable with ``torch.load(weights_only=True)``."""
+        """Return the results of a training, loadable with ``torch.load(weights_only=True)``."""
 
     def _take_over(self, results: dict[str, Any]) -> None:
-        """Show the results of a copy that is in another process."""
+        """Show the results of a copy in another process."""
 
 
 _alive: weakref.WeakValueDictionary[str, Copies] = weakref.WeakValueDictionary()
-"""Those of all callbacks of this process, by name."""
+"""The `Copies` of all callbacks in this process, by name."""
 
 
 class Copies:
-    """Knows which copy of a callback, made by ``copy.deepcopy``, ``pickle`` or a fork, has been trained in its place.
+    """Knows which copy of a callback, made by ``copy.deepcopy``, ``pickle`` or a fork, was trained in its place.
 
-    A callback that has been trained itself keeps its own state.
+    A callback that was trained itself keeps its own state.
     """
 
     def __init__(self, callback: MayBeCopied) -> None:
@@ -55,8 +55,8 @@ class Copies:
 
     def _name_after(self, lineage: tuple[str, ...], callback: MayBeCopied) -> None:
         self._callback = weakref.ref(callback)
-        self.lineage = (uuid.uuid4().hex, *lineage)  # which draws no number from a generator that is seeded
-        """The name of this one and of those it is a copy of, the nearest first. A fork leaves names as they are."""
+        self.lineage = (uuid.uuid4().hex, *lineage)  # draws no number from a seeded generator
+        """The names of this one and of its originals, the nearest first. A fork keeps the names."""
         _alive[self.lineage[0]] = self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class Copies:
         self._name_after(state["lineage"], state["callback"])
 
     def announce_training(self, trainer: L.Trainer) -> None:
-        """Have the originals show this callback's state: here from now on, in a parent process when the training ends."""
+        """Make the originals show this callback's state: here from now on, in a parent process when the training ends."""
         self._tell_originals()
         launcher: Any = trainer.strategy.launcher
         if multiprocessing.parent_process() is not None and hasattr(launcher, "get_extra_results"):
@@ -83,7 +83,7 @@ class Copies:
                 original.trained = self._callback()
 
     def write_letter(self) -> _Letter:
-        """Return the callback's results, to be sent to the parent process; or why there are none. The training is kept."""
+        """Return the callback's results to send to the parent process, or why there are none. The training is kept."""
         callback, parent = self._callback(), multiprocessing.parent_process()
         assert callback is not None
         assert parent is not None
@@ -105,10 +105,10 @@ class Copies:
 
 
 class _Letter:
-    """The results of a callback, on their way to the process that has its original: unpickled there, they are taken over.
+    """The results of a callback on their way to the process of its original, where unpickling takes them over.
 
-    They wait in a file, as Lightning's network does. The parent reads the queue after the children have ended, and these would
-    wait for it if the queue were full.
+    They wait in a file, like Lightning's network weights. The parent reads the queue after the children have ended, but if the
+    queue were full the children would wait for the parent.
     """
 
     def __init__(self, to: int | None, sender: str, lineage: tuple[str, ...], file: str, problem: str) -> None:
@@ -119,8 +119,8 @@ class _Letter:
 
 
 def _deliver(to: int, sender: str, lineage: tuple[str, ...], file: str, problem: str) -> _Letter | None:
-    """Take over what is in a letter, if this is the process that it is addressed to; else return it."""
-    if os.getpid() != to:  # one between, such as that of a queue's manager
+    """Take over the content of a letter if it is addressed to this process; else return the letter."""
+    if os.getpid() != to:  # a process in between, such as a queue's manager
         return _Letter(to, sender, lineage, file, problem)
     original = next((one for name in lineage if (one := _alive.get(name)) is not None), None)
     try:
@@ -133,7 +133,7 @@ def _deliver(to: int, sender: str, lineage: tuple[str, ...], file: str, problem:
             os.remove(file)
     if problem:
         warnings.warn(
-            f"{sender}: the network is trained, but what {sender} has learned in the child process could not be taken over "
+            f"{sender}: the network is trained, but the state of {sender} in the child process could not be taken over "
             f"({problem}). Read it from a checkpoint: this object is as it was before the training.",
             stacklevel=2,
         )
@@ -141,8 +141,8 @@ def _deliver(to: int, sender: str, lineage: tuple[str, ...], file: str, problem:
 
 
 def _collect(launcher: Any, trainer: L.Trainer) -> dict[str, Any]:
-    """Return what the launcher sends to the parent process, with the results of our callbacks. Called once, on rank 0."""
-    del launcher.get_extra_results  # its class's is called, and stays
+    """Return what the launcher sends to the parent process, with our callbacks' results. Called once, on rank 0."""
+    del launcher.get_extra_results  # uncovers the class's method
     extra = launcher.get_extra_results(trainer)
     known = [getattr(one, "_copies", None) for one in trainer.callbacks]  # type: ignore[attr-defined]
     letters = [one.write_letter() for one in known if isinstance(one, Copies) and one.is_in_use]
@@ -150,9 +150,9 @@ def _collect(launcher: Any, trainer: L.Trainer) -> dict[str, Any]:
 
 
 def _unshare(values: Iterable[object]) -> None:
-    """Give this process tensors of its own: those that come by pickle to a spawned process lie in memory that all write to.
+    """Give this process tensors of its own: tensors pickled to a spawned process lie in memory that all processes write to.
 
-    Lightning does so for the network. A pickler finds all that came by pickle, and stops at what did not.
+    Lightning does the same for the network. A pickler visits everything that came by pickle, and nothing else.
     """
 
     class Finder(pickle.Pickler):

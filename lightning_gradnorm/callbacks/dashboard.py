@@ -31,7 +31,7 @@ CHARTS = {
         "imbalance, largest norm / smallest": r"monitor/imbalance$",
     },
 }
-"""Categories → charts → what they show: regular expressions of tags. A task's values are in its own run, see `TaskRuns`."""
+"""Categories → charts → regular expressions of the tags they show. A task's values are in its own run, see `TaskRuns`."""
 
 _METRIC = re.compile(r"val/(?!loss$|loss_ratio$)([^/]+)$")
 _OF_TASK = re.compile(
@@ -51,10 +51,10 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def layout_of(names: Collection[str]) -> Layout:
-    """Return the layout for a run that logs these names: the charts that would not be empty, one for each metric.
+    """Return the layout for a run that logs these names: all charts that would not be empty, and one for each metric.
 
-    TensorBoard merges the layouts of all runs, category by category, and loses the charts of a category that one run lacks;
-    the losses see to it that every run has each.
+    TensorBoard merges the layouts of all runs, category by category, and loses the charts of a category that one run lacks.
+    The losses make sure that every run has every category.
 
     Example:
         >>> layout = layout_of(["balancing/weight/a", "train/loss/a", "val/loss", "val/accuracy/a", "val/accuracy/b"])
@@ -73,13 +73,13 @@ def layout_of(names: Collection[str]) -> Layout:
 
 
 class TaskRuns:
-    """Writes what a `TensorBoardLogger` logs of each task once more, to a run of the task's own below the logger's.
+    """Writes what a `TensorBoardLogger` logs about each task a second time, to the task's own run below the logger's.
 
-    TensorBoard colors and names lines by run. So ``gradnorm/weight`` becomes one chart with a line for each task, named and
-    colored as in every other chart. The names in the logger's own run, ``gradnorm/weight/<task>``, stay.
+    TensorBoard colors and names lines by run. So ``gradnorm/weight`` becomes one chart with a line for each task, with the
+    same name and color as in every other chart. The names in the logger's own run, ``gradnorm/weight/<task>``, stay.
 
     Args:
-        logger: whose ``log_metrics`` is followed, until `close`.
+        logger: its ``log_metrics`` is followed until `close`.
     """
 
     def __init__(self, logger: Any) -> None:
@@ -104,7 +104,7 @@ class TaskRuns:
         return self._writers[task]
 
     def close(self) -> None:
-        """Leave the logger as it was."""
+        """Restore the logger."""
         if vars(self.logger).get("log_metrics") == self.log_metrics:
             del self.logger.log_metrics
         for writer in self._writers.values():
@@ -114,11 +114,11 @@ class TaskRuns:
 
 @works_in_both_packages
 class TensorBoardDashboard(L.Callback):
-    """Write the layout of the Custom Scalars tab: what the strategy does, the losses and the metrics by task, the monitor.
+    """Writes the layout of the Custom Scalars tab: what the strategy does, the losses and the metrics by task, the monitor.
 
-    A chart is there as soon as something is logged that it shows; see `CHARTS`. Each task gets a run of its own below the
-    logger's, so that it has its name and its color in every chart; see `TaskRuns`. TensorBoard reads one layout for each
-    run: do not write another one to the same run. Without a `TensorBoardLogger` it does nothing.
+    A chart appears as soon as one of its values is logged; see `CHARTS`. Each task gets its own run below the logger's, so it
+    has its name and its color in every chart; see `TaskRuns`. TensorBoard reads one layout per run: do not write another one
+    to the same run. Without a `TensorBoardLogger` the callback does nothing.
 
     Example:
         >>> import lightning as L
@@ -159,7 +159,7 @@ class TensorBoardDashboard(L.Callback):
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        if trainer.global_step <= self._first_step + 1:  # what comes later is found at the validations
+        if trainer.global_step <= self._first_step + 1:  # later names are found at the validations
             self._update(trainer)
 
     @override
@@ -173,7 +173,7 @@ class TensorBoardDashboard(L.Callback):
     def _update(self, trainer: L.Trainer) -> None:
         self._names |= trainer.callback_metrics.keys()
         layout = layout_of(sorted(self._names))
-        if layout != self._written and not trainer.sanity_checking:  # that only tells what will be logged
+        if layout != self._written and not trainer.sanity_checking:  # which only shows what will be logged
             self._written = layout
             for logger in trainer.loggers:
                 if is_one_of(logger, "TensorBoardLogger"):

@@ -1,4 +1,4 @@
-"""Weights that stay as they are: numbers of one's own, a GradNorm run's mean weights, or random ones."""
+"""Weights that do not change: numbers of your own, a GradNorm run's mean weights, or random ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class StaticWeights(BalancingCallback[FixedRule]):
     """
 
     weights: dict[str, float]
-    """By task; empty as long as the tasks are unknown."""
+    """By task; empty while the tasks are unknown."""
 
     @override
     def _build_rule(self, like: Tensor) -> FixedRule:
@@ -40,10 +40,10 @@ class FixedWeights(StaticWeights):
 
     Args:
         weights: task → weight ``w_i > 0``, used as given (they need not sum to T).
-        tasks: where the losses are found, as for `GradNorm`; by default the names in ``weights`` (keys of what
+        tasks: where to find the losses, as for `GradNorm`; by default the names in ``weights`` (keys of what
             ``training_step`` returns, tasks of a `MultiTaskModule`).
         losses_from: as for `GradNorm`.
-        heads: accepted by every strategy, so that one can be exchanged for another; no gradient is read.
+        heads: accepted by every strategy, so that you can swap one for another; no gradient is read.
 
     Raises:
         ValueError: fewer than two tasks, a weight that is not positive and finite, or a task without a weight.
@@ -65,7 +65,7 @@ class FixedWeights(StaticWeights):
         heads: Heads = "auto",
     ) -> None:
         if not (isinstance(weights, Mapping) and all(isinstance(task, str) for task in weights)):
-            raise TypeError(f"{self._name}: weights should be a mapping from task's name to number; got {weights!r}")
+            raise TypeError(f"{self._name}: weights should be a mapping from task name to number; got {weights!r}")
         super().__init__(list(weights) if tasks is None else tasks, losses_from=losses_from, heads=heads)
         check_positive_by_task(weights, self._names, caller=self._name, parameter="weights")
         self.weights = {task: float(weights[task]) for task in self._names}
@@ -75,15 +75,15 @@ class GradNormStatic(StaticWeights):
     """Train on the mean weights of a finished `GradNorm` run: "GradNorm static" of Chen et al., 2018, Tables 1 and 2.
 
     Args:
-        from_run: folder of a run of ``gradnorm-train``, whose ``checkpoints/last.ckpt`` is read; or any checkpoint of a
+        from_run: folder of a ``gradnorm-train`` run, whose ``checkpoints/last.ckpt`` is read; or any checkpoint of a
             Trainer that had `GradNorm` among its callbacks. The weights are the mean over all its steps, by task name.
-        tasks: where the losses are found, as for `GradNorm`; by default the names in the checkpoint.
+        tasks: where to find the losses, as for `GradNorm`; by default the names in the checkpoint.
         losses_from: as for `GradNorm`.
-        heads: accepted by every strategy, so that one can be exchanged for another; no gradient is read.
+        heads: accepted by every strategy, so that you can swap one for another; no gradient is read.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
-        ValueError: it has no state of `GradNorm`, or that of other tasks.
+        FileNotFoundError: the checkpoint does not exist.
+        ValueError: it has no `GradNorm` state, or the state of other tasks.
 
     Logs ``balancing/weight/<task>``.
     """
@@ -112,7 +112,7 @@ class GradNormStatic(StaticWeights):
     def _check_same(self, weights: Mapping[str, float], tasks: Collection[str]) -> None:
         if set(tasks) != set(weights):
             raise ValueError(
-                f"GradNormStatic: from_run is of tasks {sorted(weights)}, but this run has {sorted(tasks)}. Give a run of "
+                f"GradNormStatic: from_run has tasks {sorted(weights)}, but this run has {sorted(tasks)}. Give a run of "
                 f"the same tasks, or numbers of your own to FixedWeights."
             )
 
@@ -120,17 +120,17 @@ class GradNormStatic(StaticWeights):
 class RandomWeights(StaticWeights):
     """Train on random weights that do not change: one of the networks of Chen et al., 2018, Figure 4.
 
-    ``w_i = T u_i / Σ_j u_j`` with ``u_i`` uniform between 0 and 1. They depend on the seed and the tasks' names alone: of the
-    same names in another order each keeps its weight.
+    ``w_i = T u_i / Σ_j u_j`` with ``u_i`` uniform between 0 and 1. They depend only on the seed and the tasks' names: if you
+    reorder the names, each keeps its weight.
 
     Args:
-        seed: at least 0; the same seed gives the same weights everywhere. Torch's own generator is left alone.
+        seed: at least 0; the same seed gives the same weights everywhere. Torch's own generator is not touched.
         tasks: as for `GradNorm`.
         losses_from: as for `GradNorm`.
-        heads: accepted by every strategy, so that one can be exchanged for another; no gradient is read.
+        heads: accepted by every strategy, so that you can swap one for another; no gradient is read.
 
     Raises:
-        ValueError: fewer than two tasks, or a seed that is no integer.
+        ValueError: fewer than two tasks, or a seed that is not an integer.
 
     Logs ``balancing/weight/<task>``.
 
@@ -153,7 +153,7 @@ class RandomWeights(StaticWeights):
 
     @property
     def weights(self) -> dict[str, float]:  # type: ignore[override]
-        """By task; empty as long as the tasks are unknown."""
+        """By task; empty while the tasks are unknown."""
         names = self._trained._names
         T = len(names)
         numbers = 1 - torch.rand(T, dtype=torch.float64, generator=torch.Generator().manual_seed(self.seed))  # never 0
@@ -174,11 +174,11 @@ def _checkpoint_of(path: Path) -> Path:
 
 
 def _mean_weights(checkpoint: Path) -> dict[str, float]:
-    """Return the mean weights that a GradNorm callback has left in a checkpoint."""
+    """Return the mean weights that a GradNorm callback stored in a checkpoint."""
     try:
         callbacks = torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"]
         states = [state for state in callbacks.values() if isinstance(state, Mapping)]
-    except Exception as reason:  # whatever the unpickler makes of a foreign file
+    except Exception as reason:  # whatever the unpickler raises on a foreign file
         raise ValueError(
             f"GradNormStatic: from_run should be a run or a checkpoint of Lightning; {checkpoint} cannot be read as one "
             f"({type(reason).__name__})."
@@ -187,6 +187,6 @@ def _mean_weights(checkpoint: Path) -> dict[str, float]:
         if {"tasks", "weights_mean"} <= state.keys():
             return dict(zip(state["tasks"], state["weights_mean"].tolist(), strict=True))
     raise ValueError(
-        f"GradNormStatic: from_run should be a run with GradNorm; {checkpoint} has no state of it, but of "
+        f"GradNormStatic: from_run should be a run with GradNorm; {checkpoint} has no state of it, only of "
         f"{', '.join(callbacks) or 'no callback'}."
     )

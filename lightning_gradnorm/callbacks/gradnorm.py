@@ -26,66 +26,67 @@ _RULE_OPTIONS = tuple(
 
 
 class GradNorm(NormCallback[GradNormRule]):
-    """Give every task's gradient at the last shared layer the size that its training rate deserves.
+    """Scale every task's gradient at the last shared layer so that all tasks train at similar rates.
 
-    Chen et al., *GradNorm*, ICML 2018 (arXiv 1711.02257), Algorithm 1; the math is in `strategies.gradnorm`. The model is
-    used as it is; its own ``loss`` stays what is logged. With ``heads`` the task gradients are read out of the one
-    ordinary backward pass; without, by one first-order pass through each head.
+    Chen et al., *GradNorm*, ICML 2018 (arXiv 1711.02257), Algorithm 1; the math is in `strategies.gradnorm`. Your model stays
+    unchanged, and its own ``loss`` is still the one that is logged. With ``heads``, the task gradients are read during the one
+    ordinary backward pass. Without heads, each task takes one first-order pass through its head.
 
-    Weights, ``L_i(0)``, the weight optimizer and the counters are part of the checkpoint: a resumed run goes on as if it had
-    not stopped. A training that begins at step 0 without a checkpoint begins with new weights, also if this object was
-    used before.
+    The checkpoint holds the weights, ``L_i(0)``, the state of the weight optimizer and the counters: a resumed run continues
+    as if it had never stopped. A training that starts at step 0 without a checkpoint starts with new weights, even if you
+    reuse this object.
 
     Args:
         tasks: keys of the mapping that ``training_step`` returns; or ``{"seg": "train/seg_loss", …}``, names under which
             the module logs its losses; or ``None`` for all tasks of a `MultiTaskModule`. A module with manual optimization
             calls `watch` before ``manual_backward``.
-        shared_layer: dotted name of the last shared layer ``W``: a module (its ``weight``; all its parameters if it has
-            none; the last trained weight inside it if it contains modules) or a parameter. ``None``: the deepest trained weight
-            that all losses of the first batch depend on. As long as it is frozen, the weights wait. A list of names:
+        shared_layer: dotted name of the last shared layer ``W``: a parameter, or a module (its ``weight``; all its parameters
+            if it has none; the last trained weight inside it if it contains modules). ``None``: the deepest trained weight
+            that all losses of the first batch depend on. The weights do not move while this layer is frozen. A list of names:
             several layers together. ``"all"``: all trained parameters, as for composite losses without heads; the gradients
             are then read at the losses.
         heads: task → dotted name of its head module; ``"auto"`` finds them in the first batch. ``None``: one first-order pass
             from each loss to ``W`` instead. All give the same numbers.
-        losses_from: for models that return their total only. Dotted path to what returns the losses, a module, a method or a
-            function: ``"module.loss"``. The tasks are looked up in what it returns, by key, attribute or index:
+        losses_from: for models that return only their total loss. Dotted path to the module, method or function that returns
+            the losses, such as ``"module.loss"``. The tasks are looked up in its return value, by key, attribute or index:
             ``tasks={"recon": "reconstruction_loss", "kl": "extra.kl"}``; ``"T.0"`` is the first column of a matrix.
             Or task → path of what returns its loss.
-        alpha: the asymmetry: how strongly tasks are pulled to a common training rate. 0 asks for equal gradient norms; a
-            task whose loss vanishes, and with it its gradient, then gets nearly all of the weight.
-        optimizer: makes the optimizer of the weights from a list of parameters.
-        initial_losses: ``L_i(0)``: the mean over so many of the first weight updates; or numbers by task, for some or all. The
-            others' is their first loss. As long as a task's loss is 0 from the start, no update is made.
+        alpha: the asymmetry: how strongly tasks are pulled to a common training rate. 0 means equal gradient norms; a task
+            whose loss and gradient vanish then gets nearly all of the weight.
+        optimizer: builds the optimizer of the weights from a list of parameters.
+        initial_losses: ``L_i(0)``: an integer N for the mean over the first N weight updates; or numbers by task, for some or
+            all. The other tasks use their first loss. No update is made while a task's loss is 0 from the start.
         initial_weights: by task, positive; scaled to sum T.
         priorities: by task, positive; an intended ratio of the gradient norms: ``target_i = Ḡ · p_i · r_i^alpha``.
-        update_every: update the weights in every so many optimizer steps; no gradients are read in the others.
-        stop_after: leave the weights as they are after so many optimizer steps.
-        norm_of: ``"weight"``: norms of gradients of ``W``, the paper's. ``"activation"``: of gradients at the
-            representation, which needs no product with the last layer; another algorithm, and cheaper.
-        min_weight: no weight falls below it (before they are scaled to sum T again).
+        update_every: update the weights every N optimizer steps; no gradients are read in the other steps.
+        stop_after: freeze the weights after N optimizer steps.
+        norm_of: ``"weight"``: norms of gradients of ``W``, as in the paper. ``"activation"``: of gradients at the
+            representation. This skips the product with the last layer: a different, cheaper algorithm.
+        min_weight: lower bound of each weight (before they are scaled to sum T again).
         representation: for ``norm_of="activation"``, the module whose output the heads read.
-        absent_tasks: what a task does in updates from which it is absent. ``"leave_out"``: it keeps its weight and takes no
-            part in the means. ``"last_seen"``: it takes part with the norm and the loss it last had, as soon as it has had
-            some: for training on one task after the other. Those are part of the checkpoint.
-        weight_space: ``"linear"``: the weights' optimizer steps on ``w``, as in the paper. ``"log"``: on ``log w``, so that
-            weights of 0.001 and of 1 move by the same factor, for losses on very different scales. Ours.
-        smoothing: β of bias-corrected moving averages that take the place of the norms and the losses, for noisy training
-            rates; 0, the paper's, for none. Ours. They are part of the checkpoint.
-        resume_options: which are in force where the options of a checkpoint differ from these: ``"checkpoint"``, or
-            ``"given"``. A checkpoint has ``initial_losses``, ``initial_weights`` and the options of ``optimizer``; all others
-            are always the given ones. Each difference is warned of.
-        on_task_mismatch: what to do with a checkpoint that is of other tasks: ``"error"``; or ``"adapt"``: keep what is known
-            of a task by its name, give new ones the mean of the known weights, and scale to sum T.
+        absent_tasks: how to treat a task in updates from which it is absent. ``"leave_out"``: it keeps its weight and does not
+            count in the means. ``"last_seen"``: it counts with its last norm and loss, once it has some; use this to train
+            one task after the other. The last values are part of the checkpoint.
+        weight_space: ``"linear"``: the weight optimizer steps on ``w``, as in the paper. ``"log"``: it steps on ``log w``, so
+            weights of 0.001 and of 1 move by the same factor; for losses on very different scales. Not in the paper.
+        smoothing: β of bias-corrected moving averages that replace the norms and the losses, for noisy training rates. 0, as
+            in the paper, turns them off. Not in the paper; the averages are part of the checkpoint.
+        resume_options: which options apply if a checkpoint's differ from these: ``"checkpoint"`` or ``"given"``. A checkpoint
+            holds ``initial_losses``, ``initial_weights`` and the options of ``optimizer``; all others always come from here.
+            Each difference gives a warning.
+        on_task_mismatch: what to do with a checkpoint of other tasks: ``"error"``; or ``"adapt"``: keep the state of each task
+            with a known name, give new tasks the mean of the known weights, and scale to sum T.
 
     Raises:
-        ValueError: an argument out of range; and at the start of training, a layer or a task that the model lacks.
+    Raises:
+        ValueError: an argument is out of range; or, at the start of training, the model lacks a layer or a task.
 
     Logs, in the steps that Lightning writes (``log_every_n_steps``) and at the end of each epoch:
-    ``gradnorm/weight/<task>``; of the last update ``gradnorm/grad_norm/<task>`` (G_i), ``gradnorm/rate/<task>`` (r_i),
+    ``gradnorm/weight/<task>``; from the last update ``gradnorm/grad_norm/<task>`` (G_i), ``gradnorm/rate/<task>`` (r_i),
     ``gradnorm/loss_ratio/<task>`` (L_i / L_i(0)) and ``gradnorm/loss`` (L_grad); and ``gradnorm/skipped``, the number of
-    updates not made because a number was not finite. Also, as soon as there are some, ``gradnorm/without_gradient``, the
-    updates in which a task's gradient was exactly 0, and ``gradnorm/dominated``, those in stretches of 100 in which one task
-    held more than 90 % of the weight to no avail; these two are counted from the start of the training or its resumption.
+    updates skipped because a number was not finite. Two more counts appear once they are not 0: ``gradnorm/without_gradient``,
+    updates in which a task's gradient was exactly 0, and ``gradnorm/dominated``, updates in stretches of 100 in which one task
+    held more than 90 % of the weight without success. These two restart with the training or its resumption.
 
     Example:
         >>> import lightning as L
@@ -160,7 +161,7 @@ class GradNorm(NormCallback[GradNormRule]):
         adapts, known, tasks = self.on_task_mismatch == "adapt", set(state["tasks"]), set(self._names)
         if adapts and known != tasks:
             Ranks.current().warn(
-                f"GradNorm: the checkpoint is of tasks {sorted(known)}: {sorted(tasks - known) or 'no task'} is new and begins "
+                f"GradNorm: the checkpoint has tasks {sorted(known)}: {sorted(tasks - known) or 'no task'} is new and starts "
                 f"with their mean weight, {sorted(known - tasks) or 'no task'} is gone; the weights are scaled to sum "
                 f"{len(tasks)}."
             )

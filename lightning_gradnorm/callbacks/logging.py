@@ -1,4 +1,4 @@
-"""Logs a callback's values and images: to the loggers and to ``trainer.callback_metrics``, when Lightning writes."""
+"""Logs a callback's values and images to the loggers and to ``trainer.callback_metrics``, when Lightning writes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def is_logged_step(trainer: L.Trainer) -> bool:
     Loggers are written every ``log_every_n_steps``; monitors are read at the end of an epoch.
     """
     is_last = trainer.is_last_batch or 0 <= trainer.max_steps <= trainer.global_step + 1
-    # As Lightning's own LearningRateMonitor asks.
+    # The same test as in Lightning's own LearningRateMonitor.
     written = trainer._logger_connector.should_update_logs or trainer.fast_dev_run or is_last  # type: ignore[attr-defined]
     return bool(written) and not trainer.barebones
 
 
 def log_step_metrics(trainer: L.Trainer, values: Mapping[str, Tensor | float], *, every_step: bool = False) -> None:
-    """Log values of the current step by name; with ``every_step`` whichever steps ``log_every_n_steps`` selects.
+    """Log values of the current step by name; with ``every_step``, in all steps, not only every ``log_every_n_steps``.
 
-    Directly, as `LearningRateMonitor` does: ``LightningModule.log`` takes a hundred microseconds a value.
+    Bypasses ``LightningModule.log``, which takes a hundred microseconds a value, as `LearningRateMonitor` does.
     """
     if not values:
         return
@@ -48,21 +48,21 @@ def logger_step(trainer: L.Trainer) -> int:
 
 
 def loggers_of_images(trainer: L.Trainer) -> list[Any]:
-    """Return the trainer's loggers that take images: of TensorBoard, Weights & Biases, MLflow, Comet, and kindred ones."""
+    """Return the trainer's loggers that take images: TensorBoard, Weights & Biases, MLflow, Comet, and similar ones."""
     known = ("TensorBoardLogger", "MLFlowLogger", "CometLogger")
     return [one for one in trainer.loggers if is_one_of(one, *known) or callable(getattr(one, "log_image", None))]
 
 
 def log_image(trainer: L.Trainer, name: str, image: Any, step: int) -> None:
-    """Log an image to every logger that takes images; others are passed over.
+    """Log an image to every logger that takes images; skip the others.
 
     Call it on the first rank only.
 
     Args:
-        trainer: whose loggers.
+        trainer: has the loggers.
         name: such as ``val/prediction/depth``.
         image: RGB, a tensor or an array of shape ``(3, height, width)``; uint8, or floats in [0, 1].
-        step: under which it is written.
+        step: the step to write it under.
     """
     loggers = loggers_of_images(trainer)
     if not loggers:

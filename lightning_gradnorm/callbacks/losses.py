@@ -1,8 +1,8 @@
-"""Where the task losses of a LightningModule come from, while they are still part of the graph.
+"""Finds the task losses of a LightningModule while they are still part of the graph.
 
-Four sources: the mapping that ``training_step`` returns; the values that the module logs; what something inside the module
-returns (`CalledLosses`); or `watch`, called by the module itself. What sees a loss is replaced on the module instance for the
-duration of a training.
+Four sources: the mapping that ``training_step`` returns; the values that the module logs; the return value of something inside
+the module (`CalledLosses`); or `watch`, called by the module itself. During training we replace the method that sees a loss,
+on the module instance.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ Watch = Callable[[Mapping[str, Any]], None]
 
 
 class LossSource:
-    """Finds the losses that a user names, in a module that knows nothing of us, and compares them with those it shows.
+    """Finds the losses that you name in a module that knows nothing of us, and compares the names with those it shows.
 
     Args:
         caller: the callback's name; begins each error.
         losses: keys of what ``training_step`` returns; name → name under which the module logs the loss; or ``None`` for all
             tasks of a module that declares them.
-        parameter: what the callback calls this argument. ``"tasks"`` are at least two, and must be named unless the module
+        parameter: the callback's name for this argument. ``"tasks"`` are at least two, and must be named unless the module
             declares them. ``"losses"`` are at least one, and may stay unnamed.
-        losses_from: dotted path to what returns the losses, in which the names are keys, attributes or indices; or name →
-            path.
+        losses_from: dotted path to what returns the losses; the names are keys, attributes or indices of the return value. Or
+            name → path.
     """
 
     def __init__(
@@ -54,18 +54,18 @@ class LossSource:
         """The names; empty before `resolve` if they are the module's own, and after it if they stay open."""
         is_logged = isinstance(losses, Mapping) and losses_from is None
         self.logged_names = dict(losses) if isinstance(losses, Mapping) and is_logged else None
-        """Name → name under which the loss is logged, if that is where losses are found."""
+        """Name → name under which the loss is logged, if losses are found in the logs."""
         self._called = None if losses_from is None else self._checked_calls(losses, losses_from)
         self.were_watched = False
         """Whether the module has called `watch` itself."""
         self.without_gradient: dict[str, None] = {}
         """Names shown under ``torch.no_grad``."""
         self.declared = False
-        """Whether the module declares its tasks. Then it shows them itself and knows which are absent: nothing is checked."""
+        """Whether the module declares its tasks. Then it shows its losses and knows which are absent: nothing is checked."""
         self.logged: set[str] = set()
         """All names that the module has logged in this training."""
         self.shown: dict[str, None] = {}
-        """All names under which losses were returned or watched, in order of their appearance."""
+        """All names under which losses were returned or watched, in order of appearance."""
 
     def _checked(self, losses: Sequence[str] | Mapping[str, str]) -> tuple[str, ...]:
         return checked_names(losses, caller=self.caller, parameter=self._parameter, least=self._least)
@@ -98,7 +98,7 @@ class LossSource:
         )
 
     def __str__(self) -> str:
-        """Where the losses are found, in words."""
+        """Return a description of where the losses are found."""
         if self._called is not None:
             return str(self._called)
         if self.logged_names is not None:
@@ -127,7 +127,7 @@ class LossSource:
             return None
         if self._called is not None:
             raise ValueError(
-                f"{self.caller}: losses_from is for models that return their total only, but {name} shows the losses of its "
+                f"{self.caller}: losses_from is for models that return only their total, but {name} shows the losses of its "
                 f"tasks itself. Leave it out."
             )
         if self.logged_names is not None:
@@ -189,7 +189,7 @@ class LossSource:
     # ---- comparing the names: each method returns a message, or None -------------------------------------------------
 
     def find_unlogged(self, seen: Iterable[str], *, is_late: bool) -> str | None:
-        """Return which loss was not logged, if it is late or another logged name is similar."""
+        """Return a message about a loss that was not logged, if it is late or another logged name is similar."""
         expected = self.logged_names or {}
         for name, logged in expected.items():
             near = nearest(logged, self.logged - set(expected.values()))
@@ -201,7 +201,7 @@ class LossSource:
         return None
 
     def find_misnamed(self, *, is_all: bool) -> str | None:
-        """Return which loss was not shown, if these are all there are or another name is similar."""
+        """Return a message about a loss that was not shown, if no more will come or another name is similar."""
         for name in () if self.declared or self.logged_names is not None else self.names:
             near = nearest(name, self.shown.keys() - set(self.names))
             if name not in self.shown and (is_all or near):
@@ -217,7 +217,7 @@ class LossSource:
         return f" The loss '{name}' was computed under torch.no_grad() or inference_mode()." if is_noted else ""
 
     def find_unwatched(self, module: L.LightningModule) -> str | None:
-        """Return that no loss was shown, for a module that must show them itself."""
+        """Return a message if no loss was shown by a module that must show them itself."""
         if self.shown or self.declared or self.logged_names is not None:
             return None
         if self._called is not None:
@@ -241,12 +241,12 @@ def _question(near: str | None) -> str:
 
 
 def wraps_innermost(method: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """`functools.wraps` of the innermost function: Lightning looks behind one wrapper for a ``batch_idx`` parameter."""
+    """`functools.wraps` of the innermost function: Lightning looks behind only one wrapper for a ``batch_idx`` parameter."""
     return functools.wraps(inspect.unwrap(method))
 
 
 def explain_errors(module: L.LightningModule, explain: Callable[[RuntimeError], str | None]) -> Remove:
-    """Turn a ``RuntimeError`` of ``training_step`` into a ``ValueError`` with the message of ``explain``, if it has one."""
+    """Turn a ``RuntimeError`` in ``training_step`` into a ``ValueError`` with the message from ``explain``, if it has one."""
     training_step = module.training_step
 
     @wraps_innermost(training_step)

@@ -17,26 +17,26 @@ from lightning_gradnorm.strategies.norm_weighting import NormFormula, NormWeight
 class NormWeighting(NormCallback[NormWeightingRule]):
     """Weight each task by a formula of the gradient norms: for composite losses, with or without heads.
 
-    The norms are those that one process would have on the whole batch: gradients are averaged over ranks and micro-batches
-    before their norms are taken. Losses made of derivatives, as of physics-informed networks, are read like any other.
+    The norms are those of one process on the whole batch: gradients are averaged over ranks and micro-batches before their
+    norms are taken. Losses made of derivatives, as in physics-informed networks, need nothing special.
 
     Args:
         rule: the formula: `InverseNorm`, `LRAnnealing`, `NTKWeights`, or a `NormFormula` of your own.
         tasks: as for `GradNorm`.
-        shared_layer: what the gradients are taken of: dotted name of a module or a parameter; a list of such names; ``"all"``:
-            all trained parameters, by one first-order pass from each loss. ``None``: as in the formula's source: ``"all"`` for
+        shared_layer: the parameters of the gradients: dotted name of a module or a parameter; a list of such names; ``"all"``:
+            all trained parameters, by one first-order pass from each loss. ``None``: as in the formula's source, ``"all"`` for
             `LRAnnealing` and `NTKWeights`; for others the deepest trained weight that all losses of the first batch depend
             on.
         heads: as for `GradNorm`.
         losses_from: as for `GradNorm`.
-        norm_of: ``"weight"``; or ``"activation"``: of gradients at the ``representation``, for formulas of Euclidean norms.
+        norm_of: ``"weight"``; or ``"activation"``: norms of gradients at the ``representation``, for Euclidean norms only.
         representation: for ``norm_of="activation"``, the module whose output the losses are computed from.
 
     Raises:
-        TypeError: ``rule`` is no formula.
-        ValueError: an argument is out of range; and at the start of training, a layer or a task that the model lacks.
+        TypeError: ``rule`` is not a formula.
+        ValueError: an argument is out of range; or, at the start of training, the model lacks a layer or a task.
 
-    Logs ``balancing/weight/<task>``; ``balancing/skipped``, the number of updates not made because a number was not finite;
+    Logs ``balancing/weight/<task>``; ``balancing/skipped``, the number of updates skipped because a number was not finite;
     and, for formulas of Euclidean norms, ``balancing/grad_norm/<task>``, ``n_i`` of the last update, unweighted.
 
     Example:

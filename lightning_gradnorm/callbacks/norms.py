@@ -18,7 +18,7 @@ AnyNormRule = TypeVar("AnyNormRule", bound=NormRule)
 
 
 class NormCallback(BalancingCallback[AnyNormRule]):
-    """A callback with weights that are known before, during and after the training.
+    """A callback whose weights are known before, during and after training.
 
     Args:
         tasks, losses_from, heads, shared_layer, norm_of, representation: as for `GradNorm`.
@@ -51,12 +51,12 @@ class NormCallback(BalancingCallback[AnyNormRule]):
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weights now in force, by task."""
+        """The current weights, by task."""
         return self._by_task("weights")
 
     @property
     def mean_weights(self) -> dict[str, float]:
-        """The weights' average over the steps so far: what the paper of GradNorm trains "GradNorm static" with."""
+        """Mean weights over the steps so far: the GradNorm paper trains "GradNorm static" with these."""
         return self._by_task("mean_weights")
 
     def _by_task(self, which: Literal["weights", "mean_weights"]) -> dict[str, float]:
@@ -70,5 +70,5 @@ class NormCallback(BalancingCallback[AnyNormRule]):
         return dict(zip(self._names, self._build_rule(torch.zeros(())).weights.tolist(), strict=True))
 
     def _named(self, what: str, values: Tensor) -> dict[str, Tensor | float]:
-        """Return one number for each task, under ``what/<task>``."""
+        """Return one number per task, under ``what/<task>``."""
         return {f"{what}/{task}": value for task, value in zip(self._names, values, strict=True)}

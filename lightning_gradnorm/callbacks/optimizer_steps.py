@@ -1,4 +1,4 @@
-"""What optimizers of the network do without Lightning's hooks: raw steps, and closures whose values they compare."""
+"""Tracks what the network's optimizers do without Lightning's hooks: raw steps, and closures whose values they compare."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lightning_gradnorm.engine.module_hooks import Remove, ReplacedMethod, patch
 
 
 class OptimizerSteps:
-    """Tells the engine of each step of the Trainer's optimizers, until `close`.
+    """Notifies the engine of each step of the Trainer's optimizers, until `close`.
 
-    With manual optimization, ``optimizer.optimizer.step()`` and ``self.optimizers(use_pl_optimizer=False)`` pass Lightning's
-    hooks by, and so may an ``optimizer_step`` of the module's own. With any, a line search compares values of the loss: these
-    must belong to the weighted gradients.
+    With manual optimization, ``optimizer.optimizer.step()`` and ``self.optimizers(use_pl_optimizer=False)`` bypass Lightning's
+    hooks, and so may a module's own ``optimizer_step``. Under any optimization, a line search compares values of the loss,
+    which must belong to the weighted gradients.
 
     Args:
         loop: the Trainer.
         engine: weights the losses.
-        usage: is told too.
+        usage: is notified, too.
         on_counted: called when the rule has counted a step.
     """
 
@@ -39,7 +39,7 @@ class OptimizerSteps:
         self.update()
 
     def update(self) -> None:
-        """Follow those that the Trainer has now; a user may have given it others in mid-training."""
+        """Follow the Trainer's current optimizers; you may have given it others in mid-training."""
         optimizers = self._loop.trainer.optimizers
         if list(map(id, optimizers)) == list(map(id, self._followed)):
             return
@@ -56,17 +56,17 @@ class OptimizerSteps:
         self._followed = []
 
     def after_backward(self) -> None:
-        """Called after each backward pass. Hooks of the parameters may have made a step in it."""
+        """Called after each backward pass. Hooks of the parameters may have stepped during it."""
         self._engine.after_backward()
         if not self._engine.batch.is_repeated:
             self.finish_if_moved()
 
     def finish_step(self, optimizer: torch.optim.Optimizer | None = None, *, is_counted: bool = False) -> None:
-        """Called before a step of ``optimizer``, or without one after a step that nothing has announced.
+        """Called before a step of ``optimizer``, or without one after a step that was not announced.
 
         Args:
             optimizer: whose step it is.
-            is_counted: whether Lightning has announced it, and counts it.
+            is_counted: whether Lightning announced it, and counts it.
         """
         self._usage.stepped = True
         if optimizer is not None and not self._engine.watched.is_stepped_by(optimizer, self._loop.trainer.optimizers):
@@ -77,7 +77,7 @@ class OptimizerSteps:
             self._on_counted(self._loop.trainer)
 
     def finish_if_moved(self) -> None:
-        """Finish a step that has been made already: by hooks of the parameters, or by hand as SAM's second_step."""
+        """Finish a step that was already taken: by hooks of the parameters, or by hand like SAM's second_step."""
         if self._engine.has_moved:
             self.finish_step()
 
@@ -108,7 +108,7 @@ def _call_before_step(optimizer: torch.optim.Optimizer, before: Callable[..., An
             return None if changed is None else ((one, *changed[0]), changed[1])
 
         return optimizer.register_step_pre_hook(hook).remove
-    # Wrappers of another optimizer, as Lookahead, often leave Optimizer.__init__ out: torch calls no hooks of theirs.
+    # Wrappers of another optimizer, such as Lookahead, often skip Optimizer.__init__: torch does not call their hooks.
     step = optimizer.step
 
     @functools.wraps(step)  # learning rate schedulers leave marks on it
@@ -120,5 +120,5 @@ def _call_before_step(optimizer: torch.optim.Optimizer, before: Callable[..., An
 
 
 def _may_compare_values(optimizer: torch.optim.Optimizer) -> bool:
-    """Return False for those of torch that evaluate a closure once and look at nothing but the gradients."""
+    """Return False for torch's optimizers that evaluate a closure once and use nothing but the gradients."""
     return not type(optimizer).__module__.startswith("torch.optim.") or isinstance(optimizer, torch.optim.LBFGS)

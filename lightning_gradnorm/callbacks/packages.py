@@ -2,7 +2,7 @@
 
 Each package has its own ``Callback`` class, which its Trainer and LightningCLI require. Our callbacks derive from
 ``lightning``'s. ``pytorch_lightning`` takes seconds to import and may be absent, so its class becomes their second base only
-if somebody else imports it: before, after or between ours.
+if you import it yourself: before, after or between ours.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _add_other_base() -> None:
 
 
 class _ImportWatcher(MetaPathFinder):
-    """Finds no module. Python asks it for each module that ``pytorch_lightning`` imports; one of the first is Callback's."""
+    """Finds no module. Python calls it for each module that ``pytorch_lightning`` imports; one of the first is Callback's."""
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> None:
         if fullname.startswith(f"{_OTHER}."):
@@ -56,8 +56,8 @@ sys.meta_path.insert(0, _ImportWatcher())
 def explain_other_trainer(cls: type[L.LightningModule]) -> None:
     """Make ``pytorch_lightning``'s Trainer name both packages when it refuses a module of this class.
 
-    Its own check for modules of the other package sees classes that Lightning itself defines, but no subclasses. Without that
-    check, in another version, its message is as it was.
+    Its own check for modules of the other package sees classes that Lightning itself defines, but no subclasses. A version
+    without that check keeps its own message.
     """
     module: Any = sys.modules.get(f"{_OTHER}.utilities.compile")
     check = getattr(module, "_check_mixed_imports", None)
@@ -68,7 +68,7 @@ def explain_other_trainer(cls: type[L.LightningModule]) -> None:
     def check_and_explain(instance: object) -> None:
         if isinstance(instance, cls):
             raise TypeError(
-                f"{cls.__name__}: the Trainer should be that of the package lightning; got that of {_OTHER}. Use `import "
+                f"{cls.__name__}: the Trainer should be from the package lightning; got one from {_OTHER}. Use `import "
                 f"lightning as L` and L.Trainer."
             )
         check(instance)

@@ -1,4 +1,4 @@
-"""Computes the losses of a batch again after the network's step, for strategies that need them."""
+"""Recomputes the losses of a batch after the network's step, for strategies that need them."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ _METRICS_OWN = ("_update_count", "_computed", "_forward_cache", "_is_synced")
 
 
 class LossRecomputer:
-    """Computes the losses of the last batch again, without side effects.
+    """Recomputes the losses of the last batch without side effects.
 
-    Random numbers repeat, so that dropout masks are the same; running statistics and metrics are restored, and nothing is
+    Random numbers repeat, so dropout masks are the same. Running statistics and metrics are restored, and nothing is
     logged.
 
     Args:
         module: one that declares its tasks, as `MultiTaskModule` does; or one with automatic optimization, whose
-            ``training_step`` can be called again.
+            ``training_step`` we can call again.
         caller: begins the error.
         strategy: the strategy that needs the losses.
 
     Raises:
-        ValueError: the module optimizes manually, so that another call would be another step.
+        ValueError: the module optimizes manually, so another call would be another step.
     """
 
     def __init__(self, module: L.LightningModule, *, caller: str, strategy: str) -> None:
         if not module.automatic_optimization and not isinstance(module, DeclaresTasks):
             raise ValueError(
-                f"{caller}: {strategy} asks for the losses after the step, but to call {type(module).__name__}.training_step "
-                f"again would be another step, since it optimizes manually. Use automatic optimization, or MultiTaskModule."
+                f"{caller}: {strategy} needs the losses after the step, but calling {type(module).__name__}.training_step "
+                f"again would take another step, since it optimizes manually. Use automatic optimization, or MultiTaskModule."
             )
         self._module = module
         self._random: list[Tensor] = []
@@ -57,7 +57,7 @@ class LossRecomputer:
     def losses(
         self, trainer: L.Trainer, batch: Any, batch_idx: int, logged_names: Mapping[str, str] | None
     ) -> Mapping[str, list[Any]]:
-        """Return the losses by task as the module declares or logs them; none if it shows them to the callback."""
+        """Return the losses by task as the module declares or logs them; empty if it shows them to the callback."""
         module = self._module
         logged: dict[str, Any] = {}
 
@@ -66,7 +66,7 @@ class LossRecomputer:
 
         with (
             ExitStack() as stack,
-            torch.enable_grad(),  # a loss may be made of gradients: a penalty, a differential equation
+            torch.enable_grad(),  # a loss may contain gradients: a penalty, a differential equation
             isolate_rng(include_cuda=False),
             self._same_randomness(),
             BufferGuard(module.buffers()).preserved(""),

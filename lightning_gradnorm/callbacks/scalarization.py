@@ -22,7 +22,7 @@ from lightning_gradnorm.strategies.snapshot import load_snapshot, snapshot
 from lightning_gradnorm.strategies.weight_optimizer import adam
 
 Made = nn.Module | Callable[[int], nn.Module]
-"""A module, or what makes one from the number of tasks."""
+"""A module, or a function that makes one from the number of tasks."""
 
 AnyLossRule = TypeVar("AnyLossRule", bound=ScalarizationRule)
 
@@ -52,7 +52,7 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weights that were last in force, by task; none before training, and none of a strategy without weights."""
+        """The latest weights by task; empty before training, and for a strategy without weights."""
         rule = self._trained._rule
         return (
             dict(zip(rule.tasks, rule.weights.tolist(), strict=True)) if rule is not None and rule.has_weights else {}
@@ -68,11 +68,11 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
     def _check_module(self, parameter: str, given: Any) -> None:
         if not (isinstance(given, nn.Module) or callable(given)):
             raise TypeError(
-                f"{self._name}: {parameter} should be a module, or what makes one from the number of tasks; got {given!r}"
+                f"{self._name}: {parameter} should be a module, or make one from the number of tasks; got {given!r}"
             )
 
     def _pristine_copy(self, parameter: str, given: Made) -> nn.Module:
-        """Return the module in the state in which it was given, or make it."""
+        """Return the module in the state in which you passed it, or make it."""
         made = instantiate(self._names, given, caller=f"{self._name}: {parameter}")
         if isinstance(given, nn.Module):
             if parameter in self._pristine:
@@ -82,7 +82,7 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
         return made
 
     def _rule_options(self, like: Tensor) -> dict[str, Any]:
-        """Return the arguments that all rules take. Ranks draw the same random numbers."""
+        """Return the arguments that all rules take. All ranks draw the same random numbers."""
         seed = Ranks.current().broadcast_object(torch.initial_seed() % 2**62)
         return {"optimizer": self.optimizer, "seed": seed, "dtype": like.dtype, "device": like.device}
 
@@ -135,27 +135,27 @@ class LossWeightingCallback(BalancingCallback[AnyLossRule]):
 class Scalarization(LossWeightingCallback[ScalarizationRule]):
     """Train on any function of the losses: each task's gradient is weighted by the function's derivative at its loss.
 
-    The weights are those of the losses of the very batch, averaged over the ranks. With accumulation each batch is
-    scalarized by itself. The loss that the model returns and logs stays its own.
+    The weights come from the losses of the same batch, averaged over the ranks. With accumulation, each batch is
+    scalarized by itself. The loss that the model returns and logs does not change.
 
     Args:
         scalarizer: a `torchjd.scalarization` object, or any ``nn.Module`` from the losses, shape (T,), in the order of
-            ``tasks``, to a scalar; or what makes one from the number of tasks, as ``torchjd.scalarization.UW`` does. Its
-            parameters are learned. What it does besides is called for: `DWA` hears of each epoch's end, `FAMO` gets the losses
-            of the same batch after the step: ``training_step`` is called once more, without backward and without a trace in
-            metrics, logs, statistics or random numbers, as long as it leaves its batch as it is.
+            ``tasks``, to a scalar; or a function that makes one from the number of tasks, as ``torchjd.scalarization.UW``
+            does. Its parameters are learned. We also call what else it needs: `DWA` is notified of each epoch's end, and `FAMO`
+            gets the losses of the same batch after the step. For this, ``training_step`` runs once more, without backward and
+            without a trace in metrics, logs, statistics or random numbers, as long as it does not modify its batch.
         tasks: as for `GradNorm`.
         losses_from: as for `GradNorm`.
-        heads: taken as by every strategy, so that one can be exchanged for another; no gradient is read.
-        optimizer: makes the optimizer of the scalarizer's parameters; the default is GradNorm's.
+        heads: accepted by every strategy, so that you can swap one for another; no gradient is read.
+        optimizer: builds the optimizer of the scalarizer's parameters; the default is GradNorm's.
 
-    A task that is absent from a batch enters with its last loss; until each has been seen, all are weighted 1. Where a loss
-    or a derivative is not finite, all tasks are weighted alike in that step, which is counted and warned of once. Random
-    numbers of the scalarizer (`Random`) are its own, the same on all ranks.
+    A task that is absent from a batch enters with its last loss; until every task has been seen, all weights are 1. If a loss
+    or a derivative is not finite, all tasks get equal weights in that step; we count this and warn once. A scalarizer that
+    draws random numbers (`Random`) has its own, the same on all ranks.
 
     Raises:
-        ValueError: at the start of training, if the scalarizer cannot be called with T losses, returns no scalar, or one that
-            is not finite for losses of 1.
+        ValueError: at the start of training, the scalarizer cannot be called with T losses, or does not return a scalar that
+            is finite for losses of 1.
 
     Logs ``balancing/weight/<task>`` and ``balancing/fallbacks``.
 

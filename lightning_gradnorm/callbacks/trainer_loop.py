@@ -10,15 +10,15 @@ from lightning_gradnorm.engine.ranks import Ranks
 
 
 class TrainerLoop:
-    """See `engine.loop.Loop`. In trial steps, such as LearningRateFinder's, the callback is not among the Trainer's."""
+    """See `engine.loop.Loop`. In trial steps, such as LearningRateFinder's, the Trainer does not have the callback."""
 
     def __init__(self, trainer: L.Trainer, callback: L.Callback) -> None:
         self.trainer = trainer
         self._callback = callback
         self.ranks = Ranks(trainer.world_size, trainer.global_rank)
-        # A backward of the user's own may pass a loss as often as it likes.
+        # A user's own backward may run any number of backward passes.
         self._backward_is_lightnings = not overrides(trainer.lightning_module, "backward")
-        # One of the user's own may leave the step out, or make it behind Lightning's back.
+        # A user's own optimizer_step may omit the step, or take it behind Lightning's back.
         self._step_is_lightnings = not overrides(trainer.lightning_module, "optimizer_step")
 
     def is_training(self) -> bool:
@@ -30,7 +30,7 @@ class TrainerLoop:
         return self.trainer.global_step
 
     def is_by_hand(self) -> bool:
-        """Return True with manual optimization, an ``optimizer_step`` of the module's own, or optimizers it keeps to itself."""
+        """Return True with manual optimization, the module's own ``optimizer_step``, or optimizers hidden from the Trainer."""
         has_none = any(is_one_of(optimizer, "_MockOptimizer") for optimizer in self.trainer.optimizers)
         return has_none or not (self._step_is_lightnings and self._is_automatic)
 
@@ -39,11 +39,11 @@ class TrainerLoop:
         return self.trainer.lightning_module.automatic_optimization
 
     def has_parts(self) -> bool:
-        """Return True if there are several optimizers."""
+        """Return True if the Trainer has several optimizers."""
         return len(self.trainer.optimizers) > 1
 
     def backward_has_failed(self) -> bool:
-        """Return True if torch is in no backward pass: the module has caught an error of it, such as a lack of memory."""
+        """Return True if torch is in no backward pass: the module has caught its error, such as out of memory."""
         return torch._C._current_graph_task_id() == -1
 
     def steps_after_each_backward(self) -> bool:
@@ -63,7 +63,7 @@ class TrainerLoop:
 
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:
-        # With manual optimization some users keep one of their own.
+        # With manual optimization some users keep their own.
         own = () if self._is_automatic else vars(self.trainer.lightning_module).values()
         found = (getattr(self.trainer.precision_plugin, "scaler", None), *own)
         return next((one for one in found if isinstance(one, torch.amp.GradScaler)), None)
@@ -73,8 +73,8 @@ class TrainerLoop:
         return 1.0 if self._scaler is None else float(self._scaler.get_scale())
 
     def skips(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Return True if the loss scaler has found an overflow, for which it will skip this optimizer's step."""
-        # There is no public question for it; GradScaler.step asks the same a moment later.
+        """Return True if the loss scaler has found an overflow and will skip this optimizer's step."""
+        # It has no public method for this; GradScaler.step calls the same one a moment later.
         return self._scaler is not None and any(map(bool, self._scaler._found_inf_per_device(optimizer).values()))
 
     def is_accumulating(self) -> bool:

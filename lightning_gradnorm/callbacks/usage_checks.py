@@ -1,4 +1,4 @@
-"""Detects usage errors: arguments and Trainers that cannot work; in training, a loss never shown or never back-propagated."""
+"""Detects usage errors: unusable arguments and Trainers; during training, a loss never shown or never back-propagated."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lightning_gradnorm.engine.step_state import BatchState
 from lightning_gradnorm.gradients.graph import has_gradient
 
 _PATIENCE = 50
-"""Batches with a backward pass in which an expected loss may be missing: they may train something else first."""
+"""Batches with a backward pass in which an expected loss may be missing: the module may train something else first."""
 
 
 class UsageChecks:
-    """Watches one training; without ``ranks`` none has begun. Certain mistakes are errors at once, others warnings, once."""
+    """Watches one training; without ``ranks`` none has begun. Certain mistakes raise at once, others warn once."""
 
     def __init__(self, source: LossSource, ranks: Ranks | None = None) -> None:
         self._source = source
@@ -31,23 +31,23 @@ class UsageChecks:
         self.stepped = False
         """Whether an optimizer has taken a step."""
         self.shared_stepped = False
-        """Whether that was one that moves what the tasks share."""
+        """Whether such a step moved what the tasks share."""
         self._batches = 0
         self._epochs = 0
         self._warned_of: set[str] = set()
         self._warnings: set[str] = set()
 
     def on_idle_losses(self, losses: Mapping[str, Any]) -> None:
-        """Called with losses shown outside training. Warn if no Trainer has ever started, but these are trained on."""
+        """Called with losses shown outside training. Warn if no Trainer has ever started but these are trained on."""
         is_trained = torch.is_grad_enabled() and any(map(has_gradient, losses.values()))
         if self._ranks is None and is_trained:
             self._warn_once(
-                "watch was called, but this callback is not at work: no Trainer has started it. Give it to the Trainer that "
+                "watch was called, but this callback is not in use: no Trainer has started it. Give it to the Trainer that "
                 "trains the module, L.Trainer(callbacks=[gradnorm]). The losses are not balanced.",
             )
 
     def on_losses(self, losses: Mapping[str, Any]) -> dict[str, Any]:
-        """Called with losses that are shown. Return those that can be trained on: not what is computed under no_grad."""
+        """Called with losses that are shown. Return those that can be trained on, without those computed under no_grad."""
         trained = dict(losses)
         if not torch.is_grad_enabled():
             idle = [name for name, loss in losses.items() if not has_gradient(loss)]
@@ -60,7 +60,7 @@ class UsageChecks:
         """Called before each backward pass.
 
         Raises:
-            ValueError: a task has never been among the losses, and these are all there are, or one is nearly called so.
+            ValueError: a task was never among the losses, and no more will come or another one has a similar name.
         """
         if batch.losses or batch.absent or (module.automatic_optimization and self._source.shown):
             _raise(self._source.find_misnamed(is_all=module.automatic_optimization))
@@ -75,7 +75,7 @@ class UsageChecks:
         if batch.losses or batch.absent or batch.finished:
             _raise(self._source.find_misnamed(is_all=True))
             self._warn_of_missing(batch)
-            # Else it was a step that returned None after it had shown its losses, which Lightning lets pass.
+            # Otherwise training_step showed its losses and then returned None, which Lightning accepts.
             if batch.backwards or (batch.steps and not module.automatic_optimization):
                 require_backpropagated(batch.losses, batch.all_backpropagated, caller=self._source.caller)
         self._check_shown(module, is_late=self._batches >= _PATIENCE)
@@ -96,7 +96,7 @@ class UsageChecks:
             )
 
     def on_epoch_end(self, module: L.LightningModule, engine: Engine[Any] | None) -> None:
-        """Called at the end of each epoch. Let the rule look back at it, too.
+        """Called at the end of each epoch. Notifies the rule, too.
 
         Raises:
             ValueError: a loss was never shown.
@@ -107,15 +107,15 @@ class UsageChecks:
             engine.measurement.end_epoch()
 
     def check_stepped(self, module: L.LightningModule, *, is_over: bool = False) -> None:
-        """Called before each batch and after the last, for a module may step at the end of an epoch. Warn if none has."""
+        """Called before each batch and after the last: a module may step at the end of an epoch. Warn if none has stepped."""
         if is_over and self.seen and self.stepped and not self.shared_stepped:
             self._warn_once(
-                f"no optimizer of {type(module).__name__} that holds what the tasks share has taken a step, so that no weight "
+                f"no optimizer of {type(module).__name__} that holds what the tasks share has taken a step, so no weight "
                 f"has moved. Name a shared_layer that is trained, or step the optimizer that holds it."
             )
         if self._epochs and self.seen and not self.stepped:
             self._warn_once(
-                f"no step of an optimizer was seen in the first epoch, so that no weight has moved. {type(module).__name__} "
+                f"no optimizer step was seen in the first epoch, so no weight has moved. {type(module).__name__} "
                 f"optimizes manually: it should call step() on what self.optimizers() returns.",
             )
 
@@ -135,7 +135,7 @@ def refuse_strategy(strategy: Any, *, caller: str) -> None:
     if is_one_of(strategy, "FSDPStrategy", "DeepSpeedStrategy"):
         raise ValueError(
             f"{caller}: {type(strategy).__name__} keeps only a piece of the shared layer on each rank, in a form that cannot "
-            f"be put together for one layer alone. Use strategy='ddp', or ModelParallelStrategy with fully_shard."
+            f"be put together for a single layer. Use strategy='ddp', or ModelParallelStrategy with fully_shard."
         )
     if is_one_of(strategy, "ModelParallelStrategy") and strategy.device_mesh["tensor_parallel"].size() > 1:
         raise ValueError(
@@ -145,7 +145,7 @@ def refuse_strategy(strategy: Any, *, caller: str) -> None:
 
 
 def refuse_company(callback: object, others: Sequence[object]) -> None:
-    """Raise ValueError if there is another balancing callback among ``others``."""
+    """Raise ValueError if ``others`` contains another balancing callback."""
     name = type(callback).__name__
     for other in others:
         if other is not callback:
@@ -156,8 +156,8 @@ def refuse_company(callback: object, others: Sequence[object]) -> None:
 
 
 def explain_lost_state(caller: str, what: str, checkpoint: object) -> str:
-    """Return a warning for a checkpoint without the callback's state; ``what`` it has lost, in words."""
+    """Return a warning for a checkpoint without the callback's state; ``what`` describes what is lost."""
     return (
-        f"{caller}: the checkpoint {checkpoint} has no state of {caller}; {what} start anew. To keep them, resume from a "
+        f"{caller}: the checkpoint {checkpoint} has no state of {caller}; {what} start over. To keep them, resume from a "
         f"checkpoint of a run that had {caller} among its callbacks."
     )

@@ -1,4 +1,4 @@
-"""Runs a balancing rule in a training loop. Pure torch: knows no Lightning."""
+"""Runs a balancing rule in a training loop. Pure torch, without Lightning."""
 
 from lightning_gradnorm.engine.balancer import Balancer
 

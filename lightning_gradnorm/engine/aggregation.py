@@ -1,4 +1,4 @@
-"""Feeds an aggregation with the task gradients, and puts the one gradient it makes of them in their place."""
+"""Feeds an aggregation with the task gradients, and replaces them by the one gradient that it returns."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lightning_gradnorm.gradients import GradientReader, JointGradients
 
 
 class RanksWeights:
-    """Asks an aggregation for its weights λ, in such a way that all ranks have the same.
+    """Gets the weights λ from an aggregation, the same on all ranks.
 
     Args:
         rule: the aggregation.
-        setting: where it is at work.
+        setting: the model and the loop it works on.
     """
 
     def __init__(self, rule: GradientRule, setting: Setting) -> None:
@@ -35,7 +35,7 @@ class RanksWeights:
         return self.kept(present)
 
     def kept(self, present: Tensor) -> Tensor:
-        """Return the weights as they are, zero for an absent task."""
+        """Return the current weights, zero for an absent task."""
         return self.rule.gradient_weights * present.to(self.rule.gradient_weights)
 
 
@@ -44,7 +44,7 @@ class AtRepresentation(LossMeasurement[GradientRule]):
 
     Args:
         rule: the aggregation.
-        setting: where it is at work.
+        setting: the model and the loop it works on.
     """
 
     replaces_gradients = True
@@ -52,7 +52,7 @@ class AtRepresentation(LossMeasurement[GradientRule]):
     def __init__(self, rule: GradientRule, setting: Setting) -> None:
         super().__init__(rule, setting)
         self.gramian: Tensor | None = None
-        """``J Jᵀ`` of the last backward pass, over all ranks (for aggregations of the matrix: of this rank)."""
+        """``J Jᵀ`` of the last backward pass, over all ranks (for aggregations of the matrix: of this rank only)."""
         self._weights = RanksWeights(rule, setting)
         self._keeps_weights = False
 
@@ -79,7 +79,7 @@ class AtRepresentation(LossMeasurement[GradientRule]):
             ValueError: part of a task's gradient would miss the gate, or the tasks are back-propagated one by one.
         """
         super().before_backward(loss, batch, step)
-        # The weights of a step's first evaluation hold in all of them: the optimizer expects one function.
+        # The weights of a step's first evaluation apply to all of them: the optimizer expects a single function.
         self._keeps_weights = batch.is_repeated and self.rule.has_weights
         caller = self.setting.caller
         if not step.measured:
@@ -89,12 +89,12 @@ class AtRepresentation(LossMeasurement[GradientRule]):
         if {loss.node for losses in at_heads for loss in losses} & set(self._gate.other_paths):
             raise ValueError(
                 f"{caller}: part of a task's gradient now reaches '{self.setting.representation}' by a path that does not "
-                f"pass the task's head. Leave heads out: then each loss gets a first-order pass of its own."
+                f"pass the task's head. Leave heads out: then each loss gets its own first-order pass."
             )
         waiting = [task for task in batch.losses if task not in batch.backpropagated]
         if self._gate.was_passed and waiting and self._gate.is_reached_from(loss):
             raise ValueError(
-                f"{caller}: the loss of task '{waiting[0]}' has a backward pass of its own, but the gradients of all tasks "
+                f"{caller}: the loss of task '{waiting[0]}' has its own backward pass, but the gradients of all tasks "
                 f"must reach the representation in one. Back-propagate the sum of the losses, or use at='parameters'."
             )
         if self._agrees_in_backward and not self._gate.is_reached_from(loss):
@@ -108,7 +108,7 @@ class AtRepresentation(LossMeasurement[GradientRule]):
         return self.setting.loop.ranks.size > 1 and self.rule.input != "matrix" and not self._keeps_weights
 
     def _agree(self, gramian: Tensor, present: Sequence[bool]) -> Tensor:
-        """Return the weights λ of the Gramian of all ranks together."""
+        """Return the weights λ for the Gramian of all ranks together."""
         table = torch.cat([gramian, torch.tensor(present, dtype=gramian.dtype)[:, None]], dim=1)
         table = self._weights.on_cpu.sum(table)
         self.gramian = table[:, :-1] / self.setting.loop.ranks.size**2
@@ -116,7 +116,7 @@ class AtRepresentation(LossMeasurement[GradientRule]):
 
     @torch.no_grad()
     def _combine(self, J: Tensor) -> Tensor:
-        """Return what continues through the trunk in place of the rows of ``J``. Called within backward."""
+        """Return the gradient that continues through the trunk in place of the rows of ``J``. Called within backward."""
         rule = self.rule
         here = torch.tensor([task in self._gate.read_tasks for task in self.setting.tasks])
         if self._keeps_weights:

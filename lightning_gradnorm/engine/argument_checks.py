@@ -1,4 +1,4 @@
-"""What `Balancer` checks of its arguments before it touches the model, and what callbacks check as well."""
+"""Checks of `Balancer`'s arguments, before it touches the model; callbacks use some of them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _NEEDS = ("nothing", "losses", "norms", "gradients")
 
 
 def check_arguments(model: object, rule: object, shared_layer: object, heads: object, norm_of: object) -> None:
-    """Check the kinds of `Balancer`'s arguments.
+    """Check the types of `Balancer`'s arguments.
 
     Raises:
-        TypeError, ValueError: one is not what it should be.
+        TypeError, ValueError: an argument is wrong.
     """
     if getattr(type(rule), "needs", None) not in _NEEDS:
         hint = " That is a callback for a Lightning Trainer." if hasattr(rule, "on_train_start") else ""
@@ -35,7 +35,7 @@ def check_arguments(model: object, rule: object, shared_layer: object, heads: ob
 
 
 def check_shared_layer(shared_layer: object, *, caller: str) -> None:
-    """Check that the shared layer is named as `find_shared_layers` knows it, or is to be found."""
+    """Check that the shared layer is named in a form that `find_shared_layers` accepts, or is None."""
     names = shared_layer if isinstance(shared_layer, Sequence) and shared_layer else [shared_layer]
     is_name = shared_layer is None or all(isinstance(name, str) for name in names)
     expected = "a dotted name such as 'encoder.4', a list of such names, 'all', or None"
@@ -43,10 +43,10 @@ def check_shared_layer(shared_layer: object, *, caller: str) -> None:
 
 
 def require_agreement(setting: Setting, rule: Rule) -> None:
-    """Compare what the ranks were given.
+    """Compare the arguments of all ranks.
 
     Raises:
-        ValueError: they disagree; raised on all of them.
+        ValueError: they disagree; raised on all ranks.
     """
     compared: dict[str, object] = {"tasks": list(rule.tasks), "rule": type(rule).__name__}
     compared |= {name: getattr(setting, name) for name in ("shared_layer", "heads", "representation", "norm_of")}
@@ -55,7 +55,7 @@ def require_agreement(setting: Setting, rule: Rule) -> None:
 
 
 def check_heads(heads: object, tasks: Sequence[str], *, caller: str) -> None:
-    """Check the heads that a user names. ``tasks`` may be empty, if they are not known yet.
+    """Check the heads that you name. ``tasks`` may be empty, if they are not known yet.
 
     Raises:
         TypeError: ``heads`` is not a mapping between names, "auto" or None.
@@ -71,12 +71,12 @@ def check_heads(heads: object, tasks: Sequence[str], *, caller: str) -> None:
 
 
 def check_names(given: Mapping[str, Any], tasks: tuple[str, ...], parameter: str) -> None:
-    """Raise ValueError, with a suggestion, if a name is not a task's."""
+    """Raise ValueError, with a suggestion, if a name is not a task."""
     check_by_task(given, tasks, caller="Balancer", parameter=parameter, may_lack=True)
 
 
 def check_losses(losses: object, tasks: tuple[str, ...], waiting: Mapping[str, Sequence[WatchedLoss]]) -> None:
-    """Raise an error unless this is a mapping from task, to losses of tasks that have none waiting for their backward pass."""
+    """Raise an error unless this maps tasks to losses, and none of these tasks has a loss waiting for its backward pass."""
     if not isinstance(losses, Mapping):
         raise TypeError(f"Balancer: losses should be a mapping from task to loss; got {type(losses).__name__}")
     check_names(losses, tasks, "losses")
@@ -89,7 +89,7 @@ def check_losses(losses: object, tasks: tuple[str, ...], waiting: Mapping[str, S
 
 
 def check_losses_after_step(rule: Rule, losses_after_step: object) -> None:
-    """Raise ValueError if the rule needs them and they are not given."""
+    """Raise ValueError if the rule needs ``losses_after_step`` and you have not passed it."""
     if losses_after_step is None and getattr(rule, "needs_losses_after_step", False):
         kind = getattr(rule, "kind", type(rule).__name__)
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Which models are being balanced, and by whom: the weights of two would be multiplied."""
+"""Records which models are being balanced, and by what: the weights of two balancers would multiply."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 _balanced: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
-"""Model → who balances it, and with what rule."""
+"""Model → what balances it, and with which rule."""
 
 
 def require_unbalanced(model: nn.Module, *, caller: str) -> None:
-    """Check that no other `Balancer` balances this model; and no callback, if ``caller`` is a Balancer, or the reverse.
+    """Check that no other `Balancer` balances this model, and that a Balancer and a callback do not both balance it.
 
     Raises:
-        ValueError: one does. Of a Balancer and a callback, one may also have part of the other's model.
+        ValueError: one does. For a Balancer and a callback, it is enough that one model is part of the other.
     """
     for other, (who, rule) in list(_balanced.items()):
         of_both_kinds = (who == "Balancer") != (caller == "Balancer")
@@ -28,7 +28,7 @@ def require_unbalanced(model: nn.Module, *, caller: str) -> None:
 
 
 def claim(model: nn.Module, *, caller: str, rule: str) -> Callable[[], object]:
-    """Note that a model is balanced from now on; return a function that ends it."""
+    """Record that a model is balanced from now on; return a function that ends it."""
     require_unbalanced(model, caller=caller)
     _balanced[model] = caller, rule
     return lambda: _balanced.pop(model, None)

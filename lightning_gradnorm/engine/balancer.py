@@ -33,25 +33,25 @@ from lightning_gradnorm.engine.step_state import WatchedLoss
 class Balancer:
     """Balances the losses of a model in any training loop.
 
-    The gradient of each task loss is multiplied by the task's weight on its way into the network, and the rule learns from
-    what passes. In a distributed training the result is that of one process on the concatenated batch; ranks come from
-    ``torch.distributed``, which should be initialized first.
+    Multiplies the gradient of each task loss by the task's weight on its way into the network; the rule learns from these
+    gradients. Distributed training gives the result of one process on the concatenated batch. Ranks come from
+    ``torch.distributed``: initialize it first.
 
     Args:
-        model: the network; one wrapped by DDP or Fabric is unwrapped. Balance it after it is on its device.
-        rule: what to balance by, for example `GradNormRule(["seg", "depth"])`, `NormWeightingRule`, `AggregationRule`.
+        model: the network; one wrapped by DDP or Fabric is unwrapped. Move it to its device first.
+        rule: how to balance, for example `GradNormRule(["seg", "depth"])`, `NormWeightingRule`, `AggregationRule`.
         shared_layer: dotted name of the last shared layer ``W``, for rules that need gradient norms: a module (its
             ``weight``; the last trained weight inside it if it contains modules) or a parameter; a list of them; or ``"all"``
             trained parameters, read at the losses. ``None``: the deepest trained weight that all losses of the first batch
-            depend on. As long as it is frozen, the weights wait.
-        heads: task → dotted name of its head, at which its gradient is read out of the ordinary backward pass. ``"auto"``
-            finds the heads in the first batch. A task without one gets a first-order pass from its loss: the same numbers.
+            depend on. The weights do not move while this layer is frozen.
+        heads: task → dotted name of its head, where its gradient is read during the ordinary backward pass. ``"auto"``
+            finds the heads in the first batch. A task without a head gets a first-order pass from its loss: the same numbers.
         representation: dotted name of the module whose output the heads read, for aggregations.
-        norm_of: ``"weight"`` for norms of ``∇_W L_i``, the paper's; ``"activation"`` for those at the representation.
+        norm_of: ``"weight"`` for norms of ``∇_W L_i``, as in the paper; ``"activation"`` for norms at the representation.
 
     Raises:
         TypeError: ``rule`` is not a rule.
-        ValueError: the model lacks a layer, has a Balancer already, or the ranks disagree.
+        ValueError: the model lacks a layer or already has a Balancer, or the ranks disagree.
 
     Example:
         >>> from lightning_gradnorm import Balancer
@@ -86,7 +86,7 @@ class Balancer:
         named = dict(sorted(heads.items())) if isinstance(heads, Mapping) else heads
         self._loop = PlainLoop(self._model)
         setting = Setting("Balancer", self._model, self._loop, rule.tasks, shared_layer, named, representation, norm_of)
-        # Before anything that may fail on one rank alone, for which the others would wait.
+        # Before anything that may fail on one rank alone and leave the others waiting.
         require_agreement(setting, rule)
         key = getattr(self._model, "_orig_mod", self._model)  # what torch.compile has wrapped
         require_unbalanced(key, caller="Balancer")
@@ -100,11 +100,11 @@ class Balancer:
     # ---- one step ----------------------------------------------------------------------------------------------------
 
     def watch(self, losses: Mapping[str, Tensor | None]) -> None:
-        """Balance these losses in the next backward pass, where they are created away from it.
+        """Balance these losses in the next backward pass. Use it where you create losses away from that pass.
 
         Args:
-            losses: task → loss of any shape, the very tensors that make up the back-propagated loss; some or all. ``None``,
-                or no entry by the time of the backward pass: the task is absent from this batch.
+            losses: task → loss of any shape, for some or all tasks. Pass the very tensors that make up the back-propagated
+                loss. ``None``, or no entry by the time of the backward pass: the task is absent from this batch.
 
         Raises:
             ValueError: a name is not a task, or a loss carries no gradient.
@@ -128,16 +128,16 @@ class Balancer:
         loss: Tensor | None = None,
         backward: Callable[[Tensor], Any] | None = None,
     ) -> None:
-        """Back-propagate the losses. Several calls before one `step` are accumulation.
+        """Back-propagate the losses. Several calls before one `step` accumulate.
 
         Args:
-            losses: as for `watch`; may be left out if `watch` was called.
-            loss: what to back-propagate, if it is more than the sum of the losses: with coefficients or regularizers.
-            backward: who back-propagates it: ``fabric.backward``, ``accelerator.backward``, or
-                ``lambda loss: scaler.scale(loss).backward()``. To average over micro-batches divide here, not in the losses.
+            losses: as for `watch`; leave it out if you called `watch`.
+            loss: what to back-propagate if it is more than the sum of the losses, with coefficients or regularizers.
+            backward: what back-propagates it: ``fabric.backward``, ``accelerator.backward``, or
+                ``lambda loss: scaler.scale(loss).backward()``. To average over micro-batches, divide here, not in the losses.
 
         Raises:
-            ValueError: there are no losses, or one of them took no part in the backward pass.
+            ValueError: there are no losses, or the backward pass did not reach one of them.
         """
         total = self.prepare_loss(losses, loss=loss)
         self._loop.is_inside_call = True
@@ -149,9 +149,9 @@ class Balancer:
         self._finish_backward()
 
     def prepare_loss(self, losses: Mapping[str, Tensor | None] | None = None, *, loss: Tensor | None = None) -> Tensor:
-        """Return the loss that somebody else back-propagates, such as Hugging Face's Trainer. Takes what `backward` takes.
+        """Return the loss for someone else to back-propagate, such as Hugging Face's Trainer. Arguments as for `backward`.
 
-        It must be back-propagated once before the next call of the model. Without gradients it is the plain sum, or ``loss``.
+        Back-propagate it once before the next call of the model. Without gradients it is the plain sum, or ``loss``.
         """
         self._require_open()
         if not torch.is_grad_enabled() and (losses or loss is not None):
@@ -172,8 +172,8 @@ class Balancer:
         total = _sum_of_watched(watched) if loss is None else loss
         if not total.requires_grad:
             raise ValueError("Balancer: loss should be part of the graph, but it carries no gradient.")
-        # A node of our own, whose gradient is the factor that a scaler or a division has put on the whole loss. On the
-        # tensor itself, which may be a task's loss, the hook would see the weighted gradient.
+        # A separate node, whose gradient is the factor that a scaler or a division applies to the whole loss. On the tensor
+        # itself, which may be a task's loss, the hook would see the weighted gradient.
         total = total.view_as(total)
         self._begin_epoch()
         total.register_hook(self._on_backward_start)  # type: ignore[no-untyped-call]
@@ -183,11 +183,11 @@ class Balancer:
     def _on_backward_start(self, scale: Tensor) -> None:
         if not self._engine.batch.in_backward:
             raise RuntimeError(
-                "Balancer: a loss of prepare_loss is back-propagated for the second time. Prepare it again."
+                "Balancer: a loss from prepare_loss is back-propagated for the second time. Prepare it again."
             )
         self._loop.scales.append(scale.detach())
         if not self._loop.is_inside_call:
-            # Who back-propagates does not tell us when it is done. This is the hook that DDP uses for the same purpose.
+            # Whoever back-propagates does not tell us when they are done. DDP uses the same hook for this.
             call_after_backward(self._finish_backward)
 
     def _finish_backward(self) -> None:
@@ -203,7 +203,7 @@ class Balancer:
 
     @contextmanager
     def _recovery(self) -> Iterator[None]:
-        """After an error, forget this batch and step: whoever catches it goes on with new gradients."""
+        """After an error, forget this batch and step: whoever catches it continues with new gradients."""
         try:
             yield
         except BaseException:
@@ -225,15 +225,15 @@ class Balancer:
         """Update the weights. Call it after each ``optimizer.step()``, on all ranks.
 
         Args:
-            scaler: the GradScaler, if there is one; call this before ``scaler.update()``. A step that it skips is not
+            scaler: the GradScaler, if you use one; call this before ``scaler.update()``. A step that it skips is not
                 counted.
-            skipped: whether somebody else's scaler has skipped the step: ``optimizer.step_was_skipped`` in Accelerate.
-            losses_after_step: returns the losses of the same batch, computed again after the optimizer's step; for rules that
+            skipped: True if another scaler has skipped the step: ``optimizer.step_was_skipped`` in Accelerate.
+            losses_after_step: returns the losses of the same batch, recomputed after the optimizer's step; for rules that
                 need them, such as FAMO.
 
         Raises:
             ValueError: the rule needs ``losses_after_step``.
-            RuntimeError: there was no backward pass since the last step, or the scaler has been updated already.
+            RuntimeError: no backward pass since the last step, or the scaler is already updated.
         """
         self._require_open()
         if not self._engine.pending_backwards:
@@ -261,17 +261,17 @@ class Balancer:
         if hasattr(self.rule, "begin_epoch"):
             self.rule.begin_epoch(self._epoch)
 
-    # ---- what the user reads -----------------------------------------------------------------------------------------
+    # ---- what you read -----------------------------------------------------------------------------------------------
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weights in force, by task; none for an aggregation that is not a weighted sum."""
+        """The current weights by task; empty for an aggregation that is not a weighted sum."""
         self._engine.measurement.warn()
         return self._by_task(self.rule.weights) if getattr(self.rule, "has_weights", True) else {}
 
     @property
     def mean_weights(self) -> dict[str, float]:
-        """The weights' mean over the steps so far, for rules that keep it: what the paper trains "GradNorm static" with."""
+        """Mean weights over the steps so far, for rules that keep them: the paper trains "GradNorm static" with these."""
         if not hasattr(self.rule, "mean_weights"):
             raise AttributeError(f"Balancer: {type(self.rule).__name__} keeps no mean_weights, only weights.")
         return self._by_task(self.rule.mean_weights)
@@ -285,15 +285,15 @@ class Balancer:
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all state as plain tensors and numbers; a callback of the same strategy has the same state."""
+        """Return all state as plain tensors and numbers, the same as a callback of this strategy."""
         return self.rule.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned.
 
         Raises:
-            ValueError: it belongs to other tasks or to another strategy.
-            RuntimeError: between a backward pass and its step.
+            ValueError: the state belongs to other tasks or to another strategy.
+            RuntimeError: called between a backward pass and its step.
         """
         self._require_open()
         _require_no_pending_step(self._engine, "load_state_dict")
@@ -302,10 +302,10 @@ class Balancer:
         self._forget_step()
 
     def close(self) -> None:
-        """Remove everything from the model, which is then as it was. The weights can still be read.
+        """Remove everything from the model and leave it as it was. You can still read the weights.
 
         Raises:
-            RuntimeError: between a backward pass and its step, whose measurement would be lost.
+            RuntimeError: called between a backward pass and its step, which would lose its measurement.
         """
         if not self._closed:
             _require_no_pending_step(self._engine, "close")
@@ -333,7 +333,7 @@ class Balancer:
 
 
 def _sum(losses: Mapping[str, Tensor | list[Tensor] | None]) -> Tensor:
-    """Return the sum of the losses that are there, of which a task may have several; the mean of one with several values."""
+    """Return the sum of the losses that are present, several for a task if need be; a loss with several values is averaged."""
     each = [one for of_task in losses.values() for one in (of_task if isinstance(of_task, list) else [of_task])]
     kept = [one for one in each if one is not None and not (isinstance(one, Tensor) and one.numel() == 0)]
     means = [one.mean() if isinstance(one, Tensor) else torch.tensor(float(one)) for one in kept]
@@ -355,7 +355,7 @@ def _load_state(rule: Rule, state: Mapping[str, Any]) -> None:
         rule.load_state_dict(state)
     except KeyError as error:
         kind = type(rule).__name__
-        raise ValueError(f"Balancer: state should be that of a {kind}; got one without {error}.") from error
+        raise ValueError(f"Balancer: state should be from a {kind}; got one without {error}.") from error
 
 
 def _require_finished_pass(engine: Engine[Rule]) -> None:
@@ -368,9 +368,7 @@ def _require_finished_pass(engine: Engine[Rule]) -> None:
 
 def _require_one_pass(times: int) -> None:
     if times != 1:
-        raise ValueError(
-            f"Balancer: backward should back-propagate the loss that it is given once; it did {times} times."
-        )
+        raise ValueError(f"Balancer: backward should back-propagate its loss exactly once; it did {times} times.")
 
 
 def _require_no_pending_step(engine: Engine[Rule], method: str) -> None:

@@ -21,13 +21,13 @@ from lightning_gradnorm.gradients.loss_graph import ModuleCalls
 class CallRecorder:
     """Records where the gradients of each module's inputs and outputs arrive, until it is closed.
 
-    In a call inside a transform of `torch.func`, these are those of the tensors that the transform has wrapped.
+    In a call inside a transform of `torch.func`, these are the tensors that the transform has wrapped.
 
-    Modules inside compiled or scripted code are not seen, and no call without gradients is.
+    Modules inside compiled or scripted code are not seen, nor are calls without gradients.
 
     Args:
         root: the model. Its own calls are not recorded.
-        is_active: whether a call made now is to be recorded.
+        is_active: whether to record a call made now.
     """
 
     def __init__(self, root: nn.Module, is_active: Callable[[], bool]) -> None:
@@ -58,7 +58,7 @@ class CallRecorder:
 
     @property
     def possible_heads(self) -> list[ModuleCalls]:
-        """The modules whose inputs a view can take the place of: it is not changed in place later, nor inside a transform."""
+        """The modules whose inputs can be replaced by a view: not changed in place later, nor inside a transform."""
         changed = {name for name, given in self._given.items() if any(one._version != known for one, known in given)}
         return [calls for name, calls in self._calls.items() if name not in changed | self._transformed]
 
@@ -79,15 +79,15 @@ class CallRecorder:
                 self._without_gradient.add(name)
 
     def frozen_call(self, parameter: str) -> set[Node] | None:
-        """Return the nodes at which gradients of the outputs arrive that a frozen parameter, given by its name, had a part in.
+        """Return the nodes where the gradients arrive of all outputs that a frozen parameter, given by name, contributed to.
 
-        None if there are such outputs, but they carry no gradient. There are none of what is only called under no_grad.
+        None if such outputs exist but carry no gradient. Calls under no_grad have no such outputs.
         """
         module, _, _ = parameter.rpartition(".")
         while module and module not in self._calls:
             module, _, _ = module.rpartition(".")
         if not module:
-            return None  # of the model itself, whose calls are not recorded
+            return None  # a parameter of the model itself, whose calls are not recorded
         return self._calls[module].outputs or (None if module in self._without_gradient else set())
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class CallRecorder:
 
 
 def _own_parameters(module: nn.Module) -> frozenset[int]:
-    """Return the ``id`` of each parameter of the module itself, and of those that its parametrized ones are computed from."""
+    """Return the ``id`` of each parameter of the module itself, including those that parametrized ones are computed from."""
     parametrizations = getattr(module, "parametrizations", None)
     inside = parametrizations.parameters() if isinstance(parametrizations, nn.ModuleDict) else ()
     return frozenset(map(id, (*module.parameters(recurse=False), *inside)))

@@ -1,8 +1,8 @@
-"""Splits compiled modules for the duration of training, where their heads or their shared layer must be accessible.
+"""Splits compiled modules for the duration of training, if their heads or their shared layer must be accessible.
 
 A hook on a module inside a compiled one is ignored if it is registered after compilation, and stays in the compiled code if
 it was registered before. And a compiled graph cannot be traversed twice. So the modules that contain a head or the shared
-layer run eagerly during training, and the modules they call are compiled one by one: those before the shared layer, and the
+layer run eagerly during training, and we compile the modules that they call one by one: those before the shared layer, and the
 heads. After the shared layer, on the path of the task gradients, only the heads are compiled.
 """
 
@@ -30,7 +30,7 @@ Compiler = Callable[[Call], Call]
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Return True if this very module was given to ``torch.compile``."""
+    """Return True if this very module was passed to ``torch.compile``."""
     return (
         isinstance(module, OptimizedModule)
         or module._compiled_call_impl is not None
@@ -39,15 +39,15 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def hides_its_graph(model: nn.Module) -> bool:
-    """Return True if a part of the model is compiled or sharded: its autograd graph cannot be looked into."""
+    """Return True if a part of the model is compiled or sharded, which hides its autograd graph."""
     return any(is_compiled(module) or is_sharded(module) for module in model.modules())
 
 
 class UncompiledDuringTraining:
-    """Splits what is compiled as a whole around the heads and the shared layer, until `close` undoes it.
+    """Splits wholly compiled modules around the heads and the shared layer, until `close` undoes it.
 
     Args:
-        root: the model; if it is compiled itself it is split too, so that its losses are accessible one by one.
+        root: the model; if it is compiled itself, it is split too, so that its losses are accessible one by one.
         heads: names of the modules that must be accessible.
         W: names of the shared layer's parameters; empty if their gradients are not read.
 
@@ -67,7 +67,7 @@ class UncompiledDuringTraining:
         around_W = dict.fromkeys(module for path in paths_to_W for module in path[1:] if module in compilers)
         names = {module: name for name, module in root.named_modules()}
         heads_themselves = [root.get_submodule(head) for head in heads]
-        with ExitStack() as undo:  # if anything fails, what was placed is removed again
+        with ExitStack() as undo:  # if anything fails, everything placed so far is removed
             for module, compiler in compilers.items():
                 undo.callback(_run_eagerly(module))
                 if module in around_W and _is_plain_sequence(_unwrap(module)):
@@ -81,13 +81,13 @@ class UncompiledDuringTraining:
                                 part, "_compiled_call_impl", _compiled_child(part, names[part], compiler, course)
                             )
                         )
-            # Whatever uses W is over when a module that contains W returns; the layer itself may be used without being called.
+            # All uses of W are over when a module that contains W returns; the layer itself may be used without being called.
             for module in around_W:
                 undo.callback(wrap_call(module, after=self._course.note_passed))
             self._undo = undo.pop_all()
 
     def _compile_beginning(self, sequence: nn.Module, name: str, compiler: Compiler) -> Remove:
-        """Compile what an `nn.Sequential` calls before the first split module, as one graph."""
+        """Compile the modules that an `nn.Sequential` calls before the first split module, as one graph."""
         assert isinstance(sequence, nn.Sequential)
         parts = list(sequence)
         at = next((place for place, part in enumerate(parts) if part in self.modules), len(parts))
@@ -105,13 +105,13 @@ class UncompiledDuringTraining:
 
 
 def _modules_on_path(root: nn.Module, name: str) -> list[nn.Module]:
-    """Return the modules on the path from ``root`` to a module or parameter, itself excluded."""
+    """Return the modules on the path from ``root`` to a module or parameter, excluding the latter."""
     # A parametrization is called whenever the weight is accessed.
     return [module for _, module in path_to(root, name) if not isinstance(module, ParametrizationList)]
 
 
 def _compilers_on(path: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, Compiler]]:
-    """Yield the modules on a path inwards that are compiled, or inside one that is, each with its compiler."""
+    """Yield the modules on an inward path that are compiled, or inside a compiled one, each with its compiler."""
     compiler = None
     for module in path:
         compiler = compiler or _compiler_of(module)
@@ -120,7 +120,7 @@ def _compilers_on(path: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, Compil
 
 
 def _compiler_of(module: nn.Module) -> Compiler | None:
-    """Return the compiler that this very module was given to, or None."""
+    """Return the compiler that this very module was passed to, or None."""
     if isinstance(module, OptimizedModule):
         return module.dynamo_ctx
     if module._compiled_call_impl is not None:
@@ -148,7 +148,7 @@ def _run_eagerly(module: nn.Module) -> Remove:
     if whole is not None:
         for name in ("training_step", "forward"):
             method = whole[f"original_{name}"]
-            while hasattr(method, "_torchdynamo_orig_callable"):  # Lightning wraps it anew with each fit
+            while hasattr(method, "_torchdynamo_orig_callable"):  # Lightning wraps it again in each fit
                 method = method._torchdynamo_orig_callable
             undo.callback(patch_attribute(module, name, method))
     return undo.close
@@ -157,7 +157,7 @@ def _run_eagerly(module: nn.Module) -> Remove:
 def _parts(module: nn.Module, opened: Collection[nn.Module]) -> Iterator[nn.Module]:
     """Yield the submodules that ``module`` calls and that have weights, except those that are split themselves."""
     for part in module.children():
-        if isinstance(part, nn.ModuleList | nn.ModuleDict):  # which are never called
+        if isinstance(part, nn.ModuleList | nn.ModuleDict):  # never called themselves
             yield from _parts(part, opened)
         elif part not in opened and _has_weights(part) and not isinstance(part, ParametrizationList):
             yield part
@@ -178,7 +178,7 @@ class _ForwardProgress:
         self.has_passed_layer = self.has_passed_layer or torch.is_grad_enabled()
 
     def runs_eagerly(self) -> bool:
-        """Return True if a gradient on its path from a head to W may pass what is called now."""
+        """Return True if a gradient on its path from a head to W may pass the module called now."""
         return self.has_passed_layer and torch.is_grad_enabled()
 
 
@@ -221,7 +221,7 @@ def _compiled_child(module: nn.Module, name: str, compiler: Compiler, course: _F
 
 
 def _before_layer(function: Call, module: nn.Module, name: str, compiler: Compiler, course: _ForwardProgress) -> Call:
-    """Return ``function``, a call in ``module``: compiled, unless the shared layer has been used before it."""
+    """Return ``function``, a call in ``module``: compiled, unless the shared layer has been used before the call."""
     compiled = compiler(_with_own_code_object(function, module, name))
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -234,11 +234,11 @@ _codes: WeakKeyDictionary[nn.Module, dict[CodeType, CodeType]] = WeakKeyDictiona
 
 
 def _with_own_code_object(function: Any, module: nn.Module, name: str) -> Call:
-    """Return ``function`` with a code object, and a name of it, that it shares only with others of its purpose and module.
+    """Return ``function`` with its own code object, with its own name, for this purpose and module.
 
-    torch.compile begins in a function's frame, for it passes by those of torch.nn. It keeps eight versions of a code: of
-    one for all modules a ninth would run eagerly. And what has another shape than before under the same name it compiles
-    for all shapes, which is slower.
+    torch.compile starts in a function's frame, because it skips frames of torch.nn. It keeps eight versions of a code object:
+    if all modules shared one, a ninth would run eagerly. And when a shape changes under the same name, it compiles for all
+    shapes, which is slower.
     """
     named = f"{function.__name__}_{name.replace('.', '_')}"
     code = _codes.setdefault(module, {}).setdefault(function.__code__, function.__code__.replace(co_name=named))

@@ -1,4 +1,4 @@
-"""Losses that are constants in some batches: ``0.0``, or a tensor without a gradient, where there was nothing to learn from."""
+"""Losses that are constants in some batches: ``0.0``, or a tensor without a gradient, if there was nothing to learn from."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lightning_gradnorm.gradients.graph import has_gradient, is_constant
 class ConstantLosses:
     """Decides which constants are the loss of an absent task, and which are a mistake.
 
-    A 0 adds nothing: the task is absent. Another constant is one only if the task has had a gradient before, as
-    ``max(kl, 0.5)`` is a number in some batches; and is warned of once. In the first place it is taken for a mistake:
-    ``.item()``, ``.detach()``.
+    A 0 adds nothing: the task is absent. Any other constant means an absent task only if the task has had a gradient before,
+    as ``max(kl, 0.5)`` is a number in some batches; we warn about it once. Before that, we take it for a mistake such as
+    ``.item()`` or ``.detach()``.
 
     Args:
         caller: begins the warning.
@@ -27,7 +27,7 @@ class ConstantLosses:
         self._warned: set[str] = set()
 
     def is_absent(self, task: str, loss: object) -> bool:
-        """Return True if the task has no loss in this batch. False: it has one, or what should be one."""
+        """Return True if the task has no loss in this batch; False if it has one, or something that should be one."""
         if not is_constant(loss):
             if has_gradient(loss):
                 self._trained.add(task)

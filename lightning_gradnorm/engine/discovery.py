@@ -1,8 +1,8 @@
-"""Finds the shared layer and the heads of a model that nobody has described, from the graphs of its first batches.
+"""Finds the shared layer and the heads of a model, if you have not named them, from the graphs of its first batches.
 
-The shared layer is the deepest trained weight on which every task's loss depends, provided that all tasks move some entry of
+The shared layer is the deepest trained weight that every task's loss depends on, provided that all tasks move some entry of
 it. A head is the first module called that belongs to one task alone. Both are decided once, on all ranks together, as soon as
-each task has been seen.
+every task has been seen.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from lightning_gradnorm.gradients.graph import has_gradient, node_of, reachable_
 from lightning_gradnorm.gradients.loss_graph import LossGraph, Position
 
 _PATIENCE = 50
-"""Batches in which a task may be missing before the heads are decided without it."""
+"""Batches in which a task may be missing before we decide the heads without it."""
 
 Losses = Mapping[str, Sequence[WatchedLoss]]
 
 
 @dataclass
 class _Seen:
-    """What one rank, or all of them, have seen so far."""
+    """What one rank, or all ranks, have seen so far."""
 
     positions: dict[str, dict[str, Position]] = field(default_factory=dict)
-    """Layer → task → how deep it lies."""
+    """Layer → task → its depth."""
     tasks: set[str] = field(default_factory=set)
     frozen: dict[str, set[str]] = field(default_factory=dict)
     """Frozen parameter → the tasks that may depend on it."""
     opaque: str | None = None
-    """Why part of a graph cannot be looked into."""
+    """Why part of a graph is hidden."""
 
     def merge(self, other: _Seen) -> None:
         for name, of_task in other.positions.items():
@@ -50,12 +50,12 @@ class _Seen:
 
 
 class Discovery:
-    """Looks at the graph of a batch before its backward pass.
+    """Inspects the graph of a batch before its backward pass.
 
     Args:
         setting: the model, the ranks and the tasks.
         is_recorded: whether a module called now belongs to a forward pass that is trained on.
-        fallback: the layer to use where the graph is hidden, by compiled code for example; may be empty.
+        fallback: the layer to use if the graph is hidden, for example by compiled code; may be empty.
     """
 
     def __init__(self, setting: Setting, is_recorded: Callable[[], bool], fallback: Mapping[str, nn.Parameter]) -> None:
@@ -81,7 +81,7 @@ class Discovery:
         self._graph = None
 
     def _graph_of(self, losses: Losses) -> LossGraph:
-        """Return the graph of these losses; one graph serves both the layer and the heads, unless a loss came between."""
+        """Return the graph of these losses. One graph serves both the layer and the heads, unless a loss came in between."""
         roots = nodes_by_task(losses)
         if self._graph is None or self._graph.roots != roots:
             self._graph = LossGraph(roots)
@@ -90,10 +90,10 @@ class Discovery:
     # ---- the shared layer --------------------------------------------------------------------------------------------
 
     def find_layer(self, losses: Losses) -> Mapping[str, nn.Parameter] | None:
-        """Return the shared layer's parameters by name, or ``None`` as long as some task has not been seen. Collective.
+        """Return the shared layer's parameters by name, or ``None`` while some task has not been seen. Collective.
 
         Raises:
-            ValueError: all tasks have been seen, and nothing trained is shared by them.
+            ValueError: all tasks have been seen, and they share no trained layer.
         """
         setting = self._setting
         model, ranks = setting.model, setting.loop.ranks
@@ -115,7 +115,7 @@ class Discovery:
         return found
 
     def _frozen(self, graph: LossGraph) -> dict[str, set[str]]:
-        """Return the frozen parameters, each with the tasks that may depend on it: where the graph does not say so, all."""
+        """Return the frozen parameters, each with the tasks that may depend on it: all tasks if the graph does not tell."""
         frozen: dict[str, set[str]] = {}
         for name, parameter in self._setting.model.named_parameters():
             if not parameter.requires_grad:
@@ -124,9 +124,9 @@ class Discovery:
         return frozen
 
     def _deepest_first(self, names: Iterable[str]) -> list[str]:
-        """Return the layers that all tasks depend on. If tasks use a layer at different depths, the least counts.
+        """Return the layers that all tasks depend on. If tasks use a layer at different depths, the least depth counts.
 
-        Layers that meet in one operation keep the order of ``names``, the model's: it is the same on all ranks.
+        Layers that meet in one operation keep the order of ``names``, which is the model's and the same on all ranks.
         """
         T, positions = len(self._setting.tasks), self._seen.positions
         shared = {name: min(positions[name].values()) for name in names if len(positions.get(name, ())) == T}
@@ -135,7 +135,7 @@ class Discovery:
     def _deepest_moved_by_all(
         self, losses: Losses, layers: Sequence[Mapping[str, nn.Parameter]]
     ) -> Mapping[str, nn.Parameter] | None:
-        """Return the first layer with an entry that all tasks move: not an output layer with a row for each of them.
+        """Return the first layer with an entry that all tasks move. This excludes an output layer with a row for each task.
 
         If some task moves no layer yet, as behind a head of zeros, return the first with an entry that all others move.
         """
@@ -151,7 +151,7 @@ class Discovery:
                     if bool(does_move.all()):
                         return W
                     fallback = fallback or W
-            start, count = start + count, 2 * count  # all in one go would cost a whole gradient for each task
+            start, count = start + count, 2 * count  # all at once would cost a whole gradient per task
         return fallback
 
     def _moved(self, losses: Losses, W: Sequence[Tensor]) -> Tensor:
@@ -167,10 +167,10 @@ class Discovery:
         return setting.loop.ranks.sum(moved.float()) > 0
 
     def _require_frozen_part(self) -> None:
-        """Warn, once, that whatever the tasks share is frozen for now.
+        """Warn, once, that everything the tasks share is frozen for now.
 
         Raises:
-            ValueError: nothing that is frozen is shared, or part of the graph is hidden.
+            ValueError: the tasks share no frozen parameter either, or part of the graph is hidden.
         """
         setting = self._setting
         model = type(setting.model).__name__
@@ -188,8 +188,8 @@ class Discovery:
             self._has_warned = True
             setting.loop.ranks.warn(
                 f"{setting.caller}: all that the tasks share in {model} is frozen ({len(frozen)} parameters, such as "
-                f"'{frozen[0]}'), so that their gradients cannot be compared. The weights stay as they are until a shared "
-                f"layer is trained."
+                f"'{frozen[0]}'), so their gradients cannot be compared. The weights stay as they are until a shared layer "
+                f"is trained."
             )
         self._seen = _Seen()
 
@@ -210,7 +210,7 @@ class Discovery:
         )
 
     def warn_if_hardly_shared(self, losses: Losses, W: Mapping[str, nn.Parameter]) -> None:
-        """Warn if the layer that the user has named is hardly shared, or is all of the network. Collective."""
+        """Warn if the layer that you have named is hardly shared, or is the whole network. Collective."""
         setting, name = self._setting, ", ".join(list(W)[:2]) + (", …" if len(W) > 2 else "")
         moved = self._moved(losses, list(W.values()))
         moved = moved[moved.any(dim=1)]
@@ -224,20 +224,20 @@ class Discovery:
         if len(heavy) > 2 and heavy <= W.keys() and setting.shared_layer != ALL:
             setting.loop.ranks.warn(
                 f"{setting.caller}: the shared layer ({name}) is the whole network, but norms should be taken at the last "
-                f"layer that all tasks share. Name that layer, or leave shared_layer out. If it is what you want, give 'all'."
+                f"layer that all tasks share. Name that layer, or leave shared_layer out. If this is what you want, give 'all'."
             )
 
     # ---- the heads ---------------------------------------------------------------------------------------------------
 
     def find_heads(self, losses: Losses, targets: Sequence[Tensor]) -> dict[str, str] | None:
-        """Return task → head for the tasks that have one, or ``None`` as long as a task is missing. Collective.
+        """Return task → head for the tasks that have one, or ``None`` while a task is missing. Collective.
 
         Args:
-            losses: those of this batch.
+            losses: the losses of this batch.
             targets: the tensors whose gradient is read.
         """
         self._batches += 1
-        # Of one task alone everything would be its head.
+        # With a single task, everything would be its head.
         heads = {}
         if len(losses) > 1:
             heads = self._graph_of(losses).heads(set(map(node_of, targets)), self._calls.possible_heads)
@@ -255,10 +255,10 @@ class Discovery:
 def tasks_off_course(
     losses: Losses, branches: Mapping[str, set[Node]], backpropagated: Tensor, targets: Sequence[Tensor]
 ) -> set[str]:
-    """Return the tasks whose gradient does not pass their own head alone: this forward pass took another course.
+    """Return the tasks whose gradient does not pass their own head alone in this forward pass.
 
     Args:
-        losses: those about to be back-propagated.
+        losses: the losses about to be back-propagated.
         branches: the branches that each head reads.
         backpropagated: the whole loss.
         targets: the tensors whose gradient is read.
@@ -271,6 +271,6 @@ def tasks_off_course(
         for node in reachable_nodes(nodes, stop=stop) & stop:
             if owner.get(node) != task:
                 off |= {task, owner.get(node, task)}
-    # Behind nodes that are older than the branches too: a derivative that CUDA has computed is numbered by another thread.
+    # Also look behind nodes older than the branches: a derivative computed on CUDA is numbered by another thread.
     rest = reachable_nodes([node_of(backpropagated)], stop=owner.keys() | set().union(*roots.values()))
     return off | {owner[node] for node in rest & owner.keys()}

@@ -1,14 +1,14 @@
-"""The engine: weights the task losses in the backward pass and reads their gradients out of it, for any rule in any loop.
+"""The engine: weights the task losses in the backward pass and reads their gradients there, for any rule in any loop.
 
-**Weighting.** Each task loss ``L_i`` gets a hook that multiplies its gradient by ``w_i`` in backward. A back-propagated loss
-``Σ c_i L_i + rest`` so becomes ``Σ w_i c_i ∇L_i + ∇rest`` in the network, whatever scaler, coefficients or accumulation stand
-between.
+**Weighting.** Each task loss ``L_i`` gets a hook that multiplies its gradient by ``w_i`` in backward. In the network, a
+back-propagated loss ``Σ c_i L_i + rest`` thus becomes ``Σ w_i c_i ∇L_i + ∇rest``, whatever scaler, coefficients or accumulation
+come in between.
 
-**Reading.** With heads, a task's gradient is read at the branch of the representation that its head reads
-(`lightning_gradnorm.gradients`); without, by one first-order pass from the loss, inside the same hook. What is read is the
-task's actual contribution to the step, ``scale · w_i · c_i · ∇L_i``.
+**Reading.** With heads, we read a task's gradient at the branch of the representation that its head reads
+(`lightning_gradnorm.gradients`). Without heads, one first-order pass from the loss, inside the same hook, reads it. Either way
+it is the task's actual contribution to the step, ``scale · w_i · c_i · ∇L_i``.
 
-`Inspection` decides what to read and where, once. After that the engine follows the plan: `start_batch`, `watch`,
+`Inspection` decides once what to read and where. After that the engine follows the plan: `start_batch`, `watch`,
 `before_backward`, `after_backward`, `finish_step`.
 """
 
@@ -55,7 +55,7 @@ class Engine(Passes[AnyRule]):
 
     Args:
         rule: the rule.
-        setting: the model, the loop, and where the gradients are to be read.
+        setting: the model, the loop, and where to read the gradients.
 
     Raises:
         ValueError: the model has no such layer, head or representation.
@@ -64,7 +64,7 @@ class Engine(Passes[AnyRule]):
     def __init__(self, rule: AnyRule, setting: Setting) -> None:
         self._caller = setting.caller
         self._hooks = ExitStack()
-        with self._hooks:  # if anything fails, what was placed is removed again
+        with self._hooks:  # if anything fails, everything placed so far is removed
             measurement: Measurement[AnyRule] = _measurement_of(rule)(rule, setting)
             self._hooks.callback(measurement.close)
             hooks = ReadingHooks(self._before_head, self._before_call, self._after_call, self._is_forward_pass)
@@ -77,9 +77,9 @@ class Engine(Passes[AnyRule]):
         self._constants = ConstantLosses(self._caller, self._loop.ranks)
         self._repeats = RepeatedPasses(f"{self._caller}: the gradient of task")
         self.sums_change_of_loss = False
-        """Whether `BatchState.change_of_loss` is needed: some optimizer compares values of the loss."""
+        """Whether `BatchState.change_of_loss` is needed, because some optimizer compares values of the loss."""
         self.step_was_taken = False
-        """Whether the last `finish_step` was given to the rule: the scaler did not skip it, and some rank had losses."""
+        """Whether the last `finish_step` reached the rule: the scaler did not skip it, and some rank had losses."""
 
     @property
     def plan(self) -> Plan:
@@ -111,7 +111,7 @@ class Engine(Passes[AnyRule]):
                 absent. Other names are ignored.
 
         Raises:
-            TypeError, ValueError: a loss is not a tensor with a gradient, or is that of another task.
+            TypeError, ValueError: a loss is not a tensor with a gradient, or belongs to another task.
         """
         self._begin_evaluation()
         known = len(self.batch.losses)
@@ -135,8 +135,8 @@ class Engine(Passes[AnyRule]):
             return  # logged twice, or both returned and watched: a second hook would apply the weight twice
         if owner is not None:
             raise ValueError(f"{self._caller}: tasks '{owner}' and '{task}' have the same tensor as their loss.")
-        # The hook must not hold the tensor that holds the hook. Whoever keeps the loss, as a metric does, can pickle it without
-        # a word about the hook.
+        # The hook must not hold the tensor that holds the hook. If you keep the loss, as a metric does, you can pickle it
+        # without a warning about the hook.
         watched = weakref.ref(self.batch.add(task, loss))
         hook = unserializable_hook(partial(self._on_loss_gradient, task, watched))  # type: ignore[no-untyped-call]
         loss.register_hook(hook)  # type: ignore[no-untyped-call]
@@ -179,7 +179,7 @@ class Engine(Passes[AnyRule]):
             raise ValueError(f"{self._caller}: {error}") from None
 
     def explain_inplace_error(self, error: RuntimeError) -> str | None:
-        """Return what to do about an in-place change of the representation, if that is what torch complains of."""
+        """Return how to fix an in-place change of the representation, if torch's error is about one."""
         return self._inspection.explain_inplace_error(str(error), self.batch.in_head)
 
     # ---- backward ----------------------------------------------------------------------------------------------------
@@ -189,8 +189,8 @@ class Engine(Passes[AnyRule]):
 
         Args:
             loss: what is back-propagated.
-            is_whole_step: whether the optimizer is known to step on this pass alone. Norms are then taken as soon as a
-                gradient has arrived, and fewer rows are kept.
+            is_whole_step: whether the optimizer is known to step on this pass alone. Then we take norms as soon as a
+                gradient has arrived, and keep fewer rows.
         """
         self._begin_evaluation()
         step, batch = self._step, self.batch
@@ -227,7 +227,7 @@ class Engine(Passes[AnyRule]):
 
     def _on_loss_gradient(self, task: str, watched: weakref.ref[WatchedLoss], gradient: Tensor) -> Tensor | None:
         if self._reading or not self.batch.in_backward or (loss := watched()) is None:
-            return None  # our own first-order pass, with the weight already in it; or a gradient that a user takes
+            return None  # our own first-order pass, which already has the weight; or a gradient that the user takes
         step = self._step
         step.add(task, loss.value, is_first=task not in self.batch.backpropagated)
         self.batch.backpropagated.add(task)
@@ -246,7 +246,7 @@ class Engine(Passes[AnyRule]):
         return weighted
 
     def _read_at_head(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> object:
-        if self.batch.in_backward and task not in self.batch.read_at_losses:  # and not a gradient that a user takes
+        if self.batch.in_backward and task not in self.batch.read_at_losses:  # and not a gradient that the user takes
             return self._read(task, outputs, gradients)
         return None
 
@@ -272,11 +272,11 @@ class Engine(Passes[AnyRule]):
 
         Args:
             skipped: whether the loss scaler skips the step.
-            is_counted: whether it is among the loop's `Loop.steps`, so that a repeated evaluation can be told from a new step.
-            is_announced: whether this is right before the optimizer's step. One without gradients does not count.
+            is_counted: whether it counts in `Loop.steps`, so that we can tell a repeated evaluation from a new step.
+            is_announced: whether this comes right before the optimizer's step. A step without gradients does not count.
 
         Returns:
-            True if the rule has counted the step. On several ranks, all call it together.
+            True if the rule has counted the step. All ranks call this together.
         """
         step = self._step
         self.batch.steps += 1
@@ -297,7 +297,7 @@ class Engine(Passes[AnyRule]):
             self.start_step()
             return False
         self.step_was_taken = True
-        self._held = self._weights_by_task(self.rule.loss_weights.clone())  # which the rule may change in place
+        self._held = self._weights_by_task(self.rule.loss_weights.clone())  # the rule may change them in place
         counts = self.measurement.after_step(step)
         if counts:
             self.rule.count_step()

@@ -1,7 +1,7 @@
 """Checks on the autograd graph, before the first backward pass, that the gradient we would read belongs to that task alone.
 
 A head that another task reads too, a loss that bypasses its head, a shared layer behind a compiled graph: each would give
-plausible numbers and a wrong balance. Here each is an error that says what to do.
+plausible numbers and a wrong balance. Here each raises an error that tells you how to fix it.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ class GraphChecks:
     Args:
         caller: begins each error.
         candidates: readers in order of preference; empty for a rule that reads no gradients.
-        at_heads: whether gradients are read at the branches of heads, or else at the losses.
+        at_heads: True if gradients are read at the branches of heads, False if at the losses.
     """
 
     def __init__(self, caller: str, candidates: Sequence[GradientReader], *, at_heads: bool) -> None:
         self._caller = caller
         self.readers = list(candidates)
-        """The candidates; once one is selected, that one."""
+        """The candidates; after selection only the selected one."""
         self._at_heads = at_heads
         self.is_selected = False
-        """Whether a task has been read: then by the one reader that is left."""
+        """Whether a task has been read, so that only one reader is left."""
         self._passed: set[str] = set()
         self._disjoint: set[str] = set()
         self._separate: set[str] = set()
 
     def select_reader(self, task: str, loss: WatchedLoss, batch: BatchState) -> GradientReader | None:
-        """Return the reader of this task; look at the whole graph the first time the task appears.
+        """Return the reader of this task; check the whole graph the first time the task appears.
 
         Raises:
-            ValueError: what would be read is not the task's gradient.
+            ValueError: what we would read is not the task's gradient.
         """
         if not self.readers:
             return None
         is_known = task in self._passed
         self._passed.add(task)
         if not self.is_selected:
-            # If none can read it, the error of the most preferred one is the one to understand.
+            # If none can read it, raise the error of the most preferred one.
             able = (reader for reader in self.readers if not self._why_unreadable(reader, task, loss, batch))
             self.readers = [next(able, self.readers[0])]
             self.is_selected = True
@@ -62,7 +62,7 @@ class GraphChecks:
         return reader
 
     def require_disjoint_losses(self, batch: BatchState) -> None:
-        """Check, once for each task, that no loss contains that of another task.
+        """Check, once for each task, that no loss contains the loss of another task.
 
         Raises:
             ValueError: the weight of one task would act on two.
@@ -70,18 +70,18 @@ class GraphChecks:
         if self._disjoint >= set(batch.losses):
             return
         self._disjoint |= set(batch.losses)
-        # Several losses may be outputs of one node, as of unbind.
+        # Several losses may be outputs of one node, for example of unbind.
         nodes = {node: task for task, of_task in nodes_by_task(batch.losses).items() for node in of_task}
         for start, task in nodes.items():
             for node in nodes_on_paths([start], nodes.keys() - {start}):
                 if nodes.get(node, task) != task:
                     raise ValueError(
-                        f"{self._caller}: the loss of task '{task}' contains that of task '{nodes[node]}', so that the weight "
-                        f"of '{task}' would act on both. Give each task a loss of its own, and add them up in 'loss'."
+                        f"{self._caller}: the loss of task '{task}' contains that of task '{nodes[node]}', so the weight of "
+                        f"'{task}' would act on both. Give each task a loss of its own, and add them up in 'loss'."
                     )
 
     def require_separate_heads(self, backpropagated: Tensor, batch: BatchState) -> None:
-        """Check, once for each task, that nothing but its loss reaches its head, no regularizer of the head's output say.
+        """Check, once per task, that only its loss reaches its head, and not, for example, a regularizer of the head's output.
 
         Raises:
             ValueError: the gradient at the head would not be the loss's alone.
@@ -94,17 +94,17 @@ class GraphChecks:
         for task, branches in batch.branches.items():
             if task in batch.losses and branches & reached:
                 raise ValueError(
-                    f"{self._caller}: the backward pass reaches the head of task '{task}' by other ways than the task's loss "
-                    f"(a regularizer of the head's output, say; and the loss given must be the very tensor, not a copy), so "
-                    f"that the loss's own gradient cannot be told apart at the head. Leave heads out: then each loss gets "
-                    f"a pass of its own."
+                    f"{self._caller}: the backward pass reaches the head of task '{task}' by other paths than the task's loss "
+                    f"(for example from a regularizer of the head's output; and the loss given must be the very tensor, not a "
+                    f"copy), so the loss's own gradient cannot be separated at the head. Leave heads out: then each loss gets "
+                    f"its own pass."
                 )
 
     def require_readable_at_losses(self, tasks: Collection[str], batch: BatchState) -> None:
-        """Check that tasks off their head's course can be read by a first-order pass from the loss.
+        """Check that a first-order pass from the loss can read the tasks that do not keep to their head.
 
         Raises:
-            ValueError: the pass comes through a graph that cannot be traversed twice.
+            ValueError: the pass goes through a graph that cannot be traversed twice.
         """
         for task in tasks:
             starts = [loss.node for loss in batch.losses.get(task, ())]
@@ -128,48 +128,48 @@ class GraphChecks:
         ends = {node_of(tensor) for tensor in targets}  # a gradient that ends there does not pass the node
         own = batch.branches.get(task, set())
         if self._at_heads:
-            leave_out = "Leave heads out: then each loss gets a first-order pass of its own."
+            leave_out = "Leave heads out: then each loss gets its own first-order pass."
             others = {node: other for other, nodes in batch.branches.items() if other != task for node in nodes}
             reached = sorted({others[node] for node in reachable_nodes([loss.node]) if node in others})
             if reached:
                 if reason_not_retraversable(reachable_nodes([loss.node], stop=others)):
                     leave_out = "Or are they computed by one compiled function? Compile each by itself, or none."
                 return (
-                    f"also reads the head of '{reached[0]}' and not its head alone, so that their gradients cannot be told "
-                    f"apart at the heads. Are the names in heads exchanged? Are the losses pieces of one tensor? {leave_out}"
+                    f"also reads the head of '{reached[0]}' and not its head alone, so their gradients cannot be separated "
+                    f"at the heads. Are the names in heads swapped? Are the losses pieces of one tensor? {leave_out}"
                 )
             around = nodes_on_paths([loss.node], targets, stop=own)
             if cause := reason_not_retraversable(around - ends):
                 return f"reaches {label} through {cause}"
             if around and not own:
                 return (
-                    f"does not pass its head as far as one can see: a head is seen when it is called (itself, not its forward) "
+                    f"does not visibly pass its head: a head is seen when it is called (itself, not its forward) "
                     f"with tensors, or with tuples, lists and dicts of tensors, outside the transforms of torch.func. "
                     f"{leave_out}"
                 )
             if around:
-                return f"reaches {label} by a way that does not pass its head. {leave_out}"
+                return f"reaches {label} by a path that does not pass its head. {leave_out}"
         if cause := _obstacle(own if self._at_heads else [loss.node], targets):
             return f"reaches {label} through {cause}"
         if isinstance(reader, ReplayedGradients) and nodes_on_paths(
             [loss.node, *reader.argument_nodes], reader.shared, stop=ends
         ):
-            return f"reaches the shared layer by a way that does not pass {label}."
+            return f"reaches the shared layer by a path that does not pass {label}."
         return None
 
 
 def _obstacle(start: Iterable[Node], targets: Sequence[Tensor]) -> str | None:
-    """Return why the graph on the way to ``targets`` cannot be traversed again, or None. Its ends are not passed."""
+    """Return why the graph on the path to ``targets`` cannot be traversed again, or None. The path stops at its ends."""
     return reason_not_retraversable(nodes_on_paths(start, targets) - set(map(node_of, targets)))
 
 
 def require_backpropagated(
     shown: Iterable[str], reached: Collection[str], *, caller: str, noun: str = "loss of task"
 ) -> None:
-    """Check that every loss that was shown took part in the backward pass.
+    """Check that the backward pass reached every loss that was shown.
 
     Raises:
-        ValueError: one did not.
+        ValueError: it missed one.
     """
     for name in shown:
         if name not in reached:

@@ -1,6 +1,6 @@
-"""Inspection: decides where the task gradients of a model are read, before the first batch and in it.
+"""Inspection: decides where the task gradients of a model are read, before and during the first batch.
 
-`inspect_model` makes the plan; the first batch selects the reader, and `Discovery` finds in it what nobody has named. Later
+`inspect_model` makes the plan. In the first batch we select the reader, and `Discovery` finds what you have not named. Later
 forward passes are compared with the plan.
 """
 
@@ -26,7 +26,7 @@ from lightning_gradnorm.gradients import GradientReader, RowReader, WeightGradie
 
 @dataclass(frozen=True)
 class ReadingHooks:
-    """What the engine does when modules of the model are called."""
+    """The engine's reactions to calls of the model's modules."""
 
     before_head: Callable[[str, Any, Any], Any]
     before_call: Callable[[GradientReader, Any, Any], None]
@@ -36,11 +36,11 @@ class ReadingHooks:
 
 
 class Inspection:
-    """Places what reads the gradients on a model, until `close`.
+    """Places the gradient readers on a model, until `close`.
 
     Args:
-        measurement: what is fed with the gradients.
-        hooks: what is to happen when modules are called.
+        measurement: receives the gradients.
+        hooks: the engine's reactions to module calls.
 
     Raises:
         ValueError: the model has no such layer, head or representation.
@@ -51,14 +51,14 @@ class Inspection:
         self._setting = setting = measurement.setting
         self._on_call = hooks
         self._hooks = ExitStack()
-        with self._hooks:  # if anything fails, what was placed is removed again
+        with self._hooks:  # if anything fails, everything placed so far is removed
             self.plan, heads, self._uncompiled = inspect_model(measurement)
             self._hooks.callback(self._uncompiled.close)
             candidates = self.plan.candidates
             measurement.reader = candidates[0] if candidates else None
             self.checks = GraphChecks(setting.caller, candidates, at_heads=self.plan.at_heads)
             self.named_heads = heads if self.plan.at_heads else {}
-            """Task → head, for heads that the user has named."""
+            """Task → head, for heads that you have named."""
             self._place_branches(self.named_heads)
             is_visible = not hides_its_graph(setting.model)
             self._needs_layer = is_visible and measurement.searches_layer
@@ -95,7 +95,7 @@ class Inspection:
         self.start_batch()
 
     def start_batch(self) -> None:
-        """Called before each forward pass. Release the last one, and place what was found in it."""
+        """Called before each forward pass. Release the last one, and place hooks on what was found in it."""
         self._uncompiled.begin_pass()
         if self._discovery is not None:
             self._discovery.start_batch()
@@ -108,19 +108,19 @@ class Inspection:
             reader.release_graph()
 
     def inspect_batch(self, batch: BatchState, step: OptimizerStepState, loss: Tensor) -> None:
-        """Called before each backward pass. Decide where each task of the batch is read.
+        """Called before each backward pass. Decide where to read each task of the batch.
 
         Raises:
-            ValueError: what would be read is not the task's gradient.
+            ValueError: what we would read is not the task's gradient.
         """
-        # Other ranks may have losses where this one has none: then all look together.
+        # Other ranks may have losses when this one has none. So all ranks join in.
         concerns_us = bool(batch.losses) or self._setting.loop.ranks.size > 1
         discovery = self._discovery if concerns_us else None
         if discovery is not None and self._needs_layer:
             self._find_layer(discovery, batch, step)
         reader = self._measurement.reader
         if step.measured and reader is not None and reader.is_frozen and concerns_us:
-            if batch.losses:  # not where a critic is trained, and the rest is frozen meanwhile
+            if batch.losses:  # not while a critic is trained and the rest is frozen
                 self._wait(reader)
             step.measured = False
             batch.read_at_losses = set(self._setting.tasks)
@@ -133,25 +133,25 @@ class Inspection:
             self._decide_where_to_read(batch, loss)
 
     def explain_inplace_error(self, error: str, in_head: str | None) -> str | None:
-        """Return what to do about an in-place change of the representation, if that is what torch complains of."""
+        """Return how to fix an in-place change of the representation, if torch's error is about one."""
         if not (("of _Branch" in error or "of _Gate" in error) and "inplace" in error):
             return None
         caller = self._setting.caller
         if in_head is None:
-            first = "before the heads read it" if self.named_heads else "by what reads it"
+            first = "before the heads read it" if self.named_heads else "by the module that reads it"
             return (
                 f"{caller}: the representation is changed in place, as relu_(z) and ReLU(inplace=True) do, {first}. Use "
                 f"relu(z)."
             )
         way_out = "leave heads out" if self.named_heads else "give heads=None"
         return (
-            f"{caller}: the head of task '{in_head}' changes the representation in place, as ReLU(inplace=True) does, and with "
-            f"it what the other heads read. Make its first operation inplace=False, or {way_out}: then each loss gets a "
-            f"first-order pass of its own."
+            f"{caller}: the head of task '{in_head}' changes the representation in place, as ReLU(inplace=True) does, and "
+            f"thus the input of the other heads. Make its first operation inplace=False, or {way_out}: then each loss gets "
+            f"its own first-order pass."
         )
 
     def _find_layer(self, discovery: Discovery, batch: BatchState, step: OptimizerStepState) -> None:
-        """Have the shared layer found. As long as it is not, the encoder's last layer serves, or the step is not measured."""
+        """Find the shared layer. Until then, use the encoder's last layer, or do not measure the step."""
         W = discovery.find_layer(batch.waiting())
         if W is None:
             step.measured &= bool(self.plan.candidates) or not discovery.has_new_losses
@@ -165,7 +165,7 @@ class Inspection:
             self._measurement.reader = reader
 
     def _select(self, reader: GradientReader | None) -> None:
-        """Read with this one from now on; remove the hooks of the other candidates."""
+        """Read with this reader from now on; remove the hooks of the other candidates."""
         self._measurement.reader = reader
         for other in [other for other in self._candidate_hooks if other is not reader]:
             self._candidate_hooks.pop(other)()
@@ -173,7 +173,7 @@ class Inspection:
             self.plan = replace(self.plan, candidates=(reader,))
 
     def _wait(self, reader: GradientReader) -> None:
-        """Warn, once, that nothing is balanced as long as what the gradients are read at is frozen.
+        """Warn, once, that nothing is balanced while the place where gradients are read is frozen.
 
         Raises:
             ValueError: norms have been taken there before.
@@ -181,7 +181,7 @@ class Inspection:
         setting, of_layer = self._setting, self.plan.shared_layer
         if self.checks.is_selected and isinstance(reader, RowReader):
             raise ValueError(
-                f"{setting.caller}: {reader.label} has been frozen (requires_grad=False) during the training. Name the last "
+                f"{setting.caller}: {reader.label} has been frozen (requires_grad=False) during training. Name the last "
                 f"shared layer that is trained to the end, or use stop_after. (If toggle_optimizer freezes it for some "
                 f"backward passes, call watch only before those that train it.)"
             )
@@ -191,8 +191,8 @@ class Inspection:
             named = "shared_layer" if of_layer else "representation" if reader.module is not None else None
             way_out = "" if named is None else f"name a {named} that is trained, or "
             setting.loop.ranks.warn(
-                f"{setting.caller}: {what} is frozen (requires_grad=False), so that the tasks' gradients cannot be compared "
-                f"there. Nothing is balanced until it is trained. If it is to stay frozen, "
+                f"{setting.caller}: {what} is frozen (requires_grad=False), so the task gradients cannot be compared there. "
+                f"Nothing is balanced until it is trained. If it is to stay frozen, "
                 f"{way_out}balance by the losses alone, as Scalarization does."
             )
 
@@ -206,7 +206,7 @@ class Inspection:
             self.plan = replace(self.plan, heads=heads)
 
     def _decide_where_to_read(self, batch: BatchState, loss: Tensor) -> None:
-        """Read at the heads of the tasks that keep to them in this forward pass, else at the losses."""
+        """Read at the heads of the tasks whose gradient passes only their head in this forward pass, else at the losses."""
         reader = self._measurement.reader
         if self.named_heads:
             self.checks.require_separate_heads(loss, batch)

@@ -1,4 +1,4 @@
-"""Finds the layers that a user names, with suggestions for names that do not exist."""
+"""Finds the layers that you name, and suggests names if they do not exist."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_gradnorm._messages import did_you_mean
 from lightning_gradnorm.gradients.replay import is_sharded
 
 ALL = "all"
-"""As the name of the shared layer: every trained parameter of the network."""
+"""Names every trained parameter of the network as the shared layer."""
 
 
 def find_module(root: nn.Module, name: str, *, caller: str) -> nn.Module:
@@ -19,10 +19,10 @@ def find_module(root: nn.Module, name: str, *, caller: str) -> nn.Module:
     Args:
         root: the model.
         name: dotted name, for example ``"encoder.4"``.
-        caller: what the name was given as, the beginning of the error: ``"GradNorm: heads['seg']"``.
+        caller: the argument that held the name, for the beginning of the error: ``"GradNorm: heads['seg']"``.
 
     Raises:
-        ValueError: there is no such module; says which there are.
+        ValueError: the module does not exist; lists those that do.
     """
     modules = _modules(root)
     if plain_name(name) not in modules:
@@ -31,7 +31,7 @@ def find_module(root: nn.Module, name: str, *, caller: str) -> nn.Module:
 
 
 def path_to(root: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
-    """Return the modules on the path from ``root`` (named "") to the module or parameter ``name``, itself excluded."""
+    """Return the modules on the path from ``root`` (named "") to the module or parameter ``name``, excluding the latter."""
     parts = name.split(".")
     names = [".".join(parts[:depth]) for depth in range(len(parts))]
     return [(name, root.get_submodule(name)) for name in names]
@@ -59,7 +59,7 @@ def find_shared_layers(root: nn.Module, named: str | Sequence[str], *, caller: s
         caller: the beginning of the error, ``"GradNorm"``.
 
     Raises:
-        ValueError: no such layer, or the parameters are sharded and have no module in common whose call gathers them.
+        ValueError: no such layer, or the parameters are sharded and no single module call gathers them.
     """
     if isinstance(named, str) and (named != ALL or named in _modules(root) or named in _named_parameters(root)):
         return find_shared_layer(root, named, caller=caller)
@@ -70,8 +70,8 @@ def find_shared_layers(root: nn.Module, named: str | Sequence[str], *, caller: s
         found = {n: p for name in named for n, p in find_shared_layer(root, name, caller=caller).items()}
     if sharded := [name for name, module in root.named_modules() if is_sharded(module)]:
         raise ValueError(
-            f"{caller}: shared_layer={named!r} takes gradients of several layers of {type(root).__name__}, of which there are "
-            f"only pieces here ('{plain_name(sharded[0])}' is sharded). Name one layer, or use DDP."
+            f"{caller}: shared_layer={named!r} takes gradients of several layers of {type(root).__name__}, but this rank holds "
+            f"only pieces of them ('{plain_name(sharded[0])}' is sharded). Name one layer, or use DDP."
         )
     return found
 
@@ -82,11 +82,11 @@ def find_shared_layer(root: nn.Module, name: str, *, caller: str) -> dict[str, n
     Args:
         root: the model.
         name: dotted name of a parameter or of a module: its ``weight``, or all its parameters if it has none. A module that
-            contains others stands for the last trained weight inside it, or the last of all while none is trained.
+            contains others stands for the last trained weight inside it, or for the last weight of all if none is trained.
         caller: the beginning of the error, ``"GradNorm"``.
 
     Raises:
-        ValueError: no such layer, it has no parameters, or some of them are frozen.
+        ValueError: the layer does not exist, has no parameters, or some of them are frozen.
     """
     name, modules = plain_name(name), _modules(root)
     parameters = _named_parameters(root)
@@ -108,13 +108,13 @@ def find_shared_layer(root: nn.Module, name: str, *, caller: str) -> dict[str, n
         trained = [n for n, p in parameters.items() if p.requires_grad and p.ndim >= 2]
         raise ValueError(
             f"{caller}: shared_layer '{name}' is frozen in part ({_shortened(frozen)} should have requires_grad=True; got "
-            f"False). Name one that is trained, or leave shared_layer out: then it is found. Trained are {_shortened(trained)}."
+            f"False). Name one that is trained ({_shortened(trained)}), or leave shared_layer out: then it is found."
         )
     return found
 
 
 def layer_parameters(root: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """Return the parameters that make up one layer, by name; none if ``name`` is a module that only contains others.
+    """Return the parameters that make up one layer, by name; empty if ``name`` is a module that only contains others.
 
     Args:
         root: the model.
@@ -123,7 +123,7 @@ def layer_parameters(root: nn.Module, name: str) -> dict[str, nn.Parameter]:
     parameters = _named_parameters(root)
     if name in parameters:
         return {name: parameters[name]}
-    # A parametrized weight (weight norm, say) is computed from parameters of its own. The older
+    # A parametrized weight (weight norm, for example) is computed from other parameters. The older
     # torch.nn.utils.weight_norm and spectral_norm put these beside the bias.
     inside = {n: p for n, p in parameters.items() if n.startswith(f"{name}.")}
     parametrized = {n: p for n, p in inside.items() if n.startswith(f"{name}.parametrizations.weight.")}
@@ -139,8 +139,8 @@ _OLDER_NAMES = ("weight_g", "weight_v", "weight_orig")
 def trained_layers(root: nn.Module, *, frozen: bool = False) -> dict[str, dict[str, nn.Parameter]]:
     """Return all trained parameters, layer by layer: layer → name → parameter; or all ``frozen`` ones.
 
-    A layer is called as `layer_parameters` knows it: by the module, if the parameter is its weight or one of several that make
-    it up, as in an LSTM; else by the parameter.
+    A layer has the name that `layer_parameters` accepts: the module's, if the parameter is its weight or one of several that
+    make it up, as in an LSTM; else the parameter's.
     """
     modules = _modules(root)
     layers: dict[str, dict[str, nn.Parameter]] = {}
@@ -167,7 +167,7 @@ def _layer_of(name: str, modules: Mapping[str, nn.Module]) -> str:
 def _last_weight_inside(root: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Return the last layer inside a module with a trained weight of two or more dimensions.
 
-    Where none is trained, the last of the frozen ones; all inside if there is none.
+    If none is trained, return the last of the frozen ones; without these, all parameters inside.
     """
     inside = {n: p for n, p in _named_parameters(root).items() if n.startswith(f"{name}.")}
     for layers in (trained_layers(root), trained_layers(root, frozen=True)):
@@ -178,7 +178,7 @@ def _last_weight_inside(root: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 
 def encoder_layer(root: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of the last trained layer inside ``root.encoder``; none if there is no such module."""
+    """Return the parameters of the last trained layer inside ``root.encoder``; empty if that module does not exist."""
     encoder = getattr(root, "encoder", None)
     found = _last_weight_inside(root, "encoder") if isinstance(encoder, nn.Module) else {}
     return found if all(parameter.requires_grad for parameter in found.values()) else {}
@@ -194,22 +194,22 @@ def _shortened(names: Sequence[str]) -> str:
 
 def _with_weights(modules: dict[str, nn.Module]) -> str:
     found = [name for name, module in modules.items() if any(True for _ in module.parameters(recurse=False))]
-    return ", ".join(f"'{name}'" for name in found[:20]) + (", …" if len(found) > 20 else "") or "there is none"
+    return ", ".join(f"'{name}'" for name in found[:20]) + (", …" if len(found) > 20 else "") or "it has none"
 
 
 def find_parameters(
     root: nn.Module, name: str, *, caller: str, keywords: Sequence[str] = ()
 ) -> dict[str, nn.Parameter]:
-    """Return all parameters of the module ``name``, or the one parameter of that name; frozen ones too.
+    """Return all parameters of the module ``name``, or the one parameter of that name, including frozen ones.
 
     Args:
         root: the LightningModule.
         name: dotted name of a module or of a parameter.
-        caller: what the name was given as, the beginning of the error.
-        keywords: what may be given instead of a name.
+        caller: the argument that held the name, for the beginning of the error.
+        keywords: what you may give instead of a name.
 
     Raises:
-        ValueError: there is neither, or the module has no parameters.
+        ValueError: neither exists, or the module has no parameters.
     """
     name, modules = plain_name(name), _modules(root)
     parameters = {plain_name(n): p for n, p in root.named_parameters(remove_duplicate=False)}
@@ -218,7 +218,7 @@ def find_parameters(
     if name not in modules:
         known = did_you_mean(name, [*keywords, *modules, *parameters])
         raise ValueError(f"{caller} '{name}' is not in {type(root).__name__}; {known}")
-    # By identity: a tied parameter has several names, and is listed under the first of them.
+    # By identity: a tied parameter has several names, and is listed under the first.
     inside = {id(parameter) for parameter in modules[name].parameters()}
     found = {plain_name(n): p for n, p in root.named_parameters() if id(p) in inside}
     if not found:

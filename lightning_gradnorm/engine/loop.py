@@ -10,14 +10,14 @@ from lightning_gradnorm.engine.ranks import Ranks
 
 
 class Loop(Protocol):
-    """Who calls backward and the optimizer. `Balancer` and the Lightning callbacks each have one."""
+    """Calls backward and the optimizer. `Balancer` and the Lightning callbacks each have one."""
 
     @property
     def ranks(self) -> Ranks:
         """The processes that train together."""
 
     def is_training(self) -> bool:
-        """Return True if the steps made now belong to the training, not to a trial such as LearningRateFinder's."""
+        """Return True if current steps belong to the training, not to a trial such as LearningRateFinder's."""
 
     def steps(self) -> int:
         """Return the number of optimizer steps before the one in progress, in which losses may be evaluated repeatedly."""
@@ -26,10 +26,10 @@ class Loop(Protocol):
         """Return True if the user's own code steps the optimizer: perhaps unannounced, or not after every backward pass."""
 
     def has_parts(self) -> bool:
-        """Return True if several optimizers share the parameters among them, and step at times of their own."""
+        """Return True if several optimizers divide the parameters among them and step at different times."""
 
     def backward_has_failed(self) -> bool:
-        """Return True if the backward pass that was begun has ended in an error. Asked until its end has been announced."""
+        """Return True if the current backward pass has ended in an error. Called until the end of the pass is announced."""
 
     def pass_scale(self) -> float | Tensor:
         """Return the factor between the gradients of the current backward pass and those of its losses."""
@@ -38,4 +38,4 @@ class Loop(Protocol):
         """Return the factor between the summed gradients of ``passes`` backward passes and those of the mean loss."""
 
     def is_accumulating(self) -> bool:
-        """Return True after a backward pass if another one is known to come before the optimizer's step."""
+        """Called after a backward pass. Return True if another one is known to come before the optimizer's step."""

@@ -1,4 +1,4 @@
-"""What a rule is given in each optimizer step, by what it needs: nothing, the losses, or norms of the task gradients."""
+"""Provides each rule with what it needs in each optimizer step: nothing, the losses, or norms of the task gradients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Heads = Mapping[str, str] | Literal["auto"] | None
 
 @dataclass
 class Setting:
-    """Where a rule is at work."""
+    """The surroundings of a rule."""
 
     caller: str
     """Begins each message."""
@@ -40,15 +40,15 @@ class Setting:
 
     def __post_init__(self) -> None:
         if self.shared_layer == ALL and self.heads == "auto":
-            self.heads = None  # they are part of what the norms are taken of: the gradients are read at the losses
+            self.heads = None  # norms are taken of the heads, too, so the gradients are read at the losses
 
 
 class Measurement(Generic[AnyRule]):
-    """Feeds one rule. This base measures nothing: the weights are fixed.
+    """Provides one rule with its inputs. This base measures nothing: the weights are fixed.
 
     Args:
-        rule: the rule to feed.
-        setting: where it is at work.
+        rule: the rule.
+        setting: the model and the loop it works on.
     """
 
     replaces_gradients: ClassVar[bool] = False
@@ -61,34 +61,34 @@ class Measurement(Generic[AnyRule]):
         """The reader chosen in the first batch."""
 
     def find_layer(self) -> Mapping[str, nn.Parameter]:
-        """Return the parameters ``W`` by name; none if no gradients of parameters are read."""
+        """Return the parameters ``W`` by name; empty if no gradients of parameters are read."""
         return {}
 
     def candidates(self, W: Mapping[str, nn.Parameter], uncompiled: Collection[nn.Module]) -> list[GradientReader]:
-        """Return the readers that might serve, in order of preference; none if no gradient is read."""
+        """Return the readers that may be used, in order of preference; empty if no gradient is read."""
         return []
 
     @property
     def searches_layer(self) -> bool:
-        """Whether the shared layer is to be found in the graph of the first batch."""
+        """Whether to find the shared layer in the graph of the first batch."""
         return False
 
     @property
     def should_measure(self) -> bool:
-        """Whether the task gradients of the coming optimizer step are read."""
+        """Whether to read the task gradients of the next optimizer step."""
         return self.reader is not None
 
     def find_targets(self, batch: BatchState) -> None:
-        """Called before each backward pass, on all ranks, before it is decided where gradients are read."""
+        """Called before each backward pass, on all ranks, before we decide where to read gradients."""
 
     def before_backward(self, loss: Tensor, batch: BatchState, step: OptimizerStepState) -> None:
         """Called before each backward pass."""
 
     def after_backward(self, step: OptimizerStepState, *, has_moved: bool) -> None:
-        """Called after each backward pass, within which the parameters may have been moved."""
+        """Called after each backward pass; the parameters may have moved within it."""
 
     def after_step(self, step: OptimizerStepState) -> bool:
-        """Called once per optimizer step. Update the rule; return True if any task took part in the step."""
+        """Called once per optimizer step. Update the rule; return True if any task contributed to the step."""
         return bool(step.losses)
 
     def discard_step(self) -> None:
@@ -99,7 +99,7 @@ class Measurement(Generic[AnyRule]):
         """Called with the losses of the same batch after the network's step, for a rule that needs them."""
 
     def warn(self) -> None:
-        """Warn of what the rule has found wrong. May wait for the device."""
+        """Warn about problems that the rule has found. May wait for the device."""
 
     def end_epoch(self) -> None:
         """Called at the end of each epoch."""
@@ -117,14 +117,14 @@ class NormMeasurement(Measurement[NormRule]):
 
     @property
     def searches_layer(self) -> bool:
-        """Whether the shared layer is to be found in the graph of the first batch."""
+        """Whether to find the shared layer in the graph of the first batch."""
         return self.setting.norm_of == "weight" and self.setting.shared_layer is None
 
     def find_layer(self) -> Mapping[str, nn.Parameter]:
-        """Return the parameters ``W`` by name. If the graph is to be searched for them, those that serve where it is hidden.
+        """Return the parameters ``W`` by name. If they are to be found in the graph, return a fallback for a hidden graph.
 
         Raises:
-            ValueError: there is no such layer, or it lies inside a head.
+            ValueError: the layer does not exist, or is inside a head.
         """
         setting = self.setting
         if setting.norm_of == "activation":
@@ -133,8 +133,8 @@ class NormMeasurement(Measurement[NormRule]):
             W = encoder_layer(setting.model)
             if not W and hides_its_graph(setting.model):
                 raise ValueError(
-                    f"{setting.caller}: shared_layer=None cannot look into {type(setting.model).__name__}, parts of which are "
-                    f"compiled or sharded. Name the last layer that all tasks share: shared_layer='encoder.layer4'."
+                    f"{setting.caller}: shared_layer=None cannot look into {type(setting.model).__name__}, because parts of it "
+                    f"are compiled or sharded. Name the last layer that all tasks share: shared_layer='encoder.layer4'."
                 )
             return W
         W = find_shared_layers(setting.model, setting.shared_layer, caller=setting.caller)
@@ -142,9 +142,9 @@ class NormMeasurement(Measurement[NormRule]):
             inside = [name for name in W if name.startswith(f"{head}.")]
             if inside:
                 raise ValueError(
-                    f"{setting.caller}: the shared layer '{inside[0]}' is in '{head}', which task '{task}' has as its "
-                    f"head. Name the last layer that all tasks share, and as heads what reads its output. Leave heads out if "
-                    f"there is none."
+                    f"{setting.caller}: the shared layer '{inside[0]}' is in '{head}', which is the head of task '{task}'. "
+                    f"Name the last layer that all tasks share, and as heads the modules that read its output. If no module "
+                    f"does, leave heads out."
                 )
         return W
 
@@ -163,7 +163,7 @@ class NormMeasurement(Measurement[NormRule]):
 
     @property
     def should_measure(self) -> bool:
-        """Whether the rule wants the norms of the coming step."""
+        """Whether the rule needs the norms of the next step."""
         return self.rule.should_measure
 
     def after_step(self, step: OptimizerStepState) -> bool:
@@ -187,25 +187,25 @@ class NormMeasurement(Measurement[NormRule]):
         return counts
 
     def _check_layer_still_exists(self, reader: WeightGradients) -> None:
-        """Refuse to balance by a layer that the model no longer has. One that a step leaves out has norms of 0."""
+        """Refuse to balance by a layer that the model no longer has. A layer that a step leaves out has norms of 0."""
         model = self.setting.model
         own = {id(parameter) for parameter in model.parameters()}
         if not all(id(W) in own for W in reader.targets):
             raise ValueError(
-                f"{self.setting.caller}: the shared layer that {type(model).__name__} had when the training began has been "
-                f"replaced, so that no gradient arrives there. Replace it before training starts (in configure_model), or "
+                f"{self.setting.caller}: the shared layer that {type(model).__name__} had when training began has been "
+                f"replaced, so no gradient arrives there. Replace it before training starts (in configure_model), or "
                 f"train in two runs, the second from the checkpoint of the first."
             )
 
     def warn(self) -> None:
-        """Warn, once of each, of what the rule remarks: numbers that allow no update, a task that dominates, and so on."""
+        """Warn once about each of the rule's remarks: numbers that allow no update, a task that dominates, and so on."""
         for key, message in self.rule.remarks.items():
             if key not in self._warned:
                 self._warned.add(key)
                 self.setting.loop.ranks.warn(f"{self.setting.caller}: {message}")
 
     def end_epoch(self) -> None:
-        """Let the rule look back at the epoch, and warn of what it finds. May wait for the device."""
+        """Let the rule check the past epoch, and warn about what it finds. May wait for the device."""
         self.rule.end_epoch()
         self.warn()
 
@@ -224,7 +224,7 @@ class LossMeasurement(Measurement[AnyLossRule]):
         """The tasks in the last step."""
 
     def before_backward(self, loss: Tensor, batch: BatchState, step: OptimizerStepState) -> None:
-        """Have the rule set the weights of the losses that are about to be back-propagated."""
+        """Let the rule set the weights of the losses that are about to be back-propagated."""
         if self._scalarizer is None or batch.is_repeated:
             return
         ranks = self.setting.loop.ranks
@@ -236,20 +236,20 @@ class LossMeasurement(Measurement[AnyLossRule]):
             self.rule.weigh(losses, present)
 
     def after_step(self, step: OptimizerStepState) -> bool:
-        """Have the rule learn from the step."""
+        """Let the rule learn from the step."""
         self._stepped = set(step.losses)
         self.rule.step()
         if self.rule.fallbacks > self._fallbacks and not self._has_warned:
             self._has_warned = True
             self.setting.loop.ranks.warn(
-                f"{self.setting.caller}: {self.rule.kind} gave no usable weights ({self.rule.reason}); all tasks are weighted "
-                f"alike in this step. Further such steps are counted in balancing/fallbacks."
+                f"{self.setting.caller}: {self.rule.kind} gave no usable weights ({self.rule.reason}); all tasks get equal "
+                f"weights in this step. Further such steps are counted in balancing/fallbacks."
             )
         self._fallbacks = self.rule.fallbacks
         return bool(step.losses)
 
     def update_after_step(self, losses: Mapping[str, Sequence[Any]]) -> None:
-        """Hand the rule the losses of the tasks that were in the step, averaged over the ranks."""
+        """Give the rule the losses of the tasks that were in the step, averaged over the ranks."""
         tasks, ranks = self.setting.tasks, self.setting.loop.ranks
         here = {
             task: [one for one in losses.get(task, ()) if isinstance(one, Tensor)]

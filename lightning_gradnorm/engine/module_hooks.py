@@ -36,7 +36,7 @@ _patches: WeakKeyDictionary[Any, dict[str, _Patch]] = WeakKeyDictionary()
 def patch_attribute(owner: Any, name: str, replacement: Any) -> Remove:
     """Replace the attribute ``name`` of ``owner``; return a function that restores it.
 
-    Patches of the same attribute may be undone in any order: one below others disappears when they do.
+    You may undo patches of the same attribute in any order: a patch below others disappears with them.
     """
     of_owner = _patches.setdefault(owner, {})
     top = of_owner.get(name)
@@ -55,7 +55,7 @@ def patch_attribute(owner: Any, name: str, replacement: Any) -> Remove:
                 del owner.__dict__[name]
                 owner.__dict__.update(now.own)
             now = now.below
-        # Otherwise other code has replaced the attribute after us. Restoring it is up to that code.
+        # Otherwise other code has replaced the attribute after us, and must restore it.
         if now is None:
             _patches.get(owner, {}).pop(name, None)
         else:
@@ -65,14 +65,14 @@ def patch_attribute(owner: Any, name: str, replacement: Any) -> Remove:
 
 
 class ReplacedMethod:
-    """A function in place of a method. In a copy of its owner, and in a pickled one, it is the class's own method again.
+    """A function in place of a method. A copy or a pickle of its owner gets the class's own method again.
 
     A plain function would stay bound to the original: a copy would run the original's step, and train nothing.
 
     Args:
-        owner: whose method it is.
+        owner: the object with the method.
         name: of the method.
-        function: takes its place.
+        function: replaces the method.
     """
 
     def __init__(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
@@ -122,7 +122,7 @@ def wrap_call(
 
 
 class _Hook:
-    """Calls ``call`` for one module. In a copy of the module (a teacher, say) or a pickled one the hook does nothing."""
+    """Calls ``call`` for one module. In a copy of the module (such as a teacher) or a pickled one, the hook does nothing."""
 
     def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
         self.module = module

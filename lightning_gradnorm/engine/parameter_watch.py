@@ -1,4 +1,4 @@
-"""Which parameters the tasks share, how often they have changed, and which optimizer steps them."""
+"""Tracks which parameters the tasks share, how often they have changed, and which optimizer steps them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lightning_gradnorm.gradients.graph import leaves_behind
 
 
 class ParameterWatch:
-    """Watches the shared layer, or without one all parameters of the model.
+    """Watches the shared layer, or all parameters of the model if there is no layer.
 
     Args:
-        model: what is trained.
+        model: the trained model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -25,7 +25,7 @@ class ParameterWatch:
         self._behind_all: list[Tensor] = []
 
     def look_at(self, batch: BatchState) -> None:
-        """Find what all tasks of a batch reach, if there is no shared layer to tell several optimizers apart by."""
+        """Find what all tasks of a batch reach, if no shared layer can tell several optimizers apart."""
         if self.layer or self._behind_all or len(batch.losses) < 2:
             return
         behind = [leaves_behind(one.tensor for one in of_task) for of_task in batch.losses.values()]
@@ -34,15 +34,15 @@ class ParameterWatch:
         self._behind_all = list({id(leaf): leaf for leaves in behind for leaf in leaves if id(leaf) in wanted}.values())
 
     def parameters(self) -> Iterable[Tensor]:
-        """Return what is watched."""
+        """Return the watched parameters."""
         return self.layer.values() or self._behind_all or self._model.parameters()
 
     def versions(self) -> list[int]:
-        """Return how often each of the parameters has been changed."""
+        """Return how often each parameter has changed."""
         return [parameter._version for parameter in self.parameters()]
 
     def is_stepped_by(self, optimizer: torch.optim.Optimizer, among: Sequence[torch.optim.Optimizer]) -> bool:
-        """Return True if a step of this optimizer is one of the tasks: it moves what they share, or none of ``among`` does.
+        """Return True if a step of this optimizer belongs to the tasks: it moves what they share, or none of ``among`` does.
 
         Others, such as a discriminator's, may step while the gradients of the tasks are still accumulated.
         """

@@ -1,4 +1,4 @@
-"""Which forward and backward passes belong to which optimizer step, whatever the optimizer or the user makes of them."""
+"""Assigns forward and backward passes to optimizer steps, whatever the optimizer or the user does with them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Passes(Generic[AnyRule]):
     """Keeps the state of the current batch and of the current optimizer step.
 
     A pass may belong to no step: its gradients are dropped, or it ends in an error. A step may need several passes, to
-    accumulate or to evaluate the losses again. And it may come unannounced, even within a backward pass.
+    accumulate or to evaluate the losses again. And a step may come unannounced, even within a backward pass.
 
     Args:
         measurement: feeds the rule.
-        inspection: decides what is read.
+        inspection: decides what to read.
     """
 
     def __init__(self, measurement: Measurement[AnyRule], inspection: Inspection) -> None:
@@ -33,9 +33,9 @@ class Passes(Generic[AnyRule]):
         self._held: dict[str, Tensor] = {}
         """The weights of the last finished step, which may still be in progress."""
         self._finished: int | None = None
-        """The optimizer step that `finish_step` was last called for; it may still be in progress."""
+        """The optimizer step of the last call of `finish_step`; it may still be in progress."""
         self._before_pass: list[int] | None = None
-        """The versions of what is watched before the backward pass, if an optimizer may step unannounced."""
+        """The versions of the watched parameters before the backward pass, if an optimizer may step unannounced."""
         self._is_last_pass = True
         """Whether the optimizer is known to step on the backward pass alone."""
         self._set_aside: OptimizerStepState | None = None
@@ -43,20 +43,20 @@ class Passes(Generic[AnyRule]):
         self._step = self._new_step()
 
     def start_batch(self) -> None:
-        """Release all that belongs to the last batch. No optimizer step is in progress."""
+        """Release everything of the last batch. No optimizer step is in progress."""
         self._finished = None
         self._release_batch()
 
     def _release_batch(self) -> None:
-        """Release all that belongs to the last forward and backward pass."""
+        """Release everything of the last forward and backward pass."""
         self._recover_from_failed_backward()
         self.batch = BatchState()
         self._end_repetition()
         self._inspection.start_batch()
 
-    # A closure may evaluate the losses several times in one optimizer step: LBFGS, a line search, SAM. Weights that moved in
-    # between would change the function under the optimizer. So the first evaluation is what the rule learns from, and its
-    # weights hold in all of them.
+    # A closure may evaluate the losses several times in one optimizer step: LBFGS, a line search, SAM. If the weights moved in
+    # between, the optimizer's function would change. So the rule learns from the first evaluation, and its weights apply to all
+    # of them.
 
     def _begin_evaluation(self) -> None:
         """Called in each forward pass. Set the step's state aside if this is not the first evaluation in the step."""
@@ -82,7 +82,7 @@ class Passes(Generic[AnyRule]):
         return bool(step.backwards) and step.versions is not None and step.versions != self.watched.versions()
 
     def _recover_from_failed_backward(self) -> None:
-        """Forget the step if its last backward pass has ended in an error that the user's code has caught."""
+        """Forget the step if its last backward pass ended in an error that the user's code has caught."""
         if self.batch.in_backward and self._loop.backward_has_failed():
             self.batch = BatchState(steps=self.batch.steps)
             self._end_repetition()
@@ -90,9 +90,9 @@ class Passes(Generic[AnyRule]):
             self._forget_gradients()
 
     def _is_without_gradients(self) -> bool:
-        """Return True if the user has taken the gradients away from the step that begins.
+        """Return True if the user has removed the gradients of the step that begins.
 
-        Not if a loss is not finite, which the rule counts and warns of; nor on several ranks, which have to agree.
+        Return False if a loss is not finite, which the rule counts and warns about, and on several ranks, which must agree.
         """
         held, losses = self._step.held, list(self._step.losses.values())
         if self._loop.ranks.size > 1 or held is None or not held.were_set_to_none():
@@ -100,7 +100,7 @@ class Passes(Generic[AnyRule]):
         return all(bool(loss.isfinite()) for loss in losses)
 
     def _forget_gradients(self) -> None:
-        """Forget all that belongs to gradients that no optimizer will step on."""
+        """Forget everything about gradients that no optimizer will step on."""
         self.measurement.discard_step()
         if self.measurement.reader is not None:
             self.measurement.reader.forget()
@@ -109,7 +109,7 @@ class Passes(Generic[AnyRule]):
         batch.losses, batch.backpropagated, batch.reached = batch.waiting(), set(), set()
 
     def is_in_backward(self) -> bool:
-        """Return True in a backward pass: what is called now is called by a checkpoint, for the second time."""
+        """Return True in a backward pass. Module calls then come from a checkpoint, for the second time."""
         self._recover_from_failed_backward()
         return self.batch.in_backward
 

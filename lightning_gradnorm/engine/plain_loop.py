@@ -1,4 +1,4 @@
-"""A training loop of the user's own, as `Balancer` sees it: scales at the root of each backward pass, wrappers, a scaler."""
+"""A training loop of your own, as `Balancer` sees it: scales at the root of each backward pass, wrappers, a scaler."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_gradnorm.engine.measurement import Measurement
 
 _PATIENCE = 50
-"""Steps after which a task without any loss is warned of."""
+"""Steps after which we warn about a task without any loss."""
 
 
 class PlainLoop:
@@ -32,7 +32,7 @@ class PlainLoop:
         self._model = model
         self.ranks = Ranks.current()
         self.scales: list[Tensor] = []
-        """The gradients with which the backward passes since the last step began."""
+        """The initial gradients of the backward passes since the last step."""
         self.is_inside_call = False
         """Whether `Balancer.backward` is running."""
         self._passes = 0
@@ -46,7 +46,7 @@ class PlainLoop:
         self._seen.update(tasks)
 
     def finish_pass(self, *, is_repeated: bool) -> int:
-        """Called after each backward pass. Return how often it has begun; forget the scales of one that counts for nothing."""
+        """Called after each backward pass. Return how often it has begun; forget the scales of a pass that does not count."""
         times = len(self.scales) - self._passes
         self._repetitions = self._repetitions + 1 if is_repeated else 0
         if is_repeated:
@@ -61,30 +61,30 @@ class PlainLoop:
         self._has_warned = True
         self.ranks.warn(
             f"Balancer: step was not called after any of the last {_PATIENCE} backward passes, but the parameters have moved "
-            f"in between. All of them count as one step, so that the weights stay as they are. Call balancer.step() after each "
+            f"in between. All of them count as one step, so the weights stay as they are. Call balancer.step() after each "
             f"optimizer.step()."
         )
 
     def forget_passes(self) -> None:
-        """Forget the backward passes of a step that is not made."""
+        """Forget the backward passes of a step that is not taken."""
         self.scales.clear()
         self._passes = 0
 
     def finish_step(self, tasks: Sequence[str], measurement: Measurement[Any]) -> None:
-        """Called after each step. Warn once of tasks that have had no loss for a long time, and of what the rule finds then."""
+        """Called after each step. Warn once about tasks without a loss for a long time, and about what the rule then finds."""
         self.forget_passes()
         self._steps += 1
         missing = [task for task in tasks if task not in self._seen]
         if self._steps == _PATIENCE and missing and self.ranks.size == 1:
             self.ranks.warn(
-                f"Balancer: no loss of tasks {missing} was seen in the first {_PATIENCE} steps, so that they are not balanced. "
+                f"Balancer: no loss of tasks {missing} was seen in the first {_PATIENCE} steps, so they are not balanced. "
                 f"Give them to backward, or make the rule without them."
             )
         elif self._steps == _PATIENCE:
             measurement.end_epoch()
 
     def is_training(self) -> bool:
-        """Return True in training mode. What an evaluation calls belongs to no backward pass, and would never be released."""
+        """Return True in training mode. Calls in an evaluation belong to no backward pass, and would never be released."""
         return self._model.training
 
     def steps(self) -> int:
@@ -96,7 +96,7 @@ class PlainLoop:
         return True
 
     def has_parts(self) -> bool:
-        """Return False: `Balancer.step` says which step is one of the tasks."""
+        """Return False: `Balancer.step` marks the steps that belong to the tasks."""
         return False
 
     def backward_has_failed(self) -> bool:
@@ -113,12 +113,12 @@ class PlainLoop:
         return functools.reduce(operator.add, scales) if passes else 1.0
 
     def is_accumulating(self) -> bool:
-        """Return False: nobody says."""
+        """Return False: the loop does not tell."""
         return False
 
 
 def _is_in_optimizer() -> bool:
-    """Return True if an optimizer evaluates the losses itself: LBFGS may do so very often. Looks at the whole stack."""
+    """Return True if an optimizer evaluates the losses itself: LBFGS may do so very often. Searches the whole stack."""
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "step" and isinstance(frame.f_locals.get("self"), torch.optim.Optimizer):
@@ -128,13 +128,13 @@ def _is_in_optimizer() -> bool:
 
 
 def call_after_backward(function: Callable[[], None]) -> None:
-    """Have it called when the backward pass that runs is over, and DDP has written the gradients."""
+    """Call ``function`` when the current backward pass is over, and DDP has written the gradients."""
     queue = torch.autograd.Variable._execution_engine.queue_callback
-    queue(functools.partial(queue, function))  # queued again when all nodes have run, it comes after DDP's own
+    queue(functools.partial(queue, function))  # queued again when all nodes have run, so it comes after DDP's own
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """Return the user's model inside the wrappers of DDP and Fabric."""
+    """Return your model inside the wrappers of DDP and Fabric."""
     while isinstance(model, DistributedDataParallel) or type(model).__name__ == "_FabricModule":
         inner = model.module
         assert isinstance(inner, nn.Module)
@@ -143,10 +143,10 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 
 def scaler_has_skipped(scaler: torch.amp.GradScaler, *, caller: str) -> bool:
-    """Return True if the scaler has found an overflow, for which it has skipped the optimizer's step.
+    """Return True if the scaler has found an overflow and skipped the optimizer's step.
 
     Raises:
-        RuntimeError: it has been updated since, and no longer knows.
+        RuntimeError: the scaler has been updated since, and no longer knows.
     """
     if not scaler.is_enabled():
         return False

@@ -1,4 +1,4 @@
-"""A plan: what the engine decides once about a model, before and in its first batch. Data that can be printed and tested."""
+"""A plan: what the engine decides once about a model, before and in its first batch. Data that you can print and test."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Plan:
     heads: Mapping[str, str] | None = None
     """Task → head, if the gradients are read where the heads begin."""
     candidates: Sequence[GradientReader] = ()
-    """The readers that might serve, in order of preference. The first batch leaves one."""
+    """The readers that may be used, in order of preference. The first batch leaves one."""
 
     @property
     def at_heads(self) -> bool:
-        """Whether gradients are read at the heads, or else by a first-order pass from each loss."""
+        """True if gradients are read at the heads, False if by a first-order pass from each loss."""
         return bool(self.candidates) and self.heads is not None
 
     def __str__(self) -> str:
@@ -49,7 +49,7 @@ def inspect_model(measurement: Measurement[AnyRule]) -> tuple[Plan, dict[str, nn
     """Find the heads, the shared layer and the readers of a model; split it where compiled code would hide them.
 
     Returns:
-        The plan; task → head module; and what undoes the splitting.
+        The plan; task → head module; and the object that undoes the splitting.
 
     Raises:
         ValueError: a name does not exist, or a module cannot be used.
@@ -76,12 +76,12 @@ def _head_modules(setting: Setting, names: Mapping[str, str]) -> dict[str, nn.Mo
         if head in tasks:
             raise ValueError(
                 f"{setting.caller}: heads should name one module for each task; '{name}' is named by both '{tasks[head]}' and "
-                f"'{task}'. Leave heads out: then each loss gets a pass of its own."
+                f"'{task}'. Leave heads out: then each loss gets its own pass."
             )
         if not supports_hooks(head):
             raise ValueError(
                 f"{setting.caller}: heads['{task}'] '{name}' was made by torch.jit.script, which allows no hooks. Leave heads "
-                f"out: then each loss gets a first-order pass of its own."
+                f"out: then each loss gets its own first-order pass."
             )
         tasks[head] = task
     return {task: head for head, task in tasks.items()}

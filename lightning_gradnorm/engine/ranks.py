@@ -1,4 +1,4 @@
-"""Sums and broadcasts over the ranks of a distributed training, and the means of one optimizer step that they give."""
+"""Sums and broadcasts over the ranks of a distributed training, and the means of one optimizer step from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that train together. With one, every method returns its argument."""
+    """The processes that train together. With one process, every method returns its argument."""
 
     size: int = 1
     index: int = 0
@@ -29,7 +29,7 @@ class Ranks:
 
     @classmethod
     def current(cls) -> Ranks:
-        """Return those of the running process."""
+        """Return the ranks of the running process."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_world_size(), dist.get_rank())
         return cls()
@@ -37,8 +37,8 @@ class Ranks:
     def on_cpu(self, timeout: timedelta | None = None) -> Ranks:
         """Return the same ranks in a new gloo group, for sums in the middle of a backward pass; `close` it.
 
-        Collectives of one group must be called in the same order on all ranks. Nobody can promise that in backward, where DDP's
-        reductions start as gradients become ready. Nothing else is ever called in this group.
+        Collectives of one group must be called in the same order on all ranks. In backward this is not guaranteed, because
+        DDP's reductions start as gradients become ready. Nothing else is ever called in this group.
         """
         group = dist.new_group(backend="gloo", timeout=timeout) if self.size > 1 else None
         return Ranks(self.size, self.index, group)
@@ -58,7 +58,7 @@ class Ranks:
     def broadcast_from_rank0(self, values: Tensor) -> Tensor:
         """Return rank 0's tensor, of the same shape on all ranks.
 
-        A solver may give different last bits for the same numbers, depending on how they are aligned in memory.
+        A solver may give different last bits for the same numbers, depending on their alignment in memory.
         """
         if self.size > 1:
             values = values.contiguous().clone()
@@ -80,10 +80,10 @@ class Ranks:
         return values
 
     def require_agreement(self, caller: str, values: Mapping[str, str]) -> None:
-        """Compare what each rank was given.
+        """Compare the values of all ranks.
 
         Raises:
-            ValueError: the ranks disagree; raised on all of them.
+            ValueError: the ranks disagree; raised on all ranks.
         """
         if self.size == 1:
             return
@@ -107,7 +107,7 @@ def all_reduce_losses(
 ) -> tuple[Tensor, Tensor]:
     """Return the mean over all ranks of each task's losses in this batch, and which tasks have one, each of shape (T,).
 
-    One sum of 2 T numbers, before backward: all ranks must call it together.
+    This is one sum of 2 T numbers, before backward: all ranks must call it together.
     """
     table = like.new_zeros(2, len(tasks))
     for row, task in enumerate(tasks):
@@ -125,7 +125,7 @@ class StepMeans:
     losses: Tensor
     """Mean of each task's losses, shape (T,)."""
     present: Tensor | None
-    """Which tasks were present on any rank, bool of shape (T,); ``None`` if all of them."""
+    """Which tasks were present on any rank, bool of shape (T,); ``None`` if all were."""
     norms: Tensor | None
     """``G_i``, shape (T,); ``None`` if the step was not measured."""
 
@@ -142,12 +142,12 @@ def reduce_step(
 
     Args:
         tasks: the tasks' names.
-        step: what the step has shown on this rank.
+        step: this rank's data of the step.
         reader: holds the gradients, if they were read.
-        like: the weights in force, shape (T,).
-        ranks: over which to sum.
-        scale: by how much the gradients of this rank exceed those of its mean loss. Ranks may have different ones: other
-            numbers of micro-batches, say.
+        like: the current weights, shape (T,).
+        ranks: the ranks to sum over.
+        scale: ratio of this rank's gradients to those of its mean loss. Ranks may have different ones, for example because of
+            different numbers of micro-batches.
     """
     nothing = like.new_zeros(())
     losses = torch.stack([step.losses.get(task, nothing).to(like) for task in tasks])

@@ -1,4 +1,4 @@
-"""The readers that might read the gradient of a model's shared layer."""
+"""The readers that may read the gradient of a model's shared layer."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from lightning_gradnorm.gradients.replay import is_sharded
 def weight_readers(root: nn.Module, W: Mapping[str, Tensor], uncompiled: Collection[nn.Module]) -> list[RowReader]:
     """Return readers of ``∇_W L_i`` in order of preference.
 
-    The first reads on the graph of the forward pass itself. Where that graph cannot be traversed a second time, the others
-    run a module around ``W`` again, the innermost first: not one inside compiled code, whose output is hidden. Of FSDP's
-    modules only the outermost serves, because their calls gather and free the pieces of a sharded weight.
+    The first reads on the graph of the forward pass itself. If that graph cannot be traversed a second time, the others
+    run a module around ``W`` again, the innermost first, but no module inside compiled code, whose output is hidden. With
+    FSDP only the outermost module works, because its call gathers and frees the pieces of a sharded weight.
 
     Args:
         root: the model.

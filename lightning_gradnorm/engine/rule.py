@@ -16,7 +16,7 @@ Needs = Literal["nothing", "losses", "norms", "gradients"]
 class Rule(Protocol):
     """A balancing strategy for given tasks. The engine never asks which one it is, only what it needs.
 
-    ``needs`` decides what a rule is given in each optimizer step: ``"nothing"`` (fixed weights), the task ``"losses"``
+    ``needs`` decides what a rule receives in each optimizer step: ``"nothing"`` (fixed weights), the task ``"losses"``
     before each backward pass (`LossRule`), the ``"norms"`` of the task gradients (`NormRule`), or the task
     ``"gradients"`` themselves (`GradientRule`).
     """
@@ -25,15 +25,15 @@ class Rule(Protocol):
 
     @property
     def needs(self) -> Needs:
-        """What the rule is given in each optimizer step; a class attribute."""
+        """What the rule receives in each optimizer step; a class attribute."""
 
     @property
     def loss_weights(self) -> Tensor:
-        """The factors on the gradients of the losses in the coming backward pass, detached, shape (T,)."""
+        """The factors on the gradients of the losses in the next backward pass, detached, shape (T,)."""
 
     @property
     def weights(self) -> Tensor:
-        """The weights a user reads, shape (T,)."""
+        """The weights shown to the user, shape (T,)."""
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
         """Move all state."""
@@ -56,22 +56,22 @@ class NormRule(Rule, Protocol):
 
     @property
     def norms(self) -> Sequence[Norm]:
-        """Which norms; a class attribute, or decided by an option."""
+        """The kinds of norms; a class attribute, or decided by an option."""
 
     @property
     def should_measure(self) -> bool:
-        """Whether the norms of the coming optimizer step are needed."""
+        """Whether the next optimizer step needs norms."""
 
     def step(self, norms: Tensor, losses: Tensor, present: Tensor | None = None) -> Any:
-        """Update the weights; all tensors of shape (T,), the norms of shape (T, k) if there are k kinds of them."""
+        """Update the weights; all tensors of shape (T,), the norms of shape (T, k) for k kinds of norms."""
 
     @property
     def syncs_every_step(self) -> bool:
-        """Whether the outcome of each update may be read at once; on a GPU that would make the host wait."""
+        """Whether each update's outcome may be read at once; on a GPU the host would have to wait."""
 
     @property
     def remarks(self) -> Mapping[str, str]:
-        """What the user should be told of the updates so far: a key, under which it is told once → the message."""
+        """What to report to the user about the updates so far: a key, reported once → the message."""
 
     def end_epoch(self) -> None:
         """Called at the end of each epoch; may add remarks."""
@@ -116,10 +116,10 @@ class GradientRule(LossRule, Protocol):
         """Return one gradient, shape (n,), for a strategy without weights."""
 
     def aggregator_state(self) -> dict[str, Any]:
-        """Return a copy of what aggregating changes."""
+        """Return a copy of everything that aggregating changes."""
 
     def load_aggregator_state(self, state: Mapping[str, Any], /) -> None:
-        """Take back what was aggregated since `aggregator_state` returned this."""
+        """Undo all aggregation since `aggregator_state` returned this."""
 
 
 @runtime_checkable

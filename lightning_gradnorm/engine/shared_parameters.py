@@ -1,4 +1,4 @@
-"""Aggregates the task gradients of all shared parameters: the textbook's aggregation, whatever shape the network has."""
+"""Aggregates the task gradients of all shared parameters: the textbook method, for any network."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lightning_gradnorm.gradients.graph import reachable_nodes
 
 
 class AtParameters(LossMeasurement[GradientRule]):
-    """Aggregates the gradients of the parameters that at least two tasks reach, when a backward pass is over.
+    """Aggregates the gradients of the parameters that at least two tasks reach, after the backward pass.
 
-    Until every task has been seen, whatever one of them reaches may be shared. The gradients of all that are kept apart; what
-    turns out not to be shared gets their plain sum.
+    Until every task has been seen, any parameter that one task reaches may be shared. So the gradients of all of these are kept
+    apart; those that turn out not to be shared get the plain sum.
 
     Args:
         rule: the aggregation.
-        setting: where it is at work.
+        setting: the model and the loop it works on.
     """
 
     replaces_gradients = True
@@ -43,7 +43,7 @@ class AtParameters(LossMeasurement[GradientRule]):
         """The rule's state before it aggregated in this optimizer step."""
 
     def candidates(self, W: Mapping[str, nn.Parameter], uncompiled: Collection[nn.Module]) -> list[GradientReader]:
-        """Return the reader of what is shared.
+        """Return the reader of the shared parameters.
 
         Raises:
             ValueError: the model is sharded.
@@ -70,10 +70,10 @@ class AtParameters(LossMeasurement[GradientRule]):
     # ---- which parameters are shared ---------------------------------------------------------------------------------
 
     def find_targets(self, batch: BatchState) -> None:
-        """Find out which parameters the losses reach: in this pass or an earlier one, on any rank.
+        """Find the parameters that the losses reach: in this pass or an earlier one, on any rank.
 
         Raises:
-            ValueError: tasks share nothing, or the graph cannot be traversed once for each task.
+            ValueError: tasks share nothing, or the graph cannot be traversed once per task.
         """
         model = self.setting.model
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -82,7 +82,7 @@ class AtParameters(LossMeasurement[GradientRule]):
         shared = self._reached_by(2, trained)
         if is_complete and all(parameter.requires_grad for parameter in model.parameters()):
             self._require_shared(shared)
-        if not is_complete:  # what one task reaches may be another's as well, unless it is in its head
+        if not is_complete:  # what one task reaches may be another's as well, unless it is in the task's head
             heads = self.setting.heads if isinstance(self.setting.heads, Mapping) else {}
             own: set[Tensor] = {
                 parameter for name in heads.values() for parameter in model.get_submodule(name).parameters()
@@ -99,15 +99,15 @@ class AtParameters(LossMeasurement[GradientRule]):
                 heads = batch.branches.get(task)
                 if cause := reason_not_retraversable(reachable_nodes(heads) if heads else found[task]):
                     raise ValueError(
-                        f"{caller}: at='parameters' takes a backward pass of its own for each task, and that of task '{task}' "
+                        f"{caller}: at='parameters' takes a separate backward pass for each task, and that of task '{task}' "
                         f"comes to {cause.split(',')[0]}"
-                        f"{'' if cause.endswith('False.') else ', whose graph cannot be walked twice.'} Or use "
+                        f"{'' if cause.endswith('False.') else ', whose graph cannot be traversed twice.'} Or use "
                         f"at='representation'."
                     )
         return found
 
     def _merge(self, trained: list[nn.Parameter], found: Mapping[str, set[Node]]) -> None:
-        """Take note of what the losses reach, on all ranks together."""
+        """Record the parameters that the losses reach, on all ranks together."""
         here = {
             task: {variable for node in nodes if isinstance(variable := getattr(node, "variable", None), Tensor)}
             for task, nodes in found.items()
@@ -125,7 +125,7 @@ class AtParameters(LossMeasurement[GradientRule]):
             self._reached[task] |= {trained[i] for i in row[1:].nonzero().flatten().tolist()}
 
     def _reached_by(self, least: int, parameters: Collection[Tensor]) -> set[Tensor]:
-        """Return those of the parameters that at least so many tasks reach."""
+        """Return the parameters that at least ``least`` tasks reach."""
         reached = self._reached.values()
         return {parameter for parameter in parameters if sum(parameter in of_task for of_task in reached) >= least}
 
@@ -149,11 +149,11 @@ class AtParameters(LossMeasurement[GradientRule]):
     # ---- one backward pass -------------------------------------------------------------------------------------------
 
     def before_backward(self, loss: Tensor, batch: BatchState, step: OptimizerStepState) -> None:
-        """Have the tasks' gradients kept apart in this backward pass."""
+        """Keep the tasks' gradients apart in this backward pass."""
         super().before_backward(loss, batch, step)
-        # The weights of a step's first evaluation hold in all of them: the optimizer expects one function.
+        # The weights of a step's first evaluation apply to all of them: the optimizer expects a single function.
         self._keeps_weights = batch.is_repeated and self.rule.has_weights
-        if not step.backwards:  # a repeated evaluation, too, begins with the gradients of the last one taken away
+        if not step.backwards:  # a repeated evaluation also starts without the gradients of the last one
             self._gradients.forget()
             self._before = None
         if step.measured:
@@ -161,7 +161,7 @@ class AtParameters(LossMeasurement[GradientRule]):
 
     @torch.no_grad()
     def after_backward(self, step: OptimizerStepState, *, has_moved: bool) -> None:
-        """Set the gradient that the aggregation makes of those read since the optimizer's last step.
+        """Set the gradient that results from aggregating those read since the optimizer's last step.
 
         Raises:
             ValueError: the optimizer has not waited for it.
@@ -176,12 +176,12 @@ class AtParameters(LossMeasurement[GradientRule]):
             )
         if self._before is None:
             self._before = self.rule.aggregator_state()
-        elif not self._keeps_weights:  # a further micro-batch: once more, of all of them
+        elif not self._keeps_weights:  # another micro-batch: aggregate all of them again
             self.rule.load_aggregator_state(self._before)
         parameters = list(self._gradients.held)
         widths = [row_width([parameter]) for parameter in parameters]
         shared = self._reached_by(min(2, len(self._seen)), parameters)
-        size = float(loop.step_scale(step.backwards))  # by how much .grad exceeds the gradient of the mean loss
+        size = float(loop.step_scale(step.backwards))  # ratio of .grad to the gradient of the mean loss
         table = self.rule.loss_weights.new_zeros(len(self.setting.tasks), 1 + sum(widths))
         for row, task in zip(table, self.setting.tasks, strict=True):
             row[0] = step.counts.get(task, 0)
@@ -197,10 +197,10 @@ class AtParameters(LossMeasurement[GradientRule]):
             columns = columns.repeat_interleave(torch.tensor(widths)).to(J.device)
             gradient = J.sum(dim=0)
             gradient[columns] = self._aggregate(J[:, columns], present).to(gradient)
-        # Each rank adds it to its own copy of the parameters' gradients: all must add the same bits.
+        # Each rank adds this to its own copy of the parameters' gradients, so all must add the same bits.
         gradient = loop.ranks.broadcast_from_rank0(gradient) * size
         pieces = dict(zip(parameters, torch.split(gradient, widths), strict=True))
-        # The head of a task that is absent gets no gradient, rather than one of zeros.
+        # The head of an absent task gets no gradient, rather than one of zeros.
         self._gradients.place({p: piece for p, piece in pieces.items() if p in shared or bool(piece.any())})
 
     def _aggregate(self, J: Tensor, present: Tensor) -> Tensor:
@@ -214,12 +214,12 @@ class AtParameters(LossMeasurement[GradientRule]):
         return rule.aggregate(J, present)
 
     def after_step(self, step: OptimizerStepState) -> bool:
-        """Have the rule learn from the step."""
+        """Let the rule learn from the step."""
         self._before = None
         return super().after_step(step)
 
     def discard_step(self) -> None:
-        """Forget what the rule has learned since the last step."""
+        """Discard what the rule has learned since the last step."""
         if self._before is not None:
             self.rule.load_aggregator_state(self._before)
             self._before = None

@@ -1,4 +1,4 @@
-"""What the engine collects in one batch, and from one optimizer step to the next."""
+"""What the engine collects during one batch, and from one optimizer step to the next."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lightning_gradnorm.gradients import GradientReader
 def mean_of(loss: Tensor) -> Tensor:
     """Return the mean of a loss's values, detached: a plain tensor of float32 or float64.
 
-    A sum of many, over micro-batches, would lose its digits in bfloat16, and is soon infinite in float16. A subclass of
-    a tensor, such as those that carry an image's position, would pass into what the rule remembers, and into checkpoints.
+    A sum of many, over micro-batches, would lose digits in bfloat16, and soon become infinite in float16. A subclass of Tensor,
+    such as one that carries an image's position, would end up in the state of the rule, and in checkpoints.
     """
     values = loss.detach()
     if type(values) is not Tensor and not is_traceable_wrapper_subclass(values):
@@ -27,14 +27,14 @@ def mean_of(loss: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class WatchedLoss:
-    """A loss as it was when it was shown. It may be changed in place later: ``loss = a; loss += b``."""
+    """A loss at the time it was shown. It may change in place later: ``loss = a; loss += b``."""
 
     tensor: Tensor
-    """What was shown."""
+    """The tensor that was shown."""
     edge: GradientEdge
     """Where its gradient arrives."""
     value: Tensor
-    """Its mean then, detached."""
+    """Its mean at that time, detached."""
     version: int
     """How often the tensor had been changed in place."""
 
@@ -50,7 +50,7 @@ class WatchedLoss:
 
     @property
     def has_changed(self) -> bool:
-        """Whether it has been changed in place since."""
+        """Whether it has changed in place since."""
         return self.tensor._version != self.version
 
 
@@ -60,7 +60,7 @@ def nodes_by_task(losses: Mapping[str, Sequence[WatchedLoss]]) -> dict[str, list
 
 
 class HeldGradients:
-    """The gradients of some parameters, as they are after a backward pass. It keeps none of them alive."""
+    """The gradients of some parameters right after a backward pass. Keeps none of them alive."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._parameters = [parameter for parameter in parameters if parameter.grad is not None]
@@ -71,13 +71,13 @@ class HeldGradients:
 
     def were_dropped(self) -> bool:
         """Return True if there were any, and all of them have been set to ``None`` or to zero since."""
-        if self._now() == self._versions:  # the usual case, which waits for no device
+        if self._now() == self._versions:  # the usual case, without waiting for a device
             return False
         left = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         return not any(bool(gradient.any()) for gradient in left)
 
     def were_set_to_none(self) -> bool:
-        """Return True if there were any, and all of them have been set to ``None`` since. Waits for no device."""
+        """Return True if there were any, and all of them have been set to ``None`` since. Does not wait for a device."""
         return bool(self._parameters) and all(parameter.grad is None for parameter in self._parameters)
 
 
@@ -88,32 +88,32 @@ class OptimizerStepState:
     measured: bool
     """Whether the task gradients of this step are read."""
     weights: dict[str, Tensor]
-    """The weights in force, each a scalar."""
+    """The current weights, each a scalar."""
     backwards: int = 0
     """Backward passes so far: the micro-batches."""
     versions: list[int] | None = None
-    """How often each shared parameter had been changed before the last of them, if the optimizer may move them unannounced."""
+    """How often each shared parameter had changed before the last pass, if the optimizer may move them unannounced."""
     held: HeldGradients | None = None
-    """The gradients of the shared parameters after the last of them, if the optimizer may not step on them."""
+    """The gradients of the shared parameters after the last pass, if the optimizer may not step on them."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Sum of each task's back-propagated losses, detached."""
     counts: dict[str, int] = field(default_factory=dict)
     """Number of backward passes in each sum."""
     rounded_weights: dict[str, Tensor] = field(default_factory=dict)
-    """The weights of tasks whose losses have so low a precision that the weight was rounded to it."""
+    """The weights of tasks whose losses have a precision so low that the weight was rounded to it."""
 
     def add(self, task: str, value: Tensor, *, is_first: bool) -> None:
-        """Add a loss that is being back-propagated: the first of its task in this batch, or another that is part of it."""
+        """Add a loss that is being back-propagated: the first of its task in this batch, or another part of it."""
         self.losses[task] = self.losses[task] + value if task in self.losses else value
         self.counts[task] = self.counts.get(task, 0) + is_first
 
 
 @dataclass
 class BatchState:
-    """Collected in one batch: its forward pass and the backward pass that follows. Each optimizer step begins a new one."""
+    """Collected during one batch: its forward pass and the backward pass that follows. Each optimizer step starts a new one."""
 
     is_repeated: bool = False
-    """Whether the optimizer evaluates the losses again within a step. The rule learns from the first evaluation alone."""
+    """Whether the optimizer evaluates the losses again within a step. The rule learns only from the first evaluation."""
     finished: set[str] = field(default_factory=set)
     """Tasks with a loss that was back-propagated before the last optimizer step of this batch."""
     losses: dict[str, list[WatchedLoss]] = field(default_factory=dict)
@@ -131,26 +131,26 @@ class BatchState:
     in_head: str | None = None
     """The task whose head was called last."""
     in_backward: bool = False
-    """Whether a backward pass is running: a module called now is called by a checkpoint, for the second time."""
+    """Whether a backward pass is running. Module calls now come from a checkpoint, for the second time."""
     is_whole_step: bool = False
-    """Whether the optimizer will step on this backward pass alone, with no other rank taking part."""
+    """Whether the optimizer will step on this backward pass alone, without other ranks."""
     backwards: int = 0
     """Backward passes in this batch."""
     change_of_loss: Tensor | float = 0.0
-    """What the weights add to the back-propagated loss, ``Σ (w_i − 1) c_i L_i``, if the engine is to sum it."""
+    """What the weights add to the back-propagated loss, ``Σ (w_i − 1) c_i L_i``, if the engine needs this sum."""
     steps: int = 0
     """Optimizer steps in this batch."""
     read_at_losses: set[str] = field(default_factory=set)
-    """Tasks whose gradient is read by a first-order pass from the loss: those without a head, or off its course."""
+    """Tasks whose gradient is read by a first-order pass from the loss: those without a head, or that do not keep to it."""
     tasks_of: dict[int, str] = field(default_factory=dict)
     """``id`` of each watched loss → its task."""
 
     def after_step(self) -> BatchState:
-        """Return what is left of the batch after an optimizer step: losses that were not back-propagated yet."""
+        """Return what remains of the batch after an optimizer step: losses that were not back-propagated yet."""
         left = self.waiting()
         branches = {task: nodes for task, nodes in self.branches.items() if task in left}
         tasks_of = {id(one.tensor): task for task, losses in left.items() for one in losses}
-        # What the weights change of the loss stays: the optimizer has not looked at it yet.
+        # The change of the loss by the weights stays: the optimizer has not read it yet.
         return replace(
             self,
             finished=self.all_backpropagated,
@@ -174,7 +174,7 @@ class BatchState:
         return self.finished | self.backpropagated
 
     def waiting(self) -> dict[str, list[WatchedLoss]]:
-        """Return the losses that are still to be back-propagated."""
+        """Return the losses that are yet to be back-propagated."""
         left = {task: [one for one in losses if one not in self.reached] for task, losses in self.losses.items()}
         return {task: losses for task, losses in left.items() if losses}
 

@@ -1,4 +1,4 @@
-"""How each task's gradient is read out of one backward pass. Pure torch."""
+"""Reads each task's gradient out of one backward pass. Pure torch."""
 
 from lightning_gradnorm.gradients.branch import TAKEN, branch, branch_arguments, fan_out
 from lightning_gradnorm.gradients.buffers import BufferGuard

@@ -1,10 +1,10 @@
-"""Branches: views of the representation z, one per head, that report the gradient which arrives at them.
+"""Branches: views of the representation z, one per head, that report the gradient arriving at them.
 
-If every head reads a view of its own, the gradient at that view belongs to this task alone, and the ordinary backward pass
-of the summed loss delivers all task gradients: heads and trunk are traversed once. A branch changes no value and no gradient.
+If every head reads its own view, the gradient at that view belongs to this task alone, and the ordinary backward pass of the
+summed loss delivers all task gradients: heads and trunk are traversed once. A branch changes no value and no gradient.
 
-Create a branch right before its head runs. Autograd processes nodes created later first, so a branch is reached right after
-the backward of its own head, and its gradient can be consumed before the next head starts: one copy of z is alive, not T.
+Create a branch right before its head runs. Autograd processes nodes created later first, so it reaches a branch right after
+the backward of its head, and you can consume its gradient before the next head starts: one copy of z is alive, not T.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ def branch(representation: Tree, receive: Receive) -> tuple[Tree, Node | None]:
     """Return a view of ``representation`` that passes its gradient to ``receive``.
 
     Args:
-        representation: a tensor, or tensors in nested tuples, lists and dicts (a feature pyramid, for example). Anything that
-            carries no gradient is returned as it is.
-        receive: called during backward, once per pass through the branch, as ``receive(tensors, gradients)`` with those
+        representation: a tensor, or tensors in nested tuples, lists and dicts (for example a feature pyramid). Anything that
+            carries no gradient is returned unchanged.
+        receive: called during backward, once per pass through the branch, as ``receive(tensors, gradients)`` with the
             tensors of ``representation`` that got a gradient. It may run ``torch.autograd.grad(tensors, …,
-            retain_graph=True)``: the graph below is still intact at that moment.
+            retain_graph=True)``, because the graph below is still intact then.
 
     Returns:
         The same structure with views in it, and the branch's node in the autograd graph. If nothing in ``representation``
-        carries a gradient, gradients are disabled, or a transform of `torch.func` is at work, ``representation`` itself and
-        None.
+        carries a gradient, gradients are disabled, or a transform of `torch.func` is active, returns ``representation`` itself
+        and None.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -91,7 +91,7 @@ def branch(representation: Tree, receive: Receive) -> tuple[Tree, Node | None]:
 
 
 def replace_tensors(tree: Tree, make: Callable[[list[Tensor]], list[Tensor]]) -> Tree:
-    """Return the same structure with what ``make`` returns in place of the tensors that carry a gradient, if there are any."""
+    """Return the same structure with the results of ``make`` in place of the tensors that carry a gradient, if any."""
     leaves, structure = pytree.tree_flatten(tree)
     places = [i for i, leaf in enumerate(leaves) if has_gradient(leaf)]
     if not places:
@@ -103,7 +103,7 @@ def replace_tensors(tree: Tree, make: Callable[[list[Tensor]], list[Tensor]]) ->
 
 
 def branch_arguments(args: Any, kwargs: Any, receive: Receive) -> tuple[tuple[Any, Any], Node | None]:
-    """Return a call's arguments with a branch in front of all tensors among them, and the branch's node."""
+    """Return a call's arguments with a branch in front of all their tensors, and the branch's node."""
     if kwargs or len(args) != 1:
         return branch((args, kwargs), receive)
     view, node = branch(args[0], receive)  # the common case

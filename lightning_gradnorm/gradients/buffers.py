@@ -13,8 +13,8 @@ class BufferGuard:
     """Restores a model's buffers after gradients were read.
 
     A checkpointed region is recomputed whenever a gradient passes through it, which updates the running statistics of a
-    BatchNorm inside. The first reading of each task finds out which buffers change; later readings copy only those. Most
-    models have none, so that the guard costs nothing after the first batch.
+    BatchNorm inside. The first reading of each task finds the buffers that change; later readings copy only those. Most
+    models have none, so the guard costs nothing after the first batch.
 
     Args:
         buffers: all buffers of the model.

@@ -38,13 +38,13 @@ class _Gate(torch.autograd.Function):
 class JointGradients(GradientReader):
     """Reads ``∇_z L_i`` of all tasks and replaces their sum by the result of ``combine``.
 
-    The gate only acts in a backward pass between `begin` and `on_backward_end`. In any other, for a gradient that the user
-    computes, it is the identity. A gradient that does not come from a task, from a regularizer of the representation for
-    example, passes unchanged.
+    The gate only acts in a backward pass between `begin` and `on_backward_end`. In any other pass, such as one that the user
+    runs for a gradient, it is the identity. A gradient that does not come from a task, for example from a regularizer of the
+    representation, passes unchanged.
 
     Args:
         module: the encoder, whose output is the representation.
-        name: what errors call the representation.
+        name: the name of the representation in errors.
         tasks: the tasks' names, in the order of the rows.
         combine: called in backward, once per forward pass, with J of shape (T, n), zero in the rows of absent tasks, in
             float32 (float64 if the representation is). Returns the vector of n values that continues
@@ -99,7 +99,7 @@ class JointGradients(GradientReader):
         """Return the encoder's output with a gate behind it.
 
         Raises:
-            ValueError: the encoder was called before in this forward pass. Each call would need a gate of its own, and each
+            ValueError: the encoder was called before in this forward pass. Each call would need its own gate, and each
                 gate would have to wait for the others.
         """
         return replace_tensors(output, self._open_gate)
@@ -107,12 +107,12 @@ class JointGradients(GradientReader):
     def _open_gate(self, inputs: list[Tensor]) -> list[Tensor]:
         if self.targets and not self.was_passed:
             raise ValueError(
-                f"{self.label} is called more than once in one forward pass, so that the tasks' gradients do not meet in one "
+                f"{self.label} is called more than once in one forward pass, so the task gradients do not meet in one "
                 f"place. Give it one batch made of all its inputs (torch.cat), or name a module that is called once."
             )
         self._forget_gate()
         self._inputs = inputs
-        # Known to the graph by its number. A reference to its tensors, which hold the graph, would close a cycle.
+        # The graph knows us by a number. A reference to our tensors, which hold the graph, would close a cycle.
         self.targets = [*_Gate.apply(partial(self._replace_gradient, self._gates), *inputs)]  # type: ignore[no-untyped-call]
         return self.targets
 
@@ -141,20 +141,20 @@ class JointGradients(GradientReader):
             self._inside = self._nodes_to_avoid()
         if not self._inside.isdisjoint(reachable_nodes([loss], stop={node_of(self.targets[0])})):
             return (
-                f"reaches what is within {self.label} by a way that does not pass its output: a skip connection, or a "
+                f"reaches the inside of {self.label} by a path that does not pass its output: a skip connection, or a "
                 f"derivative of the heads by the inputs. Name as representation the module whose output is all that the heads "
-                f"read, or have the encoder return what they read. Losses with derivatives can be aggregated at='parameters', "
+                f"read, or let the encoder return what they read. Losses with derivatives can be aggregated at='parameters', "
                 f"or balanced by weights, as GradNorm and Scalarization do."
             )
         return None
 
     def _nodes_to_avoid(self) -> set[Node]:
-        """Return the trunk's nodes that no loss may reach by a way around the gate."""
+        """Return the trunk's nodes that no loss may reach by a path around the gate."""
         nodes = reachable_nodes(map(node_of, self._inputs))
         leaves = {node: node.variable for node in nodes if hasattr(node, "variable")}
         inputs = {node for node, leaf in leaves.items() if not isinstance(leaf, nn.Parameter)}
-        # A loss may read a weight of the trunk directly, as a weight penalty does. Where the inputs carry a gradient, this
-        # may be a derivative by them, which in a trunk of one layer reaches its weight alone.
+        # A loss may read a weight of the trunk directly, as a weight penalty does. But if the inputs carry a gradient, it may
+        # be a derivative by them, which in a trunk of one layer reaches only its weight.
         return nodes - (inputs or leaves.keys())
 
     def begin(self, backpropagated: Tensor, *, stop: Collection[Node] = ()) -> None:
@@ -178,7 +178,7 @@ class JointGradients(GradientReader):
         at_gate = arrived.keys() <= set(map(id, self.targets))
         if at_gate:
             found = [arrived.get(id(view)) for view in self.targets]
-        else:  # other nodes lie between, such as the head when gradients are read at the loss: traverse them first
+        else:  # other nodes are in between, such as the head when gradients are read at the loss: traverse them first
             found = list(torch.autograd.grad(outputs, self.targets, gradients, retain_graph=True, allow_unused=True))
             self._passed_through.add(task)
         for place, (piece, gradient) in enumerate(zip(self._split(self._rows[self._row_of[task]]), found, strict=True)):
@@ -213,7 +213,7 @@ class JointGradients(GradientReader):
         return [g if g is None else g.to(tensor.dtype) for g, tensor in zip(gradients, self._inputs, strict=True)]
 
     def _without_tasks(self, arrived: Gradients) -> list[Tensor | None]:
-        """Return what has arrived without the tasks' gradients in it.
+        """Return the gradients that arrived, without those of the tasks.
 
         A gradient read at a branch has stopped there (`TAKEN`). One read at a loss is part of the sum that arrives here.
         """

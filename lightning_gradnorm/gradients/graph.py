@@ -27,14 +27,14 @@ def has_gradient(value: object) -> TypeGuard[Tensor]:
 
 
 def is_custom(node: Node) -> bool:
-    """Return True for the backward pass of a custom autograd function, of which the graph knows nothing but its inputs."""
+    """Return True for the backward pass of a custom autograd function; the graph knows nothing about it but its inputs."""
     return isinstance(node, BackwardCFunction) or "CppNode" in node.name()
 
 
 def is_constant(loss: object) -> bool:
-    """Return True for a loss that nothing can be learned from: a number, no value at all, or no way to anything trained.
+    """Return True for a loss that nothing can be learned from: a number, no value at all, or no path to anything trained.
 
-    So the loss of a batch without labels is often written.
+    The loss of a batch without labels is often written this way.
 
     Example:
         >>> import torch
@@ -61,9 +61,9 @@ def is_constant(loss: object) -> bool:
 
 
 def tensors_with_gradient(tree: Any) -> list[Tensor]:
-    """Return the tensors in nested tuples, lists and dicts that are part of the graph that is back-propagated.
+    """Return the tensors in nested tuples, lists and dicts that are part of the back-propagated graph.
 
-    Of a tensor inside `torch.func.vmap` or `grad`, what these have wrapped: its own graph is that of an inner derivative.
+    A tensor inside `torch.func.vmap` or `grad` is unwrapped first: its own graph is that of an inner derivative.
     """
     return [leaf for leaf in map(_unwrapped, pytree.tree_leaves(tree)) if has_gradient(leaf)]
 
@@ -71,7 +71,7 @@ def tensors_with_gradient(tree: Any) -> list[Tensor]:
 def is_transformed() -> bool:
     """Return True inside a transform of `torch.func` (vmap, grad, jvp, hessian) or a level of forward-mode derivatives.
 
-    Tensors are wrapped there: a gradient that arrives at one is not, or not alone, what the backward pass brings.
+    Tensors are wrapped there: a gradient that arrives at one is not, or not only, the gradient of the backward pass.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
@@ -88,12 +88,12 @@ def _unwrapped(value: Any) -> Any:
 
 
 def children(node: Node) -> list[Node]:
-    """Return the nodes that the gradient goes to from ``node``."""
+    """Return the nodes to which ``node`` passes the gradient."""
     return [child for child, _ in node.next_functions if child is not None]
 
 
 def reachable_nodes(start: Iterable[Node], *, stop: Collection[Node] = ()) -> set[Node]:
-    """Return the nodes that a gradient starting at ``start`` reaches, ``start`` included; nothing behind ``stop``."""
+    """Return the nodes that a gradient from ``start`` reaches, including ``start``, but none behind ``stop``."""
     seen = set(start)
     to_visit = list(seen)
     while to_visit:
@@ -131,7 +131,7 @@ def nodes_on_paths(
 
     Args:
         start: where the gradient comes from, for example ``[node_of(loss)]``.
-        targets: tensors whose gradient is wanted, parameters or intermediate results; or their nodes.
+        targets: tensors whose gradient you want, parameters or intermediate results; or their nodes.
         stop: nodes that no path may pass. A path may end there if the node belongs to a target.
 
     Example:
@@ -175,8 +175,8 @@ def reason_not_retraversable(nodes: Iterable[Node]) -> str | None:
     nodes gather and free weights when a gradient passes them. A reentrant checkpoint does not support torch.autograd.grad.
     """
     causes = {
-        "Compiled": "a module compiled with torch.compile, whose graph cannot be walked twice. Name the heads with heads=, and "
-        "a shared_layer in the last module that is compiled before them",
+        "Compiled": "a module compiled with torch.compile, whose graph cannot be traversed twice. Name the heads with heads=, "
+        "and a shared_layer in the last module that is compiled before them",
         "RegisterPostBackward": "a module sharded by FSDP, which cannot be passed twice. Name the heads with heads=, and a "
         "shared_layer in the last module that is sharded before them",
         "CheckpointFunction": "an activation checkpoint that cannot be passed twice. Call it with use_reentrant=False",

@@ -1,4 +1,4 @@
-"""The autograd graph of one batch's losses: which tasks' gradients pass a node, and how deep a weight lies.
+"""The autograd graph of one batch's losses: which tasks' gradients pass a node, and how deep a weight is.
 
 Everything `engine.discovery` needs to find the shared layer and the heads is in this graph and in the list of module calls of
 the forward pass.
@@ -76,16 +76,16 @@ class LossGraph:
     def positions(
         self, layers: Mapping[str, Sequence[Tensor]], calls: Collection[ModuleCalls]
     ) -> dict[str, dict[str, Position]]:
-        """Return how deep each layer lies below the losses it is reached from: layer → task → position.
+        """Return how deep each layer is below the losses that reach it: layer → task → position.
 
-        A layer may be used several times; its deepest use that a task reaches counts for that task. A use outside the calls of
-        the modules that it belongs to only counts where there is none within: the derivative of a network by its input, as in
-        a physics loss, uses all layers once more, the first one last.
+        A layer may be used several times; for each task, the deepest use that it reaches counts. A use outside the calls of
+        the layer's own modules only counts if there are none within. An example is the derivative of a network by its input, as
+        in a physics loss: it uses all layers once more, the first one last.
 
         Args:
             layers: the parameters of each layer by name. Several of them may make up one weight (weight norm).
             calls: the module calls of the forward pass. An expression of one parameter alone is a weight, unless it is the
-                output of one of these, or a loss (a penalty on that weight).
+                output of one of these calls, or a loss (a penalty on that weight).
         """
         outputs = {node for module in calls for node in module.outputs}
         own = {node_of(parameter): name for name, parameters in layers.items() for parameter in parameters}
@@ -121,14 +121,14 @@ class LossGraph:
         return found
 
     def heads(self, targets: Collection[Node], modules: Iterable[ModuleCalls]) -> dict[str, str]:
-        """Return, for each task that has one, the head: the first module called that is this task's alone, task → name.
+        """Return the head of each task that has one, task → name: the first module called that belongs to this task alone.
 
-        On the way to the targets the task's whole gradient leaves the module through its inputs, and no other task's gradient
-        enters it. A module that is given another task's loss, even one that ignores it, is no head: its view of the inputs
+        On the path to the targets, the task's whole gradient leaves the module through its inputs, and no other task's gradient
+        enters it. A module that receives another task's loss, even if it ignores it, is not a head: its view of the inputs
         would make that loss part of this task's.
 
         Args:
-            targets: nodes of what the gradients are read at.
+            targets: nodes of the tensors whose gradients are read.
             modules: the module calls of the forward pass, in the order of the first calls.
         """
         leads: set[Node] = set()
@@ -149,7 +149,7 @@ class LossGraph:
         return heads
 
     def _is_all_inside(self, task: str, outputs: set[Node], inputs: set[Node], targets: Collection[Node]) -> bool:
-        """Return True if each path from the task's losses to the targets leaves the module by an edge to its inputs."""
+        """Return True if every path from the task's losses to the targets leaves the module by an edge to its inputs."""
         inside = _inside(outputs, inputs)
         seen = set(self.roots[task])
         to_visit = list(seen)
@@ -169,7 +169,7 @@ def _inside(outputs: set[Node], inputs: set[Node]) -> set[Node]:
 
 
 def _children_first(roots: Iterable[Node]) -> list[Node]:
-    """Return the nodes that are reached from ``roots``, each after all it leads to."""
+    """Return the nodes reachable from ``roots``, each after all nodes that it leads to."""
     order: dict[Node, None] = {}
     entered: set[Node] = set()
     to_visit = list(roots)

@@ -16,7 +16,7 @@ from lightning_gradnorm.gradients.readers import flat_row
 from lightning_gradnorm.gradients.repeated_passes import RepeatedPasses
 
 REST = "rest_of_loss"
-"""The name of the remainder: whatever the back-propagated loss contains besides the named terms."""
+"""The name of the remainder: everything in the back-propagated loss besides the named terms."""
 
 
 @dataclass
@@ -49,21 +49,21 @@ class LossTermGradients:
     """Sums up each term's contribution to ``.grad`` over the backward passes of one optimizer step.
 
     A balancing strategy may scale a loss's gradient during the backward pass, by a hook on the loss. So `read` takes each
-    term's gradient before the pass, as it stands in the total, by a first-order pass of its own. During the pass, hooks placed
-    by `attach_hooks` record the factor that actually arrives at each term, and `finalize` scales the gradients by it.
+    term's gradient before the pass, as it stands in the total, by a separate first-order pass. During the pass, hooks from
+    `attach_hooks` record the factor that actually arrives at each term, and `finalize` scales the gradients by it.
 
     Args:
-        buffers: all buffers of the model; they keep their values where reading recomputes a checkpointed region.
+        buffers: all buffers of the model; they keep their values when reading recomputes a checkpointed region.
         caller: begins each error.
     """
 
     def __init__(self, buffers: Iterable[Tensor], *, caller: str) -> None:
         self.parameters: list[Tensor] = []
         self.sums: dict[str, LossTerm] = {}
-        """The terms that took part in a backward pass of this step."""
+        """The terms that a backward pass of this step has reached."""
         self._buffers = BufferGuard(buffers)
         self._caller = caller
-        self._repeats = RepeatedPasses(f"{caller}: the gradient of the loss", " for as long as you look")
+        self._repeats = RepeatedPasses(f"{caller}: the gradient of the loss", " while you measure")
         self._checked: set[str] = set()
         self._readings: list[_Reading] = []
         self._hooks = ExitStack()
@@ -79,8 +79,8 @@ class LossTermGradients:
             total: the loss that the model back-propagates.
             losses: the terms by name; those that do not contribute to this total are ignored.
             share: the factor that the total will be multiplied by: 1 over the number of micro-batches.
-            scale: that of a loss scaler. It is applied here too, lest small numbers underflow in half precision, and divided
-                out of the results.
+            scale: the loss scaler's factor. It is also applied here, because small numbers would underflow in half precision,
+                and divided out of the results.
 
         Raises:
             ValueError: a term contains another, or the graph cannot be traversed twice.
@@ -89,7 +89,7 @@ class LossTermGradients:
         if not (total.requires_grad and self.parameters):
             return
         seed = torch.full_like(total, share * scale)
-        # As in the backward pass itself, outside autocast. A checkpointed BatchNorm must not count the batch twice.
+        # Outside autocast, like the backward pass itself. A checkpointed BatchNorm must not count the batch twice.
         with (
             torch.autocast(total.device.type, enabled=False),
             self._buffers.preserved(",".join(name for name, _ in losses)),
@@ -154,7 +154,7 @@ class LossTermGradients:
         if cause := reason_not_retraversable(nodes_on_paths([node_of(total)], self.parameters)):
             raise ValueError(
                 f"{self._caller}: the loss reaches the parameters through {cause.split(',')[0].rstrip('.')}, whose graph "
-                f"cannot be walked twice. Look at the gradients in a short run without it."
+                f"cannot be traversed twice. Measure the gradients in a short run without it."
             )
         for name, loss in terms:
             others = {other: tensor for other, tensor in terms if other != name}
@@ -165,7 +165,7 @@ class LossTermGradients:
             if nested:
                 separate = [other for other in others if other != nested[0]] + nested[:1]
                 raise ValueError(
-                    f"{self._caller}: the loss '{name}' contains the loss '{nested[0]}', so that their gradients are not parts "
+                    f"{self._caller}: the loss '{name}' contains the loss '{nested[0]}', so their gradients are not parts "
                     f"of one sum. Name losses that are, for example losses={separate}."
                 )
 

@@ -51,12 +51,12 @@ class GradientNorms(dict[str, float]):
 
     @property
     def imbalance(self) -> float:
-        """The largest norm over the smallest, leaving out gradients that are zero."""
+        """The largest norm over the smallest, without gradients that are zero."""
         norms = [norm for norm in self.values() if norm != 0]
         return max(norms) / min(norms) if norms else 1.0
 
     def of(self, names: Sequence[str]) -> GradientNorms:
-        """Return the norms of these losses alone."""
+        """Return the norms of these losses only."""
         places = [list(self).index(name) for name in names]
         return GradientNorms(names, self.products[places][:, places])
 
@@ -73,12 +73,12 @@ def gradient_norms(losses: Mapping[str, Tensor], parameters: Iterable[Tensor]) -
     follow.
 
     Args:
-        losses: the terms of a composite loss by name, scalars, with the coefficients they have in the sum.
-        parameters: those that the losses share, for example ``model.encoder.parameters()``. Frozen ones are left out; where
-            a loss does not depend on a parameter, its gradient counts as zero.
+        losses: the terms of a composite loss by name, scalars, with their coefficients in the sum.
+        parameters: the parameters that the losses share, for example ``model.encoder.parameters()``. Frozen ones are left
+            out. If a loss does not depend on a parameter, its gradient counts as zero.
 
     Raises:
-        TypeError, ValueError: a loss is not a scalar tensor or carries no gradient, or there is no parameter.
+        TypeError, ValueError: a loss is not a scalar tensor or carries no gradient, or no parameter is trained.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1, bias=False)
@@ -126,16 +126,14 @@ def inner_products(rows: Sequence[Tensor]) -> Tensor:
 def check_loss(loss: Any, *, caller: str, otherwise: str = "", is_scalar: bool = True) -> None:
     """Raise an error unless ``loss`` is a tensor with a gradient.
 
-    ``caller`` begins the error and names the loss; ``otherwise`` is what else may be given where there is no gradient;
+    ``caller`` begins the error and names the loss; ``otherwise`` names an alternative to a loss with a gradient;
     ``is_scalar``: it should have one value.
     """
-    ways = (
-        "If it is not at hand here, name what returns it with losses_from, or give it to watch() where it is computed."
-    )
+    ways = "If it is not available here, name what returns it with losses_from, or give it to watch() where it is computed."
     if not isinstance(loss, Tensor):
         kind = type(loss).__name__
         is_metric = callable(getattr(loss, "update", None)) and callable(getattr(loss, "compute", None))
-        cause = "a metric, not what it returns" if is_metric else "its value alone, as of .item()"
+        cause = "a metric, not what it returns" if is_metric else "only its value, as from .item()"
         raise TypeError(
             f"{caller} should be a tensor; got {kind}{f', {cause}' if is_metric or is_number(loss) else ''}. Give the loss "
             f"itself{otherwise}. {ways}"
@@ -148,7 +146,7 @@ def check_loss(loss: Any, *, caller: str, otherwise: str = "", is_scalar: bool =
         raise ValueError(f"{caller} should be a real number; got {loss.dtype}, which is complex.")
     if is_wrapped(loss):
         raise ValueError(
-            f"{caller} is of inside a transform of torch.func (vmap, grad, jvp, …), where it is one of many or is not "
+            f"{caller} is from inside a transform of torch.func (vmap, grad, jvp, …), where it is one of many or is not "
             f"back-propagated. Show what is computed from the transform's result."
         )
     if not loss.requires_grad:
@@ -158,6 +156,6 @@ def check_loss(loss: Any, *, caller: str, otherwise: str = "", is_scalar: bool =
         )
     if loss.is_leaf:
         raise ValueError(
-            f"{caller} is a parameter itself, all gradients of which arrive there, and not this loss's alone. Give what is "
-            f"computed of it, such as 1 * parameter, and add that to what is back-propagated."
+            f"{caller} is a parameter itself. All gradients arrive there, not only those of this loss. Give a tensor computed "
+            f"from it, such as 1 * parameter, and add that to what is back-propagated."
         )

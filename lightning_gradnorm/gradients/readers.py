@@ -71,14 +71,14 @@ def row_width(parameters: Sequence[Tensor]) -> int:
 
 
 def flat_row(found: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
-    """Return the gradients of ``parameters`` as one vector in float32 or float64, with zeros where there is none."""
+    """Return the gradients of ``parameters`` as one vector in float32 or float64, with zeros for missing ones."""
     pairs = zip(found, parameters, strict=True)
     parts = [_flat(torch.zeros_like(parameter) if part is None else part) for part, parameter in pairs]
     return _at_least_float32(parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
 def add_up(old: list[Tensor | None] | None, new: list[Tensor | None]) -> list[Tensor | None]:
-    """Return the elementwise sum of two lists of gradients, any of which may be ``None``."""
+    """Return the elementwise sum of two lists of gradients; entries may be ``None``."""
     if old is None:
         return new
     return [a if b is None else b if a is None else a + b for a, b in zip(old, new, strict=True)]
@@ -96,13 +96,13 @@ class GradientReader(ABC):
     targets: list[Tensor]
     """The tensors whose gradient is read."""
     label: str
-    """What errors call them."""
+    """Their name in errors."""
     way_out = "Call it outside, or name a shared_layer in a module that is called outside."
-    """What to do where `module` cannot be seen, in the words of the user's options."""
+    """What to do if `module` cannot be seen, in terms of the user's options."""
 
     @property
     def is_frozen(self) -> bool:
-        """Whether no gradient arrives at the targets because what they belong to is frozen."""
+        """Whether no gradient arrives at the targets because the module they belong to is frozen."""
         if self.targets or self.module is None:
             return False
         parameters = list(self.module.parameters())
@@ -110,7 +110,7 @@ class GradientReader(ABC):
 
     @abstractmethod
     def read(self, task: str, outputs: Outputs, gradients: Sequence[Tensor]) -> object:
-        """Read this task's gradients, which have just arrived at ``outputs``. Return what a `Receive` returns."""
+        """Read this task's gradients, which have just arrived at ``outputs``. The return value is that of a `Receive`."""
 
     def finalize_task(self, task: str) -> None:
         """Called when this task's gradient is complete for this optimizer step."""
@@ -135,7 +135,7 @@ class GradientReader(ABC):
         """Forget what was read, but not the current forward pass."""
 
     def reset(self) -> None:
-        """Forget all: a new optimizer step begins."""
+        """Forget everything: a new optimizer step begins."""
         self.release_graph()
         self.forget()
 
@@ -145,7 +145,7 @@ class RowReader(GradientReader):
 
     _power = 1  # of the gradient in a row
     kinds: Sequence[Norm] = ("l2",)
-    """Which norms are taken."""
+    """The kinds of norms to take."""
 
     def __init__(self) -> None:
         self._rows: dict[str, Tensor] = {}
@@ -156,14 +156,14 @@ class RowReader(GradientReader):
         """Return the norms of rows of shape (T, n), which may have been summed over ranks.
 
         Returns:
-            The T norms; or of shape (T, k), if there are several `kinds`.
+            The T norms; or norms of shape (T, k) if there are several `kinds`.
         """
         if len(self.kinds) == 1:
             return _NORMS[self.kinds[0]](rows)
         return torch.stack([_NORMS[kind](rows) for kind in self.kinds], dim=1)
 
     def _complete(self, *tasks: str) -> None:
-        """Bring the rows of these tasks, by default of all, up to date. Called before a row is used."""
+        """Bring the rows of these tasks, by default all, up to date. Called before a row is used."""
 
     def width(self) -> int:
         """Return n, the length of a row: the number of values in the targets."""
@@ -208,8 +208,8 @@ class RowReader(GradientReader):
     def _refuse_if_finalized(self, task: str) -> None:
         if task in self._finalized:
             raise RuntimeError(
-                f"the gradient of task '{task}' is read again after it was said to be complete: its loss was back-propagated "
-                f"twice for one optimizer step, in on_before_backward, say. Do it once, or optimize manually."
+                f"the gradient of task '{task}' is read again after it was complete: its loss was back-propagated "
+                f"twice for one optimizer step, for example in on_before_backward. Do it once, or optimize manually."
             )
 
     def _add(self, task: str, row: Tensor) -> None:
@@ -220,8 +220,8 @@ class RowReader(GradientReader):
 class WeightGradients(RowReader):
     """Reads ``∇_W L_i``, the gradient of each task at the shared layer's parameters (GradNorm, section 3.1).
 
-    The vector-Jacobian product runs from where the gradient has arrived down to ``W`` and stops there. It uses the graph that
-    the backward pass is about to traverse.
+    The vector-Jacobian product runs from the place where the gradient has arrived down to ``W`` and stops there. It uses the
+    graph that the backward pass is about to traverse.
 
     Args:
         parameters: the tensors that make up ``W``.
@@ -261,7 +261,7 @@ class ActivationGradients(RowReader):
 
     Args:
         module: the encoder, whose output is the representation.
-        name: what errors call the representation.
+        name: the name of the representation in errors.
     """
 
     way_out = "Use norm_of='weight', which reads at the shared layer."
@@ -273,7 +273,7 @@ class ActivationGradients(RowReader):
         self._arrived: dict[str, list[Tensor | None]] = {}
 
     def forward_post(self, output: Any) -> None:
-        """Read gradients at the tensors in ``output`` in this forward pass."""
+        """Read gradients at the tensors in ``output`` during this forward pass."""
         self.targets.extend(tensors_with_gradient(output))
 
     def release_graph(self) -> None:

@@ -1,8 +1,8 @@
-"""Custom autograd functions that cannot be passed twice: found out by passing them twice.
+"""Finds custom autograd functions that cannot be passed twice, by passing them twice.
 
-Fused kernels save memory by overwriting: the gradient that a fused cross-entropy has computed in its forward pass is
-multiplied in place by the one that arrives; a fused norm writes its result over the gradient it was given. One backward pass
-never notices. A first-order pass beside it would spoil both, without an error, since kernels do not count as changes in place.
+Fused kernels save memory by overwriting. A fused cross-entropy computes a gradient in its forward pass and multiplies it in
+place by the one that arrives; a fused norm writes its result over the gradient it received. One backward pass never notices.
+But an extra first-order pass would spoil both, without an error, since kernels do not count as changes in place.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch.autograd.graph import GradientEdge
 from lightning_gradnorm.gradients.graph import is_custom, node_of, nodes_on_paths, reason_not_retraversable
 from lightning_gradnorm.gradients.readers import Outputs, flat_row
 
-_FACTOR = 0.7310586  # a function that overwrites may spare itself a factor of 1
+_FACTOR = 0.7310586  # a function that overwrites may skip a factor of 1
 _NAME_THEM = "; or, if it is in the loss or in a head, name shared_layer and heads, which are then read below it"
 _TRUSTED = ("torch", "lightning_gradnorm")
 
 
 class RepeatedPasses:
-    """Checks, before a first-order pass, that it is the same each time, and lends it gradients that it may overwrite.
+    """Checks, before a first-order pass, that it gives the same result each time, and lends it gradients to overwrite.
 
     Args:
         begin: begins the error, before the name of the loss.
@@ -33,7 +33,7 @@ class RepeatedPasses:
     def __init__(self, begin: str, way_out: str = _NAME_THEM) -> None:
         self._begin, self._way_out = begin, way_out
         self._has_custom: dict[tuple[str, bool], bool] = {}
-        """Passes that have been checked → whether there is a custom function on the way."""
+        """Checked passes → whether they contain a custom function."""
 
     def checked(
         self, name: str, outputs: Outputs, gradients: Sequence[Tensor], targets: Sequence[Tensor], *, once: bool = True
@@ -43,9 +43,9 @@ class RepeatedPasses:
         Args:
             name: of the loss.
             outputs: where the pass begins.
-            gradients: those that have arrived there.
+            gradients: the gradients that arrived there.
             targets: where it ends.
-            once: whether a pass that begins there is checked the first time only.
+            once: whether to check a pass that begins there only the first time.
 
         Raises:
             ValueError: two passes give different gradients.
@@ -73,13 +73,13 @@ class RepeatedPasses:
         first, cause = one_pass(), None
         try:
             difference = (first - one_pass()).norm()
-            is_same = not bool(difference > 0.05 * first.norm())  # what is not finite is told elsewhere
-        except Exception as error:  # what it has saved is gone, or counts as changed in place
+            is_same = not bool(difference > 0.05 * first.norm())  # numbers that are not finite are reported elsewhere
+        except Exception as error:  # the saved tensors are gone, or count as changed in place
             is_same, cause = False, error
         if not is_same:
             raise ValueError(
                 f"{self._begin} '{name}' cannot be read beside the ordinary backward pass: a second pass through the custom "
-                f"autograd function {custom} gives another gradient than the first, as of fused kernels that overwrite what "
+                f"autograd function {custom} gives another gradient than the first, as with fused kernels that overwrite what "
                 f"they have saved. Use its ordinary form{self._way_out}."
             ) from cause
 

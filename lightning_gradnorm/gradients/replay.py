@@ -1,4 +1,4 @@
-"""Runs a module again to get gradients of its parameters, where the graph of the forward pass cannot be traversed twice.
+"""Runs a module again to get gradients of its parameters, if the graph of the forward pass cannot be traversed twice.
 
 A graph from `torch.compile` frees its buffers or, worse, returns wrong numbers; a layer sharded by FSDP has freed its weight; a
 reentrant activation checkpoint has no graph at all.
@@ -24,7 +24,7 @@ from lightning_gradnorm.gradients.readers import Outputs, RowReader, add_up, fla
 
 
 class _Environment:
-    """What a module's output depends on besides its arguments and parameters: random numbers and autocast."""
+    """Everything besides its arguments and parameters that a module's output depends on: random numbers and autocast."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._device_type = next((t.device.type for t in tensors if t.device.type != "cpu"), "cpu")
@@ -64,12 +64,12 @@ class ReplayedGradients(RowReader):
     """Reads ``∇_W L_i`` as `WeightGradients` does, by running a module that contains ``W`` again.
 
     It records how the module was called and which gradient of each task arrives at its output. After the backward pass it runs
-    the module again, eagerly, with the same input, random numbers and unsharded parameters, on a small graph of its own.
+    the module again, eagerly, with the same input, random numbers and unsharded parameters, on a small separate graph.
 
     Args:
         module: a module that contains ``W`` and is called in the forward pass.
         parameters: the names of ``W`` in ``module``.
-        name: what errors call the module.
+        name: the name of the module in errors.
     """
 
     module: nn.Module
@@ -116,9 +116,9 @@ class ReplayedGradients(RowReader):
         self._running.append(_Call(detached, _Environment(given), nodes))
 
     def forward_post(self, output: Any) -> Any:
-        """Return views of the module's output, at which gradients will be read.
+        """Return views of the module's output, where gradients will be read.
 
-        Views, because the gradient at the output itself cannot be read if other code has placed a hook on it.
+        We need views because the gradient at the output itself cannot be read if other code has placed a hook on it.
         """
         call = self._running.pop()
         views = pytree.tree_map_only(Tensor, lambda tensor: tensor.view_as(tensor), output)
@@ -138,9 +138,9 @@ class ReplayedGradients(RowReader):
         """Run the module again, and add each task's contribution to the gradient of ``W``.
 
         Raises:
-            RuntimeError: the second run returns something else than the first.
+            RuntimeError: the second run returns something other than the first.
         """
-        # Gathering sharded weights is a collective: every rank takes part, whichever tasks it has seen.
+        # Gathering sharded weights is a collective: every rank joins in, whichever tasks it has seen.
         tensors, W = self._whole_tensors()
         for call in self._calls:
             if call.arrived:
@@ -192,12 +192,12 @@ class ReplayedGradients(RowReader):
                 self._add(task, flat_row(found, W))
 
     def _verify(self, first: Sequence[Tensor], again: Sequence[Tensor]) -> None:
-        """Compare the two runs, in the first batch only: rounding may differ, a dropout mask may not."""
+        """Compare the two runs, in the first batch only. Rounding may differ, a dropout mask may not."""
         if self._verified:
             return
         if len(first) != len(again) or not all(_close(a, b) for a, b in zip(first, again, strict=True)):
             raise RuntimeError(
-                f"running '{self._name}' again did not give what it gave in the forward pass. It "
+                f"running '{self._name}' again did not return the same as in the forward pass. It "
                 f"should depend on nothing but its input, parameters and buffers (compiled Dropout draws other masks), and its "
                 f"output should not be changed in place. Leave the last shared layer out of what is compiled, checkpointed or "
                 f"sharded."

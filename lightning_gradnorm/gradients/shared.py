@@ -1,9 +1,9 @@
 """Reads the task gradients of the parameters that tasks share, and keeps them out of what the ordinary pass accumulates.
 
-Each task's gradient is read by a first-order pass of its own as it arrives, at its loss or at its head. When the ordinary
-backward pass comes to a shared parameter, a hook takes the tasks' gradients away from what it brings there: whatever belongs to
-no task, such as a regularizer, is accumulated as ever. This happens before anything is added to ``.grad``, and before DDP sums
-it over the ranks. It does not matter how often the network was called, or whether the losses contain derivatives of it.
+A separate first-order pass reads each task's gradient as it arrives, at its loss or at its head. When the ordinary backward
+pass reaches a shared parameter, a hook subtracts the tasks' gradients. The rest, such as a regularizer's gradient, is
+accumulated as usual. This happens before anything is added to ``.grad``, and before DDP sums it over the ranks. It does not
+matter how often the network was called, or whether the losses contain derivatives of it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lightning_gradnorm.gradients.readers import GradientReader, Outputs, flat_r
 
 
 class SharedGradients(GradientReader):
-    """Reads ``∇_θ L_i`` of all shared parameters, and lets one gradient be put in the place of their sum.
+    """Reads ``∇_θ L_i`` of all shared parameters, and allows one gradient to replace their sum.
 
     Example:
         >>> network = torch.nn.Linear(1, 1, bias=False)
@@ -48,13 +48,13 @@ class SharedGradients(GradientReader):
         self._rows: dict[str, dict[Tensor, Tensor]] = {}
         self._placed: dict[Tensor, Tensor] = {}
         self._passes: dict[int, dict[Tensor, Tensor | None]] = {}
-        """Backward pass → parameter → what tasks have brought there; ``None`` if nothing else can arrive."""
+        """Backward pass → parameter → the sum of what tasks brought there; ``None`` if nothing else can arrive."""
         self._others: set[Node] = set()
         self._hooks = ExitStack()
 
     @property
     def is_frozen(self) -> bool:
-        """Whether nothing that is shared is trained."""
+        """Whether no shared parameter is trained."""
         return not self.targets
 
     def set_targets(self, parameters: Sequence[Tensor]) -> None:
@@ -71,16 +71,16 @@ class SharedGradients(GradientReader):
         """
         self.on_backward_end()
         self._others = reachable_nodes([node_of(backpropagated)], stop=stop)
-        for parameter in self.targets:  # behind all hooks of the user's own, which change what is read as well
+        for parameter in self.targets:  # behind all of the user's own hooks, which change what we read, too
             self._hooks.callback(parameter.register_hook(partial(self._without_tasks, parameter)).remove)  # type: ignore[no-untyped-call]
 
     def read(self, task: str, outputs: Outputs, gradients: Sequence[Tensor]) -> None:
         """Add the task's gradients to its row.
 
-        They go on through the network in the ordinary pass, even if nothing but shared parameters lies there: hooks of a user
-        would be called without a gradient.
+        They also continue through the network in the ordinary pass, even if it has only shared parameters there. Otherwise the
+        user's hooks would be called without a gradient.
         """
-        # Hooks run in our own passes too, and in those of a user who takes a gradient meanwhile.
+        # Hooks also run in our own passes, and in those of a user who takes a gradient meanwhile.
         arrived = self._passes.setdefault(torch._C._current_graph_task_id(), {})
         found = torch.autograd.grad(outputs, self.targets, gradients, retain_graph=True, allow_unused=True)
         row = self._rows.setdefault(task, {})
@@ -109,7 +109,7 @@ class SharedGradients(GradientReader):
         self._others = set()
 
     def write_rows(self, out: Tensor, tasks: Sequence[str]) -> None:
-        """Write the sums so far to the rows of ``out``, shape (T, n), one number for each of the values held."""
+        """Write the sums so far to the rows of ``out``, shape (T, n), one number for each value in ``held``."""
         widths = [row_width([parameter]) for parameter in self.held]
         for row, task in zip(out, tasks, strict=True):
             found = self._rows.get(task, {})
@@ -119,7 +119,7 @@ class SharedGradients(GradientReader):
 
     @torch.no_grad()
     def place(self, pieces: Mapping[Tensor, Tensor]) -> None:
-        """Add to each parameter's gradient from elsewhere a piece, flat; in place of what was added before in this step."""
+        """Add a flat piece to each parameter's gradient from elsewhere, replacing what was added before in this step."""
         for parameter, piece in pieces.items():
             shape = parameter.shape
             new = torch.view_as_complex(piece.view(*shape, 2)) if parameter.is_complex() else piece.view(shape)
@@ -136,7 +136,7 @@ class SharedGradients(GradientReader):
         self.on_backward_end()
 
     def forget(self) -> None:
-        """Forget what was read, and that anything was placed."""
+        """Forget the gradients read and placed so far."""
         self._rows.clear()
         self._placed.clear()
         self.held = dict.fromkeys(self.targets)

@@ -1,4 +1,4 @@
-"""Shows which term of a composite loss moves the shared parameters, without changing the training by a bit."""
+"""Shows which term of a composite loss moves the shared parameters, and leaves the training bit-identical."""
 
 from __future__ import annotations
 
@@ -36,16 +36,15 @@ _check = partial(check, _NAME)
 class GradientNormMonitor(L.Callback):
     """Show how much each term of a composite loss moves the shared parameters, and which terms conflict.
 
-    Terms are whatever is added up in the loss: tasks, regularizers, penalties, physics terms. Every ``every_n_steps``
-    optimizer steps, the gradient of each term is read by a first-order pass of its own, right before the ordinary backward
+    Terms are whatever adds up to the loss: tasks, regularizers, penalties, physics terms. Every ``every_n_steps`` optimizer
+    steps, the monitor reads each term's gradient by a separate first-order pass, right before the ordinary backward
     pass. The other steps cost nothing. Training stays bit-identical: parameters, random numbers, running statistics, loss
     scale.
 
     The values describe each term's contribution to ``.grad`` as the optimizer is about to use it, before clipping: with the
-    coefficient the term has in the loss and the weight that `GradNorm`, `FixedWeights` or `Scalarization` gives it in that
-    step, averaged over micro-batches and ranks, without the loss scale. Whatever the loss contains besides the named terms
-    appears as ``rest_of_loss``. `Aggregation` does not update by a sum of terms; with it, the values describe the gradients
-    before they are aggregated.
+    term's coefficient in the loss and the weight that `GradNorm`, `FixedWeights` or `Scalarization` gives it in that step,
+    averaged over micro-batches and ranks, without the loss scale. Anything else in the loss appears as ``rest_of_loss``.
+    `Aggregation` does not update by a sum of terms; with it, the values describe the gradients before they are aggregated.
 
     Args:
         losses: keys of the mapping that ``training_step`` returns; or ``{"seg": "train/seg_loss", …}``, names under which
@@ -55,9 +54,9 @@ class GradientNormMonitor(L.Callback):
         parameters: ``"shared"``: the encoder of a `MultiTaskModule`; elsewhere every parameter that at least two of the
             losses reach. (A penalty on all parameters reaches every one of them: then name the encoder.) Or the dotted name
             of a module, for all of its parameters, or of one parameter.
-        every_n_steps: measure the first of this many optimizer steps. A measured step takes one extra pass per term, and
+        every_n_steps: measure the first of every N optimizer steps. A measured step takes one extra pass per term, and
             memory for as many gradients.
-        prefix: the beginning of logged names. Two monitors in one Trainer, for two layers say, need different ones.
+        prefix: the beginning of logged names. Two monitors in one Trainer, for example for two layers, need different ones.
         cosine_image: draws the cosines for loggers that take images: a function of the terms' names and a tensor of shape
             (T, T), nan where unknown, that returns an RGB image of shape (3, height, width), a tensor or an array. The
             ``experiments`` extra has `cosine_heatmap` in ``lightning_gradnorm.experiments.report.heatmap``. ``None`` logs no
@@ -65,8 +64,8 @@ class GradientNormMonitor(L.Callback):
         losses_from: as for `GradNorm`.
 
     Raises:
-        ValueError: an argument out of range; and in training, a loss or a parameter that the model lacks, or a loss that
-            contains another one.
+        ValueError: an argument is out of range; or, in training, the model lacks a loss or a parameter, or a loss contains
+            another one.
 
     Logs in measured steps: ``monitor/norm/<loss>``; ``monitor/share/<loss>``, the length of the gradient's projection on
     the sum of all gradients, relative to that sum (see `GradientNorms.shares`); ``monitor/imbalance``, the largest norm over
@@ -117,14 +116,14 @@ class GradientNormMonitor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if is_one_of(trainer.strategy, "FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
             raise ValueError(
-                f"{_NAME}: {type(trainer.strategy).__name__} keeps only a piece of each parameter on each rank. Look at the "
+                f"{_NAME}: {type(trainer.strategy).__name__} keeps only a piece of each parameter on each rank. Measure the "
                 f"gradients in a short run with strategy='ddp'."
             )
         self._release_model()
         self._copies.announce_training(trainer)
         self._source.resolve(pl_module)
         name: str | None = self.parameters
-        if name == "shared":  # those that two losses reach, unless the module says
+        if name == "shared":  # the parameters that two losses reach, unless the module declares its encoder
             name = "encoder" if self._source.declared and hasattr(pl_module, "encoder") else None
         if trainer.global_step == 0:
             self._steps, self._summary = 0, RunningSummary()
@@ -179,15 +178,15 @@ class GradientNormMonitor(L.Callback):
     def watch(self, losses: Mapping[str, Tensor | None]) -> None:
         """Measure these losses in the backward pass that follows, if this is a measured step.
 
-        A module with manual optimization calls it in ``training_step``, before its own ``manual_backward``; for the
-        others the callback calls it.
+        A module with manual optimization calls it in ``training_step``, before its own ``manual_backward``. For other modules
+        the callback calls it.
 
         Args:
-            losses: name → loss of any shape, the very tensors that make up the back-propagated loss. ``None``: the loss is
-                absent from this batch.
+            losses: name → loss of any shape. Pass the very tensors that make up the back-propagated loss. ``None``: the loss
+                is absent from this batch.
 
         Raises:
-            TypeError, ValueError: a named loss is no tensor, or carries no gradient.
+            TypeError, ValueError: a named loss is not a tensor, or carries no gradient.
         """
         if not isinstance(losses, Mapping):
             raise TypeError(f"{_NAME}: watch takes a mapping from name to loss; got {type(losses).__name__}.")
@@ -259,7 +258,7 @@ class GradientNormMonitor(L.Callback):
 
     @property
     def conflicts(self) -> dict[tuple[str, str], float]:
-        """The share of the measured steps so far in which two losses conflict, their cosine being negative, by pair."""
+        """By pair, the share of the measured steps so far in which two losses conflict: their cosine is negative."""
         return self._trained._summary.conflicts
 
     @property
@@ -327,7 +326,7 @@ class GradientNormMonitor(L.Callback):
 
     @property
     def _trained(self) -> Self:
-        """The copy that was trained in place of this callback, if one was; or this callback."""
+        """The copy that was trained in place of this callback, or this callback."""
         return self._copies.trained or self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -337,7 +336,7 @@ class GradientNormMonitor(L.Callback):
 def _metrics(
     found: GradientNorms, terms: GradientNorms, conflicts: Mapping[tuple[str, str], float], prefix: str
 ) -> dict[str, float]:
-    """Return what is logged of a step: of all gradients, and of those of the named losses."""
+    """Return the values to log for a step: of all gradients, and of those of the named losses."""
     others = {f"share/{name}": share for name, share in found.shares.items()}
     others["imbalance"] = terms.imbalance
     others |= {f"cosine/{one}/{other}": terms.cosine(one, other) for one, other in combinations(terms, 2)}

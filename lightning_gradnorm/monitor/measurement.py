@@ -30,8 +30,8 @@ from lightning_gradnorm.gradients.graph import has_gradient
 class StepMeasurement:
     """Measures the optimizer steps that the monitor selects, one after another.
 
-    Where the source leaves the names of the losses open, every scalar with a gradient counts, and ranks agree on the names in
-    each step. ``parameters`` are given by name, frozen ones too; ``None`` stands for those that at least two losses reach.
+    If the source leaves the names of the losses open, every scalar with a gradient counts, and the ranks agree on the names in
+    each step. ``parameters`` are given by name, including frozen ones; ``None`` stands for those that two or more losses reach.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class StepMeasurement:
         """Measure these losses in the backward pass that follows.
 
         Raises:
-            TypeError, ValueError: a named loss is no scalar with a gradient.
+            TypeError, ValueError: a named loss is not a scalar with a gradient.
         """
         self._source.shown |= dict.fromkeys(losses)
         for name, loss in losses.items():
@@ -92,16 +92,16 @@ class StepMeasurement:
     def read(self, total: Tensor, *, share: float) -> None:
         """Read the watched losses' gradients before ``total`` is back-propagated; see `LossTermGradients.read`.
 
-        Before Lightning calls ``on_before_backward``: from then on balancing callbacks scale whatever gradient passes a loss.
+        Call it before Lightning calls ``on_before_backward``: from then on, balancing callbacks scale the gradients of losses.
 
         Raises:
-            ValueError: a loss has been changed in place since it was shown.
+            ValueError: a loss has changed in place since it was shown.
         """
         for name, loss in self._watched:
             if loss.has_changed:
                 raise ValueError(
                     f"{self._source.caller}: the loss '{name}' has been changed in place since it was shown, as by "
-                    f"loss += …, so that its own gradient cannot be told apart. Write loss = loss + …"
+                    f"loss += …, so its own gradient cannot be separated. Write loss = loss + …"
                 )
         with isolate_rng():
             losses = [(name, loss.tensor) for name, loss in self._watched]
@@ -109,7 +109,7 @@ class StepMeasurement:
 
     def before_backward(self) -> None:
         """Called right before each backward pass, and after `read`."""
-        if self._held is not None and self._held.were_dropped():  # without a step; they count for nothing
+        if self._held is not None and self._held.were_dropped():  # without a step, so they do not count
             self.terms.begin(list(self._candidates.values()))
         self.terms.attach_hooks()
 
@@ -119,14 +119,14 @@ class StepMeasurement:
         self._held = HeldGradients(self._candidates.values())
 
     def note_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Called before each optimizer step that Lightning knows of."""
+        """Called before each optimizer step that Lightning knows about."""
         if self.is_active:
             self.skipped = self.skipped or self.loop.skips(optimizer)  # which waits for the GPU
-        # By hand it may be the step of another part, or nothing may announce the step: then the parameters tell.
+        # With manual optimization the step may be another part's, or not announced at all: then the parameters tell.
         self._stepped = self._stepped or self.skipped or not self.loop.is_by_hand()
 
     def was_stepped(self) -> bool:
-        """Return True if a step of the shared parameters has been made since the last `end_step`."""
+        """Return True if the shared parameters have been stepped since the last `end_step`."""
         if self.loop.is_by_hand():
             now = self._versions()
             self._stepped = self._stepped or self._have_moved(now)
@@ -152,14 +152,14 @@ class StepMeasurement:
 
     @torch.no_grad()
     def collect(self) -> tuple[GradientNorms, dict[str, float]] | None:
-        """Average the step over the ranks, all of which must call this together.
+        """Average the step over the ranks. All ranks must call this together.
 
         Returns:
-            What the terms' gradients have in common, and the weight that each term had beyond the model's own coefficient;
-            or None if no loss has reached a parameter yet.
+            The terms' gradients, as norms and products, and each term's weight beyond the model's own coefficient; or None if
+            no loss has reached a parameter yet.
 
         Raises:
-            ValueError: a named loss was not back-propagated; or no two losses share any parameters, and these are asked for.
+            ValueError: a named loss was not back-propagated; or ``"shared"`` parameters are measured but no losses share any.
         """
         sums, parameters = self.terms.sums, list(self._candidates.values())
         if self._source.names and parameters:
@@ -188,7 +188,7 @@ class StepMeasurement:
         return GradientNorms(list(rows), inner_products(list(rows.values()))), weights
 
     def _cut_to_shared(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the pieces of the rows that belong to parameters which at least two losses have reached."""
+        """Return the pieces of the rows that belong to parameters reached by at least two losses."""
         if self._parameters is not None:
             return rows
         least = min(2, len(self._names))
@@ -197,10 +197,10 @@ class StepMeasurement:
         if not any(is_shared):
             is_frozen = any(not parameter.requires_grad for parameter in self._model.parameters())
             if is_frozen or len(by_loss) < len(self._names):
-                return {}  # a layer may be unfrozen, or there are losses still to come
+                return {}  # a layer may be unfrozen, or more losses may come
             raise ValueError(
-                f"{self._source.caller}: parameters='shared' are those that two of the losses {self._names} reach, and there "
-                f"is none. Name a layer: parameters='encoder'."
+                f"{self._source.caller}: parameters='shared' are those that two of the losses {self._names} reach, but there "
+                f"are none. Name a layer: parameters='encoder'."
             )
         widths = [row_width([parameter]) for parameter in self._candidates.values()]
         mask = torch.tensor(is_shared).repeat_interleave(torch.tensor(widths))

@@ -1,4 +1,4 @@
-"""Running means over the measured steps of a training, and a summary of them in plain words."""
+"""Running means over the measured steps of a training, and a summary of them in plain language."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class RunningSummary:
     """Sums over the measured steps. A loss that was absent from some steps is averaged over the others.
 
     Args:
-        names: the losses; none if they are those that are found.
-        parameters: the name of what they move; ``"shared"``: what they share.
+        names: the losses; empty to use those that are found.
+        parameters: the name of the parameters they move; ``"shared"``: those they share.
 
     Example:
         >>> import torch
@@ -35,7 +35,7 @@ class RunningSummary:
         self.is_of_sum = True
         """Whether the update is a weighted sum of the gradients."""
         self.last: GradientNorms | None = None
-        """Of the last measured step."""
+        """From the last measured step."""
         self._steps = 0
         self._squared = 0.0
         self._along: dict[str, float] = {}
@@ -68,7 +68,7 @@ class RunningSummary:
 
     @property
     def conflicts(self) -> dict[tuple[str, str], float]:
-        """The share of the steps so far in which two losses conflict, their cosine being negative, by pair."""
+        """By pair, the share of the steps so far in which two losses conflict: their cosine is negative."""
         return {
             (one, other): against / count
             for one, row in self._cosines.items()
@@ -85,7 +85,7 @@ class RunningSummary:
         return {name: len(means) / (mean * inverse) for name, mean in means.items()}
 
     def sentences(self, who: str) -> str:
-        """Return the summary in plain words. The first sentence begins with ``who``."""
+        """Return the summary in plain language. The first sentence begins with ``who``."""
         what = "the update" if self.is_of_sum else "the sum of the gradients, before they are aggregated,"
         where = "the shared parameters" if self.parameters == "shared" else f"`{self.parameters}`"
         if self._steps:
@@ -94,13 +94,13 @@ class RunningSummary:
             weights = {name: float(f"{weight:.3g}") for name, weight in self.suggested_weights.items()}
             if len(weights) > 1:
                 lines.append(
-                    f"Suggested static weights, which make the mean norms equal: FixedWeights({weights}). A regularizer is "
-                    f"not to be made as large as a task: if there is one among them, name the others in losses."
+                    f"Suggested static weights, which make the mean norms equal: FixedWeights({weights}). A regularizer "
+                    f"should not become as large as a task: if one is among them, name only the others in losses."
                 )
         else:
             lines = [f"{who}: no step was measured: none of the losses has reached {where}, or all of it is frozen."]
         lines += [
-            f"In {count} of the measured steps the gradient of `{name}` was not finite; they are left out of this."
+            f"In {count} of the measured steps the gradient of `{name}` was not finite; these steps are left out."
             for name, count in self._not_finite.items()
         ]
         return "\n".join(lines)

@@ -1,9 +1,9 @@
 """A model's architecture inside its checkpoint: the modules without their weights, as bytes.
 
-A checkpoint of Lightning holds weights and plain hyper-parameters; a model that is composed of modules could not be
-built again from it. So the modules are pickled too, their weights left out. They are read back by torch's restricted
-unpickler, which builds nothing but what is on a list: modules, losses, metrics and optimizers of torch, torchmetrics and
-this package. A file of unknown origin cannot run code of its own.
+A Lightning checkpoint holds weights and plain hyperparameters, which is not enough to rebuild a model composed of modules. So
+we also pickle the modules, without their weights. They are read back by torch's restricted unpickler, which builds only what
+is on a list: modules, losses, metrics and optimizers of torch, torchmetrics and this package. A file of unknown origin cannot
+run code of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KINDS = (nn.Module, Metric, torch.optim.Optimizer, torch.optim.lr_scheduler.LRS
 
 
 def pack(parts: Mapping[str, Any]) -> Tensor | str:
-    """Return the parts (modules, losses, optimizer factories) as a tensor of bytes, or the reason why they cannot be.
+    """Return the parts (modules, losses, optimizer factories) as a tensor of bytes, or the reason why this failed.
 
     Example:
         >>> packed = pack({"encoder": nn.Linear(1000, 1000)})
@@ -38,20 +38,20 @@ def pack(parts: Mapping[str, Any]) -> Tensor | str:
     buffer = io.BytesIO()
     try:
         torch.save(copy.deepcopy(dict(parts), memo), buffer)
-    except Exception as reason:  # whatever a user's class does when it is copied or pickled
+    except Exception as reason:  # a user's class may raise anything when copied or pickled
         return f"{type(reason).__name__}: {reason}"
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
 
 
 def unpack(packed: Tensor | str, *, trusted: bool = False) -> dict[str, Any]:
-    """Return the parts that `pack` was given; their weights are zeros, to be loaded.
+    """Return the parts passed to `pack`; their weights are zeros, to be loaded.
 
     Args:
         packed: what `pack` returned.
         trusted: build classes of any package.
 
     Raises:
-        ValueError: the parts could not be packed, or have classes of other packages in them.
+        ValueError: the parts could not be packed, or contain classes of other packages.
     """
     if isinstance(packed, str):
         raise ValueError(f"its modules could not be pickled ({packed})")
@@ -62,7 +62,7 @@ def unpack(packed: Tensor | str, *, trusted: bool = False) -> dict[str, Any]:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
         found = {name: _known(name) for name in names}
         if unknown := [name for name, known in found.items() if known is None]:
-            raise ValueError(f"it has {', '.join(unknown)} in it")
+            raise ValueError(f"it contains {', '.join(unknown)}")
         with torch.serialization.safe_globals([(known, name) for name, known in found.items()]):
             parts = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     for tensor in _tensors_in(parts):
@@ -79,13 +79,13 @@ def _tensors_in(parts: Mapping[str, Any]) -> Iterator[Tensor]:
 
 
 def _hollow(tensor: Tensor) -> Tensor:
-    """Return a tensor of the same shape that takes the room of one number."""
+    """Return a tensor of the same shape that takes the memory of one number."""
     data = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
     return nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
 
 
 def _known(name: str) -> Any:
-    """Return the class or function of that dotted name if it is one that may be built; else None."""
+    """Return the class or function with that dotted name if building it is allowed; else None."""
     if name == "functools.partial":
         return functools.partial
     module_name, _, attribute = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""What is measured over an epoch of validation or test: mean losses and metrics by task."""
+"""Mean losses and metrics by task, over an epoch of validation or test."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lightning_gradnorm.multitask.task import Task
 
 
 class MeanLoss(Metric):
-    """The mean of the batches' losses, weighted by their sizes; NaN stays NaN.
+    """The mean of the batches' losses, weighted by batch size; NaN stays NaN.
 
-    torchmetrics' `MeanMetric` drops NaN or, told not to, the weights.
+    torchmetrics' `MeanMetric` drops NaN; if it does not, it drops the weights.
     """
 
     total: Tensor
@@ -40,12 +40,12 @@ class MeanLoss(Metric):
 
 
 class Evaluation(nn.Module):
-    """Adds up losses and metrics batch by batch, so that all ranks compute them once an epoch, in the same order.
+    """Accumulates losses and metrics batch by batch, so all ranks compute them once per epoch, in the same order.
 
-    A rank may have no targets of a task. If it logged metrics in each batch, the others would wait for its part for ever.
+    A rank may have no targets of a task. If metrics were logged in each batch, the other ranks would wait for it forever.
 
     Args:
-        tasks: `Task` by name, whose metrics are cloned.
+        tasks: `Task` by name; their metrics are cloned.
     """
 
     def __init__(self, tasks: Mapping[str, Task]) -> None:
@@ -71,7 +71,7 @@ class Evaluation(nn.Module):
                 metric.update(predictions[name], targets[name])
 
     def compute(self) -> dict[str, Any]:
-        """Return ``loss``, ``loss/<task>`` and ``<metric>/<task>`` of the tasks that any rank has had, equal on all ranks."""
+        """Return ``loss``, ``loss/<task>`` and ``<metric>/<task>`` of all tasks seen on any rank, equal on all ranks."""
         here = torch.tensor([self._loss(name).update_count for name in self.losses], device=self.total.device)
         had = Ranks.current().sum(here).tolist()
         found: dict[str, Metric] = {"loss": self.total} if any(had) else {}
@@ -84,7 +84,7 @@ class Evaluation(nn.Module):
             return {name: metric.compute() for name, metric in found.items()}
 
     def reset(self) -> None:
-        """Forget the last epoch, also one that was broken off."""
+        """Forget the last epoch, even if it was interrupted."""
         for module in self.modules():
             if isinstance(module, Metric):
                 module.reset()

@@ -35,25 +35,25 @@ _check = partial(check, "MultiTaskModule")
 class MultiTaskModule(L.LightningModule):
     """A network trained on several losses: ``prediction_i = head_i(encoder(inputs))``.
 
-    A batch is ``(inputs, targets)``, ``targets`` a dict by task; a task that is not in it, or is ``None``, is absent from
-    that step. Without a balancing callback all losses count equally; with one (`GradNorm`, `FixedWeights`) it still is one
-    backward pass for each batch. The module optimizes manually and owns what the Trainer refuses there: accumulation,
-    clipping, schedulers.
+    A batch is ``(inputs, targets)``, with ``targets`` a dict by task. A task that is missing or ``None`` is absent from that
+    step. Without a balancing callback all losses count equally; with one (`GradNorm`, `FixedWeights`) each batch still takes
+    one backward pass. The module optimizes manually and handles what the Trainer then refuses: accumulation, clipping,
+    schedulers.
 
     Args:
         encoder: module from the inputs to the representation: a tensor or a nested structure of tensors.
         tasks: `Task` by name.
-        optimizer: makes the optimizer from the parameters.
-        lr_scheduler: makes the scheduler from the optimizer, stepped at the end of each epoch; or a dict as Lightning has
-            it: ``{"scheduler": partial(…), "interval": "step" | "epoch", "frequency": 1, "monitor": "val/loss"}``. A
-            `ReduceLROnPlateau` is stepped at the end of the epoch with the monitored metric (default ``val/loss``).
-        accumulate_grad_batches: batches of which one optimizer step takes the mean gradient; the last of an epoch may
-            have fewer (of a loader without a length their sum is still divided by the full number, as Lightning does).
-        gradient_clip_val: largest 2-norm of the whole gradient, taken of the unscaled gradient.
-        only: names of the tasks to train, ``None`` for all. The others' heads and targets are left out.
+        optimizer: builds the optimizer from the parameters.
+        lr_scheduler: builds the scheduler from the optimizer; it steps at the end of each epoch. Or a dict as in Lightning:
+            ``{"scheduler": partial(…), "interval": "step" | "epoch", "frequency": 1, "monitor": "val/loss"}``. A
+            `ReduceLROnPlateau` steps at the end of the epoch with the monitored metric (default ``val/loss``).
+        accumulate_grad_batches: number of batches whose mean gradient makes one optimizer step. The last step of an epoch may
+            have fewer (if the loader has no length, their sum is still divided by the full number, as in Lightning).
+        gradient_clip_val: largest 2-norm of the whole gradient, after unscaling.
+        only: names of the tasks to train, ``None`` for all. The heads and targets of the others are left out.
 
     Raises:
-        TypeError, ValueError: an argument out of range, or a batch that is not ``(inputs, targets)``.
+        TypeError, ValueError: an argument is out of range, or a batch is not ``(inputs, targets)``.
 
     Logs ``train/loss``, ``train/loss/<task>``, ``val/loss``, ``val/loss/<task>``, ``val/<metric>/<task>`` and the same for
     ``test``; ``loss`` is the plain sum over the tasks.
@@ -100,13 +100,13 @@ class MultiTaskModule(L.LightningModule):
         self.tasks = nn.ModuleDict(tasks)
         self._left_out = frozenset(every) - frozenset(tasks)
         self.metric_names = {name: list(task.metrics) for name, task in every.items()}
-        """The metrics' names of every task, also of those that ``only`` leaves out."""
+        """The names of every task's metrics, including tasks that ``only`` leaves out."""
         self.optimizer = optimizer
         self._schedule = Schedule.of(lr_scheduler)
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
         self._trained_in_epoch = False
-        # Taken now, while the modules carry no hook of anybody's.
+        # Packed now, before anyone attaches hooks to the modules.
         self._architecture = architecture.pack(
             {"encoder": encoder, "tasks": dict(every), "optimizer": optimizer, "lr_scheduler": lr_scheduler}
         )
@@ -132,7 +132,7 @@ class MultiTaskModule(L.LightningModule):
         return cast(Task, self.tasks[name])
 
     def _step(self, batch: Any) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any], int]:
-        """Return predictions, losses and targets by task, of the tasks that are present, and the size of the batch."""
+        """Return predictions, losses and targets by task, for the tasks that are present, and the size of the batch."""
         inputs, targets = self._unpack(batch)
         present = {name: targets[name] for name in self.tasks if targets.get(name) is not None}
         predictions = self._predict(inputs, present)
@@ -158,13 +158,13 @@ class MultiTaskModule(L.LightningModule):
         for name in targets:
             if name not in self.tasks and name not in self._left_out:
                 raise ValueError(
-                    f"MultiTaskModule: there is no task '{name}', of which the batch has targets; "
+                    f"MultiTaskModule: the batch has targets of '{name}', which is not a task; "
                     f"{did_you_mean(name, self.tasks)}"
                 )
         return inputs, targets
 
     def task_losses(self, batch: Any) -> dict[str, Tensor]:
-        """Return the loss of each task that the batch has targets of."""
+        """Return the losses of the tasks that the batch has targets for."""
         return self._step(batch)[1]
 
     # ---- training ----------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ class MultiTaskModule(L.LightningModule):
         evaluations = 0
 
         def evaluate() -> Tensor:
-            # LBFGS and SAM do so several times in a step.
+            # LBFGS and SAM evaluate several times in a step.
             nonlocal evaluations
             evaluations += 1
             if evaluations > 1:
@@ -204,7 +204,7 @@ class MultiTaskModule(L.LightningModule):
                     callback.watch(losses)
             loss = _total(losses)
         elif is_parallel:
-            # The other ranks, which may have tasks, wait for this one's part of the gradient and of what balances it.
+            # The other ranks may have tasks, and wait for this rank's part of the gradient and of the balancing.
             loss = _total({name: 0 * p.sum() for name, p in self.encoder.named_parameters() if p.requires_grad})
         if losses or is_parallel:
             with strategy.block_backward_sync() if is_parallel and not is_last else nullcontext():  # type: ignore[attr-defined]
@@ -215,7 +215,7 @@ class MultiTaskModule(L.LightningModule):
         return loss.detach() / micro_batches
 
     def _place_in_window(self, batch_idx: int) -> tuple[int, bool]:
-        """Return how many batches this optimizer step is made of, and whether this is the last of them."""
+        """Return the number of batches in this optimizer step, and whether this is the last of them."""
         size, batches = self.accumulate_grad_batches, self.trainer.num_training_batches
         start = batch_idx - batch_idx % size
         end = int(min(start + size, batches))
@@ -223,7 +223,7 @@ class MultiTaskModule(L.LightningModule):
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Here, not after manual_backward: a loss scaler has unscaled the gradients by now.
+        # Here, not after manual_backward: by now a loss scaler has unscaled the gradients.
         if self.gradient_clip_val is not None:
             self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip_val, gradient_clip_algorithm="norm")
 
@@ -231,8 +231,8 @@ class MultiTaskModule(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         if not self._trained_in_epoch:
             warnings.warn(
-                f"MultiTaskModule: no batch of this epoch had targets of any task, so that nothing was trained; a batch is "
-                f"(inputs, targets), targets a dict with keys among {list(self.tasks)}.",
+                f"MultiTaskModule: no batch of this epoch had targets of any task, so nothing was trained; a batch is "
+                f"(inputs, targets), with targets a dict with keys among {list(self.tasks)}.",
                 stacklevel=2,
             )
         self._trained_in_epoch = False
@@ -244,7 +244,7 @@ class MultiTaskModule(L.LightningModule):
 
     @override
     def configure_callbacks(self) -> list[L.Callback]:
-        # The last that Lightning asks before it refuses these flags itself, with advice that does not fit this module.
+        # Lightning's last call before it refuses these flags itself, with advice that does not fit this module.
         for flag, off in (("gradient_clip_val", (None, 0)), ("accumulate_grad_batches", (1,))):
             value = getattr(self.trainer, flag)
             if self.trainer.state.fn == TrainerFn.FITTING and value not in off:
@@ -257,7 +257,12 @@ class MultiTaskModule(L.LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer(self.parameters())
-        _check(isinstance(optimizer, torch.optim.Optimizer), "optimizer", "what makes a torch optimizer", optimizer)
+        _check(
+            isinstance(optimizer, torch.optim.Optimizer),
+            "optimizer",
+            "a function that makes a torch optimizer",
+            optimizer,
+        )
         if self._schedule is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self._schedule.make(optimizer)}
@@ -289,12 +294,12 @@ class MultiTaskModule(L.LightningModule):
         self._log_evaluation("test", self.test_evaluation)
 
     def _log_evaluation(self, stage: str, evaluation: Evaluation) -> None:
-        # Equal on all ranks already; without sync_dist Lightning would warn.
+        # The values are already equal on all ranks, but without sync_dist Lightning would warn.
         self.log_dict({f"{stage}/{name}": value for name, value in evaluation.compute().items()}, sync_dist=True)
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """Return the predictions by task; the batch is ``(inputs, targets)`` or the inputs alone."""
+        """Return the predictions by task; the batch is ``(inputs, targets)`` or only the inputs."""
         is_pair = isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Mapping)
         return cast("dict[str, Any]", self(batch[0] if is_pair else batch))
 
@@ -308,17 +313,17 @@ class MultiTaskModule(L.LightningModule):
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
         """Return the model of a checkpoint, with its weights.
 
-        The checkpoint holds the architecture beside the weights, so that nothing else need be given if encoder, heads and
-        losses are made of what torch, torchmetrics and this package provide. Modules of your own are loaded if you give
-        them again as ``encoder=`` and ``tasks=``, or vouch for the file by ``weights_only=False``.
+        The checkpoint holds the architecture beside the weights. You need no other arguments if encoder, heads and losses
+        consist of what torch, torchmetrics and this package provide. For modules of your own, pass them again as ``encoder=``
+        and ``tasks=``, or vouch for the file with ``weights_only=False``.
 
         Args:
             checkpoint_path: the file.
             args: as for `lightning.LightningModule.load_from_checkpoint`.
-            kwargs: likewise; arguments of the constructor among them take precedence over the checkpoint's.
+            kwargs: likewise; arguments of the constructor take precedence over the checkpoint's.
 
         Raises:
-            ValueError: the architecture has classes of other packages in it; says which.
+            ValueError: the architecture contains classes of other packages; names them.
         """
         if not {"encoder", "tasks"} <= set(kwargs):
             trusted = kwargs.get("weights_only") is False
@@ -335,7 +340,7 @@ class MultiTaskModule(L.LightningModule):
 
 
 def _chosen(tasks: Mapping[str, Task], only: Sequence[str] | None) -> Mapping[str, Task]:
-    """Return the tasks to train, in the order of all of them."""
+    """Return the tasks to train, in their original order."""
     if only is None:
         return tasks
     is_list = isinstance(only, Sequence) and not isinstance(only, str) and 0 < len(only) == len(set(only))
@@ -349,7 +354,7 @@ def _chosen(tasks: Mapping[str, Task], only: Sequence[str] | None) -> Mapping[st
 def _check_evaluated_again(optimizer: torch.optim.Optimizer, micro_batches: int) -> None:
     if micro_batches > 1:
         raise ValueError(
-            f"MultiTaskModule: {type(optimizer).__name__} evaluates the losses several times in a step, which does not go "
+            f"MultiTaskModule: {type(optimizer).__name__} evaluates the losses several times in a step, which does not work "
             f"with accumulate_grad_batches: the earlier batches are gone. Use accumulate_grad_batches=1."
         )
 

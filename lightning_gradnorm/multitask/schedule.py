@@ -1,4 +1,4 @@
-"""When a learning-rate scheduler steps: Lightning leaves that to the module under manual optimization."""
+"""When a learning-rate scheduler steps: under manual optimization, Lightning leaves this to the module."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _check = partial(check, "MultiTaskModule")
 
 @dataclass(frozen=True)
 class Schedule:
-    """A scheduler's factory, with the keys that Lightning has for it."""
+    """A scheduler's factory, with Lightning's keys for it."""
 
     scheduler: SchedulerFactory
     interval: str = "epoch"
@@ -29,7 +29,7 @@ class Schedule:
 
     @classmethod
     def of(cls, given: SchedulerFactory | Mapping[str, Any] | None) -> Schedule | None:
-        """Return the schedule that a user gave: a factory, a dict as Lightning has it, or None.
+        """Return the schedule from your argument: a factory, a dict as in Lightning, or None.
 
         Raises:
             ValueError: an unknown key, or a value out of range.
@@ -50,11 +50,11 @@ class Schedule:
     def make(self, optimizer: torch.optim.Optimizer) -> Scheduler:
         """Return the scheduler of an optimizer."""
         scheduler = self.scheduler(optimizer)
-        _check(isinstance(scheduler, Scheduler), "lr_scheduler", "what makes a scheduler of torch", scheduler)
+        _check(isinstance(scheduler, Scheduler), "lr_scheduler", "a function that makes a torch scheduler", scheduler)
         return scheduler
 
     def step(self, module: L.LightningModule, interval: str) -> None:
-        """Step the module's scheduler if this is its time; ``interval`` has just ended: ``"step"`` or ``"epoch"``.
+        """Step the module's scheduler if it is due; ``interval`` has just ended: ``"step"`` or ``"epoch"``.
 
         Raises:
             ValueError: the metric that a `ReduceLROnPlateau` monitors is not logged.

@@ -1,4 +1,4 @@
-"""A task: a head, the loss it is trained on, the metrics it is judged by."""
+"""A task: a head, the loss it is trained on, and the metrics it is evaluated by."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Loss = nn.Module | Callable[[Tensor, Tensor], Tensor]
 
 
 def adam(parameters: Iterable[nn.Parameter], lr: float = 1e-3) -> torch.optim.Optimizer:
-    """Return the default optimizer of `MultiTaskModule`. LightningCLI can write a function to its ``config.yaml``."""
+    """Return the default optimizer of `MultiTaskModule`. It is a function so that LightningCLI can write it to a config."""
     return torch.optim.Adam(parameters, lr=lr)
 
 
@@ -25,7 +25,7 @@ class Task(nn.Module):
         metrics: a metric of torchmetrics, or several by name; each is updated with (prediction, target).
 
     Raises:
-        TypeError: an argument is of another kind.
+        TypeError: an argument has the wrong type.
 
     Example:
         >>> from torchmetrics.classification import MulticlassAccuracy
@@ -49,7 +49,7 @@ class Task(nn.Module):
 
 
 def _by_name(metrics: Metric | MetricCollection | Mapping[str, Metric] | None) -> dict[str, Metric]:
-    """Return the metrics by name. They are patterns: a `MultiTaskModule` clones them for validation and test."""
+    """Return the metrics by name. They are templates: a `MultiTaskModule` clones them for validation and test."""
     if isinstance(metrics, Metric):
         return {type(metrics).__name__.lower(): metrics}
     if not (metrics is None or isinstance(metrics, Mapping | MetricCollection)):

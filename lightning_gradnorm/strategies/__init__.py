@@ -1,7 +1,7 @@
 """What a strategy does with T losses and T gradient norms. Pure torch: knows neither Lightning nor Hydra.
 
 The scalarizers, aggregators, weightings and norm formulas of every module in this folder are public here: a new strategy is a
-new file. They are imported by name below only where that gives type checkers their types.
+new file. The explicit imports below only give type checkers their types.
 """
 
 import importlib
@@ -53,7 +53,7 @@ __all__ = [
 
 
 def _discover() -> dict[str, type[Any]]:
-    """Return the strategies of all modules in this folder by name."""
+    """Return the strategies of all modules in this folder, by name."""
     found: dict[str, type[Any]] = {}
     for info in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
         for name, kind in vars(importlib.import_module(info.name)).items():
@@ -69,5 +69,5 @@ __all__ += [name for name in _found if name not in __all__]
 
 
 def __getattr__(name: str) -> Any:
-    """Tell type checkers that there are more names than those imported above."""
+    """Show type checkers that more names exist than those imported above."""
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

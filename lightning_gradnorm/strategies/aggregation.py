@@ -39,7 +39,7 @@ class AggregationRule(ScalarizationRule):
         device: device of the gradients.
 
     Raises:
-        ValueError: the aggregator cannot be used here, or not for so many tasks.
+        ValueError: the aggregator cannot be used here, or not for this number of tasks.
 
     Example:
         >>> from torchjd.aggregation import MGDA
@@ -69,7 +69,7 @@ class AggregationRule(ScalarizationRule):
             aggregator = jd.WeightedAggregator(aggregator)
         takes_gramian = isinstance(aggregator, jd.GramianWeightedAggregator | jd.Weighting)
         self.input: Input = facts_of(aggregator).input or ("gramian" if takes_gramian else "matrix")
-        """What the aggregator is called with: the Gramian of J, a root of it, or J itself."""
+        """The argument of the aggregator: the Gramian of J, a root of it, or J itself."""
         self.of_parameters = of_parameters
         # A T × T matrix is handled faster on the CPU, and many solvers only run there.
         self._works_on = torch.device(device or "cpu") if self.input == "matrix" else torch.device("cpu")
@@ -94,7 +94,7 @@ class AggregationRule(ScalarizationRule):
 
     @property
     def kind(self) -> str:
-        """The names of the strategy's classes, by which a checkpoint knows it."""
+        """The names of the strategy's classes; a checkpoint is recognized by them."""
         kind = type(self.aggregator).__name__
         return kind if self.scalarizer is None else f"{kind} of {super().kind}"
 
@@ -147,7 +147,7 @@ class AggregationRule(ScalarizationRule):
         given = given.to(self.loss_weights.dtype)  # the precision of the aggregator's state and options
         call: Any = _weights_of(self.aggregator) or self.aggregator
         with torch.no_grad(), seeded_rng(self._seed + rank, self._drawn, given.device), warnings.catch_warnings():
-            # cvxpy's, of every NashMTL: it says that solving the same problem again is not faster.
+            # cvxpy warns in every NashMTL that solving the same problem again is not faster.
             warnings.filterwarnings("ignore", message="You are solving a parameterized problem that is not DPP")
             answer: Tensor = call(given)
         return answer
@@ -177,8 +177,8 @@ class AggregationRule(ScalarizationRule):
 
         Args:
             gramian: ``J Jᵀ``, shape (T, T), of the mean losses' gradients, zero for an absent task.
-            present: which tasks take part, bool of shape (T,); all by default. The others are left out of what the
-                aggregator sees; one that knows the tasks by their place is not asked, and the weights stay.
+            present: which tasks are present, bool of shape (T,); all by default. The aggregator does not see the others; one
+                that knows tasks by their place is not called, and the weights stay.
             matrix: J itself, for an aggregator that needs it (`input`).
         """
         T = len(self.tasks)
@@ -202,8 +202,8 @@ class AggregationRule(ScalarizationRule):
 
         Args:
             matrix: J, shape (T, n).
-            present: which tasks take part.
-            rank: draws other random numbers on each rank, where each has other columns of J.
+            present: which tasks are present.
+            rank: gives each rank other random numbers, because each has other columns of J.
         """
         rows = matrix[present.to(matrix.device)]
         if not len(rows):
@@ -232,7 +232,7 @@ class AggregationRule(ScalarizationRule):
         return {**super().state_dict(), **self.aggregator_state()}
 
     def aggregator_state(self) -> dict[str, Any]:
-        """Return a copy of what aggregating changes, as plain tensors and numbers."""
+        """Return a copy of everything that aggregating changes, as plain tensors and numbers."""
         return {
             "gradient_weights": self.gradient_weights.clone(),
             "drawn": self._drawn,
@@ -248,7 +248,7 @@ class AggregationRule(ScalarizationRule):
 
     @torch.no_grad()
     def load_aggregator_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what was aggregated since `aggregator_state` returned this."""
+        """Undo all aggregation since `aggregator_state` returned this."""
         self.fallbacks = state["fallbacks"]
         self.gradient_weights = state["gradient_weights"].to(self.gradient_weights)
         self._drawn = state["drawn"]
@@ -260,7 +260,7 @@ def _is_vector(found: Any, length: int) -> bool:
 
 
 def _shown(found: Any) -> str:
-    """Return what was found, in a few words."""
+    """Return a short description of what was found."""
     if not isinstance(found, Tensor):
         return f"a {type(found).__name__}, {found!r}"
     return str(found.tolist()) if found.numel() <= 12 else f"shape {tuple(found.shape)}, or numbers that are not finite"

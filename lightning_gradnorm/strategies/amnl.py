@@ -1,11 +1,11 @@
-"""AMNL, which two editions of its source, a book on predictive maintenance (book-ai.org), define differently.
+"""AMNL, from a book on predictive maintenance (book-ai.org) whose two editions define it differently.
 
-First edition, section 10.2 — the losses are normalized, so that each counts by its *relative* change::
+First edition, section 10.2 — the losses are normalized, so each counts by its *relative* change::
 
     Σ_i λ_i L_i / μ_i        λ_i = 1/T        μ_i = L_i, detached
 
-Its value is always 1, and its gradient that of ``Σ_i λ_i log L_i``. Section 10.6 takes for ``μ_i`` the moving average of
-``L_i`` with ``beta=0.99``, divided by ``1 − beta^t`` as Adam does.
+Its value is always 1, and its gradient is that of ``Σ_i λ_i log L_i``. In section 10.6 ``μ_i`` is the moving average of
+``L_i`` with ``beta=0.99``, divided by ``1 − beta^t`` as in Adam.
 
 Second edition, sections 13.4 to 15.1 — the weights are fixed, nothing is normalized, and samples near a failure count more::
 
@@ -31,15 +31,15 @@ from lightning_gradnorm.strategies.snapshot import LazyBufferModule
 
 
 class AMNL(LazyBufferModule, Scalarizer, Stateful):
-    """``Σ_i λ_i L_i / μ_i`` (edition 1) or ``Σ_i λ_i L_i`` (edition 2, to be used with `FailureBiasedMSE`).
+    """``Σ_i λ_i L_i / μ_i`` (edition 1) or ``Σ_i λ_i L_i`` (edition 2, for use with `FailureBiasedMSE`).
 
-    A loss of exactly zero has nothing to be divided by and nothing to improve: in edition 1 its weight is 0 as long as its
-    ``μ_i`` is. A loss that is not finite is not hidden: its term is ``λ_i L_i``, and no moving average takes it in.
+    A loss of exactly zero cannot be divided by and has nothing to improve: in edition 1 its weight is 0 while its ``μ_i`` is 0.
+    A loss that is not finite is not hidden: its term is ``λ_i L_i``, and it does not enter the moving average.
 
     Args:
         edition: of the book.
-        weights: ``λ_i`` by task, not negative and of sum 1; needs `name_tasks`. Equal by default.
-        beta: of the moving average that edition 1 divides by, 0.99 in its section 10.6; ``None``: it divides by the loss.
+        weights: ``λ_i`` by task, nonnegative, with sum 1; needs `name_tasks`. Equal by default.
+        beta: decay of the moving average that edition 1 divides by, 0.99 in its section 10.6; ``None``: divide by the loss.
 
     Example:
         However different the losses, equal relative improvements count the same:
@@ -80,7 +80,7 @@ class AMNL(LazyBufferModule, Scalarizer, Stateful):
         """Receive the tasks' names in the order of the losses.
 
         Raises:
-            ValueError: ``weights`` are of other tasks.
+            ValueError: ``weights`` are for other tasks.
         """
         if self.weights is not None:
             check_by_task(self.weights, tasks, caller="AMNL", parameter="weights")
@@ -101,7 +101,7 @@ class AMNL(LazyBufferModule, Scalarizer, Stateful):
                 f"{f' for {list(self.tasks)}' if self.tasks else ''}. Use edition=2, or a loss bounded below by zero."
             )
         normalizers = self._normalizers(values.detach())
-        # What is not divided is divided by 1: a zero in the denominator would make the gradient NaN even if masked later.
+        # Terms that are not divided get a divisor of 1: a zero would make the gradient NaN even if masked later.
         usable = (normalizers > 0) & values.detach().isfinite()
         terms = values / torch.where(usable, normalizers, 1.0).to(values)
         return (weights * torch.where(usable | ~values.detach().isfinite(), terms, 0.0)).sum()

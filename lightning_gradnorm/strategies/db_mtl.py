@@ -1,13 +1,13 @@
 """DB-MTL: Lin, Jiang, Ye, Zhang, Chen, Chen, Liu, Kwok, *Dual-Balancing for Multi-Task Learning* (arXiv 2308.12029), section 3
 and Algorithm 1.
 
-The losses are balanced by a logarithm, ``Σ_i log(L_i + ε)``, so that each counts by its relative change. The gradients
-``g_i`` of those logarithms are averaged over the steps and brought to the norm of the largest::
+A logarithm balances the losses, ``Σ_i log(L_i + ε)``, so that each counts by its relative change. The gradients ``g_i`` of
+those logarithms are averaged over the steps and scaled to the norm of the largest::
 
     ḡ_i(t) = β_t ḡ_i(t−1) + (1 − β_t) g_i(t)       ḡ_i(0) = 0       β_t = beta / t^sigma
     d = Σ_i a_i ḡ_i                                a_i = max_j ||ḡ_j|| / ||ḡ_i||
 
-The paper divides by the norm alone; here a gradient of zero has ``a_i = 0`` (LibMTL adds 1e-8 to the norm).
+The paper divides by the norm without safeguards; here a gradient of zero has ``a_i = 0`` (LibMTL adds 1e-8 to the norm).
 """  # noqa: D205
 
 from __future__ import annotations
@@ -72,15 +72,15 @@ class DBMTLWeighting(Weighting[PSDMatrix]):
 
 
 class DBMTL(LazyBufferModule, Aggregator, Stateful):
-    """The gradient part of DB-MTL; the gradients that it is given are to be those of `LogSum`'s terms.
+    """The gradient part of DB-MTL. Pass it the gradients of `LogSum`'s terms.
 
-    The average is that of the same n numbers at every step, such as the gradients of the shared parameters. The gradients at a
-    representation are of other samples at every step: use ``beta=0`` there, which has no memory.
-    A matrix that is not finite is not averaged; what is returned for it is not finite either.
+    It averages the same n numbers in every step, such as the gradients of the shared parameters. The gradients at a
+    representation belong to other samples in every step: use ``beta=0`` there, which has no memory.
+    A matrix that is not finite is not averaged; its result is not finite either.
 
     Args:
-        beta: of the moving average; 0.9 in the paper.
-        sigma: how fast it forgets to average, ``β_t = beta / t^sigma``; 0, 0.5 in the paper's experiments.
+        beta: decay of the moving average; 0.9 in the paper.
+        sigma: how fast averaging fades, ``β_t = beta / t^sigma``; 0 or 0.5 in the paper's experiments.
 
     Example:
         >>> DBMTL(beta=0.0)(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
@@ -110,7 +110,7 @@ class DBMTL(LazyBufferModule, Aggregator, Stateful):
         self.register_buffer("updates", torch.tensor(0))
 
     def forward(self, matrix: Matrix, /) -> Tensor:
-        """Return ``d``, shape (n,), of the T gradients of n numbers."""
+        """Return ``d``, shape (n,), for T gradients of n numbers."""
         averaged = self._averaged(matrix) if self.beta > 0 else matrix
         return self.weighting(averaged @ averaged.T) @ averaged
 

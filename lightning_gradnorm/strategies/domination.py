@@ -1,4 +1,4 @@
-"""One task holds nearly all of the weight, and makes no use of it: it cannot be learned, or it has nothing left to learn."""
+"""Detects a task that holds nearly all of the weight without using it: it cannot be learned, or has nothing left to learn."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import math
 from statistics import fmean, pvariance
 
 SHARE = 0.9
-"""Of the sum of the weights: who holds more dominates."""
+"""Share of the sum of the weights: a task that holds more dominates."""
 STRETCH = 100
-"""Updates in a row after which is judged whether the loss has fallen."""
+"""Updates in a row after which we judge whether the loss has fallen."""
 
 
 class Domination:
-    """Judges stretches of 100 updates in which one task holds more than 90 % of the weight. Works on numbers read.
+    """Judges stretches of 100 updates in which one task holds more than 90 % of the weight. Works on host numbers.
 
-    The loss has not fallen if its mean over the second half of a stretch is not below that over the first by more than the
+    The loss has fallen if its mean over the second half of a stretch is below that over the first half by more than the
     standard error of their difference. It has vanished if it is below 1 % of its ``L_i(0)`` and far ahead of the others'.
 
     Example:
@@ -27,21 +27,21 @@ class Domination:
 
     def __init__(self) -> None:
         self.task: str | None = None
-        """Who dominates now."""
+        """The task that dominates now."""
         self._losses: list[float] = []
         self.updates = 0
         """Updates in stretches that were found dominated."""
         self.found: dict[str, str] = {}
-        """Task → what to say of it."""
+        """Task → message about it."""
 
     def note(self, task: str | None, loss: float = 0.0, ratio: float = 1.0, rate: float = 1.0) -> None:
-        """Called for each update with the task that dominates, ``None`` for no task.
+        """Called for each update with the task that dominates, or ``None``.
 
         Args:
             task: its name.
             loss: its ``L_i``.
             ratio: its ``L_i / L_i(0)``.
-            rate: that over the mean of all tasks' ratios.
+            rate: that ratio over the mean of all tasks' ratios.
         """
         if task != self.task:
             self.task = task
@@ -57,19 +57,19 @@ class Domination:
         if fmean(last) >= fmean(first) - noise:
             why = (
                 f"and its loss has not fallen (mean {fmean(first):.4g} over the first half, {fmean(last):.4g} over the "
-                f"second): it cannot be learned, or is at its floor. If it is merely on a small scale, all is well"
+                f"second): it cannot be learned, or is at its floor. A loss that is merely on a small scale is fine"
             )
         elif 0 <= ratio < 0.01 and rate < 0.1:
             why = (
-                f"though its loss has all but vanished ({100 * ratio:.2g} % of L_i(0)): so has its gradient, which GradNorm "
-                f"makes up for, most of all with alpha=0. A larger alpha holds it back"
+                f"though its loss has all but vanished ({100 * ratio:.2g} % of L_i(0)). So has its gradient, and GradNorm "
+                f"compensates for that, most of all with alpha=0. A larger alpha limits it"
             )
         if why:
             self.updates += STRETCH
             self.found.setdefault(
                 task,
-                f"task '{task}' has held more than {100 * SHARE:.0f} % of the weight for {STRETCH} updates, {why}. What helps: "
-                f"leave the task out, give it a lower priority (priorities=…), raise min_weight, slow the weights down "
+                f"task '{task}' has held more than {100 * SHARE:.0f} % of the weight for {STRETCH} updates, {why}. Possible "
+                f"fixes: leave the task out, give it a lower priority (priorities=…), raise min_weight, slow the weights down "
                 f"(optimizer=partial(torch.optim.Adam, lr=0.005)), or fix them after a while (stop_after=…).",
             )
         self._losses.clear()

@@ -1,4 +1,4 @@
-"""Scalarizers and aggregators as a user gives them: an object, or a function that makes one for T tasks."""
+"""Accepts scalarizers and aggregators in either form: an object, or a function that makes one for T tasks."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 @runtime_checkable
 class TaskAware(Protocol):
-    """A scalarizer or aggregator with options that name tasks. A user's class only needs the method."""
+    """A scalarizer or aggregator with options that name tasks. A class of your own only needs the method."""
 
     def name_tasks(self, tasks: Sequence[str]) -> None:
         """Receive the tasks in the order of the losses; called before the first step."""
 
 
 def instantiate(tasks: Sequence[str], given: nn.Module | Callable[[int], nn.Module], *, caller: str) -> nn.Module:
-    """Return the module itself, or the one that ``given`` makes from the number of tasks, after calling its `name_tasks`.
+    """Return the module itself, or the one that ``given`` makes from the number of tasks. Calls its `name_tasks` if any.
 
-    A class that needs no arguments is called without any: the first of `DWA`, for one, is a temperature.
+    A class that needs no arguments is called without any, because its first may be something else: a temperature in `DWA`.
 
     Raises:
-        TypeError: ``given`` cannot be called with a number, or makes no module.
+        TypeError: ``given`` cannot be called with a number, or does not return a module.
         ImportError: it needs a package that is not installed.
 
     Example:
@@ -60,8 +60,8 @@ def instantiate(tasks: Sequence[str], given: nn.Module | Callable[[int], nn.Modu
 def with_equal_preferences(number_of_tasks: int, /, scalarizer: Callable[..., Made], **options: Any) -> Made:
     """Return ``scalarizer(weights=[1/T, …, 1/T], **options)`` for T tasks.
 
-    For torchjd's ``PBI`` (Zhang, Li, *MOEA/D*, 2007), ``COSMOS`` (Ruchte, Grabocka, arXiv 2103.13392) and ``Constant``. With
-    all but the number of tasks it is what a callback wants, in Python or in a configuration of Hydra's::
+    For torchjd's ``PBI`` (Zhang, Li, *MOEA/D*, 2007), ``COSMOS`` (Ruchte, Grabocka, arXiv 2103.13392) and ``Constant``. Bind
+    everything but the number of tasks to get what a callback expects, in Python or in a Hydra configuration::
 
         _target_: lightning_gradnorm.strategies.with_equal_preferences
         _partial_: true
@@ -69,7 +69,7 @@ def with_equal_preferences(number_of_tasks: int, /, scalarizer: Callable[..., Ma
 
     Args:
         number_of_tasks: T.
-        scalarizer: what is called with ``weights``.
+        scalarizer: called with ``weights``.
         options: its other arguments.
 
     Example:
@@ -81,7 +81,7 @@ def with_equal_preferences(number_of_tasks: int, /, scalarizer: Callable[..., Ma
     """
     made = scalarizer(weights=torch.full((number_of_tasks,), 1 / number_of_tasks), **options)
     weights = vars(made).get("weights")
-    # A plain attribute would stay behind when the module goes to another device or precision.
+    # A plain attribute would stay behind when the module moves to another device or precision.
     if isinstance(weights, Tensor):
         del made.weights
         made.register_buffer("weights", weights)
@@ -101,7 +101,7 @@ def missing_solver(error: BaseException) -> str | None:
 
 
 def _arguments(given: Callable[..., Any], number_of_tasks: int, caller: str) -> tuple[int, ...]:
-    """Return what ``given`` is to be called with: the number of tasks, or nothing."""
+    """Return the arguments to call ``given`` with: the number of tasks, or nothing."""
     made_by = given.func if isinstance(given, partial) else given
     try:
         parameters = inspect.signature(given).parameters.values()
@@ -127,9 +127,9 @@ def move_to(
     dtype: torch.dtype | None = None,
     only: torch.dtype | None = None,
 ) -> nn.Module:
-    """Move a module in place, with what it holds in plain attributes, as TorchJD's classes hold their history; return it.
+    """Move a module in place, including its plain attributes, where TorchJD's classes keep their history; return it.
 
-    Those are tensors, devices and dtypes, also inside lists, tuples and dicts, and the state of optimizers. If ``only`` is
+    This covers tensors, devices and dtypes, also inside lists, tuples and dicts, and the state of optimizers. If ``only`` is
     given, plain attributes of another precision keep theirs.
 
     Example:

@@ -1,7 +1,7 @@
-"""What the framework has to know about a strategy besides its formula.
+"""What the framework needs to know about a strategy besides its formula.
 
-A class of ours, or a user's own, states what differs from the defaults as class attributes, or as properties where an option
-decides. TorchJD's classes cannot, so one table holds theirs. No code outside this module names a strategy.
+A class of ours, or your own, states what differs from the defaults as class attributes, or as properties if an option
+decides. TorchJD's classes cannot, so one table holds their facts. No code outside this module names a strategy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from torchjd import aggregation, scalarization
 
 Input = Literal["gramian", "root", "matrix"]
-"""What an aggregator is called with: the Gramian ``J Jᵀ``, a square root of it, or the matrix J itself."""
+"""The argument of an aggregator: the Gramian ``J Jᵀ``, a square root of it, or the matrix J itself."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Facts:
     """Attributes that a strategy's class may have, with their defaults."""
 
     needs_losses_after_step: bool = False
-    """``update(losses)`` is called after the network's step, with the losses of the same batch computed again."""
+    """``update(losses)`` is called after the network's step, with the recomputed losses of the same batch."""
     steps_each_epoch: bool = False
     """``step()`` is called when an epoch is over."""
     averages_over_steps: bool = False
@@ -31,11 +31,11 @@ class Facts:
     needs_two_batches: bool = False
     """It needs the gradients of two independent batches, which one training step does not have."""
     input: Input | None = None
-    """What an aggregator is called with. By default a `Weighting` takes the Gramian, an aggregator without one the matrix."""
+    """The argument of an aggregator. By default a `Weighting` takes the Gramian, an aggregator without one the matrix."""
     in_row_span: bool = False
     """An aggregator's result is a combination of the rows, so its weights can be computed from the result."""
     remembers: str = ""
-    """For the documentation: what is in its state, ``random draws`` included."""
+    """For the documentation: what its state holds, including ``random draws``."""
     weights_sum_to: Literal["1", "T", "1/T", "free"] = "free"
     """For the documentation: the sum of its weights."""
     weights_may_be_negative: bool = False
@@ -77,7 +77,7 @@ _TORCHJD: Mapping[type[nn.Module], Facts] = {
     aggregation.Sum: Facts(input="root", weights_sum_to="T"),
     aggregation.TrimmedMean: Facts(fewest_tasks=3),
 }
-"""What TorchJD's classes would state themselves. An aggregator that is not here has the facts of its weighting."""
+"""What TorchJD's classes would state themselves. An aggregator that is not listed has the facts of its weighting."""
 
 
 def facts_of(module: nn.Module) -> Facts:

@@ -1,4 +1,4 @@
-"""Fixed weights: the simplest rule, which reads nothing and remembers nothing."""
+"""Fixed weights: the simplest rule. It reads nothing and has no state."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ class FixedRule:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Keep the weights that were given.
+        """Keep the given weights.
 
         Raises:
             ValueError: the state is another strategy's.
         """
         if state:
             raise ValueError(
-                f"{type(self).__name__}: the state should be empty, as fixed weights have none; it is that of {kind_of(state)}."
+                f"{type(self).__name__}: the state should be empty, as fixed weights have none; it is from {kind_of(state)}."
             )

@@ -1,4 +1,4 @@
-"""GABA, of a book on predictive maintenance (book-ai.org), second edition, sections 17.1 and 18.2 to 18.4.
+"""GABA, from a book on predictive maintenance (book-ai.org), second edition, sections 17.1 and 18.2 to 18.4.
 
 With ``g_i = ||∇L_i||₂`` over the shared parameters, K tasks and ``S = Σ_i g_i``::
 
@@ -6,9 +6,9 @@ With ``g_i = ||∇L_i||₂`` over the shared parameters, K tasks and ``S = Σ_i 
     λ̄_i ← beta · λ̄_i + (1 − beta) · λ_i             its Equation 5; begins at 1/K
     w_i = max(λ̄_i, floor) / Σ_j max(λ̄_j, floor)     its Equation 6
 
-The first ``warmup`` calls are ``w_i = 1/K``, and what they see is not averaged (18.4). Section 13.4 writes ``λ_i ∝ 1/g_i``
-instead, which is the same for two tasks alone. What the book leaves open is decided so: ``λ_i = 1/K`` if all norms are zero;
-norms that are not finite are not averaged.
+The first ``warmup`` calls return ``w_i = 1/K``, and their norms are not averaged (18.4). Section 13.4 writes ``λ_i ∝ 1/g_i``
+instead, which is the same only for two tasks. The book leaves two cases open: we take ``λ_i = 1/K`` if all norms are zero, and
+do not average norms that are not finite.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from lightning_gradnorm.strategies.snapshot import LazyBufferModule
 
 
 class GABA(LazyBufferModule, Weighting[PSDMatrix], Stateful):
-    """The weights ``w_i`` of the Gramian of the tasks' gradients, whose diagonal is ``g_i²``.
+    """The weights ``w_i`` for the Gramian of the tasks' gradients, whose diagonal is ``g_i²``.
 
     Args:
-        beta: of the moving average.
-        floor: the least weight, before they are scaled to sum 1 again; at most 1/K.
-        warmup: how many calls begin with equal weights.
+        beta: decay of the moving average.
+        floor: lower bound of the weights before they are scaled to sum 1 again; at most 1/K.
+        warmup: number of first calls with equal weights.
 
     Example:
         The smaller gradient gets the larger weight:
@@ -79,7 +79,7 @@ class GABA(LazyBufferModule, Weighting[PSDMatrix], Stateful):
         return (weights / weights.sum()).to(gramian)
 
     def reset(self) -> None:
-        """Forget the moving average, and begin with the warm-up again."""
+        """Forget the moving average, and start with the warm-up again."""
         self.average, self.calls = self.average.new_empty(0), torch.zeros_like(self.calls)
 
     def __repr__(self) -> str:

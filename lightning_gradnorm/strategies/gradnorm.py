@@ -60,7 +60,7 @@ def gradnorm_terms(
         initial_losses: ``L_i(0)``, shape (T,).
         alpha: the asymmetry; 0 aims at equal gradient norms.
         priorities: ``p_i`` with mean 1; all ones in the paper.
-        present: the tasks that take part, bool of shape (T,). Means are over them; the others get NaN. ``None`` for all.
+        present: the tasks that count, bool of shape (T,). Means are over them; the others get NaN. ``None`` for all.
 
     Example:
         Two gradients of equal size, but the second task has learned less, so its weight should grow:
@@ -91,24 +91,24 @@ class GradNormRule(ReadsOutcomes):
     Args:
         tasks: the tasks' names, in the order of every tensor of shape (T,).
         alpha: the asymmetry. With 0, a task whose loss vanishes gets nearly all of the weight.
-        optimizer: makes the optimizer of the weights; the paper's is ``partial(torch.optim.Adam, lr=0.025)``.
-        initial_losses: the number of first updates whose mean loss is ``L_i(0)`` (as long as there are fewer, the mean of
-            those so far); or the values by task, for example ``{"seg": math.log(13)}``. The others' is their first loss.
+        optimizer: builds the optimizer of the weights; the paper's is ``partial(torch.optim.Adam, lr=0.025)``.
+        initial_losses: the number of first updates whose mean loss is ``L_i(0)`` (until then, the mean so far); or the values
+            by task, for example ``{"seg": math.log(13)}``. Tasks without a value use their first loss.
         initial_weights: by task; scaled to sum T. Equal by default.
         priorities: by task; scaled to mean 1. Equal by default.
         update_every: the network's optimizer steps from one weight update to the next.
         stop_after: the network's optimizer steps after which the weights stay fixed; ``None`` for never.
         min_weight: lower bound of the weights before they are scaled to sum T.
-        absent_tasks: ``"leave_out"``: a task that is absent from an update keeps its weight and takes no part in the means.
-            ``"last_seen"``: it takes part with the norm and the loss it last had; before its first, it is left out. For both,
-            a task whose gradient is exactly 0 is absent.
-        weight_space: ``"linear"``: the optimizer steps on ``w``, as in the paper. ``"log"``: on ``log w``, with the gradient
-            ``sign(G_i − target_i) · G_i``, so that weights of 0.001 and of 1 move by the same factor. Ours.
-        smoothing: β of bias-corrected moving averages that take the place of ``n_i`` and ``L_i``, also in ``L_i(0)``; 0, the
-            paper's, for none. Ours.
-        resume_options: which options are in force after `load_state_dict` where the checkpoint's differ: the weight
-            optimizer's, ``initial_losses`` and ``initial_weights``. A difference is warned of in either case. Other options
-            are no part of a checkpoint.
+        absent_tasks: ``"leave_out"``: a task that is absent from an update keeps its weight and does not count in the means.
+            ``"last_seen"``: it counts with its last norm and loss; before its first, it is left out. In both cases, a task
+            whose gradient is exactly 0 is absent.
+        weight_space: ``"linear"``: the optimizer steps on ``w``, as in the paper. ``"log"``: it steps on ``log w``, with the
+            gradient ``sign(G_i − target_i) · G_i``, so weights of 0.001 and of 1 move by the same factor. Not in the paper.
+        smoothing: β of bias-corrected moving averages that replace ``n_i`` and ``L_i``, also in ``L_i(0)``. 0, as in the
+            paper, turns them off. Not in the paper.
+        resume_options: which options apply after `load_state_dict` if the checkpoint's differ: the weight optimizer's,
+            ``initial_losses`` and ``initial_weights``. Either way, a difference gives a warning. Other options are not part of
+            a checkpoint.
         dtype: of the weights.
         device: of the weights.
         caller: begins the error messages.
@@ -170,10 +170,10 @@ class GradNormRule(ReadsOutcomes):
         self._is_fresh = True  # whether the state is still the constructor's
         explain = partial(why_not_updated, alpha=self.alpha)
         self.outcomes = Outcomes(self.tasks, explain, "gradnorm/skipped", absent_tasks)
-        """What became of the updates; read `skipped`, `remarks` and so on, which first read what is new."""
+        """What happened to the updates. Read `skipped`, `remarks` and so on: these first read what is new."""
 
     def _initial_values(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weights and the priorities as they were given."""
+        """Return the weights and the priorities from the constructor's arguments."""
         ones = dict.fromkeys(self.tasks, 1.0)
         given = [numbers or ones for numbers in (self._given_weights, self._given_priorities)]
         weights, priorities = like.new_tensor([[numbers[task] for task in self.tasks] for numbers in given]).unbind()
@@ -186,21 +186,21 @@ class GradNormRule(ReadsOutcomes):
 
     @property
     def loss_weights(self) -> Tensor:
-        """The weights in force, shape (T,), detached: the factors of the losses' gradients."""
+        """The current weights, shape (T,), detached: the factors of the losses' gradients."""
         return self.weights.detach()
 
     @property
     def should_measure(self) -> bool:
-        """Whether the coming optimizer step of the network is one with a weight update."""
+        """Whether the network's next optimizer step includes a weight update."""
         return self.steps % self.update_every == 0 and (self.stop_after is None or self.steps < self.stop_after)
 
     def count_step(self) -> None:
-        """Add the weights in force to their mean over time. Called after every optimizer step of the network."""
+        """Add the current weights to their mean over time. Called after every optimizer step of the network."""
         self.steps += 1
         self.mean_weights.lerp_(self.weights.detach(), 1 / self.steps)
 
     def discard_step(self) -> None:
-        """Do nothing: a step that the loss scaler skips has left no trace here."""
+        """Do nothing: a step that the loss scaler skips leaves no trace here."""
 
     @torch.no_grad()
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
@@ -219,14 +219,14 @@ class GradNormRule(ReadsOutcomes):
                 part.to(self.mean_weights)
         if self.outcomes.last is not None:
             self.outcomes.last = moved(self.outcomes.last, dtype, device)
-        # Numbers that were given are converted anew, so that float64 does not get what float32 has rounded.
+        # Convert the given numbers again, so float64 does not get numbers rounded to float32.
         weights, self._priorities = self._initial_values(self.mean_weights)
         if self._is_fresh:
             self._set_weights(weights)
             self.mean_weights, self._initial_weights = weights, weights.clone()
 
     def _set_weights(self, weights: Tensor, logs: Tensor | None = None) -> None:
-        """Set the weights and, where these are not their exponentials already, the logarithms."""
+        """Set the weights and, unless these are already their exponentials, the logarithms."""
         self.weights.copy_(weights)
         if self._logs is not None:
             logs = weights.log() if logs is None else logs.to(weights)
@@ -242,9 +242,9 @@ class GradNormRule(ReadsOutcomes):
         Args:
             norms: ``n_i`` of the unweighted losses, shape (T,).
             losses: ``L_i``, shape (T,).
-            present: the tasks that have a loss, bool of shape (T,); all by default. One whose norm is exactly 0 counts as
-                absent. An absent task keeps its weight and its optimizer state and is left out of the means, the others share
-                the rest; or with ``absent_tasks="last_seen"`` it takes part with the numbers it last had.
+            present: the tasks that have a loss, bool of shape (T,); all by default. A task whose norm is exactly 0 counts as
+                absent. An absent task keeps its weight and its optimizer state and is left out of the means; the others share
+                the rest. With ``absent_tasks="last_seen"`` it counts with its last numbers instead.
 
         Returns:
             The update. It is not taken if a number is not finite, or (unless ``alpha`` is 0) a loss is negative or has never
@@ -260,7 +260,7 @@ class GradNormRule(ReadsOutcomes):
         if self._last_seen is not None:
             norms, losses, present = self._last_seen.fill(norms, losses, with_gradient)
         counted = self._all_present if present is None else present
-        problems = losses - losses  # 0 if finite, else NaN; a bad norm shows in the weights that result
+        problems = losses - losses  # 0 if finite, else NaN; a bad norm shows up in the resulting weights
         if self.alpha > 0:
             problems = problems + losses.clamp(max=0)
         if present is not None:
@@ -292,7 +292,7 @@ class GradNormRule(ReadsOutcomes):
         return update
 
     def _is_usable(self, norms: Tensor, losses: Tensor) -> Tensor:
-        """Return for which tasks these are numbers that an update can be made with, bool of shape (T,)."""
+        """Return the tasks whose numbers an update can use, bool of shape (T,)."""
         has_rate = ((losses >= 0) & (self.initial_losses > 0)) | (self.alpha == 0)
         return norms.isfinite() & losses.isfinite() & has_rate
 
@@ -300,7 +300,7 @@ class GradNormRule(ReadsOutcomes):
         """Apply ``w_i ← max(w_i, min_weight)``, then scale so that the sum is T and absent tasks keep their weights."""
         T = len(self.tasks)
         # The upper bound is out of reach in ordinary steps. If one weight explodes, dividing by the sum would push the others
-        # to zero, where no gradient can be measured any more.
+        # to zero, where their gradients can no longer be measured.
         weights = weights.clamp(self.min_weight, _MAX_WEIGHT_SHARE * T)
         if present is None:
             return weights * (T / weights.sum())
@@ -310,7 +310,7 @@ class GradNormRule(ReadsOutcomes):
         return torch.where(present, weights * (total / (weights * present).sum()), before)
 
     def _renormalized_logs(self, present: Tensor | None, before: Tensor, logs: Tensor) -> Tensor:
-        """Do so for logarithms; those of absent tasks are kept to the bit."""
+        """Do the same for logarithms; those of absent tasks stay bit-identical."""
         found = self._renormalized(present, before.exp(), logs.exp()).log()
         return found if present is None else torch.where(present, found, before)
 
@@ -343,15 +343,15 @@ class GradNormRule(ReadsOutcomes):
 
         Args:
             state: what `state_dict` returned.
-            adapt: accept a state of other tasks. Known tasks keep theirs and the weights are scaled to sum T; a new task
-                starts with the mean of the known weights and an empty optimizer state, and its ``L_i(0)`` is its first loss.
+            adapt: accept a state of other tasks. Known tasks keep their state and the weights are scaled to sum T. A new task
+                starts with the mean of the known weights and an empty optimizer state; its ``L_i(0)`` is its first loss.
 
         Raises:
             ValueError: the state is of other tasks and ``adapt`` is False, of another strategy, optimizer or version, or
-                damaged. The rule is then as it was.
+                damaged. The rule is then unchanged.
 
         Warns:
-            UserWarning: once for each option that differs from the checkpoint's; ``resume_options`` decides which is in force.
+            UserWarning: once for each option that differs from the checkpoint's; ``resume_options`` decides which applies.
         """
         check_state(state, self.tasks, _KIND, _VERSION, adapt=adapt)
         known = set(state["tasks"])
@@ -362,7 +362,7 @@ class GradNormRule(ReadsOutcomes):
             weights = torch.where(is_new, state[name].mean().to(self.weights), matched[name].to(self.weights))
             return weights if known == set(self.tasks) else weights * (len(self.tasks) / weights.sum())
 
-        # Whatever can fail comes before the first change.
+        # Everything that can fail comes before the first change.
         weights, mean_weights = scaled("weights"), scaled("weights_mean")
         steps, skipped = int(state["steps"]), int(state["skipped"])
         initial = self._initial.resumed(matched, is_new, self.resume_options)

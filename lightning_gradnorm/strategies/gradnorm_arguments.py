@@ -1,4 +1,4 @@
-"""What GradNorm says of wrong arguments, for the rule and for the callbacks that pass them on, and of numbers it cannot use."""
+"""GradNorm's error messages: about arguments, for the rule and the callbacks that pass them on, and about unusable numbers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lightning_gradnorm._messages import check, check_positive_by_task, is_integ
 def check_arguments(caller: str, tasks: Sequence[str] | None, options: Mapping[str, Any]) -> None:
     """Raise ValueError for an argument of `GradNormRule` out of range, in the name of ``caller``.
 
-    ``options`` holds all arguments by name. While ``tasks`` is ``None``, because they are not known yet, the names in mappings
-    are not checked.
+    ``options`` holds all arguments by name. While ``tasks`` is ``None``, because the tasks are not known yet, the names in
+    mappings are not checked.
 
     Example:
         >>> check_arguments("GradNorm", None, {"alpha": -1})
@@ -54,14 +54,14 @@ def _check_numbers(caller: str, tasks: Sequence[str] | None, parameter: str, num
 
 
 def why_not_updated(task: str, loss: float, alpha: float) -> str:
-    """Return why a task's loss, or its norm, allowed no update."""
+    """Return why a task's loss or norm prevented the update."""
     if loss < 0 and alpha > 0:
         return (
             f"the loss of task '{task}' is negative ({loss:g}); add a constant that keeps it positive, or use alpha=0"
         )
     if loss == 0 and alpha > 0:
         return (
-            f"the loss of task '{task}' has been 0 from the start, so that its training rate is undefined (give "
-            f"initial_losses={{'{task}': 1.0}} if it will stay so, or use alpha=0)"
+            f"the loss of task '{task}' has been 0 from the start, so its training rate is undefined (give "
+            f"initial_losses={{'{task}': 1.0}} if it stays 0, or use alpha=0)"
         )
     return f"the loss or the gradient norm of task '{task}' is not finite"

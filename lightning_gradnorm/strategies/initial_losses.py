@@ -12,13 +12,13 @@ from lightning_gradnorm.strategies.resuming import ResumeOptions, say_what_is_in
 
 
 class InitialLosses:
-    """Each task's mean loss over the first updates it takes part in, or a number that was given.
+    """Each task's mean loss over the first updates in which it counts, or a given number.
 
     While ``alpha > 0`` a task's first loss is its first positive one.
 
     Args:
         tasks: the tasks' names.
-        given: of how many updates the mean is taken; or numbers by task, for some or all. The others' is their first loss.
+        given: the number of updates to average over; or numbers by task, for some or all. The others use their first loss.
         alpha: the asymmetry.
         like: has the precision and the device of the weights.
 
@@ -44,18 +44,18 @@ class InitialLosses:
         self._needed = like.new_tensor([0 if task in numbers else count for task in self._tasks])
         self._updates_seen = torch.zeros_like(self.values)
         self.are_final = False
-        """Whether all values are, and positive unless ``alpha`` is 0."""
+        """Whether all values are final, and positive unless ``alpha`` is 0."""
         self._is_fresh = True
 
     def to(self, like: Tensor) -> None:
-        """Move all numbers. Those that were given are converted anew, so that float64 does not get what float32 rounded."""
+        """Move all numbers. Given numbers are converted again, so float64 does not get numbers rounded to float32."""
         if self._is_fresh:
             self._place(like)
         for name in ("values", "_needed", "_updates_seen"):
             setattr(self, name, getattr(self, name).to(like))
 
     def propose(self, losses: Tensor, present: Tensor | None) -> Tensor:
-        """Return what the values are if the update with these losses is taken; `accept` makes them so."""
+        """Return the values if the update with these losses is taken; `accept` then commits them."""
         counts = self._updates_seen < self._needed
         if present is not None:
             counts &= present
@@ -67,7 +67,7 @@ class InitialLosses:
         return self._proposed[0]
 
     def accept(self) -> None:
-        """Take over what was last proposed. Synchronizes with the device."""
+        """Commit the last proposal. Synchronizes with the device."""
         assert self._proposed is not None
         self.values, self._updates_seen = self._proposed
         self._is_fresh = False
@@ -83,14 +83,14 @@ class InitialLosses:
         }
 
     def resumed(self, state: Mapping[str, Any], is_new: Tensor, resume_options: ResumeOptions) -> InitialLosses:
-        """Return those of a checkpoint, in the order of the tasks; what it does not know is as here.
+        """Return a copy with a checkpoint's values, in the order of the tasks; values it does not know stay as here.
 
-        With ``resume_options="given"`` numbers that were given here take the place of the checkpoint's, and a count that was
-        given goes on from the updates it has seen; after a given number it begins anew.
+        With ``resume_options="given"``, numbers given here replace the checkpoint's, and a count given here continues from
+        the updates already seen. After a given number the count starts anew.
         """
         values, seen = (state[name].to(self.values) for name in ("initial_losses", "updates_seen"))
         was_given = (seen == 0) & (values != 0)
-        # Older checkpoints do not tell the count: this run's is taken for it, except where a number was given.
+        # Older checkpoints do not store the count: we assume this run's, except where a number was given.
         saved = state.get("updates_in_initial", torch.where(was_given, 0.0, self._needed)).to(self.values)
         is_unknown = is_new | ((seen == 0) & (values == 0))
         is_number = self._needed == 0
@@ -111,7 +111,7 @@ class InitialLosses:
         return found
 
     def _described(self, values: Tensor, needed: Tensor, which: Tensor) -> dict[str, object]:
-        """Return, for some tasks, the number given, or of how many losses a value is the mean."""
+        """Return, for some tasks, the given number, or how many losses a value averages."""
         rows = zip(self._tasks, values.tolist(), needed.tolist(), which.tolist(), strict=True)
         return {
             task: f"mean of {int(count)}" if count else float(f"{value:.4g}")

@@ -20,25 +20,25 @@ class InverseNorm(NormFormula):
 
         w_i = p_i · ref / n̄_i
 
-    This is where GradNorm with ``alpha=0`` arrives, at once and without an optimizer. What others have made of it:
+    GradNorm with ``alpha=0`` converges to this; here it takes one step and no optimizer. Variants by others:
 
     - ``grad_norm`` of jaxpi (Wang, Sankaran, Wang, Perdikaris, *An Expert's Guide to Training PINNs*, arXiv 2308.08468):
       ``InverseNorm(ema=0.9, normalize=False, update_every=1000)`` with ``shared_layer="all"``. It averages the weights, not the
       norms, and adds ``1e-5 · mean`` to each norm.
     - The balancer of EnCodec (Défossez et al., arXiv 2210.13438, section 3.4): ``InverseNorm(ema=0.999, reference=R / T,
-      priorities=λ, normalize=False)`` with ``norm_of="activation"`` and the decoder as ``representation``. It has the norm of
-      the present batch where ours has been averaged in as well, and may average norms over samples; R is 1.
+      priorities=λ, normalize=False)`` with ``norm_of="activation"`` and the decoder as ``representation``. Its averages
+      include the current batch, where ours end with the batch before, and may average norms over samples; R is 1.
 
     Args:
-        ema: β, the share of the past in the averages; 0 for none.
-        reference: ``ref``: the ``"mean"`` or the ``"total"`` of the averages, or a positive number. Of no effect with
+        ema: β, the share of the past in the averages; 0 for no averaging.
+        reference: ``ref``: the ``"mean"`` or the ``"total"`` of the averages, or a positive number. Has no effect with
             ``normalize``.
         normalize: scale the weights to sum T, so that the learning rate keeps its meaning.
         priorities: ``p_i`` by task, positive; scaled to mean 1.
         update_every: the network's optimizer steps from one weight update to the next.
 
-    A task whose loss vanishes, and with it its gradient, gets nearly all of the weight: there is no training rate that would
-    prevent it. `GradNorm` with ``alpha`` of 1 or more has one.
+    A task whose loss and gradient vanish gets nearly all of the weight: this formula has no training rate that would prevent
+    it. `GradNorm` with ``alpha`` of 1 or more has one.
 
     Raises:
         ValueError: an argument is out of range.

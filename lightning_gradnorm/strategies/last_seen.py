@@ -1,4 +1,4 @@
-"""The norm and the loss that each task had when it was last present: what it takes part with while it is absent."""
+"""The last norm and loss of each task, which stand in for it while it is absent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class LastSeen:
-    """Fills in for absent tasks, for ``absent_tasks="last_seen"``.
+    """Fills in the numbers of absent tasks, for ``absent_tasks="last_seen"``.
 
     Args:
         like: has the shape (T,), the precision and the device of the weights.
@@ -28,7 +28,7 @@ class LastSeen:
         self._is_known = torch.zeros_like(like, dtype=torch.bool)
 
     def fill(self, norms: Tensor, losses: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return norms, losses and who takes part: who is present, and who was, unless nobody is. ``None``: all."""
+        """Return norms, losses and the tasks that count: present now, or earlier unless no task is now. ``None``: all."""
         if present is None:
             return norms, losses, None
         stays = present | ~self._is_known
@@ -36,7 +36,7 @@ class LastSeen:
         return norms, losses, present | (self._is_known & present.any())
 
     def note(self, norms: Tensor, losses: Tensor, usable: Tensor) -> None:
-        """Remember the numbers of the tasks that are present and whose numbers are sound, bool of shape (T,)."""
+        """Remember the numbers of the tasks that are present and have usable numbers, bool of shape (T,)."""
         self._norms = torch.where(usable, norms, self._norms)
         self._losses = torch.where(usable, losses, self._losses)
         self._is_known = self._is_known | usable
@@ -51,7 +51,7 @@ class LastSeen:
         return {"norms": self._norms.clone(), "losses": self._losses.clone(), "is_known": self._is_known.clone()}
 
     def resumed(self, state: Mapping[str, Any] | None) -> LastSeen:
-        """Return one with that state, in the order of the tasks; ``None``, as in older checkpoints: nobody was seen."""
+        """Return a copy with this state, in the order of the tasks; empty if ``None``, as from older checkpoints."""
         found = LastSeen(self._norms)
         if state is not None:
             found._norms, found._losses = state["norms"].to(self._norms), state["losses"].to(self._norms)

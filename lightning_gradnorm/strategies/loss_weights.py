@@ -1,4 +1,4 @@
-"""Base of the scalarizers ``Σ_i w_i L_i`` whose weights follow from the losses of now and of the steps before."""
+"""Base of the scalarizers ``Σ_i w_i L_i`` whose weights depend on current and earlier losses."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lightning_gradnorm.strategies.snapshot import LazyBufferModule
 
 
 class LossWeights(LazyBufferModule):
-    """Makes a scalarizer of `next_weights`; the weights are constants for the backward pass.
+    """Makes a scalarizer from `next_weights`; the weights are constants for the backward pass.
 
-    They are computed in float32 at least. While a loss is not finite all weights are equal, and nothing is remembered of that
-    step: the total shows it.
+    They are computed in float32 at least. If a loss is not finite, all weights are equal, and that step is not remembered:
+    the total shows it.
     """
 
     weights_sum_to: Literal["1", "T"] = "T"
@@ -32,7 +32,7 @@ class LossWeights(LazyBufferModule):
         """Return the total loss of the tasks' losses, shape (T,), in float32 at least.
 
         Raises:
-            ValueError: a loss is negative and must not be, or there were more or fewer losses before.
+            ValueError: a loss is negative and must not be, or the number of losses has changed.
         """
         outside = torch.promote_types(values.dtype, torch.float32)
         inside = outside
@@ -44,25 +44,25 @@ class LossWeights(LazyBufferModule):
         return (weights.to(outside) * values).sum()
 
     def next_weights(self, losses: Tensor) -> Tensor:
-        """Return the weights of finite losses, shape (T,), and remember what later steps need."""
+        """Return the weights for finite losses, shape (T,), and remember what later steps need."""
         raise NotImplementedError
 
     def equal_weights(self, losses: Tensor) -> Tensor:
-        """Return equal weights of the right sum, shape (T,)."""
+        """Return equal weights with the right sum, shape (T,)."""
         return torch.full_like(losses, 1.0 if self.weights_sum_to == "T" else 1 / len(losses))
 
     def recalled(self, name: str, like: Tensor) -> Tensor:
         """Return a buffer of T numbers, or of rows of T, in the losses' precision; zeros of ``like``'s shape in the first call.
 
         Raises:
-            ValueError: it is of another number of losses.
+            ValueError: it was made for another number of losses.
         """
         buffer = self.get_buffer(name)
         if buffer.numel() == 0:
             return torch.zeros_like(like)
         if buffer.shape != like.shape:
             raise ValueError(
-                f"{type(self).__name__}: what it remembers is of {buffer.shape[-1]} losses; got {like.shape[-1]}. "
+                f"{type(self).__name__}: its state is of {buffer.shape[-1]} losses; got {like.shape[-1]}. "
                 f"Call reset() before the tasks change."
             )
         return buffer.to(like)
@@ -71,7 +71,7 @@ class LossWeights(LazyBufferModule):
         """Raise an error if a loss is negative.
 
         Raises:
-            ValueError: one is; names its task.
+            ValueError: a loss is negative; names its task.
         """
         if bool((losses < 0).any()):
             raise ValueError(

@@ -21,20 +21,20 @@ class LRAnnealing(NormFormula):
         λ̂_i = max_θ |∇_θ L_r| / mean_θ |∇_θ L_i|       over all entries of the gradients
         λ_i ← (1 − a) λ_i + a λ̂_i                       λ_i = 1 at first, λ_r = 1
 
-    Sources disagree. The text recommends ``a = 0.9``; the authors' code has ``a = 0.1``, as here, and so has most other code.
-    Their code for Helmholtz' equation divides by the mean of ``|∇_θ (λ_i L_i)|``, with the weight in force, which has another
-    fixed point; it leaves out biases, and takes the mean over layers of each layer's mean. Ours follows the text. λ is used
-    from the step after the one whose gradients it was computed from.
+    Sources disagree. The text recommends ``a = 0.9``; the authors' code uses ``a = 0.1``, as we and most others do. Their
+    code for Helmholtz' equation divides by the mean of ``|∇_θ (λ_i L_i)|``, with the current weight, which has another
+    fixed point; it leaves out biases, and takes the mean over layers of each layer's mean. Ours follows the text. A λ computed
+    from the gradients of one step is used from the next step on.
 
     Args:
         residual: the name of the task ``L_r``.
         rate: ``a``.
         norm: ``"max_mean"``, as published; or ``"l2"``: ``λ̂_i = ||∇_θ L_r|| / ||∇_θ L_i||``. The largest entry of a gradient
-            is many times the mean one, so the published form favors the other terms; the latter makes all norms equal.
-        update_every: the network's optimizer steps from one weight update to the next; the authors' 10.
+            is many times its mean entry, so the published form favors the other terms; ``"l2"`` makes all norms equal.
+        update_every: the network's optimizer steps from one weight update to the next; 10 in the authors' code.
 
     Raises:
-        ValueError: an argument is out of range; or in training, ``residual`` is not among the tasks.
+        ValueError: an argument is out of range; or, in training, ``residual`` is not among the tasks.
 
     Example:
         >>> from lightning_gradnorm.strategies import NormWeightingRule
@@ -61,11 +61,11 @@ class LRAnnealing(NormFormula):
 
     @property
     def norms(self) -> tuple[Norm, ...]:  # type: ignore[override]
-        """What is needed of each gradient."""
+        """The norms to take of each gradient."""
         return ("max", "mean") if self.norm == "max_mean" else ("l2",)
 
     def check_tasks(self, tasks: Sequence[str]) -> None:
-        """Check that the residual is one of them."""
+        """Check that the residual is one of the tasks."""
         super().check_tasks(tasks)
         if self.residual not in tasks:
             raise ValueError(
@@ -76,7 +76,7 @@ class LRAnnealing(NormFormula):
     def weigh(
         self, memory: Memory, norms: Tensor, losses: Tensor, present: Tensor, tasks: Sequence[str]
     ) -> tuple[Tensor, Tensor]:
-        """Return λ twice: it is remembered, and it is the weight. Without a residual it stays as it is."""
+        """Return λ twice, as the memory and as the weights. Without a residual λ does not change."""
         r = list(tasks).index(self.residual)
         largest, mean = norms.unbind(1) if norms.ndim == 2 else (norms, norms)
         weights = memory.values + self.rate * (largest[r] / mean - memory.values)

@@ -1,7 +1,7 @@
-"""Weights in closed form from the norms of the task gradients: what such formulas have in common, and the rule that runs one.
+"""Weights in closed form from the norms of the task gradients: the base of such formulas, and the rule that runs one.
 
-A formula says what it remembers of the norms ``n_i = ||∇_W L_i||`` and which weights follow. `NormWeightingRule` does the rest:
-tasks that are absent, numbers that are not finite, checkpoints.
+A formula defines what it remembers of the norms ``n_i = ||∇_W L_i||`` and which weights follow. `NormWeightingRule` does the
+rest: absent tasks, numbers that are not finite, checkpoints.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ Norm = Literal["l2", "max", "mean"]
 
 
 class Memory(NamedTuple):
-    """What a formula knows of earlier updates; tensors of shape (T,)."""
+    """What a formula knows about earlier updates; tensors of shape (T,)."""
 
     values: Tensor
     """Its moving average; 1 at first."""
     updates: Tensor
-    """The updates that each task took part in, this one included."""
+    """The number of updates in which each task counted, this one included."""
 
 
 class NormFormula(ABC):
     """A formula for weights from gradient norms, for `NormWeighting`. A subclass is another strategy.
 
     Args:
-        update_every: the network's optimizer steps from one weight update to the next; in the others no gradients are read.
-        priorities: task → positive number ``p_i``, by which its weight is multiplied; scaled to mean 1. ``None``: all 1.
+        update_every: the network's optimizer steps from one weight update to the next; no gradients are read in the others.
+        priorities: task → positive number ``p_i`` that multiplies its weight; scaled to mean 1. ``None``: all 1.
     """
 
     norms: Sequence[Norm] = ("l2",)
-    """What is needed of each gradient."""
+    """The norms to take of each gradient."""
     of_all_parameters: ClassVar[bool] = False
-    """Whether the source takes the gradients of the whole network, or of a layer, unless the user names one."""
+    """Whether the source takes the gradients of the whole network or of a layer; the default of ``shared_layer``."""
     normalize: bool = False
     """Whether the weights are scaled to sum T."""
 
@@ -59,25 +59,25 @@ class NormFormula(ABC):
     def weigh(
         self, memory: Memory, norms: Tensor, losses: Tensor, present: Tensor, tasks: Sequence[str]
     ) -> tuple[Tensor, Tensor]:
-        """Return what to remember and the weights, each of shape (T,), meaningless at absent tasks.
+        """Return what to remember and the weights, each of shape (T,), with any values at absent tasks.
 
         Args:
-            memory: of the updates before.
+            memory: from earlier updates.
             norms: of the gradients of the unweighted losses, shape (T,); or (T, k) if `norms` has k entries.
             losses: ``L_i``, shape (T,).
-            present: the tasks that take part, bool of shape (T,).
+            present: the tasks that count, bool of shape (T,).
             tasks: their names.
         """
 
     def explain(self, task: str, loss: float) -> str:
-        """Return why a task with this loss allowed no update: the beginning of a sentence."""
+        """Return why a task with this loss prevented the update, as the beginning of a sentence."""
         return f"the loss or the gradient norm of task '{task}' is not finite, or its weight would not be"
 
     def check_tasks(self, tasks: Sequence[str]) -> None:
-        """Check the tasks that the user has named.
+        """Check the task names in the options.
 
         Raises:
-            ValueError: one is not among ``tasks``.
+            ValueError: a name is not among ``tasks``.
         """
         if self.priorities is not None:
             check_positive_by_task(self.priorities, tasks, caller=type(self).__name__, parameter="priorities")
@@ -116,14 +116,14 @@ def moving_average(beta: float, memory: Memory, values: Tensor) -> Tensor:
 
 
 def mean_of_present(values: Tensor, present: Tensor) -> Tensor:
-    """Return the mean over the tasks that take part, a scalar."""
+    """Return the mean over the present tasks, a scalar."""
     return torch.where(present, values, 0.0).sum() / present.sum()
 
 
 class NormWeightingRule(ReadsOutcomes):
-    """Runs a `NormFormula` in a training.
+    """Runs a `NormFormula` during training.
 
-    The weights of a step come from the gradients of the step before: both need only one backward pass. They begin with 1.
+    The weights of a step come from the gradients of the step before, so one backward pass serves both. They start at 1.
 
     Args:
         tasks: the tasks' names, in the order of every tensor of shape (T,).
@@ -132,7 +132,7 @@ class NormWeightingRule(ReadsOutcomes):
         device: of the weights.
 
     Raises:
-        TypeError, ValueError: ``formula`` is no formula, or names a task that is not there.
+        TypeError, ValueError: ``formula`` is not a formula, or names an unknown task.
 
     Example:
         >>> from lightning_gradnorm.strategies import InverseNorm
@@ -158,7 +158,7 @@ class NormWeightingRule(ReadsOutcomes):
         formula.check_tasks(self.tasks)
         self._formula = formula
         self.weights = torch.ones(len(self.tasks), dtype=dtype, device=device)
-        """The weights in force, shape (T,)."""
+        """The current weights, shape (T,)."""
         self.mean_weights = self.weights.clone()
         """Their mean over the steps counted by `count_step`, shape (T,)."""
         self._memory, self._updates = self.weights.clone(), torch.zeros_like(self.weights)
@@ -166,7 +166,7 @@ class NormWeightingRule(ReadsOutcomes):
         self.steps = 0
         """Number of the network's optimizer steps, with and without a weight update."""
         self.outcomes = Outcomes(self.tasks, formula.explain, "balancing/skipped")
-        """What became of the updates."""
+        """What happened to the updates."""
 
     def _given_priorities(self) -> Tensor:
         given = self._formula.priorities or dict.fromkeys(self.tasks, 1.0)
@@ -175,7 +175,7 @@ class NormWeightingRule(ReadsOutcomes):
 
     @property
     def norms(self) -> Sequence[Norm]:
-        """What is needed of each gradient."""
+        """The norms to take of each gradient."""
         return self._formula.norms
 
     @property
@@ -185,21 +185,21 @@ class NormWeightingRule(ReadsOutcomes):
 
     @property
     def should_measure(self) -> bool:
-        """Whether the coming optimizer step of the network is one with a weight update."""
+        """Whether the network's next optimizer step includes a weight update."""
         return self.steps % self._formula.update_every == 0
 
     @property
     def syncs_every_step(self) -> bool:
-        """Whether the outcome of each update may be read at once; on a GPU that would make the host wait."""
+        """Whether each update's outcome may be read at once; on a GPU the host would have to wait."""
         return self.weights.is_cpu
 
     def count_step(self) -> None:
-        """Add the weights in force to their mean over time. Called after every optimizer step of the network."""
+        """Add the current weights to their mean over time. Called after every optimizer step of the network."""
         self.steps += 1
         self.mean_weights = self.mean_weights.lerp(self.weights, 1 / self.steps)
 
     def discard_step(self) -> None:
-        """Do nothing: a step that the loss scaler skips has left no trace here."""
+        """Do nothing: a step that the loss scaler skips leaves no trace here."""
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
         """Move all state. Values are kept."""
@@ -208,21 +208,21 @@ class NormWeightingRule(ReadsOutcomes):
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, moved(value, dtype, device))
-        self._priorities = self._given_priorities()  # float64 should not get what float32 has rounded
+        self._priorities = self._given_priorities()  # float64 should not get numbers rounded to float32
 
     @torch.no_grad()
     def step(self, norms: Tensor, losses: Tensor, present: Tensor | None = None) -> WeightUpdate:
         """Update the weights once. The host never waits for a GPU.
 
         Args:
-            norms: of the gradients of the unweighted losses, shape (T,); or (T, k) where the formula needs k numbers of each.
+            norms: of the gradients of the unweighted losses, shape (T,); or (T, k) if the formula needs k norms of each.
             losses: ``L_i``, shape (T,).
-            present: the tasks that have a loss, bool of shape (T,); all by default. One whose gradient is exactly 0 counts
-                as absent. An absent task keeps its weight; the others share the rest where the weights are scaled.
+            present: the tasks that have a loss, bool of shape (T,); all by default. A task whose gradient is exactly 0 counts
+                as absent. An absent task keeps its weight; if the weights are scaled, the others share the rest.
 
         Returns:
             The update. It is not taken if a number is not finite, or a weight would not be positive and finite; then the
-            weights and the averages stay as they are.
+            weights and the averages do not change.
         """
         norms, losses = norms.to(self.weights), losses.to(self.weights)
         sizes = norms if norms.ndim == 1 else norms.amax(dim=1)
@@ -233,7 +233,7 @@ class NormWeightingRule(ReadsOutcomes):
         updates = self._updates + present
         values, weights = self._formula.weigh(Memory(self._memory, updates), norms, losses, present, self.tasks)
         weights = weights * self._priorities
-        # One bad number spoils the weights of others. At fault is who brought it.
+        # One bad number spoils the weights of other tasks. The task that it came from is at fault.
         at_fault = present & ~(weights.isfinite() & (weights > 0))
         for brought in (values, losses + sizes):
             bad = present & ~brought.isfinite()
@@ -265,15 +265,15 @@ class NormWeightingRule(ReadsOutcomes):
         return {"kind": self.kind, "version": _VERSION, "tasks": list(self.tasks), **copies, **numbers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the state of another rule of the same formula, matched by the tasks' names. Options are those given here.
+        """Load the state of another rule of the same formula, matched by the tasks' names. Options stay those of this rule.
 
         Raises:
-            ValueError: the state is of another formula or version, or of other tasks. The rule is then as it was.
+            ValueError: the state is of another formula or version, or of other tasks. The rule is then unchanged.
         """
         check_kind(state, self.kind, _VERSION, caller=self.kind)
         if set(state["tasks"]) != set(self.tasks):
             raise ValueError(
-                f"{self.kind}: the checkpoint is of tasks {sorted(state['tasks'])}, but this run has {sorted(self.tasks)}. "
+                f"{self.kind}: the checkpoint has tasks {sorted(state['tasks'])}, but this run has {sorted(self.tasks)}. "
                 f"Resume with the same tasks."
             )
         matched = matched_by_task(state, self.tasks)
@@ -281,7 +281,7 @@ class NormWeightingRule(ReadsOutcomes):
             matched[name].to(self.weights) for name in ("weights", "weights_mean", "memory", "updates")
         )
         scale = len(self.tasks) / self.weights.sum()
-        if self._formula.normalize and abs(scale - 1) > 1e-4:  # they are of a run without
+        if self._formula.normalize and abs(scale - 1) > 1e-4:  # saved by a run without normalize
             self.weights = self.weights * scale
         self.steps = int(state["steps"])
         self.outcomes.resume(int(state["skipped"]))

@@ -1,4 +1,4 @@
-"""Weights from the neural tangent kernel, or from what a single gradient shows of it."""
+"""Weights from the neural tangent kernel, as estimated from a single gradient."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class NTKWeights(NormFormula):
 
         λ_i = Σ_j Tr K_j / Tr K_i,     Tr K_i = Σ_points ||∂u_i(x) / ∂θ||²
 
-    The trace takes one backward pass for each point. Of ``L_i = mean_x u_i(x)²`` one pass gives instead::
+    The trace takes one backward pass per point. For ``L_i = mean_x u_i(x)²`` a single pass gives instead::
 
         k_i = ||∇_θ √L_i||² = ||∇_θ L_i||² / (4 L_i)
         w_i = Σ_j k_j / k_i
 
-    ``k_i`` is the Rayleigh quotient of the kernel ``K_i`` at the residuals ``u_i``, over the number of points. It equals
-    ``Tr K_i / points``, the mean eigenvalue, where all eigenvalues are alike. Else the eigenvalues are weighted by the squared
-    components of the residuals: directions that are already learned are ignored, and the large eigenvalues count too much at
-    the start. It depends on the residuals, which the trace does not. The terms should be means of squares; for others the
+    ``k_i`` is the Rayleigh quotient of the kernel ``K_i`` at the residuals ``u_i``, over the number of points. If all
+    eigenvalues are equal, it is ``Tr K_i / points``, the mean eigenvalue. Otherwise each eigenvalue is weighted by the squared
+    component of the residuals: directions that are already learned are ignored, and the large eigenvalues count too much at
+    the start. Unlike the trace, it depends on the residuals. The terms should be means of squares; for others the
     formula is a heuristic. (jaxpi divides the mean of the traces, not their sum, by the trace: T
     times smaller. One public library has the ratio upside down.)
 
     Args:
-        ema: β, the share of the past in bias-corrected averages of ``k_i``; 0, the paper's, for none.
+        ema: β, the share of the past in bias-corrected averages of ``k_i``; 0, as in the paper, for no averaging.
         update_every: the network's optimizer steps from one weight update to the next.
 
     Raises:
@@ -62,7 +62,7 @@ class NTKWeights(NormFormula):
         return k, torch.where(present, k, 0.0).sum() / k
 
     def explain(self, task: str, loss: float) -> str:
-        """Return why a task with this loss allowed no update: the beginning of a sentence."""
+        """Return why a task with this loss prevented the update, as the beginning of a sentence."""
         if loss <= 0:
             return f"the loss of task '{task}' should be a mean of squares, above 0; it is {loss:g}"
         return super().explain(task, loss)

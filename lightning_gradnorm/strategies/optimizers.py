@@ -1,4 +1,4 @@
-"""Optimizers of the task weights and of a scalarizer's parameters: which can be used, and what they were asked for."""
+"""Optimizers of the task weights and of a scalarizer's parameters: which ones work, and the options they were created with."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _PLAIN = (type(None), bool, int, float, str)
 def made_optimizer(
     factory: Callable[[list[Tensor]], object], parameters: list[Tensor], *, caller: str
 ) -> torch.optim.Optimizer:
-    """Return the optimizer that ``factory`` makes.
+    """Return the optimizer that ``factory`` creates.
 
     Args:
-        factory: as ``torch.optim.Adam``, or a ``functools.partial`` of it.
-        parameters: what it is to update.
+        factory: such as ``torch.optim.Adam``, or a ``functools.partial`` of it.
+        parameters: the parameters to update.
         caller: begins the error messages.
 
     Raises:
-        TypeError: the factory cannot be called, or makes something else.
-        ValueError: an optimizer that needs more than a gradient and a call of ``step()``.
+        TypeError: the factory cannot be called, or returns something else.
+        ValueError: the optimizer needs more than a gradient and a call of ``step()``.
 
     Example:
         >>> made_optimizer(torch.optim.SGD, [torch.ones(2)], caller="GradNorm").param_groups[0]["lr"]
@@ -50,12 +50,12 @@ def made_optimizer(
 
 
 def expectation(caller: str) -> str:
-    """Return the begin of a message about the argument ``optimizer``."""
-    return f"{caller}: optimizer should make a torch optimizer of the parameters it is given, as torch.optim.Adam does"
+    """Return the beginning of a message about the argument ``optimizer``."""
+    return f"{caller}: optimizer should make a torch optimizer of the parameters it receives, as torch.optim.Adam does"
 
 
 def options_of(group: dict[str, Any]) -> dict[str, Any]:
-    """Return the options in a group of an optimizer's parameters that are plain numbers, words or tuples of them.
+    """Return the options of a parameter group that are plain numbers, strings or tuples of them.
 
     Example:
         >>> options_of(torch.optim.SGD([torch.ones(2)], lr=0.1).param_groups[0])["lr"]

@@ -1,20 +1,20 @@
 """ReLoBRaLo, relative loss balancing with random lookback: Bischof, Kraus, *Multi-Objective Loss Balancing for
 Physics-Informed Deep Learning* (arXiv 2110.09813; CMAME 439, 2025).
 
-Of T losses, from step t = 0 on::
+For T losses, from step t = 0 on::
 
     bal_i(t, s) = T · exp(L_i(t) / (τ L_i(s))) / Σ_j exp(L_j(t) / (τ L_j(s)))
     hist_i(t)   = ρ w_i(t−1) + (1 − ρ) bal_i(t, 0)           ρ is 0 or 1, drawn in each step; its mean is `rho`
     w_i(t)      = α hist_i(t) + (1 − α) bal_i(t, t−1)        w_i(0) = 1
 
-A loss that has fallen less than the others weighs more. All losses are treated alike, that of the equation as those of its
-boundary conditions. Where the sources disagree, the equations are followed:
+A loss that has fallen less than the others weighs more. All losses are treated alike, that of the equation like those of its
+boundary conditions. Where the sources disagree, we follow the equations:
 
-- the authors' code (rbischof/relative_balancing) takes ``w(1) = bal(1, 0)`` whole, has the losses of its second step for
-  ``L(0)``, never looks back unless told (``rho=1``), and adds 1e-12 to denominators;
-- PhysicsNeMo and PaddleScience have ``alpha=0.95`` and ``rho=0.99``, and add 1e-8.
+- the authors' code (rbischof/relative_balancing) takes ``w(1) = bal(1, 0)`` whole, uses the losses of its second step as
+  ``L(0)``, does not look back by default (``rho=1``), and adds 1e-12 to denominators;
+- PhysicsNeMo and PaddleScience use ``alpha=0.95`` and ``rho=0.99``, and add 1e-8.
 
-What they leave open is decided so: a loss that was 0 has no ratio, and counts as unchanged, with a ratio of 1.
+One case the equations leave open: a loss that was 0 has no ratio. We count it as unchanged, with a ratio of 1.
 """  # noqa: D205
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from lightning_gradnorm.strategies.loss_weights import LossWeights
 
 
 class ReLoBRaLo(LossWeights, Scalarizer, Stateful):
-    """``Σ_i w_i L_i`` with the weights above, of sum T.
+    """``Σ_i w_i L_i`` with the weights above, which sum to T.
 
-    Its random numbers are torch's, of the CPU; within `Scalarization` they are its own, the same on all ranks.
+    It draws random numbers from torch's CPU generator; within `Scalarization` it has its own, the same on all ranks.
 
     Args:
         alpha: how much of the weights is kept from step to step.
-        tau: the temperature: the smaller, the more the loss that fell least stands out.
-        rho: how probable it is that the earlier weights are kept, and not those since the first step.
+        tau: the temperature: the smaller it is, the more the loss that fell least stands out.
+        rho: the probability of using the earlier weights instead of those since the first step.
 
     Example:
         >>> relobralo = ReLoBRaLo(alpha=0.0, tau=1.0)

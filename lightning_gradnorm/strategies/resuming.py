@@ -1,4 +1,4 @@
-"""What a checkpoint holds and what a run was given: whose state it is, and which of the two is in force where they differ."""
+"""Compares a checkpoint with the run that loads it: whose state it is, and which options apply where the two differ."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 ResumeOptions = Literal["checkpoint", "given"]
-"""Whose options are in force after a resume: those the checkpoint was trained with, or those of this run."""
+"""Which options apply after a resume: those the checkpoint was trained with, or those of this run."""
 
 
 def kind_of(state: Mapping[str, Any]) -> str:
-    """Return the name of the strategy that has written a rule's state.
+    """Return the name of the strategy that wrote a rule's state.
 
     Example:
         >>> kind_of({})
         'fixed weights'
     """
-    # GradNorm's states of older versions do not tell.
+    # GradNorm's states of older versions do not store it.
     otherwise = "GradNorm" if "initial_losses" in state else "no known strategy"
     return str(state.get("kind", otherwise)) if state else "fixed weights"
 
 
 def check_kind(state: Mapping[str, Any], kind: str, version: int, *, caller: str) -> None:
-    """Refuse a state that another strategy, or another version of this one, has written.
+    """Refuse a state from another strategy, or from another version of this one.
 
     Args:
         state: of a rule.
@@ -34,16 +34,16 @@ def check_kind(state: Mapping[str, Any], kind: str, version: int, *, caller: str
         caller: begins the message.
 
     Raises:
-        ValueError: it is not; names both strategies.
+        ValueError: the state is from another strategy or version; names both.
 
     Example:
         >>> check_kind({"kind": "UW", "version": 1}, "GradNorm", 1, caller="GradNorm")
         Traceback (most recent call last):
-        ValueError: GradNorm: the state should be that of GradNorm; it is that of UW. Resume with the strategy that wrote it.
+        ValueError: GradNorm: the state should be from GradNorm; it is from UW. Resume with the strategy that wrote it.
     """
     if (found := kind_of(state)) != kind:
         raise ValueError(
-            f"{caller}: the state should be that of {kind}; it is that of {found}. Resume with the strategy that wrote it."
+            f"{caller}: the state should be from {kind}; it is from {found}. Resume with the strategy that wrote it."
         )
     if state.get("version") != version:
         raise ValueError(
@@ -53,16 +53,16 @@ def check_kind(state: Mapping[str, Any], kind: str, version: int, *, caller: str
 
 
 def check_state(state: Mapping[str, Any], tasks: Sequence[str], kind: str, version: int, *, adapt: bool) -> None:
-    """Refuse a state of other tasks, unless it is to be adapted; one of another strategy or version, or a damaged one.
+    """Refuse a state of other tasks, unless ``adapt`` is set; one of another strategy or version; or a damaged one.
 
     Raises:
-        ValueError: it is one of these.
+        ValueError: the state is refused.
     """
     check_kind(state, kind, version, caller=kind)
     known = state["tasks"]
     if set(known) != set(tasks) and not adapt:
         raise ValueError(
-            f"{kind}: the checkpoint is of tasks {sorted(known)}, but this run has {sorted(tasks)}. Resume with the "
+            f"{kind}: the checkpoint has tasks {sorted(known)}, but this run has {sorted(tasks)}. Resume with the "
             f"same tasks; or with on_task_mismatch='adapt', which keeps what is known and gives new tasks the mean."
         )
     for name in ("weights", "weights_mean", "initial_losses", "updates_seen"):
@@ -74,10 +74,10 @@ def check_state(state: Mapping[str, Any], tasks: Sequence[str], kind: str, versi
 
 
 def say_what_is_in_force(option: str, saved: object, given: object, resume_options: ResumeOptions) -> None:
-    """Warn, on the first rank, that an option differs from the checkpoint's, and say which of the two is in force."""
+    """Warn, on the first rank, that an option differs from the checkpoint's, and which of the two is in force."""
     in_force, otherwise = ("this run's", "checkpoint") if resume_options == "given" else ("the checkpoint's", "given")
     say(
-        f"{option} is {saved} in the checkpoint and {given} here; {in_force} is in force. For the other, resume with "
+        f"{option} is {saved} in the checkpoint and {given} here; {in_force} applies. For the other, resume with "
         f"resume_options='{otherwise}'."
     )
 

@@ -33,7 +33,7 @@ class ScalarizationRule:
     Args:
         tasks: the tasks' names, in the order of every tensor of shape (T,).
         scalarizer: a module from the losses, shape (T,), to a scalar; ``None`` for the plain sum.
-        optimizer: makes the optimizer of the scalarizer's parameters, if it has any.
+        optimizer: builds the optimizer of the scalarizer's parameters, if it has any.
         seed: seed of the random numbers that the scalarizer draws.
         dtype: precision of the weights.
         device: device of the weights.
@@ -41,7 +41,7 @@ class ScalarizationRule:
     Raises:
         ValueError: fewer than two tasks, a name twice, a scalarizer that cannot be called with T losses, or an optimizer with
             a train() and an eval() mode.
-        TypeError: an aggregator is given in place of a scalarizer, or an optimizer that is none.
+        TypeError: you passed an aggregator in place of a scalarizer, or the optimizer is not an optimizer.
 
     Example:
         >>> from torchjd.scalarization import GeometricMean
@@ -69,8 +69,8 @@ class ScalarizationRule:
         self.tasks = check_task_names(tasks, caller=self.name)
         if isinstance(scalarizer, Aggregator | Weighting):
             raise TypeError(
-                f"{self.name}: scalarizer should make a number of the losses; got {type(scalarizer).__name__}, which combines "
-                f"gradients. Use Aggregation({type(scalarizer).__name__}(…), tasks=…)."
+                f"{self.name}: scalarizer should turn the losses into a number; got {type(scalarizer).__name__}, which "
+                f"combines gradients. Use Aggregation({type(scalarizer).__name__}(…), tasks=…)."
             )
         if not (scalarizer is None or isinstance(scalarizer, nn.Module)):
             found = f"the class {scalarizer.__name__}" if isinstance(scalarizer, type) else type(scalarizer).__name__
@@ -79,7 +79,7 @@ class ScalarizationRule:
         self.loss_weights = torch.ones(len(tasks), dtype=dtype, device=device)
         """The factors of the losses' gradients, shape (T,)."""
         self.fallbacks = 0
-        """The number of steps in which the strategy gave no usable weights, and all tasks were weighted alike."""
+        """The number of steps in which the strategy gave no usable weights, so all tasks got equal weights."""
         self._settled = 0
         self._seed = seed
         self._asked = 0
@@ -100,12 +100,12 @@ class ScalarizationRule:
 
     @property
     def needs_losses_after_step(self) -> bool:
-        """True if `update_after_step` has to be called with the losses of the same batch after the network's step."""
+        """True if `update_after_step` must be called with the losses of the same batch after the network's step."""
         return self.scalarizer is not None and facts_of(self.scalarizer).needs_losses_after_step
 
     @property
     def kind(self) -> str:
-        """The name of the strategy's class, by which a checkpoint knows it."""
+        """The name of the strategy's class; a checkpoint is recognized by it."""
         return type(self.scalarizer).__name__
 
     def _validate(self) -> None:
@@ -142,14 +142,14 @@ class ScalarizationRule:
         return scalar.detach(), weights
 
     def weigh(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
-        """Return the weights ``∂s/∂L_i`` for the backward pass that is about to begin, shape (T,).
+        """Return the weights ``∂s/∂L_i`` for the upcoming backward pass, shape (T,).
 
         If a loss or a derivative is not finite, they are equal, with the sum of the last ones: the scalarizer learns nothing
         from that step, and ``fallbacks`` counts it.
 
         Args:
             losses: shape (T,).
-            present: which tasks take part, bool of shape (T,); all by default. An absent task enters with its last loss;
+            present: which tasks are present, bool of shape (T,); all by default. An absent task enters with its last loss;
                 until every task has been seen, all weights are 1.
         """
         if self.scalarizer is None:
@@ -175,7 +175,7 @@ class ScalarizationRule:
         return torch.full_like(weights, float(weights.mean()))
 
     def begin_epoch(self, epoch: int) -> None:
-        """Call the scalarizer's ``step()`` if an epoch is over and it has one; call this in every step."""
+        """Call the scalarizer's ``step()``, if it has one, once an epoch is over. Call this in every step."""
         scalarizer: Any = self.scalarizer
         if scalarizer is not None and self._epoch not in (None, epoch) and facts_of(scalarizer).steps_each_epoch:
             scalarizer.step()
@@ -196,13 +196,13 @@ class ScalarizationRule:
         """Do nothing; the engine calls this after every optimizer step of the network, measured or not."""
 
     def discard_step(self) -> None:
-        """Discard what was accumulated since the last step, because the loss scaler skipped the network's."""
+        """Discard what was accumulated since the last step, because the loss scaler skipped the network's step."""
         self._passes, self.fallbacks = 0, self._settled
         for parameter in self._parameters:
             parameter.grad = None
 
     def update_after_step(self, losses: Tensor, present: Tensor) -> None:
-        """Update the scalarizer with the losses of the last batch, computed again after the network's step, shape (T,)."""
+        """Update the scalarizer with the losses of the last batch, recomputed after the network's step, shape (T,)."""
         scalarizer: Any = self.scalarizer
         losses = torch.where(present, losses.to(self._losses), self._losses)
         if bool(losses.isfinite().all()):
@@ -241,12 +241,12 @@ class ScalarizationRule:
         """Load the state of another rule for the same tasks in the same order.
 
         Raises:
-            ValueError: the state is that of other tasks, another scalarizer, or another version.
+            ValueError: the state is of other tasks, another scalarizer, or another version.
         """
         check_kind(state, self.kind, _VERSION, caller=self.name)
         if list(state["tasks"]) != list(self.tasks):
             raise ValueError(
-                f"{self.name}: the checkpoint is of tasks {list(state['tasks'])}, but this run has {list(self.tasks)}. "
+                f"{self.name}: the checkpoint has tasks {list(state['tasks'])}, but this run has {list(self.tasks)}. "
                 f"Resume with the same tasks in the same order."
             )
         self.loss_weights = state["loss_weights"].to(self.loss_weights)

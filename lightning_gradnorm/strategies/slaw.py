@@ -6,13 +6,13 @@ The standard deviation of a loss over the steps stands for the norm of its gradi
     a_i ← β a_i + (1 − β) L_i²        b_i ← β b_i + (1 − β) L_i
     s_i = √(a_i − b_i²)               w_i = (T / s_i) / Σ_j (1 / s_j)
 
-``a_i − b_i²`` may come out below zero by rounding. Here the variance itself is carried on, which is the same number::
+Rounding may make ``a_i − b_i²`` negative. So we update the variance itself, which is the same number::
 
     d = L_i − b_i        s_i² ← β s_i² + β (1 − β) d²        b_i ← b_i + (1 − β) d
 
-Implementations begin in different ways. The authors' code (mtcrawshaw/meta), which is followed, takes plain means over the
-first ``1 / (1 − β)`` steps, has weights of 1 in the first, and no ``s_i`` below 1e-5; if one is NaN, it keeps the last
-weights. Others begin with averages of 0, so that at first ``s_i`` is proportional to ``|L_i|``.
+Implementations start in different ways. We follow the authors' code (mtcrawshaw/meta): it takes plain means over the
+first ``1 / (1 − β)`` steps, has weights of 1 in the first step, and no ``s_i`` below 1e-5; if one is NaN, it keeps the last
+weights. Others start with averages of 0, so that at first ``s_i`` is proportional to ``|L_i|``.
 """  # noqa: D205
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from lightning_gradnorm.strategies.loss_weights import LossWeights
 
 
 class SLAW(LossWeights, Scalarizer, Stateful):
-    """``Σ_i w_i L_i`` with the weights above, of sum T.
+    """``Σ_i w_i L_i`` with the weights above, which sum to T.
 
-    A loss that hardly changes gets a large weight, whatever the reason: one that has vanished, and that of a task that is
-    absent for a long time, since its last one counts in every step.
+    A loss that hardly changes gets a large weight, whatever the reason. This includes a loss that has vanished, and a task that
+    is absent for a long time, since its last loss counts in every step.
 
     Args:
-        beta: of the moving averages.
-        epsilon: the least ``s_i``, in the losses' unit.
+        beta: decay of the moving averages.
+        epsilon: lower bound of ``s_i``, in the unit of the losses.
 
     Example:
         >>> slaw = SLAW()
@@ -69,7 +69,7 @@ class SLAW(LossWeights, Scalarizer, Stateful):
         share = max(1 / int(self.steps), 1 - self.beta)
         difference = losses - mean
         self.mean = mean + share * difference
-        # The square of a large loss would be infinite; hypot has no squares.
+        # The square of a large loss would be infinite; hypot avoids squares.
         self.deviation = torch.hypot(math.sqrt(1 - share) * deviation, math.sqrt(share * (1 - share)) * difference)
         scales = self.deviation.clamp(min=self.epsilon)
         inverse = scales.min() / scales

@@ -1,4 +1,4 @@
-"""Moving averages of each task's gradient norm and loss: training rates of single batches are noisy."""
+"""Moving averages of each task's gradient norm and loss, because training rates of single batches are noisy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Smoothing:
-    """Bias-corrected exponential moving averages, for ``smoothing=β``: the first is the number itself.
+    """Bias-corrected exponential moving averages, for ``smoothing=β``: the first average is the number itself.
 
     Args:
         beta: the share of the past, 0 < β < 1.
@@ -30,7 +30,7 @@ class Smoothing:
         self._updates = torch.zeros_like(like)
 
     def average(self, norms: Tensor, losses: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in the numbers of some tasks, bool of shape (T,), and return their averages; other numbers as they are."""
+        """Add the numbers of usable tasks, bool of shape (T,), and return their averages; other numbers stay the same."""
         self._updates = self._updates + usable
         # a_t = Σ_s β^(t−s) x_s / Σ_s β^(t−s), as a step from a_(t−1)
         rate = (1 - self._beta) / (1 - self._beta**self._updates)
@@ -49,7 +49,7 @@ class Smoothing:
         return {"norms": norms.clone(), "losses": losses.clone(), "updates": self._updates.clone()}
 
     def resumed(self, state: Mapping[str, Any] | None) -> Smoothing:
-        """Return one with that state, in the order of the tasks; ``None``, as in a run without smoothing: nothing is known."""
+        """Return a copy with this state, in the order of the tasks; empty if ``None``, from a run without smoothing."""
         found = Smoothing(self._beta, self._updates)
         if state is not None:
             found._averages = torch.stack([state["norms"], state["losses"]]).to(self._averages)

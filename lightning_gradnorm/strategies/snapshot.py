@@ -1,6 +1,6 @@
-"""The state of a strategy as plain tensors and numbers: torchjd's scalarizers, weightings and aggregators, ours, a user's.
+"""The state of a strategy as plain tensors and numbers, for torchjd's scalarizers, weightings and aggregators, ours and yours.
 
-``state_dict()`` does not suffice: most of torchjd's strategies keep their history in plain attributes, one keeps an optimizer,
+``state_dict()`` is not enough: most of torchjd's strategies keep their history in plain attributes, one keeps an optimizer,
 and ``load_state_dict`` refuses a buffer that a fresh object has not created yet.
 """
 
@@ -44,15 +44,15 @@ def _load_nash_mtl(weighting: Any, state: Mapping[str, Any]) -> None:
 _EXTRA_STATE: Mapping[str, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = {
     "_NashMTLWeighting": (_nash_mtl_state, _load_nash_mtl)
 }
-"""Class → what it lacks as ``get_extra_state`` and ``set_extra_state``."""
+"""Class → replacements for the ``get_extra_state`` and ``set_extra_state`` it lacks."""
 
 
 def snapshot(module: nn.Module) -> dict[str, Any]:
     """Return copies of all state of the module and its submodules, loadable with ``torch.load(weights_only=True)``.
 
-    That is: parameters, buffers, and attributes (the options it was built with included) that are tensors, numbers, strings,
-    ``None``, lists, tuples or dicts of these, or torch optimizers of the module's parameters. Functions and classes are not
-    state. A class with ``get_extra_state`` and ``set_extra_state`` is asked instead of its attributes.
+    This covers parameters, buffers, and attributes (including the options it was built with) that are tensors, numbers,
+    strings, ``None``, lists, tuples or dicts of these, or torch optimizers of the module's parameters. Functions and classes
+    are not state. If a class has ``get_extra_state`` and ``set_extra_state``, these replace its attributes.
 
     Raises:
         TypeError: an attribute is none of these, so its content would be lost.
@@ -107,21 +107,21 @@ def _copied(value: Any, owner: str, where: str = "") -> Any:
 
 
 def load_snapshot(module: nn.Module, state: Mapping[str, Any], device: torch.device | str | None = None) -> None:
-    """Load the state of another module that was built with the same arguments; it continues bit by bit as that would.
+    """Load the state of another module that was built with the same arguments; this one continues bit for bit.
 
     Parameters stay the same objects, on their device and in their precision, so an optimizer that holds them keeps them.
 
     Args:
         module: freshly built (with its tasks named if it has ``name_tasks``) and not used yet.
         state: what `snapshot` returned, here or from a file. It may be loaded more than once.
-        device: where to put what the fresh module has not created yet: that of the losses or gradients to come. By default
-            that of the state.
+        device: where to put what the fresh module has not created yet: the device of the coming losses or gradients. By
+            default that of the state.
 
     Raises:
         ValueError: class, submodules, attributes or shapes differ from the state's. The module may then be loaded in part.
 
     Warns:
-        UserWarning: an option differs from the state's. The state's is in force, as with torch's optimizers.
+        UserWarning: an option differs from the state's. The state's applies, as with torch's optimizers.
     """
     owner, parts = type(module).__qualname__, dict(module.named_modules())
     if state.get("version") != _VERSION:
@@ -160,7 +160,7 @@ def _load_attributes(
     _load_into(attributes, saved["attributes"], f"{owner}: attribute", device)
     vars(part).update(attributes)
     for name, of in saved["optimizers"].items():
-        # FAMO creates its own only in its first update; the options come with the state.
+        # FAMO creates its optimizer only in its first update; the options come with the state.
         groups = [{"params": [parameters[one] for one in group]} for group in of["parameters"]]
         optimizer: Any = optimizers[name] or getattr(torch.optim, of["class"], lambda _: None)(groups)
         _check_class(f"{owner}: {name}", of["class"], optimizer)
@@ -169,20 +169,20 @@ def _load_attributes(
 
 
 def _load_into(target: Any, saved: Mapping[str, Any], what: str, device: torch.device | None) -> None:
-    # What the state has besides was created by a call, which a fresh object has not had.
+    # Names only in the state were created by a call, which a fresh object has not had.
     _check_names(what, target, saved, may_lack=True)
     for name, value in saved.items():
         target[name] = _loaded(value, target.get(name), f"{what} '{name}'", device)
 
 
 def _loaded(saved: Any, present: Any, where: str, device: torch.device | None) -> Any:
-    """Return the saved value, as a copy; tensors in the state's precision, on the device of those they replace."""
+    """Return a copy of the saved value; tensors in the state's precision, on the device of those they replace."""
     if isinstance(saved, Tensor):
         is_filled = isinstance(present, Tensor) and min(present.numel(), saved.numel()) > 0  # else: before a first call
         if is_filled and present.shape != saved.shape:
             raise ValueError(
                 f"{where} should be of shape {tuple(saved.shape)} as in the state; got {tuple(present.shape)}. "
-                f"Build it with the same arguments and as many tasks, and load the state before it is used."
+                f"Build it with the same arguments and number of tasks, and load the state before it is used."
             )
         if isinstance(present, nn.Parameter):
             present.data.copy_(saved)
@@ -201,7 +201,7 @@ def _loaded(saved: Any, present: Any, where: str, device: torch.device | None) -
 
 
 def matched_by_task(state: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
-    """Return a copy of a rule's state with every tensor of one number per task in the order of ``tasks``; 0 for new tasks."""
+    """Return a copy of a rule's state with all per-task tensors in the order of ``tasks``; 0 for new tasks."""
     known = list(state["tasks"])
     order = [known.index(task) if task in known else len(known) for task in tasks]
 
@@ -248,7 +248,7 @@ def _warn_of_other_options(owner: str, part: nn.Module, saved: Mapping[str, Any]
             old, new = saved[name], vars(part).get(name)
             if type(old) in _PLAIN and type(new) in _PLAIN and old != new:
                 warnings.warn(
-                    f"{owner}: {argument} is {old!r} in the state and {new!r} here; the state's is in force. "
+                    f"{owner}: {argument} is {old!r} in the state and {new!r} here; the state's applies. "
                     f"To change it, set it after the state is loaded.",
                     stacklevel=4,
                 )

@@ -8,15 +8,15 @@ With ``s_i`` the slope of the loss ``L_i`` over its last steps, and ``f_i`` its 
     normalized       as the original, of s_i / Σ_j |s_j| in place of s_i
 
 The slope is a finite difference; of order 1, ``s_i = L_i(t) − L_i(t−1)``. A loss that falls less than the others weighs more.
-Where the sources disagree, this is what is done here:
+Where the sources disagree, we do this:
 
 - The authors' code (dr-aheydari/SoftAdapt) applies the coefficients of a *forward* difference to the last losses, which for
-  orders above 1 is the slope at the oldest of them; here it is that at the newest.
+  orders above 1 gives the slope at the oldest of them; we take the slope at the newest.
 - It divides the slopes of the normalized variant by their sum, which is negative while the losses fall and then gives the most
-  weight to the loss that falls fastest; here, as in its first version, by the sum of their absolute values.
-- It adds 1e-8 to denominators; here nothing is added.
-- Its README has weights of 1 until there are slopes; here they are 1/T, the same sum as later.
-- PhysicsNeMo takes the ratio ``L_i(t) / L_i(t−1)`` in place of the slope, and weights of sum T; that is `ReLoBRaLo` with
+  weight to the loss that falls fastest. Like its first version, we divide by the sum of their absolute values.
+- It adds 1e-8 to denominators; we add nothing.
+- Its README has weights of 1 until there are slopes; ours are 1/T, the same sum as later.
+- PhysicsNeMo uses the ratio ``L_i(t) / L_i(t−1)`` instead of the slope, and weights that sum to T; that is `ReLoBRaLo` with
   ``alpha=0``. NequIP multiplies by weights that the user chose.
 """  # noqa: D205
 
@@ -35,16 +35,16 @@ from lightning_gradnorm.strategies.loss_weights import LossWeights
 
 
 class SoftAdapt(LossWeights, Scalarizer, Stateful):
-    """``Σ_i w_i L_i`` with the weights above, of sum 1.
+    """``Σ_i w_i L_i`` with the weights above, which sum to 1.
 
-    A slope has the unit of its loss, so ``beta`` of the first two variants has to fit the losses' size.
+    A slope has the unit of its loss, so ``beta`` of the first two variants must fit the size of the losses.
 
     Args:
         beta: how much slopes count; if negative, the loss that falls fastest weighs most.
         variant: which of the three.
-        order: of the finite difference, of the last ``order + 1`` losses; as long as there are fewer, of a lower order. High
+        order: of the finite difference over the last ``order + 1`` losses; lower while there are fewer losses. High
             orders follow the noise of single steps.
-        update_every: the weights change every so many steps, and what is compared are the mean losses of so many.
+        update_every: N: the weights change every N steps, and the formula compares mean losses of N steps.
 
     Example:
         >>> softadapt = SoftAdapt(beta=1.0)
@@ -104,7 +104,7 @@ class SoftAdapt(LossWeights, Scalarizer, Stateful):
         return weights
 
     def _adapted(self, history: Tensor) -> Tensor:
-        """Return the weights of two or more losses of each task, the newest first."""
+        """Return the weights for two or more losses of each task, the newest first."""
         slopes = history.new_tensor(_slope_at_newest(len(history) - 1)) @ history
         if self.variant == "normalized":
             total = slopes.abs().sum()
@@ -112,7 +112,7 @@ class SoftAdapt(LossWeights, Scalarizer, Stateful):
         exponents = self.beta * slopes
         if self.variant == "loss-weighted":
             exponents = exponents + history.mean(dim=0).log()
-        # Of a loss that is zero the logarithm is infinite, and a softmax of infinities alone would be NaN.
+        # The logarithm of a zero loss is infinite, and a softmax of infinities alone would be NaN.
         return torch.nan_to_num(exponents, nan=0.0).softmax(dim=0)
 
     def __repr__(self) -> str:

@@ -6,8 +6,8 @@ With ``s_i = log σ_i²`` learned along with the network::
     regression (Equation 7)        L_i / (2σ_i²) + log σ_i  =  ½ exp(−s_i) L_i + ½ s_i
     classification (Equation 10)   L_i / σ_i²    + log σ_i  =    exp(−s_i) L_i + ½ s_i
 
-so that at rest ``σ_i² = L_i`` for regression and ``σ_i² = 2 L_i`` for classification. `torchjd.scalarization.UW` has the
-first line alone, for every task.
+At the optimum ``σ_i² = L_i`` for regression and ``σ_i² = 2 L_i`` for classification. `torchjd.scalarization.UW` uses only
+the first line, for every task.
 """  # noqa: D205
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lightning_gradnorm._messages import did_you_mean
 class Uncertainty(Scalarizer, Stateful):
     """``Σ_i c_i exp(−s_i) L_i + ½ s_i``, where ``c_i`` is 1 for a classification and ½ for a regression.
 
-    `log_variance` is a parameter, to be given to an optimizer.
+    Give the parameter `log_variance` to an optimizer.
 
     Args:
         classification: the tasks whose loss is a cross entropy.
@@ -61,10 +61,10 @@ class Uncertainty(Scalarizer, Stateful):
         self.register_buffer("coefficients", torch.empty(0), persistent=False)
 
     def name_tasks(self, tasks: Sequence[str]) -> None:
-        """Make `log_variance`, one number for each of the tasks; for the tasks it already has, keep it.
+        """Create `log_variance`, one number per task; if it already exists for these tasks, keep it.
 
         Raises:
-            ValueError: a task of ``classification`` is none of them, or there were others before.
+            ValueError: ``classification`` names an unknown task, or there were other tasks before.
         """
         if self.tasks and tuple(tasks) != self.tasks:
             raise ValueError(
@@ -73,7 +73,7 @@ class Uncertainty(Scalarizer, Stateful):
         for task in self.classification:
             if task not in tasks:
                 raise ValueError(
-                    f"Uncertainty: classification names '{task}', which is no task; {did_you_mean(task, tasks)}"
+                    f"Uncertainty: classification names '{task}', which is not a task; {did_you_mean(task, tasks)}"
                 )
         if not self.tasks:
             self.tasks = tuple(tasks)
@@ -90,7 +90,7 @@ class Uncertainty(Scalarizer, Stateful):
         return (self.coefficients * torch.exp(-s) * values + 0.5 * s).sum()
 
     def reset(self) -> None:
-        """Set every ``s_i`` to what it was at the start."""
+        """Reset every ``s_i`` to its initial value."""
         if self.log_variance is not None:
             with torch.no_grad():
                 self.log_variance.fill_(self.initial)

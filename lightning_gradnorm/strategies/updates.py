@@ -1,6 +1,6 @@
-"""Weight updates of rules that need gradient norms: what one consists of, and what became of them.
+"""Weight updates of rules that need gradient norms: their contents, and what happened to them.
 
-The outcome is read when somebody asks, so that the host does not wait for a GPU in each step.
+Outcomes are read only when someone needs them, so the host does not wait for a GPU in each step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_gradnorm.strategies.domination import SHARE, Domination
 from lightning_gradnorm.strategies.zero_gradients import PATIENCE, ZeroGradients
 
-_MAX_PENDING = 1000  # updates that the host has not read; it then does, so that they do not pile up
+_MAX_PENDING = 1000  # updates that the host has not read; then it does, so they do not pile up
 
 
 class GradNormTerms(NamedTuple):
@@ -44,15 +44,15 @@ class WeightUpdate(NamedTuple):
     norms: Tensor
     losses: Tensor
     present: Tensor
-    """Who took part."""
+    """The tasks that counted."""
     shown: Tensor
-    """Who had a loss."""
+    """The tasks that had a loss."""
     with_gradient: Tensor
-    """Who had a loss with a gradient."""
+    """The tasks that had a loss with a gradient."""
     problems: Tensor
-    """Nonzero where a number allows no update: a loss is not finite, or negative although ``alpha > 0``; shape (T,)."""
+    """Nonzero where a number prevents the update: a loss is not finite, or negative although ``alpha > 0``; shape (T,)."""
     terms: GradNormTerms | None
-    """Of GradNorm alone; meaningless if the update was not taken."""
+    """For GradNorm only; meaningless if the update was not taken."""
     taken: Tensor
     """Whether the weights changed, a bool tensor; False if an input or the result is not usable."""
 
@@ -60,20 +60,20 @@ class WeightUpdate(NamedTuple):
     def tasks_at_fault(self) -> Tensor:
         """The tasks whose numbers prevented the update, bool of shape (T,)."""
         bad = self.present & ~((self.problems == 0) & self.norms.isfinite())
-        # If every input is sound, the result overflowed, and all tasks contributed to it.
+        # If every input is fine, the result overflowed, and all tasks contributed to it.
         return torch.where(bad.any(), bad, self.present) & ~self.taken
 
 
 class Outcomes:
-    """Counts what went wrong in the updates of one training, and finds words for it.
+    """Counts what went wrong in the updates of one training, and describes it.
 
-    All counts but ``skipped`` begin with the training, or with its resumption: they are no state.
+    All counts but ``skipped`` restart with the training or its resumption: they are not part of the state.
 
     Args:
         tasks: the tasks' names.
-        explain: returns why a task with this loss allowed no update: the beginning of a sentence.
-        counter: under which name the updates that were not taken are logged.
-        absent_tasks: what an absent task does, where the rule leaves the choice.
+        explain: returns why a task with this loss prevented the update, as the beginning of a sentence.
+        counter: name under which the number of skipped updates is logged.
+        absent_tasks: how absent tasks are treated, if the rule leaves the choice.
     """
 
     def __init__(
@@ -93,23 +93,23 @@ class Outcomes:
         self.zero_gradients = ZeroGradients(tasks)
         self.domination = Domination()
         self.remarks: dict[str, str] = {}
-        """What the user should be told: a key, under which it is told once → the message, without a caller's name."""
+        """What to report to the user: a key, reported once → the message, without the caller's name."""
         self._pending: list[WeightUpdate] = []
         self._updates = self._updates_of_several = 0
 
     def resume(self, skipped: int) -> None:
-        """Go on after so many skipped updates. What has not been read belongs to weights that are no more."""
+        """Continue after this many skipped updates. Unread updates belong to the old weights and are dropped."""
         self._pending, self.skipped = [], skipped
         self.domination.note(None)
 
     def add(self, update: WeightUpdate, *, read: bool) -> None:
-        """Add an update; with ``read``, or if many wait, read it and all that were added before."""
+        """Add an update; with ``read``, or if many are waiting, read all updates so far."""
         self._pending.append(update)
         if read or len(self._pending) == _MAX_PENDING:
             self.read()
 
     def read(self) -> None:
-        """Read what was added since the last time. Synchronizes with the device."""
+        """Read the updates added since the last time. Synchronizes with the device."""
         if not (updates := self._pending):
             return
         table = _rows(
@@ -151,9 +151,9 @@ class Outcomes:
         elif now is None or present[self._tasks.index(now)]:
             return self.domination.note(None)
         elif shown[i := self._tasks.index(now)]:
-            pass  # its gradient is zero: its weight stays
+            pass  # its gradient is zero, so its weight stays
         else:
-            return None  # it is absent, with its weight
+            return None  # it is absent, and keeps its weight
         all_ratios = [ratio for ratio, here in zip(ratios, present, strict=True) if here and ratio > 0]
         ratio = ratios[i] if present[i] else 1.0
         rate = ratio * len(all_ratios) / sum(all_ratios) if all_ratios else 1.0
@@ -166,18 +166,18 @@ class Outcomes:
     def _remark(self) -> None:
         for task in self.zero_gradients.lasting:
             takes_part = self._absent_tasks == "last_seen"
-            fate = "it takes part with its last numbers, if it had any" if takes_part else "its weight stays as it is"
+            fate = "it counts with its last numbers, if it had any" if takes_part else "its weight stays as it is"
             self.remarks.setdefault(
                 f"{task}: no gradient",
                 f"the gradient of task '{task}' at the shared layer has been exactly 0 in the last {PATIENCE} updates (a "
-                f"coefficient of 0, masked labels, a constraint that holds?). As long as that lasts the task counts as absent: "
+                f"coefficient of 0, masked labels, a constraint that holds?). While that lasts, the task counts as absent: "
                 f"{fate}.",
             )
         for task, message in self.domination.found.items():
             self.remarks.setdefault(f"{task}: dominates", message)
 
     def end_epoch(self) -> None:
-        """Called at the end of an epoch: find out whether no update of it had two tasks to balance."""
+        """Called at the end of an epoch: check whether any of its updates had two tasks to balance."""
         self.read()
         if self._updates and not self._updates_of_several:
             takes_part = self._absent_tasks == "last_seen"
@@ -189,20 +189,20 @@ class Outcomes:
             if takes_part:
                 remedies.append("measure in each step (update_every=1)")
             elif self._absent_tasks == "leave_out":
-                remedies.append("let an absent task count as it was last (absent_tasks='last_seen')")
+                remedies.append("let an absent task count with its last numbers (absent_tasks='last_seen')")
             self.remarks.setdefault(
                 "one task at a time",
-                f"in none of the last {self._updates} weight updates {what}, so that nothing has been balanced. What helps: "
+                f"in none of the last {self._updates} weight updates {what}, so nothing has been balanced. Possible fixes: "
                 f"{'; or '.join(remedies)}.",
             )
         self._updates = self._updates_of_several = 0
 
 
 class ReadsOutcomes:
-    """Base of rules that make such updates: what has become of them. Each property synchronizes with the device."""
+    """Base of rules that make weight updates: what happened to these. Each property synchronizes with the device."""
 
     outcomes: Outcomes
-    """What has been read."""
+    """The outcomes read so far."""
 
     def _read_outcomes(self) -> Outcomes:
         self.outcomes.read()
@@ -225,7 +225,7 @@ class ReadsOutcomes:
 
     @property
     def remarks(self) -> Mapping[str, str]:
-        """What the user should be told of the updates so far: key → message."""
+        """What to report to the user about the updates so far: key → message."""
         return self._read_outcomes().remarks
 
     @property
@@ -234,12 +234,12 @@ class ReadsOutcomes:
         return self._read_outcomes().last
 
     def end_epoch(self) -> None:
-        """Find out, at an epoch's end, whether it had two tasks to balance in any update."""
+        """Check, at the end of an epoch, whether any of its updates had two tasks to balance."""
         self.outcomes.end_epoch()
 
 
 def _rows(vectors: Sequence[Tensor]) -> list[Any]:
-    """Return the numbers of vectors of shape (T,), and wait for a GPU once at the most."""
+    """Return the numbers of vectors of shape (T,), and wait for a GPU at most once."""
     if not vectors:
         return []
     return [one.tolist() for one in vectors] if vectors[0].is_cpu else torch.stack(list(vectors)).tolist()

@@ -1,12 +1,12 @@
 """UW-SO, soft optimal uncertainty weighting: Kirchdorfer, Elich, Kutsche, Stuckenschmidt, Schott, Köhler, *Analytical
 Uncertainty-Based Loss Weighting in Multi-Task Learning*, GCPR 2024 (arXiv 2408.07985), Equation 4.
 
-With the losses in it taken as constants::
+With the losses in it treated as constants::
 
     w_i = exp(1 / (τ L_i)) / Σ_j exp(1 / (τ L_j))
 
-``1 / L_i`` is the weight at which uncertainty weighting (`Uncertainty`) comes to rest for an L1 loss; for a squared error that
-is half of it, which the choice of τ makes up for. Code of others adds 1e-8 to the loss; here nothing is added.
+``1 / L_i`` is the weight at which uncertainty weighting (`Uncertainty`) converges for an L1 loss. For a squared error it is
+half of that; the choice of τ makes up for it. Other implementations add 1e-8 to the loss; here nothing is added.
 """  # noqa: D205
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from lightning_gradnorm.strategies.loss_weights import LossWeights
 
 
 class UWSO(LossWeights, Scalarizer):
-    """``Σ_i w_i L_i`` with the weights above, of sum 1.
+    """``Σ_i w_i L_i`` with the weights above, which sum to 1.
 
-    The smaller a loss, the larger its weight. One that becomes small beside ``1 / τ`` gets all of it, and the others stop
-    learning; losses of exactly 0 share it. Choose τ so that ``1 / (τ L_i)`` is near 1 for the smallest loss to be expected; the
-    paper searches for it.
+    The smaller a loss, the larger its weight. A loss that is small compared to ``1 / τ`` gets all of it, and the other tasks
+    stop learning; losses of exactly 0 share it. Choose τ so that ``1 / (τ L_i)`` is near 1 for the smallest loss you expect;
+    the paper searches for it.
 
     Args:
         tau: the temperature.

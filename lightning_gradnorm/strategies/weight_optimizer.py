@@ -20,7 +20,7 @@ Constraint = Callable[[Tensor, Tensor], Tensor]
 def adam(parameters: Iterable[Tensor], lr: float = 0.025) -> torch.optim.Optimizer:
     """Return the paper's optimizer of the weights: the default of `GradNorm`, `Scalarization` and `Aggregation`.
 
-    A function, not a ``functools.partial``, because LightningCLI writes it to its ``config.yaml`` and reads it back.
+    This is a function, not a ``functools.partial``, because LightningCLI writes it to its ``config.yaml`` and reads it back.
 
     Example:
         >>> adam([torch.ones(2, requires_grad=True)]).param_groups[0]["lr"]
@@ -30,12 +30,12 @@ def adam(parameters: Iterable[Tensor], lr: float = 0.025) -> torch.optim.Optimiz
 
 
 class WeightOptimizer:
-    """Updates the weights with any torch optimizer. The host reads whether there is a usable step.
+    """Updates the weights with any torch optimizer. The host reads whether the step is usable.
 
     Args:
         weights: shape (T,), a leaf.
         optimizer: of the weights alone.
-        given: the options it was made with; those it has now by default.
+        given: the options it was created with; its current ones by default.
     """
 
     def __init__(
@@ -44,15 +44,15 @@ class WeightOptimizer:
         self.weights = weights
         self.optimizer = optimizer
         self.given = dict(options_of(optimizer.param_groups[0]) if given is None else given)
-        """The options it was made with: a scheduler may have changed them since."""
+        """The options it was created with: a scheduler may have changed them since."""
 
     def step(self, gradient: Tensor, problems: Tensor, present: Tensor | None, constrain: Constraint) -> Tensor:
         """Take one step and return whether it was taken, a bool tensor; if not, nothing has changed.
 
         Args:
             gradient: shape (T,).
-            problems: shape (T,); a nonzero entry prevents the step, and so does a result that is not finite.
-            present: the tasks to update, bool of shape (T,); the others keep their weight and their optimizer state, and have
+            problems: shape (T,). A nonzero entry prevents the step, and so does a result that is not finite.
+            present: the tasks to update, bool of shape (T,). The others keep their weight and their optimizer state, and have
                 0 in ``gradient`` and ``problems``. ``None`` for all.
             constrain: (weights before, weights proposed by the optimizer) → the new weights.
         """
@@ -88,24 +88,24 @@ class WeightOptimizer:
         self.optimizer.load_state_dict(self.optimizer.state_dict())  # torch casts what it loads
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of the optimizer's state, with its class and the options it was made with."""
+        """Return a copy of the optimizer's state, with its class and the options it was created with."""
         state = copy.deepcopy(self.optimizer.state_dict())
         return {**state, "class": type(self.optimizer).__name__, "given": dict(self.given)}
 
     def resumed(self, state: Mapping[str, Any], resume_options: ResumeOptions) -> WeightOptimizer:
-        """Return what goes on from a state, with the same optimizer. If this raises, nothing has changed.
+        """Return a weight optimizer that continues from a state, with the same optimizer. If this raises, nothing changes.
 
         Args:
             state: what `state_dict` returned.
-            resume_options: ``"checkpoint"``: with the options of the state. ``"given"``: with those of this run where they
-                differ; the moments are kept if this optimizer has the same.
+            resume_options: ``"checkpoint"``: with the options of the state. ``"given"``: with this run's options where they
+                differ; the moments are kept if this optimizer has the same ones.
 
         Raises:
             ValueError: the state is of another kind of optimizer, and its options are to be kept.
         """
         (group,), own = state["param_groups"], self.optimizer.state_dict()["param_groups"][0]
         name = type(self.optimizer).__name__
-        # Only one of the two has more options: another version of torch.
+        # If only one side has extra options, it is another version of torch.
         is_other = state.get("class", name) != name or bool(group.keys() - own.keys() and own.keys() - group.keys())
         prefers_given = resume_options == "given"
         if is_other:
@@ -120,9 +120,7 @@ class WeightOptimizer:
             group = {**({} if is_other else group), **options, "params": group["params"]}
             fits = (needed := _moments_of(self.optimizer)) is None and not is_other
             if moments and moments[0].keys() != needed and not fits:
-                say(
-                    f"the moments of the weights' optimizer begin anew: {name} has others than those in the checkpoint."
-                )
+                say(f"the moments of the weights' optimizer start over: {name} has different ones from the checkpoint.")
                 moments = {}
         kept = self.optimizer.state, self.optimizer.param_groups
         try:
@@ -143,7 +141,7 @@ class WeightOptimizer:
 
 
 def _moments_of(optimizer: torch.optim.Optimizer) -> set[str] | None:
-    """Return the names of what the optimizer keeps for a parameter, found by a copy's step; ``None`` if that fails."""
+    """Return the names of the state that the optimizer keeps for a parameter, from a copy's step; ``None`` if that fails."""
     try:
         trial = copy.deepcopy(optimizer)
         parameter: Tensor = trial.param_groups[0]["params"][0]
@@ -157,8 +155,8 @@ def _moments_of(optimizer: torch.optim.Optimizer) -> set[str] | None:
 class MaskedAdam(WeightOptimizer):
     """Adam (Kingma and Ba, ICLR 2015, Algorithm 1) that never branches on a number of the device.
 
-    Whether a step is usable depends on such numbers, and reading them would make the host wait for the GPU in every training
-    step. So the step is computed in any case, and ``torch.where`` selects the outcome.
+    Such numbers decide whether a step is usable. Reading them would make the host wait for the GPU in every training step. So
+    the step is always computed, and ``torch.where`` selects the outcome.
     """
 
     def __init__(
@@ -200,7 +198,7 @@ class MaskedAdam(WeightOptimizer):
         averages = torch.lerp(self._averages, torch.stack((gradient, gradient * gradient)), self._update_rates)
         if present is not None:
             averages = torch.where(present, averages, self._averages)
-        # 1 − βᵗ as −expm1(t log β): in float32, the difference itself would have four digits at first.
+        # 1 − βᵗ as −expm1(t log β): in float32, the difference itself would have only four digits at first.
         m, v = (averages / torch.expm1(self._log_decays * self._next_step).neg_()).unbind()
         moved = torch.sub(weights, m / v.sqrt().add_(group["eps"]), alpha=float(group["lr"]))
         if present is not None:
@@ -220,10 +218,10 @@ class MaskedAdam(WeightOptimizer):
 
 
 def make_weight_optimizer(weights: Tensor, factory: WeightOptimizerFactory) -> WeightOptimizer:
-    """Return what updates the weights with the optimizer that ``factory`` makes.
+    """Return an object that updates the weights with the optimizer from ``factory``.
 
     Raises:
-        TypeError, ValueError: the factory makes something that cannot update them.
+        TypeError, ValueError: the factory returns something that cannot update them.
     """
     made = made_optimizer(factory, [weights], caller="GradNorm")
     if len(made.param_groups) != 1 or [id(p) for p in made.param_groups[0]["params"]] != [id(weights)]:
@@ -236,12 +234,12 @@ def make_weight_optimizer(weights: Tensor, factory: WeightOptimizerFactory) -> W
 def wrapped(
     weights: Tensor, optimizer: torch.optim.Optimizer, given: Mapping[str, Any] | None = None
 ) -> WeightOptimizer:
-    """Return what updates the weights with this optimizer, going on from the state that it has."""
+    """Return an object that updates the weights with this optimizer, continuing from its state."""
     return (MaskedAdam if MaskedAdam.supports(optimizer) else WeightOptimizer)(weights, optimizer, given)
 
 
 def moved(value: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
-    """Return a tensor, or a named tuple of them, on another device and with another dtype if it is a floating one."""
+    """Return a tensor, or a named tuple of tensors, on another device; floating-point ones also with another dtype."""
     if isinstance(value, Tensor):
         return value.to(device, dtype if value.is_floating_point() else value.dtype)
     return type(value)(*(moved(part, dtype, device) for part in value))

@@ -1,7 +1,7 @@
 """Tasks whose gradient at the shared layer is exactly zero.
 
-A loss has coefficient 0 in a warm-up, its labels are all masked, a constraint is satisfied. The paper's rule would raise
-such a task's weight for ever, and push all others to zero. It counts as absent instead.
+A loss may have coefficient 0 in a warm-up, its labels may all be masked, or a constraint may be satisfied. The paper's rule
+would raise such a task's weight forever, and push all others to zero. So it counts as absent.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 PATIENCE = 50
-"""Updates in a row without a gradient after which a task is reported."""
+"""Updates in a row without a gradient after which we report a task."""
 
 
 def tasks_with_gradient(norms: Tensor, present: Tensor | None, *, may_look: bool = True) -> Tensor | None:
     """Return the tasks that are present with a gradient that is not zero, bool of shape (T,). ``None``: all of them.
 
-    Unless the host may look at the norms (on a GPU it would wait for them) a mask is always returned.
+    Unless the host may read the norms (on a GPU it would wait for them), the result is always a mask.
 
     Example:
         >>> import torch
@@ -33,7 +33,7 @@ def tasks_with_gradient(norms: Tensor, present: Tensor | None, *, may_look: bool
 
 
 class ZeroGradients:
-    """Counts updates in which a task that was present had no gradient. Works on numbers the host has read.
+    """Counts updates in which a present task had no gradient. Works on host numbers.
 
     Example:
         >>> zero = ZeroGradients(["fit", "kl"])
@@ -47,10 +47,10 @@ class ZeroGradients:
         self._tasks = tasks
         self._in_a_row: dict[str, int] = {}
         self.updates = 0
-        """Updates in which some present task had no gradient."""
+        """Updates in which at least one present task had no gradient."""
 
     def note(self, shown: list[bool], with_gradient: list[bool]) -> None:
-        """Called with the tasks that had a loss in an update, and those of them that had a gradient."""
+        """Called with the tasks that had a loss in an update, and those with a gradient."""
         all_have_one = shown == with_gradient
         if all_have_one and not self._in_a_row:
             return

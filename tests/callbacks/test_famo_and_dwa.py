@@ -138,7 +138,7 @@ def test_famo_looks_again_at_a_multi_task_module(quiet_trainer: MakeTrainer) -> 
 def test_famo_is_refused_where_a_second_call_would_be_a_second_step(quiet_trainer: MakeTrainer) -> None:
     model = Manual(3)
     model.gradnorm = [Scalarization(S.FAMO, tasks=NAMES)]  # type: ignore[list-item]
-    with pytest.raises(ValueError, match=r"to call Manual\.training_step again would be another step"):
+    with pytest.raises(ValueError, match=r"calling Manual\.training_step again would take another step"):
         quiet_trainer(callbacks=model.gradnorm).fit(model, Batches(vector_batches(3, 2)))
 
 

@@ -72,7 +72,7 @@ def test_a_loss_that_passes_by_its_head_is_refused(quiet_trainer) -> None:
 
     model = Consistency(3)
     with pytest.raises(
-        ValueError, match=r"the loss of task 'seg' reaches the shared layer by a way that does not pass"
+        ValueError, match=r"the loss of task 'seg' reaches the shared layer by a path that does not pass"
     ):
         quiet_trainer(callbacks=[GradNorm(NAMES, heads=model.heads())]).fit(model, Batches(vector_batches(3, 5)))
 

@@ -178,7 +178,7 @@ def test_a_layer_that_is_frozen_after_norms_were_taken_is_an_error(how: str, qui
     model.backbone.requires_grad_(True)
     what = "'backbone'" if "norm_of" in OPTIONS[how][0] else "the shared layer"
     callbacks = [Sets(2, is_trained=False), GradNorm(TASKS, **OPTIONS[how][0])]
-    fails(quiet_trainer, model, callbacks, f"GradNorm: {what} has been frozen", "during the training", "stop_after")
+    fails(quiet_trainer, model, callbacks, f"GradNorm: {what} has been frozen", "during training", "stop_after")
 
 
 @pytest.mark.parametrize("stage", ["before", "after"])

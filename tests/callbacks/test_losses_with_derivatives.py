@@ -228,7 +228,7 @@ class OneProduct(nn.Module):
 def test_a_penalty_of_slopes_is_not_aggregated_at_the_representation_whenever_it_begins(
     first: int, options: dict[str, bool], quiet_trainer: MakeTrainer
 ) -> None:
-    expected = "Aggregation: the loss of task 'seg' reaches what is within 'encoder'", "at='parameters'", "GradNorm"
+    expected = "Aggregation: the loss of task 'seg' reaches the inside of 'encoder'", "at='parameters'", "GradNorm"
     fails(quiet_trainer, Slopes(first, **options), Aggregation(UPGrad(), TASKS), *expected)
 
 
@@ -308,7 +308,7 @@ class PerSample(Automatic):
 
 @pytest.mark.parametrize("make", [GradNorm, GradientNormMonitor])
 def test_losses_inside_vmap_are_refused_where_they_are_shown(make: Any, quiet_trainer: MakeTrainer) -> None:
-    expected = "'seg' is of inside a transform of torch.func", "Show what is computed from the transform's result"
+    expected = "'seg' is from inside a transform of torch.func", "Show what is computed from the transform's result"
     fails(quiet_trainer, PerSample("each"), make(TASKS), *expected)
 
 

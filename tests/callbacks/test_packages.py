@@ -156,7 +156,9 @@ def test_a_strategy_that_shards_the_shared_layer_is_refused(name: str, strategy:
 def test_a_multi_task_module_in_the_other_trainer_is_an_error_that_names_both_packages() -> None:
     trainer = pl.Trainer(logger=False, enable_checkpointing=False, callbacks=[GradNorm()], accelerator="cpu")
     for call in (trainer.fit, trainer.validate, trainer.predict):
-        with pytest.raises(TypeError, match=r"MultiTaskModule: .* of the package lightning; got .* pytorch_lightning"):
+        with pytest.raises(
+            TypeError, match=r"MultiTaskModule: .* from the package lightning; got .* pytorch_lightning"
+        ):
             call(multi_task_module(3), Batches(as_inputs_and_targets(vector_batches(3, 1))))
 
 

@@ -154,7 +154,7 @@ def _after_two_tasks(quiet_trainer: Any, tmp_path: Path) -> tuple[GradNorm, Path
 def test_with_adapt_known_tasks_keep_their_ratio_and_new_ones_begin_with_the_mean(quiet_trainer, tmp_path) -> None:
     first, checkpoint = _after_two_tasks(quiet_trainer, tmp_path)
     adapted = GradNorm(["normal", "depth", "seg"], on_task_mismatch="adapt", stop_after=0)  # only looked at
-    with pytest.warns(UserWarning, match=r"GradNorm.*checkpoint is of tasks \['depth', 'seg'\]: \['normal'\] is new"):
+    with pytest.warns(UserWarning, match=r"GradNorm.*checkpoint has tasks \['depth', 'seg'\]: \['normal'\] is new"):
         quiet_trainer(callbacks=[adapted], max_epochs=2).fit(
             Automatic(3), Batches(vector_batches(3, 6)), ckpt_path=checkpoint
         )

@@ -106,14 +106,14 @@ def test_the_error_for_a_run_without_gradnorm_names_its_callbacks(quiet_trainer:
         trainer = quiet_trainer(callbacks=callbacks)
         trainer.fit(model(), batches())
         trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
-        with pytest.raises(ValueError, match=rf"{name}\.ckpt has no state of it, but of {had}\."):
+        with pytest.raises(ValueError, match=rf"{name}\.ckpt has no state of it, only of {had}\."):
             GradNormStatic(tmp_path / f"{name}.ckpt")
 
 
 def test_the_error_for_a_run_with_other_tasks_lists_both(
     run: tuple[Path, dict[str, float]], quiet_trainer: Trainer
 ) -> None:
-    both = r"is of tasks \['depth', 'normal', 'seg'\], but this run has \['depth', 'seg'\]"
+    both = r"has tasks \['depth', 'normal', 'seg'\], but this run has \['depth', 'seg'\]"
     with pytest.raises(ValueError, match=both):
         GradNormStatic(run[0], tasks=["seg", "depth"])
     with pytest.raises(ValueError, match=both):

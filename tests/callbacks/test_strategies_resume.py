@@ -201,20 +201,22 @@ def saved(trainer: MakeTrainer, folder: Path, balancing: Any) -> Path:
 
 def test_other_tasks_are_an_error_that_names_both(quiet_trainer: MakeTrainer, tmp_path: Path) -> None:
     checkpoint = saved(quiet_trainer, tmp_path, make("UW of the losses"))
-    with pytest.raises(ValueError, match=r"of tasks \['seg', 'depth', 'normal'\], but this run has \['seg', 'depth'\]"):
+    with pytest.raises(
+        ValueError, match=r"has tasks \['seg', 'depth', 'normal'\], but this run has \['seg', 'depth'\]"
+    ):
         train(quiet_trainer, Scalarization(S.UW, tasks=["seg", "depth"]), resume=checkpoint)
 
 
 @pytest.mark.parametrize(
     ("written", "read", "says"),
     [
-        ("UW of the losses", "IMTLL of the losses", "should be that of IMTLL; it is that of UW"),
+        ("UW of the losses", "IMTLL of the losses", "should be from IMTLL; it is from UW"),
         (
             "GradVac at the representation",
             "NashMTL at the representation",
-            "should be that of NashMTL; it is that of GradVac",
+            "should be from NashMTL; it is from GradVac",
         ),
-        ("IMTL", "UPGrad at the representation", "should be that of UPGrad; it is that of IMTLG of IMTLL"),
+        ("IMTL", "UPGrad at the representation", "should be from UPGrad; it is from IMTLG of IMTLL"),
     ],
 )
 def test_another_strategy_is_an_error_that_names_both(

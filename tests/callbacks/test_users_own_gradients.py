@@ -53,7 +53,7 @@ class Regularized(Automatic):
 def test_a_regularizer_of_a_heads_output_is_refused_with_heads_and_left_alone_without(
     quiet_trainer: MakeTrainer,
 ) -> None:
-    with pytest.raises(ValueError, match=r"reaches the head of task 'seg' by other ways.*Leave heads out"):
+    with pytest.raises(ValueError, match=r"reaches the head of task 'seg' by other paths.*Leave heads out"):
         weights(Regularized(3), quiet_trainer, with_heads=True)
     first = weights(Regularized(3), quiet_trainer, with_heads=False)[0]
     assert first == pytest.approx(weights(Automatic(3), quiet_trainer, with_heads=False)[0], abs=1e-12)

@@ -175,12 +175,12 @@ AT_THE_START = [
     case(
         "two heads are exchanged",
         {"heads": {**HEADS, "seg": "depth_head", "depth": "seg_head"}},
-        ["'seg'", "'depth'", "exchanged?"],
+        ["'seg'", "'depth'", "swapped?"],
     ),
     case(
         "three heads are rotated",
         {"heads": {"seg": "depth_head", "depth": "normal_head", "normal": "seg_head"}},
-        ["'seg'", "'normal'", "exchanged?"],
+        ["'seg'", "'normal'", "swapped?"],
     ),
     case(
         "the representation is misspelt",
@@ -423,9 +423,7 @@ class LeavesOut(Automatic):
 @pytest.mark.parametrize("heads", [False, True], ids=["no-heads", "heads"])
 def test_a_shared_layer_that_is_replaced_later_is_an_error(heads: bool, quiet_trainer: MakeTrainer) -> None:
     callback = GradNorm(TASKS, shared_layer="encoder.2", heads=HEADS if heads else None)
-    fails(
-        quiet_trainer, ReplacesLater(3), callback, "GradNorm", "ReplacesLater had when the training began", "replaced"
-    )
+    fails(quiet_trainer, ReplacesLater(3), callback, "GradNorm", "ReplacesLater had when training began", "replaced")
 
 
 @pytest.mark.parametrize("heads", [False, True], ids=["no-heads", "heads"])

@@ -32,7 +32,7 @@ ARGUMENTS = [
     ),
     case("a path is a number", {"losses_from": {**EACH, "seg": 1}}, ["losses_from['seg']", "dotted path", "got 1"]),
     case("a path is empty", {"losses_from": {**EACH, "depth": ""}}, ["losses_from['depth']", "dotted path", "''"]),
-    case("all paths are the same", {"losses_from": EACH}, ["'criterion'", "one task alone", "losses_from='criterion'"]),
+    case("all paths are the same", {"losses_from": EACH}, ["'criterion'", "only one task", "losses_from='criterion'"]),
     case(
         "both are mappings",
         {"tasks": {task: task for task in TASKS}, "losses_from": EACH},

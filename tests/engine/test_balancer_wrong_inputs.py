@@ -315,13 +315,13 @@ def _twice(loss: Tensor) -> None:
 
 def test_a_loss_is_back_propagated_once() -> None:
     model = Network()
-    once = "backward should back-propagate the loss that it is given once; it did"
+    once = "backward should back-propagate its loss exactly once; it did"
     with balance(model=model) as balancer:
         with pytest.raises(ValueError, match=f"{once} 0 times"):
             balancer.backward(model(BATCHES[0]), backward=lambda loss: None)
         with pytest.raises(ValueError, match=f"{once} 2 times"):
             balancer.backward(model(BATCHES[0]), backward=_twice)
-        with pytest.raises(RuntimeError, match="a loss of prepare_loss is back-propagated for the second time"):
+        with pytest.raises(RuntimeError, match="a loss from prepare_loss is back-propagated for the second time"):
             _twice(balancer.prepare_loss(model(BATCHES[0])))
         balancer.step()
         with pytest.raises(ValueError, match="loss should be part of the graph, but it carries no gradient"):
@@ -385,7 +385,7 @@ def test_a_state_of_other_tasks_or_of_another_strategy() -> None:
     with balance(GradNormRule(["a", "b", "c"])) as balancer:
         with pytest.raises(ValueError, match="seg"):
             balancer.load_state_dict(gradnorm_rule().state_dict())
-        with pytest.raises(ValueError, match="GradNorm: the state should be that of GradNorm; it is that of UW"):
+        with pytest.raises(ValueError, match="GradNorm: the state should be from GradNorm; it is from UW"):
             balancer.load_state_dict(ScalarizationRule(["a", "b", "c"], S.UW(3)).state_dict())
 
 

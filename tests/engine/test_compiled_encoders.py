@@ -239,7 +239,7 @@ class DropsOut(Automatic):
 def test_a_compiled_dropout_whose_mask_cannot_be_drawn_again_is_refused(quiet_trainer) -> None:
     model = wrapped("encoder.3")(DropsOut(T), "inductor")
     gradnorm = GradNorm(NAMES, shared_layer="encoder.2", heads=model.heads())
-    with pytest.raises(RuntimeError, match="running 'encoder' again did not give what it gave in the forward pass"):
+    with pytest.raises(RuntimeError, match="running 'encoder' again did not return the same as in the forward pass"):
         quiet_trainer(callbacks=[gradnorm]).fit(model, Batches(vector_batches(T, 3)))
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_gradnorm import Balancer
 
-REPLACED = "the shared layer that Network had when the training began has been replaced"
+REPLACED = "the shared layer that Network had when training began has been replaced"
 
 
 @pytest.mark.parametrize("heads", [False, True])

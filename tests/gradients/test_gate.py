@@ -96,13 +96,13 @@ class Around(Automatic):
 @HEADS
 def test_a_way_around_the_representation_is_refused(with_heads: bool, quiet_trainer: MakeTrainer) -> None:
     model = Around(2)
-    with pytest.raises(ValueError, match=r"task 'depth' reaches what is within 'encoder' by a way that does not pass"):
+    with pytest.raises(ValueError, match=r"task 'depth' reaches the inside of 'encoder' by a path that does not pass"):
         quiet_trainer(callbacks=[aggregation(model, MGDA(), with_heads)]).fit(model, Batches(vector_batches(2, 2)))
 
 
 def test_at_the_parameters_it_is_refused_where_heads_are_named_alone(quiet_trainer: MakeTrainer) -> None:
     model = Around(2)
-    with pytest.raises(ValueError, match=r"'depth' reaches what the tasks share by a way that .* Leave heads out"):
+    with pytest.raises(ValueError, match=r"'depth' reaches what the tasks share by a path that .* Leave heads out"):
         quiet_trainer(callbacks=[aggregation(model, MGDA(), at="parameters")]).fit(model, Batches(vector_batches(2, 2)))
 
 
@@ -159,7 +159,7 @@ def test_a_backward_pass_for_each_task_is_refused_at_the_representation(
     model = OneByOne(2)
     balancing = aggregation(model, MGDA(), with_heads)
     model.gradnorm = [balancing]  # type: ignore[list-item]
-    with pytest.raises(ValueError, match=r"task 'depth' has a backward pass of its own.*sum of the losses"):
+    with pytest.raises(ValueError, match=r"task 'depth' has its own backward pass.*sum of the losses"):
         quiet_trainer(callbacks=[balancing]).fit(model, Batches(vector_batches(2, 2)))
 
 

@@ -91,7 +91,7 @@ def test_a_task_at_the_representation_that_is_complete_leaves_the_others_parts_t
     reader.read("b", [z], [second])
     expected = torch.stack([0.5 * of_a.norm(), (first + second).norm(), z.new_zeros(())])
     torch.testing.assert_close(reader.norms(["a", "b", "c"]), expected.detach(), rtol=1e-12, atol=0)
-    with pytest.raises(RuntimeError, match="read again after it was said to be complete"):
+    with pytest.raises(RuntimeError, match="read again after it was complete"):
         reader.read("a", [z], [of_a])
 
 

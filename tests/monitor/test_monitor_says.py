@@ -85,7 +85,7 @@ def test_the_summary_names_who_carries_the_update_and_who_conflicts() -> None:
         "Mean norms: `big` 10, `small` 1, the rest of the loss 3; the largest is 10 times the smallest.",
         "`big` and `small` pull against each other in 4 of 4 steps (mean cosine -1.00).",
         "Suggested static weights, which make the mean norms equal: FixedWeights({'big': 0.182, 'small': 1.82}). "
-        "A regularizer is not to be made as large as a task: if there is one among them, name the others in losses.",
+        "A regularizer should not become as large as a task: if one is among them, name only the others in losses.",
     ]
 
 

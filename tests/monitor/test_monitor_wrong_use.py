@@ -82,7 +82,12 @@ def test_wrong_input_of_the_plain_function(losses: Any, parameters: Any, error: 
         case("a single name", {"losses": "seg"}, TypeError, ["losses should be a list of names", "'seg'"]),
         case("no name", {"losses": []}, TypeError, ["losses should be a list of names"]),
         case("twice", {"losses": ["seg", "seg"]}, ValueError, ["losses should all be different"]),
-        case("the sum", {"losses": ["seg", "loss"]}, ValueError, ["losses names 'loss'", "the sum of all"]),
+        case(
+            "the sum",
+            {"losses": ["seg", "loss"]},
+            ValueError,
+            ["losses names 'loss'", "the sum that is back-propagated"],
+        ),
         case("the rest", {"losses": ["rest_of_loss"]}, ValueError, ["'rest_of_loss'", "another name"]),
         case(
             "no layer", {"parameters": None}, ValueError, ["parameters should be 'shared' or a dotted name; got None"]
@@ -172,7 +177,7 @@ class WithoutParameters(Automatic):
         case("one in another", Nesting, {}, ValueError, ["the loss 'seg' contains the loss 'depth'"]),
         case("copies", Copying, {"losses": TASKS}, ValueError, ["the loss 'seg' took no part in the backward pass"]),
         case("detached", Detaching, {"losses": TASKS}, ValueError, ["the loss 'depth'", "carries no gradient"]),
-        case("nothing shared", Apart, {}, ValueError, ["parameters='shared'", "['seg', 'normal']", "there is none"]),
+        case("nothing shared", Apart, {}, ValueError, ["parameters='shared'", "['seg', 'normal']", "there are none"]),
     ],
 )
 def test_wrong_use_is_an_error_that_names_the_culprit(

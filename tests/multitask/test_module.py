@@ -218,7 +218,7 @@ def test_with_only_some_tasks_it_is_the_module_of_these_and_ignores_the_targets_
     assert chosen.state_dict().keys() == alone.state_dict().keys()
     trainer = quiet_trainer()
     assert set(trainer.test(chosen, _loader(batches), verbose=False)[0]) == {"test/loss", "test/loss/b"}
-    with pytest.raises(ValueError, match="there is no task 'c', of which the batch has targets"):
+    with pytest.raises(ValueError, match="the batch has targets of 'c', which is not a task"):
         chosen.task_losses((batches[0][0], {"c": batches[0][1]["a"]}))
 
 

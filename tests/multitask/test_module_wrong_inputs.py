@@ -142,7 +142,7 @@ def nothing(of: Any) -> None:
     ("arguments", "expected"),
     [
         case("the optimizer", {"optimizer": nothing}, ["optimizer", "torch optimizer", "None"]),
-        case("the scheduler", {"lr_scheduler": nothing}, ["lr_scheduler", "scheduler of torch", "None"]),
+        case("the scheduler", {"lr_scheduler": nothing}, ["lr_scheduler", "torch scheduler", "None"]),
     ],
 )
 def test_a_factory_that_returns_nothing_is_an_error(
@@ -285,7 +285,7 @@ CALLBACKS = [
     case(
         "heads exchanged",
         partial(GradNorm, heads={**HEADS, "seg": HEADS["depth"], "depth": HEADS["seg"]}),
-        ["'seg'", "'depth'", "exchanged?"],
+        ["'seg'", "'depth'", "swapped?"],
     ),
     case(
         "losses by the names under which the module logs them",

@@ -302,15 +302,15 @@ def test_a_mistake_is_refused_by_name(message: str, make: Callable[[], object]) 
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({}, "InverseNorm: the state should be that of InverseNorm; it is that of fixed weights"),
+        ({}, "InverseNorm: the state should be from InverseNorm; it is from fixed weights"),
         (
             NormWeightingRule(["a", "b"], NTKWeights()).state_dict(),
-            "InverseNorm: the state should be that of InverseNorm; it is that of NTKWeights",
+            "InverseNorm: the state should be from InverseNorm; it is from NTKWeights",
         ),
-        (GradNormRule(["a", "b"]).state_dict(), "it is that of GradNorm"),
+        (GradNormRule(["a", "b"]).state_dict(), "it is from GradNorm"),
         (
             NormWeightingRule(["a", "c"], InverseNorm()).state_dict(),
-            "InverseNorm: the checkpoint is of tasks ['a', 'c'], but this run has ['a', 'b']",
+            "InverseNorm: the checkpoint has tasks ['a', 'c'], but this run has ['a', 'b']",
         ),
         (NormWeightingRule(["a", "b"], InverseNorm()).state_dict() | {"version": 9}, "should be of version 1; got 9"),
     ],

@@ -83,7 +83,7 @@ def test_a_different_optimizer_option_is_reported_and_one_of_the_two_is_used(opt
     old, new, told = OPTIONS[option]
     first = trained(**{option: old})
     resumed = rule_with(**{option: new}, resume_options=resume_options)
-    in_force = "the checkpoint's is in force" if resume_options == "checkpoint" else "this run's is in force"
+    in_force = "the checkpoint's applies" if resume_options == "checkpoint" else "this run's applies"
     with says(f"{told}; {in_force}"):
         resumed.load_state_dict(first.state_dict())
     assert group_of(resumed)[option] == (old if resume_options == "checkpoint" else new)
@@ -158,7 +158,7 @@ def test_amsgrad_is_used_as_requested_and_needs_its_own_moments(
     first = trained(amsgrad=first_has)
     resumed, whole = rule_with(amsgrad=second_has, resume_options=resume_options), rule_with(amsgrad=first_has)
     whole.load_state_dict(first.state_dict())
-    anew = ["the moments of the weights' optimizer begin anew"] if resume_options == "given" else []
+    anew = ["the moments of the weights' optimizer start over"] if resume_options == "given" else []
     with says("amsgrad of the weights' optimizer", *anew):
         resumed.load_state_dict(first.state_dict())
     in_force = first_has if resume_options == "checkpoint" else second_has
@@ -188,7 +188,7 @@ def test_the_state_of_another_class_is_refused_by_name(other: Any) -> None:
 )
 def test_with_the_given_options_another_class_keeps_the_moments_that_fit(other: Any, keeps: bool) -> None:
     first, rule = trained(), rule_with(other, lr=0.01, resume_options="given")
-    anew = [] if keeps else [f"the moments of the weights' optimizer begin anew: {other.__name__} has others"]
+    anew = [] if keeps else [f"the moments of the weights' optimizer start over: {other.__name__} has different ones"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         rule.load_state_dict(first.state_dict())
@@ -386,7 +386,7 @@ def test_a_state_of_another_strategy_is_refused_by_the_names_of_both(read_by: st
     before = rule.state_dict()
     if read_by == written_by:
         return rule.load_state_dict(state)
-    with pytest.raises(ValueError, match=f"that of {written_by}") as error:
+    with pytest.raises(ValueError, match=f"it is from {written_by}") as error:
         rule.load_state_dict(state)
     assert (read_by if read_by != "fixed weights" else "FixedRule") in str(error.value)
     assert "version" not in str(error.value)

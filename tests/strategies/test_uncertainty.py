@@ -81,7 +81,7 @@ def test_reset_goes_back_to_the_start() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(ValueError, match="'sge', which is no task; did you mean 'seg'"):
+    with pytest.raises(ValueError, match="'sge', which is not a task; did you mean 'seg'"):
         Uncertainty(["sge"]).name_tasks(["seg", "depth"])
     with pytest.raises(RuntimeError, match="Call name_tasks"):
         Uncertainty()(torch.ones(2))
