@@ -42,7 +42,7 @@ def test_with_its_files_nothing_stands_in(call: Call, tmp_path: Path) -> None:
 
 def test_without_a_folder_it_is_asked_for(call: Call) -> None:
     told = call(train.main, "experiment=cmapss_small", "data=cmapss", status=1)
-    assert "data.root should be given" in told
+    assert "data.root should be set" in told
 
 
 @pytest.mark.parametrize("data", ["cmapss", "turbofan"])

@@ -37,7 +37,7 @@ def test_with_its_files_the_run_says_which_form_they_have(
 
 def test_without_a_folder_it_is_asked_for(call: Call) -> None:
     told = call(train.main, "experiment=nyuv2_seg_small", "data=nyuv2", status=1)
-    assert "data.root should be given" in told
+    assert "data.root should be set" in told
 
 
 @pytest.mark.parametrize("experiment", [one for one in options("experiment") if one.startswith("nyuv2")])
