@@ -51,4 +51,4 @@ def test_the_last_row_is_delta_m_and_what_stands_in_its_way_is_said(call: Call, 
     said = call(evaluate.main, CHECKPOINT, "single_task=[run]", status=1)
     assert "single_task should name the folders of single-task runs; there are none in run" in said
     said = call(evaluate.main, CHECKPOINT, "single_task=nowhere", status=1)
-    assert "nowhere/test_metrics.json should be there once a run is finished" in said
+    assert "nowhere/test_metrics.json should exist once a run is finished" in said

@@ -111,7 +111,9 @@ def test_a_sweep_that_was_interrupted_goes_on_with_the_same_command(
     interrupting(8 + 6)  # in the second job's second epoch
     said = call(train.main, *asked, "hydra.sweep.dir=parts", status=130)
     assert "1 job so far, 1 done" in said
-    assert f"Interrupted. Resume with:\n  {executable('gradnorm-train')} {' '.join(asked)} hydra.sweep.dir=parts\n" in said
+    assert (
+        f"Interrupted. Resume with:\n  {executable('gradnorm-train')} {' '.join(asked)} hydra.sweep.dir=parts\n" in said
+    )
     assert "ckpt_path" not in said
     assert list(results(tmp_path / "parts")) == ["0_0"]
     assert (tmp_path / "parts/1_1/checkpoints/interrupted.ckpt").is_file()
