@@ -14,7 +14,7 @@ import torch
 from configurations import QUICK, SMALL
 from machines import MODULE
 
-from lightning_gradnorm.experiments.callbacks.console import in_words, numbers
+from lightning_gradnorm.experiments.callbacks.console import as_text, numbers
 from lightning_gradnorm.experiments.cli import console, evaluate, train
 from lightning_gradnorm.experiments.report import read_run
 
@@ -61,12 +61,12 @@ def test_the_weights_of_four_tasks_have_room() -> None:
     assert numbers({"train/loss/a": 1.0, "gradnorm/loss": 2.0}) == {}
 
 
-def test_a_network_in_words_says_what_is_frozen() -> None:
+def test_the_line_about_a_network_shows_what_is_frozen() -> None:
     network = torch.nn.ModuleDict(
         {"trunk": torch.nn.Linear(2, 3), "head": torch.nn.LazyLinear(2), "act": torch.nn.ReLU()}
     )
     network["trunk"].requires_grad_(False)
-    assert in_words(network) == "Network: trunk 9, head 0; 9 parameters, 0 of them trained"
+    assert as_text(network) == "Network: trunk 9, head 0; 9 parameters, 0 of them trained"
 
 
 def test_bar_and_network_can_be_switched_off(call: Call, caplog: pytest.LogCaptureFixture) -> None:

@@ -294,11 +294,11 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
             return
         where = f"the {len(values)} {_NAMES[split]} rows of {self.path.name}"
         if len(there) == 0:
-            mend = "Give another seed or larger fractions, or leave the target out."
-            wrong(f"target '{target}'", f"have a value in {where}", "none", mend)
+            fix = "Give another seed or larger fractions, or leave the target out."
+            wrong(f"target '{target}'", f"have a value in {where}", "none", fix)
         if split == "train" and np.ptp(there) == 0:
-            mend = "Leave the target out, or give another seed."
-            wrong(f"target '{target}'", f"vary over {where}", f"{there[0]:g} in all of them", mend)
+            fix = "Leave the target out, or give another seed."
+            wrong(f"target '{target}'", f"vary over {where}", f"{there[0]:g} in all of them", fix)
 
     def _columns(self, parameter: str, names: Sequence[str | int], least: int = 1) -> tuple[str, ...]:
         fits = not isinstance(names, str) and all(isinstance(name, str | int) for name in names)

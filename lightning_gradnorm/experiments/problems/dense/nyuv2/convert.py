@@ -102,8 +102,8 @@ def prepare(
             for index, arrays in enumerate(_convert(direct, split, first, count, num_workers), start=first):
                 if index < done[split]:
                     same = all(np.array_equal(maps[kind][index], array) for kind, array in arrays.items())
-                    mend = "Go on with the source that it was begun with, or delete the folder."
-                    expect(same, folder / PROGRESS, f"{split} image {index}", "the same as before", "another", mend)
+                    fix = "Go on with the source that it was begun with, or delete the folder."
+                    expect(same, folder / PROGRESS, f"{split} image {index}", "the same as before", "another", fix)
                     continue
                 for kind, array in arrays.items():
                     maps[kind][index] = array
@@ -147,8 +147,8 @@ def _begin(folder: Path, plan: dict[str, Any]) -> dict[str, int]:
 
 def _expect_same_plan(plan: dict[str, Any], found: dict[str, Any], file: Path) -> None:
     for key, wanted in plan.items():
-        mend = "Choose another folder, or delete this one."
-        expect(found.get(key) == wanted, file, key, _short(wanted), _short(found.get(key)), mend)
+        fix = "Choose another folder, or delete this one."
+        expect(found.get(key) == wanted, file, key, _short(wanted), _short(found.get(key)), fix)
 
 
 def _short(value: object) -> str:

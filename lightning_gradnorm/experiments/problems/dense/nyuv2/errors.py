@@ -11,7 +11,7 @@ from lightning_gradnorm.experiments.loading.errors import refuse
 COPY_AGAIN = "The copy seems damaged: fetch the file again."
 
 
-def expect(holds: bool, file: Path | str, field: str, expected: str, found: object, mend: str = "") -> None:
+def expect(holds: bool, file: Path | str, field: str, expected: str, found: object, fix: str = "") -> None:
     """Raise an error that names the file, the field, what is expected and what was found, unless ``holds``.
 
     Raises:
@@ -23,16 +23,16 @@ def expect(holds: bool, file: Path | str, field: str, expected: str, found: obje
         ValueError: NYUv2: label in train/label/3.npy should be -1 to 12; got 40. Map it to the 13 classes.
     """
     if not holds:
-        wrong(file, field, expected, found, mend)
+        wrong(file, field, expected, found, fix)
 
 
-def wrong(file: Path | str, field: str, expected: str, found: object, mend: str = "") -> NoReturn:
+def wrong(file: Path | str, field: str, expected: str, found: object, fix: str = "") -> NoReturn:
     """Raise the error of `expect`.
 
     Raises:
         ValueError: Always.
     """
-    refuse("NYUv2", f"{field} in {file}", f"be {expected}", found, mend)
+    refuse("NYUv2", f"{field} in {file}", f"be {expected}", found, fix)
 
 
 def existing(file: Path, what: str) -> Path:

@@ -65,8 +65,8 @@ def as_segmentation(values: Array, file: object) -> Array:
     outside = ~np.isin(values, np.arange(IGNORED, len(CLASSES)))
     if outside.any():
         expected = f"one of the classes 0 to {len(CLASSES) - 1}, or {IGNORED} for none"
-        mend = "The 40-class labels have to be mapped to 13 first." if values[outside].max() <= 40 else ""
-        wrong(str(file), "label", expected, f"{values[outside][0]} ({outside.sum()} pixels)", mend)
+        fix = "The 40-class labels have to be mapped to 13 first." if values[outside].max() <= 40 else ""
+        wrong(str(file), "label", expected, f"{values[outside][0]} ({outside.sum()} pixels)", fix)
     return values.astype(np.int8)
 
 
