@@ -25,7 +25,7 @@ EXPERIMENTS = [one for one in options("experiment") if one.startswith("cmapss")]
 
 def test_a_run_says_that_simulated_engines_stand_in_for_cmapss(call: Call) -> None:
     told = call(train.main, "experiment=cmapss_small", *SMALL)
-    assert "Simulated engines stand in for C-MAPSS; with its files: data=cmapss data.root=FOLDER" in told
+    assert "Simulated engines stand in for C-MAPSS. With its files: data=cmapss data.root=FOLDER" in told
     assert "stand in for C-MAPSS" not in call(train.main, "data=turbofan", *SMALL)
 
 

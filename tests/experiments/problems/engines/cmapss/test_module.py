@@ -20,7 +20,7 @@ from lightning_gradnorm.experiments.problems.engines.cmapss import CMAPSS, SUBSE
 # Our files are not NASA's, and in them more sensors are constant.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:CMAPSS. .*_FD00.[.]txt in .* should be NASA's"),
-    pytest.mark.filterwarnings("ignore:CMAPSS. each sensor should tell a network something"),
+    pytest.mark.filterwarnings("ignore:CMAPSS. sensors should vary"),
 ]
 
 TRAIN, TEST, RUL = (12, 9, 15, 8, 10, 11, 14, 9), (7, 10, 5, 6), (3, 30, 0, 11)
@@ -277,24 +277,24 @@ def move(root: Path) -> None:
 
 
 WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
-    "no folder": (shutil.rmtree, FileNotFoundError, r"root should be the folder with train_FD001.txt; .*files is no folder"),
+    "no folder": (shutil.rmtree, FileNotFoundError, r"root should be the folder with train_FD001.txt; .*files is not a folder"),
     "no train file": (
         lambda root: (root / "train_FD001.txt").unlink(), FileNotFoundError,
-        r"the training engines of FD001 should be in .*/train_FD001.txt; there is no such file. data=turbofan simulates",
+        r"the training engines of FD001 should be in .*/train_FD001.txt; no such file. data=turbofan simulates",
     ),
     "another subset's train file": (
         lambda root: (root / "train_FD001.txt").rename(root / "train_FD003.txt"), FileNotFoundError,
-        r"should be in .*/train_FD001.txt; there is no such file. There is train_FD003.txt.$",
+        r"should be in .*/train_FD001.txt; no such file. Found train_FD003.txt.$",
     ),
     "no test file": (
         lambda root: (root / "test_FD001.txt").unlink(), FileNotFoundError,
-        r"the test engines of FD001 should be in .*/test_FD001.txt; there is no such file",
+        r"the test engines of FD001 should be in .*/test_FD001.txt; no such file",
     ),
     "no RUL file": (
         lambda root: (root / "RUL_FD001.txt").unlink(), FileNotFoundError,
-        r"the test engines' remaining useful life should be in .*/RUL_FD001.txt; there is no such file",
+        r"the test engines' remaining useful life should be in .*/RUL_FD001.txt; no such file",
     ),
-    "a folder further down": (move, FileNotFoundError, r"There is one in .*/files/CMaps: root=.*/files/CMaps$"),
+    "a folder further down": (move, FileNotFoundError, r"Found one in .*/files/CMaps: root=.*/files/CMaps$"),
     "25 columns": (
         rewrite("test", lambda text: [*text[:9], text[9].rsplit(maxsplit=1)[0], *text[10:]]), ValueError,
         r"line 10 of .*/test_FD001.txt should have 26 columns, separated by blanks; got 25",
