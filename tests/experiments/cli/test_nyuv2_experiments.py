@@ -21,7 +21,7 @@ COUNTS = ("data.train_size", "data.val_size", "data.test_size")  # which files h
 
 def test_a_run_says_that_rooms_stand_in_for_nyuv2(call: Call) -> None:
     told = call(train.main, "experiment=nyuv2_seg_small", *SMALL)
-    assert "Rendered rooms stand in for NYUv2; with its files: data=nyuv2 data.root=FOLDER" in told
+    assert "Rendered rooms stand in for NYUv2. With its files: data=nyuv2 data.root=FOLDER" in told
     assert "stand in" not in call(train.main, "data=rooms", *SMALL)
 
 

@@ -138,10 +138,10 @@ LATER = "while reading"
 
 CASES = [
     # The official form.
-    ("official", DATA, Path.unlink, "root should hold"),
+    ("official", DATA, Path.unlink, "root should contain"),
     ("official", "splits.mat", Path.unlink, r"official train and test images should be in .*splits.mat; there is no such"),
-    ("official", "classMapping40.mat", Path.unlink, r"40 classes .*should be in .*classMapping40.mat; there is no such file"),
-    ("official", "class13Mapping.mat", Path.unlink, r"to 13 .*should be in .*class13Mapping.mat; there is no such file"),
+    ("official", "classMapping40.mat", Path.unlink, r"40 classes .*should be in .*classMapping40.mat; no such file"),
+    ("official", "class13Mapping.mat", Path.unlink, r"to 13 .*should be in .*class13Mapping.mat; no such file"),
     ("official", DATA, cut, rf"the file in .*{DATA} should be HDF5 \(MATLAB 7.3\); got .*fetch the file again"),
     ("official", DATA, lambda file: file.write_bytes(b"<html>"), rf"the file in .*{DATA} should be HDF5"),
     ("official", "splits.mat", cut, r"the file in .*splits.mat should be a MATLAB file"),
@@ -170,7 +170,7 @@ CASES = [
     ("official", DATA, hdf5("depths", put((4, 3, 3), -1)), LATER + r"depth in .* at depths\[4\] .*meters .*; got -1 to"),
     ("official", DATA, hdf5("depths", put((0, 3, 3), np.nan)), LATER + r"depth in .* at depths\[0\] should be meters"),
     # The MTAN folder.
-    ("mtan", "val/depth", shutil.rmtree, r"should have the folder .*val/depth; there is none"),
+    ("mtan", "val/depth", shutil.rmtree, r"should have the folder .*val/depth; no such folder"),
     ("mtan", "train/label/1.npy", Path.unlink, r"the label of image 1 of 3 should be in .*train/label/1.npy; there is no"),
     ("mtan", "val/normal/1.npy", Path.unlink, r"the normal of image 1 of 2 should be in .*val/normal/1.npy; there is no"),
     ("mtan", "val/image/1.npy", cut, r"image in .*val/image/1.npy should be 2304 bytes of data; got \d+.*fetch the file again"),
@@ -254,10 +254,10 @@ def test_the_form_of_a_folder_is_found_and_said(whole: Path, tmp_path: Path, cap
 
 
 def test_a_folder_that_is_no_form_says_what_was_looked_for(whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"root should be a folder; .*nowhere is none"):
+    with pytest.raises(FileNotFoundError, match=r"root should be a folder; .*no such folder: .*nowhere"):
         find_form(tmp_path / "nowhere")
     with pytest.raises(
-        FileNotFoundError, match=r"root should hold nyu_depth_v2_labeled.mat .*; .* holds none of them.$"
+        FileNotFoundError, match=r"root should contain nyu_depth_v2_labeled.mat .*; .* contains none of them.$"
     ):
         find_form(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"Its folder huggingface does: root=.*/huggingface$"):

@@ -163,8 +163,8 @@ def test_an_unknown_convention_is_warned_of_and_the_normals_are_left_as_they_are
 ) -> None:
     write_mtan(tmp_path / "walls", [turned(wall(i), PUBLISHED) for i in range(3)], [turned(wall(4), PUBLISHED)])
     message = (
-        r"normals in .*walls point to should show in the depth; it does not: '.*' is 0 degrees .* 0, in \d+ pixels of 3 "
-        r"images\. The normals are left as they are\. Give normals_convention, one direction for each channel: right or left"
+        r"channels in .*walls should show in the depth; they do not: '.*' is 0 degrees .* 0, in \d+ pixels of 3 "
+        r"images\. The normals stay unchanged\. Set normals_convention, one direction for each channel: right or left"
     )
     with pytest.warns(UserWarning, match=message):
         _, targets = first_batch(tmp_path / "walls")

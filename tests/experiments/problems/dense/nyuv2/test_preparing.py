@@ -104,7 +104,7 @@ def _expect_begun(target: Path) -> None:
     assert 0 < done["train"] < 70
     assert done["test"] == 0
     with pytest.raises(
-        ValueError, match=r"should be prepared to the end; they are not\. Run scripts/prepare_nyuv2.py again"
+        ValueError, match=r"should be prepared completely; they are not\. Run scripts/prepare_nyuv2.py again"
     ):
         NYUv2(target).setup()
 
