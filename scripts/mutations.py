@@ -12,13 +12,13 @@ class Fault:
     """One deliberate fault."""
 
     name: str
-    """What is wrong, in words."""
+    """A description of the fault."""
     file: str
-    """Where, from the root of the repository."""
+    """Path from the root of the repository."""
     old: str
-    """What stands there; occurs exactly once."""
+    """The original text, which occurs exactly once."""
     new: str
-    """What the fault makes of it."""
+    """The faulty text."""
     tests: tuple[str, ...]
     """The test files that should notice, the cheapest first."""
 
@@ -674,7 +674,7 @@ FAULTS = (
         ("tests/strategies/test_resuming.py",),
     ),
     Fault(
-        "an optimizer of another class goes on without a word",
+        "an optimizer of another class resumes without a warning",
         _ADAM,
         "        if is_other:\n",
         "        if False:\n",

@@ -1,12 +1,12 @@
-"""Convert NYUv2, from whichever copy is there, into memory-mapped arrays at the sizes wanted, once.
+"""Converts NYUv2 from any of its formats to memory-mapped arrays at the sizes you want.
 
     python scripts/prepare_nyuv2.py SOURCE FOLDER --input-size 320 320 --output-size 80 80    # the paper's
     python scripts/prepare_nyuv2.py SOURCE FOLDER                                             # the source's own size
     python scripts/prepare_nyuv2.py --verify FOLDER                                           # compare the checksums
 
-SOURCE is a folder with the official .mat files, MTAN's train/ and val/, or Hugging Face's parquet shards. Interrupted, it
-goes on where it stopped when it is called again. Normals are turned to x right, y up, z towards the camera. Then train
-with data=nyuv2 data.root=FOLDER.
+SOURCE is a folder with the official .mat files, MTAN's train/ and val/, or Hugging Face's parquet shards. After an
+interruption, the same command continues where it stopped. Normals are turned to x right, y up, z toward the camera. Then
+train with data=nyuv2 data.root=FOLDER.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The peak of the memory, each run in a fresh process."""
+"""Measures peak memory, with each run in a fresh process."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ DESCRIBED = (
     "and ratio to equal weights."
 )
 _GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""For glibc, whose reserve depends on the order in which tensors come and go."""
+"""For glibc, whose reserve depends on the order of allocations."""
 
 
 def peak_memory(group: str, name: str, case: Case, setting: Setting) -> float:
-    """Return, in MiB, by how much a run's memory grows beyond what the process has before it; for a process of its own."""
+    """Return how much a run increases the memory of its process, in MiB. Call it in a fresh process."""
     be_quiet(setting.threads)
     warnings.simplefilter("ignore")
     way = WAYS[group][name]
-    # Packages and the code of operators, which is loaded when they are first called, are not what is measured.
+    # Do not measure packages and the code of operators, which is loaded on their first call.
     way.what_is_missing()
     kind, tasks = case
     step_time(way.start(kind, tasks, setting.compiled), kind, replace(setting, steps=None, batch_size=1))

@@ -1,4 +1,4 @@
-"""What one more task costs, beside what one gradient of the shared layer's weight costs."""
+"""Measures the cost of one more task, compared with one gradient of the shared layer's weight."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPETITIONS = 20
 
 
 def weight_gradient_times(kind: str, setting: Setting) -> list[float]:
-    """Return the seconds that a gradient of the shared layer's weight takes, a few times."""
+    """Return several measured times of a gradient of the shared layer's weight, in seconds."""
     model = Model(kind, 2).to(setting.device)
     with torch.autocast(setting.device, torch.bfloat16, enabled=setting.precision == "bf16"):
         z = model.encoder(setting.batch_of(kind))

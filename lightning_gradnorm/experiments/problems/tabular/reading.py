@@ -128,10 +128,10 @@ def _read_csv(file: Path, separator: str | None, _: str | None) -> Any:
         if not lines:
             wrong(file, "have rows", "an empty file")
         found = separator or _separator_of(lines)
-        words = _words(lines[0], found)
-        is_named = not all(_is_number(word) for word in words)
+        fields = _words(lines[0], found)
+        is_named = not all(_is_number(field) for field in fields)
         if is_named:
-            _check_different(file, [word for word in words if word])
+            _check_different(file, [field for field in fields if field])
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
             return pd.read_csv(
@@ -150,7 +150,7 @@ def _read_csv(file: Path, separator: str | None, _: str | None) -> Any:
         told = str(error).removeprefix("Error tokenizing data. C error: ").strip().rstrip(".")
         wrong(
             file,
-            f"have as many fields in each line as in the first, {len(words)}, separated by {_shown(found)}",
+            f"have as many fields in each line as in the first, {len(fields)}, separated by {_shown(found)}",
             told,
             "Correct the line, or set separator=.",
         )

@@ -61,7 +61,7 @@ COLUMNS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "too few groups": (
         {"group": "city"},
-        r"to each of training, validation and test; got 0.15 and 0.15 of 1 different values of group 'city'",
+        r"for each of training, validation and test; got 0.15 and 0.15 of 1 different values of group 'city'",
     ),
 }
 
@@ -90,7 +90,7 @@ VALUES: dict[str, tuple[Callable[[Any], Any], dict[str, Any], str]] = {
     "constant target": (
         lambda frame: frame.assign(a=2.5),
         {},
-        r"target 'a' should vary over the 28 training rows of t.csv; got 2.5 in all of them. Leave the target out, or give",
+        r"target 'a' should vary over the 28 training rows of t.csv; got 2.5 in all of them. Leave the target out, or use",
     ),
     "empty target": (
         lambda frame: frame.assign(a=np.nan),
@@ -122,7 +122,7 @@ VALUES: dict[str, tuple[Callable[[Any], Any], dict[str, Any], str]] = {
         {},
         r"t.csv should have rows with inputs and targets",
     ),
-    "two rows": (lambda frame: frame[:2], {}, r"of 2 rows with different inputs. Lower them, or give a larger table"),
+    "two rows": (lambda frame: frame[:2], {}, r"of 2 rows with different inputs. Lower them, or use a larger table"),
 }
 
 

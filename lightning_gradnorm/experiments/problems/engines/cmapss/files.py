@@ -113,28 +113,28 @@ def _read_table(file: Path, columns: tuple[str, ...]) -> tuple[Array, list[int]]
     """Return the numbers, shape ``(rows, columns)``, and the line number of each row."""
     text = file.read_text(encoding="utf-8-sig", errors="replace")
     rows = [(number, line.split()) for number, line in enumerate(text.split("\n"), start=1)]
-    rows = [(number, words) for number, words in rows if words]
+    rows = [(number, fields) for number, fields in rows if fields]
     if rows and _number(rows[0][1][0]) is None:
         del rows[0]  # a header
     if not rows:
         wrong(f"{file}", "have lines of numbers", "none", "Fetch the file again.")
-    for number, words in rows:
-        if len(words) != len(columns):
+    for number, fields in rows:
+        if len(fields) != len(columns):
             wrong(
                 f"line {number} of {file}",
                 f"have {len(columns)} column{'s' * (len(columns) > 1)}, separated by blanks",
-                f"{len(words)} ({_shortened(' '.join(words))})",
+                f"{len(fields)} ({_shortened(' '.join(fields))})",
                 _FETCH_AGAIN,
             )
     count = len(rows) * len(columns)
     try:
-        values = np.fromiter((float(word) for _, words in rows for word in words), dtype=np.float64, count=count)
+        values = np.fromiter((float(word) for _, fields in rows for word in fields), dtype=np.float64, count=count)
         sound = bool(np.isfinite(values).all())
     except ValueError:
         sound = False
     if not sound:
-        for number, words in rows:
-            for column, word in zip(columns, words, strict=True):
+        for number, fields in rows:
+            for column, word in zip(columns, fields, strict=True):
                 if _number(word) is None:
                     wrong(f"{column} in line {number} of {file}", "be a number", repr(word), _FETCH_AGAIN)
     return values.reshape(len(rows), len(columns)), [number for number, _ in rows]

@@ -251,5 +251,5 @@ class CMAPSS(SplitsDataModule[Windows]):
             expected = f"have {len(rul)} engines, like NASA's {file.name}"
             wrong(f"{test_file}", expected, f"{engines}", f"Fetch {test_file.name} again.")
         as_many = [name for name, subset in SUBSETS.items() if subset.test_engines == len(rul)]
-        hint = f"{' and '.join(as_many)} have that many: is it the file of another subset?" if as_many else ""
+        hint = f"That is the number of {' or '.join(as_many)}: is it the file of another subset?" if as_many else ""
         wrong(f"{file}", f"have a line for each of the {engines} test engines in {test_file.name}", f"{len(rul)}", hint)

@@ -139,7 +139,7 @@ LATER = "while reading"
 CASES = [
     # The official form.
     ("official", DATA, Path.unlink, "root should contain"),
-    ("official", "splits.mat", Path.unlink, r"official train and test images should be in .*splits.mat; there is no such"),
+    ("official", "splits.mat", Path.unlink, r"official train and test images should be in .*splits.mat; no such"),
     ("official", "classMapping40.mat", Path.unlink, r"40 classes .*should be in .*classMapping40.mat; no such file"),
     ("official", "class13Mapping.mat", Path.unlink, r"to 13 .*should be in .*class13Mapping.mat; no such file"),
     ("official", DATA, cut, rf"the file in .*{DATA} should be HDF5 \(MATLAB 7.3\); got .*fetch the file again"),
@@ -171,8 +171,8 @@ CASES = [
     ("official", DATA, hdf5("depths", put((0, 3, 3), np.nan)), LATER + r"depth in .* at depths\[0\] should be meters"),
     # The MTAN folder.
     ("mtan", "val/depth", shutil.rmtree, r"should have the folder .*val/depth; no such folder"),
-    ("mtan", "train/label/1.npy", Path.unlink, r"the label of image 1 of 3 should be in .*train/label/1.npy; there is no"),
-    ("mtan", "val/normal/1.npy", Path.unlink, r"the normal of image 1 of 2 should be in .*val/normal/1.npy; there is no"),
+    ("mtan", "train/label/1.npy", Path.unlink, r"the label of image 1 of 3 should be in .*train/label/1.npy; no such file"),
+    ("mtan", "val/normal/1.npy", Path.unlink, r"the normal of image 1 of 2 should be in .*val/normal/1.npy; no such file"),
     ("mtan", "val/image/1.npy", cut, r"image in .*val/image/1.npy should be 2304 bytes of data; got \d+.*fetch the file again"),
     ("mtan", "val/image/1.npy", lambda file: file.write_bytes(b"PK"), r"the header in .*val/image/1.npy should be that of"),
     ("mtan", "val/depth/0.npy", npy(lambda v: v[1:]), r"depth in .*val/depth/0.npy should be of shape \(12, 16, 1\); got"),
@@ -191,7 +191,7 @@ CASES = [
     ("mtan", "train/normal/0.npy", npy(lambda v: v * 127), LATER + r"normal in .*be unit vectors.*; got length up to 127"),
     # The parquet shards.
     ("huggingface", "data/train-00001-of-00002.parquet", Path.unlink, r"should have 2 shards of train; train-00001-of-00002"),
-    ("huggingface", SHARD, Path.unlink, r"should have parquet shards of test; there are none"),
+    ("huggingface", SHARD, Path.unlink, r"should have parquet shards of test; found none"),
     ("huggingface", SHARD, cut, r"the file in .*val-00000-of-00001.parquet should be a parquet table; got .*fetch the file"),
     ("huggingface", SHARD, lambda file: file.write_bytes(b""), r"the file in .*parquet should be a parquet table"),
     ("huggingface", SHARD, table("depth"), r"depth in .*parquet should be a column; got only image, segmentation, normal"),
@@ -267,7 +267,7 @@ def test_a_folder_that_is_no_form_says_what_was_looked_for(whole: Path, tmp_path
 def test_a_folder_of_two_forms_asks_which(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole / "mtan", tmp_path, dirs_exist_ok=True)
     shutil.copytree(whole / "official", tmp_path, dirs_exist_ok=True)
-    with pytest.raises(ValueError, match=r"holds official, mtan. Say which with form="):
+    with pytest.raises(ValueError, match=r"contains official, mtan. Choose one with form="):
         NYUv2(tmp_path).setup()
     assert find_source(tmp_path, "mtan").form == "MTAN folder"
     with pytest.raises(

@@ -244,7 +244,7 @@ def test_a_convention_is_refused_where_it_means_nothing(tmp_path: Path) -> None:
         pytest.importorskip(package, reason="needs the extra [nyuv2]")
     write_official(tmp_path / "official", frames(2), frames(2))
     with pytest.raises(
-        ValueError, match=r"should be 'auto' for the official .mat form, .* derived from its depth; got 'rig"
+        ValueError, match=r"should be 'auto' for the official .mat format, .* derived from its depth; got 'rig"
     ):
         NYUv2(tmp_path / "official", normals_convention="right away up").setup()
     prepared = prepare(find_source(tmp_path / "official"), tmp_path / "prepared")

@@ -236,7 +236,7 @@ def _retype(file: Path) -> None:
         (
             "test_normals.npy",
             Path.unlink,
-            "normals of the test images should be in .*test_normals.npy; there is no such file",
+            "normals of the test images should be in .*test_normals.npy; no such file",
         ),
         ("train_depth.npy", _retype, "depth in .*train_depth.npy should be float16; got uint16"),
         (
@@ -281,7 +281,5 @@ def test_the_script_verifies_and_names_what_is_wrong(tmp_path: Path, capsys: pyt
     with pytest.raises(SystemExit, match="root should be a folder"):
         main([str(tmp_path / "nowhere"), str(tmp_path / "target")])
     (tmp_path / "source" / "val" / "label" / "1.npy").unlink()
-    with pytest.raises(
-        SystemExit, match=r"the label of image 1 of 2 should be in .*val/label/1.npy; there is no such file"
-    ):
+    with pytest.raises(SystemExit, match=r"the label of image 1 of 2 should be in .*val/label/1.npy; no such file"):
         main([str(tmp_path / "source"), str(tmp_path / "other")])

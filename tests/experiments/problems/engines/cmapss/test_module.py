@@ -305,7 +305,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     ),
     "units not in order": (
         rewrite("test", lambda text: sorted(text, key=lambda line: -int(line.split()[0]))), ValueError,
-        r"of .*/test_FD001.txt should be of unit 4 or a later one, .*; got unit 3 after unit 4",
+        r"of .*/test_FD001.txt should belong to unit 4 or a later one, .*; got unit 3 after unit 4",
     ),
     "not a number": (
         rewrite("RUL", lambda text: ["three", *text[1:], "?"]), ValueError,
@@ -317,11 +317,11 @@ WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     ),
     "a RUL file as long as another subset's": (
         rewrite("RUL", lambda text: ["7"] * 259), ValueError,
-        r"each of the 4 test engines in .*; got 259. So many has FD002: is it the file of another subset\?",
+        r"each of the 4 test engines in .*; got 259. That is the number of FD002: is it the file of another subset\?",
     ),
     "the RUL file of another subset of NASA's": (
         rewrite("RUL", lambda text: [str(left) for left in SUBSETS["FD003"].first_rul]), ValueError,
-        r"/RUL_FD001.txt should be that of FD001; got the numbers of NASA's RUL_FD003.txt",
+        r"/RUL_FD001.txt should belong to FD001; got the numbers of NASA's RUL_FD003.txt",
     ),
     "a training engine shorter than a window": (
         rewrite("train", lambda text: text + lines([3], first=9)), ValueError,
@@ -355,7 +355,7 @@ def test_two_subsets_with_as_many_engines_are_told_apart_by_nasas_numbers(tmp_pa
     engines(root)
     write_engines(root, TRAIN, [6] * 12, numbers["FD003"])
     with pytest.raises(
-        ValueError, match=r"RUL_FD001.txt should be that of FD001; got the numbers of NASA's RUL_FD003.txt"
+        ValueError, match=r"RUL_FD001.txt should belong to FD001; got the numbers of NASA's RUL_FD003.txt"
     ):
         engines(root)
 

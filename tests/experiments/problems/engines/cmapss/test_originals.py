@@ -103,7 +103,7 @@ def test_engines_moved_from_the_train_to_the_test_file_are_seen_and_the_test_fil
         pytest.warns(UserWarning, match=r"test_FD001.txt .* 13 rows of 2 engines; it has 25 rows of 3 engines"),
         pytest.raises(
             ValueError,
-            match=r"test_FD001.txt should have the 2 engines that RUL_FD001.txt, which is NASA's, has lines for; got 3. "
+            match=r"test_FD001.txt should have 2 engines, like NASA's RUL_FD001.txt; got 3. "
             r"Fetch test_FD001.txt again",
         ),
     ):
