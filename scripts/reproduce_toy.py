@@ -2,10 +2,10 @@
 
     python scripts/reproduce_toy.py                 # T = 2 and T = 10, five seeds, writes docs/results/toy.md and .png
     python scripts/reproduce_toy.py --steps 8000 --seeds 0 1 2 --name toy_8000_steps
-    python scripts/reproduce_toy.py --quick         # one seed, few steps: shows that it runs
+    python scripts/reproduce_toy.py --quick         # a smoke test with one seed and few steps
 
-The criterion is the paper's: the test losses divided by their values at the start, summed over the tasks. All runs of a
-seed have the same initial network and see the same batches. What is finished, below --runs, is not run again.
+The criterion is the paper's: the test losses divided by their initial values, summed over the tasks. All runs of a
+seed have the same initial network and see the same batches. Finished runs below --runs are skipped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COLORS = {EQUAL: ("#444444", "--"), GRADNORM: ("#0072b2", "-"), UNCERTAINTY: ("#
 
 @dataclass
 class Trace:
-    """Task weights at every step, and the summed test-loss ratio every so many steps."""
+    """Task weights at every step, and the summed test-loss ratio every N steps."""
 
     weights: list[list[float]] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
@@ -44,11 +44,11 @@ class Trace:
 
 
 Traces = dict[str, list[Trace]]
-"""Method → a trace for each seed."""
+"""Method → one trace per seed."""
 
 
 class Tracer(L.Callback):
-    """Takes a trace."""
+    """Records a trace."""
 
     def __init__(self, balancing: GradNorm | Scalarization | None, every: int) -> None:
         self.balancing, self.every, self.trace = balancing, every, Trace()

@@ -250,7 +250,7 @@ def test_the_form_of_a_folder_is_found_and_said(whole: Path, tmp_path: Path, cap
         assert find_form(whole / form) == form
         with caplog.at_level("INFO"):
             NYUv2(whole / form, val_share=0).setup()
-        assert f"is the {words} form: 3 train and 2 test images of 12 x 16. Each image is read" in caplog.text
+        assert f"is in the {words} format: 3 train and 2 test images of 12 x 16. Each image is read" in caplog.text
 
 
 def test_a_folder_that_is_no_form_says_what_was_looked_for(whole: Path, tmp_path: Path) -> None:
