@@ -252,7 +252,7 @@ def test_a_convention_is_refused_where_it_means_nothing(tmp_path: Path) -> None:
     prepare(find_source(tmp_path / "official"), tmp_path / "prepared")
     with pytest.raises(
         ValueError,
-        match=r"should be 'auto' for prepared data, which say .* were 'derived from the depth'; got 'right away up'. Prep",
+        match=r"should be 'auto' for prepared data, which record .* were 'derived from the depth'; got 'right away up'. Prep",
     ):
         NYUv2(tmp_path / "prepared", normals_convention="right away up").setup()
 
