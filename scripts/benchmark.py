@@ -101,25 +101,34 @@ def read_plan() -> tuple[Measure, Plan]:
     parser.add_argument("--of", choices=list(WAYS), default="gradnorm")
     parser.add_argument("--measure", choices=list(MEASURES), default="time")
     parser.add_argument(
-        "--cases", nargs="+", metavar="MODEL[:T,T,…]", help=f"such as conv:3,10; without T: {TASK_COUNTS}"
+        "--cases",
+        nargs="+",
+        metavar="MODEL[:T,T,…]",
+        help=f"networks and numbers of tasks, such as conv:3,10; without T: {TASK_COUNTS}",
     )
-    parser.add_argument("--ways", nargs="+", metavar="WAY", help="columns, besides equal weights; by default all")
-    parser.add_argument("--data", nargs="+", metavar="DATA", help=f"for the loader; by default {' '.join(DATA)}")
+    parser.add_argument("--ways", nargs="+", metavar="WAY", help="ways to compare with equal weights; by default all")
+    parser.add_argument(
+        "--data", nargs="+", metavar="DATA", help=f"data sets for the loader; by default {' '.join(DATA)}"
+    )
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="of the Trainer; bf16 is mixed")
-    parser.add_argument("--compile", action="store_true", help="trunk and heads, by torch.compile, of all ways")
-    parser.add_argument("--steps", type=int, help="of each run; by default as many as suit the model, 33 or fewer")
+    parser.add_argument(
+        "--precision", choices=list(PRECISIONS), default="fp32", help="precision of the Trainer; bf16 is mixed"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile trunk and heads of all ways with torch.compile")
+    parser.add_argument(
+        "--steps", type=int, help="steps of each run; by default a number that suits the model, at most 33"
+    )
     parser.add_argument(
         "--clock",
         choices=list(CLOCKS),
         default="wall",
-        help="processor: what the processor worked for this process, on a machine that is busy with others; CPU, one thread",
+        help="processor: CPU time of this process, for busy machines; on a CPU with one thread",
     )
-    parser.add_argument("--batch-size", type=int, help="in place of the model's own, to keep a GPU busy")
+    parser.add_argument("--batch-size", type=int, help="replaces the model's own, to keep a GPU busy")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    parser.add_argument("--name", help="of the page; by default after the measure and what of")
+    parser.add_argument("--name", help="name of the page; by default from the measure and group")
     options = parser.parse_args()
     measure = MEASURES[options.measure]
 

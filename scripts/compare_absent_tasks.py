@@ -134,13 +134,13 @@ def main() -> None:
         parts.append("\n".join(lines))
     about = (
         f". Seeds 0 to {options.seeds - 1}, {options.epochs} epochs, batches of {BATCH}, Adam (lr 1e-3), MLP of 2 × 64, "
-        f"GradNorm with its defaults (alpha 1.5). One half of the training rows (80 %) has the first target alone, the other "
-        f"half the second, in their own units; batches of both follow each other in turn. Errors are mean squared errors on "
-        f"the other 20 %, divided by the target's variance: 1 is what predicting the mean gives. Mean ± standard deviation "
-        f"over the seeds. Better than equal: in how many seeds the mean error is below that of equal weights with the same "
-        f"steps. Mean weights are over the training."
+        f"GradNorm with its defaults (alpha 1.5). Half of the training rows (80 %) have only the first target, the other "
+        f"half only the second, in their original units; batches of both alternate. Errors are mean squared errors on "
+        f"the other 20 %, divided by the target's variance: 1 means predicting the mean. Mean ± standard deviation "
+        f"over the seeds. Better than equal: number of seeds with a mean error below that of equal weights with the same "
+        f"steps. Mean weights are over training."
     )
-    print(write_page(options.output / "absent_tasks.md", "One task a batch: left out, or as last seen", about, parts))
+    print(write_page(options.output / "absent_tasks.md", "One task per batch: left out, or as last seen", about, parts))
 
 
 if __name__ == "__main__":

@@ -172,9 +172,9 @@ def compare(folder: Path, subset: str, seed: int = 0) -> Comparison:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the comparisons. Return 1 if a deciding subset is outside the tolerance."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where NASA's files are")
+    parser.add_argument("folder", type=Path, help="folder with NASA's files")
     parser.add_argument("--subsets", nargs="+", choices=SUBSETS, default=list(SUBSETS), metavar="FD00N")
-    parser.add_argument("--seed", type=int, default=0, help="the simulated engines'")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the simulated engines")
     given = parser.parse_args(arguments)
     failed = False
     for subset in given.subsets:

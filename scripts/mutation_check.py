@@ -157,10 +157,12 @@ def check(faults: Sequence[Fault], jobs: int, *, as_table: bool) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fault", metavar="NAME", help="this one alone")
+    parser.add_argument("--fault", metavar="NAME", help="try only this fault")
     parser.add_argument("--list", action="store_true", help="print the faults and the tests that should catch them")
-    parser.add_argument("--table", action="store_true", help="print what caught what as Markdown")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many at once")
+    parser.add_argument(
+        "--table", action="store_true", help="print the faults with the tests that caught them as Markdown"
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="number of faults to try in parallel")
     options = parser.parse_args()
     faults = chosen(options.fault)
     if wrong := wrong_texts(faults):

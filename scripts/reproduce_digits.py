@@ -99,7 +99,7 @@ def main() -> None:
         f". Seeds {', '.join(map(str, options.seeds))}. Each run is `gradnorm-train experiment=multimnist balancing=… seed=… "
         f"{BY_SUM}`, "
         "tested with the network of the epoch with the lowest sum of validation losses. Mean ± standard deviation over the "
-        "seeds; p: t-test paired over the seeds against GradNorm without the remedy, not corrected for there being several."
+        "seeds; p: t-test paired over the seeds against GradNorm without the remedy, not corrected for multiple tests."
     )
     options.output.mkdir(parents=True, exist_ok=True)
     plot(options.runs / f"gradnorm/{options.seeds[0]}", results, options.output / "digits.png")

@@ -109,16 +109,16 @@ def draw(path: Path, found: dict[str, dict[int, Run]], tasks: list[str], alphas:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of gradnorm-train, for all runs")
+    parser.add_argument("overrides", nargs="*", help="overrides of gradnorm-train for all runs")
     parser.add_argument("--experiment", default="nyuv2_seg_small")
     parser.add_argument("--tasks", nargs="+", default=["segmentation", "depth", "normals"], choices=list(PAPER))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0])
     parser.add_argument("--also", nargs="+", default=[], help="more options of balancing=, such as uncertainty")
-    parser.add_argument("--name", default="nyuv2_rooms", help="of the file written")
+    parser.add_argument("--name", default="nyuv2_rooms", help="name of the output file")
     parser.add_argument("--runs", type=Path, help="default: outputs/NAME")
-    parser.add_argument("--at-once", type=int, default=1, help="runs side by side")
-    parser.add_argument("--threads", type=int, default=None, help="of the processor, for each run")
+    parser.add_argument("--at-once", type=int, default=1, help="number of parallel runs")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads per run")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_intermixed_args()
@@ -133,7 +133,7 @@ def main() -> None:
         found.setdefault(method, {})[int(seed)] = run
     described = (
         f". Seeds {', '.join(map(str, options.seeds))}; `{' '.join(next(iter(planned.values()))[:-1])}` and so on. Test errors "
-        "at the end of training, lower is better; error ÷ equal weights is the mean over the tasks, with the same seed; Δm is "
+        "at the end of training, lower is better; error ÷ equal weights is averaged over the tasks, with the same seed; Δm is "
         "the mean gain over the single-task networks, higher is better. Mean ± standard deviation over the seeds."
     )
     lines = "\n".join(table(found, options.tasks))

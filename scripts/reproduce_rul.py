@@ -268,7 +268,7 @@ def tests(results: Results) -> str:
 def described(options: argparse.Namespace, given: Sequence[str], results: Sequence[Result]) -> str:
     """Return a description of the training and its data."""
     where = (
-        "**Simulated engines** (no --root was given), which stand in for NASA's: the published figures beside them are of "
+        "**Simulated engines** (no --root was given), which stand in for NASA's: the published figures next to them are for "
         "other data"
         if options.root is None
         else "NASA's C-MAPSS files"
@@ -279,10 +279,10 @@ def described(options: argparse.Namespace, given: Sequence[str], results: Sequen
     return (
         f". {where}; network: {options.network}. {len(results)} runs, {hours:.1f} hours of training with one thread. Each run "
         f"is `gradnorm-train {shown} data.subset=… balancing=… seed=…`, tested with its best epoch by RMSE on validation "
-        "engines; no setting was chosen by a test engine. Mean ± standard deviation over the seeds; RMSE in cycles, the "
+        "engines; no setting was chosen on test engines. Mean ± standard deviation over the seeds; RMSE in cycles, the "
         "remaining life of the test engines capped at 125; lower is better, as is the NASA score, a sum over the test "
-        "engines. Time: the training's, in seconds of the processor, divided by that of fixed weights with the same seed. "
-        "Tests: paired over the seeds, p of Student's t; **better** and **worse** where p < 0.05 after Holm's correction for "
+        "engines. Time: CPU time of the training divided by that of fixed weights with the same seed. "
+        "Tests: paired over the seeds, p of Student's t; **better** and **worse** if p < 0.05 after Holm's correction for "
         "the column's tests. *In italics: published* (a book on predictive maintenance, book-ai.org, editions 1 and 2), with "
         "a larger network and 100 epochs; not measured here."
     )
@@ -290,14 +290,14 @@ def described(options: argparse.Namespace, given: Sequence[str], results: Sequen
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, help="folder of NASA's text files; without it engines are simulated")
+    parser.add_argument("--root", type=Path, help="folder with NASA's text files; default: simulated engines")
     parser.add_argument("--network", choices=list(NETWORKS), default="mlp")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--subsets", nargs="+", choices=list(SUBSETS), default=list(SUBSETS))
-    parser.add_argument("--seeds", type=int, nargs="+", help="by default five on FD001 and FD002, three on the others")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: five on FD001 and FD002, three on the others")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="more options of gradnorm-train")
-    parser.add_argument("--choose", action="store_true", help="compare settings on validation engines; no page")
-    parser.add_argument("--ablate", action="store_true", help="change one thing at a time; a page of its own")
+    parser.add_argument("--choose", action="store_true", help="compare settings on validation engines; writes no page")
+    parser.add_argument("--ablate", action="store_true", help="change one thing at a time; writes a separate page")
     parser.add_argument("--runs", type=Path, default=Path("outputs/rul"), help="folder of the finished runs")
     parser.add_argument("--output", type=Path, help="default: docs/results; with --quick, outputs")
     parser.add_argument("--quick", action="store_true")

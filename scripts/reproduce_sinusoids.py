@@ -106,9 +106,9 @@ def draw(path: Path, found: list[dict[str, dict[str, Any]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
-    parser.add_argument("--epochs", type=int, default=None, help="instead of the experiment's own number")
+    parser.add_argument("--epochs", type=int, default=None, help="replaces the experiment's number of epochs")
     parser.add_argument(
-        "--runs", type=Path, default=Path("outputs/reproduce_sinusoids"), help="where finished runs are kept"
+        "--runs", type=Path, default=Path("outputs/reproduce_sinusoids"), help="folder of the finished runs"
     )
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--quick", action="store_true")

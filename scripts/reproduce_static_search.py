@@ -54,13 +54,13 @@ def draw(path: Path, points: list[tuple[float, float]], static: tuple[float, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of gradnorm-train, for all runs")
+    parser.add_argument("overrides", nargs="*", help="overrides of gradnorm-train for all runs")
     parser.add_argument("--experiment", default="nyuv2_kpts_small")
-    parser.add_argument("--count", type=int, default=100, help="of random weights")
-    parser.add_argument("--name", default="static_search", help="of the files written")
+    parser.add_argument("--count", type=int, default=100, help="number of random weights")
+    parser.add_argument("--name", default="static_search", help="name of the output files")
     parser.add_argument("--runs", type=Path, help="default: outputs/NAME")
-    parser.add_argument("--at-once", type=int, default=1, help="runs side by side")
-    parser.add_argument("--threads", type=int, default=1, help="of the processor, for each run")
+    parser.add_argument("--at-once", type=int, default=1, help="number of parallel runs")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads per run")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_intermixed_args()

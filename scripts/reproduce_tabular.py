@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=1500, help="rounded up to whole epochs")
+    parser.add_argument("--steps", type=int, default=1500, help="number of steps, rounded up to whole epochs")
     parser.add_argument("--runs", type=Path, default=Path("outputs/tabular"), help="folder of the finished runs")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--quick", action="store_true")
@@ -293,15 +293,15 @@ def main() -> None:
         "![Share of GradNorm's weight against how much of the target can be learned](tabular_weights.png)",
         "## Log space and smoothing",
         "Over the last third of training: the standard deviation of log w, mean over the tasks; the distance of the gradient "
-        "norms from their targets, Σ |G − target| / Σ G, of averages where they are smoothed; and the error.",
+        "norms from their targets, Σ |G − target| / Σ G, of averages if they are smoothed; and the error.",
         remedies_table(found, options.tables, options.seeds),
     ]
     about = (
-        f". Seeds {', '.join(map(str, options.seeds))}, of the splits and of the network; {options.steps:,} steps, batches of "
-        "64, Adam (lr 1e-3), MLP of 2 × 100, a linear head for each target. 70 % of the rows to train on, 15 % to validate on, "
-        "15 % to test on; of Parkinson's whole subjects; missing inputs of river flow are the training rows' means. The "
-        "network of the epoch with the lowest mean relative RMSE on the validation rows is tested. Relative RMSE: that of "
-        "predicting the training rows' mean is 1; the mean over the targets. Targets are in their own units, except in "
+        f". Seeds {', '.join(map(str, options.seeds))}, for the splits and the network; {options.steps:,} steps, batches of "
+        "64, Adam (lr 1e-3), MLP of 2 × 100, one linear head per target. 70 % of the rows for training, 15 % for validation, "
+        "15 % for the test; Parkinson's is split by subject; missing inputs of river flow get the training rows' means. Tests "
+        "the network from the epoch with the lowest mean relative RMSE on the validation rows. Relative RMSE: 1 means "
+        "predicting the training rows' mean; averaged over the targets. Targets are in their original units, except in "
         "`standardized`, which is equal weights on targets of mean 0 and standard deviation 1, and `standardized, GradNorm`. "
         "`GradNorm static` fixes the mean weights of GradNorm with α 1.5 and the same seed. Mean ± standard deviation "
         "over the seeds."

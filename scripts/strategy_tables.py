@@ -20,11 +20,11 @@ COLUMNS: dict[str, Callable[[Strategy], str]] = {
     "`balancing=`": lambda one: f"[`{one.name}`](strategies/{one.name}.md)",
     "in Python": lambda one: "–" if one.callback is None else f"`{one.callback}`",
     "what it does": lambda one: one.summary.partition(": ")[2].partition(". ")[0].rstrip(".") or one.summary,
-    "costs beside the backward pass": lambda one: one.costs,
+    "cost besides the backward pass": lambda one: one.costs,
 }
 DETAILS: dict[str, Callable[[Strategy], str]] = {
     "needs": lambda one: one.needs,
-    "costs beside the backward pass": lambda one: one.costs,
+    "cost besides the backward pass": lambda one: one.costs,
     "state in the checkpoint": lambda one: one.remembers,
     "weights sum to": lambda one: one.weights_sum_to + (", may be negative" if one.weights_may_be_negative else ""),
     "several ranks": lambda one: one.on_ranks,

@@ -21,7 +21,7 @@ WARM_UP = 3
 STEPS = {"rooms": 7, "rooms_few": 7, "nyuv2": 7, "turbofan": 15, "cmapss": 15}
 """Number of steps if a step takes seconds, otherwise 60."""
 DESCRIBED = (
-    "The share of a training step that Lightning waits for the next batch, as its profiler has it: `gradnorm-train data=…`, "
+    "The share of a training step that Lightning waits for the next batch, according to its profiler: `gradnorm-train data=…`, "
     "with its network, GradNorm and its number of workers. Median over the rounds, and quartiles."
 )
 

@@ -20,9 +20,9 @@ from benchmarking.running import Setting, step_time
 from benchmarking.ways import EQUAL, WAYS
 
 DESCRIBED = (
-    "Peak of the resident memory (on a GPU: of what is allocated) beyond what the process has after a few steps of the same "
-    "network, trained the same way with batches of one; each run in a fresh process whose allocator gives back at once what is "
-    "freed (MALLOC_MMAP_THRESHOLD_): what is alive, and neither what it keeps in reserve nor the operators' own code. Median, "
+    "Peak resident memory (on a GPU: allocated memory) beyond that of the process after a few steps of the same network, "
+    "trained the same way with batches of one. Each run has a fresh process whose allocator returns freed memory immediately "
+    "(MALLOC_MMAP_THRESHOLD_), so this counts live memory, not reserves or the code of operators. Median, "
     "and ratio to equal weights."
 )
 _GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

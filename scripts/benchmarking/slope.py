@@ -15,7 +15,7 @@ from benchmarking.times import Times, times_of
 from benchmarking.ways import EQUAL
 
 DESCRIBED = (
-    "Overhead of a way: its time of a step less that of equal weights in the run before it. A line is fitted by least squares "
+    "Overhead of a way: its step time minus that of equal weights in the run before it. A line is fitted by least squares "
     "to the medians of the overhead against T. One weight-gradient: `torch.autograd.grad` of the representation with respect "
     "to the shared layer's weight alone, in the same process."
 )
