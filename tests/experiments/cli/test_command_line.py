@@ -199,7 +199,7 @@ def test_the_help_of_evaluation_explains_it_and_the_comparison_with_single_tasks
             ["data=mine"],
             [
                 "there is no data 'mine'",
-                "data has: cmapss, multimnist, nyuv2, rooms, rooms_few, sinusoids, tabular, toy, turbofan",
+                "data has: cmapss, multimnist, nyuv2, pde, rooms, rooms_few, sinusoids, tabular, toy, turbofan",
             ],
         ),
         (["sed=1"], ["there is no 'sed'; did you mean 'seed'?", "the configuration has:"]),

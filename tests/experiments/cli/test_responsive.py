@@ -40,7 +40,7 @@ except SystemExit as left:
         ("evaluate", ["--help"], 0, "Test a checkpoint"),
         ("evaluate", ["ckpt_path=nope.ckpt"], 1, "no such checkpoint: nope.ckpt"),
         ("report", ["--help"], 0, "Compare runs"),
-        ("report", ["nowhere"], 2, "there is no such folder"),
+        ("report", ["nowhere"], 2, "no such folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
