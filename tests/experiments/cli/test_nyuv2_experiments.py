@@ -32,7 +32,7 @@ def test_with_its_files_the_run_says_which_form_they_have(
     options = [option for option in SMALL if not option.startswith(COUNTS)]
     told = call(train.main, "experiment=nyuv2_seg_small", "data=nyuv2", "data.root=files", *options)
     assert "stand in" not in told
-    assert "files is the MTAN folder form: 20 train and 3 test images" in told + caplog.text
+    assert "files is in the MTAN folder format: 20 train and 3 test images" in told + caplog.text
 
 
 def test_without_a_folder_it_is_asked_for(call: Call) -> None:
