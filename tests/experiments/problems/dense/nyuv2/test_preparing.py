@@ -149,7 +149,7 @@ def test_a_killed_script_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     assert process.wait() == -signal.SIGKILL
     _expect_begun(target)
     again = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=True)
-    assert "is the MTAN folder form: 69 train and 40 test images of 12 x 16." in again.stdout
+    assert "is in the MTAN folder format: 69 train and 40 test images of 12 x 16." in again.stdout
     assert "prepare train" in again.stdout
     assert digests(target) == digests(tmp_path / "undisturbed")
 
