@@ -1,15 +1,15 @@
-# Two commands a newcomer needs: `make demo` and `make test`. Both make .venv on first use and reuse it afterwards.
+# Start with `make demo` and `make test`. Both create .venv on first use and reuse it afterwards.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-# One process per core; tests that measure memory or load the machine themselves share one.
+# One process per core. Tests that measure memory or load the machine share one process.
 PARALLEL := -n auto --dist loadgroup
-# On Linux pip brings torch's CUDA build, unless torch is there already.
+# On Linux, pip installs torch's CUDA build, unless torch is already installed.
 INSTALLS := 2 to 5 minutes and about 1.5 GB, 6 GB with torch's CUDA build
 
 .PHONY: demo test test-slow coverage test-lowest test-third-party docs build try-wheel try-core format clean
 
-# Needs the commands and the digits, no development tools; about a minute once they are installed.
+# Needs the commands and the digits, but no development tools. Takes about a minute after the installation.
 demo: .venv/.demo-installed
 	$(BIN)/python scripts/demo.py
 
@@ -26,15 +26,15 @@ test: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/pytest -q $(PARALLEL) -m "not slow and not gpu"
 
-# AT_MOST=40 skips what is not reached after 40 minutes, and counts it.
+# AT_MOST=40 skips tests that have not started after 40 minutes, and counts them.
 test-slow: $(STAMP)
 	$(BIN)/pytest -q $(PARALLEL) -m "(slow or hypothesis) and not gpu" $(AT_MOST:%=--at-most %)
 
-# Branch coverage of the core by the fast set.
+# Branch coverage of the core with the fast tests.
 coverage: $(STAMP)
 	$(BIN)/pytest -q $(PARALLEL) -m "not slow and not gpu" --cov --cov-report term-missing
 
-# The documentation site, in site/; a warning is an error.
+# Builds the documentation in site/. Warnings are errors.
 docs: .venv/.docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -42,18 +42,18 @@ docs: .venv/.docs-installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
-# Wheel and sdist in dist/, the wheel made from the sdist; checked, and what is in them.
+# Builds an sdist, and from it a wheel, in dist/, and checks both and their contents.
 build: .venv/.release-installed
 	rm -rf dist
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python scripts/check_build.py dist
 
-# The wheel with the experiments extra, in an environment and a folder of its own: it trains, evaluates and reports.
+# Installs the wheel with the experiments extra in a fresh environment, then trains, evaluates and reports in another folder.
 try-wheel: build
 	$(BIN)/python scripts/try_wheel.py dist
 
-# The package without extras, in an environment of its own: a model trains and resumes; the commands say what to install.
+# Installs the package without extras in a fresh environment. A model trains and resumes, and the commands name the missing extra.
 try-core: $(STAMP)
 	$(BIN)/python scripts/try_core.py
 
@@ -61,7 +61,7 @@ try-core: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[release]"
 	touch $@
 
-# The tests with the lowest versions that pyproject.toml promises; TESTS="tests/cli tests/callbacks" for some of them.
+# The tests with the lowest versions that pyproject.toml allows; TESTS="tests/cli tests/callbacks" runs some of them.
 LOWEST := .venv-lowest
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/pytest -q $(PARALLEL) -m "not slow and not gpu" $(TESTS)
@@ -71,7 +71,7 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[dev]"
 	touch $@
 
-# Models of other packages, unchanged, with one line of ours; TESTS="-k BERT" for some of them.
+# Unchanged models of other packages with one line of ours; TESTS="-k BERT" runs some of them.
 THIRD_PARTY := .venv-third-party
 THIRD_PARTY_PACKAGES := transformers peft pytorch-lightning pytorch-forecasting scvi-tools chemprop neuromancer neuralforecast
 test-third-party: $(THIRD_PARTY)/.installed
@@ -87,10 +87,10 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Re-made only when the dependencies change; the package itself is installed editable.
+# Rebuilt only when the dependencies change. The package itself is installed in editable mode.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "Installing the package and all that its tests need into .venv: $(INSTALLS), and as much again for the tests' packages"
+	@echo "Installing the package and everything that its tests need into .venv: $(INSTALLS), and as much again for the tests' packages"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(STAMP)
 

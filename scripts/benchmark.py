@@ -1,4 +1,4 @@
-"""What balancing costs: time of a whole training step relative to equal weights, inside the same Lightning loop.
+"""Measures the cost of balancing: time of a whole training step relative to equal weights, in the same Lightning loop.
 
     python scripts/benchmark.py                        # GradNorm, ours and others': writes docs/results/step_time.md
     python scripts/benchmark.py --cases conv mlp dense transformer segnet:3 resnet:3    # T = 2, 3, 5, 10, 20, 40: an hour
@@ -6,35 +6,35 @@
     python scripts/benchmark.py --of aggregation       # UPGrad and others: docs/results/step_time_aggregation.md
     python scripts/benchmark.py --cases segnet:3 engine64:2 --ways "with heads" --name step_time_real
     python scripts/benchmark.py --measure memory --rounds 3 --cases conv:10 dense:5 segnet:3     # peak_memory.md
-    python scripts/benchmark.py --measure slope        # one more task, beside one weight-gradient: task_cost.md
+    python scripts/benchmark.py --measure slope        # one more task, next to one weight gradient: task_cost.md
     python scripts/benchmark.py --of pinn --threads 1  # GradNorm on losses made of derivatives: step_time_pinn.md
     python scripts/benchmark.py --measure loop         # a bare loop, Lightning's, and ours in it: loop.md
-    python scripts/benchmark.py --measure loader       # how long a step waits for its batch: loader.md
-    python scripts/benchmark.py --rounds 1             # shows that it runs
+    python scripts/benchmark.py --measure loader       # time that a step waits for its batch: loader.md
+    python scripts/benchmark.py --rounds 1             # a smoke test
     python scripts/benchmark.py --device cuda --steps 100 --batch-size 128   # docs/gpu.md has the commands for a GPU
 
-In each round every way trains one short run, in shuffled order, and equal weights train one right before each of them, for a
-machine that is fast for some seconds is slow for the next. A run's figure is the median over its blocks of eight
-steps, the first steps left out; the ratio is the median over the rounds of a run's to that of the run before. The ways that
-are compared with equal weights:
+In each round, every way trains one short run, in shuffled order. Equal weights train one run right before each of them,
+because the speed of a machine changes from second to second. The time of a run is the median over its blocks of eight
+steps, without the first steps. The ratio to the run before is the median over the rounds. The ways to compare
+with equal weights:
 
     with heads, without heads     our callback on a LightningModule with automatic optimization
     MultiTaskModule               our callback on our module
     every 8th step, activation    with heads, and update_every=8 or norm_of="activation"
-    textbook                      the paper's algorithm with double backward (create_graph), for the task weights alone
-    gradnorm-pytorch, LibMTL GradNorm, UPGrad by hand    of the packages (extra `bench`), as their documentation says
+    textbook                      the paper's algorithm with double backward (create_graph), only for the task weights
+    gradnorm-pytorch, LibMTL GradNorm, UPGrad by hand    from other packages (extra `bench`), used as documented
     UPGrad                        TorchJD's UPGrad through our `Aggregation`, at the representation
 
-With ``--of aggregation`` they are TorchJD's aggregators through ours, and in brackets stands the share of the step that the
-aggregator's own computation takes. A way of others that fails is said to fail, with its error.
+With ``--of aggregation``, they are TorchJD's aggregators through our callback, with the share of the aggregator's own
+computation in brackets. If another package's way fails, the page reports its error.
 
-With ``--of pinn`` it is GradNorm at the last layer of a physics-informed network, in every step and in every 10th.
+With ``--of pinn``, it is GradNorm at the last layer of a physics-informed network, in every step and in every 10th.
 
 Models: `conv` (6 convolutions, linear heads), `mlp` (4 × 512, linear heads), `dense` (the convolutions with a 3-convolution
 upsampling head for each task), `toy` (the paper's 4 × 100), `transformer` (6 layers, 64 tokens of width 128, fused attention),
 `segnet` and `resnet` (the paper's SegNet on VGG16 and thin ResNet-50, 320 × 320 to 80 × 80, a 1 × 1 convolution for each
-task), `engine64` and `engine256` (the network of C-MAPSS with so many hidden units, 256 windows of 30 cycles and 14 features,
-its heads for remaining life and health); `burgers` (experiment=pinn_burgers).
+task), `engine64` and `engine256` (the network for C-MAPSS with that many hidden units, 256 windows of 30 cycles and 14
+features, its heads for remaining life and health); `burgers` (experiment=pinn_burgers).
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ SIX = (("conv", 3), ("conv", 10), ("mlp", 3), ("mlp", 10), ("dense", 3), ("dense
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure, and what it measures unless it is told.
+    """A measure and its defaults.
 
     Args:
-        carry_out: measures and writes the page.
-        page: its name.
+        carry_out: function that measures and writes the page.
+        page: name of the page.
         cases: networks with their numbers of tasks.
-        ways: that are compared with equal weights; all of the group if there are none here.
-        rounds: so many.
-        steps: of each run; ``None`` for as many as suit the network.
+        ways: ways to compare with equal weights; if empty, all of the group.
+        rounds: number of rounds.
+        steps: steps of each run; ``None`` for a number that suits the network.
     """
 
     carry_out: Callable[[Plan], None]
@@ -92,34 +92,43 @@ NO_MATTER = {
     "loader": ("of", "cases", "ways", "precision", "compile", "clock", "batch_size"),
     "synchronizations": ("rounds", "clock"),
 }
-"""Options that a measure takes no notice of; ``--data`` is for the loader alone."""
+"""Options that a measure ignores. ``--data`` is only for the loader."""
 
 
 def read_plan() -> tuple[Measure, Plan]:
-    """Return what the command line asks for; leave with the culprit if it cannot be done."""
+    """Return the measure and plan from the command line. Exit with a message if an option is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--of", choices=list(WAYS), default="gradnorm")
     parser.add_argument("--measure", choices=list(MEASURES), default="time")
     parser.add_argument(
-        "--cases", nargs="+", metavar="MODEL[:T,T,…]", help=f"such as conv:3,10; without T: {TASK_COUNTS}"
+        "--cases",
+        nargs="+",
+        metavar="MODEL[:T,T,…]",
+        help=f"networks and numbers of tasks, such as conv:3,10; without T: {TASK_COUNTS}",
     )
-    parser.add_argument("--ways", nargs="+", metavar="WAY", help="columns, besides equal weights; by default all")
-    parser.add_argument("--data", nargs="+", metavar="DATA", help=f"for the loader; by default {' '.join(DATA)}")
+    parser.add_argument("--ways", nargs="+", metavar="WAY", help="ways to compare with equal weights; by default all")
+    parser.add_argument(
+        "--data", nargs="+", metavar="DATA", help=f"data sets for the loader; by default {' '.join(DATA)}"
+    )
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="of the Trainer; bf16 is mixed")
-    parser.add_argument("--compile", action="store_true", help="trunk and heads, by torch.compile, of all ways")
-    parser.add_argument("--steps", type=int, help="of each run; by default as many as suit the model, 33 or fewer")
+    parser.add_argument(
+        "--precision", choices=list(PRECISIONS), default="fp32", help="precision of the Trainer; bf16 is mixed"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile trunk and heads of all ways with torch.compile")
+    parser.add_argument(
+        "--steps", type=int, help="steps of each run; by default a number that suits the model, at most 33"
+    )
     parser.add_argument(
         "--clock",
         choices=list(CLOCKS),
         default="wall",
-        help="processor: what the processor worked for this process, on a machine that is busy with others; CPU, one thread",
+        help="processor: CPU time of this process, for busy machines; on a CPU with one thread",
     )
-    parser.add_argument("--batch-size", type=int, help="in place of the model's own, to keep a GPU busy")
+    parser.add_argument("--batch-size", type=int, help="replaces the model's own, to keep a GPU busy")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    parser.add_argument("--name", help="of the page; by default after the measure and what of")
+    parser.add_argument("--name", help="name of the page; by default from the measure and group")
     options = parser.parse_args()
     measure = MEASURES[options.measure]
 
@@ -181,7 +190,7 @@ def read_plan() -> tuple[Measure, Plan]:
 
 
 def cases_of(text: str, parser: argparse.ArgumentParser) -> list[Case]:
-    """Return the cases that ``conv:3,10`` stands for."""
+    """Return the cases for text such as ``conv:3,10``."""
     kind, colon, counts = text.partition(":")
     if kind not in NETWORKS:
         parser.error(f"--cases: there is no model '{kind}'; {did_you_mean(kind, NETWORKS)}")
@@ -196,7 +205,7 @@ def cases_of(text: str, parser: argparse.ArgumentParser) -> list[Case]:
 def ways_to_try(
     options: argparse.Namespace, measure: Measure, parser: argparse.ArgumentParser
 ) -> tuple[list[str], dict[str, str]]:
-    """Return the names of the ways, and those that are left out because their package is not there, with the reason."""
+    """Return the names of the ways, and those left out because their package is missing, with the reason."""
     ways = {name: way for name, way in WAYS[options.of].items() if name != EQUAL}
     for name in options.ways or ():
         if name not in ways:

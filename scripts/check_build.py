@@ -1,4 +1,4 @@
-"""Look into a wheel and an sdist: what belongs there should be in them, and nothing else.
+"""Checks that a wheel and an sdist contain the right files and nothing else.
 
 Example:
     python scripts/check_build.py dist
@@ -29,7 +29,7 @@ IN_SDIST += (
 
 
 def tracked() -> set[str]:
-    """Return the files that git knows."""
+    """Return the files that git tracks."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return {name for name in listed.split("\0") if name}
 
@@ -48,10 +48,10 @@ def main() -> None:
 
 
 def compare(built: Path, inside: Iterable[str], expected: Iterable[str]) -> None:
-    """Print what is in the file, by folder.
+    """Print the contents of the file by folder.
 
     Raises:
-        SystemExit: something is missing, or does not belong there.
+        SystemExit: a file is missing or does not belong there.
     """
     missing, foreign = sorted(set(expected) - set(inside)), sorted(set(inside) - set(expected))
     if missing or foreign:

@@ -1,11 +1,11 @@
-"""GradNorm on two data sets in turn, one task a batch: what `absent_tasks="last_seen"` is worth.
+"""GradNorm on two alternating data sets, with one task per batch: the benefit of `absent_tasks="last_seen"`.
 
     python scripts/compare_absent_tasks.py FOLDER           # writes docs/results/absent_tasks.md; some minutes
-    python scripts/compare_absent_tasks.py FOLDER --quick   # one seed, one epoch: shows that it runs; writes outputs/
+    python scripts/compare_absent_tasks.py FOLDER --quick   # a smoke test with one seed and one epoch; writes outputs/
 
 FOLDER has two public files: sarcos_inv_test.mat (gaussianprocess.org/gpml/data: a robot arm's torques; its rows are split
-here, none is from the training file) and parkinsons_updrs_uci_form.data (UCI, Parkinsons Telemonitoring). Of each, two targets
-are the tasks. Half of the training rows have only the first, half only the second, as two data sets would.
+here, none is from the training file) and parkinsons_updrs_uci_form.data (UCI, Parkinsons Telemonitoring). Two targets of each
+are the tasks. Half of the training rows have only the first, half only the second, like two data sets.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ARMS = {
 
 
 def sarcos(folder: Path) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return 21 positions, velocities and accelerations, and two of the seven torques, in their own units."""
+    """Return 21 positions, velocities and accelerations, and two of the seven torques, in their original units."""
     rows = torch.from_numpy(scipy.io.loadmat(folder / "sarcos_inv_test.mat")["sarcos_inv_test"]).float()
     return rows[:, :21], {"torque 1": rows[:, 21:22], "torque 5": rows[:, 25:26]}
 
@@ -52,7 +52,7 @@ def parkinsons(folder: Path) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def rule_of(arm: str, tasks: list[str]) -> Rule:
-    """Return what weights the losses."""
+    """Return the balancing rule."""
     if arm.startswith("equal"):
         return FixedRule(dict.fromkeys(tasks, 1.0))
     return GradNormRule(tasks, absent_tasks="last_seen" if "last_seen" in arm else "leave_out")
@@ -66,7 +66,7 @@ def batches(rows: Tensor) -> Iterator[Tensor]:
 def train(
     arm: str, inputs: Tensor, targets: dict[str, Tensor], seed: int, epochs: int
 ) -> tuple[list[float], list[float]]:
-    """Train once; return the tasks' validation errors, as a share of the target's variance, and their mean weights."""
+    """Train once. Return each task's validation error, as a share of the target's variance, and mean weight."""
     torch.manual_seed(seed)
     order = torch.randperm(len(inputs))
     validation, training = order[: len(order) // 5], order[len(order) // 5 :]
@@ -106,7 +106,7 @@ def main() -> None:
     if options.quick:
         options.seeds, options.epochs, options.output = 1, 1, Path("outputs")
     torch.set_num_threads(1)
-    # One task a batch is what is compared, and torque 5, on a small scale, is to have most of the weight.
+    # Expected here: there is one task per batch, and torque 5, on a small scale, gets most of the weight.
     warnings.filterwarnings("ignore", message="Balancer: (in none of the last|task .* has held more than)")
     parts = []
     for name, load in {"SARCOS": sarcos, "Parkinsons Telemonitoring": parkinsons}.items():
@@ -134,13 +134,13 @@ def main() -> None:
         parts.append("\n".join(lines))
     about = (
         f". Seeds 0 to {options.seeds - 1}, {options.epochs} epochs, batches of {BATCH}, Adam (lr 1e-3), MLP of 2 × 64, "
-        f"GradNorm with its defaults (alpha 1.5). One half of the training rows (80 %) has the first target alone, the other "
-        f"half the second, in their own units; batches of both follow each other in turn. Errors are mean squared errors on "
-        f"the other 20 %, divided by the target's variance: 1 is what predicting the mean gives. Mean ± standard deviation "
-        f"over the seeds. Better than equal: in how many seeds the mean error is below that of equal weights with the same "
-        f"steps. Mean weights are over the training."
+        f"GradNorm with its defaults (alpha 1.5). Half of the training rows (80 %) have only the first target, the other "
+        f"half only the second, in their original units; batches of both alternate. Errors are mean squared errors on "
+        f"the other 20 %, divided by the target's variance: 1 means predicting the mean. Mean ± standard deviation "
+        f"over the seeds. Better than equal: number of seeds with a mean error below that of equal weights with the same "
+        f"steps. Mean weights are over training."
     )
-    print(write_page(options.output / "absent_tasks.md", "One task a batch: left out, or as last seen", about, parts))
+    print(write_page(options.output / "absent_tasks.md", "One task per batch: left out, or as last seen", about, parts))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
 """Are the simulated engines like NASA's? ``python scripts/compare_turbofan.py FOLDER``, with C-MAPSS's files in FOLDER.
 
-Simulates as many engines as NASA's subset has and prints both side by side: lives, what each sensor shows, and how well
-ridge regression on the windows reads the remaining life. What is outside the tolerance is marked with a star, and the
-script then exits with 1. The tolerance, of a simulated number from the real one:
+Simulates as many engines as NASA's subset has, and prints both side by side: lives, sensor statistics, and the error of
+ridge regression on the windows for the remaining life. A star marks numbers outside the tolerance, in which case the
+script exits with 1. The tolerances of a simulated number from the real one:
 
 - lives: quartiles within 10 %;
-- which sensors are constant: the same;
+- constant sensors: the same;
 - a sensor's mean: within a quarter of the real standard deviation;
 - its standard deviation, and its noise (standard deviation of the differences from cycle to cycle, divided by the root of
   two): within 10 %, or a tenth of a unit of the last decimal in the files;
 - its correlation with the remaining life, capped at 125 cycles and not: within 0.05;
-- ridge regression: root mean square error on the windows of held-out training engines within 15 %. That on the test engines,
-  of which there is a window each, moves by 10 % from seed to seed, and is for information.
+- ridge regression: root mean square error on the windows of held-out training engines within 15 %. The error on the test
+  engines, with only one window each, varies by 10 % between seeds, and is for information.
 
-FD001 and FD003 decide, with the default seed; others may put a number or two of FD003 outside. FD002 and FD004, which fly in
-six conditions, are for information; there, sensors are standardized by the real engines' mean and standard deviation in each
-condition. Sensors 6, 8, 10, 13 and 16 are wrong there, and 9 and 14 spread too much.
+FD001 and FD003 decide, with the default seed. Other seeds may put one or two numbers of FD003 outside. FD002 and FD004, which
+fly in six conditions, are for information. Their sensors are standardized with the real engines' mean and standard deviation
+in each condition. Sensors 6, 8, 10, 13 and 16 are wrong there, and 9 and 14 vary too much.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ Array = npt.NDArray[np.float64]
 DECIDE = ("FD001", "FD003")
 CAP = 125
 LIVES, RIDGE, MEAN, SPREAD, CORRELATION = 0.10, 0.15, 0.25, 0.10, 0.05
-"""The tolerance: that of lives, ridge regression's error and spreads as a share, of means in standard deviations."""
+"""The tolerances: for lives, spreads and the error of ridge regression as a share, for means in standard deviations."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is compared.
+    """The statistics to compare.
 
-    ``lives`` are minimum, quartiles and maximum; ``held_out`` and ``test`` ridge regression's errors on the windows of
-    held-out training engines and on test engines, in cycles; the others are of shape ``(21,)``.
+    ``lives`` are minimum, quartiles and maximum. ``held_out`` and ``test`` are the errors of ridge regression on the windows
+    of held-out training engines and on test engines, in cycles. The others have shape ``(21,)``.
     """
 
     lives: Array
@@ -69,7 +69,7 @@ class Statistics:
 
     @classmethod
     def of(cls, data: CMAPSS, like: Engines | None = None) -> Statistics:
-        """Take the statistics of some engines; with ``like``, of sensors standardized within a condition as these."""
+        """Compute the statistics of some engines. With ``like``, standardize sensors per condition like these engines."""
         data.setup()
         held_out, test = ridge(data)
         engines = read_engines(data.root / f"train_{data.subset}.txt")
@@ -99,7 +99,7 @@ def _correlations(shown: Array, left: npt.NDArray[np.int64], constant: npt.NDArr
 
 
 def ridge(data: CMAPSS, penalty: float = 30.0) -> tuple[float, float]:
-    """Root mean square error of ridge regression on the held-out and the test engines' windows, in cycles."""
+    """Return the root mean square error of ridge regression on windows of held-out and test engines, in cycles."""
     x, y = _everything(data.train_data)
     middle, mean = x.mean(axis=0), y.mean()
     x -= middle
@@ -118,7 +118,7 @@ def _everything(windows: Windows) -> tuple[Array, Array]:
 
 
 class Comparison:
-    """Lines to print, and how many of the numbers in them are ``outside`` the tolerance."""
+    """Lines to print, and the count of numbers ``outside`` the tolerance."""
 
     def __init__(self, subset: str, real: Statistics, made: Statistics) -> None:
         self.outside = 0
@@ -160,7 +160,7 @@ class Comparison:
 
 
 def compare(folder: Path, subset: str, seed: int = 0) -> Comparison:
-    """Compare the files of a subset in a folder with simulated ones."""
+    """Compare a subset's files in a folder with simulated ones."""
     options: dict[str, Any] = {"subset": subset, "short_engines": "pad", "val_fraction": 0.3}
     like = read_engines(folder / f"train_{subset}.txt") if SUBSETS[subset].conditions > 1 else None
     with TemporaryDirectory() as parent:
@@ -170,11 +170,11 @@ def compare(folder: Path, subset: str, seed: int = 0) -> Comparison:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the comparisons; return 1 if a subset that decides is outside the tolerance."""
+    """Print the comparisons. Return 1 if a deciding subset is outside the tolerance."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where NASA's files are")
+    parser.add_argument("folder", type=Path, help="folder with NASA's files")
     parser.add_argument("--subsets", nargs="+", choices=SUBSETS, default=list(SUBSETS), metavar="FD00N")
-    parser.add_argument("--seed", type=int, default=0, help="the simulated engines'")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the simulated engines")
     given = parser.parse_args(arguments)
     failed = False
     for subset in given.subsets:

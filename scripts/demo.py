@@ -1,4 +1,4 @@
-"""`make demo`: equal weights and GradNorm on the same network, the same digits and the same seed, side by side.
+"""`make demo`: compares equal weights and GradNorm on the same network, digits and seed.
 
 python scripts/demo.py                        # about a minute on two CPU cores
 python scripts/demo.py trainer.max_epochs=8   # any option of gradnorm-train
@@ -26,7 +26,7 @@ from lightning_gradnorm.experiments.report import (
 )
 
 STRATEGIES = ("equal", "gradnorm")
-# In so small a network threads wait for each other more than they compute, above all beside other work.
+# In such a small network, threads mostly wait for each other, especially on a busy machine.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", **os.environ}
 
 
@@ -53,21 +53,21 @@ def main() -> None:
     console.print(comparison_table([equal, gradnorm]))
     for sentence in explained(equal, gradnorm):
         console.print(sentence, highlight=False)
-    say(console, f"\nBoth runs in pictures:\n  {executable('tensorboard')} --logdir {parent}")
+    say(console, f"\nView both runs:\n  {executable('tensorboard')} --logdir {parent}")
     say(console, "  http://localhost:6006/#custom_scalars: weights, gradient norms and losses, task by task")
 
 
 def say(console: Console, text: str) -> None:
-    """Print a command as it is, to be copied whatever the terminal's width."""
+    """Print a command without wrapping, so you can copy it in a terminal of any width."""
     console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def explained(equal: Run, gradnorm: Run) -> tuple[str, str]:
-    """Return what the table shows, and why the sum of the losses misleads, a sentence each.
+    """Return one sentence about the table, and one about why the sum of the losses is misleading.
 
     Args:
         equal: the run with equal weights.
-        gradnorm: the one to compare with it.
+        gradnorm: the run to compare with it.
     """
     gains, costs = [], []
     for task in tasks_of(equal.metrics):
@@ -78,10 +78,12 @@ def explained(equal: Run, gradnorm: Run) -> tuple[str, str]:
     losses = {task: by_task(equal.metrics)[task]["loss"] for task in tasks_of(equal.metrics)}
     largest = max(losses, key=lambda task: losses[task])
     share = losses[largest] / sum(losses.values())
-    first = f"GradNorm gave every task a similar say in the shared layers: better in {', '.join(gains) or 'no task'}"
+    first = (
+        f"GradNorm gave every task a similar influence on the shared layers: better in {', '.join(gains) or 'no task'}"
+    )
     first += f", worse in {', '.join(costs)}." if costs else "."
     second = (
-        f"The sum of the losses ('all') says little about that: {share:.0%} of it is the loss of '{largest}', only because of "
+        f"The sum of the losses ('all') is misleading: {share:.0%} of it is the loss of '{largest}', only because of "
         "its units, so compare the tasks one by one."
     )
     return first, second

@@ -1,4 +1,4 @@
-"""Time imports in fresh interpreters, interleaved: what our package adds to `import lightning`, in processor time.
+"""Times imports in fresh interpreters, interleaved: the CPU time that our package adds to `import lightning`.
 
 Example:
     python scripts/import_time.py --rounds 7
@@ -21,7 +21,7 @@ STATEMENTS = (
 
 
 def seconds(statement: str) -> float:
-    """Return the processor time that a statement takes in an interpreter of its own, which has started before."""
+    """Return the CPU time of a statement in a separate interpreter, without its startup."""
     code = f"import time\nbegan = time.process_time()\n{statement}\nprint(time.process_time() - began)"
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args(arguments).rounds
-    for statement in STATEMENTS:  # what is on the disk comes into memory
+    for statement in STATEMENTS:  # loads the files from disk
         seconds(statement)
     taken = [[seconds(statement) for statement in STATEMENTS] for _ in range(rounds)]
     print(f"{'processor seconds':40} min  median  max, of {rounds}")

@@ -1,11 +1,12 @@
-"""Put faults into the core, one after another, and see whether the fast tests notice.
+"""Puts faults into the core, one after another, and checks that the fast tests notice.
 
-Each fault is data, in `mutations.py`: a text of the core, what it becomes, and the fast tests that should notice. The first
-test that fails has caught it.
+`mutations.py` lists the faults: a text in the core, its replacement, and the fast tests that should notice. The first
+failing test has caught the fault.
 
-No fault touches your tree, so that nothing has to be restored: each goes into a copy of its own in a temporary folder.
+No fault touches your tree, so nothing needs restoring: each goes into its own copy in a temporary folder.
 
-Status 1 if a fault survives or does not load, if its text no longer occurs exactly once, or if the tests fail without one.
+Exits with status 1 if a fault survives or does not load, if its text does not occur exactly once, or if the tests fail without
+a fault.
 
 Example:
     python scripts/mutation_check.py            # all faults: ten to twenty minutes in one process
@@ -35,22 +36,22 @@ from mutations import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = ("lightning_gradnorm", "tests", "scripts", "conf", "pyproject.toml")
-"""What the copy holds."""
+"""The contents of the copy."""
 FAST = "not slow and not gpu"
 TIMEOUT = 120
-"""Seconds after which a test counts as failed: a fault may make it wait for ever."""
+"""Seconds after which a test counts as failed, because a fault may make it wait forever."""
 CONFTEST = """
 from hypothesis import Phase, settings
 settings.register_profile("no shrinking", phases=(Phase.explicit, Phase.generate))
 settings.load_profile("no shrinking")
 """
-"""At the root of the copy: whoever asks only whether a test fails need not wait for its smallest example."""
+"""Placed at the root of the copy. A failing test is enough, so do not wait for its smallest example."""
 PASSED, FAILED = 0, 1  # pytest's exit statuses
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the tests said."""
+    """The result of the tests."""
 
     status: int
     caught_by: str | None
@@ -63,7 +64,7 @@ def wrong_texts(faults: Iterable[Fault]) -> list[str]:
     """Return a message for each fault whose text does not occur exactly once in its file."""
     counted = [(fault, (ROOT / fault.file).read_text().count(fault.old)) for fault in faults]
     return [
-        f"'{fault.name}': its text occurs {count} times in {fault.file}, and should once: {fault.old!r}"
+        f"'{fault.name}': its text should occur once in {fault.file}; found {count} times: {fault.old!r}"
         for fault, count in counted
         if count != 1
     ]
@@ -71,7 +72,7 @@ def wrong_texts(faults: Iterable[Fault]) -> list[str]:
 
 @contextmanager
 def copied_tree(fault: Fault | None = None) -> Iterator[Path]:
-    """Copy what the tests need to a temporary folder, and put the fault into the copy."""
+    """Copy the files that the tests need to a temporary folder, and put the fault into the copy."""
     with tempfile.TemporaryDirectory(prefix="mutation_check_") as folder:
         copy = Path(folder)
         for name in NEEDED:
@@ -104,7 +105,7 @@ def try_fault(fault: Fault) -> Outcome:
 
 
 def verdict(outcome: Outcome) -> str | None:
-    """Return what is wrong, or None if a test has caught the fault."""
+    """Return the problem, or None if a test caught the fault."""
     if outcome.status == PASSED:
         return "SURVIVED"
     if outcome.status != FAILED or outcome.caught_by is None:
@@ -127,7 +128,7 @@ def chosen(name: str | None) -> list[Fault]:
 
 
 def check(faults: Sequence[Fault], jobs: int, *, as_table: bool) -> bool:
-    """Try all faults, and print what became of each. Return True if all were caught."""
+    """Try all faults, and print the result of each. Return True if all were caught."""
     tests = list(dict.fromkeys(test for fault in faults for test in fault.tests))
     with copied_tree() as copy:
         without = run_tests(copy, tests)
@@ -156,10 +157,12 @@ def check(faults: Sequence[Fault], jobs: int, *, as_table: bool) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fault", metavar="NAME", help="this one alone")
+    parser.add_argument("--fault", metavar="NAME", help="try only this fault")
     parser.add_argument("--list", action="store_true", help="print the faults and the tests that should catch them")
-    parser.add_argument("--table", action="store_true", help="print what caught what as Markdown")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many at once")
+    parser.add_argument(
+        "--table", action="store_true", help="print the faults with the tests that caught them as Markdown"
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="number of faults to try in parallel")
     options = parser.parse_args()
     faults = chosen(options.fault)
     if wrong := wrong_texts(faults):

@@ -12,13 +12,13 @@ class Fault:
     """One deliberate fault."""
 
     name: str
-    """What is wrong, in words."""
+    """A description of the fault."""
     file: str
-    """Where, from the root of the repository."""
+    """Path from the root of the repository."""
     old: str
-    """What stands there; occurs exactly once."""
+    """The original text, which occurs exactly once."""
     new: str
-    """What the fault makes of it."""
+    """The faulty text."""
     tests: tuple[str, ...]
     """The test files that should notice, the cheapest first."""
 

@@ -1,4 +1,4 @@
-"""How many parameters the networks have, next to what the papers say: ``python scripts/network_sizes.py``."""
+"""Prints the numbers of parameters of the networks next to those in the papers: ``python scripts/network_sizes.py``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def size_table() -> str:
-    """Return a table of the trunks and of their heads, for NYUv2's three tasks and C-MAPSS's two, in millions of parameters.
+    """Return a table of the trunks and heads for NYUv2's three tasks and C-MAPSS's two, in millions of parameters.
 
     Example:
         >>> print(size_table())
@@ -33,7 +33,7 @@ def size_table() -> str:
         CNN, BiLSTM, attention          3.49 M   0.01 M     3.5 M
     """
     rows = [f"{'network':28}{'shared':>10}{'heads':>9}{'paper':>10}"]
-    with torch.device("meta"):  # shapes alone: nothing is drawn
+    with torch.device("meta"):  # only shapes, without initialization
         trunks: list[tuple[str, SegNet | FCNResNet50 | DilatedResNet50, type[ConvHead] | type[DeepLabHead], str]] = [
             ("SegNet on VGG16", SegNet(), ConvHead, "29 M"),
             ("thin FCN on ResNet-50", FCNResNet50(), ConvHead, "15 M"),

@@ -1,4 +1,4 @@
-"""What the scripts that fill docs/results share: a quiet Lightning, and a page that says how it was made."""
+"""Shared by the scripts that fill docs/results: a quiet Lightning, and pages that record how they were made."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from lightning_gradnorm.experiments.report.results import ALL_TASKS
 from lightning_gradnorm.experiments.report.significance import PairedTest, holm, paired_test
 
 QUIET = ("trainer.enable_progress_bar=false", "trainer.enable_model_summary=false")
-"""Of `gradnorm-train`, whose output nobody watches."""
+"""Options of `gradnorm-train` for unattended runs."""
 BARE = (*(f"callbacks.{one}=null" for one in ("last", "interrupt", "learning_rate", "dashboard")), "logger=csv", *QUIET)
-"""The same, of runs that leave nothing but the best checkpoint and a CSV log."""
+"""The same for runs that only write the best checkpoint and a CSV log."""
 
 
 def be_quiet(threads: int = 1) -> None:
-    """Leave the terminal to the script, and torch so many threads."""
+    """Silence other output, and set the number of torch's threads."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
     torch.set_num_threads(threads)
 
 
 def kept(folder: Path, name: str, settings: Mapping[str, object], make: Callable[[], Any]) -> Any:
-    """Return what ``make`` returns, from the file where an earlier call with these settings has left it, if there is one.
+    """Return the result of ``make``, cached in a file for these settings.
 
     Args:
-        folder: of the files.
-        name: of this one, for people.
-        settings: all that the result depends on besides the code.
-        make: returns what JSON can hold.
+        folder: folder of the files.
+        name: readable name of this file.
+        settings: everything the result depends on, besides the code.
+        make: returns a JSON-serializable result.
     """
     settled = json.dumps({key: str(value) for key, value in settings.items()}, sort_keys=True)
     file = folder / f"{name}_{hashlib.sha256(settled.encode()).hexdigest()[:12]}.json"
@@ -61,17 +61,17 @@ def kept(folder: Path, name: str, settings: Mapping[str, object], make: Callable
 def finished_runs(
     jobs: Mapping[str, Sequence[str]], folder: Path, *, at_once: int = 1, threads: int | None = None
 ) -> list[Run]:
-    """Carry out a study whose runs are all needed; say which have failed, and leave, if some have."""
+    """Run a study that needs all of its runs. If any failed, list them and exit."""
     finished, failed = carry_out(jobs, folder, at_once=at_once, threads=threads)
     for failure in failed:
         print(f"{failure.name} failed: {failure.reason}", file=sys.stderr)
     if failed:
-        sys.exit(f"{len(failed)} of {len(jobs)} runs failed; the command, given again, runs them once more.")
+        sys.exit(f"{len(failed)} of {len(jobs)} runs failed; repeat the command to run them again.")
     return finished
 
 
 def errors(run: Run) -> dict[str, float]:
-    """Return an error of each task, lower is better: the paper's on NYUv2, elsewhere the loss."""
+    """Return one error per task, lower is better: the paper's on NYUv2, otherwise the loss."""
     tasks = {task: row for task, row in by_task(run.metrics).items() if task != ALL_TASKS}
     found = {task: PAPER[task][0] if task in PAPER and PAPER[task][0] in row else "loss" for task, row in tasks.items()}
     assert not any(higher_is_better(metric) for metric in found.values())
@@ -79,33 +79,33 @@ def errors(run: Run) -> dict[str, float]:
 
 
 def error_ratio(run: Run, reference: Run) -> float:
-    """Return the run's errors divided by the reference's, the mean over the tasks."""
+    """Return the run's errors divided by the reference's, averaged over the tasks."""
     ours, theirs = errors(run), errors(reference)
     return statistics.mean(ours[task] / theirs[task] for task in theirs)
 
 
 def corrected_tests(differences: Mapping[str, Sequence[float]]) -> dict[str, tuple[PairedTest, float]]:
-    """Return the paired t-test of each rival's differences, and its p value corrected for their number (Holm)."""
+    """Return the paired t-test of each rival's differences, and its p value with Holm's correction."""
     tests = {rival: paired_test(values) for rival, values in differences.items()}
     corrected = holm([1.0 if test.p is None else test.p for test in tests.values()])
     return {rival: (test, p) for (rival, test), p in zip(tests.items(), corrected, strict=True)}
 
 
 def write_page(path: Path, title: str, described: str, parts: Sequence[str], *, where: str = "CPU") -> Path:
-    """Write a page of results: the title, the command, the date and the versions, what was measured, and the parts.
+    """Write a page of results: title, command, date and versions, description, and the parts.
 
-    A section that somebody has written on the page by hand, ``## What it shows``, stays, above the parts.
+    A hand-written section ``## What it shows`` stays on the page, above the parts.
 
     Args:
-        path: of the page, whose folder is made.
-        title: without #.
-        described: follows after the versions.
+        path: path of the page. Its folder is created.
+        title: title without #.
+        described: text after the versions.
         parts: paragraphs, tables and pictures.
-        where: on what it was measured.
+        where: the hardware.
     """
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, lightning {L.__version__}"
     made = f"{datetime.date.today()}, {versions}, {where}"
-    arguments = ["FOLDER" if Path(one).is_absolute() else one for one in sys.argv[1:]]  # whose is of no interest
+    arguments = ["FOLDER" if Path(one).is_absolute() else one for one in sys.argv[1:]]  # hides personal paths
     command = shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *arguments])
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     found = re.search(r"^## What it shows\n.*?(?=\n## |\Z)", before, re.DOTALL | re.MULTILINE)

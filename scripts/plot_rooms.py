@@ -1,4 +1,4 @@
-"""Draw a sheet of rendered rooms: image, depth, normals and classes with the layout's keypoints in white.
+"""Draws a sheet of rendered rooms: image, depth, normals and classes, with the layout's keypoints in white.
 
 python scripts/plot_rooms.py --first 100   # docs/rooms.png
 
@@ -21,7 +21,7 @@ ROWS, COLUMNS, FAR, GAP = 4, 6, 7.0, 4
 
 
 def block(view: View) -> np.ndarray:
-    """Lay a view's four pictures together, ``(2 h, 2 w, 3)``, in [0, 1]."""
+    """Return the four pictures of a view as one, ``(2 h, 2 w, 3)``, in [0, 1]."""
     depth = matplotlib.colormaps["turbo_r"](np.clip(view.depth[0] / FAR, 0, 1))[..., :3]
     classes = matplotlib.colormaps["tab20"](view.segmentation / len(CLASSES))[..., :3]
     height, width = view.segmentation.shape
@@ -45,7 +45,7 @@ def main() -> None:
     blocks = [block(render(arguments.seed, room, tuple(arguments.size))) for room in rooms]
     rows = [np.concatenate(blocks[start : start + COLUMNS], axis=1) for start in range(0, len(blocks), COLUMNS)]
     sheet = (255 * np.concatenate(rows)[:-GAP, :-GAP]).astype(np.uint8)
-    # Without its lowest bits, which are the sensor's grain, the picture takes half the space.
+    # Without its lowest bits, the sensor's grain, the picture needs half the space.
     Image.fromarray(sheet // 10 * 10).save(arguments.out, optimize=True)
 
 

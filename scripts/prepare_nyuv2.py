@@ -1,12 +1,12 @@
-"""Convert NYUv2, from whichever copy is there, into memory-mapped arrays at the sizes wanted, once.
+"""Converts NYUv2 from any of its formats to memory-mapped arrays at the sizes you want.
 
     python scripts/prepare_nyuv2.py SOURCE FOLDER --input-size 320 320 --output-size 80 80    # the paper's
     python scripts/prepare_nyuv2.py SOURCE FOLDER                                             # the source's own size
     python scripts/prepare_nyuv2.py --verify FOLDER                                           # compare the checksums
 
-SOURCE is a folder with the official .mat files, MTAN's train/ and val/, or Hugging Face's parquet shards. Interrupted, it
-goes on where it stopped when it is called again. Normals are turned to x right, y up, z towards the camera. Then train
-with data=nyuv2 data.root=FOLDER.
+SOURCE is a folder with the official .mat files, MTAN's train/ and val/, or Hugging Face's parquet shards. After an
+interruption, the same command continues where it stopped. Normals are turned to x right, y up, z toward the camera. Then
+train with data=nyuv2 data.root=FOLDER.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="FOLDER", help="source and target; with --verify, targets"
     )
-    parser.add_argument("--input-size", nargs=2, type=int, metavar=("H", "W"), help="of the images")
-    parser.add_argument("--output-size", nargs=2, type=int, metavar=("H", "W"), help="of labels, depth and normals")
-    parser.add_argument("--form", choices=list(FORMS), help="if the source's folder holds several forms")
+    parser.add_argument("--input-size", nargs=2, type=int, metavar=("H", "W"), help="size of the images")
+    parser.add_argument(
+        "--output-size", nargs=2, type=int, metavar=("H", "W"), help="size of labels, depth and normals"
+    )
+    parser.add_argument("--form", choices=list(FORMS), help="format to use if the source's folder has several")
     parser.add_argument(
         "--normals-convention",
         default=AUTO,
         metavar="'right away up'",
-        help="what the channels of the stored normals point to; found out by default",
+        help="directions of the channels of the stored normals; detected by default",
     )
     parser.add_argument("--num-workers", type=int, default=0, help="processes that read and convert")
-    parser.add_argument("--verify", action="store_true", help="compare the checksums of prepared data; convert nothing")
+    parser.add_argument("--verify", action="store_true", help="only compare the checksums of prepared data")
     options = parser.parse_args(arguments)
     try:
         if options.verify:

@@ -1,9 +1,9 @@
-"""Two digits and their sum: what `weight_space="log"` and `smoothing` change where one loss is on a scale of its own.
+"""Two digits and their sum: the effect of `weight_space="log"` and `smoothing` if one loss has a different scale.
 
     python scripts/reproduce_digits.py           # writes docs/results/digits.md; half an hour on one core
-    python scripts/reproduce_digits.py --quick   # one seed, few steps: shows that it runs; writes outputs/digits.md
+    python scripts/reproduce_digits.py --quick   # a smoke test with one seed and few steps; writes outputs/digits.md
 
-Each run is a `gradnorm-train experiment=multimnist` with a folder of its own below --runs; what is finished is not run again.
+Each run is a `gradnorm-train experiment=multimnist` in its own folder below --runs. Finished runs are skipped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightning_gradnorm.experiments.report import Run
 from lightning_gradnorm.experiments.report.significance import paired_test
 
 BY_SUM = "callbacks.checkpoint.monitor=val/loss"
-"""The network that is tested is that of the epoch with the lowest sum of validation losses."""
+"""Tests the network from the epoch with the lowest sum of validation losses."""
 
 ARMS = {
     "equal": ["balancing=equal"],
@@ -28,11 +28,11 @@ ARMS = {
     "gradnorm, smoothing": ["balancing=gradnorm", "balancing.smoothing=0.9"],
 }
 COLUMNS = {"test/accuracy/left": 100, "test/accuracy/right": 100, "test/r2/sum": 1}
-"""The metrics, and what they are multiplied by."""
+"""The metrics and their factors."""
 
 
 def table(results: Mapping[str, Sequence[Run]]) -> str:
-    """Return a row for each arm: means, spreads and, of a remedy, p of a paired t-test against GradNorm without."""
+    """Return one row per arm: means, spreads and, for a remedy, p of a paired t-test against GradNorm without it."""
     lines = ["| | left, % | right, % | r² of the sum |", "|---|---:|---:|---:|"]
     for arm, runs in results.items():
         cells = []
@@ -49,7 +49,7 @@ def table(results: Mapping[str, Sequence[Run]]) -> str:
 
 
 def plot(weights: Path, results: Mapping[str, Sequence[Run]], path: Path) -> None:
-    """Draw the weights of one run over its steps, and beside them what each arm reaches, a point for each seed."""
+    """Draw the weights of one run over its steps, and the results of each arm, one point per seed."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -99,7 +99,7 @@ def main() -> None:
         f". Seeds {', '.join(map(str, options.seeds))}. Each run is `gradnorm-train experiment=multimnist balancing=… seed=… "
         f"{BY_SUM}`, "
         "tested with the network of the epoch with the lowest sum of validation losses. Mean ± standard deviation over the "
-        "seeds; p: t-test paired over the seeds against GradNorm without the remedy, not corrected for there being several."
+        "seeds; p: t-test paired over the seeds against GradNorm without the remedy, not corrected for multiple tests."
     )
     options.output.mkdir(parents=True, exist_ok=True)
     plot(options.runs / f"gradnorm/{options.seeds[0]}", results, options.output / "digits.png")

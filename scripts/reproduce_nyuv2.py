@@ -1,12 +1,12 @@
-"""NYUv2: one network for each task, equal weights and GradNorm over α, several seeds, one table.
+"""NYUv2: single-task networks, equal weights and GradNorm over α, with several seeds, in one table.
 
     python scripts/reproduce_nyuv2.py                    # small, on rendered rooms: writes docs/results/nyuv2_rooms.md
     python scripts/reproduce_nyuv2.py --experiment nyuv2_seg_vgg --name nyuv2_seg_vgg data=nyuv2 data.root=FOLDER
-    python scripts/reproduce_nyuv2.py --quick            # one seed, a few rooms, one epoch: shows that it runs
+    python scripts/reproduce_nyuv2.py --quick            # a smoke test with one seed, a few rooms and one epoch
 
-Every run is a `gradnorm-train` with a folder of its own below --runs, and can be looked at there; what is finished is not
-run again, so that the command may be stopped and given anew. All runs of a seed see the same images in the same order, for
-the same number of steps, and are tested as they are at the end.
+Every run is a `gradnorm-train` in its own folder below --runs. Finished runs are skipped, so you can stop the command and
+start it again. All runs of a seed see the same images in the same order for the same number of steps, and are tested at
+the end of training.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def jobs(options: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def gradnorm(alpha: float) -> str:
-    """Return what GradNorm with this α is called."""
+    """Return the name of GradNorm with this α."""
     return f"GradNorm α = {alpha:g}"
 
 
 def table(found: dict[str, dict[int, Run]], tasks: list[str]) -> list[str]:
-    """Return the rows: errors, change against equal weights and Δm against single-task networks, mean ± std over seeds."""
+    """Return the rows: errors, change from equal weights, and Δm over single-task networks, mean ± std over seeds."""
     lines = [
         "| method | " + " | ".join(SYMBOLS[task] for task in tasks) + " | error ÷ equal weights | lower in | Δm, % |",
         "|---|" + "---:|" * (len(tasks) + 3),
@@ -84,7 +84,7 @@ def table(found: dict[str, dict[int, Run]], tasks: list[str]) -> list[str]:
 
 
 def draw(path: Path, found: dict[str, dict[int, Run]], tasks: list[str], alphas: list[float]) -> None:
-    """Draw each task's error relative to that with equal weights, and their mean, over α."""
+    """Draw each task's error relative to equal weights, and the mean, over α."""
     equal = {seed: errors(run) for seed, run in found["equal weights"].items()}
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     axes.axhline(0, color="#444444", linewidth=1)
@@ -109,16 +109,16 @@ def draw(path: Path, found: dict[str, dict[int, Run]], tasks: list[str], alphas:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of gradnorm-train, for all runs")
+    parser.add_argument("overrides", nargs="*", help="overrides of gradnorm-train for all runs")
     parser.add_argument("--experiment", default="nyuv2_seg_small")
     parser.add_argument("--tasks", nargs="+", default=["segmentation", "depth", "normals"], choices=list(PAPER))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0])
     parser.add_argument("--also", nargs="+", default=[], help="more options of balancing=, such as uncertainty")
-    parser.add_argument("--name", default="nyuv2_rooms", help="of the file written")
+    parser.add_argument("--name", default="nyuv2_rooms", help="name of the output file")
     parser.add_argument("--runs", type=Path, help="default: outputs/NAME")
-    parser.add_argument("--at-once", type=int, default=1, help="runs side by side")
-    parser.add_argument("--threads", type=int, default=None, help="of the processor, for each run")
+    parser.add_argument("--at-once", type=int, default=1, help="number of parallel runs")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads per run")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_intermixed_args()
@@ -133,7 +133,7 @@ def main() -> None:
         found.setdefault(method, {})[int(seed)] = run
     described = (
         f". Seeds {', '.join(map(str, options.seeds))}; `{' '.join(next(iter(planned.values()))[:-1])}` and so on. Test errors "
-        "at the end of training, lower is better; error ÷ equal weights is the mean over the tasks, with the same seed; Δm is "
+        "at the end of training, lower is better; error ÷ equal weights is averaged over the tasks, with the same seed; Δm is "
         "the mean gain over the single-task networks, higher is better. Mean ± standard deviation over the seeds."
     )
     lines = "\n".join(table(found, options.tasks))

@@ -1,8 +1,8 @@
-"""Physics-informed networks: which strategy brings the solution nearest to the exact one, and what it costs.
+"""Physics-informed networks: the error of the solution and the cost of each strategy.
 
     python scripts/reproduce_pinn.py             # writes docs/results/pinn.md; 80 minutes on one core
     python scripts/reproduce_pinn.py --problems burgers --arms equal "GradNorm α 1"
-    python scripts/reproduce_pinn.py --quick     # two seeds, few steps: shows that it runs; writes outputs/
+    python scripts/reproduce_pinn.py --quick     # a smoke test with two seeds and few steps; writes outputs/
 
 The problems are experiment=pinn_…, trained in a Trainer without loggers and checkpoints. Each finished run is a line of the CSV
 --runs and is not repeated, so the command can be stopped and started again. Lines of other settings are kept and ignored.
@@ -47,7 +47,7 @@ from lightning_gradnorm.strategies import NormFormula, ReLoBRaLo, SoftAdapt, Unc
 
 PROBLEMS = {"helmholtz": "Helmholtz", "burgers": "Burgers", "plate": "Kirchhoff's plate"}
 EVERY = 10
-"""Of the steps, in which strategies that need gradient norms read them."""
+"""Strategies that need gradient norms read them every this many steps."""
 STATIC, BEST_STATIC = "static", "best static"
 DRAWS = 20
 METRIC = "relative_l2"
@@ -75,11 +75,11 @@ ARMS: dict[str, Callable[[], L.Callback | None]] = {
     "UPGrad": lambda: aggregation(UPGrad()),
     "ConFIG": lambda: aggregation(ConFIG()),
 }
-"""What makes the strategy; `best static` is beside them."""
+"""Functions that create the strategies. `best static` comes in addition."""
 
 
 def static_weights(tasks: Sequence[str], draw: int) -> dict[str, float]:
-    """Return the weights of a draw: their logarithms uniform over four decades, scaled to the sum T."""
+    """Return the weights of a draw, with logarithms uniform over four decades, scaled to the sum T."""
     logs = np.random.default_rng([draw, len(tasks)]).uniform(-2, 2, size=len(tasks))
     weights = 10**logs
     return dict(zip(tasks, (len(tasks) * weights / weights.sum()).tolist(), strict=True))
@@ -93,15 +93,15 @@ class Result:
     arm: str
     seed: int
     settings: str
-    """All that the result depends on besides: the configuration, as JSON, without its seed."""
+    """Everything else that the result depends on: the configuration as JSON, without its seed."""
     test: float
-    """Relative L2 error on the test's grid, at the end."""
+    """Final relative L2 error on the test grid."""
     val: float
     seconds: float
-    """Processor time of the training."""
+    """CPU time of the training."""
     steps: int
     weights: str
-    """At the end, JSON by task; empty of a strategy that has none."""
+    """Final weights as JSON by task; empty for strategies without weights."""
 
 
 Found = dict[tuple[str, str, int], Result]
@@ -117,7 +117,7 @@ def config_of(problem: str, seed: int, epochs: int | None, steps: int | None) ->
 
 
 def settings_of(config: DictConfig, arm: str) -> str:
-    """Return what a result depends on, besides problem, arm and seed."""
+    """Return everything that a result depends on, besides problem, arm and seed."""
     plain = {group: OmegaConf.to_container(config[group], resolve=True) for group in ("data", "model")}
     plain["data"].pop("seed")
     used = GradNorm.__name__ in arm or arm in ("InverseNorm", "LRAnnealing", "NTK")
@@ -127,7 +127,7 @@ def settings_of(config: DictConfig, arm: str) -> str:
 
 
 class Clock(L.Callback):
-    """Adds up the processor time of the training."""
+    """Adds up the CPU time of the training."""
 
     seconds = 0.0
 
@@ -167,18 +167,18 @@ def train(problem: str, arm: str, config: DictConfig, strategy: L.Callback | Non
 
 
 def refuse_what_fails(arm: str) -> None:
-    """Make two steps with a strategy; leave, before hours of training, if it cannot be trained."""
+    """Train two steps with a strategy. Exit before hours of training if it fails."""
     try:
         train("poisson", arm, config_of("poisson", 0, epochs=1, steps=2), ARMS[arm]())
     except (TypeError, ValueError) as error:
         sys.exit(f"reproduce_pinn: {arm} fails ({str(error).split(';')[0]}); choose others with --arms.")
 
 
-# ---- the runs that are finished --------------------------------------------------------------------------------------
+# ---- finished runs ---------------------------------------------------------------------------------------------------
 
 
 def read_runs(file: Path) -> list[Result]:
-    """Return the lines of the CSV; the last may be cut short by whoever stopped the command, and is left out then."""
+    """Return the lines of the CSV. Skips an incomplete last line, from stopping the command."""
     if not file.is_file():
         return []
     kinds = {"seed": int, "steps": int, "test": float, "val": float, "seconds": float}
@@ -191,12 +191,12 @@ def read_runs(file: Path) -> list[Result]:
 
 
 def append_run(file: Path, result: Result) -> None:
-    """Write a line, all at once."""
+    """Write a line at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
     is_new = not file.is_file()
     if not is_new and not file.read_bytes().endswith(b"\n"):
         whole = file.read_bytes()
-        file.write_bytes(whole[: whole.rfind(b"\n") + 1])  # less the line that was cut short
+        file.write_bytes(whole[: whole.rfind(b"\n") + 1])  # without an incomplete line
     with file.open("a", newline="", encoding="utf-8") as lines:
         writer = csv.DictWriter(lines, fieldnames=list(asdict(result)))
         writer.writeheader() if is_new else None
@@ -204,12 +204,12 @@ def append_run(file: Path, result: Result) -> None:
 
 
 class Study:
-    """Makes the runs that are not in the file yet.
+    """Trains the runs that are not in the file yet.
 
     Args:
         file: The CSV.
-        epochs: In place of the experiment's.
-        steps: Per epoch, in place of the experiment's.
+        epochs: Replaces the experiment's number of epochs.
+        steps: Replaces the experiment's steps per epoch.
     """
 
     def __init__(self, file: Path, epochs: int | None = None, steps: int | None = None) -> None:
@@ -218,7 +218,7 @@ class Study:
         self.made = 0
 
     def run(self, problem: str, arm: str, seed: int, weights: dict[str, float] | None = None) -> Result:
-        """Return the result of a run; ``weights`` of static ones."""
+        """Return the result of a run. ``weights`` are for static ones."""
         config = config_of(problem, seed, self.epochs, self.steps)
         key = (problem, arm, seed, settings_of(config, arm))
         if key not in self.known:
@@ -230,7 +230,7 @@ class Study:
         return self.known[key]
 
     def static(self, problem: str, seeds: Sequence[int], draws: int) -> Iterator[Result]:
-        """Yield the runs, one for each seed, of the draw whose validation is best with the first seed."""
+        """Yield one run per seed of the draw with the best validation for the first seed."""
         tasks = build(config_of(problem, 0, None, None), "data").tasks
         first = {
             draw: self.run(problem, f"{STATIC} {draw}", seeds[0], static_weights(tasks, draw)) for draw in range(draws)
@@ -253,7 +253,7 @@ def median_and_quartiles(values: Sequence[float], digits: int = 3) -> str:
 
 
 def table(found: Found, problem: str, arms: Sequence[str], seeds: Sequence[int]) -> str:
-    """Return a row for each arm: error, the same beside equal weights, time, and the weights at the end."""
+    """Return one row per arm: error, error relative to equal weights, time, and final weights."""
     equal = [found[problem, "equal", seed] for seed in seeds]
     differences = {
         arm: [math.log(found[problem, arm, s].test / e.test) for s, e in zip(seeds, equal, strict=True)]
@@ -285,7 +285,7 @@ def table(found: Found, problem: str, arms: Sequence[str], seeds: Sequence[int])
 
 
 def plot(found: Found, problems: Sequence[str], arms: Sequence[str], seeds: Sequence[int], path: Path) -> None:
-    """Draw the errors, a point for each seed and a line at the median."""
+    """Draw the errors, with one point per seed and a line at the median."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -308,7 +308,7 @@ def plot(found: Found, problems: Sequence[str], arms: Sequence[str], seeds: Sequ
 
 
 def described(problems: Sequence[str], seeds: Sequence[int], study: Study, draws: int) -> str:
-    """Return what was trained, in words."""
+    """Return a description of what was trained."""
     settings = []
     for problem in problems:
         config = config_of(problem, 0, study.epochs, study.steps)
@@ -318,14 +318,14 @@ def described(problems: Sequence[str], seeds: Sequence[int], study: Study, draws
         settings.append(f"{PROBLEMS[problem]}: {steps:,} steps, points {points}, tanh layers of {hidden}")
     one = config.model
     return (
-        f". Seeds {', '.join(map(str, seeds))}, of the network and of the points, which are others in each step. "
+        f". Seeds {', '.join(map(str, seeds))} for the network and the points, which differ in each step. "
         f"{'. '.join(settings)}. Adam, learning rate {one.optimizer.lr:g}, times {one.lr_scheduler.gamma:g} in each step. "
-        "The error is ‖u − u*‖ / ‖u*‖ on a regular grid, of the network at the end; the median over the seeds, with the "
+        "The error is ‖u − u*‖ / ‖u*‖ on a regular grid for the final network: the median over the seeds, with the "
         f"quartiles. GradNorm, InverseNorm, LRAnnealing and NTK read gradient norms in every {EVERY}th step, the last three "
         f"over the whole network. `{BEST_STATIC}`: of {draws} draws of fixed weights, logarithms uniform over four decades, "
-        "the one with the lowest validation error for the first seed; finding it costs as many trainings. Time: "
-        "processor time of the training, median of the ratios to equal weights with the same seed; one run after the other "
-        "on a machine that others use, so only large differences count. **−** and **+**: lower and higher than with equal "
+        "the one with the lowest validation error for the first seed; finding it costs that many trainings. Time: "
+        "CPU time of the training, median of the ratios to equal weights with the same seed; one run after the other "
+        "on a shared machine, so only large differences count. **−** and **+**: lower and higher than with equal "
         "weights, p < 0.05 "
         "in a t-test of the logarithms paired over the seeds, corrected for the number of arms (Holm)."
     )
@@ -337,9 +337,9 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     parser.add_argument("--arms", nargs="+", choices=everything, default=everything)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--draws", type=int, default=DRAWS, help="of static weights")
-    parser.add_argument("--epochs", type=int, help="in place of the experiments'")
-    parser.add_argument("--runs", type=Path, default=Path("outputs/pinn.csv"), help="the finished runs")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="draws of static weights")
+    parser.add_argument("--epochs", type=int, help="replaces the experiments' number of epochs")
+    parser.add_argument("--runs", type=Path, default=Path("outputs/pinn.csv"), help="file with the finished runs")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
@@ -347,7 +347,7 @@ def main() -> None:
     if options.quick:
         options.seeds, options.draws, options.epochs, steps, options.output = [0, 1], 2, 1, 20, Path("outputs")
     be_quiet()
-    warnings.filterwarnings("ignore", message=".*task .* has held more than")  # what is studied here
+    warnings.filterwarnings("ignore", message=".*task .* has held more than")  # studied here
     arms = list(dict.fromkeys(["equal", *options.arms]))
     for arm in arms:
         if arm != BEST_STATIC:

@@ -1,4 +1,4 @@
-"""Remaining useful life of engines: fixed weights against thirteen ways to balance, beside the published figures.
+"""Remaining useful life of engines: fixed weights against thirteen balancing strategies, next to published figures.
 
     python scripts/reproduce_rul.py --root FOLDER            # NASA's files; writes docs/results/rul_cmapss.md; 1.5 hours
     python scripts/reproduce_rul.py --root FOLDER --choose   # the settings, by fixed weights on validation engines; 10 min
@@ -6,12 +6,12 @@
     python scripts/reproduce_rul.py --root FOLDER --network small --subsets FD001 --seeds 0 1 2
     python scripts/reproduce_rul.py --root FOLDER --network book --subsets FD001 --seeds 0 --methods fixed gradnorm
     python scripts/reproduce_rul.py                          # simulated engines; writes docs/results/rul.md
-    python scripts/reproduce_rul.py --quick                  # two methods, one epoch: shows that it runs; writes outputs/
+    python scripts/reproduce_rul.py --quick                  # a smoke test with two methods and one epoch; writes outputs/
 
-Each run is a `gradnorm-train` with a folder of its own below --runs, tested with the network of the epoch that was best on
-the validation engines, by RMSE. All seeds have the same engines: a seed is that of the network's weights and of dropout.
-What is finished is not run again, so that the command may be stopped and given anew. Networks: ``mlp`` has 70,000
-parameters, ``small`` is the book's in small, ``book`` is the book's, whose 100 epochs take a night on a CPU.
+Each run is a `gradnorm-train` in its own folder below --runs. It tests the network from the epoch with the best RMSE on
+the validation engines. All seeds have the same engines: the seed only affects the network's weights and dropout.
+Finished runs are skipped, so you can stop the command and start it again. Networks: ``mlp`` has 70,000
+parameters, ``small`` is a small version of the book's, ``book`` is the book's, whose 100 epochs take a night on a CPU.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ METHODS = {
     "gradnorm, log": ["balancing=gradnorm", "balancing.weight_space=log"],
     "gradnorm, smoothing": ["balancing=gradnorm", "balancing.smoothing=0.9"],
     "amnl": ["balancing=amnl", "model.tasks.weighted=true"],
-    # The second edition's AMNL is no balancing at all: equal weights, and windows near the failure count more.
+    # The second edition's AMNL does not balance: equal weights, with more weight for windows near the failure.
     "amnl_2": ["balancing=amnl", "balancing.scalarizer.edition=2", "model.tasks.weighted=true"],
     "gaba": ["balancing=gaba"],
     "upgrad": ["balancing=upgrad"],
     "famo": ["balancing=famo"],
 }
 SUBSETS = {"FD001": 5, "FD002": 5, "FD003": 3, "FD004": 3}
-"""And how many seeds each has."""
+"""The number of seeds of each."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network and how long it trains; what was chosen was chosen with --choose."""
+    """A network and its training length. The choices were made with --choose."""
 
     experiment: str
     settings: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ NETWORKS = {
     "book": Network("cmapss_{subset}"),
 }
 GRID = {"model.optimizer.lr": ("3e-4", "1e-3", "3e-3"), "data.batch_size": ("256", "512")}
-"""What --choose tries, with more epochs than are needed."""
+"""The settings that --choose tries, with more epochs than necessary."""
 
 ABLATIONS = {
     "as in the table": [],
@@ -80,7 +80,7 @@ ABLATIONS = {
     "all engines to train on": ["data.val_fraction=0", "callbacks.checkpoint=null"],
     "the book's network in small": ["experiment=cmapss_small", "trainer.max_epochs=30"],
 }
-"""What --ablate changes of fixed weights on FD001; all is reported, nothing is chosen by it."""
+"""The changes that --ablate makes to fixed weights on FD001. All are reported, and none affects a choice."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Column:
 
     @property
     def sign(self) -> int:
-        """1 where lower is better, -1 where higher is."""
+        """1 if lower is better, -1 if higher is better."""
         return -1 if "f1" in self.metric else 1
 
 
@@ -105,7 +105,7 @@ COLUMNS = (
 )
 
 PUBLISHED = ("RMSE, 1st ed.", "time, 1st ed.", "RMSE, 2nd ed.", "NASA score, 2nd ed.")
-"""Columns that were published: book-ai.org, a book on predictive maintenance, editions 1 (section 9.3) and 2 (five seeds)."""
+"""Published columns: book-ai.org, a book on predictive maintenance, editions 1 (section 9.3) and 2 (five seeds)."""
 
 FIGURES: dict[str, dict[str, tuple[str, ...]]] = {
     "FD001": {
@@ -134,7 +134,7 @@ FIGURES: dict[str, dict[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """What a run has left in its folder."""
+    """The results in a run's folder."""
 
     folder: Path
     metrics: dict[str, float]
@@ -142,7 +142,7 @@ class Result:
 
     @classmethod
     def of(cls, run: Run, runs: Path) -> Result:
-        """Read it."""
+        """Read the results."""
         return cls(runs / run.name, run.metrics, json.loads((runs / run.name / TIME).read_text()))
 
 
@@ -152,16 +152,16 @@ def measured(runs: Sequence[Result]) -> list[str]:
 
 
 Results = Mapping[str, Sequence[Result]]
-"""Of each method, a result for each seed."""
+"""For each method, one result per seed."""
 
 
 def overrides(method: str, subset: str, seed: int, options: argparse.Namespace) -> list[str]:
-    """Return what ``gradnorm-train`` is given; of a run nothing but the best checkpoint is kept."""
+    """Return the overrides for ``gradnorm-train``. Each run keeps only its best checkpoint."""
     network = NETWORKS[options.network]
     setting = [f"experiment={network.experiment.format(subset=subset.lower())}", *network.settings]
     setting += (network.of_subset or {}).get(subset, ())
     engines = [] if options.network == "book" else ["data.engines=100", "data.test_engines=100"]
-    # Not those that an earlier simulator has left.
+    # Not the files from an earlier simulator.
     engines.append(f"data.folder={quoted(str(options.runs / 'engines'))}")
     data = engines if options.root is None else ["data=cmapss", f"data.root={quoted(str(options.root))}"]
     best = "callbacks.checkpoint.monitor=val/rmse/rul"
@@ -170,7 +170,7 @@ def overrides(method: str, subset: str, seed: int, options: argparse.Namespace) 
 
 
 def jobs(options: argparse.Namespace) -> dict[str, list[str]]:
-    """Return the runs, named network/subset/method/seed, the methods innermost: other load falls on all alike."""
+    """Return the runs, named network/subset/method/seed. Methods are innermost, so other load affects all equally."""
     return {
         f"{options.network}/{subset}/{method}/{seed}": overrides(method, subset, seed, options)
         for subset in options.subsets
@@ -183,7 +183,7 @@ def jobs(options: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def choose(options: argparse.Namespace) -> None:
-    """Print the validation error of fixed weights for each setting of the grid, and the epoch in which it was lowest."""
+    """Print the validation error of fixed weights for each setting in the grid, and the epoch with the lowest error."""
     planned, names = {}, {}
     for subset, values, seed in itertools.product(options.subsets, itertools.product(*GRID.values()), (0, 1)):
         setting = [f"{key}={value}" for key, value in zip(GRID, values, strict=True)]
@@ -206,7 +206,7 @@ def lowest(folder: Path) -> tuple[float, int]:
 
 
 def ablate(options: argparse.Namespace) -> None:
-    """Write what each change does to the test error of fixed weights."""
+    """Write the effect of each change on the test error of fixed weights."""
     planned = {}
     for (name, changed), seed in itertools.product(ABLATIONS.items(), options.seeds or range(SUBSETS["FD001"])):
         given = overrides("fixed", "FD001", seed, options)
@@ -232,7 +232,7 @@ def ablate(options: argparse.Namespace) -> None:
 
 
 def table(subset: str, results: Results) -> str:
-    """Return a row for each method: measured columns, then published ones."""
+    """Return one row per method: measured columns, then published ones."""
     ours, theirs = [column.title for column in COLUMNS] + ["time ÷ fixed"], [f"*{one}*" for one in PUBLISHED]
     lines = [f"| {subset} | {' | '.join([*ours, *theirs])} |", "|---" + "|---:" * len(ours + theirs) + "|"]
     for method, runs in results.items():
@@ -266,9 +266,9 @@ def tests(results: Results) -> str:
 
 
 def described(options: argparse.Namespace, given: Sequence[str], results: Sequence[Result]) -> str:
-    """Say what was trained on what."""
+    """Return a description of the training and its data."""
     where = (
-        "**Simulated engines** (no --root was given), which stand in for NASA's: the published figures beside them are of "
+        "**Simulated engines** (no --root was given), which stand in for NASA's: the published figures next to them are for "
         "other data"
         if options.root is None
         else "NASA's C-MAPSS files"
@@ -279,10 +279,10 @@ def described(options: argparse.Namespace, given: Sequence[str], results: Sequen
     return (
         f". {where}; network: {options.network}. {len(results)} runs, {hours:.1f} hours of training with one thread. Each run "
         f"is `gradnorm-train {shown} data.subset=… balancing=… seed=…`, tested with its best epoch by RMSE on validation "
-        "engines; no setting was chosen by a test engine. Mean ± standard deviation over the seeds; RMSE in cycles, the "
+        "engines; no setting was chosen on test engines. Mean ± standard deviation over the seeds; RMSE in cycles, the "
         "remaining life of the test engines capped at 125; lower is better, as is the NASA score, a sum over the test "
-        "engines. Time: the training's, in seconds of the processor, divided by that of fixed weights with the same seed. "
-        "Tests: paired over the seeds, p of Student's t; **better** and **worse** where p < 0.05 after Holm's correction for "
+        "engines. Time: CPU time of the training divided by that of fixed weights with the same seed. "
+        "Tests: paired over the seeds, p of Student's t; **better** and **worse** if p < 0.05 after Holm's correction for "
         "the column's tests. *In italics: published* (a book on predictive maintenance, book-ai.org, editions 1 and 2), with "
         "a larger network and 100 epochs; not measured here."
     )
@@ -290,14 +290,14 @@ def described(options: argparse.Namespace, given: Sequence[str], results: Sequen
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, help="folder of NASA's text files; without it engines are simulated")
+    parser.add_argument("--root", type=Path, help="folder with NASA's text files; default: simulated engines")
     parser.add_argument("--network", choices=list(NETWORKS), default="mlp")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--subsets", nargs="+", choices=list(SUBSETS), default=list(SUBSETS))
-    parser.add_argument("--seeds", type=int, nargs="+", help="by default five on FD001 and FD002, three on the others")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: five on FD001 and FD002, three on the others")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="more options of gradnorm-train")
-    parser.add_argument("--choose", action="store_true", help="compare settings on validation engines; no page")
-    parser.add_argument("--ablate", action="store_true", help="change one thing at a time; a page of its own")
+    parser.add_argument("--choose", action="store_true", help="compare settings on validation engines; writes no page")
+    parser.add_argument("--ablate", action="store_true", help="change one thing at a time; writes a separate page")
     parser.add_argument("--runs", type=Path, default=Path("outputs/rul"), help="folder of the finished runs")
     parser.add_argument("--output", type=Path, help="default: docs/results; with --quick, outputs")
     parser.add_argument("--quick", action="store_true")
@@ -329,7 +329,7 @@ def main() -> None:
     for subset, of_subset in results.items():
         parts += [f"## {subset}", table(subset, of_subset)]
         seeds = len(next(iter(of_subset.values())))
-        if "fixed" in of_subset and len(of_subset) > 1 and seeds > 1:  # one seed decides nothing
+        if "fixed" in of_subset and len(of_subset) > 1 and seeds > 1:  # one seed is not enough
             parts.append(tests(of_subset))
         folders = {m: [run.folder for run in runs] for m, runs in of_subset.items() if m.startswith("gradnorm")}
         if folders:

@@ -1,11 +1,11 @@
-"""GradNorm on two correlated sinusoid tasks: r² on the test split beside its ceiling, over several draws, and its course.
+"""GradNorm on two correlated sinusoid tasks: test r² and its ceiling over several draws, and training curves.
 
     python scripts/reproduce_sinusoids.py           # ten draws, 50 epochs each, writes docs/results/sinusoids.md
-    python scripts/reproduce_sinusoids.py --quick   # one draw, one epoch: shows that it runs
+    python scripts/reproduce_sinusoids.py --quick   # a smoke test with one draw and one epoch
 
-Each draw is another pair of tasks: other directions, frequencies and phases. Part of the labels is noise that no model can
-know, so that r² cannot exceed 1 − σ²_noise / Var(y); that ceiling is given beside it. Everything else is as in
-`gradnorm-train experiment=sinusoids`, whose configuration the script composes.
+Each draw is a different pair of tasks, with other directions, frequencies and phases. Part of the labels is noise that no
+model can predict, so r² cannot exceed 1 − σ²_noise / Var(y). The table has this ceiling, too. Everything else is the same
+as in `gradnorm-train experiment=sinusoids`, whose configuration the script composes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TASKS = ("first", "second")
 
 
 class Curves(L.Callback):
-    """Notes, after each epoch, validation r² and weighted squared error ``w_i L_i`` of each task."""
+    """Records validation r² and weighted squared error ``w_i L_i`` of each task after each epoch."""
 
     def __init__(self, gradnorm: GradNorm) -> None:
         self.gradnorm = gradnorm
@@ -51,7 +51,7 @@ class Curves(L.Callback):
 
 
 def run(seed: int, epochs: int | None) -> dict[str, dict[str, Any]]:
-    """Train one draw; return of each task r², its ceiling, the final weight, and the curves."""
+    """Train one draw. Return r², its ceiling, the final weight and the curves of each task."""
     overrides = ["experiment=sinusoids", f"seed={seed}"] + ([f"trainer.max_epochs={epochs}"] if epochs else [])
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = compose("config", overrides=overrides)
@@ -83,7 +83,7 @@ def run(seed: int, epochs: int | None) -> dict[str, dict[str, Any]]:
 
 
 def draw(path: Path, found: list[dict[str, dict[str, Any]]]) -> None:
-    """Draw both curves of the first draw, and r² ÷ ceiling of all."""
+    """Plot both curves of the first draw, and r² ÷ ceiling of all draws."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for task, color, style in zip(TASKS, ("#0072b2", "#d55e00"), ("-", "--"), strict=True):
         one = found[0][task]
@@ -106,9 +106,9 @@ def draw(path: Path, found: list[dict[str, dict[str, Any]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
-    parser.add_argument("--epochs", type=int, default=None, help="instead of the experiment's own number")
+    parser.add_argument("--epochs", type=int, default=None, help="replaces the experiment's number of epochs")
     parser.add_argument(
-        "--runs", type=Path, default=Path("outputs/reproduce_sinusoids"), help="where finished runs are kept"
+        "--runs", type=Path, default=Path("outputs/reproduce_sinusoids"), help="folder of the finished runs"
     )
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--quick", action="store_true")

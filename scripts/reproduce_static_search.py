@@ -2,12 +2,12 @@
 
     python scripts/reproduce_static_search.py                            # 100 runs of nyuv2_kpts_small: hours on two cores
     python scripts/reproduce_static_search.py --experiment toy_ten --name static_search_toy_ten
-    python scripts/reproduce_static_search.py --quick                    # three short runs: shows that it runs
+    python scripts/reproduce_static_search.py --quick                    # a smoke test with three short runs
 
-Networks are trained with constant random weights of sum T, one with GradNorm and one with the mean of GradNorm's weights,
-held fixed ("GradNorm static"). A point is a network: how far its weights are from GradNorm's mean, and by how much its test
-errors are larger than GradNorm's, the mean over the tasks. Every run is a `gradnorm-train` with a folder of its own below
---runs; what is finished is not run again, so that the command may be stopped and given anew.
+Trains networks with constant random weights of sum T, one network with GradNorm, and one with the mean of GradNorm's
+weights, held fixed ("GradNorm static"). Each network is a point: the distance of its weights from GradNorm's mean, and the
+increase of its test errors over GradNorm's, averaged over the tasks. Every run is a `gradnorm-train` in its own folder below
+--runs. Finished runs are skipped, so you can stop the command and start it again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GRADNORM, STATIC = "gradnorm", "gradnorm_static"
 
 
 def change(run: Run, reference: Run) -> float:
-    """Return by how many percent the errors are larger than the reference's, the mean over the tasks."""
+    """Return the increase of the errors over the reference's in percent, averaged over the tasks."""
     return 100 * (error_ratio(run, reference) - 1)
 
 
@@ -54,13 +54,13 @@ def draw(path: Path, points: list[tuple[float, float]], static: tuple[float, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of gradnorm-train, for all runs")
+    parser.add_argument("overrides", nargs="*", help="overrides of gradnorm-train for all runs")
     parser.add_argument("--experiment", default="nyuv2_kpts_small")
-    parser.add_argument("--count", type=int, default=100, help="of random weights")
-    parser.add_argument("--name", default="static_search", help="of the files written")
+    parser.add_argument("--count", type=int, default=100, help="number of random weights")
+    parser.add_argument("--name", default="static_search", help="name of the output files")
     parser.add_argument("--runs", type=Path, help="default: outputs/NAME")
-    parser.add_argument("--at-once", type=int, default=1, help="runs side by side")
-    parser.add_argument("--threads", type=int, default=1, help="of the processor, for each run")
+    parser.add_argument("--at-once", type=int, default=1, help="number of parallel runs")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads per run")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_intermixed_args()
@@ -72,7 +72,7 @@ def main() -> None:
     shared += [*QUIET, "seed=0"]
     order = {"at_once": options.at_once, "threads": options.threads}
 
-    # All are tested as they are at the end; only of GradNorm's run a checkpoint is needed, for its weights.
+    # All are tested at the end of training. Only GradNorm's run needs a checkpoint, for its weights.
     (gradnorm,) = finished_runs(
         {GRADNORM: [*shared, "balancing=gradnorm", "callbacks.checkpoint=null"]}, folder, **order
     )

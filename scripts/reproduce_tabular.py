@@ -1,12 +1,12 @@
-"""Eight small regressions with several targets: when balancing helps, when it hurts, and what standardizing does.
+"""Eight small regressions with several targets: when balancing helps, when it hurts, and the effect of standardizing.
 
     python scripts/reproduce_tabular.py FOLDER           # writes docs/results/tabular.md; an hour on one core
-    python scripts/reproduce_tabular.py FOLDER --quick   # two sets, one seed, few steps: shows that it runs; writes outputs/
+    python scripts/reproduce_tabular.py FOLDER --quick   # a smoke test: two sets, one seed, few steps; writes outputs/
 
 FOLDER has sarcos/sarcos_inv_test.mat (gaussianprocess.org/gpml/data; split here, none of its rows is from the training file),
 mulan/jura.arff, enb.arff, atp1d.arff, oes97.arff and wq.arff (github.com/tsoumakas/mulan), rf1/rf1.arff (the same source) and
-parkinsons/parkinsons_updrs_uci_form.data (UCI, Parkinsons Telemonitoring). What is finished is kept below --runs, so that the
-command may be stopped and given anew.
+parkinsons/parkinsons_updrs_uci_form.data (UCI, Parkinsons Telemonitoring). Finished runs are kept below --runs, so you can
+stop the command and start it again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ masked_mse = MaskedMSELoss()
 
 @dataclass(frozen=True)
 class Table:
-    """A public table: its file below the folder, its targets' names or how many of the last columns they are, and options."""
+    """A public table: its file below the folder, the names of its targets or their number at the end, and options."""
 
     file: str
     targets: int | tuple[str, ...]
@@ -60,7 +60,7 @@ TABLES = {
 }
 
 Strategy = Callable[[Sequence[str], int, dict[str, float]], Rule]
-"""Makes the rule from the tasks, the seed and the mean weights of GradNorm with the same seed."""
+"""Functions that create the rule from the tasks, the seed and the mean weights of GradNorm with the same seed."""
 
 ARMS: dict[str, Strategy] = {
     "equal": lambda tasks, seed, mean: FixedRule(dict.fromkeys(tasks, 1.0)),
@@ -73,7 +73,7 @@ ARMS: dict[str, Strategy] = {
     "DWA": lambda tasks, seed, mean: ScalarizationRule(tasks, DWA()),
     "UPGrad": lambda tasks, seed, mean: AggregationRule(tasks, UPGrad()),
     "random static": lambda tasks, seed, mean: FixedRule(RandomWeights(seed, tasks=list(tasks)).weights),
-    # Beside the ten: GradNorm on standardized targets, and two remedies for noisy, unequal scales.
+    # In addition to the ten: GradNorm on standardized targets, and two remedies for noisy, unequal scales.
     "standardized, GradNorm α 1.5": lambda tasks, seed, mean: GradNormRule(tasks, alpha=1.5),
     "GradNorm α 1.5, log": lambda tasks, seed, mean: GradNormRule(tasks, alpha=1.5, weight_space="log"),
     "GradNorm α 1.5, smoothing": lambda tasks, seed, mean: GradNormRule(tasks, alpha=1.5, smoothing=0.9),
@@ -82,7 +82,7 @@ REMEDIES = ("GradNorm α 1.5", "GradNorm α 1.5, log", "GradNorm α 1.5, smoothi
 
 
 def train(folder: Path, name: str, arm: str, seed: int, steps: int, mean: dict[str, float]) -> dict[str, Any]:
-    """Train once; return the test errors by task, the mean weights and what GradNorm's weights did."""
+    """Train once. Return the test errors by task, the mean weights and the trace of GradNorm's weights."""
     table = TABLES[name]
     options = {**table.options, "seed": seed, "standardize_targets": arm.startswith("standardized")}
     data = TabularDataModule(folder / table.file, targets=targets_of(folder, table), **options)
@@ -134,7 +134,7 @@ def train(folder: Path, name: str, arm: str, seed: int, steps: int, mean: dict[s
 def score(
     model: nn.ModuleDict, inputs: Tensor, targets: dict[str, Tensor], scales: dict[str, tuple[float, float]]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return by task the RMSE over that of the training rows' mean, and r²."""
+    """Return, by task, the RMSE relative to predicting the mean of the training rows, and r²."""
     z, errors, r2 = model["encoder"](inputs), {}, {}
     for task, head in model["heads"].items():
         there = ~targets[task].isnan()
@@ -146,7 +146,7 @@ def score(
 
 
 def targets_of(folder: Path, table: Table) -> Sequence[str]:
-    """Return the names of the targets: those that are given, or the last columns."""
+    """Return the names of the targets: the given ones, or the last columns."""
     if not isinstance(table.targets, int):
         return table.targets
     return list(read_table(folder / table.file).columns[-table.targets :])
@@ -155,16 +155,16 @@ def targets_of(folder: Path, table: Table) -> Sequence[str]:
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 Found = dict[tuple[str, str, int], dict[str, Any]]
-"""What was found, by table, arm and seed."""
+"""The results, by table, arm and seed."""
 
 
 def error(found: Found, name: str, arm: str, seed: int) -> float:
-    """Return the mean over the targets of the relative RMSE."""
+    """Return the relative RMSE, averaged over the targets."""
     return statistics.mean(found[name, arm, seed]["errors"].values())
 
 
 def errors_table(found: Found, names: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> str:
-    """Return the mean relative RMSE of each arm on each table, and where it differs from equal weights (Holm)."""
+    """Return the mean relative RMSE of each arm on each table, marked if it differs from equal weights (Holm)."""
     lines = [f"| relative RMSE | {' | '.join(names)} | better, worse |", "|---" + "|---:" * (len(names) + 1) + "|"]
     marks: dict[tuple[str, str], str] = {}
     for name in names:
@@ -182,7 +182,7 @@ def errors_table(found: Found, names: Sequence[str], arms: Sequence[str], seeds:
 
 
 def targets_table(found: Found, names: Sequence[str], seeds: Sequence[int]) -> str:
-    """Return what there is to know of the targets: scales, how much of them can be learned, and where the weight goes."""
+    """Return facts about the targets: scales, how learnable they are, and the weights they get."""
     head = [
         "targets",
         "largest ÷ smallest sd",
@@ -206,7 +206,7 @@ def targets_table(found: Found, names: Sequence[str], seeds: Sequence[int]) -> s
 
 
 def remedies_table(found: Found, names: Sequence[str], seeds: Sequence[int]) -> str:
-    """Return, for each remedy, the spread of the log weights, the distance from the targets and the error."""
+    """Return, for each remedy, the spread of the log weights, the distance from the target norms, and the error."""
     head = [f"{name}: sd of log w, distance, error" for name in names]
     lines = [f"| | {' | '.join(head)} |", "|---" + "|---:" * len(names) + "|"]
     for arm in REMEDIES:
@@ -221,7 +221,7 @@ def remedies_table(found: Found, names: Sequence[str], seeds: Sequence[int]) -> 
 
 
 def plot(found: Found, names: Sequence[str], arms: Sequence[str], seeds: Sequence[int], path: Path) -> None:
-    """Draw each arm's error divided by that of equal weights, a point for each seed; and weight against learnability."""
+    """Draw each arm's error divided by that of equal weights, one point per seed, and weight against learnability."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=1500, help="rounded up to whole epochs")
+    parser.add_argument("--steps", type=int, default=1500, help="number of steps, rounded up to whole epochs")
     parser.add_argument("--runs", type=Path, default=Path("outputs/tabular"), help="folder of the finished runs")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--quick", action="store_true")
@@ -268,9 +268,9 @@ def main() -> None:
     if options.quick:
         options.tables, options.seeds, options.steps, options.output = ["jura", "energy"], [0, 1], 60, Path("outputs")
     be_quiet()
-    warnings.filterwarnings("ignore", message=".*task .* has held more than")  # what is studied here
+    warnings.filterwarnings("ignore", message=".*task .* has held more than")  # studied here
     found: Found = {}
-    # First, for its mean weights are the static ones.
+    # First, because its mean weights become the static ones.
     arms = ["GradNorm α 1.5", *(arm for arm in ARMS if arm != "GradNorm α 1.5")]
     for seed, name, arm in itertools.product(options.seeds, options.tables, arms):
         mean = found.get((name, "GradNorm α 1.5", seed), {}).get("mean_weights")
@@ -293,15 +293,15 @@ def main() -> None:
         "![Share of GradNorm's weight against how much of the target can be learned](tabular_weights.png)",
         "## Log space and smoothing",
         "Over the last third of training: the standard deviation of log w, mean over the tasks; the distance of the gradient "
-        "norms from their targets, Σ |G − target| / Σ G, of averages where they are smoothed; and the error.",
+        "norms from their targets, Σ |G − target| / Σ G, of averages if they are smoothed; and the error.",
         remedies_table(found, options.tables, options.seeds),
     ]
     about = (
-        f". Seeds {', '.join(map(str, options.seeds))}, of the splits and of the network; {options.steps:,} steps, batches of "
-        "64, Adam (lr 1e-3), MLP of 2 × 100, a linear head for each target. 70 % of the rows to train on, 15 % to validate on, "
-        "15 % to test on; of Parkinson's whole subjects; missing inputs of river flow are the training rows' means. The "
-        "network of the epoch with the lowest mean relative RMSE on the validation rows is tested. Relative RMSE: that of "
-        "predicting the training rows' mean is 1; the mean over the targets. Targets are in their own units, except in "
+        f". Seeds {', '.join(map(str, options.seeds))}, for the splits and the network; {options.steps:,} steps, batches of "
+        "64, Adam (lr 1e-3), MLP of 2 × 100, one linear head per target. 70 % of the rows for training, 15 % for validation, "
+        "15 % for the test; Parkinson's is split by subject; missing inputs of river flow get the training rows' means. Tests "
+        "the network from the epoch with the lowest mean relative RMSE on the validation rows. Relative RMSE: 1 means "
+        "predicting the training rows' mean; averaged over the targets. Targets are in their original units, except in "
         "`standardized`, which is equal weights on targets of mean 0 and standard deviation 1, and `standardized, GradNorm`. "
         "`GradNorm static` fixes the mean weights of GradNorm with α 1.5 and the same seed. Mean ± standard deviation "
         "over the seeds."

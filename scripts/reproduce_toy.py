@@ -2,10 +2,10 @@
 
     python scripts/reproduce_toy.py                 # T = 2 and T = 10, five seeds, writes docs/results/toy.md and .png
     python scripts/reproduce_toy.py --steps 8000 --seeds 0 1 2 --name toy_8000_steps
-    python scripts/reproduce_toy.py --quick         # one seed, few steps: shows that it runs
+    python scripts/reproduce_toy.py --quick         # a smoke test with one seed and few steps
 
-The criterion is the paper's: the test losses divided by their values at the start, summed over the tasks. All runs of a
-seed have the same initial network and see the same batches. What is finished, below --runs, is not run again.
+The criterion is the paper's: the test losses divided by their initial values, summed over the tasks. All runs of a
+seed have the same initial network and see the same batches. Finished runs below --runs are skipped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COLORS = {EQUAL: ("#444444", "--"), GRADNORM: ("#0072b2", "-"), UNCERTAINTY: ("#
 
 @dataclass
 class Trace:
-    """Task weights at every step, and the summed test-loss ratio every so many steps."""
+    """Task weights at every step, and the summed test-loss ratio every N steps."""
 
     weights: list[list[float]] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
@@ -44,11 +44,11 @@ class Trace:
 
 
 Traces = dict[str, list[Trace]]
-"""Method → a trace for each seed."""
+"""Method → one trace per seed."""
 
 
 class Tracer(L.Callback):
-    """Takes a trace."""
+    """Records a trace."""
 
     def __init__(self, balancing: GradNorm | Scalarization | None, every: int) -> None:
         self.balancing, self.every, self.trace = balancing, every, Trace()
@@ -158,15 +158,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--lr", type=float, default=1e-3, help="of the network's Adam")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the network's Adam")
     parser.add_argument("--alpha", type=float, default=0.12)
-    parser.add_argument("--weights-lr", type=float, default=0.025, help="of the weights' Adam")
-    parser.add_argument("--spread", default="std", choices=["std", "variance"], help="how N(0, 10) is read")
+    parser.add_argument("--weights-lr", type=float, default=0.025, help="learning rate of the weights' Adam")
+    parser.add_argument("--spread", default="std", choices=["std", "variance"], help="interpretation of N(0, 10)")
     parser.add_argument("--inputs", default="normal", choices=["uniform", "normal", "unit"])
     parser.add_argument("--train-size", type=int, default=10_000)
     parser.add_argument("--look-every", type=int, default=100)
-    parser.add_argument("--name", default="toy", help="of the files written")
-    parser.add_argument("--runs", type=Path, default=Path("outputs/reproduce_toy"), help="where finished runs are kept")
+    parser.add_argument("--name", default="toy", help="name of the output files")
+    parser.add_argument("--runs", type=Path, default=Path("outputs/reproduce_toy"), help="folder of the finished runs")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What mkdocs asks of us while it builds the site: made pages, the lists in the navigation, links, drawings, docstrings."""
+"""Hooks for mkdocs: generated pages, lists in the navigation, links, drawings, docstrings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RESULTS = site_pages.ROOT / "docs" / "results"
 
 
 def on_config(config: Any) -> Any:
-    """Fill in what the navigation does not list: groups of the configuration, and results."""
+    """Add the groups of the configuration and the results to the navigation."""
     groups = [{f"{group}=": f"configuration/{site_pages.page_of(group)}"} for group in site_pages.groups()]
     results = [{_title(file): f"results/{file.name}"} for file in sorted(RESULTS.glob("*.md"))]
     details = [f"strategies/{one.name}.md" for one in strategy_tables.strategies()]
@@ -34,21 +34,21 @@ def on_config(config: Any) -> Any:
 
 
 def _section(nav: list[Any], *titles: str) -> list[Any]:
-    """Return the entries of a section, given its title and those of the sections around it."""
+    """Return the entries of a section, given the titles of its parents and its own."""
     for title in titles:
         nav = next(entry[title] for entry in nav if isinstance(entry, dict) and title in entry)
     return nav
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages that are made."""
+    """Add the generated pages."""
     for path, text in site_pages.pages().items():
         files.append(File.generated(config, path, content=text))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Show links to files of the repository that are no part of the site as what they are called; make room for wide tables."""
+    """Replace links to repository files outside the site with their text, and make room for wide tables."""
     if page.file.src_uri in WIDE:
         page.meta["hide"] = ["toc"]
     if page.file.src_uri in strategy_tables.PAGES:
@@ -57,7 +57,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Put drawings into the page itself, where they have its colors."""
+    """Inline drawings, so they use the colors of the page."""
     return re.sub(r'<img [^>]*src="(\w+\.svg)"[^>]*>', _inlined, html)
 
 
@@ -67,7 +67,7 @@ def _inlined(image: re.Match[str]) -> str:
 
 
 class PlainDocstrings(griffe.Extension):
-    """Let our docstrings be read as they are written: `Example:` with a doctest, a few formulas of Sphinx."""
+    """Converts our docstring style: `Example:` with a doctest, and a few Sphinx formulas."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite the docstring of a module, class, function or attribute."""

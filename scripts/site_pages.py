@@ -1,10 +1,10 @@
 """The generated pages of the documentation site: configuration reference, tutorials (from the notebooks), changelog.
 
-They are made from the yaml files in ``conf``, from the constructors that these name and from their docstrings, each time the
-site is built. `site_hooks` hands them to mkdocs; nothing here needs it.
+Every build of the site generates them from the yaml files in ``conf``, the constructors that these name, and their
+docstrings. `site_hooks` passes them to mkdocs, which this module does not need.
 
 Example:
-    python scripts/site_pages.py        # prints them
+    python scripts/site_pages.py        # prints the pages
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ Constructor = Callable[..., Any]
 _SCHEMAS: dict[str, Constructor] = {f"/schema/{name}": one for name, one in with_schema().items()}
 
 _ABOUT = {
-    "balancing": "How the tasks are balanced. [Strategies](../strategies.md) compares them and has their formulas.",
-    "callbacks": "What else looks on: checkpoints, Ctrl-C, learning rate, the dashboard, pictures.",
-    "data": "What is learned from. [Data](../data.md) describes the files and the batches.",
-    "data/equation": "The differential equation of `data=pde`, and how many points each of its tasks has.",
-    "experiment": "A whole setting at once: data, network, length, learning rates.",
-    "hydra": "Where runs are written and what sweeps name them; Hydra's own options are shown by `--hydra-help`.",
-    "logger": "Where the curves are written.",
-    "model": "Encoder, tasks and optimizer; follows `data` unless it is given.",
-    "model/optimizer": "What trains `model=pde`.",
+    "balancing": "The balancing strategy. [Strategies](../strategies.md) compares them and has their formulas.",
+    "callbacks": "Other callbacks: checkpoints, Ctrl-C, learning rate, the dashboard, pictures.",
+    "data": "The training data. [Data](../data.md) describes the files and the batches.",
+    "data/equation": "The differential equation of `data=pde`, and the number of points of each task.",
+    "experiment": "A complete setting: data, network, training length, learning rates.",
+    "hydra": "Where to write runs, and how to name the runs of a sweep. `--hydra-help` shows Hydra's own options.",
+    "logger": "Loggers for curves and images.",
+    "model": "Encoder, tasks and optimizer. The default has the same name as `data`.",
+    "model/optimizer": "The optimizer of `model=pde`.",
     "paths": "The folders.",
-    "search": "What a sweep looks for by itself, with Optuna; see [Command line](../command_line.md#search).",
-    "trainer": "Where and how long: the options of Lightning's `Trainer`.",
+    "search": "Hyperparameter search with Optuna, see [Command line](../command_line.md#search).",
+    "trainer": "Devices and training length: the options of Lightning's `Trainer`.",
 }
-"""What a group is for; one that is not here has only what its files say."""
+"""Description of each group. Groups without one only show their files' comments."""
 
 
 # ---- constructors ----------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ class Parameter:
 
 
 def parameters_of(constructor: Constructor) -> list[Parameter]:
-    """Return what can be given to a constructor on the command line, as its signature and docstring have it.
+    """Return the constructor's parameters for the command line, from its signature and docstring.
 
     Example:
         >>> from lightning_gradnorm import GradNorm
@@ -90,7 +90,7 @@ def parameters_of(constructor: Constructor) -> list[Parameter]:
 
 
 def described(constructor: Constructor) -> dict[str, str]:
-    """Return parameter → what the docstrings of a constructor, its ``__init__`` and its bases say of it."""
+    """Return parameter → its description in the docstrings of a constructor, its ``__init__`` and its bases."""
     found: dict[str, str] = {}
     places = [constructor]
     if inspect.isclass(constructor):
@@ -103,7 +103,7 @@ def described(constructor: Constructor) -> dict[str, str]:
 
 
 def _google(text: str) -> dict[str, str]:
-    """Read ``Args:`` and what is indented below it."""
+    """Read ``Args:`` and its indented block."""
     section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", text, flags=re.MULTILINE)
     if section is None:
         return {}
@@ -119,15 +119,15 @@ def _google(text: str) -> dict[str, str]:
 
 
 def _sphinx(text: str) -> dict[str, str]:
-    """Read ``:param name:`` and the lines that go on."""
+    """Read ``:param name:`` and its continuation lines."""
     found = re.findall(r"^:param (\w+): *(.*(?:\n[ \t]+.*)*)", text, flags=re.MULTILINE)
     return {name: _plain(meaning) for name, meaning in found}
 
 
 def _plain(meaning: str) -> str:
-    """Return the first paragraph in Markdown and on one line, as a cell of a table can have it."""
+    """Return the first paragraph as one line of Markdown, for a table cell."""
     text = " ".join(meaning.strip().split("\n\n")[0].split())
-    text = re.sub(r"\.\. \w+::.*", "", text)  # a directive is more than a cell can show
+    text = re.sub(r"\.\. \w+::.*", "", text)  # a cell cannot show a directive
     text = re.sub(r":math:`((?:[^`])*)`", lambda found: f"`{_unicode(found[1])}`", text)
     text = re.sub(r":\w+:`~?([^`<]*?)(?: *<[^`]*>)?`", lambda found: f"`{found[1].rsplit('.', 1)[-1]}`", text)
     text = re.sub(r"`([^`<]+?) *<(https?://[^>]*)>`_+", r"[\1](\2)", text)
@@ -135,7 +135,7 @@ def _plain(meaning: str) -> str:
 
 
 def as_markdown(docstring: str) -> str:
-    r"""Return a docstring in the form that mkdocstrings reads: doctests under ``Examples:``, formulas in plain letters.
+    r"""Return a docstring in mkdocstrings' style: doctests under ``Examples:``, formulas as plain text.
 
     Example:
         >>> as_markdown(r"Regression onto :math:`\sigma_i x`.")
@@ -175,11 +175,11 @@ _LETTERS = {
     r"\geq": "≥",
     "^T": "ᵀ",
 }
-"""LaTeX → plain, the longer before what they contain: as much of it as the docstrings have."""
+"""LaTeX → plain text, longer commands before shorter ones that they contain. Covers only what the docstrings use."""
 
 
 def _unicode(formula: str) -> str:
-    if "begin{bmatrix}" in formula:  # TorchJD's way to write the preference that is no preference
+    if "begin{bmatrix}" in formula:  # TorchJD's notation for equal preferences
         return "[1/m, …, 1/m]"
     for latex, plain in _LETTERS.items():
         formula = formula.replace(latex, plain)
@@ -199,7 +199,7 @@ def _kind(annotation: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Write a default as one would write it."""
+    """Return a default as you would write it."""
     if isinstance(value, functools.partial):
         given = [*map(repr, value.args), *(f"{key}={item!r}" for key, item in value.keywords.items())]
         return f"{value.func.__name__}({', '.join(given)})" if hasattr(value.func, "__name__") else "…"
@@ -222,13 +222,13 @@ class Option:
     told: str
     """Its comment."""
     yaml: str
-    """What it sets, without the lines that say where its schema is."""
+    """Its settings, without the lines that select schemas."""
     made_by: dict[str, Constructor]
-    """Key → what is made there."""
+    """Key → the constructor used there."""
 
 
 def groups() -> dict[str, list[Option]]:
-    """Return every group of ``conf`` with its options."""
+    """Return every group in ``conf`` with its options."""
     found: dict[str, list[Option]] = {}
     for file in sorted(CONF.rglob("*.yaml")):
         group = file.parent.relative_to(CONF).as_posix()
@@ -253,14 +253,14 @@ def _comment_and_rest(text: str) -> tuple[str, str]:
 
 
 def _without_schemas(yaml: str) -> str:
-    """Leave out the lines of the defaults list that nobody has to know: schemas, and the file itself."""
+    """Remove lines of the defaults list that readers do not need: schemas, and the file itself."""
     yaml = re.sub(r"^ +- (?:/schema/\S+|_self_)\n?", "", yaml + "\n", flags=re.MULTILINE)
     yaml = re.sub(r"^defaults:\n(?! )", "", yaml, flags=re.MULTILINE)
     return "" if yaml.strip() == "{}" else yaml.strip()
 
 
 def _makers(file: Path) -> Iterator[tuple[str, Constructor]]:
-    """Give each key of a yaml file at which something is built, and what builds it."""
+    """Yield each key of a yaml file that builds an object, and its constructor."""
     content = OmegaConf.load(file)
     assert isinstance(content, DictConfig)
     for entry in content.get("defaults", []):
@@ -301,7 +301,7 @@ def pages() -> dict[str, str]:
 
 
 def _tutorial(notebook: Path) -> str:
-    """Return a notebook as a page, with the outputs that it was saved with."""
+    """Return a notebook as a page, with its saved outputs."""
     parts = []
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
@@ -317,7 +317,7 @@ def _tutorial(notebook: Path) -> str:
                 parts.append(f'<img alt="What the code above draws" src="data:image/png;base64,{picture}">')
             else:
                 parts.append(f"```text\n{''.join(data['text/plain']).rstrip()}\n```")
-    parts.append(f"*This page is `notebooks/{notebook.name}`: run it yourself, and change it.*")
+    parts.append(f"*This page is the notebook `notebooks/{notebook.name}`. Run and change it yourself.*")
     return "\n\n".join(parts) + "\n"
 
 
@@ -335,13 +335,13 @@ def _overview() -> str:
         [
             "# Configuration",
             "",
-            "`gradnorm-train` composes one configuration from groups and single values. A group is chosen, `group=option`; a",
-            "value is set, `group.key=value`. What does not exist is an error that lists what does. These pages are made from",
-            "the configuration files and the constructors' docstrings each time the site is built.",
+            "`gradnorm-train` composes one configuration from groups and single values. Choose a group's option with",
+            "`group=option`, set a value with `group.key=value`. Typos are errors that list the valid keys. These pages are",
+            "generated from the configuration files and the constructors' docstrings.",
             "",
             "    gradnorm-train experiment=toy_ten balancing=cagrad balancing.aggregator.c=0.3 trainer.max_epochs=5",
-            "    gradnorm-train --cfg job             # shows the configuration and does nothing",
-            "    gradnorm-train --cfg job --resolve   # the same, with every reference replaced by its value",
+            "    gradnorm-train --cfg job             # only shows the configuration",
+            "    gradnorm-train --cfg job --resolve   # also replaces every reference with its value",
             "",
             "## Groups",
             "",
@@ -355,22 +355,22 @@ def _overview() -> str:
             "",
             "## Single values of `gradnorm-eval`",
             "",
-            "Everything that the run's own `config.yaml` has, and:",
+            "Everything in the run's own `config.yaml`, and:",
             "",
             *_values(CONF / "eval.yaml"),
             "",
-            "## Files of your own",
+            "## Your own files",
             "",
             "`gradnorm-train --config-dir my_conf data=mine model=mine` finds `my_conf/data/mine.yaml` and",
-            "`my_conf/model/mine.yaml`. With `/schema/GradNorm@_here_` and the like in their `defaults` the options are",
-            "checked; the names are those of the constructors on the groups' pages.",
+            "`my_conf/model/mine.yaml`. With entries such as `/schema/GradNorm@_here_` in their `defaults`, the options are",
+            "checked. The names are those of the constructors on the groups' pages.",
             "",
         ]
     )
 
 
 def _values(file: Path) -> list[str]:
-    """Make a table of the keys at the top of a file, with the comment above each and the default."""
+    """Return a table of a file's top-level keys, with their comments and defaults."""
     rows, comment, in_defaults = [], [], False
     for line in file.read_text(encoding="utf-8").splitlines():
         if line.startswith("#"):
@@ -401,8 +401,8 @@ def _group_page(group: str, options: list[Option]) -> str:
         lines += ["Options: " + "; ".join(places) + ".", ""] if places else []
         lines += ["```yaml", option.yaml, "```"] if option.yaml else []
     if constructors:
-        lines += ["", "## What the options are", ""]
-        lines += ["`null` is None. An empty default has to be given, here or by the option."]
+        lines += ["", "## Options", ""]
+        lines += ["`null` is None. An empty default means that you or the option must set the value."]
     for name in sorted(constructors, key=str.lower):
         lines += ["", f"### `{name}` {{ #made-by-{name.lower()} }}", "", *_table(constructors[name])]
     return "\n".join(lines) + "\n"
@@ -415,7 +415,7 @@ def _place(where: str, constructor: Constructor) -> str:
 
 
 def _has_a_table(constructor: Constructor) -> bool:
-    """Say whether a constructor is ours, or has a schema; torch's own are documented by torch."""
+    """Return True if a constructor is ours or has a schema. Torch documents its own."""
     return constructor in _SCHEMAS.values() or constructor.__module__.startswith("lightning_gradnorm")
 
 
@@ -437,13 +437,13 @@ def _table(constructor: Constructor) -> list[str]:
 
 
 def _escaped(text: str) -> str:
-    """Keep Markdown from reading what is meant literally, outside of code and addresses."""
+    """Escape Markdown characters outside of code and addresses."""
     parts = re.split(r"(`[^`]*`|\]\([^)]*\))", text)
     return "".join(part if part.startswith(("`", "](")) else re.sub(r"([*_<])", r"\\\1", part) for part in parts)
 
 
 def _changelog() -> str:
-    """Return the changelog, whose links are seen from the root of the repository."""
+    """Return the changelog, with its links adjusted from the root of the repository."""
     return (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")
 
 

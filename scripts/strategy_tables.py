@@ -20,11 +20,11 @@ COLUMNS: dict[str, Callable[[Strategy], str]] = {
     "`balancing=`": lambda one: f"[`{one.name}`](strategies/{one.name}.md)",
     "in Python": lambda one: "–" if one.callback is None else f"`{one.callback}`",
     "what it does": lambda one: one.summary.partition(": ")[2].partition(". ")[0].rstrip(".") or one.summary,
-    "costs beside the backward pass": lambda one: one.costs,
+    "cost besides the backward pass": lambda one: one.costs,
 }
 DETAILS: dict[str, Callable[[Strategy], str]] = {
     "needs": lambda one: one.needs,
-    "costs beside the backward pass": lambda one: one.costs,
+    "cost besides the backward pass": lambda one: one.costs,
     "state in the checkpoint": lambda one: one.remembers,
     "weights sum to": lambda one: one.weights_sum_to + (", may be negative" if one.weights_may_be_negative else ""),
     "several ranks": lambda one: one.on_ranks,
@@ -44,7 +44,7 @@ def strategies() -> tuple[Strategy, ...]:
 
 
 def strategy_table() -> str:
-    """Return what each strategy does and costs, one row each."""
+    """Return a table of what each strategy does and costs."""
     return _table([list(COLUMNS), *([cell(one) for cell in COLUMNS.values()] for one in strategies())])
 
 
@@ -58,8 +58,8 @@ def detail_page(one: Strategy) -> str:
         f"**Command line:** `gradnorm-train balancing={one.name}` ([options](../configuration/balancing.md#{one.name}))",
         f"**Python:** {in_python}",
         _table([["", ""], *([name, cell(one)] for name, cell in DETAILS.items())]),
-        "T tasks with losses L<sub>i</sub>; g<sub>i</sub> is task i's gradient where it is taken; M the T × T matrix of their "
-        "inner products, 1 a vector of ones, Δ the set of weights that are not negative and sum to 1. "
+        "T tasks with losses L<sub>i</sub>; g<sub>i</sub> is the gradient of task i at the place that the strategy uses; M is "
+        "the T × T matrix of their inner products, 1 a vector of ones, Δ the set of nonnegative weights that sum to 1. "
         "[What the rows mean](../strategies.md#what-the-rows-mean).",
     ]
     return "\n\n".join(parts) + "\n"
@@ -81,15 +81,15 @@ def citation(reference: str) -> str:
 
 
 def _shortened(source: str) -> str:
-    words = source.split(", ")
-    is_author = [re.fullmatch(r"[A-Z][\w-]+", word) is not None for word in words]
-    authors = is_author.index(False) if False in is_author else len(words)
-    first = [f"{words[0]} et al."] if authors > 2 else words[:authors]
-    return re.sub(r"arXiv (\d+\.\d+)", r"[\1](https://arxiv.org/abs/\1)", ", ".join([*first, *words[authors:]]))
+    parts = source.split(", ")
+    is_author = [re.fullmatch(r"[A-Z][\w-]+", part) is not None for part in parts]
+    authors = is_author.index(False) if False in is_author else len(parts)
+    first = [f"{parts[0]} et al."] if authors > 2 else parts[:authors]
+    return re.sub(r"arXiv (\d+\.\d+)", r"[\1](https://arxiv.org/abs/\1)", ", ".join([*first, *parts[authors:]]))
 
 
 def typeset(formula: str) -> str:
-    """Return a formula with its indices and exponents in HTML, as a cell of a table.
+    """Return a formula with indices and exponents in HTML, for a table cell.
 
     Example:
         >>> typeset("e^{−s_i} L_i, not min_weight or `a_b`")

@@ -1,10 +1,10 @@
-"""Prints how exact GradNorm is on models of other packages, and what it adds to a training step, as a Markdown table.
+"""Prints a Markdown table of GradNorm's accuracy on other packages' models, and of the time it adds to a training step.
 
     .venv-third-party/bin/python scripts/third_party_times.py
 
-Each round trains every model without GradNorm, with the heads that it finds, and with `heads=None`, in turn, in one process.
-A time is the processor time from the start of a batch to the start of the next, the median of a training's steps. It is
-divided by the plain one of the same round; of the rounds, the median and the quartiles are printed.
+Each round trains every model without GradNorm, with detected heads, and with `heads=None`, in turn, in one process.
+A time is the CPU time from the start of a batch to the start of the next, the median over the steps. It is
+divided by the plain time in the same round. The table has the median and the quartiles over the rounds.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ WARM_UP = 10
 
 
 class Clock(L.Callback):
-    """Notes when each batch starts."""
+    """Records when each batch starts."""
 
     def __init__(self) -> None:
         self.starts: list[float] = []
@@ -79,7 +79,7 @@ works_in_both_packages(Clock)
 
 
 def step_time(name: str, gradnorm: dict[str, Any] | None, steps: int) -> float:
-    """Return the seconds of processor time of a step."""
+    """Return the CPU time of a step in seconds."""
     torch.manual_seed(0)
     project, clock = PROJECTS[name](**SIZES[name]), Clock()
     ours = [] if gradnorm is None else [GradNorm(**project.gradnorm, **gradnorm)]
@@ -88,7 +88,7 @@ def step_time(name: str, gradnorm: dict[str, Any] | None, steps: int) -> float:
 
 
 def exactness(name: str, precision: str) -> float:
-    """Return the largest difference of a weight from a double backward, with the heads that are found."""
+    """Return the largest difference of a weight from a double backward, with detected heads."""
     torch.manual_seed(0)
     project, tape = PROJECTS[name](), Tape()
     project.fit([tape, GradNorm(**project.gradnorm)], precision=precision)

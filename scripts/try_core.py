@@ -1,4 +1,4 @@
-"""Install the package without extras in an environment of its own; train, resume, and call a command.
+"""Installs the package without extras in a fresh environment, then trains, resumes and calls a command.
 
 Example:
     python scripts/try_core.py
@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ABSENT = ("PIL", "hydra", "matplotlib", "omegaconf", "rich", "tensorboard")
-"""What none of the core's dependencies brings. (Lightning brings yaml.)"""
+"""Packages that no dependency of the core installs. (Lightning installs yaml.)"""
 
 TRAINING = f"""
 import importlib.util
@@ -90,10 +90,10 @@ print("not installed:", ", ".join({ABSENT}))
 
 
 def main() -> None:
-    """Do it, and print what happens.
+    """Run all steps and print their output.
 
     Raises:
-        SystemExit: something did not work.
+        SystemExit: a step failed.
     """
     with tempfile.TemporaryDirectory() as place:
         programs, folder = Path(place) / "venv/bin", Path(place) / "elsewhere"
@@ -101,7 +101,7 @@ def main() -> None:
         venv.create(Path(place) / "venv", with_pip=True)
 
         def call(program: str, *arguments: str, status: int = 0) -> str:
-            """Run one of the environment's programs; nothing of ours leads back to the checkout."""
+            """Run one of the environment's programs, without any path back to the checkout."""
             clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
             done = subprocess.run(
                 [programs / program, *arguments], cwd=folder, env=clean, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""Install a wheel with the `experiments` extra, in an environment of its own, and use its commands in another folder.
+"""Installs a wheel with the `experiments` extra in a fresh environment, and uses its commands in another folder.
 
 Example:
     python scripts/try_wheel.py dist
@@ -27,7 +27,7 @@ def main() -> None:
         venv.create(Path(place) / "venv", with_pip=True)
 
         def call(program: str, *arguments: str) -> str:
-            """Run one of the environment's programs; nothing of ours leads back to the checkout."""
+            """Run one of the environment's programs, without any path back to the checkout."""
             clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
             done = subprocess.run(
                 [programs / program, *arguments], cwd=folder, env=clean, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""What GradNorm's weights did in finished runs: how steady they are, and how near the gradient norms come to their targets."""
+"""Analyzes GradNorm's weights in finished runs: how stable they are, and how close the gradient norms are to their targets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Trace:
 
     Attributes:
         spread: Standard deviation of each task's log w, over the logged steps.
-        distance: Σ |G_i - target_i| / Σ G_i, the mean over the logged steps; with smoothing both are of the averages.
+        distance: Σ |G_i - target_i| / Σ G_i, averaged over the logged steps. With smoothing, both use the averages.
     """
 
     spread: dict[str, float]
@@ -26,14 +26,14 @@ class Trace:
 
 
 def read_rows(folder: Path, metric: str = L_GRAD) -> list[dict[str, str]]:
-    """Return the rows of a run's CSV log that have a metric, by default those of GradNorm."""
+    """Return the rows of a run's CSV log with a metric, by default GradNorm's."""
     (file,) = folder.rglob("metrics.csv")
     with file.open() as lines:
         return [row for row in csv.DictReader(lines) if row.get(metric)]
 
 
 def read_weights(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Return the logged steps and the weight in each of them, by task."""
+    """Return the logged steps and their weights, by task."""
     rows = read_rows(folder)
     names = [name for name in rows[0] if name.startswith(WEIGHT)]
     steps = [int(row["step"]) for row in rows]
@@ -41,7 +41,7 @@ def read_weights(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def read_trace(folder: Path) -> Trace:
-    """Read the trace of a run that logged with CSVLogger; its one ``metrics.csv`` may lie further down."""
+    """Read the trace of a run that logged with CSVLogger. Its single ``metrics.csv`` may be in a subfolder."""
     rows = read_rows(folder)
     last = rows[2 * len(rows) // 3 :]
     tasks = [name.removeprefix(WEIGHT) for name in last[0] if name.startswith(WEIGHT)]
@@ -55,7 +55,7 @@ def traces_table(of_ways: Mapping[str, Sequence[Path]]) -> str:
     """Return a table of the means over runs.
 
     Args:
-        of_ways: The folders of each way's runs.
+        of_ways: The folders with the runs of each way.
     """
     found = {way: [read_trace(folder) for folder in folders] for way, folders in of_ways.items()}
     tasks = list(next(iter(found.values()))[0].spread)

@@ -1,9 +1,9 @@
-"""Every strategy that ``gradnorm-train balancing=…`` can name.
+"""All strategies for ``gradnorm-train balancing=…``.
 
 Nothing is listed here by hand. The classes come from TorchJD, from `lightning_gradnorm.strategies` and from the public
-callbacks; the names from the files of ``conf/balancing``. Schemas, ``--help``, the documentation and the tests are derived
-from this. A file of ``conf/balancing`` begins with a comment: what the strategy does; a line ``# (…)`` with its source; and,
-after ``# Formula:``, what it computes.
+callbacks. The names come from the files in ``conf/balancing``. Schemas, ``--help``, the documentation and the tests use
+this module. A file in ``conf/balancing`` begins with a comment: what the strategy does, a line ``# (…)`` with its source,
+and its formula after ``# Formula:``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _concrete(package: ModuleType, *kinds: type) -> tuple[Constructor, ...]:
 
 
 def made_for_tasks(constructor: Constructor) -> tuple[str, ...]:
-    """Return the required parameters that are left out of a configuration, because they follow from the number of tasks.
+    """Return the required parameters that a configuration omits, because they follow from the number of tasks.
 
     Example:
         >>> made_for_tasks(scalarization.UW), made_for_tasks(scalarization.DWA)
@@ -76,7 +76,7 @@ SCALARIZERS: tuple[Constructor, ...] = (
     *_concrete(scalarization, scalarization.Scalarizer),
     *(one for one in _public(strategies) if inspect.isfunction(one) and "number_of_tasks" in made_for_tasks(one)),
 )
-"""With schemas such as ``/schema/scalarization/DWA``; functions that make a scalarizer from the number of tasks included."""
+"""With schemas such as ``/schema/scalarization/DWA``. Includes functions that make a scalarizer from the number of tasks."""
 
 AGGREGATORS = _concrete(aggregation, aggregation.Aggregator, aggregation.Weighting)
 """Aggregators and weightings, with schemas such as ``/schema/aggregation/CAGrad``."""
@@ -94,7 +94,7 @@ SCHEMAS: Mapping[str, Constructor] = {
     **{f"aggregation/{one.__name__}": one for one in AGGREGATORS},
     **{f"norms/{one.__name__}": one for one in FORMULAS},
 }
-"""The name of a schema, without ``/schema/`` → what it is of."""
+"""Name of a schema, without ``/schema/`` → its constructor."""
 
 _AMBIGUOUS = {one.__name__ for one in SCALARIZERS} & {one.__name__ for one in AGGREGATORS}
 
@@ -106,32 +106,32 @@ NEEDS = {
     "representation": "gradients at the representation",
     "parameters": "gradients of the parameters",
 }
-"""The kinds of strategies, and what each has to be given in each step."""
+"""The kinds of strategies, and their inputs in each step."""
 
 _CALLBACK_FACTS = {
     "FixedWeights": ("", "as given"),
     "GradNorm": ("weights, L(0), optimizer", "T"),
 }
-"""What callbacks that are strategies by themselves remember, and the sum of their weights; ``T`` by default."""
+"""State and sum of weights of callbacks that are strategies themselves. The sum is ``T`` by default."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One object of a configuration: what is called, and with which options."""
+    """One object of a configuration: its constructor and options."""
 
     constructor: Constructor
     options: Mapping[str, Any]
     partial: bool = False
 
     def make(self) -> Any:
-        """Return the object, or the function that makes it."""
+        """Return the object, or the function that creates it."""
         options = {name: value.make() if isinstance(value, Part) else value for name, value in self.options.items()}
         if not self.partial:
             return self.constructor(**options)
         return partial(self.constructor, **options) if options else self.constructor
 
     def __str__(self) -> str:
-        """Return it in Python."""
+        """Return the Python expression."""
         name = self.constructor.__name__
         if name in _AMBIGUOUS and not self.constructor.__module__.startswith("lightning_gradnorm"):
             name = f"{self.constructor.__module__.split('.')[1]}.{name}"
@@ -147,7 +147,7 @@ class Part:
 
 
 def _is_default(value: Any, parameter: inspect.Parameter | None) -> bool:
-    """Return True if this makes the same optimizer as the default of an ``optimizer`` parameter does."""
+    """Return True if this creates the same optimizer as the default of an ``optimizer`` parameter."""
     if parameter is None or parameter.name != "optimizer" or not isinstance(value, Part):
         return False
     one, other = (make([torch.zeros(1, requires_grad=True)]) for make in (value.make(), parameter.default))
@@ -160,7 +160,7 @@ def _python(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Strategy:
-    """One file of ``conf/balancing``."""
+    """One file in ``conf/balancing``."""
 
     name: str
     summary: str
@@ -171,7 +171,7 @@ class Strategy:
 
     @property
     def kind(self) -> str:
-        """Its kind, a key of `NEEDS`."""
+        """The kind, a key of `NEEDS`."""
         if self._formula is not None and self._formula.of_all_parameters:
             return "network"
         return kind_of(self._callback_name, None if self.callback is None else self.callback.options.get("at"))
@@ -184,21 +184,21 @@ class Strategy:
 
     @property
     def needs(self) -> str:
-        """What it has to be given in each step."""
+        """The inputs in each step."""
         of_both = self.callback is not None and {"aggregator", "scalarizer"} <= set(self.callback.options)
         return f"{NEEDS['losses']} and {NEEDS[self.kind]}" if of_both else NEEDS[self.kind]
 
     def parts(self, tasks: Sequence[str]) -> dict[str, torch.nn.Module]:
-        """Return its aggregator and scalarizer, those that it has, made for these tasks."""
+        """Return its aggregator and scalarizer, as far as it has them, for these tasks."""
         options = {} if self.callback is None else self.callback.options
         given = {name: options[name] for name in ("aggregator", "scalarizer") if name in options}
         return {name: instantiate(tasks, part.make(), caller=name) for name, part in given.items()}
 
     def rule(self, tasks: Sequence[str], **options: Any) -> ScalarizationRule | None:
-        """Return the rule that trains with it, ``None`` if it has neither an aggregator nor a scalarizer.
+        """Return its training rule, or ``None`` if it has neither an aggregator nor a scalarizer.
 
         Args:
-            tasks: the tasks' names.
+            tasks: names of the tasks.
             options: other arguments of the rule, such as ``seed`` and ``dtype``.
         """
         parts = self.parts(tasks)
@@ -214,7 +214,7 @@ class Strategy:
             tasks, parts["aggregator"], parts.get("scalarizer"), of_parameters=of_parameters, **options
         )
 
-    # ---- what the documentation says ---------------------------------------------------------------------------------
+    # ---- facts for the documentation ---------------------------------------------------------------------------------
 
     @cached_property
     def _rule(self) -> ScalarizationRule | None:
@@ -227,7 +227,7 @@ class Strategy:
 
     @property
     def remembers(self) -> str:
-        """What a checkpoint has of it."""
+        """Its state in a checkpoint."""
         if self._formula is not None:
             return "weights, averages"
         if self.callback is None or self._rule is None:
@@ -239,7 +239,7 @@ class Strategy:
 
     @property
     def costs(self) -> str:
-        """What a step costs beside the backward pass."""
+        """The cost of a step besides the backward pass."""
         if self._rule is not None and self._rule.needs_losses_after_step:
             return "one more forward pass"
         costs = {
@@ -252,7 +252,7 @@ class Strategy:
 
     @property
     def packages(self) -> list[str]:
-        """Solvers that have to be installed."""
+        """Solvers that it requires."""
         parts = [] if self._rule is None else [*self.parts(self._rule.tasks).values()]
         modules = [module for part in parts for module in part.modules()]
         holders = [one for module in modules for one in (module, *vars(module).values())]
@@ -260,7 +260,7 @@ class Strategy:
 
     @property
     def weights_sum_to(self) -> str:
-        """The sum of its weights, in words."""
+        """The sum of its weights as text."""
         if self._formula is not None and self.callback is not None:
             option = inspect.signature(self._formula).parameters.get("normalize")
             normalizes = option is not None and self.callback.options["rule"].options.get("normalize", option.default)
@@ -280,13 +280,13 @@ class Strategy:
 
     @property
     def on_ranks(self) -> str:
-        """Whether several ranks give what one process gives."""
+        """How several ranks compare with one process."""
         by_number = isinstance(self._rule, AggregationRule) and self._rule.input == "matrix"
         return "number by number" if by_number and self.kind == "representation" else "exact"
 
     @property
     def fewest_tasks(self) -> int:
-        """How many tasks it needs, with the options of its file."""
+        """The minimum number of tasks, with the options in its file."""
         return 1 if self.callback is None else max([2, *(facts.fewest_tasks for facts in self._facts)])
 
     @property
@@ -295,7 +295,7 @@ class Strategy:
 
 
 def read_strategies(conf: Path) -> dict[str, Strategy]:
-    """Return the strategies of a folder of configurations by name.
+    """Return the strategies in a folder of configurations by name.
 
     Example:
         >>> from lightning_gradnorm.experiments.cli.config import conf_dir
@@ -310,7 +310,7 @@ def read_strategies(conf: Path) -> dict[str, Strategy]:
 
 
 def read_header(text: str) -> tuple[str, str, str]:
-    r"""Return what the comment at the beginning of a configuration says: summary, source and formula.
+    r"""Return summary, source and formula from the comment at the beginning of a configuration.
 
     Example:
         >>> read_header("# Mine: the sum\n# (Me, 2026). Try it.\n# Formula: w_i = 1\na: 1")

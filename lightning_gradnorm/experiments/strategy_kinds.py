@@ -1,4 +1,4 @@
-"""What is known of the strategies without importing them: their kinds, and the names that ``--help`` lists."""
+"""Facts about the strategies without importing them: their kinds, and the list of names for ``--help``."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _KINDS = {
 }
 _HELP = {
     "": ("nothing", "norms"),
-    "by the losses": ("losses",),
-    "by the gradients where the heads begin": ("representation",),
-    "by the gradients of all that is shared": ("parameters",),
+    "from the losses": ("losses",),
+    "from the gradients at the representation": ("representation",),
+    "from the gradients of all shared parameters": ("parameters",),
 }
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -30,7 +30,7 @@ def kind_of(callback: str, at: Any = None) -> str:
     """Return the kind of a strategy, a key of `registry.NEEDS`.
 
     Args:
-        callback: the name of its callback; nothing of plain training.
+        callback: the name of its callback; empty for plain training.
         at: where an aggregation combines the gradients.
 
     Example:
@@ -53,11 +53,11 @@ def _kind(file: Path) -> str:
 
 
 def help_text(conf: Path, *, default: str = "gradnorm", width: int = 112, indent: str = " " * 12) -> str:
-    """Return the names of all strategies for ``--help``, by what they need."""
+    """Return the names of all strategies for ``--help``, grouped by what they need."""
     groups, kind = [], kinds(conf)
     for title, of_title in _HELP.items():
         names = [name for name in kind if kind[name] in of_title and name != default]
         names = [f"{default} (default)", *names] if not title else names
         groups.append(f"{title}: {', '.join(names)}" if title else ", ".join(names))
-    text = f"how the tasks are balanced, see docs/strategies.md: {'; '.join(groups)}"
+    text = f"the balancing strategy, see docs/strategies.md: {'; '.join(groups)}"
     return f"\n{indent}".join(textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False))

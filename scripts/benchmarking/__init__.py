@@ -1,1 +1,1 @@
-"""The parts of scripts/benchmark.py: networks, models, ways to train them, one run, and a module for each measure."""
+"""The parts of scripts/benchmark.py: networks, models, ways to train them, single runs, and one module per measure."""

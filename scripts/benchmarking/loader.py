@@ -1,4 +1,4 @@
-"""The share of a training step that waits for the loader, with the data sets of the command line."""
+"""Measures the share of a training step that waits for the loader, with the data sets of the command line."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lightning_gradnorm.experiments.cli.config import conf_dir, register
 NEXT_BATCH = "[_TrainingEpochLoop].train_dataloader_next"
 WARM_UP = 3
 STEPS = {"rooms": 7, "rooms_few": 7, "nyuv2": 7, "turbofan": 15, "cmapss": 15}
-"""Where a step takes seconds; elsewhere it is 60."""
+"""Number of steps if a step takes seconds, otherwise 60."""
 DESCRIBED = (
-    "The share of a training step that Lightning waits for the next batch, as its profiler has it: `gradnorm-train data=…`, "
+    "The share of a training step that Lightning waits for the next batch, according to its profiler: `gradnorm-train data=…`, "
     "with its network, GradNorm and its number of workers. Median over the rounds, and quartiles."
 )
 
@@ -31,10 +31,10 @@ def known_data() -> list[str]:
 
 
 def waiting(name: str, plan: Plan, folder: Path) -> tuple[Any, float, float]:
-    """Train a few steps as the command line would.
+    """Train a few steps like the command line.
 
     Returns:
-        The data module, the seconds that a step waits for its batch, and those that it takes in all.
+        The data module, the seconds that a step waits for its batch, and the total seconds of a step.
     """
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -45,7 +45,7 @@ def waiting(name: str, plan: Plan, folder: Path) -> tuple[Any, float, float]:
     profiler = SimpleProfiler()
     callbacks = [clock, *([balancing] if balancing is not None else [])]
     plan.setting.trainer(steps, callbacks, profiler=profiler, default_root_dir=folder).fit(model, datamodule=data)
-    # The fetches of the measured steps but the first, whose batch was there when the clock began.
+    # The fetches of the measured steps, except the first, whose batch was fetched before the clock started.
     waits = profiler.recorded_durations[NEXT_BATCH][WARM_UP + 1 : steps]
     measured = steps - 1 - WARM_UP
     return data, sum(waits) / measured, clock.seconds() / measured

@@ -1,4 +1,4 @@
-"""What Lightning's own loop takes in a step: beside a bare loop, and with our callback."""
+"""Measures the time of Lightning's loop in a step, compared with a bare loop and with our callback."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ DESCRIBED = (
 
 
 class LogsLosses(L.Callback):
-    """Logs the task losses of the steps that Lightning writes: what else is logged, nobody sees, and it is slow."""
+    """Logs the task losses only in steps that Lightning writes. Other logging is never seen, and slow."""
 
     @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Our own module returns nothing, and logs its losses itself.
+        # Our own module returns nothing and logs its losses itself.
         if outputs is not None and (batch_idx + 1) % WRITE_EVERY == 0:
             self.log_dict({f"train/loss/{task}": loss for task, loss in outputs.items() if task != "loss"})
 

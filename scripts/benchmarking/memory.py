@@ -1,4 +1,4 @@
-"""The peak of the memory, each run in a fresh process."""
+"""Measures peak memory, with each run in a fresh process."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from benchmarking.running import Setting, step_time
 from benchmarking.ways import EQUAL, WAYS
 
 DESCRIBED = (
-    "Peak of the resident memory (on a GPU: of what is allocated) beyond what the process has after a few steps of the same "
-    "network, trained the same way with batches of one; each run in a fresh process whose allocator gives back at once what is "
-    "freed (MALLOC_MMAP_THRESHOLD_): what is alive, and neither what it keeps in reserve nor the operators' own code. Median, "
+    "Peak resident memory (on a GPU: allocated memory) beyond that of the process after a few steps of the same network, "
+    "trained the same way with batches of one. Each run has a fresh process whose allocator returns freed memory immediately "
+    "(MALLOC_MMAP_THRESHOLD_), so this counts live memory, not reserves or the code of operators. Median, "
     "and ratio to equal weights."
 )
 _GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""For glibc, whose reserve depends on the order in which tensors come and go."""
+"""For glibc, whose reserve depends on the order of allocations."""
 
 
 def peak_memory(group: str, name: str, case: Case, setting: Setting) -> float:
-    """Return, in MiB, by how much a run's memory grows beyond what the process has before it; for a process of its own."""
+    """Return how much a run increases the memory of its process, in MiB. Call it in a fresh process."""
     be_quiet(setting.threads)
     warnings.simplefilter("ignore")
     way = WAYS[group][name]
-    # Packages and the code of operators, which is loaded when they are first called, are not what is measured.
+    # Do not measure packages and the code of operators, which is loaded on their first call.
     way.what_is_missing()
     kind, tasks = case
     step_time(way.start(kind, tasks, setting.compiled), kind, replace(setting, steps=None, batch_size=1))

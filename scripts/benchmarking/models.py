@@ -17,36 +17,36 @@ from lightning_gradnorm.experiments.problems.pde import PINN, Burgers, Collocati
 
 
 def mean_square(prediction: Tensor, target: Any = None) -> Tensor:
-    """Return a loss that costs next to nothing."""
+    """Return a very cheap loss."""
     return prediction.square().mean()
 
 
 def trunk_and_heads(
     kind: str, tasks: int, compiled: bool, *, walked_once: bool = True
 ) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """Return the network's parts, the same at each call; compiled one by one.
+    """Return the network's trunk and heads, identical in each call, each compiled separately.
 
     Args:
         kind: name of the network.
-        tasks: how many.
-        compiled: by `torch.compile`.
-        walked_once: whether a backward pass may leave nothing of a compiled graph, as it does by default.
+        tasks: number of tasks.
+        compiled: use `torch.compile`.
+        walked_once: allow a backward pass to free a compiled graph, as by default.
     """
     torch.manual_seed(0)
     network = NETWORKS[kind]
     trunk, heads = network.trunk(), {f"task_{i}": network.head(i) for i in range(tasks)}
     if not compiled:
         return trunk, heads
-    # What was compiled for the runs before counts towards dynamo's limit, behind which it runs eagerly and says nothing.
+    # Compilations of earlier runs count toward dynamo's limit. Beyond it, dynamo silently runs eagerly.
     torch.compiler.reset()
     torch._functorch.config.donated_buffer = walked_once  # type: ignore[attr-defined]
-    # For the shapes that come: after another network's, which it remembers, it would compile for all shapes.
+    # Static shapes: after other networks, dynamo would compile for dynamic shapes.
     of_these_shapes: Any = partial(torch.compile, dynamic=False)
     return of_these_shapes(trunk), {task: of_these_shapes(head) for task, head in heads.items()}
 
 
 class Model(L.LightningModule):
-    """A trunk, T heads, T losses in the returned mapping: what a user has."""
+    """A typical user's model: a trunk, T heads, and T losses in the returned mapping."""
 
     walked_once = True
 
@@ -73,7 +73,7 @@ class Model(L.LightningModule):
 
 
 class ByHand(Model):
-    """The same network with manual optimization: `differentiate` leaves a gradient at each of its parameters."""
+    """The same network with manual optimization. `differentiate` sets the gradient of each parameter."""
 
     walked_once = False
 
@@ -87,7 +87,7 @@ class ByHand(Model):
         optimizer.zero_grad()  # type: ignore[union-attr]
         z = self.encoder(batch)
         losses = [mean_square(head(z)) for head in self.heads.values()]
-        # A backward pass, and what is computed from its gradients, belongs outside autocast.
+        # A backward pass, and computations with its gradients, belong outside autocast.
         with torch.autocast(self.device.type, enabled=False):
             self.differentiate(z, losses)
         optimizer.step()  # type: ignore[union-attr]
@@ -97,7 +97,7 @@ class ByHand(Model):
 
 
 class Module(MultiTaskModule):
-    """The same network as our own module has it."""
+    """The same network as a `MultiTaskModule`."""
 
     def __init__(self, kind: str, tasks: int, compiled: bool = False) -> None:
         encoder, heads = trunk_and_heads(kind, tasks, compiled)
@@ -113,7 +113,7 @@ class Module(MultiTaskModule):
 
 
 class Physics(PINN):
-    """Burgers' equation with its three losses, and no heads; always on the same points, those of experiment=pinn_burgers."""
+    """Burgers' equation with its three losses and no heads, always on the same points, those of experiment=pinn_burgers."""
 
     def __init__(self, kind: str) -> None:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The networks whose training is timed: a trunk, a head for each task, a batch."""
+"""The networks to time: a trunk, one head per task, and a batch."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from lightning_gradnorm.experiments.problems.small import MLP
 
 @dataclass(frozen=True)
 class Network:
-    """A trunk, a head for each task, and a batch of such a size that a step takes a while.
+    """A trunk, one head per task, and a batch large enough that a step takes a while.
 
     Args:
-        trunk: makes it.
-        head: makes that of the i-th task.
+        trunk: creates the trunk.
+        head: creates the head of the i-th task.
         batch: shape of a batch.
         shared_layer: dotted name of the last shared layer in a model whose trunk is called ``encoder``.
-        steps: of a run, unless the command says otherwise.
-        warm_up: those of them that are not measured.
-        block: those that are timed together; as many as there are between two updates of the weights, or a multiple.
+        steps: default number of steps per run.
+        warm_up: number of these steps that are not measured.
+        block: number of steps timed together, a multiple of the steps between two updates of the weights.
     """
 
     trunk: Callable[[], nn.Module]
@@ -49,7 +49,7 @@ def convolutions() -> nn.Sequential:
 
 
 class Transformer(nn.TransformerEncoder):
-    """Six layers and the mean over the tokens. Without dropout its attention is torch's fused kernel."""
+    """Six layers and the mean over the tokens. Without dropout, attention uses torch's fused kernel."""
 
     def __init__(self, width: int = 128) -> None:
         layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
@@ -91,12 +91,12 @@ NETWORKS = {
     "dense": Network(convolutions, upsampling, (16, 3, 48, 48), "encoder.10"),
     "toy": Network(partial(MLP, 250), linear(100, 100), (100, 250), "encoder.layers.6"),
     "transformer": Network(Transformer, linear(128, 10), (8, 64, 128), "encoder.layers.5.linear2"),
-    # The paper's two: 320 x 320 to 80 x 80. Seconds a step on a CPU, so a few of them will do.
+    # The paper's two: 320 x 320 to 80 x 80. A step takes seconds on a CPU, so a few are enough.
     "segnet": Network(SegNet, pixelwise, (2, 3, 320, 320), "encoder.decoder.2.6", steps=7, warm_up=2),
     "resnet": Network(FCNResNet50, pixelwise, (2, 3, 320, 320), "encoder.gather.0", steps=7, warm_up=2),
     "engine64": engine(64),
     "engine256": engine(256),
-    # Not a trunk with heads: `models.Physics`.
+    # Without a trunk and heads: `models.Physics`.
     "burgers": Network(
         partial(TanhMLP, Burgers(), hidden=4 * [32]),
         lambda task: nn.Identity(),
@@ -108,4 +108,4 @@ NETWORKS = {
     ),
 }
 TASK_COUNTS = (2, 3, 5, 10, 20, 40)
-"""What a model named without T is measured with."""
+"""Numbers of tasks for a model given without T."""

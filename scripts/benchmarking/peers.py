@@ -1,4 +1,4 @@
-"""GradNorm as others have it, and TorchJD as its documentation shows it, each in the same manual optimization."""
+"""GradNorm from other packages, and TorchJD as documented, all with the same manual optimization."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ALPHA = 1.5
 
 
 class Textbook(ByHand):
-    """The paper's Algorithm 1 to the letter: ``L_grad`` is differentiated through the gradients, for the weights alone."""
+    """The paper's Algorithm 1 to the letter: differentiates ``L_grad`` through the gradients, only for the weights."""
 
     def __init__(self, kind: str, tasks: int, compiled: bool = False) -> None:
         super().__init__(kind, tasks, compiled)
@@ -72,9 +72,9 @@ class LibMTLGradNorm(ByHand):
         super().__init__(kind, tasks, compiled)
         weighting = libmtl_gradnorm()()
         weighting.task_num, weighting.rep_grad = tasks, False
-        weighting.epoch, weighting.train_loss_buffer = 1, torch.ones(tasks, 1)  # nothing is balanced in epoch 0
+        weighting.epoch, weighting.train_loss_buffer = 1, torch.ones(tasks, 1)  # it does not balance in epoch 0
         weighting.get_share_params = self.encoder.parameters
-        # Written for torch 1, where zero_grad() leaves zeros, into which the weighted gradient is put.
+        # Written for torch 1, where zero_grad() leaves zeros, which receive the weighted gradient.
         weighting.zero_grad_share_params = partial(self.encoder.zero_grad, set_to_none=False)
         weighting.device = self.device
         weighting.init_param()
@@ -82,7 +82,7 @@ class LibMTLGradNorm(ByHand):
 
     @override
     def differentiate(self, z: Tensor, losses: list[Tensor]) -> None:
-        self.weighting.device = self.device  # which Lightning has moved it to
+        self.weighting.device = self.device  # Lightning has moved the model
         held = torch.zeros(len(losses), device=self.device)
         for place, loss in enumerate(losses):
             held[place] = loss
@@ -90,7 +90,7 @@ class LibMTLGradNorm(ByHand):
 
 
 class TorchJD(ByHand):
-    """UPGrad as TorchJD's documentation says, over the shared parameters."""
+    """UPGrad over the shared parameters, as in TorchJD's documentation."""
 
     def __init__(self, kind: str, tasks: int, compiled: bool = False) -> None:
         super().__init__(kind, tasks, compiled)
@@ -109,7 +109,7 @@ def gradnorm_pytorch() -> Any:
 
 @cache
 def libmtl_gradnorm() -> Any:
-    """Return LibMTL's class alone: ``import LibMTL`` wants torchvision, and modules that torchvision no longer has."""
+    """Return only LibMTL's class. ``import LibMTL`` needs torchvision, and modules that torchvision no longer has."""
     found = importlib.util.find_spec("LibMTL")
     if found is None or not found.submodule_search_locations:
         raise ModuleNotFoundError("No module named 'LibMTL'")

@@ -1,4 +1,4 @@
-"""The picture of the ratios: a panel for each network, a line for each way."""
+"""Draws the ratios: one panel per network, one line per way."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-# Okabe and Ito's, which the color-blind tell apart; markers and dashes say the same once more.
+# Okabe and Ito's colors, distinct for color-blind readers. Markers and dashes repeat the distinction.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 MARKERS = "osD^vPX*"
 
 
 @dataclass
 class Line:
-    """A way, whether it is ours, and its ratio to equal weights by network and number of tasks."""
+    """A way, if it is ours, and its ratio to equal weights by network and number of tasks."""
 
     name: str
     is_ours: bool = True
@@ -30,7 +30,7 @@ class Line:
 
 
 def draw_ratios(path: Path, lines: Sequence[Line]) -> bool:
-    """Draw the networks that were measured with more than one T, ours solid, others' dashed; say whether there is one."""
+    """Draw the networks measured with more than one T, ours solid, others' dashed. Return True if there are any."""
     kinds = list(dict.fromkeys(kind for line in lines for kind, of_kind in line.ratios.items() if len(of_kind) > 1))
     if not kinds:
         return False

@@ -1,4 +1,4 @@
-"""What a command asks for, and the page that answers it."""
+"""The plan of a measurement, and its page."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Plan:
     """What to measure.
 
     Args:
-        group: of the ways.
-        names: of those that are compared with equal weights.
+        group: group of the ways.
+        names: names of the ways to compare with equal weights.
         cases: networks with their numbers of tasks.
-        data: data sets, for the measure that has no cases.
-        left_out: ways that cannot be tried here, with the reason.
+        data: data sets, for the measure without cases.
+        left_out: ways that cannot run here, with the reason.
     """
 
     group: str
@@ -49,12 +49,12 @@ class Plan:
         return [EQUAL, *self.names]
 
     def interleaved(self, names: Sequence[str]) -> Iterator[str]:
-        """Return every name once in each round, in an order that is drawn."""
+        """Yield every name once per round, in random order."""
         for _ in range(self.rounds):
             yield from random.sample(list(names), len(names))
 
     def write(self, title: str, described: str, parts: Sequence[str]) -> Path:
-        """Write the page. What its name has beyond ``step_time`` or ``peak_memory`` is the subtitle."""
+        """Write the page. The part of its name after ``step_time`` or ``peak_memory`` is the subtitle."""
         words = self.name.split("_", 2)
         if len(words) == 3:
             title += f": {words[2].replace('_', ' ')}"
@@ -75,13 +75,13 @@ class Plan:
 
 
 class Failures:
-    """Keeps what other people's ways cannot do; a defect of ours is raised."""
+    """Records failures of other packages' ways. Errors in ours are raised."""
 
     def __init__(self) -> None:
         self.reasons: dict[tuple[str, Case], str] = {}
 
     def attempt(self, plan: Plan, name: str, case: Case, action: Callable[[], Result]) -> Result | None:
-        """Return what the action returns, ``None`` if it has failed now or before."""
+        """Return the result of the action, or ``None`` if it failed now or before."""
         if (name, case) in self.reasons:
             return None
         try:
@@ -94,13 +94,13 @@ class Failures:
             return None
 
     def sentences(self) -> list[str]:
-        """Return a list for the page, if there is something to list."""
+        """Return the list of failures for the page, if there are any."""
         lines = [f"- {name} on {kind}, T = {tasks}: {why}" for (name, (kind, tasks)), why in self.reasons.items()]
         return ["\n".join(["What fails:", "", *lines])] if lines else []
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
-    """Return a table whose first so many columns are text and the others numbers."""
+    """Return a table whose first ``texts`` columns are text and the others numbers."""
     rule = "|---" * texts + "|---:" * (len(columns) - texts) + "|"
     return "\n".join([table_line(columns), rule, *map(table_line, rows)])
 
@@ -115,13 +115,13 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def median_and_quartiles(values: Sequence[float], digits: int = 2, more: str = "") -> str:
-    """Return the median, and in brackets the quartiles and what else is to stand there."""
+    """Return the median, with the quartiles and ``more`` in brackets."""
     low, high = quartiles(values)
     return f"{statistics.median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f}{more})"
 
 
 def ratio(times: Sequence[float], reference: Sequence[float]) -> float:
-    """Return the median of the ratios round by round."""
+    """Return the median over the rounds of the ratios."""
     return statistics.median(ratios(times, reference))
 
 
@@ -130,5 +130,5 @@ def ratios(times: Sequence[float], reference: Sequence[float]) -> list[float]:
 
 
 def ratio_and_quartiles(times: Sequence[float], reference: Sequence[float], more: str = "") -> str:
-    """Return `ratio`, with the quartiles in brackets, and what else is to stand there."""
+    """Return `ratio`, with the quartiles and ``more`` in brackets."""
     return median_and_quartiles(ratios(times, reference), more=more)

@@ -1,4 +1,4 @@
-"""One run: a network trained a few steps one way, with a clock."""
+"""Runs one way to train a network for a few steps, with a clock."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs of a measure have in common."""
+    """The settings shared by all runs of a measure."""
 
     device: str = "cpu"
     threads: int = 2
@@ -42,7 +42,7 @@ class Setting:
         return self.steps or NETWORKS[kind].steps
 
     def batch_of(self, kind: str) -> torch.Tensor:
-        """Return a batch that is on the device already, so that no copy is timed."""
+        """Return a batch that is already on the device, so no copy is timed."""
         size, *shape = NETWORKS[kind].batch
         return torch.randn(self.batch_size or size, *shape, device=self.device)
 
@@ -68,7 +68,7 @@ class Setting:
 
 
 class Clock(L.Callback):
-    """Notes when each block of the measured steps begins, and the last step, with all work before them done."""
+    """Records when each block of measured steps begins, and when the last step begins, after all earlier work is done."""
 
     def __init__(self, steps: int, warm_up: int, setting: Setting, block: int = 8) -> None:
         self.steps, self.warm_up, self.setting = steps, warm_up, setting
@@ -80,7 +80,7 @@ class Clock(L.Callback):
     def on_train_batch_start(self, *_: Any) -> None:
         since = self.begun - self.warm_up
         if since >= 0 and (since % self.block == 0 or self.begun == self.steps - 1):
-            self.setting.synchronize()  # at these places only: between them the host may run ahead
+            self.setting.synchronize()  # only here: in between, the host may run ahead
             self.times.append(self.setting.now())
         self.begun += 1
 
@@ -89,21 +89,21 @@ class Clock(L.Callback):
         return self.times[-1] - self.times[0]
 
     def step_time(self) -> float:
-        """Return the time of a step: the median over whole blocks, for the sake of a machine that is interrupted."""
+        """Return the time of a step: the median over whole blocks, which is robust against interruptions."""
         whole = 1 + (self.steps - 1 - self.warm_up) // self.block
         blocks = [end - begin for begin, end in pairwise(self.times[:whole])]
         return statistics.median(blocks) / self.block
 
 
 def train(run: Run, kind: str, setting: Setting, callbacks: Sequence[L.Callback] = (), **options: Any) -> None:
-    """Train as many steps as the network is given.
+    """Train for the network's number of steps.
 
     Args:
-        run: the model and the callbacks of the way.
+        run: model and callbacks of the way.
         kind: name of the network.
-        setting: device and so on.
-        callbacks: more of them.
-        options: of the Trainer.
+        setting: settings such as the device.
+        callbacks: more callbacks.
+        options: options of the Trainer.
     """
     steps = setting.steps_of(kind)
     trainer = setting.trainer(steps, [*run.callbacks, *callbacks], **options)
@@ -118,9 +118,9 @@ def step_time(
     block: int | None = None,
     **options: Any,
 ) -> tuple[float, float]:
-    """`train`, and return the time of a step in seconds, and that of the solver in it."""
+    """Call `train`, and return the seconds of a step and of the solver in it."""
     network = NETWORKS[kind]
     clock = Clock(setting.steps_of(kind), network.warm_up, setting, block or network.block)
-    gc.collect()  # what runs before have left: a quarter of a second, in the midst of whichever run it comes
+    gc.collect()  # otherwise garbage from earlier runs costs 0.25 s in the middle of some run
     train(run, kind, setting, [clock, *callbacks], **options)
     return clock.step_time(), run.solver.mean() if run.solver is not None else 0.0

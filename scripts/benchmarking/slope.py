@@ -1,4 +1,4 @@
-"""What one more task costs, beside what one gradient of the shared layer's weight costs."""
+"""Measures the cost of one more task, compared with one gradient of the shared layer's weight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarking.times import Times, times_of
 from benchmarking.ways import EQUAL
 
 DESCRIBED = (
-    "Overhead of a way: its time of a step less that of equal weights in the run before it. A line is fitted by least squares "
+    "Overhead of a way: its step time minus that of equal weights in the run before it. A line is fitted by least squares "
     "to the medians of the overhead against T. One weight-gradient: `torch.autograd.grad` of the representation with respect "
     "to the shared layer's weight alone, in the same process."
 )
@@ -23,7 +23,7 @@ REPETITIONS = 20
 
 
 def weight_gradient_times(kind: str, setting: Setting) -> list[float]:
-    """Return the seconds that a gradient of the shared layer's weight takes, a few times."""
+    """Return several measured times of a gradient of the shared layer's weight, in seconds."""
     model = Model(kind, 2).to(setting.device)
     with torch.autocast(setting.device, torch.bfloat16, enabled=setting.precision == "bf16"):
         z = model.encoder(setting.batch_of(kind))

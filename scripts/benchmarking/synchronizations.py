@@ -1,4 +1,4 @@
-"""How often the host waits for the GPU in a training step: events of torch's profiler."""
+"""Counts how often the host waits for the GPU in a training step, from events of torch's profiler."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DESCRIBED = (
 
 
 class Tracer(L.Callback):
-    """Profiles the steps behind the warm-up."""
+    """Profiles the steps after the warm-up."""
 
     def __init__(self, first: int, last: int, setting: Setting) -> None:
         self.first, self.last, self.setting = first, last, setting
@@ -51,7 +51,7 @@ class Tracer(L.Callback):
 
 
 def counted(names: Iterable[str]) -> dict[str, int]:
-    """Return how many events there are of each kind that makes the host wait."""
+    """Return the number of events of each kind that makes the host wait."""
     counts = Counter(kind for name in names for start, kind in KINDS.items() if name.startswith(start))
     return {kind: counts[kind] for kind in KINDS.values()}
 

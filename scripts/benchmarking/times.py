@@ -1,4 +1,4 @@
-"""The time of a whole training step: all ways interleaved in one process."""
+"""Measures the time of a whole training step, with all ways interleaved in one process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DESCRIBED = (
 
 @dataclass
 class Times:
-    """Seconds of a step, and of the solver in it, in each round; and those of a step with equal weights right before."""
+    """Seconds of a step, of the solver in it, and of the preceding step with equal weights, in each round."""
 
     step: list[float] = field(default_factory=list)
     solver: list[float] = field(default_factory=list)
@@ -27,7 +27,7 @@ class Times:
 
 
 def times_of(plan: Plan, case: Case, failures: Failures) -> dict[str, Times]:
-    """Return the times of all ways that can be trained so."""
+    """Return the times of all ways that can be trained like this."""
     kind, tasks = case
     times = {name: Times() for name in plan.all_names}
 
@@ -36,7 +36,7 @@ def times_of(plan: Plan, case: Case, failures: Failures) -> dict[str, Times]:
         return step_time(run, kind, plan.setting)
 
     for name in plan.interleaved(plan.names):
-        # A machine is fast for some seconds and slow for the next: what is to be compared has to be near in time.
+        # The speed of a machine changes from second to second, so runs to compare must be close in time.
         equal, _ = train(EQUAL)
         times[EQUAL].step.append(equal)
         found = failures.attempt(plan, name, case, lambda name=name: train(name))  # type: ignore[misc]

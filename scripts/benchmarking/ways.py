@@ -1,4 +1,4 @@
-"""Ways to train a network, by the names that the tables have: equal weights first, then what is compared with it."""
+"""Ways to train a network, by their names in the tables: equal weights first, then the ways to compare with it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_gradnorm import Aggregation, GradNorm
 
 
 class SolverClock:
-    """Adds up the time that an aggregator's own computation takes."""
+    """Adds up the time of an aggregator's own computation."""
 
     def __init__(self, aggregator: Aggregator) -> None:
         self.total, self.calls, self._began = 0.0, 0, 0.0
@@ -38,7 +38,7 @@ class SolverClock:
 
 @dataclass
 class Run:
-    """What one training is made of."""
+    """The parts of one training."""
 
     model: L.LightningModule
     callbacks: list[L.Callback] = field(default_factory=list)
@@ -50,10 +50,10 @@ class Way:
     """One way to train.
 
     Args:
-        start: makes a run of the network's name, the number of tasks, and whether it is compiled.
-        package: imports what the way needs besides our own dependencies.
-        is_ours: if it fails, it is a defect; if another's fails, that is a result.
-        compiles: whether it goes with a compiled trunk and compiled heads; ours says so itself where it does not.
+        start: creates a run from the network's name, the number of tasks, and ``compiled``.
+        package: imports the packages needed besides our own dependencies.
+        is_ours: a failure of ours is an error, a failure of another way is a result.
+        compiles: True if it works with a compiled trunk and heads. Ours reports it if it does not.
     """
 
     start: Callable[[str, int, bool], Run]
@@ -62,7 +62,7 @@ class Way:
     compiles: bool = True
 
     def what_is_missing(self) -> str | None:
-        """Return what the way lacks here, if so; what it needs is imported by then."""
+        """Return the missing package, if any. Imports what the way needs."""
         try:
             if self.package is not None:
                 self.package()
@@ -81,7 +81,7 @@ def gradnorm(*, with_heads: bool = True, **options: Any) -> Way:
         heads = model.head_names if with_heads else None
         return Run(model, [GradNorm(list(model.heads), shared_layer=model.shared_layer, heads=heads, **options)])
 
-    # Without heads= each head is passed twice, which a compiled graph does not allow.
+    # Without heads=, the backward pass visits each head twice, which a compiled graph does not allow.
     return Way(start, compiles=with_heads)
 
 
@@ -139,4 +139,4 @@ OF_PINN = {
 }
 WAYS: Mapping[str, Mapping[str, Way]] = {"gradnorm": OF_GRADNORM, "aggregation": OF_AGGREGATION, "pinn": OF_PINN}
 PINN_CASE = ("burgers", 3)
-"""The only one whose losses are made of derivatives, and that the ways of ``pinn`` train."""
+"""The only case with losses of derivatives, used by the ways of ``pinn``."""

@@ -1,4 +1,4 @@
-"""What a run shows in the terminal: the network in a line, and a progress bar with losses and weights."""
+"""Terminal output of a run: a line about the network, and a progress bar with losses and weights."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lightning_gradnorm.callbacks.logging import is_logged_step
 
 _WEIGHT = re.compile(r"(?:gradnorm|balancing)/weight/(.+)")
 _MOST = 4
-"""Tasks whose weights a line has room for."""
+"""Number of task weights that fit in a line."""
 
 
 class LossBar(RichProgressBar):
     """Lightning's progress bar, with the training and validation loss and the weights of up to four tasks.
 
-    The numbers are those of the last step that was logged (``log_every_n_steps``): reading others would make the host wait for
-    a GPU. A metric that the model logs with ``prog_bar=True`` is shown, too.
+    It shows the numbers of the last logged step (``log_every_n_steps``), because reading others would synchronize with the
+    GPU. It also shows metrics that the model logs with ``prog_bar=True``.
 
     Example:
         >>> import lightning as L
@@ -57,12 +57,12 @@ class LossBar(RichProgressBar):
         columns: list[Any] = super().configure_columns(trainer)
         for column in columns:
             if isinstance(column, BarColumn):
-                column.bar_width = 10  # the numbers need the room
+                column.bar_width = 10  # leaves room for the numbers
         return columns
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Return what the bar shows of these metrics.
+    """Return the part of the metrics that the bar shows.
 
     Example:
         >>> numbers({"train/loss": 1.23456, "val/loss": 2, "gradnorm/weight/a": 0.25, "gradnorm/weight/b": 1.75})
@@ -78,18 +78,18 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 class ShowNetwork(L.Callback):
-    """Say in one line how large the network is, part by part."""
+    """Prints the size of the network and its parts in one line."""
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        rank_zero_info(in_words(pl_module))
+        rank_zero_info(as_text(pl_module))
 
 
-def in_words(module: nn.Module) -> str:
-    """Return the parts of a network that have parameters, and how many.
+def as_text(module: nn.Module) -> str:
+    """Return a line with the parameter counts of a network's parts.
 
     Example:
-        >>> in_words(nn.ModuleDict({"encoder": nn.Linear(4, 8), "tasks": nn.ModuleDict({"a": nn.Linear(8, 1)})}))
+        >>> as_text(nn.ModuleDict({"encoder": nn.Linear(4, 8), "tasks": nn.ModuleDict({"a": nn.Linear(8, 1)})}))
         'Network: encoder 40, tasks.a 9; 49 parameters, all trained'
     """
     counts: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""One number for a validation in which all tasks count alike, whatever the units of their losses."""
+"""One validation score in which all tasks count equally, independent of the units of their losses."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lightning_gradnorm.callbacks.logging import log_step_metrics
 TOTAL, PREFIX = "val/loss", "val/loss/"
 RATIO = "val/loss_ratio"
 OF_BEST = "best/val/loss"
-"""The sum of the validation losses at the best checkpoint, the one that is tested."""
+"""The sum of the validation losses at the best checkpoint, which is the one tested."""
 
 
 class LossRatios(L.Callback):
     """Log ``val/loss_ratio`` after each validation: the mean over the tasks of ``L_i / L_i(first validation)``.
 
-    The sum of the losses follows the task in the largest units; a ratio has none. The first validation is that of the first
-    epoch, not the sanity check, which sees two batches only. A task that is absent then is measured from its own first
-    validation. One whose first loss is zero, negative or not finite has no ratio and is left out. Without any
-    ``val/loss/<task>`` the ratio is that of ``val/loss``.
+    The task with the largest units dominates the sum of the losses; a ratio has no units. The first validation is the one
+    after the first epoch, not the sanity check, which only sees two batches. A task that is absent then uses its own first
+    validation. A task whose first loss is zero, negative or not finite has no ratio and is skipped. Without any
+    ``val/loss/<task>``, the ratio uses ``val/loss``.
 
-    Each time a `ModelCheckpoint` has found a better epoch, its ``val/loss`` is logged as ``best/val/loss``, so that it can be
-    read beside the test of the same checkpoint.
+    Each time a `ModelCheckpoint` finds a better epoch, its ``val/loss`` is logged as ``best/val/loss``, so you can compare it
+    with the test of the same checkpoint.
 
     Example:
         >>> import lightning as L
@@ -39,7 +39,7 @@ class LossRatios(L.Callback):
 
     def __init__(self) -> None:
         self.first: dict[str, float] = {}
-        """The losses that the ratios are relative to."""
+        """The reference losses of the ratios."""
         self._best: float | None = None
 
     @override
@@ -52,7 +52,7 @@ class LossRatios(L.Callback):
         if ratio is not None:
             log_step_metrics(trainer, {RATIO: ratio}, every_step=True)
 
-    # A checkpoint is saved after the other callbacks have had their turn.
+    # Checkpoints are saved after all other callbacks.
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -67,7 +67,7 @@ class LossRatios(L.Callback):
         self._log_best(trainer)
 
     def _log_best(self, trainer: L.Trainer) -> None:
-        """Log the loss of the best checkpoint, if it is of the latest validation."""
+        """Log the loss of the best checkpoint if it comes from the latest validation."""
         checkpoint = trainer.checkpoint_callback
         if not isinstance(checkpoint, ModelCheckpoint) or checkpoint.best_model_score is None:
             return
@@ -88,7 +88,7 @@ class LossRatios(L.Callback):
 
 
 def losses_in(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return the validation losses by task; that of all of them if there are none.
+    """Return the validation losses by task, or the total loss if there are none.
 
     Example:
         >>> losses_in({"val/loss": 3.0, "val/loss/a": 1.0, "val/r2/a": 0.5}), losses_in({"val/loss": 3.0})
@@ -99,7 +99,7 @@ def losses_in(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def mean_ratio(losses: Mapping[str, float], first: Mapping[str, float]) -> float | None:
-    """Return the mean of the losses relative to the first ones; ``None`` if no task has a ratio.
+    """Return the mean of the losses relative to the first ones, or ``None`` if no task has a ratio.
 
     Example:
         >>> mean_ratio({"a": 1.0, "b": 50.0}, {"a": 2.0, "b": 200.0})

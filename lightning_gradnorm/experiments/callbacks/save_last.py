@@ -1,4 +1,4 @@
-"""Checkpoints that outlive a kill: written whole or not at all, and more often than once an epoch if wanted."""
+"""Checkpoints that survive a kill: written whole or not at all, and more than once per epoch if you want."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing_extensions import override
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes beside the checkpoint, then renames: under its name there is the one before or the new one, never half of it.
+    """Writes to a file next to the checkpoint, then renames it. The checkpoint is always the old or the new one, never half.
 
-    Lightning writes into the system's folder for temporary files. Where that is another file system, what follows is no
-    renaming but a copy onto the checkpoint before, and whoever is killed during the copy has neither.
+    Lightning writes to the system's temporary folder. If that is on another file system, it then copies the file over the
+    old checkpoint instead of renaming it. A process killed during the copy has neither.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -29,30 +29,30 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        if storage_options is not None or "://" in str(path):  # Lightning's own answer to both
+        if storage_options is not None or "://" in str(path):  # leave both to Lightning
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")  # always the same name, so that what a kill has left is used up
+        part = path.with_name(f"{path.name}.part")  # a fixed name, so the leftover of a kill is overwritten
         with part.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
-            os.fsync(file.fileno())  # else a power failure could leave the new name on an empty file
+            os.fsync(file.fileno())  # otherwise a power failure could leave an empty file under the new name
         part.replace(path)
 
 
 def write_whole(trainer: L.Trainer) -> None:
-    """Have the trainer write `WholeCheckpoints`, unless it was given a way of its own."""
+    """Make the trainer write `WholeCheckpoints`, unless it has a custom checkpoint plugin."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = WholeCheckpoints()
 
 
 class BetweenSteps(L.Callback):
-    """Knows after which batches a checkpoint can be resumed exactly.
+    """Knows after which batches training can resume exactly.
 
-    Not within an optimizer step, whose gradients so far are in no checkpoint; and not at an epoch's last batch: the
-    resumed training would leave out the validation that follows it.
+    It cannot within an optimizer step, because a checkpoint does not contain the accumulated gradients. It also cannot at
+    an epoch's last batch, because the resumed training would skip the validation that follows.
     """
 
     _steps_before = 0
@@ -68,15 +68,15 @@ class BetweenSteps(L.Callback):
 
 
 class SaveLast(BetweenSteps, Checkpoint):
-    """Write ``last.ckpt`` at the end of every epoch and, if wanted, within epochs.
+    """Writes ``last.ckpt`` at the end of every epoch and, if you want, within epochs.
 
-    ``ModelCheckpoint(monitor=…, save_last=True)`` is for neither. It saves the last when it saves a best one, so that its
-    ``last.ckpt`` stays behind as soon as nothing gets better. And with ``every_n_train_steps`` it saves nothing before the
-    first validation, and later holds the weights of now against the metric of then.
+    ``ModelCheckpoint(monitor=…, save_last=True)`` can do neither. It saves the last checkpoint only together with a best one,
+    so its ``last.ckpt`` becomes stale as soon as nothing improves. With ``every_n_train_steps``, it saves nothing before the
+    first validation, and later judges new weights by an old metric.
 
     Args:
         dirpath: folder of the checkpoint.
-        every_n_train_steps: how many optimizer steps lie between two within an epoch; ``None``: only at its end.
+        every_n_train_steps: optimizer steps between checkpoints within an epoch; ``None`` saves only at its end.
 
     Raises:
         ValueError: ``every_n_train_steps`` is less than 1.

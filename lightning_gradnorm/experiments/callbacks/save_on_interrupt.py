@@ -1,4 +1,4 @@
-"""Ctrl-C between two optimizer steps, with a checkpoint."""
+"""Stops at Ctrl-C between two optimizer steps, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lightning_gradnorm.experiments.callbacks.save_last import BetweenSteps
 
 
 class SaveOnInterrupt(BetweenSteps):
-    """At the first Ctrl-C, finish the optimizer step, save ``interrupted.ckpt`` and stop; at the second, stop at once.
+    """At the first Ctrl-C, finishes the optimizer step, saves ``interrupted.ckpt`` and stops. At the second, stops at once.
 
-    A checkpoint that is taken in the middle of a batch cannot be resumed exactly: the optimizer may have stepped and the
-    counters not. One that is taken here can. On several processes the ranks would stop at different batches; there
-    Lightning's own way of stopping remains.
+    You cannot resume exactly from a checkpoint saved in the middle of a batch, because the optimizer may have stepped while
+    the counters have not. You can from this one. With several processes, the ranks would stop at different batches, so
+    Lightning's own handling of Ctrl-C remains.
 
     Args:
         dirpath: folder of the checkpoint.

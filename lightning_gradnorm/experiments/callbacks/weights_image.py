@@ -1,4 +1,4 @@
-"""The task weights over time as one image, for loggers that draw each scalar alone."""
+"""The task weights over time as one image, for loggers that plot each scalar separately."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from lightning_gradnorm._messages import check, is_integer
 from lightning_gradnorm.callbacks.logging import is_logged_step, log_image, logger_step, loggers_of_images
 
 COLORS = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (185, 131, 0), (47, 155, 214), (90, 90, 90))
-"""Told apart by the color-blind; from the eighth task on they begin again."""
+"""Distinct for color-blind readers. They repeat from the eighth task on."""
 
 _NAME = re.compile(r"(gradnorm|balancing)/weight/(.+)")
 _MOST = 600
-"""Points of a line; of more, every second is left out."""
+"""Most points of a line. Beyond that, every second point is dropped."""
 
 Curves = dict[str, list[tuple[int, float]]]
 
 
 class WeightsImage(L.Callback):
-    """Log the task weights so far as an image to every logger that takes images.
+    """Logs the task weights so far as an image to every logger that accepts images.
 
-    It is called ``gradnorm/weights`` or ``balancing/weights``, and made at the end of training and of every so many epochs.
+    The image is called ``gradnorm/weights`` or ``balancing/weights``. It is drawn every N epochs and at the end of training.
 
     Args:
-        every_n_epochs: images of one epoch in so many.
+        every_n_epochs: number of epochs between two images.
 
     Raises:
-        ValueError: the number is not positive.
+        ValueError: ``every_n_epochs`` is not a positive integer.
 
     Example:
         >>> import lightning as L
@@ -60,7 +60,9 @@ class WeightsImage(L.Callback):
         ]
         if not found:
             return
-        values = torch.stack([value.detach().double() for *_, value in found]).tolist()  # one wait for a GPU
+        values = torch.stack(
+            [value.detach().double() for *_, value in found]
+        ).tolist()  # a single synchronization with the GPU
         self._prefix = found[0][0]
         for one, value in zip(found, values, strict=True):
             curve = self.curves.setdefault(one[1], [])
@@ -93,9 +95,9 @@ class WeightsImage(L.Callback):
 
 
 def drawn(curves: Mapping[str, Sequence[tuple[int, float]]], *, width: int = 720, height: int = 360) -> Tensor:
-    """Return the curves as an image, from 0 upwards, with the names and last values of the tasks beside them.
+    """Return the curves as an image with an axis from 0, and the names and last values of the tasks.
 
-    Shape: to RGB, uint8 ``(3, height, width)``.
+    Shape: RGB, uint8 ``(3, height, width)``.
 
     Example:
         >>> drawn({"seg": [(0, 1.0), (10, 0.5)], "depth": [(0, 1.0), (10, 1.5)]}).shape

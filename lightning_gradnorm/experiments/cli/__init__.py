@@ -1,1 +1,1 @@
-"""The command line: `gradnorm-train`, `gradnorm-eval`, and the configurations they are made of."""
+"""The command line: `gradnorm-train`, `gradnorm-eval`, `gradnorm-report`, and their configurations."""

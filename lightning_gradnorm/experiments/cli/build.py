@@ -1,4 +1,4 @@
-"""Objects out of a configuration, each node checked against the constructor that it names."""
+"""Builds objects from a configuration, and checks each node against the constructor that it names."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _HYDRAS_OWN = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 def build(config: DictConfig, group: str, **given: Any) -> Any:
     """Return the object that the node ``group`` describes, or ``None`` if it names no ``_target_``.
 
-    What is missing (``???``) is left to the constructor's default. Nested nodes become objects first.
+    Missing values (``???``) get the constructor's defaults. Nested nodes become objects first.
 
     Args:
-        config: the whole configuration; interpolations are resolved in it.
+        config: the whole configuration, which resolves interpolations.
         group: name of the node, for example ``"balancing"`` or ``"callbacks.checkpoint"``.
-        given: more arguments of the constructor.
+        given: more arguments for the constructor.
 
     Raises:
-        ValueError: a key that the constructor does not have, or one that it needs and that is missing.
+        ValueError: the constructor does not have a key, or requires one that is missing.
 
     Example:
         >>> config = OmegaConf.create({"head": {"_target_": "torch.nn.Linear", "in_features": 3, "out_features": 2}})
@@ -38,15 +38,15 @@ def build(config: DictConfig, group: str, **given: Any) -> Any:
     if not isinstance(node, DictConfig) or "_target_" not in node:
         return None
     plain = _checked(OmegaConf.to_container(node, resolve=True), where=group, given=set(given))
-    # "all": the objects get dicts and lists, which a checkpoint can hold, instead of OmegaConf's.
+    # "all" passes plain dicts and lists, which a checkpoint can hold, instead of OmegaConf's.
     return instantiate(plain, **given, _convert_="all")
 
 
 def build_model(config: DictConfig) -> Any:
-    """Return the model, with the tasks that ``config.tasks`` names; all of them if it is null or not there.
+    """Return the model with the tasks in ``config.tasks``, or with all tasks if that is null or absent.
 
     Raises:
-        ValueError: a task that the model does not have, or a model that does not let one choose.
+        ValueError: the model does not have a task, or does not let you choose tasks.
     """
     tasks = config.get("tasks")
     if tasks is None:
@@ -56,14 +56,14 @@ def build_model(config: DictConfig) -> Any:
     target = OmegaConf.select(config, "model._target_")
     if "only" not in inspect.signature(get_object(target)).parameters:
         raise ValueError(
-            f"tasks chooses among the tasks of a MultiTaskModule; the model is {target}, which has no parameter 'only'. "
-            f"Give tasks=null."
+            f"tasks selects tasks of a MultiTaskModule; the model is {target}, which has no parameter 'only'. "
+            f"Use tasks=null."
         )
     return build(config, "model", only=list(tasks))
 
 
 def _checked(node: Any, *, where: str, given: set[str]) -> Any:
-    """Return the node without what is missing, after a look at each ``_target_``'s signature."""
+    """Return the node without missing values, after checking it against the signature of each ``_target_``."""
     if isinstance(node, list):
         return [_checked(item, where=f"{where}[{i}]", given=set()) for i, item in enumerate(node)]
     if not isinstance(node, dict):
@@ -90,4 +90,4 @@ def _check_arguments(node: dict[str, Any], *, where: str, given: set[str]) -> No
         return
     for name, parameter in by_name.items():
         if parameter.default is parameter.empty and name not in node and name not in given:
-            raise ValueError(f"{where}.{name} should be given: {target} has no default for it. Add {where}.{name}=…")
+            raise ValueError(f"{where}.{name} should be set: {target} has no default for it. Add {where}.{name}=…")

@@ -7,7 +7,7 @@ import sys
 from importlib.util import find_spec
 
 MODULES_OF_THE_EXTRA = ("PIL", "hydra", "numpy", "omegaconf", "rich", "tensorboard", "yaml")
-"""What ``lightning-gradnorm[experiments]`` installs, by the names under which it is imported."""
+"""The packages that ``lightning-gradnorm[experiments]`` installs, by their import names."""
 
 
 def train() -> None:

@@ -1,4 +1,4 @@
-"""Where the configurations are, and what they may use: resolvers and schemas."""
+"""Finds the configurations, and registers the resolvers and schemas that they use."""
 
 from __future__ import annotations
 
@@ -56,39 +56,39 @@ _OURS = (
     "lightning.Trainer",
     f"{_PROBLEMS}.engines.turbofan.TurbofanDataModule",
 )
-"""What a yaml can name in its defaults list, such as ``/schema/Trainer@_here_``, beside the public callbacks and strategies."""
+"""Schemas for defaults lists, such as ``/schema/Trainer@_here_``, besides the public callbacks and strategies."""
 
 _GIVEN_BY_US = {"MultiTaskModule": ("only",), "Trainer": ("callbacks", "logger")}
-"""Parameters that are no option: groups of their own make them, or a key of the main file."""
+"""Parameters that are not options, because another group or a key of the main file sets them."""
 
 
 @cache
 def with_schema() -> dict[str, Callable[..., Any]]:
-    """Return what a yaml can name in its defaults list, by name without ``/schema/``; all of it is imported."""
+    """Return all constructors with a schema, keyed by name without ``/schema/``. Imports all of them."""
     from lightning_gradnorm.experiments.registry import SCHEMAS
 
     return {dotted.rpartition(".")[2]: get_object(dotted) for dotted in _OURS} | dict(SCHEMAS)
 
 
 def left_out(constructor: Callable[..., Any]) -> tuple[str, ...]:
-    """Return the parameters that a schema leaves out, because they are given in another way."""
+    """Return the parameters that a schema leaves out, because they are set elsewhere."""
     from lightning_gradnorm.experiments.registry import made_for_tasks
 
     return _GIVEN_BY_US.get(constructor.__name__, ()) or made_for_tasks(constructor)
 
 
 def conf_dir() -> Path:
-    """Return the folder of the configurations: the one shipped in the wheel, or the checkout's ``conf``.
+    """Return the folder with the configurations: the one shipped in the wheel, or the checkout's ``conf``.
 
     Raises:
-        FileNotFoundError: there is neither; the installation is damaged.
+        FileNotFoundError: neither exists, so the installation is damaged.
 
     Example:
         >>> (conf_dir() / "config.yaml").is_file()
         True
     """
     package = Path(__file__).resolve().parents[2]
-    # A checkout has no conf inside the package. Beside an installed package, conf would be somebody else's.
+    # A checkout has no conf inside the package. A conf next to an installed package would belong to something else.
     candidates = [package / "conf", package.parent / "conf"]
     for folder in candidates:
         if (folder / "config.yaml").is_file():
@@ -100,7 +100,7 @@ def conf_dir() -> Path:
 
 
 def register() -> None:
-    """Make the resolvers and schemas known to Hydra; may be called more than once."""
+    """Register the resolvers and schemas with Hydra. You may call this more than once."""
     OmegaConf.register_new_resolver("len", _length, replace=True)
     OmegaConf.register_new_resolver("first", _first, replace=True)
     OmegaConf.register_new_resolver("sum", _sum, replace=True)
@@ -120,14 +120,14 @@ def _store_schemas() -> None:
 
 
 class _Shared(dict[str, Any]):
-    """Is not copied: Hydra copies all that is stored each time it composes or looks into a group, and each schema it loads."""
+    """A dict that is never copied. Hydra would copy it whole for every composition, group look-up and schema it loads."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
         return self
 
 
 class _Schemas(_Shared):
-    """Schemas that are made when they are asked for: a command needs a dozen of them."""
+    """Schemas made on first use: a command needs only a dozen of them."""
 
     def __init__(self, content: Mapping[str, Any] | None = None, *, group: str = "") -> None:
         super().__init__(content or {})
@@ -147,9 +147,9 @@ class _Schemas(_Shared):
 
 @cache
 def schema_named(path: str) -> type | None:
-    """Return a schema by its name without ``/schema/``; ``None`` if there is none.
+    """Return a schema by its name without ``/schema/``, or ``None`` if no such schema exists.
 
-    It is made from the constructor's source or, where that does not say everything plainly, from the constructor.
+    It is derived from the constructor's source, or from the imported constructor if the source is not explicit enough.
 
     Example:
         >>> schema_named("aggregation/CAGrad")._target_
@@ -171,10 +171,10 @@ def schema_named(path: str) -> type | None:
 
 
 def _definition(path: str) -> tuple[signatures.Definition, str]:
-    """Return where the constructor of a schema is written, and its public name.
+    """Return the definition of a schema's constructor and its public name.
 
     Raises:
-        UnreadableError: the sources do not say it.
+        UnreadableError: the source does not contain it.
     """
     group, _, name = path.rpartition("/")
     if not group:
@@ -205,7 +205,7 @@ def _sum(*numbers: int) -> int:
 
 
 def _of_network(attribute: str, network: DictConfig) -> int:
-    """Return what follows from a network's other options, such as the channels it makes; no weight is drawn for it."""
+    """Return an attribute that follows from a network's options, such as its output channels. Initializes no weights."""
     import torch
 
     options = {str(key): value for key, value in network.items() if key not in ("_target_", "pretrained")}
@@ -215,13 +215,13 @@ def _of_network(attribute: str, network: DictConfig) -> int:
 
 
 def _of_data(attribute: str, data: DictConfig) -> Any:
-    """Return what is known as soon as the data are read, such as the number of inputs."""
+    """Return an attribute known once the data are read, such as the number of inputs."""
     options = OmegaConf.to_container(data, resolve=True)
     assert isinstance(options, dict)
-    # Some sizes follow without the files; that these are missing is for the data themselves to say.
+    # Some sizes do not need the files. The data module reports missing files itself.
     given = {key: "not given" if value == MISSING else value for key, value in options.items()}
     found = build(OmegaConf.create({"data": given}), "data")
     if not hasattr(type(found), attribute):
         raise ValueError(f"the model needs data with '{attribute}', such as data=tabular; got {type(found).__name__}")
     known = getattr(found, attribute)
-    return OmegaConf.create(known) if isinstance(known, dict) else known  # tuples inside could be saved, but not loaded
+    return OmegaConf.create(known) if isinstance(known, dict) else known  # tuples inside can be saved, but not loaded

@@ -1,4 +1,4 @@
-"""What our commands say, and what they keep other packages from saying."""
+"""Console output of our commands, and filters for the messages of other packages."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities
 
 
 def import_lightning() -> None:
-    """Import Lightning so that its messages come once, as they are, and without advertisements.
+    """Import Lightning so that its messages appear once, unchanged and without advertisements.
 
-    Hydra has given the root logger a handler. Lightning, imported after that, would leave its messages to it.
+    Hydra adds a handler to the root logger. If Lightning is imported after that, it sends its messages there.
     """
     root = logging.getLogger()
     handlers, root.handlers = root.handlers, []
@@ -34,7 +34,7 @@ def _is_worth_saying(record: logging.LogRecord) -> bool:
 
 
 def executable(name: str) -> str:
-    """Return how one of our commands is called here: by its name, or by its path if the shell would not find it."""
+    """Return how to call one of our commands here: its name, or its path if the shell would not find it."""
     ours = Path(sys.executable).with_name(name)
     found = shutil.which(name)
     if not ours.is_file() or (found is not None and Path(found).resolve() == ours.resolve()):

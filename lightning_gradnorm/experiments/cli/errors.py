@@ -1,4 +1,4 @@
-"""One sentence for what was asked wrongly, instead of a traceback through Hydra."""
+"""Explains user errors in one sentence instead of a traceback through Hydra."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ _WRONG_INPUT = (
 
 
 def wrong_input() -> tuple[type[Exception], ...]:
-    """Return what a wrong option, file or installation leads to. Any other exception is a defect and keeps its traceback."""
-    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # not imported: it has raised nothing
+    """Return the exceptions that a wrong option, file or installation raises. Any other is a bug and keeps its traceback."""
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # if not imported, it cannot have raised
     return _WRONG_INPUT if lightning is None else (*_WRONG_INPUT, lightning.MisconfigurationException)
 
 
@@ -58,17 +58,17 @@ PLUGINS = {
     "submitit_slurm": "hydra-submitit-launcher",
     **dict.fromkeys(("optuna", "tpe", "random", "cmaes", "nsgaii", "motpe", "grid"), "hydra-optuna-sweeper"),
 }
-"""Options of ``hydra/launcher`` and ``hydra/sweeper`` that Hydra has only with another package."""
+"""Options of ``hydra/launcher`` and ``hydra/sweeper`` that need another package."""
 
 
 def wants_traceback() -> bool:
-    """Say whether the user asked for tracebacks, as Hydra lets them."""
+    """Return True if Hydra's environment variable asks for tracebacks."""
     return os.environ.get(_VARIABLE) == "1"
 
 
 @contextmanager
 def hydra_raises(*, really: bool = True) -> Iterator[None]:
-    """Have Hydra raise its errors instead of printing them and leaving; ``really=False`` inside takes that back."""
+    """Make Hydra raise its errors instead of printing them and exiting. ``really=False`` undoes this inside."""
     before = os.environ.pop(_VARIABLE, None)
     if really:
         os.environ[_VARIABLE] = "1"
@@ -82,10 +82,10 @@ def hydra_raises(*, really: bool = True) -> Iterator[None]:
 
 @contextmanager
 def of_processes() -> Iterator[None]:
-    """Have what is wrong in a process that was started for training be raised here, as if it had been trained here.
+    """Raise user errors of a training process here, as if this process had trained.
 
     Raises:
-        ValueError: what was asked wrongly, in the process's words.
+        ValueError: the process ended with a user error; contains its message.
     """
     from torch.multiprocessing.spawn import ProcessRaisedException
 
@@ -106,7 +106,7 @@ def of_processes() -> Iterator[None]:
 
 
 def leave(command: str, error: BaseException) -> None:
-    """Print what is wrong, and exit with status 1.
+    """Print the error and exit with status 1.
 
     Raises:
         SystemExit: always.
@@ -116,7 +116,7 @@ def leave(command: str, error: BaseException) -> None:
 
 
 def explain(error: BaseException) -> str:
-    r"""Return one message: what was asked, what exists there, what was probably meant.
+    r"""Return one message with what you asked for, what exists and the likely fix.
 
     Example:
         >>> explain(MissingConfigException("…", missing_cfg_file="balancing/gradnrom", options=["equal", "gradnorm"]))
@@ -133,19 +133,19 @@ def explain(error: BaseException) -> str:
         return _no_such_option(error)
     if isinstance(error, OverrideParseException):
         return (
-            f"'{error.override}' cannot be read: {error.message.splitlines()[0]}. Quote values with brackets or spaces."
+            f"cannot parse '{error.override}': {error.message.splitlines()[0]}. Quote values with brackets or spaces."
         )
     of_config = _in_chain(error)
     cause: BaseException | None = of_config
     while isinstance(cause, InterpolationResolutionError):
         cause = cause.__context__
     if cause is not of_config and isinstance(cause, wrong_input()) and not isinstance(cause, OmegaConfBaseException):
-        return explain(cause)  # what a resolver found wrong, in its own words
+        return explain(cause)  # a resolver's own message
     if isinstance(of_config, (ConfigAttributeError, ConfigKeyError)) and isinstance(of_config.parent_node, DictConfig):
         asked = re.search(r"use (\+\S.*)", str(error))
         return _where(error) + _no_such_key(of_config, None if asked is None else asked[1])
     if (again := re.search(r"An item is already at '(.*)'", str(error))) is not None:
-        return f"there is a '{again[1]}' already: give its new value without the +"
+        return f"'{again[1]}' already exists: set its new value without the +"
     if isinstance(of_config, ValidationError):
         message = str(of_config).splitlines()[0]
         key = f"{of_config.full_key}: " if of_config.full_key else ""
@@ -165,7 +165,7 @@ def _in_chain(error: BaseException) -> OmegaConfBaseException | None:
 
 
 def _where(error: BaseException) -> str:
-    """Return Hydra's name of the file that the error is in, if it is in a file."""
+    """Return Hydra's name for the file with the error, if the error is in a file."""
     head = str(error).split(":", 1)[0]
     if not head.startswith("In '"):
         return ""
@@ -179,21 +179,21 @@ def _no_such_option(error: MissingConfigException) -> str:
     options = list(error.options or ())
     if group.split("/")[:2] in (["hydra", "launcher"], ["hydra", "sweeper"]) and option in PLUGINS:
         return (
-            f"{group}={option} needs {PLUGINS[option]}, which is not installed here. Install it: "
+            f"{group}={option} needs {PLUGINS[option]}, which is not installed. Install it: "
             f"pip install 'lightning-gradnorm[sweeps]'"
         )
     if not group:
         return f"there is no configuration '{option}'"
-    follows = "\n  The model follows the data: give model=… too." if group == "model" else ""
+    follows = "\n  The model defaults to the name of the data: set model=… too." if group == "model" else ""
     return f"there is no {group} '{option}'{_guess(option, options)}\n  {group} has: {', '.join(options)}{follows}"
 
 
 def _no_such_key(error: OmegaConfBaseException, added: str | None) -> str:
-    """Return what was probably meant by a key that does not exist.
+    """Return the message for a key that does not exist, with the likely key.
 
     Args:
-        error: OmegaConf's.
-        added: the override as it would have to be given to add the key.
+        error: the error from OmegaConf.
+        added: the override that would add the key.
     """
     node, name = error.parent_node, str(error.key)
     keys = [str(key) for key in node if not str(key).startswith("_")]
@@ -204,7 +204,7 @@ def _no_such_key(error: OmegaConfBaseException, added: str | None) -> str:
     lines = [f"there is no '{full_key}'"]
     elsewhere = _places(node, full_key)
     if name in takes:
-        lines[0] += f", but {target} takes it. To add it, put a + before it: {added or f'+{full_key}=…'}"
+        lines[0] += f", but {target} accepts it. To add it, put a + before it: {added or f'+{full_key}=…'}"
     elif name in elsewhere or nearest(name, [*keys, *takes]) is None:
         near = [name] if name in elsewhere else difflib.get_close_matches(name, elsewhere, n=2)
         found = [place for one in near for place in elsewhere[one]][:3]
@@ -214,15 +214,15 @@ def _no_such_key(error: OmegaConfBaseException, added: str | None) -> str:
     lines.append(f"{place} has: {', '.join(keys) or 'nothing'}")
     if takes:
         lines.append(
-            f"{target} also takes, each with a + before it: {', '.join(key for key in takes if key not in keys)}"
+            f"{target} also accepts, each with a + before it: {', '.join(key for key in takes if key not in keys)}"
         )
     elif target is not None and added is not None and len(lines[0]) == len(f"there is no '{full_key}'"):
-        lines.append(f"To add a key that the configuration does not have yet, put a + before it: {added}")
+        lines.append(f"To add a new key to the configuration, put a + before it: {added}")
     return "\n  ".join(lines)
 
 
 def _parameters_of(target: str) -> tuple[str, ...]:
-    """Return the parameters of a constructor that is not imported; none if its source does not say them."""
+    """Return the parameters of a constructor without importing it, or none if its source does not list them."""
     try:
         found = signatures.parameters(signatures.find(target))
     except signatures.UnreadableError:
@@ -231,7 +231,7 @@ def _parameters_of(target: str) -> tuple[str, ...]:
 
 
 def _places(node: Any, full_key: str) -> dict[str, list[str]]:
-    """Return where keys are in the whole configuration: name → dotted names, those near ``full_key`` first."""
+    """Return where each key occurs in the whole configuration: name → dotted names, nearest to ``full_key`` first."""
     whole = OmegaConf.to_container(node._get_root(), resolve=False)
     found: dict[str, list[str]] = {}
     for key in _dotted(whole):

@@ -1,4 +1,4 @@
-"""`gradnorm-eval`: test a checkpoint with the configuration of its run, and compare it with single-task runs."""
+"""`gradnorm-eval`: tests a checkpoint with the configuration of its run, and compares it with single-task runs."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ COMMAND = "gradnorm-eval"
 
 
 def main() -> None:
-    """Test a checkpoint as the command line says; ``gradnorm-eval --help`` explains it."""
+    """Test the checkpoint on the command line. See ``gradnorm-eval --help``."""
     try:
         folder = _run_folder()
     except errors.wrong_input() as error:
         if errors.wants_traceback():
             raise
         errors.leave(COMMAND, error)
-    if folder is None:  # the help, or the error that says how to call it
+    if folder is None:  # prints the help, or the error that shows how to call it
         hydra_entry.run(evaluate, command=COMMAND, folder=conf_dir(), config_name="eval")
         return
-    # The run's own configuration is the one that is composed, so that data.batch_size=… is an override like any other.
+    # Compose the run's own configuration, so data.batch_size=… is an override like any other.
     ours = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "++single_task=null"]
     ours += _here_alone(folder)
     with hydra_entry.more_overrides(ours):
@@ -45,37 +45,37 @@ def _run_folder() -> Path | None:
     folder = run_folder.run_folder(checkpoint)
     if folder is None:
         raise FileNotFoundError(
-            f"ckpt_path should lie in the folder of its run; there is no {run_folder.CONFIG} beside {checkpoint} or one folder "
+            f"ckpt_path should be in the folder of its run; there is no {run_folder.CONFIG} next to {checkpoint} or one folder "
             f"above. Move it back, or use MultiTaskModule.load_from_checkpoint in Python."
         )
     return folder
 
 
 def _here_alone(folder: Path) -> list[str]:
-    """Return what has one process test a run of several machines, which would wait for the others for ever."""
+    """Return overrides that test a run of several machines in one process, which would otherwise wait forever for the rest."""
     nodes = OmegaConf.select(OmegaConf.load(folder / run_folder.CONFIG), "trainer.num_nodes", default=1)
     return ["trainer.num_nodes=1", "trainer.devices=1", "trainer.strategy=auto"] if nodes > 1 else []
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:
-    """Test the checkpoint ``config.ckpt_path`` and print the metrics by task.
+    """Test the checkpoint ``config.ckpt_path`` and print the metrics of each task.
 
-    If ``config.single_task`` names folders of runs, they stand beside those of the runs in them that have one task alone,
+    If ``config.single_task`` names folders of runs, the table also shows the metrics of their single-task runs,
     with Δm as the last row.
 
     Args:
-        config: a run's ``config.yaml`` with ``ckpt_path`` and, if wanted, ``single_task``.
+        config: a run's ``config.yaml`` with ``ckpt_path`` and optionally ``single_task``.
 
     Returns:
         The test metrics.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint, or no finished run in a folder of ``single_task``.
-        ValueError: no checkpoint is given, it cannot be read, its weights are of another network, or a task of it has no
+        FileNotFoundError: the checkpoint does not exist, or a folder of ``single_task`` has no finished run.
+        ValueError: the checkpoint is not set, cannot be read, belongs to another network, or has a task without a
             single-task run.
     """
     if config.ckpt_path is None:
-        raise ValueError("ckpt_path should be given: gradnorm-eval ckpt_path=RUN/checkpoints/best.ckpt")
+        raise ValueError("ckpt_path should be set: gradnorm-eval ckpt_path=RUN/checkpoints/best.ckpt")
     checkpoint = run_folder.find_checkpoint(config.ckpt_path)
     baseline = single_task.results_in(config.get("single_task"))
     console.import_lightning()

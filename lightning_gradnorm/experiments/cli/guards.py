@@ -1,4 +1,4 @@
-"""What refuses to train where it cannot be done as asked: no GPU, or processes that would not do together what they should."""
+"""Checks that refuse to train in a broken setup: without the requested GPU, or with processes that do not work together."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from typing_extensions import override
 
 
 def refuse_without_gpu(config: DictConfig) -> None:
-    """Say before anything is read that there is no GPU.
+    """Report a missing GPU before reading any data.
 
     Raises:
-        ValueError: the trainer's accelerator is a GPU, and torch finds none.
+        ValueError: the trainer's accelerator is a GPU, but torch finds none.
     """
     asked = config.trainer.get("accelerator")
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if asked not in ("gpu", *found) or found.get(asked, any(found.values())):
         return
-    why = "this build of torch has no CUDA" if torch.version.cuda is None else "see what nvidia-smi says"
+    why = "this build of torch has no CUDA" if torch.version.cuda is None else "see the output of nvidia-smi"
     raise ValueError(
-        f"trainer.accelerator={asked} needs a GPU, and torch {torch.__version__} finds none ({why}). Give trainer=cpu, or "
-        "trainer.accelerator=auto for whatever is there."
+        f"trainer.accelerator={asked} needs a GPU, but torch {torch.__version__} finds none ({why}). Use trainer=cpu, or "
+        "trainer.accelerator=auto for any available device."
     )
 
 
 class EveryRankIsThere(L.Callback):
-    """Refuses to train on part of the data: the sampler shares it out to processes that do not exist.
+    """Refuses to train if the sampler would give part of the data to processes that do not exist.
 
-    That is what happens if a process is told that it is one of several (``LOCAL_RANK``) and is not.
+    This happens if ``LOCAL_RANK`` is set although the process runs alone.
     """
 
     @override
@@ -42,16 +42,16 @@ class EveryRankIsThere(L.Callback):
         if found != trainer.world_size:
             raise ValueError(
                 f"trainer.devices and trainer.num_nodes ask for {trainer.world_size} processes, which share the data; "
-                f"{found} of them train{'s' * (found == 1)}. Start the command anew, and without the variable LOCAL_RANK "
+                f"{found} of them train{'s' * (found == 1)}. Start the command again, without the variable LOCAL_RANK "
                 f"unless torchrun or srun sets it."
             )
 
 
 class OneFolder(L.Callback):
-    """Refuses to train in processes that would write into several folders.
+    """Refuses to train if the processes would write to different folders.
 
     Args:
-        folder: the run's folder, as this process knows it.
+        folder: the run's folder in this process.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -68,5 +68,5 @@ class OneFolder(L.Callback):
             return
         raise ValueError(
             f"hydra.run.dir should be the same in all processes, in a folder that all machines see; got {folders[0]} in the "
-            f"first process, {folders[other]} in process {other}. Give hydra.run.dir=FOLDER, an absolute path."
+            f"first process, {folders[other]} in process {other}. Set hydra.run.dir=FOLDER, an absolute path."
         )

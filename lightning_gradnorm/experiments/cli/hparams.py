@@ -1,4 +1,4 @@
-"""TensorBoard's HPARAMS tab: one line for each run of a sweep, its options beside what came of them."""
+"""TensorBoard's HPARAMS tab: one line per run of a sweep, with its options and results."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from lightning_gradnorm.experiments.report.collect import strategy_of
 from lightning_gradnorm.experiments.report.methods import HOUSEKEEPING, is_below
 
 FILE = "events.out.tfevents.0000000000.hparams"
-"""Beside the run's other events: one file that is replaced, for TensorBoard keeps of the options what it reads first."""
+"""A file next to the run's other events. It is replaced, because TensorBoard keeps the first options that it reads."""
 
 _COLUMNS: dict[str, Any] = {"strategy": "", "alpha": 0.0, "seed": ""}
-"""Columns that every run has, filled or not, and their kind: of all runs TensorBoard asks only one which there are."""
+"""Columns of every run, filled or not, and their type. TensorBoard takes the columns of all runs from a single one."""
 
 
 def options(config: DictConfig, *, alone: str | None, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the options by which a run is told from others, as plain values.
+    """Return the options that distinguish a run from others, as plain values.
 
     Args:
         config: the whole configuration.
-        alone: the only task, if there is one only.
-        overrides: what the command line gave, in a sweep what it varied; all but the housekeeping is added.
+        alone: the only task of a single-task run.
+        overrides: overrides on the command line, in a sweep only the varied ones. All but the housekeeping is added.
     """
     shown: dict[str, Any] = {"strategy": _strategy(config) if alone is None else f"{alone} alone"}
     if alone is None and "GradNorm" in str(config.balancing.get("_target_")) and "alpha" in config.balancing:
@@ -57,25 +57,25 @@ def options(config: DictConfig, *, alone: str | None, overrides: Sequence[str]) 
 
 
 def _validated(trainer: L.Trainer) -> str:
-    """Return the name of the validation loss of the checkpoint that will be tested: the best, or else the last."""
+    """Return the name of the validation loss of the checkpoint to test: the best, or else the last."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     has_best = any(isinstance(one, ModelCheckpoint) and one.monitor is not None for one in callbacks)
     return OF_BEST if has_best and any(isinstance(one, LossRatios) for one in callbacks) else TOTAL
 
 
 def _strategy(config: DictConfig) -> str:
-    """Return the name of the option that was chosen or, where that is not recorded, of the class."""
+    """Return the name of the chosen option, or of the class if the choice is not recorded."""
     return hydra_entry.chosen("balancing") or strategy_of(OmegaConf.to_container(config.balancing))
 
 
 class HParamsRecord(L.Callback):
-    """Writes a line of the HPARAMS tab when training begins; its numbers are the scalars that are logged.
+    """Writes a line of the HPARAMS tab when training begins. Its numbers are the logged scalars.
 
-    A run that goes on replaces its own line, so that it is of the options that it goes on with.
+    A resumed run replaces its own line, which then shows the options it resumed with.
 
     Args:
         options: name → value.
-        delta_m: whether Δm will be logged, as `DELTA_M`.
+        delta_m: True if Δm will be logged, as `DELTA_M`.
     """
 
     def __init__(self, options: Mapping[str, Any], *, delta_m: bool = False) -> None:
@@ -90,7 +90,7 @@ class HParamsRecord(L.Callback):
                 self._write(folder / FILE, [_validated(trainer), *self._results(pl_module)])
 
     def _results(self, module: L.LightningModule) -> Iterable[str]:
-        """Return the names of what the test will log, of all tasks, chosen or not. Only the first five are seen at once."""
+        """Return the names that the test will log, for all tasks, selected or not. TensorBoard shows only the first five."""
         found = module.metric_names if isinstance(module, MultiTaskModule | PINN) else {}
         if self.delta_m:
             yield DELTA_M
@@ -120,7 +120,7 @@ class HParamsRecord(L.Callback):
             ),
             metadata.SESSION_START_INFO_TAG: HParamsPluginData(session_start_info=session),
         }
-        part = file.with_name("hparams.part")  # not yet a file that TensorBoard reads
+        part = file.with_name("hparams.part")  # TensorBoard does not read files with this name
         with part.open("wb") as lines:
             writer = RecordWriter(lines)
             writer.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())

@@ -1,4 +1,4 @@
-"""What both commands share: Hydra with our configurations, and errors in one sentence."""
+"""Shared by both commands: runs Hydra with our configurations, and reports errors in one sentence."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from lightning_gradnorm.experiments.cli.config import register
 
 
 class CommandLine(metaclass=Singleton):
-    """What was asked for on the command line; the processes in which Hydra's launchers run the jobs have other ones.
+    """The command line as given. Processes in which Hydra's launchers run jobs have a different one.
 
-    A singleton of Hydra's, for these it hands to those processes.
+    It is a Hydra singleton because Hydra passes singletons on to those processes.
     """
 
     arguments: Sequence[str] | None = None
     sweep: Path | None = None
-    """The folder of the sweep, if it is one."""
+    """The folder of the sweep, if this is a sweep."""
 
 
 def arguments() -> list[str]:
-    """Return the words after the command's name."""
+    """Return the arguments after the command's name."""
     known = CommandLine.instance().arguments
     return list(sys.argv[1:] if known is None else known)
 
 
 def run(task: Callable[[DictConfig], Any], *, command: str, folder: Path, config_name: str) -> None:
-    """Run ``task`` with the configuration that the command line asks for.
+    """Run ``task`` with the configuration from the command line.
 
     Args:
-        task: what to do with it.
-        command: the command's name, in errors.
-        folder: of the configurations.
-        config_name: the one that all others are composed into.
+        task: function to call with the configuration.
+        command: the command's name, for error messages.
+        folder: folder with the configurations.
+        config_name: name of the main configuration.
     """
     register()
     OmegaConf.register_new_resolver("label", _label, replace=True)
@@ -55,11 +55,11 @@ def run(task: Callable[[DictConfig], Any], *, command: str, folder: Path, config
     OmegaConf.register_new_resolver("began", lambda: began, replace=True)
 
     def job(config: DictConfig) -> Any:
-        with errors.hydra_raises(really=errors_are_raw):  # the processes that a strategy starts are not told of it
+        with errors.hydra_raises(really=errors_are_raw):  # hidden from processes that a strategy starts
             try:
                 return task(config)
             except errors.wrong_input() as error:
-                if errors_are_raw or is_multirun():  # in a sweep, Hydra says which of the runs it was
+                if errors_are_raw or is_multirun():  # in a sweep, Hydra reports which run failed
                     raise
                 errors.leave(command, error)
 
@@ -81,12 +81,12 @@ def run(task: Callable[[DictConfig], Any], *, command: str, folder: Path, config
 
 
 def is_multirun() -> bool:
-    """Say whether this is one run of a sweep."""
+    """Return True if this is one run of a sweep."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def chosen(group: str) -> str | None:
-    """Return the name of the option that was chosen of a group; ``None`` if there is none, or outside the commands."""
+    """Return the name of a group's chosen option, or ``None`` without one or outside the commands."""
     return HydraConfig.get().runtime.choices.get(group) if HydraConfig.initialized() else None
 
 
@@ -96,30 +96,30 @@ def given_overrides() -> list[str]:
 
 
 def config_options() -> list[str]:
-    """Return the options of the command line that say where configurations are."""
+    """Return the command-line options that locate configurations."""
     given = get_args_parser().parse_args(arguments())
     chosen = {"--config-dir": given.config_dir, "--config-path": given.config_path, "--config-name": given.config_name}
     return [word for option, value in chosen.items() if value is not None for word in (option, value)]
 
 
 def short(path: Path) -> str:
-    """Return the path as seen from the folder where the command was given."""
+    """Return the path relative to the working directory if it lies inside, otherwise the absolute path."""
     path, here = path.resolve(), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def swept(overrides: Sequence[str]) -> list[str]:
-    """Return those of a run's overrides that the sweep varies, by the command line or by the sweeper's own parameters."""
+    """Return the overrides of a run that the sweep varies, through the command line or the sweeper's own parameters."""
     sweeper = HydraConfig.get().sweeper if HydraConfig.initialized() else {}
     parameters = [f"{name}={values}" for name, values in (sweeper.get("params") or {}).items()]
     asked = OverridesParser.create().parse_overrides([*parameters, *given_overrides()])
-    varies = {one.key_or_group: one.is_sweep_override() for one in asked}  # what is given last prevails
+    varies = {one.key_or_group: one.is_sweep_override() for one in asked}  # the last value wins
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     return [text for text, one in zip(overrides, parsed, strict=True) if varies.get(one.key_or_group)]
 
 
 def _label(number: int, overrides: Sequence[str]) -> str:
-    """Return what a run of a sweep is called, in its folder's name and so in TensorBoard: ``3_gradnorm_1``."""
+    """Return the name of a run in a sweep, for its folder and so for TensorBoard: ``3_gradnorm_1``."""
     values = [override.partition("=")[2] for override in swept(list(overrides))]
     words = [re.sub(r"[^\w.+-]+", "-", value).strip("-") for value in values]
     return "_".join([str(number), *filter(None, words)])[:80]
@@ -137,7 +137,7 @@ def value_of(key: str, overrides: list[str]) -> str | None:
 
 
 def check_seed(seed: Any) -> None:
-    """Refuse a seed that is none.
+    """Check that the seed is valid.
 
     Raises:
         ValueError: it is not an integer.
@@ -147,7 +147,7 @@ def check_seed(seed: Any) -> None:
 
 
 def seed_everything(seed: Any) -> None:
-    """Seed the generators of Python, NumPy and torch, also those of worker processes.
+    """Seed the generators of Python, NumPy and torch, including those of worker processes.
 
     Raises:
         ValueError: the seed is not an integer.
@@ -160,7 +160,7 @@ def seed_everything(seed: Any) -> None:
 
 @contextmanager
 def more_overrides(first: list[str]) -> Iterator[None]:
-    """Put overrides before those on the command line, which prevail."""
+    """Insert overrides before those on the command line, which win."""
     before = list(sys.argv)
     given = given_overrides()
     place = sys.argv.index(given[0]) if given else len(sys.argv)
@@ -173,15 +173,15 @@ def more_overrides(first: list[str]) -> Iterator[None]:
 
 @contextmanager
 def without_idle_warnings(*, in_folder_of_before: bool = False) -> Iterator[None]:
-    """Leave out warnings that everybody would see and nobody could mend.
+    """Hide warnings that appear in every run and that you cannot fix.
 
     Args:
-        in_folder_of_before: a run goes on in its own folder, which of course is not empty.
+        in_folder_of_before: the run resumes in its own folder, which is not empty.
     """
     with warnings.catch_warnings():
-        # Our data lie in memory, where worker processes only cost; of other data num_workers is an option.
+        # Our data are in memory, so worker processes only cost time. Other data have the option num_workers.
         warnings.filterwarnings("ignore", message=".* does not have many workers", category=UserWarning)
-        # Lightning's own use of torch's pytrees.
+        # Comes from Lightning's own use of torch's pytrees.
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
         if in_folder_of_before:
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists", category=UserWarning)

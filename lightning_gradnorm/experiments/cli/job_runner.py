@@ -1,7 +1,7 @@
-"""A study: runs of `gradnorm-train`, each in a folder of its own; one that is finished is not run again.
+"""A study: several runs of `gradnorm-train`, each in its own folder. Finished runs are skipped.
 
-What a script's study and a sweep on the command line have in common is here: when a run counts as finished, and how one
-is run as a command of its own.
+Scripts and sweeps on the command line share this code. It decides when a run counts as finished, and runs one as a
+separate command.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightning_gradnorm.experiments.cli import run_folder
 from lightning_gradnorm.experiments.report import Run, read_run
 
 LOG = "output.txt"
-"""What a run printed, in its folder."""
+"""The file in a run's folder with its output."""
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,21 @@ class Failure:
 def carry_out(
     jobs: Mapping[str, Sequence[str]], folder: str | Path, *, at_once: int = 1, threads: int | None = None
 ) -> tuple[list[Run], list[Failure]]:
-    """Run the jobs that are not finished yet, each as a `gradnorm-train` of its own.
+    """Run the unfinished jobs, each as a separate `gradnorm-train` command.
 
-    A job that was interrupted begins anew; one that fails does not keep the others from running.
+    An interrupted job starts over. A failed job does not stop the others.
 
     Args:
-        jobs: name, which is that of the run's folder below ``folder``, to the overrides of the command line.
-        folder: where the runs are.
-        at_once: how many run side by side.
-        threads: of the processor, for each run; ``None`` for torch's default.
+        jobs: name → command-line overrides. The name is also the run's folder below ``folder``.
+        folder: folder with the runs.
+        at_once: number of runs in parallel.
+        threads: CPU threads per run; ``None`` for torch's default.
 
     Returns:
-        The finished runs and those that failed, both in the order of the jobs.
+        The finished runs and the failed ones, both in the order of the jobs.
 
     Raises:
-        ValueError: a finished run has the name of a job, but was started with other overrides.
+        ValueError: a finished run has the name of a job but different overrides.
     """
     check("carry_out", at_once >= 1, "at_once", "1 or more", at_once)
     folder = Path(folder).resolve()
@@ -68,15 +68,15 @@ def carry_out(
 
 
 def is_finished(folder: Path, overrides: Sequence[str], *, tested: bool = True) -> bool:
-    """Say whether the run with these overrides was done to the end in this folder.
+    """Return True if the run with these overrides is finished in this folder.
 
     Args:
-        folder: of the run.
-        overrides: of the command line, in any order.
-        tested: whether the run ends with the test; otherwise with training.
+        folder: folder of the run.
+        overrides: command-line overrides, in any order.
+        tested: True if the run ends with the test, False if it ends with training.
 
     Raises:
-        ValueError: a run was done to the end there, but with other overrides.
+        ValueError: the folder has a finished run with other overrides.
     """
     if not (folder / (run_folder.METRICS if tested else run_folder.LAST_METRICS)).is_file():
         return False
@@ -85,27 +85,27 @@ def is_finished(folder: Path, overrides: Sequence[str], *, tested: bool = True) 
 
 
 def refuse_another(folder: Path, overrides: Sequence[str]) -> None:
-    """Say that what lies in the folder is of a run with other overrides.
+    """Refuse a folder with a run of other overrides.
 
     Raises:
-        ValueError: it is.
+        ValueError: the overrides differ.
     """
     before = run_folder.overrides_of(folder)
     if before is None or _of_the_run(before) != _of_the_run(overrides):
-        known = "something unknown" if before is None else " ".join(before)
+        known = "unknown options" if before is None else " ".join(before)
         raise ValueError(
-            f"{folder} should be a run of {' '.join(overrides)}; it is one of {known}. Choose another folder, or "
+            f"{folder} should be a run with {' '.join(overrides)}; got a run with {known}. Choose another folder, or "
             f"remove the run."
         )
 
 
 def _of_the_run(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides in order, without that which only says what a search looks at afterwards."""
+    """Return the sorted overrides without ``optimized_metric``, which does not change the run."""
     return sorted(override for override in overrides if not override.startswith("optimized_metric="))
 
 
 def command(overrides: Sequence[str], folder: Path) -> list[str]:
-    """Return the command that trains with these overrides in this folder, whatever the current Python was started with."""
+    """Return the command that trains with these overrides in this folder, independent of how this Python was started."""
     module = "lightning_gradnorm.experiments.cli.train"
     return [sys.executable, "-m", module, *overrides, f"hydra.run.dir={run_folder.quoted(str(folder))}"]
 

@@ -1,4 +1,4 @@
-"""Processes that torchrun or SLURM has started, on one machine or several: they write into one folder."""
+"""Support for processes started by torchrun or SLURM, on one machine or several. They all write to one folder."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 from datetime import timedelta
 
 _PATIENCE = timedelta(minutes=10)
-"""How long a process waits for the first one to begin; the machines need not be equally fast at reading the packages."""
+"""How long a process waits for the first one to start. Some machines load the packages more slowly than others."""
 
 
 def _by_torchrun() -> bool:
-    """Say whether torchrun has started this process, as Lightning finds out."""
+    """Return True if torchrun started this process, according to Lightning."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -20,7 +20,7 @@ def _by_torchrun() -> bool:
 
 
 def _job_id() -> int | None:
-    """Return the number of the SLURM job that this process is in, as Lightning finds out."""
+    """Return the SLURM job ID of this process, according to Lightning."""
     if "SLURM_JOB_ID" not in os.environ:
         return None
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -29,17 +29,17 @@ def _job_id() -> int | None:
 
 
 def rank() -> int:
-    """Return this process's rank among those that torchrun or SLURM has started; 0 if neither has."""
+    """Return this process's rank if torchrun or SLURM started it, otherwise 0."""
     if _by_torchrun():
         return int(os.environ["RANK"])
     return int(os.environ.get("SLURM_PROCID", 0)) if _slurm_job() is not None else 0
 
 
 def began() -> str:
-    """Return what a run's folder is called after: when the command was given, or the SLURM job.
+    """Return the last part of the run folder's name: the start time, or the SLURM job.
 
-    It is the same in all processes. Each has a clock of its own, and starts when it can: torchrun's have the first one's
-    time, by the store in which they are about to meet; those of SLURM have the number of their job.
+    It is the same in all processes, although each has its own clock and start time. With torchrun, all use the time of the
+    first process, shared through the rendezvous store. With SLURM, all use the job ID.
     """
     now = time.strftime("%Y-%m-%d_%H-%M-%S")
     if _by_torchrun():
@@ -48,7 +48,7 @@ def began() -> str:
 
 
 def _that_of_the_first(value: str) -> str:
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):  # there is none yet: see `guards.OneFolder`
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):  # no store yet, see `guards.OneFolder`
         return value
     from torch.distributed.rendezvous import rendezvous
 
@@ -60,31 +60,31 @@ def _that_of_the_first(value: str) -> str:
 
 
 def _slurm_job() -> str | None:
-    """Return the name of the job, if it has several processes and srun has started them."""
+    """Return the name of the job if it has several processes that srun started."""
     job, tasks = _job_id(), int(os.environ.get("SLURM_NTASKS", 1))
     if job is None or tasks == 1:
         return None
-    return f"job_{job}_{os.environ.get('SLURM_STEP_ID', 0)}"  # a job may train several times, each time a step
+    return f"job_{job}_{os.environ.get('SLURM_STEP_ID', 0)}"  # a job may train several times, once per step
 
 
 def refuse_without_launcher(trainer: str | None) -> None:
-    """Refuse to train as one process what was meant for as many as torchrun or srun starts.
+    """Refuse to train in a single process if the trainer expects processes from torchrun or srun.
 
     Args:
-        trainer: the option of that group that was chosen.
+        trainer: the chosen option of the group ``trainer``.
 
     Raises:
-        ValueError: it is ``torchrun`` or ``slurm``, which has not started this process.
+        ValueError: it is ``torchrun`` or ``slurm``, but that launcher did not start this process.
     """
     is_started = {"torchrun": _by_torchrun(), "slurm": _job_id() is not None}
     by = {"torchrun": "torchrun --nproc-per-node 2 --no-python gradnorm-train", "slurm": "srun gradnorm-train"}
     if trainer in by and not is_started[trainer]:
         raise ValueError(
-            f"trainer={trainer} is for processes that {by[trainer].split()[0]} has started, and it has not started this one. "
-            f"Give the command as `{by[trainer]} trainer={trainer} …`, or another trainer: cpu, gpu, ddp or ddp_cpu."
+            f"trainer={trainer} is for processes started by {by[trainer].split()[0]}, which did not start this one. "
+            f"Run `{by[trainer]} trainer={trainer} …`, or use another trainer: cpu, gpu, ddp or ddp_cpu."
         )
 
 
 def overrides() -> list[str]:
-    """Return what only the first of several processes is to write: Hydra's own record of the run."""
+    """Return overrides that make only the first process write Hydra's own record of the run."""
     return ["hydra.output_subdir=null"] if rank() > 0 else []

@@ -1,4 +1,4 @@
-"""Callbacks that write what a run was and what it came to into its folder."""
+"""Callbacks that write a run's options and results to its folder."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from lightning_gradnorm.experiments.cli.run_folder import (
 
 
 class RunRecord(L.Callback):
-    """Writes the run's configuration once training really begins: a resume that fails leaves the folder as it was.
+    """Writes the run's configuration when training begins, so a failed resume leaves the folder unchanged.
 
-    What an earlier training has found out goes then, so that it is not taken for this one's.
+    It also removes the results of earlier training, so you cannot mistake them for new ones.
 
     Args:
         folder: the run's folder.
         config: the whole configuration.
-        overrides: what the command line gave.
+        overrides: overrides on the command line.
     """
 
     def __init__(self, folder: Path, config: DictConfig, overrides: Sequence[str]) -> None:
@@ -50,13 +50,13 @@ class RunRecord(L.Callback):
 
 
 class WeightsRecord(L.Callback):
-    """Writes ``weights.json``: the task weights at the end and their mean over training, as far as the strategy has them.
+    """Writes ``weights.json``: the final task weights and their mean over training, if the strategy has them.
 
-    It is written where the training ends, which need not be the process that has read the configuration.
+    The process that trains writes it, which may differ from the process that read the configuration.
 
     Args:
         folder: the run's folder.
-        balancing: the strategy; ``None`` if there is none.
+        balancing: the strategy, or ``None`` without one.
     """
 
     def __init__(self, folder: Path, balancing: Any) -> None:
@@ -70,18 +70,18 @@ class WeightsRecord(L.Callback):
             write_whole(self.file, weights)
 
     def read(self) -> dict[str, dict[str, float]]:
-        """Return what was written."""
+        """Return the contents of the file."""
         return {} if self.balancing is None else read_whole(self.file)
 
 
 CLOCKS = {"seconds": time.perf_counter, "processor_seconds": time.process_time}
-"""What passes, and what the processor works for this process, all threads added up: on a busy machine the fairer measure."""
+"""Wall time and CPU time of this process, summed over its threads. On a busy machine, CPU time is the fairer measure."""
 
 
 class TimeRecord(L.Callback):
     """Writes ``training.json``: ``{"seconds": …, "processor_seconds": …, "steps": …, "epochs": …}``.
 
-    Validation is left out; a resumed run adds up.
+    Excludes validation. A resumed run adds to the earlier times.
 
     Args:
         folder: the run's folder.
@@ -133,10 +133,10 @@ class TimeRecord(L.Callback):
 
 
 class FailureRecord(L.Callback):
-    """Writes ``failure.json`` if the run ends by an error: ``{"error": …, "step": …, "epoch": …}``; Ctrl-C is none.
+    """Writes ``failure.json`` if the run ends with an error: ``{"error": …, "step": …, "epoch": …}``. Ctrl-C is not an error.
 
-    Training that goes on removes it (see `RunRecord`), and so does a test that is done. An error before training leaves the
-    folder of an earlier training as it was.
+    Resumed training removes it (see `RunRecord`), and so does a completed test. An error before training starts leaves the
+    folder of an earlier training unchanged.
 
     Args:
         folder: the run's folder.

@@ -1,4 +1,4 @@
-"""`gradnorm-report`: finished runs side by side, as one HTML page and as Markdown."""
+"""`gradnorm-report`: compares finished runs, as one HTML page and as Markdown."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ COMMAND = "gradnorm-report"
 _EXAMPLES = """\
 examples:
   gradnorm-train -m experiment=multimnist balancing=equal,gradnorm,upgrad seed=0,1,2 hydra.sweep.dir=RUNS
-  gradnorm-report RUNS                          RUNS/report.html and RUNS/report.md
-  gradnorm-report RUNS ALONE --output docs      with runs of one task each (tasks=[one]) there is Δm, too
-  gradnorm-report RUNS --baseline gradnorm      differences from GradNorm instead of equal weights
+  gradnorm-report RUNS                          writes RUNS/report.html and RUNS/report.md
+  gradnorm-report RUNS ALONE --output docs      adds Δm, because ALONE has single-task runs (tasks=[one])
+  gradnorm-report RUNS --baseline gradnorm      compares with GradNorm instead of equal weights
 
-What differs between the runs, but for the seed, makes a method: `gradnorm α=0.5`. Unfinished and failed runs are listed.
+Runs that differ only in the seed are one method: `gradnorm α=0.5`. The report also lists unfinished and failed runs.
 """
 
 
 def main() -> None:
-    """Compare the runs in the folders that the command line names; ``gradnorm-report --help`` explains it."""
+    """Compare the runs in the folders on the command line. See ``gradnorm-report --help``."""
     given = _parser().parse_args()
     output = Path(given.output or given.folders[0])
     command = shlex.join([COMMAND, *sys.argv[1:]])
@@ -56,12 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("folders", nargs="+", metavar="DIR", help="a run, a sweep, or any folder with runs below it")
     parser.add_argument(
-        "--output", metavar="FOLDER", help="where report.html and report.md go; the first DIR by default"
+        "--output", metavar="FOLDER", help="folder for report.html and report.md (default: the first DIR)"
     )
     parser.add_argument(
         "--baseline",
         metavar="METHOD",
-        help="a strategy or a method that the others are tested against; equal weights by default, if there are any",
+        help="the strategy or method to test the others against (default: equal weights, if there are such runs)",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""A run's folder: what it was started with, and the checkpoints in it."""
+"""Reads a run's folder: its overrides and its checkpoints."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 METRICS = FILE
 LAST_METRICS = "metrics.json"
-"""All that was logged last: of training and validation, and once it is done of the test."""
+"""The last logged metrics of training and validation, and of the test once that is done."""
 
 
 def in_one_line(error: BaseException) -> str:
-    r"""Return the error's kind and what it says.
+    r"""Return the error's type and message in one line.
 
     Example:
         >>> in_one_line(ValueError("alpha should be\n  a number"))
@@ -41,12 +41,12 @@ def in_one_line(error: BaseException) -> str:
 
 
 def read_whole(file: Path) -> dict[str, Any]:
-    """Return what `write_whole` wrote; nothing if there is no such file."""
+    """Return what `write_whole` wrote, or an empty dict if the file does not exist."""
     return dict(json.loads(file.read_text())) if file.is_file() else {}
 
 
 def quoted(value: str) -> str:
-    """Return the value as Hydra's grammar wants it on the command line."""
+    """Return the value, quoted for Hydra's command line if necessary."""
     return value if re.fullmatch(r"[\w./-]+", value) else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
@@ -54,33 +54,33 @@ def find_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint's path.
 
     Raises:
-        FileNotFoundError: there is no such file; says which checkpoints are there.
+        FileNotFoundError: the file does not exist; lists the checkpoints found nearby.
     """
     path = Path(path)
     if path.is_file():
         return path
-    # Someone who names the run or a misspelt file is shown what lies there.
+    # If you name the run or misspell the file, the error lists the checkpoints there.
     folder = path if path.is_dir() else path.parent
     found = sorted(str(file) for file in folder.rglob("*.ckpt"))[:20] if folder.is_dir() else []
     near = nearest(str(path), found) or next(iter(found), None)
-    there = f"did you mean {near}?\n  There are: {', '.join(found)}" if near else f"there is none in {folder} either"
-    raise FileNotFoundError(f"ckpt_path should be a checkpoint file; {path} is none; {there}")
+    there = f"did you mean {near}?\n  Found: {', '.join(found)}" if near else f"{folder} has no checkpoints"
+    raise FileNotFoundError(f"ckpt_path should be a checkpoint file; no such checkpoint: {path}; {there}")
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     """Return the model's weights in a checkpoint.
 
     Raises:
-        ValueError: the file is no checkpoint of Lightning.
+        ValueError: the file is not a Lightning checkpoint.
     """
     import torch
 
     try:
         content: Any = torch.load(checkpoint, map_location="cpu", weights_only=True)
         weights: dict[str, Tensor] = content["state_dict"]
-    except Exception as reason:  # whatever the unpickler makes of a foreign file
+    except Exception as reason:  # the unpickler can raise anything for a foreign file
         raise ValueError(
-            f"ckpt_path should be a checkpoint that gradnorm-train wrote; {checkpoint} cannot be read as one "
+            f"ckpt_path should be a checkpoint written by gradnorm-train; {checkpoint} cannot be read as one "
             f"({type(reason).__name__})."
         ) from reason
     return weights
@@ -88,13 +88,13 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def loading(checkpoint: Path | None) -> Iterator[None]:
-    """Have torch's error about weights that do not fit the network say what to do.
+    """Add the fix to torch's error about weights that do not match the network.
 
     Args:
-        checkpoint: what is loaded inside; ``None`` if nothing is.
+        checkpoint: the checkpoint loaded inside the context, or ``None``.
 
     Raises:
-        ValueError: the weights are of another network.
+        ValueError: the weights belong to another network.
     """
     try:
         yield
@@ -103,20 +103,20 @@ def loading(checkpoint: Path | None) -> Iterator[None]:
         if checkpoint is None or "in loading state_dict" not in title:
             raise
         raise ValueError(
-            f"ckpt_path: the weights in {checkpoint} are of another network than the options describe "
-            f"({' '.join(differences[0].split()) if differences else title}). Give the options of its run, or none: they are "
-            f"taken from its folder."
+            f"ckpt_path: the weights in {checkpoint} belong to another network than the options describe "
+            f"({' '.join(differences[0].split()) if differences else title}). Set the options of its run, or none: they are "
+            f"read from its folder."
         ) from mismatch
 
 
 def run_folder(checkpoint: Path) -> Path | None:
-    """Return the folder of the run that the checkpoint is of: the nearest above it that has a ``config.yaml``."""
+    """Return the checkpoint's run folder: the nearest parent with a ``config.yaml``."""
     near = list(checkpoint.resolve().parents)[:2]
     return next((folder for folder in near if (folder / CONFIG).is_file()), None)
 
 
 def options_of_run(folder: Path, given: Sequence[str]) -> list[str]:
-    r"""Return the overrides that a run was started with, without those that are ``given`` anew.
+    r"""Return the overrides that a run was started with, except for keys that are ``given`` again.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -135,13 +135,13 @@ def options_of_run(folder: Path, given: Sequence[str]) -> list[str]:
 
 
 def recorded_overrides(folder: Path) -> list[str] | None:
-    """Return the overrides that the run in the folder was started with; ``None`` if they are not known."""
+    """Return the overrides that the run in the folder was started with, or ``None`` if unknown."""
     record = folder / OVERRIDES
     return [str(override) for override in OmegaConf.load(record)] if record.is_file() else None
 
 
 def overrides_of(folder: Path) -> list[str] | None:
-    """Return them without the checkpoint of its own that a run may have gone on from: it is the same run."""
+    """Return the overrides without a ``ckpt_path`` in the run's own folder: a resumed run is the same run."""
     before = recorded_overrides(folder)
     if before is None:
         return None

@@ -1,4 +1,4 @@
-"""A configuration's schema, derived from the constructor that it is for: names, types and defaults are written once."""
+"""Derives a configuration's schema from a constructor, so names, types and defaults are written only once."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _PLAIN = (bool, int, float, str)
 
 
 def schema_of(constructor: Callable[..., Any], *, leave_out: Collection[str] = (), partial: bool = False) -> type:
-    """Return a dataclass with the constructor's parameters, from which Hydra can call it.
+    """Return a dataclass with the constructor's parameters, which Hydra can instantiate.
 
-    Plain types (bool, int, float, str, their unions, with or without None) are checked; all others are ``Any``. A default
-    that a yaml can express is taken over; any other parameter is missing, and left to the constructor.
+    Plain types (bool, int, float, str, their unions, with or without None) are checked. All others are ``Any``. Defaults
+    that yaml can express are copied. Any other parameter is missing and left to the constructor.
 
     Args:
         constructor: a class or function.
-        leave_out: parameters that are given in another way.
-        partial: make a factory, which is called with what is left out (Hydra's ``_partial_``).
+        leave_out: parameters that are set elsewhere.
+        partial: make a factory that is called with the parameters left out (Hydra's ``_partial_``).
 
     Example:
         >>> from lightning_gradnorm.experiments.problems.small import MLP
@@ -47,12 +47,12 @@ def schema_of(constructor: Callable[..., Any], *, leave_out: Collection[str] = (
 def schema_from(
     target: str, parameters: Iterable[Parameter], *, leave_out: Collection[str] = (), partial: bool = False
 ) -> type:
-    """Return the same as `schema_of`, from what is known of the constructor without importing it.
+    """Return the same as `schema_of` without importing the constructor.
 
     Args:
         target: its dotted name.
-        parameters: as `signatures.parameters` reads them.
-        leave_out: parameters that are given in another way.
+        parameters: its parameters, as returned by `signatures.parameters`.
+        leave_out: parameters that are set elsewhere.
         partial: make a factory.
     """
     fields: list[Any] = [("_target_", str, target)]
@@ -65,7 +65,7 @@ def schema_from(
 
 
 def _dotted_name(constructor: Callable[..., Any]) -> str:
-    """Return the shortest public name, ``lightning_gradnorm.GradNorm`` rather than the module it is written in."""
+    """Return the shortest public name, such as ``lightning_gradnorm.GradNorm`` instead of the defining module's."""
     package = constructor.__module__.split(".")
     for depth in range(1, len(package) + 1):
         module = importlib.import_module(".".join(package[:depth]))
@@ -82,7 +82,7 @@ def _checkable(hint: Any) -> Any:
     kinds = typing.get_args(hint)
     if not all(kind in (*_PLAIN, type(None)) for kind in kinds):
         return Any
-    return Union[kinds]  # noqa: UP007  OmegaConf knows this spelling, not `int | float`
+    return Union[kinds]  # noqa: UP007  OmegaConf supports this spelling, not `int | float`
 
 
 def _default(value: Any) -> Any:

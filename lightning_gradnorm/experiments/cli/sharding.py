@@ -1,4 +1,4 @@
-"""FSDP2 for a model that says nothing about it: `trainer=fsdp`."""
+"""FSDP2 for models without a ``configure_model``: `trainer=fsdp`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lightning_gradnorm import MultiTaskModule
 
 
 class FullyShard(ModelParallelStrategy):
-    """Shares parameters, gradients and the optimizer's state among all processes: the encoder and each head are a unit.
+    """Shards parameters, gradients and optimizer state across all processes. The encoder and each head are one unit.
 
-    A module with a ``configure_model`` of its own says itself what is sharded. Checkpoints are whole files, as ever.
+    A module with its own ``configure_model`` decides itself what to shard. Checkpoints are single files, as usual.
 
     Args:
-        options: of Lightning's ``ModelParallelStrategy``, but for the sizes of the mesh.
+        options: options of Lightning's ``ModelParallelStrategy``, except the sizes of the mesh.
 
     Raises:
-        ValueError: the model is no `MultiTaskModule` and has no ``configure_model``, or has parameters outside the units.
+        ValueError: the model is not a `MultiTaskModule` and has no ``configure_model``, or has parameters outside the units.
 
     Example:
         >>> trainer = L.Trainer(strategy=FullyShard(), accelerator="cpu", devices=2, logger=False)
@@ -43,8 +43,8 @@ class FullyShard(ModelParallelStrategy):
         module = self.lightning_module
         if not isinstance(module, MultiTaskModule):
             raise ValueError(
-                f"{type(self).__name__}: {type(module).__name__} should shard itself, for it is no MultiTaskModule, whose "
-                f"parts are known. Give it a configure_model that calls fully_shard, or use trainer=ddp."
+                f"{type(self).__name__}: {type(module).__name__} should shard itself, because it is not a MultiTaskModule with "
+                f"known parts. Give it a configure_model that calls fully_shard, or use trainer=ddp."
             )
         units = ["encoder", *module.task_heads.values()]
         own = [
@@ -52,10 +52,12 @@ class FullyShard(ModelParallelStrategy):
         ]
         if own:
             raise ValueError(
-                f"{type(self).__name__}: parameters should be in the encoder or in a head, the rest is left to each process "
-                f"for itself; {own[0]} is in neither. Use trainer=ddp, or give the module a configure_model."
+                f"{type(self).__name__}: parameters should be in the encoder or in a head, because each process keeps its own "
+                f"copy of all others; {own[0]} is in neither. Use trainer=ddp, or give the module a configure_model."
             )
         for unit in units:
             part = module.get_submodule(unit)
-            if not hasattr(part, "unshard") and any(True for _ in part.parameters()):  # once, for training and test
+            if not hasattr(part, "unshard") and any(
+                True for _ in part.parameters()
+            ):  # shard once for training and test
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])

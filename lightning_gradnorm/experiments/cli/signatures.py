@@ -1,4 +1,4 @@
-"""Parameters of constructors, read from their source: for a schema neither torch nor Lightning need be imported."""
+"""Reads parameters of constructors from their source, so a schema needs to import neither torch nor Lightning."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any, Optional, Union
 
 _PLAIN = {"bool": bool, "int": int, "float": float, "str": str, "None": type(None)}
 _OPAQUE = object()
-"""A default that is an object."""
+"""Stands for a default that is an object."""
 REQUIRED = object()
-"""In the place of a default."""
+"""Stands for a missing default."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class UnreadableError(Exception):
-    """The source does not say it plainly: import the constructor."""
+    """The source is not explicit enough; import the constructor instead."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A named parameter: its type as far as that is one of the plain ones, else ``Any``; its default, or `REQUIRED`."""
+    """A named parameter: its type if that is a plain one, otherwise ``Any``, and its default or `REQUIRED`."""
 
     name: str
     hint: Any
@@ -35,7 +35,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Definition:
-    """A class or function, and the module in which it is written."""
+    """A class or function, and the module that defines it."""
 
     module: str
     node: ast.ClassDef | Function = field(compare=False)
@@ -51,10 +51,10 @@ class _Module:
 
 
 def find(dotted: str) -> Definition:
-    """Return what a dotted name stands for, also one that is re-exported.
+    """Return the definition of a dotted name, including re-exported ones.
 
     Raises:
-        UnreadableError: there is no such name, or the source does not say where it is from.
+        UnreadableError: the name does not exist, or the source does not show its origin.
 
     Example:
         >>> find("lightning.Trainer").module
@@ -65,7 +65,7 @@ def find(dotted: str) -> Definition:
 
 
 def public_name(found: Definition) -> str:
-    """Return the shortest dotted name, ``lightning_gradnorm.GradNorm`` rather than that of the module it is written in."""
+    """Return the shortest dotted name, such as ``lightning_gradnorm.GradNorm`` instead of the defining module's."""
     package = found.module.split(".")
     for depth in range(1, len(package) + 1):
         module = ".".join(package[:depth])
@@ -81,7 +81,7 @@ def parameters(found: Definition) -> list[Parameter]:
     """Return the named parameters of a class or function.
 
     Raises:
-        UnreadableError: the source does not say them.
+        UnreadableError: the source does not list them.
 
     Example:
         >>> [one.name for one in parameters(find("torch.optim.Adam"))][:3]
@@ -94,7 +94,7 @@ def parameters(found: Definition) -> list[Parameter]:
 
 
 def _init(found: Definition) -> tuple[str, Function] | None:
-    """Return the ``__init__`` that the class has or inherits; ``None`` if it is that of `object`."""
+    """Return the ``__init__`` that the class has or inherits, or ``None`` if it comes from `object`."""
     assert isinstance(found.node, ast.ClassDef)
     if any("dataclass" in ast.unparse(one) for one in found.node.decorator_list):
         raise UnreadableError(found.name)
@@ -122,7 +122,7 @@ def _of_function(module: str, function: Function, *, skip: int) -> Iterator[Para
 
 
 def _hint(module: str, annotation: ast.expr) -> Any:
-    """Return the type, a union of plain ones; anything else is ``Any``."""
+    """Return the type if it is a union of plain types, otherwise ``Any``."""
     if isinstance(annotation, ast.Constant):
         if isinstance(annotation.value, str):
             return _hint(module, ast.parse(annotation.value, mode="eval").body)
@@ -139,7 +139,7 @@ def _hint(module: str, annotation: ast.expr) -> Any:
         return Any
     if annotation.id in _PLAIN:
         return _PLAIN[annotation.id]
-    known = _read(module)  # an alias, perhaps of plain types
+    known = _read(module)  # perhaps an alias of plain types
     if annotation.id in known.values:
         return _hint(module, known.values[annotation.id])
     if annotation.id in known.imported:
@@ -166,7 +166,7 @@ def _value(module: str, default: ast.expr) -> Any:
             found = _read(home).values.get(name)
             if found is not None:
                 return _value(home, found)
-        _resolve(module, default.id)  # or it is unreadable
+        _resolve(module, default.id)  # raises if it is unreadable
     elif isinstance(default, ast.Subscript) and isinstance(default.slice, ast.Slice):
         bounds = [None if one is None else ast.literal_eval(one) for one in (default.slice.lower, default.slice.upper)]
         return _value(module, default.value)[slice(*bounds)]
@@ -188,7 +188,7 @@ def _resolve(module: str, name: str) -> Definition:
 
 
 def _resolve_expression(module: str, name: str) -> Definition:
-    """Return what ``Callback`` or ``L.Callback`` stands for in a module."""
+    """Return the definition of ``Callback`` or ``L.Callback`` in a module."""
     first, *others = name.split(".")
     if not others:
         return _resolve(module, name)
@@ -229,7 +229,7 @@ def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
 
 @cache
 def _file(module: str) -> Path | None:
-    """Return a module's file; no package is imported to find it."""
+    """Return a module's file without importing any package."""
     top, *below = module.split(".")
     spec = find_spec(top)
     for place in (spec.submodule_search_locations or ()) if spec is not None else ():

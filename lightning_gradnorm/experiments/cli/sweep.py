@@ -1,4 +1,4 @@
-"""The jobs of a sweep: each is done once, goes on where it stopped, and keeps no other from running if it fails."""
+"""The jobs of a sweep. Each runs once and resumes where it stopped. A failed job does not stop the others."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 JOBS = ".jobs"
-"""Below the sweep's folder, while it runs: what has come of each job, one file for each."""
+"""A folder inside the sweep's folder with the result of each job, one file per job. It exists while the sweep runs."""
 
 DONE, BEFORE, FAILED = "done", "finished before", "failed"
 
 
 class Sweep(Callback):
-    """Hydra's callback that says where the sweep is: its jobs may run in other processes, on other machines."""
+    """Hydra callback that records the sweep's folder, because jobs may run in other processes or on other machines."""
 
     @override
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -51,18 +51,18 @@ class Sweep(Callback):
 
 
 class OwnCommandNeededError(Exception):
-    """Lightning would start the job's other processes by the command line, and that is the whole sweep's."""
+    """Lightning would start the job's other processes with the command line, which is that of the whole sweep."""
 
 
 class CommandFailedError(ValueError):
-    """A job that was run as a command of its own has failed, and has said why."""
+    """A job that ran as a separate command failed and reported why."""
 
 
 def refuse_to_replay(trainer: Trainer) -> None:
-    """Let no job of a sweep start processes by the command line: each of them would run the whole sweep, out of step.
+    """Prevent a job of a sweep from starting processes with the command line. Each would run the whole sweep, out of sync.
 
     Raises:
-        OwnCommandNeededError: this one would.
+        OwnCommandNeededError: this job would do that.
     """
     from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
@@ -71,17 +71,16 @@ def refuse_to_replay(trainer: Trainer) -> None:
 
 
 def run_job(config: DictConfig, train: Callable[[DictConfig], dict[str, float]]) -> Any:
-    """Do one job of a sweep, unless it was done before.
+    """Run one job of a sweep, unless it is finished.
 
-    A job that was interrupted goes on from its last checkpoint, if it has one. One that fails is noted, and the next has
-    its turn.
+    An interrupted job resumes from its last checkpoint, if it has one. A failed job is recorded, and the next one starts.
 
     Args:
-        config: of the job.
-        train: what trains and tests, and returns the metrics.
+        config: configuration of the job.
+        train: function that trains, tests and returns the metrics.
 
     Returns:
-        What ``optimized_metric`` names; ``None`` if the job failed or the metric is not there, which only a search minds.
+        The metric in ``optimized_metric``, or ``None`` if the job failed or did not log it. Only a search needs it.
     """
     folder = Path(config.paths.run_dir)
     try:
@@ -106,9 +105,9 @@ def _metrics(
         print(f"{folder.name} was finished before", flush=True)
         return _recorded(folder), BEFORE
     (folder / run_folder.FAILURE).unlink(missing_ok=True)
-    checkpoint = _to_go_on_from(folder, overrides, config)
+    checkpoint = _to_resume_from(folder, overrides, config)
     if checkpoint is not None:
-        print(f"{folder.name} goes on from {checkpoint.name}", flush=True)
+        print(f"{folder.name} resumes from {checkpoint.name}", flush=True)
         config.ckpt_path = str(checkpoint)
     try:
         return train(config), DONE
@@ -121,11 +120,11 @@ def _recorded(folder: Path) -> dict[str, float]:
     return run_folder.read_whole(folder / run_folder.LAST_METRICS) | run_folder.read_whole(folder / run_folder.METRICS)
 
 
-def _to_go_on_from(folder: Path, overrides: list[str], config: DictConfig) -> Path | None:
-    """Return the newest checkpoint of this job, if it is one to go on from.
+def _to_resume_from(folder: Path, overrides: list[str], config: DictConfig) -> Path | None:
+    """Return the newest checkpoint of this job if training can resume from it.
 
     Raises:
-        ValueError: it is of a run with other overrides.
+        ValueError: it belongs to a run with other overrides.
     """
     found = [file for name in ("last", "interrupted") if (file := folder / f"checkpoints/{name}.ckpt").is_file()]
     if not found:
@@ -134,7 +133,7 @@ def _to_go_on_from(folder: Path, overrides: list[str], config: DictConfig) -> Pa
     newest = max(found, key=lambda file: file.stat().st_mtime_ns)
     if (folder / run_folder.LAST_METRICS).is_file() or not _is_of_the_end(newest, config):
         return newest
-    for file in found:  # killed as the training ended: what it logged last is lost, so that it has to begin anew
+    for file in found:  # killed as training ended: the last logged metrics are lost, so it has to start over
         file.unlink()
     return None
 
@@ -152,7 +151,7 @@ def _is_of_the_end(checkpoint: Path, config: DictConfig) -> bool:
 
 
 def _run_as_command(folder: Path, overrides: list[str], checkpoint: Path | None, lock: int | None) -> None:
-    """Run the job as if it had been asked for alone.
+    """Run the job as a separate command.
 
     Raises:
         CommandFailedError: it failed.
@@ -167,18 +166,18 @@ def _run_as_command(folder: Path, overrides: list[str], checkpoint: Path | None,
     while process.returncode is None:
         try:
             process.wait()
-        except KeyboardInterrupt:  # the terminal has sent it to the job, too, which stops in its own way
+        except KeyboardInterrupt:  # the terminal also sent it to the job, which stops by itself
             interrupted = True
     if interrupted or process.returncode == 130:
         sys.exit(130)
     if process.returncode != 0:
-        said = run_folder.read_whole(folder / run_folder.FAILURE).get("error", "see what it printed")
+        said = run_folder.read_whole(folder / run_folder.FAILURE).get("error", "see its output")
         raise CommandFailedError(f"gradnorm-train for this job ended with status {process.returncode}: {said}")
 
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[int | None]:
-    """Wait until no other process runs the job in this folder; the kernel takes the lock from whoever dies."""
+    """Wait until no other process runs the job in this folder. The kernel releases the lock of a process that dies."""
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     if fcntl is None or rank_zero_only.rank != 0:  # type: ignore[attr-defined]
@@ -189,7 +188,7 @@ def _alone_in(folder: Path) -> Iterator[int | None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{folder.name} is being run by another process; waiting for it", flush=True)
+            print(f"another process is running {folder.name}; waiting for it", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             pass
@@ -198,14 +197,14 @@ def _alone_in(folder: Path) -> Iterator[int | None]:
         os.close(lock)
 
 
-# ---- what is looked for ----------------------------------------------------------------------------------------------
+# ---- the objective of a search ---------------------------------------------------------------------------------------
 
 
 def objective(config: DictConfig, metrics: Mapping[str, float]) -> Any:
-    """Return the metric that ``optimized_metric`` names; if it is a list, a tuple of them.
+    """Return the metric in ``optimized_metric``, or a tuple if that is a list.
 
     Raises:
-        ValueError: a search needs one that is not logged; says which are.
+        ValueError: a search needs a metric that is not logged; lists the logged ones.
     """
     names = _wanted(config)
     missing = [name for name in names if name not in metrics]
@@ -223,22 +222,18 @@ def _wanted(config: DictConfig) -> list[str]:
 
 
 def _refuse_a_metric_that_will_not_be(config: DictConfig) -> None:
-    """Say before a long training what a search will miss after it."""
+    """Report before a long training that the search's metric will be missing after it."""
     if not _is_search():
         return
     for name in _wanted(config):
         if name == DELTA_M and config.get("single_task") is None:
-            raise ValueError(
-                f"optimized_metric={name} needs single_task=FOLDERS, the runs of one task each; it is null."
-            )
+            raise ValueError(f"optimized_metric={name} needs single_task=FOLDERS, the single-task runs; got null.")
         if name.startswith("test/") and not config.test:
-            raise ValueError(
-                f"optimized_metric={name} is a metric of the test, which test=false leaves out. Give test=true."
-            )
+            raise ValueError(f"optimized_metric={name} is a test metric, but test=false skips the test. Use test=true.")
 
 
 def _is_search() -> bool:
-    """Say whether the sweeper looks at the results, as Optuna's does; Hydra's own only goes through a list."""
+    """Return True if the sweeper uses the results, as Optuna's does. Hydra's own only works through a list."""
     sweeper = HydraConfig.get().sweeper if hydra_entry.is_multirun() else None
     return sweeper is not None and not str(sweeper.get("_target_")).endswith(".BasicSweeper")
 
@@ -268,7 +263,7 @@ def _note_failure(folder: Path, error: Exception) -> None:
 
 @contextmanager
 def told_at_the_end(command: str) -> Iterator[None]:
-    """Say at the end of a sweep what has come of its jobs; name those that failed, and leave with status 1.
+    """Summarize the jobs at the end of a sweep. If any failed, list them and exit with status 1.
 
     Args:
         command: the command's name.
@@ -287,7 +282,7 @@ def told_at_the_end(command: str) -> Iterator[None]:
             _tell(command, line.sweep)
             raise
         _tell(command, line.sweep, " so far")
-        print(f"Interrupted. To go on:\n  {again(command, line.sweep)}", flush=True)
+        print(f"Interrupted. Resume with:\n  {again(command, line.sweep)}", flush=True)
         sys.exit(130)
     except BaseException:
         if line.sweep is not None:
@@ -298,13 +293,13 @@ def told_at_the_end(command: str) -> Iterator[None]:
 
 
 def again(command: str, folder: Path) -> str:
-    """Return the command line that goes on with the sweep in this folder."""
+    """Return the command that resumes the sweep in this folder."""
     words = [word for word in hydra_entry.arguments() if not word.startswith("hydra.sweep.dir=")]
     return shlex.join([executable(command), *words, f"hydra.sweep.dir={run_folder.quoted(hydra_entry.short(folder))}"])
 
 
 def _tell(command: str, folder: Path, so_far: str = "") -> bool:
-    """Print how many jobs were done and which failed; return whether any did."""
+    """Print how many jobs are done and which ones failed. Return True if any failed."""
     notes = sorted((folder / JOBS).glob("*.json"), key=lambda file: int(file.stem))
     jobs = [run_folder.read_whole(file) for file in notes]
     shutil.rmtree(folder / JOBS, ignore_errors=True)
@@ -321,6 +316,6 @@ def _tell(command: str, folder: Path, so_far: str = "") -> bool:
         lines = [f"  {job['job']}: {job['error']}" for job in failed]
         sys.stderr.write(
             f"{command}: {len(failed)} of {len(jobs)} jobs failed\n" + "\n".join(lines) + "\n"
-            f"To run them again, and no other:\n  {again(command, folder)}\n"
+            f"To run only these again:\n  {again(command, folder)}\n"
         )
     return bool(failed)

@@ -1,4 +1,4 @@
-"""`gradnorm-train`: from the command line to a run. What trains is in `training`, and imported once it is needed."""
+"""`gradnorm-train`: reads the command line and starts a run. `training` does the training and is imported only if needed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ COMMAND = "gradnorm-train"
 
 
 def main() -> None:
-    """Train as the command line says; ``gradnorm-train --help`` explains it."""
+    """Train with the options on the command line. See ``gradnorm-train --help``."""
     try:
-        more = _options_to_go_on_with()
+        more = _options_of_resumed_run()
     except errors.wrong_input() as error:
         if errors.wants_traceback():
             raise
@@ -27,8 +27,8 @@ def main() -> None:
         hydra_entry.run(_train_and_compare, command=COMMAND, folder=conf_dir(), config_name="config")
 
 
-def _options_to_go_on_with() -> list[str]:
-    """Return the options and the folder of the run whose checkpoint is given; what is given anew prevails."""
+def _options_of_resumed_run() -> list[str]:
+    """Return the options and the folder of the run whose checkpoint is given. Options on the command line win."""
     given = hydra_entry.given_overrides()
     path = hydra_entry.value_of("ckpt_path", given)
     folder = None if path is None else run_folder.run_folder(run_folder.find_checkpoint(path))
@@ -36,7 +36,7 @@ def _options_to_go_on_with() -> list[str]:
         return []
     options = run_folder.options_of_run(folder, given)
     if hydra_entry.value_of("search", given) is None:
-        options.append("hydra.mode=RUN")  # the run may be one of a search, which would begin anew
+        options.append("hydra.mode=RUN")  # the run may belong to a search, which would start over
     is_sweep = get_args_parser().parse_args().multirun
     if is_sweep or hydra_entry.value_of("hydra.run.dir", given) is not None:
         return options
@@ -48,7 +48,7 @@ def _train_and_compare(config: DictConfig) -> Any:
 
 
 def train(config: DictConfig) -> dict[str, float]:
-    """Train, test and write the run's folder; see `training.train`."""
+    """Train, test and write the run's folder. See `training.train`."""
     refuse_what_is_plainly_wrong(config)
     console.import_lightning()
     from lightning_gradnorm.experiments.cli import training
@@ -60,17 +60,17 @@ def train(config: DictConfig) -> dict[str, float]:
 
 
 def _finish_wandb() -> None:
-    """End the run of Weights & Biases, if there is one: the next job of a sweep would go on in it."""
+    """End an open run of Weights & Biases, which the next job of a sweep would otherwise continue."""
     wandb: Any = sys.modules.get("wandb")
     if getattr(wandb, "run", None) is not None:
         wandb.finish()
 
 
 def refuse_what_is_plainly_wrong(config: DictConfig) -> None:
-    """Say what is wrong as far as that can be known without torch, which takes seconds to import.
+    """Check what can be checked without torch, which takes seconds to import.
 
     Raises:
-        ValueError, FileNotFoundError: an option is wrong; says which.
+        ValueError, FileNotFoundError: an option is wrong; the message names it.
     """
     if config.ckpt_path is not None:
         run_folder.find_checkpoint(config.ckpt_path)
@@ -78,19 +78,19 @@ def refuse_what_is_plainly_wrong(config: DictConfig) -> None:
     launch.refuse_without_launcher(hydra_entry.chosen("trainer"))
     single_task.results_in(config.get("single_task"))
     refuse_missing_loggers(config)
-    for group in ("balancing", "trainer"):  # what refers to a value of another type
+    for group in ("balancing", "trainer"):  # finds references to values of the wrong type
         OmegaConf.to_container(config[group], resolve=True)
 
 
 _PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow", "CometLogger": "comet_ml", "NeptuneLogger": "neptune"}
-"""Lightning's loggers that need a package of their own."""
+"""Lightning's loggers that need another package."""
 
 
 def refuse_missing_loggers(config: DictConfig) -> None:
-    """Say which package a logger needs.
+    """Check that the packages of the chosen loggers are installed.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: a package is not installed.
     """
     targets = [node.get("_target_") for node in (config.logger or {}).values() if isinstance(node, DictConfig)]
     needed = {one: _PACKAGES.get(str(one).rpartition(".")[2]) for one in targets}
@@ -99,8 +99,8 @@ def refuse_missing_loggers(config: DictConfig) -> None:
         names = " and ".join(missing)
         asked = hydra_entry.chosen("logger") or missing[0]
         raise ValueError(
-            f"logger={asked} needs {names}, which {'are' if len(missing) > 1 else 'is'} not installed here. Install it: "
-            f"pip install {' '.join(missing)}; or give logger=default, CSV and TensorBoard."
+            f"logger={asked} needs {names}, which {'are' if len(missing) > 1 else 'is'} not installed. Install it: "
+            f"pip install {' '.join(missing)}; or use logger=default, CSV and TensorBoard."
         )
 
 

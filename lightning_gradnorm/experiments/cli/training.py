@@ -1,4 +1,4 @@
-"""One run, from a configuration to test metrics: what `gradnorm-train` does once the command line is understood."""
+"""One run of `gradnorm-train`, from the configuration to the test metrics."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ COMMAND = "gradnorm-train"
 def train(config: DictConfig) -> dict[str, float]:
     """Train, test and write the run's folder, ``config.paths.run_dir``.
 
-    The folder gets ``config.yaml`` (resolved), ``checkpoints/``, what the loggers write, ``training.json`` (seconds,
-    steps, epochs), ``metrics.json``, ``test_metrics.json`` and, of a balancing strategy, ``weights.json``; a run that fails,
-    ``failure.json``.
+    The folder contains ``config.yaml`` (resolved), ``checkpoints/``, the loggers' files, ``training.json`` (seconds,
+    steps, epochs), ``metrics.json``, ``test_metrics.json`` and, with a balancing strategy, ``weights.json``. A failed run
+    writes ``failure.json``.
 
     Args:
-        config: as ``conf/config.yaml`` composes it.
+        config: the composed ``conf/config.yaml``.
 
     Returns:
-        The last metrics of training and validation, and those of the test.
+        The last metrics of training, validation and test.
 
     Raises:
-        ValueError, TypeError: an option is wrong; says which.
-        SystemExit: stopped by Ctrl-C; status 130.
+        ValueError, TypeError: an option is wrong; the message names it.
+        SystemExit: Ctrl-C stopped the run; status 130.
     """
     guards.refuse_without_gpu(config)
     run_dir = Path(config.paths.run_dir)
@@ -83,7 +83,7 @@ def train(config: DictConfig) -> dict[str, float]:
     refusals = (guards.EveryRankIsThere(), guards.OneFolder(run_dir))
     callbacks = [one for one in (*refusals, balancing, *_all_of(config, "callbacks"), *written) if one is not None]
     loggers = _all_of(config, "logger")
-    if not loggers:  # which that of the default callbacks refuses
+    if not loggers:  # LearningRateMonitor needs one
         callbacks = [one for one in callbacks if not isinstance(one, LearningRateMonitor)]
     shown = _shown(config.trainer)
     trainer: L.Trainer = build(
@@ -106,15 +106,15 @@ def train(config: DictConfig) -> dict[str, float]:
         except SystemExit:
             if not trainer.interrupted:
                 raise
-            terminal.print(_how_to_go_on(trainer), soft_wrap=True, highlight=False)
+            terminal.print(_how_to_resume(trainer), soft_wrap=True, highlight=False)
             sys.exit(130)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if resumed_from is not None and not metrics:  # there was nothing left to train
+        if resumed_from is not None and not metrics:  # nothing was left to train
             metrics = run_folder.read_whole(run_dir / run_folder.LAST_METRICS)
         if trainer.is_global_zero:
             run_folder.write_whole(run_dir / run_folder.LAST_METRICS, metrics)
         if config.test:
-            trainer.callback_metrics.clear()  # processes that were forked add to them
+            trainer.callback_metrics.clear()  # forked processes add to them
             trainer.test(model, datamodule=data, ckpt_path=_to_test(trainer), verbose=False)
             tested = {name: float(value) for name, value in trainer.callback_metrics.items()}
             gain = _compared(trainer, tested, single)
@@ -122,7 +122,7 @@ def train(config: DictConfig) -> dict[str, float]:
     if trainer.is_global_zero:
         if config.test:
             run_folder.write_whole(run_dir / run_folder.LAST_METRICS, metrics)
-            write_metrics(run_dir, tested)  # the last: who has it is finished
+            write_metrics(run_dir, tested)  # written last: it marks a run as finished
             terminal.print(task_table(tested | gain, weights_record.read().get("weights")))
         terminal.print(f"run folder   {hydra_entry.short(run_dir)}", soft_wrap=True, highlight=False)
         if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
@@ -131,24 +131,24 @@ def train(config: DictConfig) -> dict[str, float]:
 
 
 def _compared(trainer: L.Trainer, tested: dict[str, float], single: dict[str, float] | None) -> dict[str, float]:
-    """Return Δm, if there is any, and log it to TensorBoard."""
+    """Return Δm if it can be computed, and log it to TensorBoard."""
     delta_m = None if single is None else delta_m_or_none(tested, single)
     if delta_m is None:
         return {}
     gain = {DELTA_M: delta_m}
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):  # a CSVLogger of processes that have ended would begin its file anew
+        if isinstance(logger, TensorBoardLogger):  # after other processes ended, a CSVLogger would start its file over
             logger.log_metrics(gain, step=trainer.global_step)
             logger.save()
     return gain
 
 
 def _how_to_look(run_dir: Path) -> str:
-    """Return the command and the address that show the run's dashboard; of a sweep, also the one that compares its runs."""
+    """Return the command and address of the run's dashboard and, in a sweep, the address that compares its runs."""
     folder = Path(HydraConfig.get().sweep.dir) if hydra_entry.is_multirun() else run_dir
-    address = "http://localhost:6006"  # where TensorBoard is by default
+    address = "http://localhost:6006"  # TensorBoard's default
     lines = [
-        f"view it      {executable('tensorboard')} --logdir {shlex.quote(hydra_entry.short(folder))}",
+        f"view         {executable('tensorboard')} --logdir {shlex.quote(hydra_entry.short(folder))}",
         f"{'':13}{address}/#custom_scalars",
     ]
     if hydra_entry.is_multirun():
@@ -161,7 +161,7 @@ def _is_inside(checkpoint: Path | None, folder: Path) -> bool:
 
 
 def _all_of(config: DictConfig, group: str) -> list[Any]:
-    """Return the objects of a group that has several by name; a name that is null is left out."""
+    """Return the objects of a group with several named nodes, except those that are null."""
     built = []
     for name, node in (config[group] or {}).items():
         one = build(config, f"{group}.{name}")
@@ -172,13 +172,13 @@ def _all_of(config: DictConfig, group: str) -> list[Any]:
 
 
 def _shown(flags: DictConfig) -> list[L.Callback]:
-    """Return what shows the network and the progress, in the place of Lightning's own, unless they are switched off."""
+    """Return the callbacks that show the network and the progress instead of Lightning's, unless you switch them off."""
     network = [] if flags.get("enable_model_summary") is False else [ShowNetwork()]
     return [*network, *([] if flags.get("enable_progress_bar") is False else [LossBar()])]
 
 
 def _to_test(trainer: L.Trainer) -> str | None:
-    """Return the best checkpoint, or else the last; ``None`` is the model as it is."""
+    """Return the best checkpoint, or else the last, or ``None`` to test the current model."""
     checkpoint = trainer.checkpoint_callback
     if not isinstance(checkpoint, ModelCheckpoint) or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
@@ -191,17 +191,17 @@ def _the_only_task(config: DictConfig) -> str | None:
 
 
 def _refuse_flags_that_the_module_has(flags: DictConfig) -> None:
-    """Say which option of the model stands for a flag of the Trainer that manual optimization excludes."""
+    """Refuse Trainer flags that do not work with manual optimization, and name the model option to use instead."""
     for flag, off in (("accumulate_grad_batches", (1,)), ("gradient_clip_val", (None, 0))):
         value = flags.get(flag, off[0])
         if value not in off:
             raise ValueError(
-                f"trainer.{flag} should not be given with a MultiTaskModule, which optimizes manually; got {value}. Give "
+                f"trainer.{flag} should not be set for a MultiTaskModule, which optimizes manually; got {value}. Use "
                 f"model.{flag}={value} instead."
             )
 
 
-def _how_to_go_on(trainer: L.Trainer) -> str:
+def _how_to_resume(trainer: L.Trainer) -> str:
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     saved = [c.checkpoint for c in callbacks if isinstance(c, SaveOnInterrupt) and c.interrupted]
     saved += [c.checkpoint for c in callbacks if isinstance(c, SaveLast)]
@@ -210,10 +210,10 @@ def _how_to_go_on(trainer: L.Trainer) -> str:
     if not existing:
         return "Interrupted; there is no checkpoint yet."
     if hydra_entry.is_multirun():
-        return "Interrupted."  # how to go on with the whole sweep is said at its end
+        return "Interrupted."  # the sweep prints at its end how to resume all of it
     words = [
         executable(COMMAND),
         *hydra_entry.config_options(),
         f"ckpt_path={run_folder.quoted(hydra_entry.short(existing[0]))}",
     ]
-    return f"Interrupted. To go on:\n  {shlex.join(words)}"
+    return f"Interrupted. Resume with:\n  {shlex.join(words)}"

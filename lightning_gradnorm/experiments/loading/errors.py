@@ -1,12 +1,12 @@
-"""The one sentence said about data that are not what they should be."""
+"""The error message for invalid data."""
 
 from __future__ import annotations
 
 from typing import NoReturn
 
 
-def refuse(owner: str, place: object, expected: str, found: object, mend: str = "") -> NoReturn:
-    """Raise an error that says where, what is expected there, what was found and how to mend it.
+def refuse(owner: str, place: object, expected: str, found: object, fix: str = "") -> NoReturn:
+    """Raise an error with the place, the expectation, what was found and the fix.
 
     Raises:
         ValueError: Always.
@@ -16,4 +16,4 @@ def refuse(owner: str, place: object, expected: str, found: object, mend: str = 
         Traceback (most recent call last):
         ValueError: CMAPSS: line 7 of train_FD001.txt should have 26 columns; got 25. Fetch the file again.
     """
-    raise ValueError(f"{owner}: {place} should {expected}; got {found}. {mend}".rstrip())
+    raise ValueError(f"{owner}: {place} should {expected}; got {found}. {fix}".rstrip())

@@ -1,4 +1,4 @@
-"""A DataLoader that a run can leave in the middle of an epoch and come back to."""
+"""A DataLoader that can resume in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch.utils.data import DataLoader, DistributedSampler, Sampler, Sequential
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """Indices of one epoch on one rank, in an order that follows from ``seed`` and the epoch alone.
+    """Indices of one epoch on one rank. Their order depends only on ``seed`` and the epoch.
 
-    Lightning replaces a sampler by its own in distributed runs unless it is a ``DistributedSampler``, and then shuffles
-    even where shuffling is off. This one is left alone, also on one rank. Rank ``r`` of ``n`` gets positions
-    ``r, r + n, r + 2n, ...``, so that the ranks' ``k``-th batches together are the ``k``-th batch of one process with
-    ``n`` times the batch size. If the data set is not divisible by ``n`` the first samples are repeated at the end.
+    In distributed runs, Lightning replaces any sampler that is not a ``DistributedSampler`` with its own, which shuffles
+    even if shuffling is off. It leaves this one alone, also on one rank. Rank ``r`` of ``n`` gets positions
+    ``r, r + n, r + 2n, ...``, so the ``k``-th batches of all ranks together are the ``k``-th batch of one process with
+    ``n`` times the batch size. If the data set is not divisible by ``n``, the first samples are repeated at the end.
 
     Args:
-        dataset: The data set, of which only the length matters.
-        shuffle: Draw a new permutation each epoch; otherwise the data set's own order.
+        dataset: The data set. Only its length matters.
+        shuffle: Draw a new permutation each epoch instead of using the data set's own order.
         seed: Seed of the permutations.
         num_replicas: Number of ranks.
         rank: This process's rank, ``0 <= rank < num_replicas``.
@@ -39,7 +39,7 @@ class EpochSampler(DistributedSampler[Any]):
         self._skip = 0
 
     def skip_once(self, samples: int) -> None:
-        """Leave out the first ``samples`` indices of the next pass; the passes after it are whole again."""
+        """Skip the first ``samples`` indices of the next pass. Later passes are complete again."""
         self._skip = samples
 
     def __iter__(self) -> Iterator[Any]:
@@ -49,20 +49,20 @@ class EpochSampler(DistributedSampler[Any]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A ``DataLoader`` whose place in the epoch is saved in Lightning's checkpoints.
+    """A ``DataLoader`` that saves its position in the epoch in Lightning's checkpoints.
 
-    ``Trainer.fit(ckpt_path=...)`` goes on with the batch after the last one trained on, whichever batch of the epoch
-    that was and whatever ``num_workers``; the batches before it are skipped as indices, never loaded.
+    ``Trainer.fit(ckpt_path=...)`` continues with the batch after the last trained one, anywhere in the epoch and with any
+    ``num_workers``. Earlier batches are skipped as indices, never loaded.
 
-    Iterators are lazy: Lightning makes them before it tells the sampler which epoch it is, and workers that started
-    to prefetch right then would read the order of the wrong epoch.
+    Iterators are lazy. Lightning creates them before it sets the sampler's epoch, so workers that start prefetching
+    immediately would use the order of the wrong epoch.
 
     Args:
         dataset: A map-style data set with a length.
-        sampler: An `EpochSampler`; default: the data set's own order, on one rank.
-        trained: Returns how many batches of this epoch have been trained on. Default: those handed out, which is one
-            too many when a checkpoint is written while a batch is being trained on (an exception, a signal).
-        **options: Every other argument of ``torch.utils.data.DataLoader``.
+        sampler: An `EpochSampler`; by default the data set's own order, on one rank.
+        trained: Returns the number of batches of this epoch trained so far. By default the number of batches returned,
+            which is one too many if a checkpoint is written during a batch (an exception, a signal).
+        **options: All other arguments of ``torch.utils.data.DataLoader``.
 
     Raises:
         TypeError: ``sampler`` is not an `EpochSampler`.
@@ -90,7 +90,7 @@ class ResumableLoader(DataLoader[Any]):
             sampler = EpochSampler(dataset, shuffle=False)
         if not isinstance(sampler, EpochSampler):
             raise TypeError(
-                f"ResumableLoader: sampler should be an EpochSampler, whose order can be found again; got "
+                f"ResumableLoader: sampler should be an EpochSampler, whose order is reproducible; got "
                 f"{type(sampler).__name__}. Pass EpochSampler(dataset, shuffle=..., seed=...)."
             )
         super().__init__(dataset, sampler=sampler, **options)
@@ -102,7 +102,7 @@ class ResumableLoader(DataLoader[Any]):
         return self._batches()
 
     def _batches(self) -> Iterator[Any]:
-        # A state saved after an epoch's last batch is that of a finished epoch: it says nothing about the next one.
+        # A state saved after the last batch belongs to a finished epoch and does not apply to the next one.
         if self._resume_epoch != self.sampler.epoch:
             self._handed_out = 0
         self._resume_epoch = None
@@ -112,7 +112,7 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def _order(self) -> dict[str, Any]:
-        """Collect what decides which samples are in the k-th batch of an epoch."""
+        """Return everything that determines which samples are in the k-th batch of an epoch."""
         return {
             "samples": len(self.sampler.dataset),  # type: ignore[arg-type]
             "batch_size": self.batch_size,
@@ -122,15 +122,15 @@ class ResumableLoader(DataLoader[Any]):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch, the batches of it already trained on, and what the order of the batches depends on."""
+        """Return the epoch, its number of trained batches, and everything that determines the order of the batches."""
         batches = self._handed_out if self.trained is None else self.trained()
         return {"epoch": self.sampler.epoch, "batches": batches, "order": self._order()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the batches that ``state_dict`` counts.
+        """Continue after the batches counted in ``state_dict``.
 
         Raises:
-            ValueError: The state was saved within an epoch whose batches this loader cannot form again.
+            ValueError: The state was saved within an epoch whose batches this loader cannot reproduce.
         """
         order, saved = self._order(), state_dict["order"]
         differing = [key for key in order if saved.get(key) != order[key]]
@@ -138,7 +138,7 @@ class ResumableLoader(DataLoader[Any]):
             found = ", ".join(f"{key}={order[key]}" for key in differing)
             expected = ", ".join(f"{key}={saved.get(key)}" for key in differing)
             raise ValueError(
-                f"ResumableLoader: a run that stopped within an epoch should go on with {expected}; got {found}. "
+                f"ResumableLoader: a run that stopped within an epoch should continue with {expected}; got {found}. "
                 "Resume with the same settings, or from a checkpoint saved at the end of an epoch."
             )
         self.sampler.set_epoch(state_dict["epoch"])

@@ -1,4 +1,4 @@
-"""What the data modules share: three splits, a resumable loader for each, and the checks of their arguments."""
+"""Base class of the data modules: three splits, a resumable loader for each, and argument checks."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ Split = TypeVar("Split")
 
 
 class SplitsDataModule(L.LightningDataModule, Generic[Split]):
-    """Data sets for ``"train"``, ``"val"`` and ``"test"``, made once and served by a `ResumableLoader` each.
+    """Data sets for ``"train"``, ``"val"`` and ``"test"``, created once and served by one `ResumableLoader` each.
 
-    A subclass says how its splits are made, in `make_splits`. A split is a data set that hands out whole batches, with
-    ``__getitems__``. Under several ranks each gets its part of every batch.
+    A subclass creates its splits in `make_splits`. A split is a data set that returns whole batches from
+    ``__getitems__``. With several ranks, each gets its part of every batch.
 
     Args:
         batch_size: Samples per batch and rank.
-        seed: Seed of everything that is drawn: the data and the order of the training batches.
+        seed: Seed of all random draws: the data and the order of the training batches.
         num_workers: Worker processes per loader.
-        drop_last: Leave out a training epoch's last batch if it has fewer than ``batch_size`` samples (others each epoch).
+        drop_last: Drop the last batch of a training epoch if it has fewer than ``batch_size`` samples (different ones
+            each epoch).
 
     Raises:
         TypeError: An argument is not an integer.
@@ -36,7 +37,7 @@ class SplitsDataModule(L.LightningDataModule, Generic[Split]):
     """
 
     sampler: type[EpochSampler] = EpochSampler
-    """What tells the loaders the order of the samples; a subclass may name another."""
+    """The sampler of the loaders. A subclass may choose another."""
 
     def __init__(self, batch_size: int, seed: int, num_workers: int, drop_last: bool = False) -> None:
         super().__init__()
@@ -50,17 +51,15 @@ class SplitsDataModule(L.LightningDataModule, Generic[Split]):
         self._splits: dict[str, Split] = {}
 
     def _validate_on_nothing(self) -> None:
-        # Lightning takes a module that does not override this method for one that has nothing to validate on.
+        # Lightning skips validation if a module does not override this method.
         self.val_dataloader = MethodType(L.LightningDataModule.val_dataloader, self)  # type: ignore[method-assign]
 
     def make_splits(self) -> dict[str, Split]:
-        """Make the data of ``"train"``, ``"val"`` and ``"test"``."""
-        raise NotImplementedError(
-            f"{type(self).__name__}: make_splits should be overridden; it is where the data come from."
-        )
+        """Create the data of ``"train"``, ``"val"`` and ``"test"``."""
+        raise NotImplementedError(f"{type(self).__name__}: make_splits should be overridden; it creates the data.")
 
     def setup(self, stage: str | None = None) -> None:
-        """Make the splits, all three whatever the ``stage``; once, however often it is called."""
+        """Create all three splits for any ``stage``. Further calls do nothing."""
         if not self._splits:
             self._splits = self.make_splits()
 
@@ -83,7 +82,7 @@ class SplitsDataModule(L.LightningDataModule, Generic[Split]):
         """Batches of the training split, in a new order each epoch.
 
         Raises:
-            ValueError: ``drop_last`` leaves none.
+            ValueError: ``drop_last`` leaves no batches.
         """
         loop: Any = self.trainer and self.trainer.fit_loop.epoch_loop
         trained = None if loop is None else lambda: loop.batch_progress.current.processed
@@ -91,7 +90,7 @@ class SplitsDataModule(L.LightningDataModule, Generic[Split]):
         if len(loader) == 0:
             raise ValueError(
                 f"{type(self).__name__}: batch_size should be at most {len(loader.sampler)}, the training samples of a rank, "
-                f"if an incomplete batch is left out (drop_last); got {self.batch_size}."
+                f"if incomplete batches are dropped (drop_last); got {self.batch_size}."
             )
         return loader
 
@@ -106,7 +105,7 @@ class SplitsDataModule(L.LightningDataModule, Generic[Split]):
     def _loader(
         self, data: Split, *, shuffle: bool, trained: Callable[[], int] | None = None, drop_last: bool = False
     ) -> ResumableLoader:
-        # The strategy knows best: with tensor parallelism there are fewer shares of the data than ranks.
+        # Ask the strategy: with tensor parallelism there are fewer shares of the data than ranks.
         share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
         return ResumableLoader(
             data,
@@ -116,13 +115,13 @@ class SplitsDataModule(L.LightningDataModule, Generic[Split]):
             num_workers=self.num_workers,
             drop_last=drop_last,
             collate_fn=_already_a_batch,
-            # An own generator: otherwise every pass over the data would advance the global one, dropout's.
+            # A separate generator, otherwise every pass over the data would advance the global one that dropout uses.
             generator=torch.Generator().manual_seed(self.seed),
         )
 
     def _split(self, name: str) -> Split:
         if not self._splits:
-            raise RuntimeError(f"{type(self).__name__}: the data are made by setup(); call it first.")
+            raise RuntimeError(f"{type(self).__name__}: setup() creates the data; call it first.")
         return self._splits[name]
 
     def _check_integer(self, parameter: str, value: Any, at_least: int) -> None:
@@ -149,7 +148,7 @@ class SplitsDataModule(L.LightningDataModule, Generic[Split]):
             )
 
     def _stream(self, name: str, number: int = 0) -> np.random.Generator:
-        """Give each thing that is drawn a generator of its own, so that no draw depends on how much others drew."""
+        """Return a separate generator for each random quantity, so no draw depends on the others."""
         return np.random.default_rng([self.seed, int.from_bytes(name.encode(), "little"), number])
 
 

@@ -14,14 +14,14 @@ from lightning_gradnorm.experiments.loading.splits import Batch, SplitsDataModul
 class TaskTensors(Dataset[Batch]):
     """Samples of a multi-task data set held in memory: ``(inputs, {task: target})``.
 
-    A batch is one indexing operation per tensor, not one per sample, so that no worker processes are needed.
+    A batch is one indexing operation per tensor, not one per sample, so you need no worker processes.
 
     Args:
-        inputs: Shape ``(samples, ...)``. ``uint8`` is taken for pixels and handed out as ``float32`` in [0, 1].
+        inputs: Shape ``(samples, ...)``. ``uint8`` means pixels, which are returned as ``float32`` in [0, 1].
         targets: By task name, each of shape ``(samples, ...)``.
 
     Raises:
-        ValueError: A target has another number of samples than the inputs.
+        ValueError: A target has a different number of samples than the inputs.
 
     Example:
         >>> data = TaskTensors(torch.zeros(5, 3), {"depth": torch.ones(5, 1)})
@@ -47,7 +47,7 @@ class TaskTensors(Dataset[Batch]):
         return self._at(torch.tensor(index))
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Return a whole batch: the loader's fetcher calls this one where it exists."""
+        """Return a whole batch. The loader's fetcher prefers this method if it exists."""
         return self._at(torch.tensor(indices))
 
     def _at(self, index: Tensor) -> Batch:
@@ -58,18 +58,19 @@ class TaskTensors(Dataset[Batch]):
 
 
 class InMemoryDataModule(SplitsDataModule[TaskTensors]):
-    """Three splits of `TaskTensors`, made once and served by a `ResumableLoader` each.
+    """Three splits of `TaskTensors`, created once and served by one `ResumableLoader` each.
 
-    A subclass says how its splits are made, in `make_splits`. Under several ranks each gets its part of every batch.
+    A subclass creates its splits in `make_splits`. With several ranks, each gets its part of every batch.
 
     Args:
         train_size: Number of training samples.
         val_size: Number of validation samples.
         test_size: Number of test samples.
         batch_size: Samples per batch and rank.
-        seed: Seed of everything that is drawn: the data and the order of the training batches.
+        seed: Seed of all random draws: the data and the order of the training batches.
         num_workers: Worker processes per loader. The data are in memory, so 0 is the fastest.
-        drop_last: Leave out a training epoch's last batch if it has fewer than ``batch_size`` samples (others each epoch).
+        drop_last: Drop the last batch of a training epoch if it has fewer than ``batch_size`` samples (different ones
+            each epoch).
 
     Raises:
         TypeError: A size or the seed is not an integer.

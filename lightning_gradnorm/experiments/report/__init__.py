@@ -1,4 +1,4 @@
-"""Reads finished runs and writes tables and pictures of them."""
+"""Reads finished runs, and compares them in tables and charts."""
 
 from lightning_gradnorm.experiments.report.delta_m import (
     COMMUNITY,

@@ -1,4 +1,4 @@
-"""Charts of series: lines with bands, and points with error bars."""
+"""Charts: lines with bands, and points with error bars."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_gradnorm.experiments.report.svg import (
 
 
 class Point(NamedTuple):
-    """A value with its spread, at a place."""
+    """A value with its spread at a position."""
 
     x: float
     y: float
@@ -35,7 +35,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Series:
-    """Points that have a name and a style in common."""
+    """Points with a common name and style."""
 
     name: str
     style: int
@@ -48,12 +48,12 @@ def line_chart(
     """Return lines, each with a band from low to high behind it.
 
     Args:
-        title: what a screen reader says.
+        title: alternative text for screen readers.
         series: one line each.
-        x_name: below the chart.
-        y_name: above it.
-        log: the vertical axis is logarithmic; what is not positive is left out.
-        zero: a value with a line of its own, to compare with.
+        x_name: label below the chart.
+        y_name: label above it.
+        log: use a logarithmic vertical axis, and skip values that are not positive.
+        zero: reference value, drawn as a line.
 
     Example:
         >>> chart = line_chart("w", [Series("left", 0, [Point(0, 1, 1, 1), Point(1, 2, 1.5, 2.5)])], x_name="step")
@@ -97,11 +97,11 @@ def point_chart(
     """Return points with error bars from low to high.
 
     Args:
-        title: what a screen reader says.
-        series: points, each with its own marker and with its name when pointed at.
-        x_name: below the chart.
-        y_name: above it.
-        zero: a value with a line of its own, to compare with.
+        title: alternative text for screen readers.
+        series: points, each with a marker and a tooltip.
+        x_name: label below the chart.
+        y_name: label above it.
+        zero: reference value, drawn as a line.
         faint: smaller points behind them.
         joined: draw a line through each series' points.
 
@@ -146,7 +146,7 @@ def _axes(
 
 
 def _drawable(points: Sequence[Point], log: bool) -> list[Point]:
-    """Leave out what has no place; a band that would reach below what a logarithm has ends at the line."""
+    """Drop points that cannot be drawn. On a logarithmic axis, a band that would reach 0 or less ends at the line."""
     found = []
     for point in points:
         if not (math.isfinite(point.x) and math.isfinite(point.y)) or (log and point.y <= 0):
@@ -167,7 +167,7 @@ def _places(points: Sequence[tuple[float, float]], x: Axis, y: Axis) -> str:
 
 
 def _some(points: Sequence[tuple[float, float]], offset: int) -> list[tuple[float, float]]:
-    """Return the points that get a marker: all of a few, else some, at other places than those of the next series."""
+    """Return the points with a marker: all if there are few, otherwise some, offset from those of the next series."""
     if len(points) <= 8:
         return list(points)
     apart = max(2, len(points) // 4)

@@ -1,4 +1,4 @@
-"""Finds the runs of `gradnorm-train` below folders, also those that are unfinished, failed or damaged."""
+"""Finds runs of `gradnorm-train` below folders, including unfinished, failed and damaged ones."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from lightning_gradnorm.experiments.report.results import FILE, tasks_of
 CONFIG = "config.yaml"
 """The resolved configuration, in the run's folder."""
 OVERRIDES = "overrides.yaml"
-"""The command line's overrides, beside it."""
+"""The overrides on the command line."""
 TIME = "training.json"
-"""How long the training took."""
+"""The duration of the training."""
 WEIGHTS = "weights.json"
-"""The task weights at the end, and their mean over training."""
+"""The final task weights, and their mean over training."""
 FAILURE = "failure.json"
-"""What kept the run from going on."""
+"""The error that ended the run."""
 LOG = "output.txt"
-"""What a run of a study printed."""
+"""The output of a run in a study."""
 PICTURE = "solution.png"
-"""What the network has learned, of runs that draw it."""
+"""The learned solution, if the run draws it."""
 HYDRA = ".hydra"
-"""Hydra's own record, which is there before training begins."""
+"""Hydra's own record, which exists before training begins."""
 
 FINISHED, TRAINED, UNFINISHED, FAILED, UNREADABLE = (
     "finished",
@@ -49,7 +49,7 @@ Curve = list[tuple[float, float]]
 
 @dataclass
 class CollectedRun:
-    """What lies in one run's folder, as far as it can be read."""
+    """The readable contents of one run's folder."""
 
     folder: Path
     name: str
@@ -59,22 +59,22 @@ class CollectedRun:
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
     training: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    """What is wrong with the files."""
+    """Problems with the files."""
     failure: str = ""
-    """The error that the run ended by."""
+    """The error that ended the run."""
 
     @property
     def began(self) -> bool:
-        """Whether the training began: only then is it known what was trained."""
+        """True if training began. Only then is the configuration known."""
         return bool(self.config)
 
     @cached_property
     def curves(self) -> dict[str, Curve]:
-        """What the CSV logger wrote during training, by name."""
+        """The curves from the CSV logger, by name."""
         return read_curves(self.folder)
 
     def group(self, name: str) -> dict[str, Any]:
-        """Return a group of the configuration; an empty one if it is not there, or no group."""
+        """Return a group of the configuration, or an empty dict if it does not exist or is not a group."""
         found = self.config.get(name)
         return found if isinstance(found, dict) else {}
 
@@ -85,7 +85,7 @@ class CollectedRun:
 
     @cached_property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks that were trained; none if they are not known."""
+        """The trained tasks; empty if unknown."""
         chosen = self.config.get("tasks")
         found = (
             (chosen if isinstance(chosen, list) else None)
@@ -118,12 +118,12 @@ class CollectedRun:
 
     @property
     def remarks(self) -> list[str]:
-        """The error and what else is known to be amiss."""
+        """The error and other problems."""
         return [self.failure, *self.problems] if self.failure else self.problems
 
     @cached_property
     def progress(self) -> str:
-        """How far it came, in words."""
+        """The progress of the run as text."""
         if not self.began:
             return "did not begin to train"
         epochs, steps = self.training.get("epochs"), self.training.get("steps")
@@ -131,7 +131,7 @@ class CollectedRun:
             steps = max((curve[-1][0] + 1 for curve in self.curves.values() if curve), default=0)
             epochs = max((curve[-1][1] for curve in [self.curves.get("epoch", [])] if curve), default=-1) + 1
         if not steps:
-            return "began to train, nothing is logged"
+            return "began to train, nothing logged"
         return f"step {steps:.0f}{self._wanted('max_steps')}, epoch {epochs or 0:.0f}{self._wanted('max_epochs')}"
 
     def _wanted(self, limit: str) -> str:
@@ -143,21 +143,21 @@ def collect(folders: Sequence[str | Path]) -> list[CollectedRun]:
     """Return the runs in and below the folders, each once.
 
     Args:
-        folders: of runs, of sweeps, or of anything that has some below it.
+        folders: runs, sweeps, or any folders with runs below them.
 
     Raises:
-        FileNotFoundError: a folder is not there, or has no run.
+        FileNotFoundError: a folder does not exist or has no run.
     """
     found: dict[Path, CollectedRun] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} should be a folder of runs; there is no such folder.")
+            raise FileNotFoundError(f"{folder} should be a folder of runs; no such folder.")
         below = list(_run_folders(folder))
         if not below:
             is_empty = next(folder.iterdir(), None) is None
             raise FileNotFoundError(
                 f"{folder} {'is empty' if is_empty else 'has no run of gradnorm-train in it or below it'}; a run's folder has "
-                f"{CONFIG}, {OVERRIDES} and, once it is finished, {FILE}. Give the folder of a run or of a sweep."
+                f"{CONFIG}, {OVERRIDES} and, once it is finished, {FILE}. Use the folder of a run or of a sweep."
             )
         for one in below:
             relative = str(one.relative_to(folder)) if one != folder else folder.resolve().name
@@ -191,11 +191,11 @@ def _by_number(name: str) -> tuple[bool, int, str]:
 
 
 def read(folder: Path, name: str) -> CollectedRun:
-    r"""Return the run in that folder; what cannot be read is said in its ``problems``.
+    r"""Return the run in that folder. Its ``problems`` list what cannot be read.
 
     Args:
-        folder: of one run.
-        name: what it is called in the report.
+        folder: folder of one run.
+        name: the run's name in the report.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -203,7 +203,7 @@ def read(folder: Path, name: str) -> CollectedRun:
         ...     _ = (Path(folder) / "config.yaml").write_text("seed: 1\nbalancing: {}\ntrainer: {max_epochs: 3}\n")
         ...     run = read(Path(folder), "mine")
         ...     run.strategy, run.state, run.progress
-        ('equal', 'unfinished', 'began to train, nothing is logged')
+        ('equal', 'unfinished', 'began to train, nothing logged')
     """
     problems: list[str] = []
     config = _mapping(folder / CONFIG, problems)
@@ -222,22 +222,22 @@ def read(folder: Path, name: str) -> CollectedRun:
         problems=problems,
     )
     if not config and (folder / FILE).is_file():
-        problems.append(f"what was trained is not known, for {CONFIG} is missing or damaged")
+        problems.append(f"the options of the run are unknown, because {CONFIG} is missing or damaged")
     bad = [name for name, value in run.metrics.items() if not math.isfinite(value)]
     if bad:
         problems.append(f"not finite: {', '.join(bad)}")
     failure = _mapping(folder / FAILURE, problems)
     if failure:
-        run.failure = str(failure.get("error", "no reason is given"))
+        run.failure = str(failure.get("error", "no reason recorded"))
     elif not run.metrics and (printed := _last_line(folder / LOG)):
         problems.append(f"its output ends with: {printed}")
     return run
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """Return what the CSV logger wrote for this run, by name; the steps of a resumed run replace those of before.
+    """Return the curves that the CSV logger wrote, by name. Steps of a resumed run replace earlier ones.
 
-    Lines that are damaged, as a run that was killed leaves them, are passed over. What was measured in the test is left out.
+    Skips damaged lines, such as a killed run leaves behind, and test metrics.
     """
     curves: dict[str, Curve] = {}
     versions = sorted(folder.glob("csv/version_*/metrics.csv"), key=_version)
@@ -282,7 +282,7 @@ def _number(text: Any) -> float | None:
 
 
 def _strategy(folder: Path, config: Mapping[str, Any]) -> str:
-    """Return the name of the option that ``balancing=`` chose or, where that is not recorded, of the class."""
+    """Return the option chosen with ``balancing=``, or the name of the class if the choice is not recorded."""
     chosen = _at(_mapping(folder / HYDRA / "hydra.yaml", []), "hydra", "runtime", "choices", "balancing")
     if isinstance(chosen, str):
         return chosen
@@ -290,7 +290,7 @@ def _strategy(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def strategy_of(balancing: Any) -> str:
-    """Return what a strategy's class is called in a configuration; equal weights have none.
+    """Return the lowercase class name of a configured strategy; equal weights have no class.
 
     Example:
         >>> strategy_of({"_target_": "lightning_gradnorm.Scalarization", "scalarizer": {"_target_": "somewhere.DWA"}})
@@ -308,7 +308,7 @@ def _at(tree: Any, *keys: str) -> Any:
 
 
 def _mapping(file: Path, problems: list[str]) -> dict[str, Any]:
-    """Return what a YAML or JSON file has; if it is damaged, nothing, and say so."""
+    """Return the contents of a YAML or JSON file. If it is damaged, return an empty dict and record the problem."""
     if not file.is_file():
         return {}
     try:
@@ -318,7 +318,7 @@ def _mapping(file: Path, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{file.name} cannot be read: {str(error).splitlines()[0]}")
         return {}
     if not isinstance(content, dict):
-        problems.append(f"{file.name} should be a mapping; it is {'empty' if content is None else repr(content)[:40]}")
+        problems.append(f"{file.name} should be a mapping; got {'nothing' if content is None else repr(content)[:40]}")
         return {}
     return content
 
@@ -331,7 +331,7 @@ def _numbers(file: Path, problems: list[str]) -> dict[str, float]:
     numbers = _only_numbers(content)
     if len(numbers) < len(content):
         strange = next(name for name in content if name not in numbers)
-        problems.append(f"{file.name}: {strange} should be a number; it is {content[strange]!r:.40}")
+        problems.append(f"{file.name}: {strange} should be a number; got {content[strange]!r:.40}")
     return numbers
 
 

@@ -1,4 +1,4 @@
-"""Compares methods: means over seeds, differences from a baseline, Δm, ranks, time."""
+"""Compares methods: means over seeds, differences from a baseline, Δm, ranks and times."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread | None:
-        """Return that of the values; ``None`` of no values, no deviation of a single one.
+        """Return the spread of the values, or ``None`` without values. A single value has no deviation.
 
         Example:
             >>> Spread.of([1.0, 2.0, 3.0])
@@ -42,13 +42,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class Metric:
-    """A test metric of a task, or of all of them together."""
+    """A test metric of one task or of all tasks."""
 
     name: str
 
     @property
     def task(self) -> str:
-        """The task; `ALL_TASKS` if it is not one task's."""
+        """The task, or `ALL_TASKS` if it does not belong to one task."""
         return next(iter(by_task({self.name: 0.0})))
 
     @property
@@ -58,49 +58,49 @@ class Metric:
 
     @property
     def upwards(self) -> bool | None:
-        """Whether higher is better; ``None`` if that is not known."""
+        """True if higher is better; ``None`` if unknown."""
         return higher_is_better(self.short)
 
     @property
     def arrow(self) -> str:
-        """↑ or ↓, which way is better."""
+        """↑ if higher is better, ↓ if lower is better."""
         return {True: "↑", False: "↓", None: ""}[self.upwards]
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the report says of one method."""
+    """The results of one method."""
 
     method: Method
     values: Mapping[str, Spread]
-    """By the metric's whole name."""
+    """By full metric name."""
     delta_m: Spread | None
     rank: float | None
     seconds_per_step: Spread | None
     time_ratio: Spread | None
     weights: Mapping[str, Spread]
     tests: Mapping[str, PairedTest]
-    """Differences from the baseline, by the metric's whole name; none of the baseline itself."""
+    """Differences from the baseline, by full metric name; empty for the baseline itself."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that is compared."""
+    """All results of a comparison."""
 
     runs: Sequence[CollectedRun]
     methods: Sequence[Method]
     rows: Sequence[Row]
-    """Of the methods with finished runs."""
+    """The methods with finished runs."""
     metrics: Sequence[Metric]
     tasks: Sequence[str]
     single: Sequence[Method]
     baseline: str | None
-    """What the differences are from; ``None`` if there is no such method."""
+    """The baseline of the differences; ``None`` if no run has it."""
     baselines: Mapping[str, Method]
-    """That of each method, by name: the one with the same other options."""
+    """The baseline of each method, by name: the one with the same other options."""
 
     def best(self, metric: Metric) -> float | None:
-        """Return the best mean; ``None`` if it is not known which way is better or all are equal."""
+        """Return the best mean, or ``None`` if the better direction is unknown or all means are equal."""
         means = [row.values[metric.name].mean for row in self.rows if metric.name in row.values]
         finite = [mean for mean in means if math.isfinite(mean)]
         if metric.upwards is None or len(set(finite)) < 2:
@@ -109,9 +109,9 @@ class Comparison:
 
     @property
     def counting(self) -> list[Metric]:
-        """The metrics that ranks and changes are of: those of the tasks; the loss only of a task that has nothing else.
+        """The metrics for ranks and changes: the task metrics, and the loss of tasks without other metrics.
 
-        If there is a metric of all tasks together, such as how far a solution is from the exact one, it is what counts.
+        If there is a metric for all tasks, such as the error of a solution, only that one counts.
         """
         of_all = [metric for metric in self.metrics if metric.task == ALL_TASKS and metric.upwards is not None]
         if judged := [metric for metric in of_all if metric.short not in ("loss", "delta_m")]:
@@ -122,13 +122,13 @@ class Comparison:
 
     @property
     def unfinished(self) -> list[CollectedRun]:
-        """The runs that have no test metrics, or cannot be compared."""
+        """The runs that have no test metrics or cannot be compared."""
         return [run for run in self.runs if run.state != FINISHED]
 
     def change(self, metrics: Mapping[str, float], reference: Mapping[str, float]) -> float | None:
-        """Return the mean relative change of a run against reference metrics in percent, positive is better.
+        """Return the mean relative change of a run from reference metrics, in percent; positive is better.
 
-        First over the metrics of a task, then over the tasks, as `delta_m`; metrics whose reference is 0 are left out.
+        Averages over the metrics of a task first, then over the tasks, like `delta_m`. Skips metrics with reference 0.
         """
         chosen: dict[str, list[str]] = {}
         for metric in self.counting:
@@ -144,12 +144,12 @@ def compare(runs: Sequence[CollectedRun], baseline: str | None = None) -> Compar
     """Return the comparison of the runs.
 
     Args:
-        runs: as `collect` returns them.
-        baseline: a method's name, or that of a strategy, which is then taken with each method's other options; by default
-            equal weights, if there are any.
+        runs: the runs from `collect`.
+        baseline: name of a method, or of a strategy, which is then matched to each method's other options. By default
+            equal weights, if there are such runs.
 
     Raises:
-        ValueError: the runs have different tasks or data, there is nothing to compare, or there is no such baseline.
+        ValueError: the runs have different tasks or data, there is nothing to compare, or no run has the baseline.
     """
     if not any(run.began for run in runs):
         states = "; ".join(f"{run.name}: {', '.join([run.progress, *run.remarks])}" for run in runs[:10])
@@ -181,7 +181,7 @@ def mean_metrics(runs: Sequence[CollectedRun]) -> dict[str, float]:
 
 
 def by_seed(runs: Sequence[CollectedRun]) -> dict[Key, list[CollectedRun]]:
-    """Return the runs by what is the same for a seed of every method."""
+    """Return the runs grouped by seed. The keys are the same for all methods."""
     found: dict[Key, list[CollectedRun]] = {}
     for run in runs:
         found.setdefault(repetition(run)[:2], []).append(run)
@@ -189,7 +189,7 @@ def by_seed(runs: Sequence[CollectedRun]) -> dict[Key, list[CollectedRun]]:
 
 
 def _over_repetitions(runs: Sequence[CollectedRun], values: Sequence[float | None]) -> list[float]:
-    """Return one value for each repetition: several runs of the same seed are averaged, not counted twice."""
+    """Return one value per repetition. Several runs of the same seed are averaged, not counted twice."""
     found: dict[Key, list[float]] = {}
     for run, value in zip(runs, values, strict=True):
         if value is not None:
@@ -245,7 +245,7 @@ def _seconds_per_step(run: CollectedRun) -> float | None:
 
 
 def _time_ratio(method: Method, baseline: Method | None) -> Spread | None:
-    """Return the time of a step relative to the baseline's: of each seed that both have or, without any, of the means."""
+    """Return the step time relative to the baseline's: for each common seed or, if there are none, of the means."""
     if baseline is None:
         return None
     ours, theirs = (
@@ -274,9 +274,9 @@ def _tests(method: Method, baseline: Method) -> dict[str, PairedTest]:
 
 
 def _mean_ranks(methods: Mapping[str, Mapping[str, Spread]], metrics: Sequence[Metric]) -> dict[str, float]:
-    """Return each method's mean rank, first over the metrics of a task and then over the tasks; 1 is best.
+    """Return each method's mean rank, averaged over the metrics of a task first and then over the tasks; 1 is best.
 
-    Equal means share their rank, NaN comes last.
+    Equal means share a rank, NaN comes last.
     """
     ranks: dict[str, dict[str, list[float]]] = {}
     for metric in metrics:
@@ -312,10 +312,8 @@ def _refuse_unknown_baseline(baseline: str | None, methods: Sequence[Method]) ->
         return
     names = list(dict.fromkeys([*(method.name for method in methods), *(method.strategy for method in methods)]))
     if baseline not in names:
-        raise ValueError(
-            f"--baseline should be one of the methods; there is no '{baseline}'; {did_you_mean(baseline, names)}."
-        )
+        raise ValueError(f"--baseline should be one of the methods; got '{baseline}'; {did_you_mean(baseline, names)}.")
     several = [method.name for method in methods if method.strategy == baseline]
     contexts = [method.context for method in methods if method.strategy == baseline]
     if baseline not in [method.name for method in methods] and any(contexts.count(one) > 1 for one in contexts):
-        raise ValueError(f"--baseline '{baseline}' is several methods: {', '.join(several)}. Choose one of them.")
+        raise ValueError(f"--baseline '{baseline}' matches several methods: {', '.join(several)}. Choose one of them.")

@@ -1,4 +1,4 @@
-"""One number for a multi-task run: how much better it is than one network for each task."""
+"""Δm: one number for how much better a multi-task run is than single-task networks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_gradnorm.experiments.report.metric_direction import higher_is_bet
 from lightning_gradnorm.experiments.report.results import Run, by_task, tasks_of
 
 DELTA_M = "test/delta_m"
-"""The name under which it is logged."""
+"""The name it is logged under."""
 
 Chosen = Mapping[str, Sequence[str]]
 
@@ -39,21 +39,21 @@ def delta_m(
 ) -> float:
     """Return the mean relative gain over single-task networks, in percent; positive is better.
 
-    ``Δm = 100 · mean ± (M − M_single) / M_single``, minus where lower is better (Maninis et al., CVPR 2019). The gains of a
-    task's metrics are averaged first and then the tasks, as LibMTL does, so that a task does not count more for having
-    more metrics. The tables since Nash-MTL average over all metrics instead, and print the loss rather than the gain:
+    ``Δm = 100 · mean ± (M − M_single) / M_single``, with a minus if lower is better (Maninis et al., CVPR 2019). It averages
+    the gains over the metrics of a task first and then over the tasks, like LibMTL, so a task does not count more because
+    it has more metrics. The tables since Nash-MTL average over all metrics instead, and print the loss rather than the gain:
     theirs is ``-delta_m(…, COMMUNITY, average="metrics")``. The two can differ in sign.
 
     Args:
-        metrics: of the run, ``stage/<metric>/<task>`` → value.
-        single_task: of the networks for one task each, in one mapping with the same names.
-        chosen: the metrics that count, by task, such as `PAPER` or `COMMUNITY`, of which the tasks that the run has are
-            taken; by default all but the losses.
+        metrics: metrics of the run, ``stage/<metric>/<task>`` → value.
+        single_task: metrics of the single-task networks, in one mapping with the same names.
+        chosen: the metrics that count, by task, such as `PAPER` or `COMMUNITY`. Tasks that the run does not have are
+            ignored. By default all metrics except the losses.
         average: ``"tasks"`` or ``"metrics"``.
 
     Raises:
-        ValueError: nothing to compare, a number that is missing or not finite, a single-task value of 0, or a metric of which
-            it is not known which way is better.
+        ValueError: there is nothing to compare, a number is missing or not finite, a single-task value is 0, or the better
+            direction of a metric is unknown.
 
     Example:
         >>> run = {"test/rmse/depth": 0.9, "test/miou/segmentation": 0.42, "test/pixel_accuracy/segmentation": 0.6}
@@ -73,14 +73,14 @@ def delta_m(
     ]
     gains = [of_task for of_task in gains if of_task]
     if not gains:
-        raise ValueError(f"delta_m: the run should have metrics of tasks to compare; it has {sorted(metrics)}.")
+        raise ValueError(f"delta_m: the run should have metrics of tasks to compare; got {sorted(metrics)}.")
     if average == "metrics":
         return fmean(gain for of_task in gains for gain in of_task)
     return fmean(map(fmean, gains))
 
 
 def single_task_results(runs: Iterable[Run]) -> dict[str, float]:
-    """Return the metrics of the runs that have one task alone; several of one task, such as seeds, are averaged.
+    """Return the metrics of the single-task runs. Several runs of one task, such as seeds, are averaged.
 
     Example:
         >>> alone = [Run("a", {"test/rmse/depth": 1.0}), Run("b", {"test/rmse/depth": 3.0})]
@@ -100,15 +100,15 @@ def single_task_results(runs: Iterable[Run]) -> dict[str, float]:
 def delta_m_or_none(
     metrics: Mapping[str, float], single_task: Mapping[str, float], chosen: Chosen | None = None
 ) -> float | None:
-    """Return `delta_m` for a table: ``None`` where there is none, NaN if a number is not finite, never an error.
+    """Return `delta_m` for a table. Never raises: returns ``None`` if it is undefined, NaN if a number is not finite.
 
-    There is none if a task of the run, or one of its metrics that count, is missing on either side. Metrics of which it is
-    not known which way is better do not count, nor do those whose single-task value is 0.
+    It is undefined if a task of the run, or one of its counting metrics, is missing on either side. Metrics with an unknown
+    better direction or a single-task value of 0 do not count.
 
     Args:
-        metrics: as for `delta_m`.
-        single_task: likewise.
-        chosen: likewise.
+        metrics: same as for `delta_m`.
+        single_task: same as for `delta_m`.
+        chosen: same as for `delta_m`.
 
     Example:
         >>> alone = {"test/rmse/depth": 2.0, "test/hue/depth": 0.3}
@@ -124,7 +124,7 @@ def delta_m_or_none(
         counting[task] = [
             name for name in names if name != "loss" and higher_is_better(name) is not None and of_task.get(name) != 0
         ]
-    if chosen is not None:  # of the tasks that the run has those that are chosen
+    if chosen is not None:  # keep the chosen tasks that the run has
         counting = {task: names for task, names in counting.items() if task in chosen}
     values = [row.get(task, {}).get(name) for task in counting for name in counting[task] for row in (found, baseline)]
     if None in values or not all(counting.values()) or not values:
@@ -140,16 +140,14 @@ def _gain(task: str, name: str, found: Mapping[str, float], baseline: Mapping[st
         if not math.isfinite(row.get(name, math.nan)):
             raise ValueError(
                 f"delta_m: the {source} should have a finite {name} of task '{task}'; "
-                f"got {row.get(name, 'none')} (of this task there is {sorted(row)})."
+                f"got {row.get(name, 'none')} (this task has {sorted(row)})."
             )
     if baseline[name] == 0:
         raise ValueError(
-            f"delta_m: relative to a single-task {name} of task '{task}' of 0 there is no gain. Leave it out."
+            f"delta_m: the gain relative to a single-task {name} of 0 of task '{task}' is undefined. Leave it out."
         )
     upwards = higher_is_better(name)
     if upwards is None:
-        raise ValueError(
-            f"delta_m: it is not known which way {name} of task '{task}' is better. Leave it out by chosen=."
-        )
+        raise ValueError(f"delta_m: {name} of task '{task}' has no known better direction. Leave it out with chosen=.")
     gain = 100 * (found[name] - baseline[name]) / abs(baseline[name])
     return gain if upwards else -gain

@@ -9,17 +9,17 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 AGAINST, NEITHER, TOGETHER, UNKNOWN = (213, 94, 0), (255, 255, 255), (0, 114, 178), (190, 190, 190)
-"""Vermilion over white to blue: told apart by the color-blind, and by the number in each cell."""
+"""Vermilion over white to blue: distinct for color-blind readers, and each cell also shows its number."""
 
 
 def cosine_heatmap(names: Sequence[str], cosines: Tensor) -> Tensor:
     """Return the matrix as an image for ``add_image``: names on both sides, each cell colored and numbered.
 
     Args:
-        names: of the rows and columns.
-        cosines: between -1 and 1, shape (T, T); what is not finite is gray.
+        names: names of the rows and columns.
+        cosines: values between -1 and 1, shape (T, T). Values that are not finite are gray.
 
-    Shape: to RGB, uint8 ``(3, height, width)``.
+    Shape: RGB, uint8 ``(3, height, width)``.
 
     Example:
         >>> from lightning_gradnorm import GradientNormMonitor

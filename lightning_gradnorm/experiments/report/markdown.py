@@ -1,4 +1,4 @@
-"""The report as Markdown: the words and the tables."""
+"""The report as Markdown: its text and tables."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def markdown(comparison: Comparison, origin: str) -> str:
     """Return the report.
 
     Args:
-        comparison: what was found.
-        origin: the command, the date and the versions, in a line.
+        comparison: the results.
+        origin: a line with the command, the date and the versions.
     """
     without_results, _ = run_sheets(comparison)
     parts = [f"# {plain(title_of(comparison))}", *(f"- {plain(line)}" for line in summary(comparison))]
@@ -43,7 +43,7 @@ def _cell(cell: Cell) -> str:
 
 
 def plain(text: str) -> str:
-    r"""Return text that Markdown takes as it is, on one line.
+    r"""Return text escaped for Markdown, on one line.
 
     Example:
         >>> plain("a|b <script> *x*\n_y_")

@@ -1,4 +1,4 @@
-"""Groups runs into methods: a balancing strategy and the options in which the runs differ; seeds are within a method."""
+"""Groups runs into methods. Runs of a method share the strategy and all options, and differ only in the seed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HOUSEKEEPING = (
     "data.num_workers",
     "data.pin_memory",
     "data.persistent_workers",
-    "data.folder",  # where simulated files are kept
+    "data.folder",  # folder of simulated files
     "data.in_memory",
     "trainer.default_root_dir",
     "trainer.enable_autolog_hparams",
@@ -37,14 +37,14 @@ HOUSEKEEPING = (
     "trainer.num_sanity_val_steps",
     "trainer.profiler",
 )
-"""Options that say where a run is and what it shows, not how it trains; with all that is below them."""
+"""Options, and all options below them, that set where a run is and what it shows, not how it trains."""
 
 _NOT_OF_A_METHOD = (
     *HOUSEKEEPING,
     "seed",
-    "data.seed",  # with seed, it tells the repetitions of a method apart
-    "alpha",  # of an experiment, for balancing.alpha
-    "model.encoder.in_features",  # follows from the data, and so do the scales, which differ between seeds
+    "data.seed",  # together with seed, it distinguishes the repetitions of a method
+    "alpha",  # an experiment's suggestion for balancing.alpha
+    "model.encoder.in_features",  # follows from the data. So do the scales, which differ between seeds
     "model.tasks.scales",
     "tasks",
 )
@@ -58,23 +58,23 @@ _OPTIONS_OF_DATA = (
     "data.resample",
     "data.steps_per_epoch",
 )
-"""Differ between methods on the same data; every other option of the data makes other data."""
+"""Options that may differ between methods on the same data. Any other option changes the data."""
 
 _FROM_RUN = "balancing.from_run"
 
 
 @dataclass(frozen=True)
 class Method:
-    """Runs that differ in their seeds alone."""
+    """Runs that differ only in their seeds."""
 
     name: str
     strategy: str
     options: Mapping[str, Any]
-    """Options of the strategy in which its runs differ, by dotted name."""
+    """Strategy options that vary among runs of the strategy, by dotted name."""
     context: Mapping[str, Any]
-    """Other options in which the runs of the report differ."""
+    """Other options that vary in the report."""
     words: Mapping[str, str]
-    """What of both is in its name, by dotted name."""
+    """The parts of its name from both, by dotted name."""
     runs: tuple[CollectedRun, ...]
 
     @property
@@ -84,7 +84,7 @@ class Method:
 
 
 def is_below(key: str, options: Iterable[str]) -> bool:
-    """Say whether a dotted name is one of the options or lies in one.
+    """Return True if a dotted name is one of the options or below one.
 
     Example:
         >>> is_below("logger.csv.name", HOUSEKEEPING), is_below("logger_name", HOUSEKEEPING)
@@ -94,29 +94,29 @@ def is_below(key: str, options: Iterable[str]) -> bool:
 
 
 def is_random(run: CollectedRun) -> bool:
-    """Say whether the run's weights are drawn at random and held fixed."""
+    """Return True if the run's weights are random and fixed."""
     return str(run.group("balancing").get("_target_", "")).endswith("RandomWeights")
 
 
 def is_single_task(run: CollectedRun) -> bool:
-    """Say whether the run has one task alone."""
+    """Return True if the run has only one task."""
     return len(run.tasks) == 1
 
 
 def repetition(run: CollectedRun) -> Key:
-    """Return what tells the run from the others of its method; first what it has in common with runs of other methods."""
+    """Return the key of a run within its method. Its first parts are shared with runs of other methods."""
     data_seed = run.group("data").get("seed", run.seed)
     draw = (_hashable(run.group("balancing").get("seed")),) if is_random(run) else ()
     return (_hashable(run.seed), _hashable(data_seed), *draw)
 
 
 def group(runs: Sequence[CollectedRun]) -> tuple[list[Method], list[Method]]:
-    """Return the methods, and those of the runs that have one task alone (all tasks of a method in one).
+    """Return the methods, and the methods of the single-task runs (one method holds all of its tasks).
 
-    Runs that never began to train are left out.
+    Skips runs that never began to train.
 
     Args:
-        runs: those to compare.
+        runs: the runs to compare.
 
     Raises:
         ValueError: the runs have different tasks or data, or there is nothing to compare.
@@ -127,7 +127,7 @@ def group(runs: Sequence[CollectedRun]) -> tuple[list[Method], list[Method]]:
     _refuse_different_data(begun)
     _refuse_different_tasks(several, single)
     if not several and len({run.tasks for run in single}) == 1:
-        several, single = single, []  # a comparison in which there is nothing to balance, of learning rates, say
+        several, single = single, []  # nothing to balance, for example a comparison of learning rates
     options = {id(run): _options(run) for run in begun}
     context_keys = [key for key in _varying(options.values()) if not key.startswith("balancing.")]
     methods: dict[Key, list[CollectedRun]] = {}
@@ -153,20 +153,20 @@ def _refuse_different_tasks(several: Sequence[CollectedRun], single: Sequence[Co
         first, second = list(tasks.values())[:2]
         raise ValueError(
             f"runs of different tasks cannot be compared: {first.name} has {_list(first.tasks)}, {second.name} has "
-            f"{_list(second.tasks)}. Give the folders of one of them; runs of one task alone may be among them."
+            f"{_list(second.tasks)}. Use the folders of one of them; single-task runs may be among them."
         )
     known = next(iter(tasks), None)
     for run in single:
         if known is not None and not known.issuperset(run.tasks):
             raise ValueError(
-                f"runs of different tasks cannot be compared: {run.name} has {_list(run.tasks)} alone, which is no task of the "
-                f"others, {_list(tasks[known].tasks)}. Leave it out."
+                f"runs of different tasks cannot be compared: {run.name} has only {_list(run.tasks)}, which is not a task of "
+                f"the others, {_list(tasks[known].tasks)}. Leave it out."
             )
     if not several and len({run.tasks for run in single}) > 1:
         names = _list(dict.fromkeys(run.tasks[0] for run in single))
         raise ValueError(
-            f"runs of one task each ({names}) are there and none of several: there is nothing to compare them with. Give "
-            "the folders of runs with all tasks, too."
+            f"found only single-task runs ({names}) and no multi-task runs to compare them with. Add the folders of "
+            "runs with all tasks."
         )
 
 
@@ -180,7 +180,7 @@ def _refuse_different_data(runs: Sequence[CollectedRun]) -> None:
             if before != value:
                 raise ValueError(
                     f"runs on different data cannot be compared: {key} is {_shown(before)} in {other.name} and "
-                    f"{_shown(value)} in {run.name}. Give the folders of one of them."
+                    f"{_shown(value)} in {run.name}. Use the folders of one of them."
                 )
 
 
@@ -189,7 +189,7 @@ def _list(names: Iterable[str]) -> str:
 
 
 def _options(run: CollectedRun) -> dict[str, Any]:
-    """Return all that decides how the run trains, but its seed, by dotted name."""
+    """Return all options that affect training, except the seed, by dotted name."""
     own_folder = str(run.group("paths").get("run_dir", "")) or None
     found = {}
     for key, value in _flat(run.config):
@@ -220,7 +220,7 @@ def _hashable(value: Any) -> Any:
 
 
 def _varying(options: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the names that have more than one value; those that some runs lack may be new in the library."""
+    """Return the names with more than one value. Runs from before an option existed do not count for it."""
     values: dict[str, set[Any]] = {}
     for one in options:
         for key, value in one.items():
@@ -238,13 +238,13 @@ def _has_repeats(runs: Sequence[CollectedRun], options: Mapping[int, Mapping[str
 
 
 def _value_of_all_finished(runs: Sequence[CollectedRun], options: Mapping[int, Mapping[str, Any]], key: str) -> Any:
-    """Return the value that all finished runs have, from which unfinished ones alone differ: no name need say it."""
+    """Return the common value of all finished runs, if only unfinished ones differ. Method names can omit it."""
     values = {options[id(run)].get(key) for run in runs if run.metrics}
     return values.pop() if len(values) == 1 else None
 
 
 def _named(groups: Mapping[Key, Sequence[CollectedRun]], usual: Mapping[str, Any]) -> list[Method]:
-    """Return the groups with names, in which the options that are as ``usual`` are left out."""
+    """Return the groups as named methods. The names omit options with their ``usual`` value."""
     methods = []
     for (strategy, own, context), runs in groups.items():
         shown = [*own, *((key, value) for key, value in context if usual.get(key) != value)]
@@ -256,7 +256,7 @@ def _named(groups: Mapping[Key, Sequence[CollectedRun]], usual: Mapping[str, Any
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Return the last part of each dotted name, or as many as tell it from the others.
+    """Return the shortest unambiguous ending of each dotted name.
 
     Example:
         >>> _short_names(["balancing.alpha", "balancing.optimizer.lr", "model.optimizer.lr"])
@@ -274,7 +274,7 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def _shown(value: Any) -> str:
-    """Return an option's value as it stands in a method's name."""
+    """Return an option's value for a method's name."""
     if isinstance(value, bool) or value is None:
         return str(value).lower() if value is not None else "null"
     if isinstance(value, float):

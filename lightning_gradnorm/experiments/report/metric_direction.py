@@ -1,4 +1,4 @@
-"""Which way a metric is better, by its name."""
+"""The better direction of a metric, by its name."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _LOWER = {
 
 
 def higher_is_better(metric: str) -> bool | None:
-    """Say whether more of the metric is better; ``None`` if that is not known.
+    """Return True if higher is better, False if lower is better, and ``None`` if unknown.
 
     Example:
         >>> higher_is_better("miou"), higher_is_better("rmse"), higher_is_better("hue")

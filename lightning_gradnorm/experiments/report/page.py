@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: no script, no font, no picture from anywhere."""
+"""The report as one self-contained HTML page, without scripts, external fonts or external images."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def page(comparison: Comparison, origin: str) -> str:
     """Return the whole page.
 
     Args:
-        comparison: what was found; all that comes from runs is escaped.
-        origin: the command, the date and the versions, in a line.
+        comparison: the results. All text from runs is escaped.
+        origin: a line with the command, the date and the versions.
     """
     title = title_of(comparison)
     without_results, all_runs = run_sheets(comparison)
@@ -128,7 +128,7 @@ def _notes(notes: Sequence[str]) -> list[str]:
 
 
 def _figures(pictures: Sequence[Figure]) -> list[str]:
-    """Return the pictures one below the other, those of one chart side by side where there is room."""
+    """Return the figures below each other, those with a single chart side by side if there is room."""
     small = [picture for picture in pictures if len(picture.panels) == 1 and not picture.is_wide]
     large = [picture for picture in pictures if picture not in small]
     beside = [element("div", *map(_figure, small), class_="beside")] if small else []

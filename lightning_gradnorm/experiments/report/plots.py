@@ -1,4 +1,4 @@
-"""The pictures of a comparison: which there are, and what is in them."""
+"""The figures of a comparison and their contents."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lightning_gradnorm.experiments.report.significance import deviation
 from lightning_gradnorm.experiments.report.svg import embedded
 
 MOST_LINES = 8
-"""Methods in one picture; more cannot be told apart."""
+"""Methods in one chart. You could not tell more of them apart."""
 MOST_POINTS = 120
-"""Places along a line; more would be noise."""
+"""Points along a line. More would be noise."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """Charts that belong together, with what their lines are."""
+    """Charts that belong together, with a legend."""
 
     title: str
     caption: str
@@ -39,11 +39,11 @@ class Figure:
     """Names and styles."""
     is_line: bool = True
     is_wide: bool = False
-    """Its panels stand one below the other."""
+    """True if its panels are stacked vertically."""
 
 
 def figures(comparison: Comparison) -> list[Figure]:
-    """Return the pictures for which there is something to draw."""
+    """Return the figures that have data to draw."""
     shown = _shown_methods(comparison)
     found = [
         _metric_curves(comparison, shown),
@@ -51,7 +51,7 @@ def figures(comparison: Comparison) -> list[Figure]:
             comparison,
             shown,
             "Task weights during training",
-            "What each task's loss or gradient counts. Mean over the seeds, the band is one standard deviation. "
+            "The weight of each task's loss or gradient. Mean over the seeds; the band is one standard deviation. "
             "Each method has its own vertical axis.",
             _curves_named("gradnorm/weight/", "balancing/weight/"),
         ),
@@ -59,8 +59,8 @@ def figures(comparison: Comparison) -> list[Figure]:
             comparison,
             shown,
             "Gradient norms",
-            "Norm of each task's gradient as the method measured it (GradNorm: weighted, at the last shared layer), on a "
-            "logarithmic axis. Geometric mean over the seeds. Methods that measure none are not shown.",
+            "Gradient norm of each task as the method measures it (GradNorm: weighted, at the last shared layer), on a "
+            "logarithmic axis. Geometric mean over the seeds. Methods that do not measure norms are not shown.",
             _curves_named("gradnorm/grad_norm/", "balancing/grad_norm/"),
             log=True,
         ),
@@ -68,7 +68,7 @@ def figures(comparison: Comparison) -> list[Figure]:
             comparison,
             shown,
             "Loss ratios",
-            "Each task's training loss divided by its first logged value: tasks that lie together train at the same rate. "
+            "Each task's training loss divided by its first logged value. Tasks with close lines train at the same rate. "
             "Geometric mean over the seeds.",
             _loss_ratios,
             log=True,
@@ -82,7 +82,7 @@ def figures(comparison: Comparison) -> list[Figure]:
 
 
 def order(comparison: Comparison) -> list[Method]:
-    """Return the methods, baselines first and then by mean rank; those without results last."""
+    """Return the methods: baselines first, then by mean rank, then methods without results."""
     ranks = {row.method.name: row.rank for row in comparison.rows}
     bases = {method.name for method in comparison.baselines.values()}
 
@@ -94,7 +94,7 @@ def order(comparison: Comparison) -> list[Method]:
 
 
 def _shown_methods(comparison: Comparison) -> list[Method]:
-    """Return the methods that are drawn with lines."""
+    """Return the methods to draw as lines."""
     return [method for method in order(comparison) if not any(map(is_random, method.runs))][:MOST_LINES]
 
 
@@ -102,13 +102,13 @@ def _shown_methods(comparison: Comparison) -> list[Method]:
 
 
 def mean_curve(curves: Sequence[Curve], *, log: bool = False) -> list[Point]:
-    """Return the mean of several runs' curves and one standard deviation to both sides, at the steps that all have.
+    """Return the mean of several runs' curves, plus and minus one standard deviation, at the steps that all have.
 
-    Where there are more than `MOST_POINTS` steps, each point is the mean of a stretch of them.
+    With more than `MOST_POINTS` steps, each point is the mean of several consecutive ones.
 
     Args:
-        curves: one for each run.
-        log: mean and deviation are those of the logarithms; what is not positive is left out.
+        curves: one per run.
+        log: compute mean and deviation of the logarithms, and skip values that are not positive.
 
     Example:
         >>> mean_curve([[(0, 1.0), (10, 2.0)], [(0, 3.0), (10, 2.0), (20, 9.0)]])
@@ -140,7 +140,7 @@ def mean_curve(curves: Sequence[Curve], *, log: bool = False) -> list[Point]:
 
 
 def drawn_runs(method: Method) -> list[CollectedRun]:
-    """Return the runs whose curves are drawn: those that were trained to the end or, without any, the others."""
+    """Return the runs to draw: those that completed training or, if there are none, the others."""
     return [run for run in method.runs if run.metrics or run.training] or list(method.runs)
 
 
@@ -158,10 +158,10 @@ def _metric_curves(comparison: Comparison, methods: Sequence[Method]) -> Figure 
     if not panels:
         return None
     left_out = sum(not any(map(is_random, method.runs)) for method in comparison.methods) - len(methods)
-    more = f" {left_out} more methods, of a worse mean rank, are not drawn." if left_out > 0 else ""
+    more = f" {left_out} more methods with a worse mean rank are not drawn." if left_out > 0 else ""
     return Figure(
         "Metrics during training",
-        f"On the validation data. Mean over the seeds, the band is one standard deviation.{more}",
+        f"On the validation data. Mean over the seeds; the band is one standard deviation.{more}",
         panels,
         [(method.name, number) for number, method in enumerate(methods)],
     )
@@ -197,7 +197,7 @@ def _by_method(
     *,
     log: bool = False,
 ) -> Figure | None:
-    """Return a chart for each method with a line for each task."""
+    """Return one chart per method with one line per task."""
     tasks = comparison.tasks[:MOST_LINES]
     panels = []
     for method in methods:
@@ -216,16 +216,14 @@ def _by_method(
 
 
 def _solutions(methods: Sequence[Method]) -> Figure | None:
-    """Return what the runs have drawn of what they learned, one run of each method."""
+    """Return the pictures of the learned solutions, from one run of each method."""
     panels = []
     for method in methods:
         found = ((run, embedded(run.folder / PICTURE, f"solution of {method.name}")) for run in drawn_runs(method))
         run, image = next((one for one in found if one[1]), (None, ""))
         if run is not None:
             panels.append(Panel(f"{method.name} ({run.name})", image))
-    caption = (
-        "What the network has learned, the exact solution, and the size of the difference. One run of each method."
-    )
+    caption = "The network's solution, the exact solution, and the absolute difference. One run of each method."
     return Figure("Solutions", caption, panels, is_wide=True) if panels else None
 
 
@@ -233,7 +231,7 @@ def _solutions(methods: Sequence[Method]) -> Figure | None:
 
 
 def _alpha_sweep(comparison: Comparison) -> Figure | None:
-    """Return the mean change against equal weights by GradNorm's α, a line for each choice of the other options."""
+    """Return the mean change relative to equal weights over GradNorm's α, one line per choice of the other options."""
     lines: dict[str, list[Point]] = {}
     for row in comparison.rows:
         alpha = row.method.options.get("balancing.alpha")
@@ -249,7 +247,7 @@ def _alpha_sweep(comparison: Comparison) -> Figure | None:
         return None
     title = f"α sweep: mean change against {comparison.baseline}"
     series = [Series(name, number + 1, points) for number, (name, points) in enumerate(lines.items())]
-    chart = point_chart(title, series, x_name="α", y_name="mean change in %, more is better", zero=0.0, joined=True)
+    chart = point_chart(title, series, x_name="α", y_name="mean change in %, higher is better", zero=0.0, joined=True)
     return Figure(
         title,
         f"{_what_change_is(comparison)} Against {comparison.baseline} with the same seed; mean over the seeds and one standard "
@@ -260,7 +258,7 @@ def _alpha_sweep(comparison: Comparison) -> Figure | None:
 
 
 def changes(comparison: Comparison, method: Method, reference: Method) -> list[float]:
-    """Return the mean relative change of the method's runs against the reference's, in percent, for each seed both have."""
+    """Return the mean change of the method's runs relative to the reference's, in percent, for each common seed."""
     ours, theirs = by_seed(method.finished), by_seed(reference.finished)
     found = (comparison.change(mean_metrics(ours[seed]), mean_metrics(theirs[seed])) for seed in ours if seed in theirs)
     return [change for change in found if change is not None]
@@ -272,7 +270,7 @@ def _what_change_is(comparison: Comparison) -> str:
 
 
 def _static_search(comparison: Comparison) -> Figure | None:
-    """Return the paper's Figure 4: random static weights, their distance to GradNorm's against the change they bring."""
+    """Return the paper's Figure 4: the change from random static weights over their distance to GradNorm's weights."""
     draws = [run for method in comparison.methods for run in method.finished if is_random(run) and run.weights]
     best = _best_gradnorm(comparison)
     if not draws or best is None:
@@ -301,7 +299,7 @@ def _static_search(comparison: Comparison) -> Figure | None:
         title,
         [one for one in series if one.points],
         x_name="distance to GradNorm's mean weights",
-        y_name="mean change in %, more is better",
+        y_name="mean change in %, higher is better",
         zero=0.0,
     )
     return Figure(
@@ -320,7 +318,7 @@ def _best_gradnorm(comparison: Comparison) -> Row | None:
 
 
 def _pareto(comparison: Comparison) -> Figure | None:
-    """Return two tasks' main metrics against each other, for each pair of tasks up to three."""
+    """Return the main metrics of two tasks against each other, for up to three pairs of tasks."""
     main: dict[str, Metric] = {}
     for metric in comparison.counting:
         main.setdefault(metric.task, metric)
@@ -350,9 +348,7 @@ def _pareto(comparison: Comparison) -> Figure | None:
             panels.append(Panel(f"{title} ({corner})", chart))
     if not panels:
         return None
-    caption = (
-        "Large: a method's mean over the seeds; small: its runs. A method that no other is better than in both tasks is"
-    )
+    caption = "Large: a method's mean over the seeds; small: its runs. A method that no other beats in both tasks is"
     front = _not_dominated(axes, rows)
     return Figure(
         "Pairs of tasks",

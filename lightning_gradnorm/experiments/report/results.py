@@ -1,4 +1,4 @@
-"""The test metrics of a run, as they lie in its folder."""
+"""Reads and writes the test metrics in a run's folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FILE = "test_metrics.json"
 """Name of the file in the run's folder: ``{"test/loss": …, "test/<metric>/<task>": …}``."""
 
 ALL_TASKS = "all"
-"""The row of what is not one task's, such as the sum of the losses."""
+"""The row for metrics of all tasks, such as the sum of the losses."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Run:
 
 
 def write_whole(file: Path, record: Mapping[str, Any]) -> None:
-    """Write the record as JSON; whoever is killed meanwhile leaves the file as it was, never half of it."""
+    """Write the record as JSON atomically. A process killed meanwhile leaves the old file, never half a file."""
     part = file.with_name(f"{file.name}.part")
     part.write_text(json.dumps(dict(record), indent=2) + "\n")
     part.replace(file)
 
 
 def write_metrics(folder: str | Path, metrics: Mapping[str, float]) -> Path:
-    """Write the metrics into the run's folder; return the file."""
+    """Write the metrics to the run's folder, and return the file."""
     path = Path(folder) / FILE
     write_whole(path, metrics)
     return path
@@ -41,8 +41,8 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
     """Return the run in that folder.
 
     Args:
-        folder: where `write_metrics` wrote.
-        name: what the run is called in tables; by default the folder's name.
+        folder: the folder that `write_metrics` wrote to.
+        name: the run's name in tables; by default the folder's name.
 
     Raises:
         FileNotFoundError: the folder has no test metrics.
@@ -57,7 +57,7 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
     path = Path(folder) / FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} should be there once a run is finished; found none. Give the folder of a run that was tested (test=true)."
+            f"{path} should exist once a run is finished; found none. Use the folder of a run with a test (test=true)."
         )
     return Run(
         name or Path(folder).name, {metric: float(value) for metric, value in json.loads(path.read_text()).items()}
@@ -65,12 +65,12 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
 
 
 def read_runs(folder: str | Path) -> list[Run]:
-    """Return the run in that folder or, if it is none, the finished runs below it, such as those of a sweep.
+    """Return the run in that folder, or the finished runs below it, such as those of a sweep.
 
-    A run below is called by its path from the folder.
+    Runs below are named by their path from the folder.
 
     Raises:
-        FileNotFoundError: there is neither.
+        FileNotFoundError: there are no finished runs in or below the folder.
     """
     folder = Path(folder)
     below = [] if (folder / FILE).is_file() else sorted(file.parent for file in folder.rglob(FILE))
@@ -78,7 +78,7 @@ def read_runs(folder: str | Path) -> list[Run]:
 
 
 def tasks_of(metrics: Mapping[str, float]) -> list[str]:
-    """Return the tasks that there are metrics of.
+    """Return the tasks that have metrics.
 
     Example:
         >>> tasks_of({"test/loss": 3.0, "test/loss/left": 1.0, "test/accuracy/left": 0.9})
@@ -88,7 +88,7 @@ def tasks_of(metrics: Mapping[str, float]) -> list[str]:
 
 
 def by_task(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Return task → metric → value; what is named ``stage/metric`` alone is of all tasks and comes last.
+    """Return task → metric → value. Names without a task (``stage/metric``) belong to all tasks and come last.
 
     Example:
         >>> by_task({"test/loss": 3.0, "test/loss/left": 1.0, "test/accuracy/left": 0.9})

@@ -1,4 +1,4 @@
-"""Whether a difference between two methods is more than chance: the paired t-test, in closed form."""
+"""Tests if a difference between two methods is more than chance: the paired t-test, in closed form."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from statistics import fmean
 
 LEVEL = 0.05
 FEWEST = 5
-"""Pairs, below which nothing is called significant."""
+"""The smallest number of pairs for which a difference can be called significant."""
 
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Differences between pairs: their mean and, of two pairs and more, its 95 % interval and the p value of Student's t."""
+    """Differences between pairs: their mean and, from two pairs on, its 95 % interval and the p value of Student's t."""
 
     mean: float
     count: int
@@ -24,25 +24,25 @@ class PairedTest:
 
     @property
     def is_significant(self) -> bool:
-        """Whether p < 0.05, as if there were no other test, of five pairs or more."""
+        """True if p < 0.05 with five pairs or more, without correction for other tests."""
         return self.has_enough and self.p is not None and self.p < LEVEL
 
     @property
     def has_enough(self) -> bool:
-        """Whether there are enough pairs to speak of significance."""
+        """True if there are enough pairs to call a difference significant."""
         return self.count >= FEWEST
 
 
 def paired_test(differences: Sequence[float]) -> PairedTest:
     """Return the two-sided paired t-test of differences against 0.
 
-    Of one pair there is only the difference; differences that are all 0 have no p value, for there is nothing to test.
+    One pair gives only the difference. If all differences are 0, there is no p value, because there is nothing to test.
 
     Args:
-        differences: of each pair; one at least.
+        differences: one per pair, at least one.
 
     Raises:
-        ValueError: no difference.
+        ValueError: there are no differences.
 
     Example:
         >>> test = paired_test([1.0, 2.0, 3.0])
@@ -64,9 +64,9 @@ def paired_test(differences: Sequence[float]) -> PairedTest:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return the p values corrected for there being several: Holm, *A simple sequentially rejective multiple test procedure*.
+    """Return the p values corrected for multiple tests: Holm, *A simple sequentially rejective multiple test procedure*.
 
-    Where none of the differences exists, the chance that any of these is below 0.05 is at most that.
+    If no true difference exists, the probability that any corrected value is below 0.05 is at most 0.05.
 
     Example:
         >>> [round(p, 3) for p in holm([0.04, 0.01, 0.03])]
@@ -81,7 +81,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Return the standard deviation of a sample of two or more; NaN if one is not finite.
+    """Return the standard deviation of a sample of two or more values; NaN if one is not finite.
 
     Example:
         >>> deviation([1.0, 2.0, 3.0])
@@ -94,9 +94,9 @@ def deviation(values: Sequence[float]) -> float:
 
 
 def t_two_sided(t: float, dof: int) -> float:
-    """Return P(|T| ≥ |t|) of Student's t: the finite sums for integer degrees of freedom.
+    """Return P(|T| ≥ |t|) of Student's t, from the finite sums for integer degrees of freedom.
 
-    The sums are 26.7.3 and 26.7.4 of Abramowitz and Stegun's Handbook of Mathematical Functions.
+    The sums are 26.7.3 and 26.7.4 in Abramowitz and Stegun's Handbook of Mathematical Functions.
 
     Args:
         t: the statistic.
@@ -115,14 +115,14 @@ def t_two_sided(t: float, dof: int) -> float:
     total = 0.0
     for number in range(dof // 2):
         total += term
-        # 2/3, 4/5, … of the odd ones; 1/2, 3/4, … of the even ones
+        # 2/3, 4/5, … if dof is odd; 1/2, 3/4, … if it is even
         term *= square * (2 * number + 1 + odd) / (2 * number + 2 + odd)
     inside = 2 / math.pi * (angle + sine * total) if odd else sine * total
     return min(1.0, max(0.0, 1.0 - inside))
 
 
 def t_quantile(inside: float, dof: int) -> float:
-    """Return the t that a share ``inside`` of Student's t stays within, on both sides.
+    """Return the t for which Student's t lies within ±t with probability ``inside``.
 
     Args:
         inside: between 0 and 1, such as 0.95.

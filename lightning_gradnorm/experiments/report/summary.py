@@ -1,4 +1,4 @@
-"""What a comparison found, in words and in tables of plain text: the same for the page and for Markdown."""
+"""The results of a comparison as sentences and tables of plain text, shared by the page and Markdown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Cell:
     text: str
     strong: bool = False
     note: str = ""
-    """Smaller, below it."""
+    """Smaller text below it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Sheet:
     rows: Sequence[Sequence[Cell]]
     notes: Sequence[str] = field(default_factory=tuple)
     words: bool = False
-    """Its cells are words, not numbers."""
+    """True if its cells are text, not numbers."""
 
 
 def title_of(comparison: Comparison) -> str:
@@ -43,23 +43,23 @@ def title_of(comparison: Comparison) -> str:
 
 
 def summary(comparison: Comparison) -> list[str]:
-    """Return what was compared and what came out, a sentence or two each."""
+    """Return what was compared and the outcome, as short paragraphs."""
     finished = [run for run in comparison.runs if run.state == FINISHED]
     trained = f"{len(finished)} finished {_plural('run', len(finished))}"
     if comparison.single:
         alone = sum(len(method.finished) for method in comparison.single)
-        trained += f", {alone} of them of one task alone"
+        trained += f", {alone} of them single-task"
     data = {_class_of(run, "data") for run in finished or comparison.runs if run.began}
     lines = [
         f"{trained}, {len(comparison.rows)} {_plural('method', len(comparison.rows))} with results, "
         f"tasks {', '.join(comparison.tasks)}"
         + (f", data {', '.join(sorted(data))}" if any(data) else "")
-        + f". {_seeds_in_words(comparison)}"
+        + f". {_seeds_as_text(comparison)}"
     ]
     if comparison.unfinished:
         states = [run.state for run in comparison.unfinished]
         counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        lines.append(f"Without results: {counts}; they are listed below.")
+        lines.append(f"Without results: {counts} (listed below).")
     lines += _verdict(comparison)
     return lines
 
@@ -68,17 +68,17 @@ def _class_of(run: CollectedRun, group: str) -> str:
     return str(run.group(group).get("_target_", "")).rpartition(".")[2]
 
 
-def _seeds_in_words(comparison: Comparison) -> str:
+def _seeds_as_text(comparison: Comparison) -> str:
     counts = {
         len({str(run.seed) for run in row.method.finished})
         for row in comparison.rows
         if not any(map(is_random, row.method.runs))
     }
     if not comparison.rows:
-        return "No run with several tasks is finished yet: there are no results."
+        return "No run with several tasks is finished yet, so there are no results."
     if len(counts) < 2:
-        return f"{count} {_plural('seed', count)} for each method." if (count := max(counts, default=0)) else ""
-    return f"Between {min(counts)} and {max(counts)} seeds for a method: compare the means with care."
+        return f"{count} {_plural('seed', count)} per method." if (count := max(counts, default=0)) else ""
+    return f"Between {min(counts)} and {max(counts)} seeds per method: compare the means with care."
 
 
 def _verdict(comparison: Comparison) -> list[str]:
@@ -109,11 +109,11 @@ def _verdict(comparison: Comparison) -> list[str]:
                 f"{row.method.name} is significantly {' and '.join(parts)} than {base} ({how}, {pairs} seeds)."
             )
     if comparison.baseline is None:
-        lines.append("There are no finished runs with equal weights among them: no differences, no ratio of times.")
+        lines.append("There are no finished runs with equal weights, so there are no differences and no time ratios.")
     elif len(comparison.rows) > 1 and not tested:
         lines.append(
-            f"With fewer than {FEWEST} seeds in common nothing is said about which differences from {comparison.baseline} are "
-            "more than chance: give more seeds."
+            f"With fewer than {FEWEST} seeds in common, the report cannot tell which differences from {comparison.baseline} "
+            "are more than chance: run more seeds."
         )
     elif len(comparison.rows) > 1 and not clear:
         lines.append(f"No difference from {comparison.baseline} is significant ({how}).")
@@ -125,13 +125,13 @@ def _is_better(metric: Metric, test: PairedTest) -> bool:
 
 
 def ordered_rows(comparison: Comparison) -> list[Row]:
-    """Return the rows as tables have them: the baseline first, then by mean rank."""
+    """Return the rows in table order: the baseline first, then by mean rank."""
     names = [method.name for method in order(comparison)]
     return sorted(comparison.rows, key=lambda row: names.index(row.method.name))
 
 
 def sheets(comparison: Comparison) -> list[Sheet]:
-    """Return the tables that there is something to write in."""
+    """Return the tables that have content."""
     found = [_results(comparison), _differences(comparison), _weights(comparison), _single_task(comparison)]
     return [sheet for sheet in found if sheet is not None]
 
@@ -149,7 +149,7 @@ def _results(comparison: Comparison) -> Sheet | None:
     best_rank = min((row.rank for row in rows if row.rank is not None), default=None)
     lines = []
     for row in rows:
-        line = [Cell(row.method.name), Cell(_runs_in_words(row))]
+        line = [Cell(row.method.name), Cell(_runs_as_text(row))]
         if has_gain:
             gain = row.delta_m
             line.append(_spread_cell(gain, gain is not None and gain.mean == best_gain, signed=True))
@@ -166,24 +166,24 @@ def _results(comparison: Comparison) -> Sheet | None:
         lines.append(line)
     counted = ", ".join(map(_name, comparison.counting)) or "none"
     notes = [
-        "Mean ± standard deviation over the runs of a method, on the test data; bold is the best mean, and says nothing of "
+        "Mean ± standard deviation over the runs of a method, on the test data. Bold marks the best mean, which may be due to "
         "chance.",
-        f"Mean rank: over {counted}; first over the metrics of a task, then over the tasks. Equal means share their rank.",
+        f"Mean rank: over {counted}; first over the metrics of a task, then over the tasks. Equal means share a rank.",
         *_checkpoints(comparison),
     ]
     if has_gain:
         notes.append(
-            "Δm: mean relative gain over networks for one task each, in percent, first over a task's metrics (all but the "
+            "Δm: relative gain over single-task networks in percent, averaged first over the metrics of a task (all but the "
             "loss), then over the tasks."
         )
     if has_ratio:
         notes.append(
-            "Time: seconds of training without validation, divided by the steps; relative to the baseline's run with the same "
-            "seed. It is only as good as the machine was idle."
+            "Time: seconds of training without validation, divided by the steps, relative to the baseline's run with the same "
+            "seed. It is only reliable if the machine was idle."
         )
         busy = [row.method.name for row in rows if row.seconds_per_step and _scatters(row.seconds_per_step)]
         if busy:
-            notes.append(f"The times of {', '.join(busy)} scatter by more than a tenth: do not rely on the ratios.")
+            notes.append(f"The times of {', '.join(busy)} vary by more than a tenth: do not rely on the ratios.")
     repeated = [row.method.name for row in rows if len(row.method.finished) > _count(row)]
     if repeated:
         notes.append(f"Several runs of the same seed are averaged first: {', '.join(repeated)}.")
@@ -191,12 +191,12 @@ def _results(comparison: Comparison) -> Sheet | None:
 
 
 def _checkpoints(comparison: Comparison) -> list[str]:
-    """Return which checkpoint of each run was tested."""
+    """Return a note on how the tested checkpoints were chosen."""
     rules = {_rule(run) for row in comparison.rows for run in row.method.finished}
     shown = ", ".join(sorted(rules))
     if len(rules) > 1:
-        return [f"Tested checkpoints differ in how they were chosen: {shown}. Compare runs of one kind."]
-    return [f"Tested is the checkpoint of each run that was chosen so: {shown}."]
+        return [f"The tested checkpoints were chosen differently: {shown}. Compare runs of one kind."]
+    return [f"Tested checkpoint of each run: {shown}."]
 
 
 def _rule(run: CollectedRun) -> str:
@@ -213,7 +213,7 @@ def _count(row: Row) -> int:
     return max((value.count for value in row.values.values()), default=0)
 
 
-def _runs_in_words(row: Row) -> str:
+def _runs_as_text(row: Row) -> str:
     done, all_of_them = len(row.method.finished), len(row.method.runs)
     unit = f" {_plural('draw', all_of_them)}" if any(map(is_random, row.method.runs)) else ""
     return f"{done}{unit}" if done == all_of_them else f"{done} of {all_of_them}{unit}"
@@ -234,20 +234,20 @@ def _differences(comparison: Comparison) -> Sheet | None:
         lines.append(line)
     most = max((test.count for row in rows for test in row.tests.values()), default=0)
     tests = sum(test.p is not None and test.has_enough for row in rows for test in row.tests.values())
-    notes = ["Mean difference between runs with the same seed; below it the 95 % interval."]
+    notes = ["Mean difference between runs with the same seed, with the 95 % interval below it."]
     if most == 0:
-        notes.append("No method has a seed in common with the baseline: nothing can be paired.")
+        notes.append("No method has a seed in common with the baseline, so there are no pairs.")
     elif most < FEWEST:
         notes.append(
-            f"With fewer than {FEWEST} seeds in common nothing is called significant, and no p value is shown: a "
-            "difference may be chance, and what differs little is not therefore equal."
+            f"With fewer than {FEWEST} seeds in common, nothing is called significant and no p value is shown. A "
+            "difference may be chance, and a small difference does not mean equality."
         )
     else:
         notes.append(
-            f"From {FEWEST} seeds on, p of the paired t-test (two-sided), and ▲ better or ▼ worse with p < {LEVEL:g}. The p "
-            f"values of this table are not corrected for there being {tests} of them; if nothing differed, about "
-            f"{tests * LEVEL:.1f} would be below {LEVEL:g}. The sentences at the top are: by Holm's method, over the "
-            "metrics that ranks are of."
+            f"From {FEWEST} seeds on: p of the paired t-test (two-sided), and ▲ better or ▼ worse if p < {LEVEL:g}. The p "
+            f"values in this table are not corrected for multiple tests ({tests}); if nothing differed, about "
+            f"{tests * LEVEL:.1f} would be below {LEVEL:g}. The sentences at the top are corrected with Holm's method, over "
+            "the ranked metrics."
         )
     header = ["method", "pairs", *(_heading(metric) for metric in comparison.metrics)]
     return Sheet(f"Differences from {comparison.baseline}", header, lines, notes)
@@ -278,7 +278,7 @@ def _weights(comparison: Comparison) -> Sheet | None:
     tasks = dict.fromkeys(task for row in rows for task in row.weights)
     lines = [[Cell(row.method.name), *(_spread_cell(row.weights.get(task)) for task in tasks)] for row in rows]
     notes = [
-        "Mean over the training where the method keeps one, else at its end; mean ± standard deviation over the runs."
+        "Mean over training if the method records it, otherwise the final weights; mean ± standard deviation over the runs."
     ]
     return Sheet("Task weights", ["method", *tasks], lines, notes)
 
@@ -297,20 +297,20 @@ def _single_task(comparison: Comparison) -> Sheet | None:
             )
         lines.append(line)
     header = ["networks", "runs", *(_heading(metric) for metric in metrics)]
-    note = "What Δm is relative to."
+    note = "The reference for Δm."
     if not any(row.delta_m for row in comparison.rows):
-        note = "There is no Δm: it needs a finished run of each task alone, with the other options of the method."
-    return Sheet("One network for each task", header, lines, [note])
+        note = "There is no Δm: it needs a finished single-task run of each task with the method's other options."
+    return Sheet("One network per task", header, lines, [note])
 
 
 def run_sheets(comparison: Comparison) -> tuple[Sheet | None, Sheet]:
-    """Return the table of the runs without results, or with something amiss, and that of all runs."""
+    """Return a table of the runs without results or with problems, and a table of all runs."""
     amiss = [run for run in comparison.runs if run.state != FINISHED or run.remarks]
     amiss.sort(key=lambda run: (run.state == FINISHED, run.state != FAILED))
-    header = ["run", "method", "seed", "state", "how far", "what is known"]
+    header = ["run", "method", "seed", "state", "progress", "remarks"]
     first = None
     if amiss:
-        first = Sheet("Runs without results, or with something amiss", header, _run_rows(comparison, amiss), words=True)
+        first = Sheet("Runs without results or with problems", header, _run_rows(comparison, amiss), words=True)
     return first, Sheet("All runs", header, _run_rows(comparison, comparison.runs), words=True)
 
 
@@ -343,7 +343,7 @@ def _spread_cell(spread: Spread | None, strong: bool = False, *, signed: bool = 
 
 
 def spread_text(spread: Spread | None, *, signed: bool = False) -> str:
-    """Return mean ± deviation with as many digits as the deviation lets be known.
+    """Return mean ± deviation, rounded to the precision of the deviation.
 
     Example:
         >>> spread_text(Spread(0.853217, 0.00421, 3)), spread_text(Spread(1234.5678, None, 1)), spread_text(None)
@@ -364,14 +364,14 @@ def spread_text(spread: Spread | None, *, signed: bool = False) -> str:
 
 
 def _fixed(value: float, digits: int, sign: str = "", *, digits_of_power: int = 4) -> str:
-    """Return the number with so many decimals; as a power of ten where these would be many, or the number long."""
+    """Return the number with that many decimals, or in scientific notation if it would be too long."""
     if digits > 7 or abs(value) >= 1e6:
         return f"{value:{sign}.{digits_of_power}g}"
     return f"{value:{sign}.{digits}f}"
 
 
 def _digits(deviation: float) -> int:
-    """Return the decimals that show two digits of it."""
+    """Return the number of decimals that shows two significant digits of it."""
     return max(0, 1 - _power(deviation)) if deviation else 4
 
 

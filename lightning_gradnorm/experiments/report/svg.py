@@ -1,4 +1,4 @@
-"""The little that charts need of SVG and HTML: escaped elements, axes and their ticks. No scripts, nothing loaded."""
+"""The parts of SVG and HTML that charts need: escaped elements, axes and ticks. No scripts, no external resources."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 WIDTH, HEIGHT = 360, 230
-"""Of every chart, in units that are about a pixel on a telephone."""
+"""Size of every chart, in units of about one pixel on a phone."""
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 20, 34
-"""Margins around what is drawn: for the numbers and the names of the axes."""
+"""Margins around the plot for the tick labels and the names of the axes."""
 
 STYLES = 7
-"""Colors, dash patterns and markers that are distinct together, also without the colors."""
+"""Number of styles. Each has a color, a dash pattern and a marker, and stays distinct without the color."""
 _DASHES = ("", "7 3", "2 3", "8 3 2 3", "12 4", "4 2", "8 3 2 3 2 3")
 _MARKERS = (
     "M-1 0A1 1 0 1 1 1 0A1 1 0 1 1 -1 0Z",
@@ -27,13 +27,13 @@ _MARKERS = (
     "M-1.1 -.4H-.4V-1.1H.4V-.4H1.1V.4H.4V1.1H-.4V.4H-1.1Z",
     "M-.5 -1.3H.5V1.3H-.5Z",
 )
-"""Disc, square, triangle, diamond, triangle on its tip, cross, bar: paths of radius 1."""
+"""Disc, square, triangle, diamond, inverted triangle, cross, bar: paths of radius 1."""
 
 
 def element(tag: str, *children: str, **attributes: object) -> str:
-    """Return an element; attributes are escaped, children are taken as they are, being elements or escaped text.
+    """Return an element. Escapes attributes but not children, which are elements or escaped text.
 
-    A trailing underscore of an attribute's name is left out, others become hyphens; ``None`` leaves the attribute out.
+    A trailing underscore in an attribute's name is dropped, others become hyphens. ``None`` omits the attribute.
 
     Example:
         >>> element("text", text("<b>"), class_="tick", text_anchor="end", x=1.2345)
@@ -48,11 +48,11 @@ def element(tag: str, *children: str, **attributes: object) -> str:
 
 
 def embedded(file: Path, title: str) -> str:
-    """Return a PNG as part of the page; nothing if there is no such file, or it is damaged.
+    """Return a PNG embedded in the page, or an empty string if the file is missing or damaged.
 
     Args:
         file: the picture.
-        title: what it shows, for those who do not see it.
+        title: alternative text for screen readers.
     """
     content = file.read_bytes() if file.is_file() else b""
     if not (content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) > 24):
@@ -68,7 +68,7 @@ def _attribute(value: object) -> str:
 
 
 def text(value: object) -> str:
-    """Return anything as text that is safe in HTML.
+    """Return any value as text that is safe in HTML.
 
     Example:
         >>> text('<script>"')
@@ -79,7 +79,7 @@ def text(value: object) -> str:
 
 @dataclass(frozen=True)
 class Axis:
-    """Maps values to places between two ends, evenly or by their logarithm."""
+    """Maps values to positions between two ends, on a linear or logarithmic scale."""
 
     low: float
     high: float
@@ -91,7 +91,7 @@ class Axis:
     def around(
         cls, values: Iterable[float], start: float, end: float, *, log: bool = False, tight: bool = False
     ) -> Axis:
-        """Return the axis that has all finite values on it, a little room beside them unless ``tight``.
+        """Return an axis that covers all finite values, with some padding unless ``tight``.
 
         Example:
             >>> Axis.around([0.0, 10.0], 0, 100, tight=True)(5.0)
@@ -106,13 +106,13 @@ class Axis:
             low, high = low - room, high + room
         elif not tight:
             room = 0.05 * (high - low)
-            # From 0 on if it is near, for then sizes can be compared.
+            # Start at 0 if it is near, so you can compare sizes.
             low = 0.0 if not log and 0 <= low < 0.3 * high else low - room
             high += room
         return cls(low, high, start, end, log)
 
     def __call__(self, value: float) -> float:
-        """Return the value's place."""
+        """Return the position of a value."""
         if self.log:
             value = math.log10(value) if value > 0 else self.low
         share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
@@ -136,7 +136,7 @@ class Axis:
         return [round(number * step, digits) + 0.0 for number in range(first, last + 1)]
 
     def _log_ticks(self, about: int) -> list[float]:
-        """Return powers of ten, or what is between them where there are few."""
+        """Return powers of ten, or values between them if there are too few."""
         span = self.high - self.low
         between = (1, 2, 5) if span < 2 else (1,)
         step = 1 if span < 2 * about - 1 else math.ceil(span / about)
@@ -161,14 +161,14 @@ def tick_label(value: float) -> str:
 
 
 def frame(title: str, x: Axis, y: Axis, x_name: str, y_name: str, content: Sequence[str]) -> str:
-    """Return a whole chart: grid, numbers, names of the axes and what is drawn between them.
+    """Return a whole chart: grid, tick labels, axis names and content.
 
     Args:
-        title: what a screen reader says.
+        title: alternative text for screen readers.
         x: the horizontal axis.
         y: the vertical axis.
-        x_name: below the chart.
-        y_name: above it.
+        x_name: label below the chart.
+        y_name: label above it.
         content: elements, the last one on top.
     """
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
@@ -201,17 +201,17 @@ def frame(title: str, x: Axis, y: Axis, x_name: str, y_name: str, content: Seque
 
 
 def style(number: int) -> str:
-    """Return the class that has a series' color."""
+    """Return the CSS class with a series' color."""
     return f"s{number % STYLES}"
 
 
 def dash(number: int) -> str | None:
-    """Return the dash pattern of a series' line; after `STYLES` series colors come again with other patterns."""
+    """Return the dash pattern of a series' line. After `STYLES` series, the colors repeat with other patterns."""
     return _DASHES[(number + number // STYLES) % STYLES] or None
 
 
 def marker(number: int, x: float, y: float, size: float = 3.5, *, class_: str = "mark") -> str:
-    """Return a series' marker at a place."""
+    """Return a series' marker at a position."""
     path = _MARKERS[(number + number // STYLES) % STYLES]
     return element(
         "path",

@@ -1,4 +1,4 @@
-"""Tables for the terminal: one run by task, several runs side by side."""
+"""Tables for the terminal: the tasks of one run, or several runs side by side."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lightning_gradnorm.experiments.report.metric_direction import higher_is_bet
 from lightning_gradnorm.experiments.report.results import ALL_TASKS, Run, by_task, tasks_of
 
 _WIDEST = 8
-"""Columns of metrics that a terminal has room for."""
+"""Number of metric columns that fit in a terminal."""
 
 
 def task_table(
     metrics: Mapping[str, float], weights: Mapping[str, float] | None = None, *, title: str = "Test metrics by task"
 ) -> Table:
-    """Return a table with a row for each task and a column for each metric; the other way round if there are many metrics.
+    """Return a table with one row per task and one column per metric, transposed if there are many metrics.
 
     Args:
         metrics: ``test/<metric>/<task>`` → value.
-        weights: loss weight by task, the last column.
-        title: what stands above.
+        weights: loss weight by task, for the last column.
+        title: title above the table.
 
     Example:
         >>> table = task_table({"test/loss/left": 1.0, "test/loss/right": 2.0}, weights={"left": 0.8, "right": 1.2})
@@ -61,20 +61,20 @@ def comparison_table(
     single_task: Mapping[str, float] | None = None,
     chosen: Chosen | None = None,
 ) -> Table:
-    """Return a table with a row for each task and metric and a column for each run; ``*`` marks the best.
+    """Return a table with one row per task and metric and one column per run; ``*`` marks the best.
 
-    Which way is better is known of common metrics; of others none is marked, nor where all runs are equal. The last row is
-    Δm against single-task networks, if it is known of any run: see `delta_m`.
+    Only common metrics have a known better direction. Others are not marked, and neither are ties of all runs. The last row
+    is Δm over single-task networks, if any run has it: see `delta_m`.
 
     Args:
         runs: the columns.
-        title: what stands above.
-        single_task: metrics of networks for one task each; by default those of the runs that have one task alone, which
+        title: title above the table.
+        single_task: metrics of single-task networks; by default those of the single-task runs among ``runs``, which
             then have no Δm themselves.
-        chosen: the metrics that count for Δm, such as `COMMUNITY`; by default all but the losses.
+        chosen: the metrics that count for Δm, such as `COMMUNITY`; by default all except the losses.
 
     Raises:
-        ValueError: no run.
+        ValueError: there are no runs.
 
     Example:
         >>> equal, gradnorm = Run("equal", {"test/loss/left": 1.0}), Run("gradnorm", {"test/loss/left": 0.5})
@@ -118,7 +118,7 @@ def _add_delta_m(
 
 
 def _cells(metric: str, values: Sequence[float | None], form: str = ".4g") -> list[str]:
-    """Return the values as they are printed, the best one marked."""
+    """Return the values as text, with the best one marked."""
     best = _best(metric, values)
     shown = [_number(value, form) for value in values]
     return [
@@ -128,7 +128,7 @@ def _cells(metric: str, values: Sequence[float | None], form: str = ".4g") -> li
 
 
 def _best(metric: str, values: Sequence[float | None]) -> float | None:
-    """Return the best value; ``None`` if all are equal, or if it is not known which way is better."""
+    """Return the best value, or ``None`` if all are equal or the better direction is unknown."""
     known = [value for value in values if value is not None and not math.isnan(value)]
     if len(set(known)) < 2 or not _arrow(metric):
         return None

@@ -1,4 +1,4 @@
-"""The whole way from folders of runs to a report of them."""
+"""Writes a report from folders of runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_gradnorm.experiments.report.markdown import markdown
 from lightning_gradnorm.experiments.report.page import page
 
 PAGE, MARKDOWN = "report.html", "report.md"
-"""The files' names."""
+"""File names."""
 
 
 def write_report(
@@ -21,17 +21,17 @@ def write_report(
     """Write ``report.html`` and ``report.md`` of all runs in and below the folders.
 
     Args:
-        folders: of runs, of sweeps, or of anything that has some below it.
-        output: the folder to write to; it is made if it is not there.
-        baseline: the method or strategy that the others are tested against; by default equal weights, if there are any.
-        command: what the report says that it was written by.
+        folders: runs, sweeps, or any folders with runs below them.
+        output: the folder to write to; created if it does not exist.
+        baseline: the method or strategy to test the others against; by default equal weights, if there are such runs.
+        command: the command that the report names as its origin.
 
     Returns:
-        What was compared, with all numbers.
+        The comparison with all numbers.
 
     Raises:
-        FileNotFoundError: a folder is not there, or has no run.
-        ValueError: the runs have different tasks or data, there is nothing to compare, or there is no such baseline.
+        FileNotFoundError: a folder does not exist or has no run.
+        ValueError: the runs have different tasks or data, there is nothing to compare, or no run has the baseline.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -40,7 +40,7 @@ def write_report(
         Traceback (most recent call last):
         FileNotFoundError: ... is empty; a run's folder has config.yaml, overrides.yaml and, once it is finished, ...
     """
-    from lightning_gradnorm import __version__  # here, for it imports this package
+    from lightning_gradnorm import __version__  # imported here because it imports this package
 
     comparison = compare(collect(folders), baseline)
     origin = f"Written by {command} (lightning-gradnorm {__version__}) on {datetime.date.today()}."

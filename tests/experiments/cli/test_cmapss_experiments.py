@@ -25,7 +25,7 @@ EXPERIMENTS = [one for one in options("experiment") if one.startswith("cmapss")]
 
 def test_a_run_reports_that_it_uses_simulated_engines_instead_of_cmapss(call: Call) -> None:
     told = call(train.main, "experiment=cmapss_small", *SMALL)
-    assert "Simulated engines stand in for C-MAPSS; with its files: data=cmapss data.root=FOLDER" in told
+    assert "Simulated engines stand in for C-MAPSS. With its files: data=cmapss data.root=FOLDER" in told
     assert "stand in for C-MAPSS" not in call(train.main, "data=turbofan", *SMALL)
 
 
@@ -42,7 +42,7 @@ def test_with_the_real_files_nothing_is_simulated(call: Call, tmp_path: Path) ->
 
 def test_without_a_folder_it_is_asked_for(call: Call) -> None:
     told = call(train.main, "experiment=cmapss_small", "data=cmapss", status=1)
-    assert "data.root should be given" in told
+    assert "data.root should be set" in told
 
 
 @pytest.mark.parametrize("data", ["cmapss", "turbofan"])

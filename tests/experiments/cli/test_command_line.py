@@ -104,7 +104,7 @@ def test_a_resume_that_fails_leaves_the_run_as_it_was(call: Call, tmp_path: Path
     said = call(
         train.main, "ckpt_path=run/checkpoints/last.ckpt", "experiment=toy_ten", "trainer.max_epochs=2", status=1
     )
-    assert "are of another network than the options describe" in said
+    assert "belong to another network than the options describe" in said
     assert {name: (run / name).read_text() for name in before} == before
     call(train.main, "ckpt_path=run/checkpoints/last.ckpt", "trainer.max_epochs=2")
     assert "max_epochs: 2" in (run / "config.yaml").read_text()
@@ -181,7 +181,7 @@ def test_the_help_of_evaluation_explains_it_and_the_comparison_with_single_tasks
             ["balancing=uncertainty", "balancing.scalarizer.classification=[task_2]", *SMALL],
             ["names 'task_2', which is no"],
         ),
-        (["balancing=gradnorm_static"], ["balancing.from_run should be given"]),
+        (["balancing=gradnorm_static"], ["balancing.from_run should be set"]),
         (
             ["balancing=gradnorm_static", "balancing.from_run=nope"],
             ["from_run should be the folder", "there is no nope"],
@@ -199,7 +199,7 @@ def test_the_help_of_evaluation_explains_it_and_the_comparison_with_single_tasks
             ["data=mine"],
             [
                 "there is no data 'mine'",
-                "data has: cmapss, multimnist, nyuv2, rooms, rooms_few, sinusoids, tabular, toy, turbofan",
+                "data has: cmapss, multimnist, nyuv2, pde, rooms, rooms_few, sinusoids, tabular, toy, turbofan",
             ],
         ),
         (["sed=1"], ["there is no 'sed'; did you mean 'seed'?", "the configuration has:"]),
@@ -212,10 +212,10 @@ def test_the_help_of_evaluation_explains_it_and_the_comparison_with_single_tasks
         ),
         (
             ["model.optimizer.weight_decay=0.01"],
-            ["but torch.optim.Adam takes it. To add it, put a + before it: +model.optimizer.weight_decay=0.01\n"],
+            ["but torch.optim.Adam accepts it. To add it, put a + before it: +model.optimizer.weight_decay=0.01\n"],
         ),
-        (["model.optimizer.epps=1"], ["did you mean 'eps'?", "also takes, each with a + before it: betas, eps, "]),
-        (["+trainer.max_epochs=1"], ["there is a 'trainer.max_epochs' already: give its new value without the +"]),
+        (["model.optimizer.epps=1"], ["did you mean 'eps'?", "also accepts, each with a + before it: betas, eps, "]),
+        (["+trainer.max_epochs=1"], ["'trainer.max_epochs' already exists: set its new value without the +"]),
         (
             ["+data.fish=1"],
             ["data: lightning_gradnorm.experiments.problems.small.ToyDataModule has no parameter 'fish'"],
@@ -223,16 +223,16 @@ def test_the_help_of_evaluation_explains_it_and_the_comparison_with_single_tasks
         (["balancing.alpha=big"], ["balancing.alpha: value 'big' of type 'str' could not be converted to Float"]),
         (["alpha=big"], ["balancing.alpha: ", "'big' of type 'str' could not be converted to Float"]),
         (["trainer.max_epochs=ten"], ["trainer.max_epochs: value 'ten'", "Integer"]),
-        (["data.sigmas=[1"], ["'data.sigmas=[1' cannot be read"]),
+        (["data.sigmas=[1"], ["cannot parse 'data.sigmas=[1'"]),
         (["data.sigmas=[1]"], ["ToyDataModule: sigmas"]),
-        (["balancing=fixed"], ["balancing.weights should be given"]),
+        (["balancing=fixed"], ["balancing.weights should be set"]),
         (["balancing.alpha=-1"], ["GradNorm: alpha should be a finite number, at least 0; got -1"]),
         (["balancing.shared_layer=encodr.0", *SMALL], ["shared_layer 'encodr.0' is not in MultiTaskModule"]),
-        (["trainer.accumulate_grad_batches=2"], ["got 2. Give model.accumulate_grad_batches=2 instead"]),
-        (["trainer.gradient_clip_val=0.5"], ["got 0.5. Give model.gradient_clip_val=0.5 instead"]),
+        (["trainer.accumulate_grad_batches=2"], ["got 2. Use model.accumulate_grad_batches=2 instead"]),
+        (["trainer.gradient_clip_val=0.5"], ["got 0.5. Use model.gradient_clip_val=0.5 instead"]),
         (["seed=a"], ["seed should be an integer, at least 0; got 'a'"]),
         (["callbacks.checkpoint=nope"], ["callbacks.checkpoint should be null or name a _target_; got 'nope'"]),
-        (["ckpt_path=nope.ckpt"], ["ckpt_path should be a checkpoint file; nope.ckpt is none"]),
+        (["ckpt_path=nope.ckpt"], ["ckpt_path should be a checkpoint file; no such checkpoint: nope.ckpt"]),
         (["--config-dir", "nowhere"], ["nowhere' not found"]),
         (["-m", "balancing=equal,nope"], ["there is no balancing 'nope'"]),
     ],
@@ -248,8 +248,8 @@ def test_a_gpu_trainer_without_a_gpu_is_a_clear_error(call: Call, monkeypatch: p
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for trainer in ("gpu", "mixed", "ddp"):
         said = call(train.main, f"trainer={trainer}", status=1)
-        assert "trainer.accelerator=gpu needs a GPU, and torch" in said
-        assert "Give trainer=cpu" in said
+        assert "trainer.accelerator=gpu needs a GPU, but torch" in said
+        assert "Use trainer=cpu" in said
 
 
 def test_whoever_asks_for_the_traceback_gets_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -269,10 +269,10 @@ def run(run_once: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 def test_evaluation_reports_missing_options(call: Call, tmp_path: Path) -> None:
-    assert "ckpt_path should be given" in call(evaluate.main, status=1)
-    assert "nope.ckpt is none; there is none in . either" in call(evaluate.main, "ckpt_path=nope.ckpt", status=1)
+    assert "ckpt_path should be set" in call(evaluate.main, status=1)
+    assert "no such checkpoint: nope.ckpt; . has no checkpoints" in call(evaluate.main, "ckpt_path=nope.ckpt", status=1)
     (tmp_path / "lonely.ckpt").write_text("weights")
-    assert "should lie in the folder of its run" in call(evaluate.main, "ckpt_path=lonely.ckpt", status=1)
+    assert "should be in the folder of its run" in call(evaluate.main, "ckpt_path=lonely.ckpt", status=1)
 
 
 def test_a_file_that_is_not_a_checkpoint_of_the_run_is_an_error(call: Call, run: Path) -> None:
@@ -292,8 +292,8 @@ def test_the_error_for_weights_of_another_network_names_the_first_difference(
     call: Call, main: Callable[[], None]
 ) -> None:
     said = call(main, "ckpt_path=run/checkpoints/last.ckpt", "model.encoder.hidden=[100, 100, 100, 7]", status=1)
-    assert "last.ckpt are of another network than the options describe (size mismatch for encoder." in said
-    assert "Give the options of its run, or none" in said
+    assert "last.ckpt belong to another network than the options describe (size mismatch for encoder." in said
+    assert "Set the options of its run, or none" in said
 
 
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------

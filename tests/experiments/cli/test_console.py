@@ -14,7 +14,7 @@ import torch
 from configurations import QUICK, SMALL
 from machines import MODULE
 
-from lightning_gradnorm.experiments.callbacks.console import in_words, numbers
+from lightning_gradnorm.experiments.callbacks.console import as_text, numbers
 from lightning_gradnorm.experiments.cli import console, evaluate, train
 from lightning_gradnorm.experiments.report import read_run
 
@@ -66,7 +66,7 @@ def test_the_description_of_a_network_counts_frozen_parameters() -> None:
         {"trunk": torch.nn.Linear(2, 3), "head": torch.nn.LazyLinear(2), "act": torch.nn.ReLU()}
     )
     network["trunk"].requires_grad_(False)
-    assert in_words(network) == "Network: trunk 9, head 0; 9 parameters, 0 of them trained"
+    assert as_text(network) == "Network: trunk 9, head 0; 9 parameters, 0 of them trained"
 
 
 def test_bar_and_network_can_be_switched_off(call: Call, caplog: pytest.LogCaptureFixture) -> None:

@@ -23,18 +23,18 @@ NORMS = ["callbacks=monitor", "callbacks.monitor.every_n_steps=1"]
 @pytest.mark.parametrize(
     ("logger", "installed", "expected"),
     [
-        ("wandb", [], "logger=wandb needs wandb, which is not installed here. Install it: pip install wandb; or"),
+        ("wandb", [], "logger=wandb needs wandb, which is not installed. Install it: pip install wandb; or"),
         (
             "mlflow",
             ["wandb"],
-            "logger=mlflow needs mlflow, which is not installed here. Install it: pip install mlflow; or",
+            "logger=mlflow needs mlflow, which is not installed. Install it: pip install mlflow; or",
         ),
         (
             "many",
             [],
-            "logger=many needs wandb and mlflow, which are not installed here. Install it: pip install wandb mlflow",
+            "logger=many needs wandb and mlflow, which are not installed. Install it: pip install wandb mlflow",
         ),
-        ("many", ["wandb"], "logger=many needs mlflow, which is not installed here."),
+        ("many", ["wandb"], "logger=many needs mlflow, which is not installed."),
     ],
 )
 def test_a_package_that_is_missing_is_named(

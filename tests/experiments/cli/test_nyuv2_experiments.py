@@ -21,7 +21,7 @@ COUNTS = ("data.train_size", "data.val_size", "data.test_size")  # which files h
 
 def test_a_run_reports_that_it_uses_rooms_instead_of_nyuv2(call: Call) -> None:
     told = call(train.main, "experiment=nyuv2_seg_small", *SMALL)
-    assert "Rendered rooms stand in for NYUv2; with its files: data=nyuv2 data.root=FOLDER" in told
+    assert "Rendered rooms stand in for NYUv2. With its files: data=nyuv2 data.root=FOLDER" in told
     assert "stand in" not in call(train.main, "data=rooms", *SMALL)
 
 
@@ -32,12 +32,12 @@ def test_with_the_real_files_the_run_reports_their_format(
     options = [option for option in SMALL if not option.startswith(COUNTS)]
     told = call(train.main, "experiment=nyuv2_seg_small", "data=nyuv2", "data.root=files", *options)
     assert "stand in" not in told
-    assert "files is the MTAN folder form: 20 train and 3 test images" in told + caplog.text
+    assert "files is in the MTAN folder format: 20 train and 3 test images" in told + caplog.text
 
 
 def test_without_a_folder_it_is_asked_for(call: Call) -> None:
     told = call(train.main, "experiment=nyuv2_seg_small", "data=nyuv2", status=1)
-    assert "data.root should be given" in told
+    assert "data.root should be set" in told
 
 
 @pytest.mark.parametrize("experiment", [one for one in options("experiment") if one.startswith("nyuv2")])

@@ -163,7 +163,7 @@ def test_nested_nodes_are_checked_against_their_constructors() -> None:
     node = {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "torch.nn.Linear", "in_feature": 3}]}
     with pytest.raises(ValueError, match=r"model\._args_\[0\]: torch.nn.Linear has no parameter 'in_feature'; did you"):
         build(OmegaConf.create({"model": node}), "model")
-    with pytest.raises(ValueError, match=r"head\.out_features should be given"):
+    with pytest.raises(ValueError, match=r"head\.out_features should be set"):
         build(
             OmegaConf.create({"head": {"_target_": "torch.nn.Linear", "in_features": 3, "out_features": "???"}}), "head"
         )

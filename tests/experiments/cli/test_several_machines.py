@@ -157,7 +157,7 @@ def test_a_command_that_its_launcher_has_not_started_is_refused(
         if key.startswith(("SLURM_", "TORCHELASTIC_")):
             monkeypatch.delenv(key)
     said = call(train.main, *TOY, *QUIET, f"trainer={trainer}", status=1)
-    assert f"trainer={trainer} is for processes that {launcher.split()[0]} has started" in said
+    assert f"trainer={trainer} is for processes started by {launcher.split()[0]}" in said
     assert f"`{launcher}" in said
     assert not list(tmp_path.rglob("*.ckpt"))
 

@@ -47,8 +47,8 @@ def test_the_last_row_is_delta_m_and_obstacles_to_it_are_reported(call: Call, tm
     assert "Δm" not in call(evaluate.main, CHECKPOINT)
 
     said = call(evaluate.main, CHECKPOINT, "single_task=alone/1_task_1", status=1)
-    assert "there is none of task_0 alone, but of task_1" in said
+    assert "there are none of task_0 alone, only of task_1" in said
     said = call(evaluate.main, CHECKPOINT, "single_task=[run]", status=1)
-    assert "single_task should be the folders of runs of one task each; in run there is none" in said
+    assert "single_task should name the folders of single-task runs; there are none in run" in said
     said = call(evaluate.main, CHECKPOINT, "single_task=nowhere", status=1)
-    assert "nowhere/test_metrics.json should be there once a run is finished" in said
+    assert "nowhere/test_metrics.json should exist once a run is finished" in said

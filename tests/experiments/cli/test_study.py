@@ -48,7 +48,7 @@ def test_finished_runs_are_kept_and_a_failure_does_not_stop_the_others(
     assert (tmp_path / "gradnorm/test_metrics.json").stat().st_mtime_ns == before
 
     with pytest.raises(
-        ValueError, match=r"gradnorm should be a run of .*alpha=2; it is one of .*balancing=gradnorm\. Choose"
+        ValueError, match=r"gradnorm should be a run with .*alpha=2; got a run with .*balancing=gradnorm\. Choose"
     ):
         carry_out({"gradnorm": [*TINY, "balancing=gradnorm", "alpha=2"]}, tmp_path)
 

@@ -86,7 +86,7 @@ def finished_sweep(run_once: Callable[..., Path], tmp_path: Path) -> None:
 def test_the_folder_of_another_sweep_does_not_change(call: Call, tmp_path: Path) -> None:
     before = written(tmp_path / "sweep")
     said = call(train.main, "-m", *QUICK, "alpha=2", "seed=0,1", "hydra.sweep.dir=sweep", status=1)
-    assert "sweep/0_0 should be a run of" in said
+    assert "sweep/0_0 should be a run with" in said
     assert "Choose another folder, or remove the run" in said
     assert written(tmp_path / "sweep") == before
     assert not list((tmp_path / "sweep").rglob("failure.json"))
@@ -111,14 +111,16 @@ def test_the_same_command_continues_an_interrupted_sweep(
     interrupting(8 + 6)  # in the second job's second epoch
     said = call(train.main, *asked, "hydra.sweep.dir=parts", status=130)
     assert "1 job so far, 1 done" in said
-    assert f"Interrupted. To go on:\n  {executable('gradnorm-train')} {' '.join(asked)} hydra.sweep.dir=parts\n" in said
+    assert (
+        f"Interrupted. Resume with:\n  {executable('gradnorm-train')} {' '.join(asked)} hydra.sweep.dir=parts\n" in said
+    )
     assert "ckpt_path" not in said
     assert list(results(tmp_path / "parts")) == ["0_0"]
     assert (tmp_path / "parts/1_1/checkpoints/interrupted.ckpt").is_file()
     assert not (tmp_path / "parts/2_2").exists()
     before = written(tmp_path / "parts")
     said = call(train.main, *asked, "hydra.sweep.dir=parts")
-    assert "1_1 goes on from interrupted.ckpt" in said
+    assert "1_1 resumes from interrupted.ckpt" in said
     assert "3 jobs, 2 done, 1 finished before" in said
     assert before.items() <= written(tmp_path / "parts").items()
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
@@ -358,7 +360,7 @@ def test_the_error_for_a_search_on_an_unknown_metric_lists_the_logged_ones(call:
     said = call(train.main, *SEARCH, "optimized_metric=val/los", "hydra.sweeper.n_trials=1", status=1)
     assert "optimized_metric 'val/los' is not logged; did you mean 'val/loss'?" in said
     said = call(train.main, *SEARCH, "optimized_metric=test/loss", "test=false", "hydra.sweeper.n_trials=1", status=1)
-    assert "optimized_metric=test/loss is a metric of the test, which test=false leaves out. Give test=true." in said
+    assert "optimized_metric=test/loss is a test metric, but test=false skips the test. Use test=true." in said
 
 
 def test_a_sweep_that_looks_for_nothing_needs_no_metric(call: Call) -> None:
@@ -380,5 +382,5 @@ def test_a_sweep_that_looks_for_nothing_needs_no_metric(call: Call) -> None:
 def test_without_the_extra_a_launcher_or_a_search_explains_what_to_install(option: str, package: str) -> None:
     said = errors.explain(MissingConfigException("…", missing_cfg_file=option, options=["basic"]))
     group, _, name = option.rpartition("/")
-    assert said.startswith(f"{group}={name} needs {package}, which is not installed here.")
+    assert said.startswith(f"{group}={name} needs {package}, which is not installed.")
     assert "pip install 'lightning-gradnorm[sweeps]'" in said

@@ -91,9 +91,9 @@ def test_two_processes_train_on_targets_that_most_batches_lack(call: Call, tmp_p
 
 
 WRONG = {
-    "no table": (["data.targets=[a]"], "data.path should be given"),
-    "no targets": ([TABLE[0]], "data.targets should be given"),
-    "one name": ([TABLE[0], "data.targets=a"], "TabularDataModule: targets should be a list of columns' names"),
+    "no table": (["data.targets=[a]"], "data.path should be set"),
+    "no targets": ([TABLE[0]], "data.targets should be set"),
+    "one name": ([TABLE[0], "data.targets=a"], "TabularDataModule: targets should be a list of column names"),
     "no such column": (
         [TABLE[0], "data.targets=[a, c]"],
         "gradnorm-train: TabularDataModule: targets names column 'c', which is not in table.csv; it has 'x', 'y', 'z'",

@@ -264,7 +264,7 @@ def test_resuming_within_an_epoch_with_other_batches_is_refused() -> None:
     saved = ResumableLoader(range(8), batch_size=2)
     next(iter(saved))
     other = ResumableLoader(range(8), batch_size=4)
-    with pytest.raises(ValueError, match=r"should go on with batch_size=2; got batch_size=4\. Resume with the same"):
+    with pytest.raises(ValueError, match=r"should continue with batch_size=2; got batch_size=4\. Resume with the same"):
         other.load_state_dict(saved.state_dict())
 
 

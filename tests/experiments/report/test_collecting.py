@@ -28,7 +28,7 @@ def test_a_run_in_two_of_the_folders_is_there_once(tmp_path: Path) -> None:
 
 
 def test_folders_without_runs_are_refused_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
         collect([tmp_path / "nowhere"])
     with pytest.raises(FileNotFoundError, match="is empty"):
         collect([tmp_path])
@@ -57,7 +57,7 @@ def test_every_state_is_reported_with_the_progress_of_the_run(tmp_path: Path) ->
         "finished": ("finished", "step 40, epoch 4 of 4", []),
         "trained": ("trained, not tested", "step 40, epoch 4 of 4", []),
         "unfinished": ("unfinished", "step 20, epoch 2 of 4", []),
-        "silent": ("unfinished", "began to train, nothing is logged", []),
+        "silent": ("unfinished", "began to train, nothing logged", []),
         "failed": ("failed", "step 10 of 50, epoch 1 of 4", ["RuntimeError: out of memory"]),
         "never": ("unfinished", "did not begin to train", []),
     }
@@ -74,13 +74,13 @@ def test_the_end_of_a_studys_output_is_shown_of_a_run_without_results(tmp_path: 
     [
         ("test_metrics.json", '{"test/loss": 1.0, "te', "test_metrics.json cannot be read"),
         ("test_metrics.json", "[1, 2]", "test_metrics.json should be a mapping"),
-        ("test_metrics.json", '{"test/loss": "low"}', "test_metrics.json: test/loss should be a number; it is 'low'"),
+        ("test_metrics.json", '{"test/loss": "low"}', "test_metrics.json: test/loss should be a number; got 'low'"),
         ("test_metrics.json", '{"test/loss": NaN, "test/miou/seg": 1}', "not finite: test/loss"),
         ("test_metrics.json", "\x00\x01", "test_metrics.json cannot be read"),
         ("training.json", "", "training.json cannot be read"),
         ("weights.json", "{", "weights.json cannot be read"),
         ("config.yaml", "a: [1,", "config.yaml cannot be read"),
-        ("config.yaml", "", "config.yaml should be a mapping; it is empty"),
+        ("config.yaml", "", "config.yaml should be a mapping; got nothing"),
     ],
 )
 def test_a_damaged_file_is_named_and_the_rest_is_read(tmp_path: Path, file: str, content: str, said: str) -> None:

@@ -191,9 +191,11 @@ def test_the_baseline_has_the_other_options_of_the_method(tmp_path: Path) -> Non
 
 
 def test_a_missing_baseline_is_an_error_that_lists_what_exists(study: Path) -> None:
-    with pytest.raises(ValueError, match="there is no 'equals'; did you mean 'equal'"):
+    with pytest.raises(ValueError, match="got 'equals'; did you mean 'equal'"):
         compared(study, "equals")
-    with pytest.raises(ValueError, match=r"--baseline 'gradnorm' is several methods: gradnorm α=0.5, gradnorm α=1.5"):
+    with pytest.raises(
+        ValueError, match=r"--baseline 'gradnorm' matches several methods: gradnorm α=0.5, gradnorm α=1.5"
+    ):
         compared(study, "gradnorm")
     rows = {row.method.name: row for row in compared(study, "gradnorm α=0.5").rows}
     assert not rows["gradnorm α=0.5"].tests
@@ -294,7 +296,7 @@ def test_below_five_seeds_nothing_is_called_significant(tmp_path: Path, seeds: i
     text = "\n".join(summary(comparison))
     assert "significant" not in text
     assert (
-        "With fewer than 5 seeds in common nothing is said about which differences from equal are more than chance"
+        "With fewer than 5 seeds in common, the report cannot tell which differences from equal are more than chance"
         in text
     )
     shown = markdown(comparison, "here")

@@ -83,8 +83,8 @@ def test_the_chosen_metrics_exist(chosen: dict[str, list[str]]) -> None:
             "single-task results should have a finite rmse of task 'a'; got none",
         ),
         ({"test/rmse/a": math.nan}, {"test/rmse/a": 1.0}, "the run should have a finite rmse of task 'a'; got nan"),
-        ({"test/rmse/a": 1.0}, {"test/rmse/a": 0.0}, "single-task rmse of task 'a' of 0"),
-        ({"test/hue/a": 1.0}, {"test/hue/a": 1.0}, "not known which way hue of task 'a' is better"),
+        ({"test/rmse/a": 1.0}, {"test/rmse/a": 0.0}, "single-task rmse of 0 of task 'a'"),
+        ({"test/hue/a": 1.0}, {"test/hue/a": 1.0}, "hue of task 'a' has no known better direction"),
         ({"test/loss": 1.0, "test/loss/a": 1.0}, {"test/loss/a": 1.0}, "metrics of tasks to compare"),
     ],
 )

@@ -107,7 +107,7 @@ def test_runs_of_one_and_the_same_task_are_compared_with_each_other(tmp_path: Pa
             {"tasks": ["seg", "depth", "normals"]},
             r"tasks cannot be compared: 0 has depth, seg, 1 has depth, normals, seg",
         ),
-        ({"tasks": ["hue"]}, r"different tasks cannot be compared: 1 has hue alone, which is no task of the others"),
+        ({"tasks": ["hue"]}, r"different tasks cannot be compared: 1 has only hue, which is not a task of the others"),
     ],
 )
 def test_different_tasks_or_data_are_refused(tmp_path: Path, second: dict[str, Any], said: str) -> None:
@@ -116,7 +116,7 @@ def test_different_tasks_or_data_are_refused(tmp_path: Path, second: dict[str, A
 
 
 def test_runs_of_one_task_each_alone_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"runs of one task each \(depth, seg\) are there and none of several"):
+    with pytest.raises(ValueError, match=r"found only single-task runs \(depth, seg\) and no multi-task runs"):
         grouped(tmp_path, {"tasks": ["depth"]}, {"tasks": ["seg"]})
 
 

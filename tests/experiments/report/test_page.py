@@ -180,7 +180,7 @@ def test_too_few_seeds_are_reported_as_text(tmp_path: Path) -> None:
     for name in ("equal", "gradnorm"):
         write_run(tmp_path / name, name, metrics=measured(1, 0.5))
     _, text = written(tmp_path)
-    assert "With fewer than 5 seeds in common nothing is called significant, and no p value is shown" in text
+    assert "With fewer than 5 seeds in common, nothing is called significant and no p value is shown" in text
 
 
 def test_runs_without_any_result_make_a_page_all_the_same(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_metrics_survive_the_file(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"test_metrics\.json should be there"):
+    with pytest.raises(FileNotFoundError, match=r"test_metrics\.json should exist"):
         read_run(tmp_path)
 
 
@@ -49,7 +49,7 @@ def test_the_runs_of_a_folder_are_itself_or_those_below(tmp_path: Path) -> None:
     assert read_runs(tmp_path / "sweep") == [Run("0", EQUAL.metrics), Run("1", GRADNORM.metrics)]
     assert [run.name for run in read_runs(tmp_path)] == ["sweep/0", "sweep/1"]
     assert read_runs(tmp_path / "sweep/1") == [Run("1", GRADNORM.metrics)]
-    with pytest.raises(FileNotFoundError, match=r"unfinished/test_metrics\.json should be there"):
+    with pytest.raises(FileNotFoundError, match=r"unfinished/test_metrics\.json should exist"):
         read_runs(tmp_path / "sweep/unfinished")
 
 

@@ -1,14 +1,13 @@
-"""Losses of dense tasks, each a mean over what is known of the target.
+"""Losses of dense tasks, each a mean over the known part of the target.
 
-All take (prediction, target) and return a scalar. What is not known is left out of the sum *and* of the count, so that a
-loss does not shrink with the number of holes, and no gradient reaches the prediction there. They are computed in float32
-at least: in half precision the sum over a batch of pixels would overflow.
+All take (prediction, target) and return a scalar. Unknown pixels are left out of the sum *and* of the count, so a loss does
+not shrink with the number of holes, and no gradient reaches the prediction there. Losses use at least float32, because
+the sum over a batch of pixels would overflow in half precision.
 
-A batch without a single known pixel has the loss 0, joined to the prediction so that ``backward()`` works, with the gradient
-0; not NaN, as a mean over nothing would be. To balancing strategies that look at losses such a step of a task seems a
-perfect one; if such batches are frequent, leave the task out of their targets (or set it to ``None``), which
-`MultiTaskModule` takes as "absent from this step". As the very first loss, of which GradNorm takes ``L_i(0)``, GradNorm
-refuses 0 and says so.
+A batch without a single known pixel has loss 0 and gradient 0, connected to the prediction so that ``backward()`` works. It
+is not NaN like a mean over nothing. Balancing strategies that use losses will see such a step as perfect. If such batches
+are frequent, leave the task out of their targets (or set it to ``None``), which `MultiTaskModule` treats as "absent from
+this step". If the very first loss is 0, GradNorm cannot use it as ``L_i(0)`` and raises an error.
 """
 
 from __future__ import annotations
@@ -51,13 +50,13 @@ class SegmentationLoss(nn.Module):
         batch, *size = target.shape
         expected = (batch, *prediction.shape[1:2], *size)
         _check_shape(self, prediction, target, expected, "the labels' with the classes as second dimension")
-        # Not reduction="mean": that is NaN without labels. Not "sum" either, which is not deterministic on a GPU.
+        # reduction="mean" would be NaN without labels, and "sum" is not deterministic on a GPU.
         losses = F.cross_entropy(_single(prediction), target.long(), ignore_index=self.ignore_index, reduction="none")
         return _mean(losses, target != self.ignore_index)
 
 
 class SquaredDepthLoss(nn.Module):
-    """Squared error of depth, as in the GradNorm paper: meters², over pixels of known depth.
+    """Squared depth error in meters² over pixels of known depth, as in the GradNorm paper.
 
     Shape: ``(batch, 1, h, w)`` both.
 
@@ -74,7 +73,7 @@ class SquaredDepthLoss(nn.Module):
 
 
 class AbsoluteDepthLoss(nn.Module):
-    """Absolute error of depth, as in MTAN and LibMTL: meters, over pixels of known depth.
+    """Absolute depth error in meters over pixels of known depth, as in MTAN and LibMTL.
 
     Shape: ``(batch, 1, h, w)`` both.
 
@@ -93,11 +92,11 @@ class AbsoluteDepthLoss(nn.Module):
 class NormalsLoss(nn.Module):
     """``1 - cos`` of the angle between prediction and normal, over pixels with a normal.
 
-    The prediction's length does not count, down to ``shortest``. Below it the loss is linear in the prediction: its gradient,
-    which grows like 1/length, stays bounded, and a prediction of exactly zero still learns.
+    The prediction's length does not matter down to ``shortest``. Below it, the loss is linear in the prediction. The gradient,
+    which grows like 1/length, thus stays bounded, and a prediction of exactly zero still learns.
 
     Args:
-        shortest: length below which a prediction is no longer scaled to length 1.
+        shortest: length below which predictions are no longer scaled to length 1.
 
     Shape: ``(batch, 3, h, w)`` both.
 
@@ -118,23 +117,23 @@ class NormalsLoss(nn.Module):
         _check_shape(self, prediction, target)
         valid = valid_normals(target)
         prediction, target = _single(prediction), _single(torch.where(valid.unsqueeze(1), target, 0.0))
-        # By hand: F.cosine_similarity takes five times as long. The bound comes before the root, which has no gradient at 0.
+        # F.cosine_similarity takes five times as long. Clamp before the root, which has no gradient at 0.
         lengths = [v.square().sum(dim=1).clamp(min=self.shortest**2).sqrt() for v in (prediction, target)]
         cosine = (prediction * target).sum(dim=1) / (lengths[0] * lengths[1])
         return _mean(1 - cosine, valid)
 
 
 class KeypointLoss(nn.Module):
-    """Squared error of heat maps, one map for each type of keypoint, a Gaussian of height 1 where the keypoint is.
+    """Squared error of heat maps, one map per type of keypoint, with a Gaussian of height 1 at the keypoint.
 
     Args:
-        invisible: what the maps of keypoints that cannot be seen are trained on: ``"ignore"`` for nothing, as in RoomNet,
-            where most types do not exist in a given room; ``"empty"`` for zeros, so that a map also says whether its
-            keypoint is there.
-        sigma: standard deviation, in pixels of the prediction, of the Gaussians that are drawn if the target holds points.
+        invisible: target for the maps of invisible keypoints: ``"ignore"`` does not train them, as in RoomNet, where most
+            types do not exist in a given room; ``"empty"`` trains them to zero, so a map also predicts if its keypoint
+            is visible.
+        sigma: standard deviation of the Gaussians drawn for targets with points, in pixels of the prediction.
 
-    Shape: prediction ``(batch, K, h, w)``; target heat maps of the same shape, in which a keypoint that cannot be seen is 0
-    everywhere, or points ``(batch, K, 3)``, each (x, y, visible) in pixels of the prediction from the upper left edge.
+    Shape: prediction ``(batch, K, h, w)``; target heat maps of the same shape, 0 everywhere for invisible keypoints,
+    or points ``(batch, K, 3)``, each (x, y, visible) in pixels of the prediction from the upper left edge.
 
     Example:
         >>> prediction = torch.zeros(1, 2, 4, 4)
@@ -156,7 +155,7 @@ class KeypointLoss(nn.Module):
         self.sigma = sigma
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Return the mean over all pixels of all maps that count."""
+        """Return the mean over all pixels of the trained maps."""
         holds_points, size = is_points(target), (prediction.shape[2], prediction.shape[3])
         if holds_points:
             _check_shape(self, prediction, target, (*target.shape[:2], *size), "a map (h, w) for each point")
@@ -164,7 +163,7 @@ class KeypointLoss(nn.Module):
             _check_shape(self, prediction, target)
         if self.invisible == "ignore":
             visible = visible_keypoints(target)
-            prediction, target = prediction[visible], target[visible]  # most maps are of keypoints that are not there
+            prediction, target = prediction[visible], target[visible]  # most maps belong to invisible keypoints
         if holds_points:
             target = heat_maps(_single(target), size, self.sigma)
         squares = (_single(prediction) - _single(target)).square()
@@ -174,12 +173,12 @@ class KeypointLoss(nn.Module):
 def _depth_difference(loss: nn.Module, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     _check_shape(loss, prediction, target)
     valid = valid_depth(target)
-    # Holes are filled first: what is NaN before a `where` has a gradient of NaN, even if it is not chosen.
+    # Fill holes first: a NaN before a `where` has a NaN gradient, even if it is not selected.
     return _single(prediction) - _single(torch.where(valid, target, 0.0)), valid
 
 
 def _mean(values: Tensor, valid: Tensor) -> Tensor:
-    """Return the mean of the valid ones; 0 if there are none."""
+    """Return the mean of the valid values, or 0 without any."""
     return torch.where(valid, values, 0.0).sum() / valid.sum().clamp(min=1)
 
 
@@ -194,10 +193,10 @@ def _check_shape(
     expected: tuple[int, ...] | None = None,
     meaning: str = "the same",
 ) -> None:
-    """Refuse what would be broadcast: (batch, 1, h, w) against (batch, h, w) is every image against every other."""
+    """Refuse shapes that would broadcast: (batch, 1, h, w) with (batch, h, w) compares every image with every other."""
     expected = tuple(target.shape) if expected is None else expected
     if tuple(prediction.shape) != expected:
         raise ValueError(
-            f"{type(loss).__name__}: a target of shape {tuple(target.shape)} asks for a prediction of {meaning}, {expected}; "
-            f"got {tuple(prediction.shape)}. Give the head the output size of the data."
+            f"{type(loss).__name__}: a target of shape {tuple(target.shape)} needs a prediction of {meaning}, {expected}; "
+            f"got {tuple(prediction.shape)}. Set the head's size to the output size of the data."
         )

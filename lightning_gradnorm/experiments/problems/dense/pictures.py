@@ -1,7 +1,7 @@
-"""Image, prediction and truth of a dense task side by side, as ``add_image`` of TensorBoard takes them.
+"""Draws image, prediction and truth of a dense task side by side, for TensorBoard's ``add_image``.
 
-All are pure functions to RGB, uint8 ``(3, height, width)``. What is not known of a target is black, which is no color of
-any class, depth or normal.
+All functions are pure and return RGB, uint8 ``(3, height, width)``. Unknown parts of a target are black, which is not the
+color of any class, depth or normal.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ PALETTE = (
     (90, 255, 135),
     (255, 150, 240),
 )
-"""Thirteen colors chosen by a search that kept every two of them, and black, as far apart as it could for ordinary sight
-and for each of the three color blindnesses: 28 units of CIELAB at least (2 can just be told apart)."""
+"""Thirteen colors from a search that maximized the distance between any two of them, and black, for normal vision and for
+each of the three types of color blindness: at least 28 units of CIELAB (a difference of 2 is barely visible)."""
 
 DEPTH_COLORS = (
     (36, 41, 129),
@@ -50,8 +50,8 @@ DEPTH_COLORS = (
     (181, 227, 118),
     (254, 241, 124),
 )
-"""From near to far, in equal steps of depth: dark blue over green to light yellow, equal steps of CIELAB lightness, so that
-it can be read in gray too."""
+"""From near to far, in equal steps of depth: dark blue over green to light yellow, in equal steps of CIELAB lightness, so
+you can read it in gray, too."""
 
 GAP = 4
 """White pixels between the pictures of a strip."""
@@ -63,13 +63,13 @@ def strip(task: str, image: Tensor, prediction: Tensor, target: Tensor, *, sigma
     Args:
         task: segmentation, depth, normals or keypoints.
         image: ``(3, H, W)`` in [0, 1].
-        prediction: as the network gives it, without the batch dimension: logits ``(classes, h, w)``, depth ``(1, h, w)``,
+        prediction: the network's output without the batch dimension: logits ``(classes, h, w)``, depth ``(1, h, w)``,
             normals ``(3, h, w)``, heat maps ``(K, h, w)``.
-        target: as the loss takes it, without the batch dimension.
-        sigma: of keypoints that are given as points: how wide they are drawn, in pixels of the prediction.
+        target: the target for the loss without the batch dimension.
+        sigma: width of keypoints that are given as points, in pixels of the prediction.
 
     Raises:
-        ValueError: there is no such task.
+        ValueError: the task is unknown.
 
     Shape: to ``(3, H, 3 W + 2 GAP)``.
 
@@ -90,7 +90,7 @@ def strip(task: str, image: Tensor, prediction: Tensor, target: Tensor, *, sigma
 
 
 def stack(strips: Sequence[Tensor]) -> Tensor:
-    """Return strips of one width as one picture, one below the other.
+    """Return strips of the same width as one picture, one below the other.
 
     Shape: each ``(3, H, W)``, to ``(3, n H + (n − 1) GAP, W)``.
 
@@ -103,7 +103,7 @@ def stack(strips: Sequence[Tensor]) -> Tensor:
 
 
 def paint_labels(labels: Tensor) -> Tensor:
-    """Return each label in its color of `PALETTE`, negative ones in black; past 13 the colors are used again.
+    """Return each label in its `PALETTE` color, and negative ones in black. The colors repeat after 13.
 
     Shape: ``(h, w)`` to ``(3, h, w)``.
     """
@@ -112,11 +112,11 @@ def paint_labels(labels: Tensor) -> Tensor:
 
 
 def paint_depth(depth: Tensor, nearest: float, farthest: float) -> Tensor:
-    """Return depth in `DEPTH_COLORS`, what is not known in black.
+    """Return depth in `DEPTH_COLORS`, with unknown pixels in black.
 
     Args:
         depth: ``(1, h, w)``.
-        nearest: depth of the first color; all that is nearer has it too.
+        nearest: depth of the first color, also used for anything nearer.
         farthest: depth of the last color.
 
     Shape: to ``(3, h, w)``.
@@ -131,7 +131,7 @@ def paint_depth(depth: Tensor, nearest: float, farthest: float) -> Tensor:
 
 
 def paint_normals(normals: Tensor) -> Tensor:
-    """Return the directions as RGB, ``(n + 1) / 2``: red to the right, green up, blue towards the camera.
+    """Return the directions as RGB, ``(n + 1) / 2``: red right, green up, blue toward the camera.
 
     Shape: ``(3, h, w)`` of any length, to ``(3, h, w)``.
     """
@@ -140,7 +140,7 @@ def paint_normals(normals: Tensor) -> Tensor:
 
 
 def paint_keypoints(picture: Tensor, maps: Tensor) -> Tensor:
-    """Return the heat maps over a dimmed picture, each type of keypoint in a color, no heat transparent.
+    """Return the heat maps over a dimmed picture, with one color per keypoint type. Zero heat is transparent.
 
     Args:
         picture: RGB, uint8 ``(3, H, W)``.
@@ -150,7 +150,7 @@ def paint_keypoints(picture: Tensor, maps: Tensor) -> Tensor:
     """
     maps = _enlarge(maps, picture)
     heat, kind = maps.max(dim=0)
-    # Lightened, so that the dark ones stand out from the picture.
+    # Lightened, so dark colors stand out from the picture.
     colors = torch.tensor(PALETTE, dtype=torch.float32)[kind % len(PALETTE)].movedim(-1, 0) / 2 + 127
     gray = picture.float().mean(dim=0, keepdim=True).expand_as(colors) / 2
     return _bytes(torch.lerp(gray, colors, heat.nan_to_num().clamp(0, 1)) / 255)
@@ -166,7 +166,7 @@ def _segmentation(picture: Tensor, logits: Tensor, labels: Tensor) -> _Pair:
 
 
 def _depth(picture: Tensor, prediction: Tensor, target: Tensor) -> _Pair:
-    """Paint both in one range of colors: the target's, unless nothing of it is known."""
+    """Paint both with the color range of the target, unless all of it is unknown."""
     known = next((d[valid_depth(d)] for d in (target, prediction) if valid_depth(d).any()), torch.ones(1))
     nearest, farthest = known.min().item(), known.max().item()
     painted = [_enlarge(paint_depth(depth, nearest, farthest), picture) for depth in (prediction, target)]
@@ -178,7 +178,7 @@ def _normals(picture: Tensor, prediction: Tensor, target: Tensor) -> _Pair:
 
 
 def _keypoints(picture: Tensor, prediction: Tensor, target: Tensor) -> _Pair:
-    """Paint the types that can be seen alone: the maps of the others need not have been trained on anything."""
+    """Paint only the visible types, because the maps of the others may be untrained."""
     _, visible = keypoints_of(target.unsqueeze(0))
     shown = torch.where(visible[0][:, None, None], prediction, 0.0)
     return paint_keypoints(picture, shown), paint_keypoints(picture, target)
@@ -192,7 +192,7 @@ _PAINTERS: dict[str, Callable[[Tensor, Tensor, Tensor], _Pair]] = {
 }
 
 TASKS = tuple(_PAINTERS)
-"""The tasks of which `strip` makes pictures."""
+"""The tasks that `strip` can draw."""
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -205,6 +205,6 @@ def _bytes(values: Tensor) -> Tensor:
 
 
 def _enlarge(values: Tensor, picture: Tensor) -> Tensor:
-    """Repeat pixels until the values are as large as the picture; nothing is blended."""
+    """Repeat pixels until the values are as large as the picture, without blending."""
     size = picture.shape[-2:]
     return F.interpolate(values.unsqueeze(0).float(), size=size, mode="nearest-exact")[0].to(values.dtype)

@@ -1,4 +1,4 @@
-"""What a network predicts of images, in the loggers that take images, beside the truth."""
+"""Logs images with a network's predictions next to the truth."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_gradnorm.experiments.problems.dense.pictures import TASKS, stack,
 
 @dataclass
 class _Predicted:
-    """What the network made of the images in one validation, on the CPU."""
+    """The network's predictions in one validation, on the CPU."""
 
     epoch: int
     step: int
@@ -31,28 +31,27 @@ class _Predicted:
 
 @works_in_both_packages
 class DensePredictions(L.Callback):
-    """Shows image, prediction and truth of dense tasks side by side, as ``val/prediction/<task>``, in loggers that take images.
+    """Logs image, prediction and truth of dense tasks side by side, as ``val/prediction/<task>``, to loggers for images.
 
-    The images are the first of the validation loader's first batch, which does not change unless the loader shuffles, so
-    that pictures of different epochs can be compared. They are shown at the first validation (of a resumed run, too), as
-    soon as ``every_n_epochs`` more epochs are validated, and at the last validation before the training ends. The network
-    sees them once more, in the mode in which it is validated; its training is the same to the last bit. Without
-    such a logger nothing is done, nor without validation.
+    The images are the first ones in the validation loader's first batch. They stay the same unless the loader shuffles, so
+    you can compare epochs. They are logged at the first validation (also after a resume), every ``every_n_epochs`` epochs,
+    and at the last validation before training ends. The network evaluates them a second time in validation mode, and
+    training stays bit-identical. Without validation or a logger for images, the callback does nothing.
 
-    For a model that maps images to a dict of predictions by task, such as a `MultiTaskModule`, and batches ``(images,
-    targets)``: images in [0, 1] ``(batch, 3, H, W)``, targets as `dense.pictures.strip` takes them. A task without a target
-    in the batch is left out.
+    The model must map images to a dict of predictions by task, like a `MultiTaskModule`, with batches ``(images,
+    targets)``: images in [0, 1] ``(batch, 3, H, W)``, targets as for `dense.pictures.strip`. Tasks without a target in the
+    batch are skipped.
 
     Args:
-        every_n_epochs: pictures of one epoch in so many; the epochs are counted from 1.
-        images: how many images, one below the other; fewer if the batch has fewer.
-        tasks: which of the model's tasks; ``None`` for all that are called segmentation, depth, normals or keypoints. If
-            they have other names, a mapping to these: ``{"seg": "segmentation"}``.
+        every_n_epochs: number of epochs between two pictures, counted from epoch 1.
+        images: number of images, one below the other; fewer if the batch has fewer.
+        tasks: the tasks to show; ``None`` for all called segmentation, depth, normals or keypoints. If your tasks have
+            other names, map them to these: ``{"seg": "segmentation"}``.
 
     Raises:
-        TypeError: the model or the batches are of another kind.
-        ValueError: a number that is not positive, or a task of which there is no picture. Both are found in the sanity
-            check before training, unless it is switched off.
+        TypeError: the model or the batches have the wrong type.
+        ValueError: a number is not positive, or a task cannot be drawn. The sanity check before training finds both,
+            unless you switch it off.
 
     Example:
         >>> import lightning as L
@@ -93,11 +92,11 @@ class DensePredictions(L.Callback):
         is_first = batch_idx == dataloader_idx == 0
         if not is_first or trainer.state.fn != TrainerFn.FITTING or not loggers_of_images(trainer):
             return
-        # On every rank: where the network is sharded, each has a part of it.
+        # Run on every rank, because each has a part of a sharded network.
         predicted = self._predict(trainer, pl_module, batch)
         if trainer.sanity_checking:
             return
-        # That a validation was the last is known afterwards.
+        # Only later is it known if this validation was the last.
         self._latest = predicted
         shown = None if self._shown_epoch is None else self._shown_epoch // self.every_n_epochs
         if shown is None or predicted.epoch // self.every_n_epochs > shown:
@@ -125,7 +124,7 @@ class DensePredictions(L.Callback):
         kinds = self._kinds_among(predictions)
         return _Predicted(
             epoch=trainer.current_epoch + 1,
-            step=trainer.fit_loop.epoch_loop._batches_that_stepped,  # what the validation's metrics are logged at
+            step=trainer.fit_loop.epoch_loop._batches_that_stepped,  # same step as the validation metrics
             images=images.cpu(),
             by_task={
                 task: (predictions[task].detach().cpu(), targets[task][: self.images].cpu())
@@ -135,12 +134,12 @@ class DensePredictions(L.Callback):
         )
 
     def _kinds_among(self, predictions: Mapping[str, Any]) -> dict[str, str]:
-        """Return the kind of each task to be shown."""
+        """Return the kind of each task to show."""
         kinds = {task: task for task in TASKS if task in predictions} if self.kinds is None else self.kinds
         if not kinds:
             raise ValueError(
                 f"DensePredictions: there are pictures of {', '.join(TASKS)}; the model has none of these tasks, but "
-                f"{', '.join(predictions)}. Say of which kind they are, for example tasks={{'{next(iter(predictions))}': "
+                f"{', '.join(predictions)}. Set their kinds, for example tasks={{'{next(iter(predictions))}': "
                 "'depth'}, or leave the callback out."
             )
         for task in kinds:
@@ -151,7 +150,7 @@ class DensePredictions(L.Callback):
         return kinds
 
     def _show_latest(self, trainer: L.Trainer) -> None:
-        """Write the pictures of the latest validation, unless they are written already."""
+        """Log the pictures of the latest validation, unless they are already logged."""
         predicted, self._latest = self._latest, None
         if predicted is None:
             return

@@ -1,7 +1,7 @@
-"""Which parts of a dense target count: pixels with a depth, with a normal, with a label; keypoints that can be seen.
+"""The valid parts of a dense target: pixels with a depth, normal or label, and visible keypoints.
 
-Losses, metrics and pictures all ask here, so that they agree on it. "Not known" is written as the usual copies of NYUv2
-have it: label -1, depth 0, a normal that is the zero vector, a keypoint with visibility 0.
+Losses, metrics and pictures share these functions, so they agree. Unknown values are marked as in the usual copies of
+NYUv2: label -1, depth 0, a zero vector as normal, a keypoint with visibility 0.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ IGNORED = -1
 
 
 def valid_depth(target: Tensor) -> Tensor:
-    """Return where a depth is known: it is finite and not 0.
+    """Return where the depth is known: finite and not 0.
 
     Shape: any, to bool of the same shape.
 
@@ -26,9 +26,9 @@ def valid_depth(target: Tensor) -> Tensor:
 
 
 def valid_normals(target: Tensor) -> Tensor:
-    """Return where a normal is known: its components are finite and not all 0.
+    """Return where the normal is known: its components are finite and not all 0.
 
-    Unlike in implementations that ask whether the components' sum is 0, (1, -1, 0)/√2 is a normal like any other.
+    Some implementations test if the sum of the components is 0. Here, (1, -1, 0)/√2 is a normal like any other.
 
     Shape: ``(batch, 3, h, w)`` to bool ``(batch, h, w)``.
 
@@ -41,11 +41,11 @@ def valid_normals(target: Tensor) -> Tensor:
 
 
 def keypoints_of(target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the keypoints' positions and which of them can be seen.
+    """Return the positions of the keypoints and which of them are visible.
 
     Args:
-        target: points ``(batch, K, 3)``, each (x, y, visible), or heat maps ``(batch, K, h, w)``: a keypoint is in the
-            middle of the pixel where its map is largest, and one whose map is 0 everywhere cannot be seen.
+        target: points ``(batch, K, 3)``, each (x, y, visible), or heat maps ``(batch, K, h, w)``. A keypoint is at the
+            center of its map's largest pixel. If the map is 0 everywhere, it is invisible.
 
     Returns:
         Positions (x, y) in pixels from the upper left edge, ``(batch, K, 2)``; visible, bool ``(batch, K)``.
@@ -62,15 +62,15 @@ def keypoints_of(target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def visible_keypoints(target: Tensor) -> Tensor:
-    """Return which keypoints can be seen, bool ``(batch, K)``; of a target as `keypoints_of` takes it."""
+    """Return which keypoints are visible, bool ``(batch, K)``. Takes the same targets as `keypoints_of`."""
     return target[..., 2] > 0 if is_points(target) else target.amax(dim=(-2, -1)) > 0
 
 
 def is_points(target: Tensor) -> bool:
-    """Say whether the target of keypoints holds points; heat maps otherwise.
+    """Return True if a keypoint target contains points, False if it contains heat maps.
 
     Raises:
-        ValueError: it holds neither.
+        ValueError: it contains neither.
     """
     if target.ndim == 3 and target.shape[-1] == 3:
         return True
@@ -83,7 +83,7 @@ def is_points(target: Tensor) -> bool:
 
 
 def peaks(maps: Tensor) -> Tensor:
-    """Return where each map is largest: the center of that pixel, (x, y) in pixels from the upper left edge.
+    """Return the center of each map's largest pixel, (x, y) in pixels from the upper left edge.
 
     Shape: ``(batch, K, h, w)`` to ``(batch, K, 2)``, float32.
 
@@ -98,15 +98,15 @@ def peaks(maps: Tensor) -> Tensor:
 
 
 def heat_maps(points: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
-    """Return a Gaussian of height 1 around each keypoint that can be seen, 0 everywhere for the others.
+    """Return a Gaussian of height 1 around each visible keypoint, and 0 everywhere for the others.
 
     Args:
-        points: ``(batch, K, 3)``, each (x, y, visible), in pixels of the map from its upper left edge: the first pixel's
-            center is at (0.5, 0.5).
+        points: ``(batch, K, 3)``, each (x, y, visible), in pixels of the map from its upper left edge. The center of the
+            first pixel is at (0.5, 0.5).
         size: (height, width) of the maps.
         sigma: standard deviation in pixels.
 
-    Shape: to ``(batch, K, height, width)``; without batch, or with any other leading dimensions, likewise.
+    Shape: to ``(batch, K, height, width)``. The leading dimensions can be any others.
 
     Example:
         >>> heat_maps(torch.tensor([[[2.5, 0.5, 1.0]]]), (1, 4), sigma=1.0)

@@ -33,7 +33,7 @@ from lightning_gradnorm.multitask.task import Loss, Task
 Head = Callable[[int, int], nn.Module]
 
 OUT_CHANNELS = {"segmentation": 13, "depth": 1, "normals": 3, "keypoints": 48}
-"""Task → channels of its prediction: classes, meters, (x, y, z), types of keypoint."""
+"""Task → channels of its prediction: classes, meters, (x, y, z), keypoint types."""
 
 _LOSSES: dict[str, Callable[[], Loss]] = {
     "segmentation": SegmentationLoss,
@@ -51,18 +51,18 @@ def nyuv2_tasks(
 ) -> dict[str, Task]:
     """Return tasks of NYUv2 by name.
 
-    The defaults are the GradNorm paper's: everything is shared but one last layer for each task, and the losses are
-    pixel-wise cross-entropy, squared loss of depth, cosine loss of normals and squared loss of keypoint heat maps. With
-    ``losses={"depth": AbsoluteDepthLoss()}`` they are those of MTAN and LibMTL.
+    The defaults are the GradNorm paper's: everything is shared except one last layer per task, and the losses are
+    pixel-wise cross-entropy, squared depth loss, cosine loss of normals and squared loss of keypoint heat maps. With
+    ``losses={"depth": AbsoluteDepthLoss()}``, they match MTAN and LibMTL.
 
     Args:
-        names: which tasks, of segmentation, depth, normals and keypoints.
+        names: the tasks to use: segmentation, depth, normals and keypoints.
         in_channels: channels of the representation.
-        losses: by task, in place of the default.
-        head: makes a task's head from the channels of the representation and those of the prediction.
+        losses: losses by task that replace the defaults.
+        head: creates a task's head from the channels of the representation and of the prediction.
 
     Raises:
-        ValueError: no name, one that is not a task of NYUv2, or a loss of a task that is not among the names.
+        ValueError: there are no names, a name is not a task of NYUv2, or a loss belongs to a task without a name.
 
     Example:
         >>> {name: sorted(task.metrics) for name, task in nyuv2_tasks(["segmentation", "depth"], in_channels=64).items()}
@@ -70,7 +70,9 @@ def nyuv2_tasks(
     """
     losses = losses or {}
     makes_heads = callable(head) and not isinstance(head, nn.Module)
-    expected = "what makes a head of (in_channels, out_channels), such as partial(nn.Conv2d, kernel_size=1)"
+    expected = (
+        "a function that creates a head from (in_channels, out_channels), such as partial(nn.Conv2d, kernel_size=1)"
+    )
     check("nyuv2_tasks", makes_heads, "head", expected, head)
     if isinstance(names, str) or not names:
         raise ValueError(f"nyuv2_tasks: names should be a list of one or more of {list(OUT_CHANNELS)}; got {names!r}.")
@@ -79,7 +81,9 @@ def nyuv2_tasks(
             raise ValueError(f"nyuv2_tasks: NYUv2 has no task '{name}'; {did_you_mean(name, OUT_CHANNELS)}")
     for name in losses:
         if name not in names:
-            raise ValueError(f"nyuv2_tasks: losses has a task '{name}' that names has not; {did_you_mean(name, names)}")
+            raise ValueError(
+                f"nyuv2_tasks: losses has a task '{name}' that is not in names; {did_you_mean(name, names)}"
+            )
     return {
         name: Task(
             head(in_channels, OUT_CHANNELS[name]),
@@ -91,7 +95,7 @@ def nyuv2_tasks(
 
 
 def nyuv2_metrics(task: str) -> dict[str, Metric]:
-    """Return the metrics by which a task of NYUv2 is judged, those of the GradNorm paper and those of MTAN and LibMTL.
+    """Return the metrics of an NYUv2 task: those in the GradNorm paper and those in MTAN and LibMTL.
 
     The paper's are ``error`` (segmentation), ``rmse``, ``cosine_error`` and ``keypoint_error``.
 

@@ -1,4 +1,4 @@
-"""Losses of a remaining life that count samples near the failure more: AMNL's second edition (see `strategies.amnl`)."""
+"""Loss for the remaining life that weights samples near the failure more: AMNL's second edition (see `strategies.amnl`)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from torch import Tensor, nn
 
 
 class FailureBiasedMSE(nn.Module):
-    """The mean squared error of a remaining life, where the samples near the failure count more: second edition, section 14.
+    """The mean squared error of a remaining life, with more weight near the failure: second edition, section 14.
 
     ``mean_b w(y_b) (ŷ_b − y_b)²`` with ``w(y) = 1 + (largest − 1) clip(1 − y / cap, 0, 1)``, a plain mean over the batch.
 
     Args:
-        cap: the life from which on a sample counts once.
-        largest: how often a sample counts at the failure, ``y = 0``.
+        cap: the life from which on the weight is 1.
+        largest: the weight at the failure, ``y = 0``.
 
     Example:
         >>> import torch
@@ -30,7 +30,7 @@ class FailureBiasedMSE(nn.Module):
         self.cap, self.largest = cap, largest
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Return the mean over all of ``target``'s entries."""
+        """Return the mean over all entries of ``target``."""
         if prediction.shape != target.shape:
             raise ValueError(
                 f"FailureBiasedMSE: prediction and target should have the same shape; got {tuple(prediction.shape)} and "

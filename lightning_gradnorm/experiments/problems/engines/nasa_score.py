@@ -1,4 +1,4 @@
-"""The score of NASA's C-MAPSS data: what errors of the remaining life cost, late warnings more than early ones."""
+"""The score for NASA's C-MAPSS data: a cost for errors of the remaining life, higher for late than for early warnings."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing_extensions import override
 class NASAScore(Metric):
     """``Σ exp(−d/13) − 1`` over ``d < 0`` (too early) and ``Σ exp(d/10) − 1`` over ``d ≥ 0`` (too late); lower is better.
 
-    ``d`` is prediction minus truth, in cycles. It is a sum, over one window for each engine as a rule, so that scores of
-    sets of different size do not compare; and a single prediction that is 100 cycles late costs 22,025.
+    ``d`` is prediction minus truth, in cycles. The score is a sum, usually over one window per engine, so you cannot compare
+    scores of sets of different size. A single prediction that is 100 cycles late costs 22,025.
 
     Source: Saxena, Goebel, Simon, Eklund, *Damage Propagation Modeling for Aircraft Engine Run-to-Failure Simulation*,
     PHM 2008.
 
     Args:
-        kwargs: as for `torchmetrics.Metric`.
+        kwargs: options of `torchmetrics.Metric`.
 
     Shape: any, the same for both.
 

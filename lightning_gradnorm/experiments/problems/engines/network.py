@@ -1,6 +1,6 @@
-"""Convolution, recurrence and attention over an engine's last cycles: a shared encoder and two heads.
+"""A shared encoder of convolutions, LSTMs and attention over an engine's last cycles, and two heads.
 
-Source: a book on predictive maintenance (book-ai.org), second edition, chapter 11, whose sizes are the defaults.
+Source: a book on predictive maintenance (book-ai.org), second edition, chapter 11. Its sizes are the defaults.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ KERNEL = 3
 
 
 class EngineEncoder(nn.Module):
-    """A window of cycles to a vector: convolutions, two bidirectional LSTMs, self-attention, and a funnel of linear layers.
+    """Maps a window of cycles to a vector: convolutions, two bidirectional LSTMs, self-attention, a funnel of linear layers.
 
-    What attention found is added to what it looked at and normalized over features, and the last cycle goes through the
-    funnel, whose last linear layer is the last shared layer. Since nobody reads the other cycles after attention, only the
-    last one asks; all are looked at.
+    The output of attention is added to its input and normalized over features. The last cycle then passes the funnel, whose
+    last linear layer is the last shared layer. Only the last cycle is used after attention, so it is the only query; all
+    cycles are keys.
 
     Args:
-        in_features: values of each cycle.
-        channels: of the convolutions over time, each of three cycles, with batch normalization, ReLU and dropout.
-        hidden: units of each LSTM in each direction; a multiple of 4, so that eight attention heads share the two.
+        in_features: values per cycle.
+        channels: channels of the convolutions over three cycles each, with batch normalization, ReLU and dropout.
+        hidden: units of each LSTM in each direction; a multiple of 4, so eight attention heads can share both directions.
         funnel: units of the linear layers, each followed by a ReLU; the last number is the length of the representation.
-        dropout: share of the values that training leaves out, after each convolution, between the LSTMs, of the attention
-            and between the layers of the funnel.
+        dropout: dropout rate after each convolution, between the LSTMs, in the attention and between the layers of the
+            funnel.
 
     Raises:
-        ValueError: a number out of its range, or no convolution or linear layer.
+        ValueError: a number is out of range, or there is no convolution or linear layer.
 
     Shape: ``(batch, window, in_features)``, the oldest cycle first, to ``(batch, encoder.out_features)``.
 
@@ -70,14 +70,14 @@ class EngineEncoder(nn.Module):
         layers: list[nn.Module] = []
         for here, there in zip([2 * hidden, *funnel], funnel, strict=False):
             layers += [nn.Linear(here, there), nn.ReLU(), nn.Dropout(dropout)]
-        self.funnel = nn.Sequential(*layers[:-1])  # no value of the representation is left out
+        self.funnel = nn.Sequential(*layers[:-1])  # no dropout on the representation
 
     def forward(self, windows: Tensor) -> Tensor:
         """Return the representation of a batch of windows."""
         if windows.ndim != 3 or windows.shape[-1] != self.in_features:
             raise ValueError(
                 f"EngineEncoder: windows should be of shape (batch, window, {self.in_features}); got "
-                f"{tuple(windows.shape)}. Give in_features the number of features of the data."
+                f"{tuple(windows.shape)}. Set in_features to the number of features of the data."
             )
         cycles = self.convolutions(windows.transpose(1, 2)).transpose(1, 2)
         cycles, _ = self.lstm(cycles)
@@ -88,12 +88,12 @@ class EngineEncoder(nn.Module):
 
 
 def rul_head(in_features: int = 32, initial: float = 62.5) -> nn.Module:
-    """Return the head of the remaining useful life: 64, 32, 16 and 1 units, each with a ReLU, so that no life is negative.
+    """Return the head of the remaining useful life: 64, 32, 16 and 1 units, each with a ReLU, so no life is negative.
 
     Args:
         in_features: length of the representation.
-        initial: bias of the last unit, about what the untrained head says, in cycles. Without it half of all seeds start
-            below zero for every window, where the last ReLU has no gradient, and never learn.
+        initial: bias of the last unit, about the prediction of the untrained head, in cycles. Without it, half of all seeds
+            start below zero for every window, where the last ReLU has no gradient, and never learn.
 
     Raises:
         ValueError: ``initial`` is not positive.
@@ -113,7 +113,7 @@ def rul_head(in_features: int = 32, initial: float = 62.5) -> nn.Module:
 
 
 def health_head(in_features: int = 32, classes: int = 3) -> nn.Module:
-    """Return the head of the health class: 32 and 16 units with a ReLU each, and a linear layer.
+    """Return the head of the health class: 32 and 16 units, each with a ReLU, and a linear layer.
 
     Shape: ``(batch, in_features)`` to logits ``(batch, classes)``.
 

@@ -17,14 +17,14 @@ def engine_tasks(
 ) -> dict[str, Task]:
     """Return the tasks ``rul``, a regression in cycles, and ``health``, a classification.
 
-    Metrics of ``rul``: ``rmse``, ``mae`` and ``nasa_score``; of ``health``: ``accuracy``, of all windows, and ``f1``, the mean
-    over the classes.
+    Metrics of ``rul``: ``rmse``, ``mae`` and ``nasa_score``. Metrics of ``health``: ``accuracy`` over all windows, and ``f1``,
+    the mean over the classes.
 
     Args:
         in_features: length of the representation.
-        weighted: windows near the failure count more in the squared loss of ``rul``, twice at the failure itself; see
-            `FailureBiasedMSE`. It belongs to AMNL.
-        cap: the life, in cycles, from which on a window counts once if ``weighted``; an untrained head says half of it.
+        weighted: give windows near the failure more weight in the squared loss of ``rul``, twice at the failure itself; see
+            `FailureBiasedMSE`. Part of AMNL.
+        cap: the life in cycles from which on a window has weight 1 if ``weighted``. An untrained head predicts half of it.
         classes: number of health classes.
 
     Example:

@@ -1,4 +1,4 @@
-"""Differential equations that a network is trained to satisfy: collocation points, residuals, and exact solutions."""
+"""Differential equations for physics-informed networks: collocation points, residuals and exact solutions."""
 
 from lightning_gradnorm.experiments.problems.pde.burgers import Burgers
 from lightning_gradnorm.experiments.problems.pde.equation import Equation

@@ -16,7 +16,7 @@ from lightning_gradnorm.experiments.problems.pde.equation import Array, Equation
 class Burgers(Equation):
     r"""Burgers' equation :math:`u_t + u u_x = \nu u_{xx}`, x in [-1, 1], t in [0, 1].
 
-    It begins with :math:`u(x, 0) = -\sin(\pi x)` and is zero at x = ±1; with the usual viscosity a shock stands at x = 0
+    It starts from :math:`u(x, 0) = -\sin(\pi x)` and is zero at x = ±1. With the usual viscosity, a shock forms at x = 0
     after t = 0.3. The reference is the Cole–Hopf integral
 
     .. math:: u(x, t) = -\frac{\int \sin(\pi(x - \eta))\, f(x - \eta)\, e^{-\eta^2 / 4 \nu t} d\eta}
@@ -29,10 +29,10 @@ class Burgers(Equation):
 
     Args:
         viscosity: ν; the usual one is 0.01/π. The smaller, the steeper the shock.
-        nodes: Of the quadrature; 200 give 10 digits or more with the usual viscosity.
+        nodes: Nodes of the quadrature; 200 give 10 digits or more with the usual viscosity.
 
     Raises:
-        ValueError: A number that is not positive.
+        ValueError: A number is not positive.
 
     Example:
         >>> points = torch.tensor([[0.5, 0.0], [0.5, 1.0], [-0.5, 1.0]], dtype=torch.float64)
@@ -64,7 +64,7 @@ class Burgers(Equation):
         z, weights = (torch.from_numpy(one).to(points) for one in np.polynomial.hermite.hermgauss(self.nodes))
         x, t = points[..., :1], points[..., 1:]
         y = math.pi * (x - 2 * (self.viscosity * t).sqrt() * z)
-        # f, divided by its largest value at each point: its exponent is about 50.
+        # f divided by its largest value at each point, because its exponent is about 50.
         f = weights * torch.softmax(-torch.cos(y) / (2 * math.pi * self.viscosity), dim=-1)
         return -(f * torch.sin(y)).sum(-1, keepdim=True) / f.sum(-1, keepdim=True)
 

@@ -1,4 +1,4 @@
-"""Derivatives of a function by its inputs, still part of the graph, so that a loss of them can be back-propagated."""
+"""Derivatives of a function with respect to its inputs, with a graph, so you can back-propagate a loss of them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def gradient(values: Tensor, points: Tensor) -> Tensor:
-    """Return the gradient of each point's value by the point's coordinates.
+    """Return the gradient of each point's value with respect to its coordinates.
 
     Args:
-        values: One number for each point, computed from it alone, shape ``(n,)`` or ``(n, 1)``.
+        values: One number per point, computed from that point alone, shape ``(n,)`` or ``(n, 1)``.
         points: Shape ``(n, d)``, with ``requires_grad``.
 
     Shape: ``(n, d)``.
@@ -23,13 +23,13 @@ def gradient(values: Tensor, points: Tensor) -> Tensor:
         tensor([[ 6.,  1.],
                 [20.,  4.]], grad_fn=...)
     """
-    # The derivative of the sum: no other point's value depends on a point.
+    # The derivative of the sum is enough, because no value depends on another point.
     (found,) = torch.autograd.grad(values.sum(), points, create_graph=True)
     return found
 
 
 def second_derivatives(slopes: Tensor, points: Tensor) -> list[Tensor]:
-    """Return ∂²u/∂x_k² for each coordinate k, shape ``(n,)`` each, from `gradient`; one pass a coordinate.
+    """Return ∂²u/∂x_k² for each coordinate k, shape ``(n,)`` each, from `gradient`. Takes one pass per coordinate.
 
     Example:
         >>> x = torch.tensor([[1.0, 3.0]], requires_grad=True)
@@ -42,10 +42,10 @@ def second_derivatives(slopes: Tensor, points: Tensor) -> list[Tensor]:
 def directional_derivatives(
     function: Callable[[Tensor], Tensor], points: Tensor, directions: Tensor, order: int
 ) -> Tensor:
-    """Return the derivatives of this order along each of the directions.
+    """Return the derivatives of this order along each direction.
 
-    All of them in as many passes as the order, of so many points as there are points and directions. Of the fourth order
-    that is faster than coordinate by coordinate, where every pass is through a larger graph and there are more of them.
+    The number of passes is the order, each over all pairs of points and directions. For the fourth order, this is faster
+    than differentiating by coordinate, which needs more passes through larger graphs.
 
     Args:
         function: Points ``(..., d)`` to values ``(..., 1)``.

@@ -1,4 +1,4 @@
-"""What a differential equation is made of: a domain, what has to hold where, and the solution that is known."""
+"""A differential equation: a domain, its conditions and its exact solution."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ Function = Callable[[Tensor], Tensor]
 
 
 class Equation:
-    """A differential equation on a box, with the conditions at its edges; each of the things that have to hold is a task.
+    """A differential equation on a box with boundary conditions. The equation and each condition are one task.
 
-    A subclass names its tasks, ``"pde"`` first, and says in `residual` by how much a function misses each of them. Its
-    `reference` is the exact solution. Everything is computed in the dtype of the points.
+    A subclass lists its tasks, ``"pde"`` first, and computes in `residual` how far a function violates each of them. Its
+    `reference` is the exact solution. All computations use the dtype of the points.
     """
 
     coordinates: tuple[str, ...]
-    """Their names, in order."""
+    """Names of the coordinates, in order."""
     lower: tuple[float, ...]
-    """The least value of each coordinate."""
+    """Lower limit of each coordinate."""
     upper: tuple[float, ...]
-    """The largest."""
+    """Upper limit of each coordinate."""
     tasks: tuple[str, ...] = ("pde", "boundary")
     grid_shape: tuple[int, ...]
-    """Of the grid on which the solution is compared with the reference."""
+    """Shape of the grid that compares the solution with the reference."""
 
     def residual(self, task: str, function: Function, points: Tensor) -> Tensor:
-        """Return by how much a function misses what the task asks for at its points, shape ``(n,)``.
+        """Return how far a function violates a task's equation at its points, shape ``(n,)``.
 
         Args:
             task: one of `tasks`.
             function: a network, or the solution.
-            points: of the task, shape ``(n, d)``.
+            points: points of the task, shape ``(n, d)``.
         """
         raise NotImplementedError
 
@@ -49,7 +49,7 @@ class Equation:
         raise NotImplementedError
 
     def draw(self, task: str, count: int, stream: np.random.Generator) -> Array:
-        """Return points of a task, shape ``(count, d)``: inside for the equation itself, on the edges for what holds there."""
+        """Return points of a task, shape ``(count, d)``: inside for the equation, on the faces for boundary conditions."""
         return self.inside(count, stream) if task == "pde" else self.on_faces(count, stream)
 
     def losses(self, function: Function, points: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -57,17 +57,17 @@ class Equation:
         return {task: self.residual(task, function, points[task]).square().mean() for task in self.tasks}
 
     def inside(self, count: int, stream: np.random.Generator) -> Array:
-        """Return a Latin hypercube sample of the box: of as many slices along each coordinate, each has one point."""
+        """Return a Latin hypercube sample of the box: ``count`` slices along each coordinate with one point each."""
         slices = np.stack([stream.permutation(count) for _ in self.lower], axis=1)
         return self._scaled((slices + stream.uniform(size=slices.shape)) / count)
 
     def on_faces(self, count: int, stream: np.random.Generator, along: Sequence[int] | None = None) -> Array:
-        """Return uniform points on the faces of the box in turn, as many on each of them.
+        """Return uniform points on the faces of the box, cycling through the faces.
 
         Args:
-            count: of points.
-            stream: what they are drawn from.
-            along: coordinates that are fixed on the faces; by default all of them.
+            count: number of points.
+            stream: source of the random numbers.
+            along: coordinates that are constant on the faces; by default all of them.
         """
         points = stream.uniform(size=(count, len(self.lower)))
         faces = [(k, end) for k in (range(len(self.lower)) if along is None else along) for end in (0.0, 1.0)]
@@ -76,7 +76,7 @@ class Equation:
         return self._scaled(points)
 
     def grid(self) -> Tensor:
-        """Return the points of a regular grid of `grid_shape`, the edges included, float64 ``(n, d)``."""
+        """Return the points of a regular grid of shape `grid_shape` including the edges, float64 ``(n, d)``."""
         sizes = zip(self.lower, self.upper, self.grid_shape, strict=True)
         axes = [torch.linspace(low, high, size, dtype=torch.float64) for low, high, size in sizes]
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, len(axes))
@@ -92,5 +92,5 @@ class Equation:
 
 
 def with_gradient(points: Tensor) -> Tensor:
-    """Return the points as a leaf of the graph by which values can be differentiated."""
+    """Return the points as a new leaf of the graph, so you can differentiate with respect to them."""
     return points.detach().requires_grad_()

@@ -16,15 +16,15 @@ from lightning_gradnorm.experiments.problems.pde.equation import Equation, Funct
 class Helmholtz(Equation):
     r"""Helmholtz's equation :math:`u_{xx} + u_{yy} + k^2 u = q` on [-1, 1]², u zero at the edges.
 
-    The source q is such that the solution is :math:`\sin(a_1 \pi x) \sin(a_2 \pi y)`. The equation's loss begins a thousand
-    times as large as the boundary's, which with equal weights is learned late.
+    The source q is chosen so that the solution is :math:`\sin(a_1 \pi x) \sin(a_2 \pi y)`. The equation's loss starts a
+    thousand times as large as the boundary's, which equal weights therefore learn late.
 
     Source: Wang, Teng, Perdikaris, Understanding and mitigating gradient flow pathologies in physics-informed neural
     networks, SIAM J. Sci. Comput. 43, 2021 (arXiv 2001.04536), section 2.3; also in Bischof and Kraus (arXiv 2110.09813).
 
     Args:
         k: The wave number.
-        waves: ``a_1`` and ``a_2``, integers: half waves of the solution in a unit, along x and y.
+        waves: Integers ``a_1`` and ``a_2``: half waves of the solution per unit length, along x and y.
 
     Raises:
         ValueError: ``k`` is not positive, or ``waves`` are not two positive integers.

@@ -1,4 +1,4 @@
-"""How far a function is from the exact solution."""
+"""Error of a function relative to the exact solution."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing_extensions import override
 
 
 class RelativeL2(Metric):
-    """The relative L2 error ‖u − u*‖ / ‖u*‖ over all points; 0 is exact, and 1 no better than zero everywhere.
+    """The relative L2 error ‖u − u*‖ / ‖u*‖ over all points. 0 is exact, 1 is no better than zero everywhere.
 
     Shape: Any, the same for both.
 

@@ -1,4 +1,4 @@
-"""A physics-informed network as a LightningModule, to which balancing callbacks are added like to anybody's."""
+"""A physics-informed network as a LightningModule. Balancing callbacks work with it like with any other."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LR
 
 
 class PINN(L.LightningModule):
-    """A network trained to satisfy a differential equation and its conditions: a loss for each, no heads.
+    """A network trained to satisfy a differential equation and its conditions: one loss for each, no heads.
 
-    With automatic optimization, so that an optimizer with a closure such as LBFGS works as in any LightningModule. Its
-    ``training_step`` returns the losses by task beside their plain sum. It declares its tasks, so that a callback
+    It uses automatic optimization, so optimizers with a closure such as LBFGS work as in any LightningModule. Its
+    ``training_step`` returns the losses by task and their plain sum. It declares its tasks, so a callback
     without ``tasks`` balances all of them: ``GradNorm()`` at the last layer, ``Aggregation(…, at="parameters")``.
 
     Args:
-        equation: What has to hold.
-        network: From points ``(n, d)`` to the solution ``(n, 1)``.
-        optimizer: Makes the optimizer from the parameters.
-        lr_scheduler: Makes the scheduler from the optimizer; it is stepped after each optimizer step.
+        equation: The equation to satisfy.
+        network: Maps points ``(n, d)`` to the solution ``(n, 1)``.
+        optimizer: Creates the optimizer from the parameters.
+        lr_scheduler: Creates the scheduler from the optimizer. It steps after each optimizer step.
 
     Logs ``train/loss``, ``train/loss/<task>``, ``val/loss``, ``val/loss/<task>``, ``val/relative_l2`` and the same for
     ``test``; ``loss`` is the plain sum over the tasks.
@@ -70,12 +70,12 @@ class PINN(L.LightningModule):
 
     @property
     def metric_names(self) -> dict[str, list[str]]:
-        """Task → its metrics besides the loss: none, for the relative L2 error is that of the solution."""
+        """Task → its metrics besides the loss: none, because the relative L2 error belongs to the whole solution."""
         return {task: [] for task in self.tasks}
 
     @property
     def task_heads(self) -> dict[str, str]:
-        """Task → the network, out of which all losses come, for balancing callbacks."""
+        """Task → the network that produces all losses, for balancing callbacks."""
         return dict.fromkeys(self.tasks, "network")
 
     def task_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -134,7 +134,7 @@ class PINN(L.LightningModule):
         metrics = self._metrics(stage)
         points, exact = batch["reference"]
         metrics["relative_l2"].update(self(points), exact)
-        # Residuals are derivatives: they need a graph, which inference mode does not allow, nor tensors made in it.
+        # Residuals are derivatives and need a graph. Inference mode does not allow one, nor one of tensors made in it.
         with torch.inference_mode(False), torch.enable_grad():
             losses = self.task_losses({task: batch[task].clone() for task in self.tasks})
         for task, loss in losses.items():

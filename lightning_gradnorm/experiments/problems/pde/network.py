@@ -1,4 +1,4 @@
-"""The network that stands for the solution."""
+"""The network that represents the solution."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lightning_gradnorm.experiments.problems.pde.equation import Equation
 class TanhMLP(nn.Module):
     """Fully connected layers with tanh, from a point to the solution there.
 
-    Coordinates are standardized first: uniform points have mean 0 and standard deviation 1. Weights begin as Glorot and
-    Bengio have them (normal), biases at zero.
+    Coordinates are standardized first, so uniform points have mean 0 and standard deviation 1. Weights have Glorot and
+    Bengio's normal initialization, biases start at zero.
 
     Source: Wang, Teng, Perdikaris (arXiv 2001.04536) and their code.
 
     Args:
-        equation: Whose box it is.
+        equation: The equation, which gives the box.
         hidden: Units of each hidden layer.
 
     Raises:
-        ValueError: No hidden layer, or one without units.
+        ValueError: There is no hidden layer, or one has no units.
 
     Shape: ``(n, d)`` to ``(n, 1)``.
 

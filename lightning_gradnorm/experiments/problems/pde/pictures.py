@@ -1,4 +1,4 @@
-"""Draws a solution beside the exact one and the error: maps of two coordinates, curves of one."""
+"""Draws a solution next to the exact one and the error: maps for two coordinates, curves for one."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import Tensor
 from lightning_gradnorm.experiments.problems.pde.equation import Equation
 
 _COLORS = ((0, 60, 120), (60, 140, 200), (245, 245, 245), (230, 150, 70), (150, 50, 0))
-"""Blue over white to vermilion, told apart by the color-blind."""
+"""Blue over white to vermilion, distinct for color-blind readers."""
 _ERROR_COLORS = ((250, 250, 250), (250, 190, 110), (200, 70, 30), (70, 10, 40))
 _INK, _PAPER, _FRAME = (30, 30, 30), (255, 255, 255), (150, 150, 150)
 WIDTH, HEIGHT, MARGIN, BAR = 240, 220, 46, 12
-"""Of a panel, in pixels; what is left round it for words; of the bar that explains the colors."""
+"""Size of a panel, its margin for text, and width of the color bar, in pixels."""
 
 
 def solution_picture(equation: Equation, solution: Tensor) -> Tensor:
-    """Return an image with three panels: the solution, the reference, and the size of their difference.
+    """Return an image with three panels: the solution, the reference, and their absolute difference.
 
-    Solution and reference have one scale, which is that of the reference.
+    The solution is drawn on the scale of the reference.
 
     Args:
-        equation: Whose solution it is; of one or two coordinates.
-        solution: At the points of `Equation.grid`, shape ``(n, 1)``.
+        equation: The equation, with one or two coordinates.
+        solution: Values at the points of `Equation.grid`, shape ``(n, 1)``.
 
-    Shape: to RGB, uint8 ``(3, height, width)``.
+    Shape: RGB, uint8 ``(3, height, width)``.
 
     Example:
         >>> from lightning_gradnorm.experiments.problems.pde import Poisson
@@ -60,7 +60,7 @@ def _panel(
     left, top, right, bottom = MARGIN, MARGIN, MARGIN + WIDTH, MARGIN + HEIGHT
     share = ((values - low) / (high - low if high > low else 1.0)).nan_to_num(0.5).clamp(0, 1)
     if is_map:
-        # The first coordinate to the right, the second upwards.
+        # The first coordinate points right, the second up.
         panel.paste(_colored(share.T.flip(0), colors).resize((WIDTH, HEIGHT)), (left, top))
         bar = _colored(torch.linspace(1, 0, HEIGHT).double().unsqueeze(1), colors).resize((BAR, HEIGHT))
         panel.paste(bar, (right + 10, top))

@@ -1,4 +1,4 @@
-"""Kirchhoff's plate: an equation of fourth order."""
+"""Kirchhoff's plate: a fourth-order equation."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lightning_gradnorm.experiments.problems.pde.equation import Equation, Funct
 
 
 class KirchhoffPlate(Equation):
-    r"""A thin square plate, simply supported, that bends under a load: :math:`D \Delta^2 w = p_0 \sin(\pi x/a) \sin(\pi y/a)`.
+    r"""A thin square plate, simply supported, bending under a load: :math:`D \Delta^2 w = p_0 \sin(\pi x/a) \sin(\pi y/a)`.
 
     At the edges the deflection w is zero (``boundary``), and so is the bending moment across them (``moment``):
     :math:`D (w_{xx} + \mu w_{yy}) = 0` where x is fixed, and the same with x and y exchanged. The solution is
     :math:`p_0 a^4 / (4 \pi^4 D) \sin(\pi x/a) \sin(\pi y/a)`.
 
-    Source: Bischof and Kraus, Multi-Objective Loss Balancing for Physics-Informed Deep Learning (arXiv 2110.09813), with the
-    numbers of the authors' code, which are the defaults.
+    Source: Bischof and Kraus, Multi-Objective Loss Balancing for Physics-Informed Deep Learning (arXiv 2110.09813). The
+    defaults come from the authors' code.
 
     Args:
         side: a, in meters.
@@ -33,7 +33,7 @@ class KirchhoffPlate(Equation):
         poisson_ratio: μ.
 
     Raises:
-        ValueError: A number that is not positive.
+        ValueError: A number is not positive.
 
     Example:
         >>> round(float(KirchhoffPlate().reference(torch.tensor([[5.0, 5.0]]))), 5)
@@ -71,6 +71,6 @@ class KirchhoffPlate(Equation):
             return self.rigidity * (across + self.poisson_ratio * along)
         angles = torch.arange(3, dtype=points.dtype, device=points.device) * math.pi / 3
         directions = torch.stack([angles.cos(), angles.sin()], dim=1)
-        # Of three directions 60 degrees apart the mean fourth derivative is 3/8 of the Laplacian of the Laplacian.
+        # The mean fourth derivative along three directions 60 degrees apart is 3/8 of the Laplacian of the Laplacian.
         bending = directional_derivatives(function, points, directions, order=4).mean(0) * 8 / 3
         return self.rigidity * bending - self.load * self._shape(points)[:, 0]

@@ -1,4 +1,4 @@
-"""Collocation points: where an equation and its conditions are asked for, drawn from a seed."""
+"""Collocation points, where an equation and its conditions are evaluated, drawn from a seed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lightning_gradnorm.experiments.loading.splits import SplitsDataModule
 from lightning_gradnorm.experiments.problems.pde.equation import Equation
 
 Place = tuple[int, int, int]
-"""Number of a step since the start of the training, a rank, and the number of ranks."""
+"""Number of a step since the start of training, a rank, and the number of ranks."""
 
 
 class StepSampler(EpochSampler):
-    """The steps of an epoch in order, on each rank all of them: the ranks share the points of a step, not the steps.
+    """All steps of an epoch in order, on each rank. The ranks split the points of a step, not the steps.
 
     Example:
         >>> sampler = StepSampler(range(2), num_replicas=2, rank=1)
@@ -42,18 +42,18 @@ class StepSampler(EpochSampler):
 
 
 class CollocationPoints(Dataset[Any]):
-    """The points of so many steps: always the same, or others in each step.
+    """The points of N steps: the same in all steps, or different ones in each.
 
-    A batch is a dict: points ``(n, d)`` by task; and, where there is one, under ``"reference"`` the points
-    at which the solution is known and its values there, ``(n, d)`` and ``(n, 1)``.
+    A batch is a dict of points ``(n, d)`` by task. With reference points, ``"reference"`` holds these points and the exact
+    solution there, ``(n, d)`` and ``(n, 1)``.
 
     Args:
-        equation: Which tasks there are, and what is drawn for them.
-        counts: By task, how many points.
-        seed: What they follow from, with the step if they are others each time.
-        steps: How many.
-        resample: Draw other points in each step.
-        reference: Points at which the solution is to be known, float64.
+        equation: The equation, which defines the tasks and draws their points.
+        counts: Number of points by task.
+        seed: Seed of the points, combined with the step if they differ between steps.
+        steps: Number of steps.
+        resample: Draw different points in each step.
+        reference: Points for the exact solution, float64.
     """
 
     def __init__(
@@ -94,25 +94,24 @@ class CollocationPoints(Dataset[Any]):
 
 
 class CollocationDataModule(SplitsDataModule[CollocationPoints]):
-    """Collocation points of a differential equation; each step trains on all of them.
+    """Collocation points of a differential equation. Each step trains on all of them.
 
-    A batch is a dict of points by task, ``float32`` ``(n, d)``; for validation and test also ``"reference"``, a pair of
-    points and the exact solution there. Those of the validation are drawn inside the domain, those of the test are the
-    equation's regular grid. Under several ranks each gets its share of each task's points.
+    A batch is a dict of points by task, ``float32`` ``(n, d)``. Validation and test also have ``"reference"``, a pair of
+    points and the exact solution there. For validation, these points are drawn inside the domain; for the test, they are
+    the equation's regular grid. With several ranks, each gets its share of each task's points.
 
     Args:
         equation: The equation.
-        points: How many points by task, ``{"pde": 256, "boundary": 64}``; at least 2 each.
-        resample: Draw other points in each step, so that the solution cannot bend between them; False for the same ones
-            throughout, which LBFGS needs.
+        points: Number of points by task, ``{"pde": 256, "boundary": 64}``; at least 2 each.
+        resample: Draw different points in each step, so the solution cannot bend between them. False always uses the same
+            points, as LBFGS needs.
         steps_per_epoch: Optimizer steps between two validations.
-        val_size: How many points there are of each task in validation and test, and points at which the validation
-            compares with the exact solution.
-        seed: Of the points.
+        val_size: Number of points of each task in validation and test, and number of reference points in validation.
+        seed: Seed of the points.
 
     Raises:
-        TypeError: A number is not an integer, or ``equation`` is no `Equation`.
-        ValueError: A number out of range, or ``points`` of other tasks than the equation's.
+        TypeError: A number is not an integer, or ``equation`` is not an `Equation`.
+        ValueError: A number is out of range, or ``points`` does not have the tasks of the equation.
 
     Example:
         >>> from lightning_gradnorm.experiments.problems.pde import Helmholtz
@@ -139,13 +138,13 @@ class CollocationDataModule(SplitsDataModule[CollocationPoints]):
         for task in points:
             if task not in equation.tasks:
                 raise ValueError(
-                    f"CollocationDataModule: points names '{task}', which is no task of {type(equation).__name__}; "
+                    f"CollocationDataModule: points names '{task}', which is not a task of {type(equation).__name__}; "
                     f"{did_you_mean(task, equation.tasks)}"
                 )
         for task in equation.tasks:
             if task not in points:
                 raise ValueError(
-                    f"CollocationDataModule: points should say how many there are of '{task}', a task of "
+                    f"CollocationDataModule: points should give a number for '{task}', a task of "
                     f"{type(equation).__name__}; got {dict(points)}."
                 )
             self._check_integer(f"points['{task}']", points[task], at_least=2)

@@ -1,4 +1,4 @@
-"""The solution, the reference and the error in one picture, at the end of a training."""
+"""Draws the solution, the reference and the error in one picture at the end of training."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ NAME = "solution"
 
 @works_in_both_packages
 class SolutionPicture(L.Callback):
-    """Draws a `PINN`'s solution, the reference and the error when the training ends.
+    """Draws a `PINN`'s solution, the reference and the error when training ends.
 
-    The picture goes to each logger that takes images: TensorBoard, and those with a ``log_image`` (Weights & Biases). With a
-    folder it is also written there, as ``solution.png``, where the report finds it.
+    The picture goes to each logger that accepts images: TensorBoard, and those with a ``log_image`` (Weights & Biases). With
+    a folder, it is also saved there as ``solution.png``, where the report finds it.
 
     Args:
         folder: The run's folder; ``None`` to write no file.
 
     Raises:
-        TypeError: At the start of training, if the model is no `PINN`.
+        TypeError: At the start of training, if the model is not a `PINN`.
 
     Example:
         >>> import lightning as L

@@ -1,4 +1,4 @@
-"""Small problems: the paper's toy, sinusoids, two digits."""
+"""Small problems: the paper's toy problem, sinusoids, two digits."""
 
 from lightning_gradnorm.experiments.problems.small.conv import ConvEncoder
 from lightning_gradnorm.experiments.problems.small.mlp import MLP

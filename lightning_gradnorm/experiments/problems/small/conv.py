@@ -12,11 +12,11 @@ GROUPS = 8
 
 
 class ConvEncoder(nn.Module):
-    """Convolutions that each halve the image, then one linear layer over a 4 x 4 grid of what they found.
+    """Convolutions that each halve the image, then one linear layer over a 4 x 4 grid of features.
 
-    Each stage is a 3 x 3 convolution of stride 2 (the first is 5 x 5), a group normalization and a ReLU. The grid keeps
+    Each stage is a 3 x 3 convolution with stride 2 (the first is 5 x 5), a group normalization and a ReLU. The grid keeps
     *where* things are, which tasks like "the digit on the left" need. The last linear layer, followed by a ReLU, is the
-    last shared layer. Normalization is by sample: ranks, accumulation and evaluation see the same network.
+    last shared layer. Each sample is normalized separately, so ranks, accumulation and evaluation use the same network.
 
     Args:
         in_channels: Channels of the image.
@@ -24,7 +24,7 @@ class ConvEncoder(nn.Module):
         out_features: Length of the representation.
 
     Raises:
-        ValueError: No stage, or a number that is not positive.
+        ValueError: There is no stage, or a number is not positive.
 
     Shape: ``(batch, in_channels, height, width)``, height and width 8 or more, to ``(batch, out_features)``.
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """Fully connected layers, each followed by an activation; by default the trunk of the GradNorm paper's toy problem.
+    """Fully connected layers, each followed by an activation. The default is the trunk of the GradNorm paper's toy problem.
 
     The representation is the output after the last activation, so the last linear layer is the last shared layer.
 
@@ -17,13 +17,13 @@ class MLP(nn.Module):
     Args:
         in_features: Length of the input.
         hidden: Units of each layer.
-        out_features: Units of one more layer, the last; ``None`` for none.
-        activation: Makes the activation that follows each layer.
+        out_features: Units of an additional last layer; ``None`` for no such layer.
+        activation: Creates the activation after each layer.
 
     Raises:
-        ValueError: No layer at all, or a layer without units.
+        ValueError: There is no layer, or a layer has no units.
 
-    Shape: ``(batch, in_features)``, or ``(batch, ...)`` with so many numbers, to ``(batch, mlp.out_features)``.
+    Shape: ``(batch, in_features)``, or ``(batch, ...)`` with that many numbers, to ``(batch, mlp.out_features)``.
 
     Example:
         >>> import torch
@@ -54,6 +54,6 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the representation of a batch of vectors, or of arrays that are flattened to such."""
+        """Return the representation of a batch of vectors, or of arrays, which are flattened."""
         representation: Tensor = self.layers(x.flatten(1))
         return representation

@@ -1,4 +1,4 @@
-"""Two regression tasks whose relatedness is set by one number."""
+"""Two regression tasks with adjustable similarity."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ class SinusoidsDataModule(InMemoryDataModule):
 
     .. math:: y_k = w_k \cdot x + \sum_{i=1}^{m} \sin(\alpha_i\, w_k \cdot x + \beta_i) + \varepsilon_k, \quad x \sim N(0, I).
 
-    The cosine between the directions is :math:`p`; the correlation of the labels follows from it and is measured.
-    Before a fit's first batch it is logged as ``data/label_correlation``.
+    The cosine between the directions is :math:`p`. It determines the correlation of the labels, which is measured
+    and logged as ``data/label_correlation`` before the first batch of a fit.
 
     A batch is ``(inputs, targets)``: inputs ``float32`` of shape ``(batch, input_dim)``; targets ``first`` and
     ``second``, ``float32`` of shape ``(batch, 1)``.
 
     Source: Ma et al., Modeling Task Relationships in Multi-task Learning with Multi-gate Mixture-of-Experts, KDD 2018,
-    section 3.2, which gives no values for c, m, alpha and beta; the defaults are among those of public code.
+    section 3.2, which gives no values for c, m, alpha and beta. The defaults come from public code.
 
     Args:
         input_dim: Length of x, at least 2.
-        scale: c, the length of both directions: how much of the sines' period x covers.
+        scale: c, the length of both directions. It sets how much of the sines' period x covers.
         correlation: p, the cosine between the directions, in [-1, 1].
         terms: m, the number of sines.
         alphas: Frequencies of the sines, one per term; default: drawn from N(0, 1).
         betas: Phases of the sines in radians, one per term; default: drawn from N(0, 1).
-        noise: Standard deviation of epsilon, drawn anew for each sample and task.
+        noise: Standard deviation of epsilon, drawn independently for each sample and task.
         train_size: Number of training samples.
         val_size: Number of validation samples.
         test_size: Number of test samples.
         batch_size: Samples per batch and rank.
         seed: Seed of the directions, the sines, the samples and the order of the training batches.
-        num_workers: Worker processes per loader; the data are in memory, so 0 is the fastest.
+        num_workers: Worker processes per loader. The data are in memory, so 0 is the fastest.
 
     Raises:
         TypeError: A size is not an integer, or ``alphas`` or ``betas`` are not numbers.
-        ValueError: A number out of its range, or ``alphas`` or ``betas`` of another length than ``terms``.
+        ValueError: A number is out of range, or the length of ``alphas`` or ``betas`` is not ``terms``.
 
     Example:
         >>> data = SinusoidsDataModule(correlation=1.0, noise=0.0)
@@ -108,7 +108,7 @@ class SinusoidsDataModule(InMemoryDataModule):
         """Draw x and the noise for each split and evaluate the functions, in float64, stored in float32."""
         splits = {}
         for split, size in (("train", self.train_size), ("val", self.val_size), ("test", self.test_size)):
-            # The targets belong to the x that the network is given, which is rounded.
+            # Compute the targets from the rounded x that the network receives.
             x = self._stream(split).normal(size=(size, self.input_dim)).astype(np.float32)
             projections = x.astype(np.float64) @ self.directions.T
             waves = np.sin(projections[..., None] * self.alphas + self.betas).sum(axis=-1)
@@ -125,7 +125,7 @@ class SinusoidsDataModule(InMemoryDataModule):
 
     @property
     def r2_ceiling(self) -> dict[str, float]:
-        """The R² that the noise leaves to a perfect model: ``1 - noise² / Var(y)``, on the test split."""
+        """The R² of a perfect model, limited by the noise: ``1 - noise² / Var(y)``, on the test split."""
         targets = self.test_data.targets
         return {task: 1 - self.noise**2 / float(targets[task].double().var()) for task in self.tasks}
 

@@ -14,7 +14,7 @@ def regression_tasks(names: int | Sequence[str], in_features: int, out_features:
     """Return regression tasks with a linear head, the squared loss, and R² and mean squared error as metrics.
 
     Args:
-        names: the tasks' names; a number T stands for ``task_0`` … ``task_{T−1}``.
+        names: names of the tasks, or a number T for ``task_0`` … ``task_{T−1}``.
         in_features: size of the representation.
         out_features: size of each prediction.
 

@@ -1,4 +1,4 @@
-"""The toy problem of the GradNorm paper: tasks that differ in nothing but the scale of their loss."""
+"""The toy problem of the GradNorm paper: tasks that differ only in the scale of their loss."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from lightning_gradnorm.experiments.loading.tensors import InMemoryDataModule, TaskTensors
 
 TEN_SIGMAS = (48.0, 3.0, 54.0, 16.0, 9.0, 30.0, 52.0, 26.0, 47.0, 81.0)
-"""Scales for ten tasks. The paper draws its ten "from a wide normal distribution" and shows them in a figure only;
-these are the ones that public re-implementations use."""
+"""Scales for ten tasks. The paper draws its ten "from a wide normal distribution" and shows them only in a figure.
+These are the ones that public re-implementations use."""
 
 _SPREADS = {"std": (10.0, 3.5), "variance": (math.sqrt(10.0), math.sqrt(3.5))}
 _INPUTS = ("uniform", "normal", "unit")
@@ -24,35 +24,35 @@ Array = npt.NDArray[np.float64]
 class ToyDataModule(InMemoryDataModule):
     r"""Regression onto :math:`f_i(x) = \sigma_i \tanh((B + \epsilon_i) x)`, tanh element-wise; one task per sigma.
 
-    All tasks share the matrix :math:`B` and have an :math:`\epsilon_i` of their own, so a larger :math:`\sigma_i` means
-    a larger loss and larger gradients, and nothing else. The tasks are called ``task_0``, ``task_1``, ...; a task's
-    function depends on ``seed`` and its number alone, not on how many tasks there are.
+    All tasks share the matrix :math:`B`, and each has its own :math:`\epsilon_i`, so a larger :math:`\sigma_i` only means
+    a larger loss and larger gradients. The tasks are called ``task_0``, ``task_1``, ... A task's function depends only
+    on ``seed`` and its number, not on the number of tasks.
 
     A batch is ``(inputs, targets)``: inputs ``float32`` of shape ``(batch, input_dim)``, each target ``float32`` of
     shape ``(batch, output_dim)``, in units of sigma_i times [-1, 1].
 
     Source: Chen et al., GradNorm, ICML 2018 (arXiv 1711.02257), section 4, equation 3. The paper gives the sigmas of
-    two tasks, the dimensions, and N(0, 10) and N(0, 3.5) for the entries of B and epsilon; not whether those are
-    variances (``spread``), nor the distribution of x (``inputs``), nor any number of samples.
+    two tasks, the dimensions, and N(0, 10) and N(0, 3.5) for the entries of B and epsilon. It does not say if those are
+    variances (``spread``), and gives neither the distribution of x (``inputs``) nor any number of samples.
 
     Args:
         sigmas: Scale of each task; at least two, positive.
         input_dim: Length of x.
         output_dim: Length of each target.
-        spread: Whether 10 and 3.5 are standard deviations (``"std"``, as in all public code) or ``"variance"``s.
+        spread: Treat 10 and 3.5 as standard deviations (``"std"``, as in all public code) or as ``"variance"``s.
         inputs: Distribution of x: entries U(0, 1) (``"uniform"``), N(0, 1) (``"normal"``), or entries U(-1, 1) and
-            the vector scaled to length 1 (``"unit"``). Only with ``"unit"`` are the targets not nearly all +-sigma.
+            the vector scaled to length 1 (``"unit"``). Except with ``"unit"``, nearly all targets are +-sigma.
         train_size: Number of training samples.
         val_size: Number of validation samples.
         test_size: Number of test samples.
         batch_size: Samples per batch and rank.
         seed: Seed of the functions, of x and of the order of the training batches.
-        num_workers: Worker processes per loader; the data are in memory, so 0 is the fastest.
+        num_workers: Worker processes per loader. The data are in memory, so 0 is the fastest.
 
     Raises:
         TypeError: A size is not an integer, or ``sigmas`` are not numbers.
-        ValueError: Fewer than two sigmas or one that is not positive, an unknown ``spread`` or ``inputs``, or a size
-            less than one.
+        ValueError: There are fewer than two sigmas, a sigma is not positive, ``spread`` or ``inputs`` is unknown, or a
+            size is less than one.
 
     Example:
         >>> data = ToyDataModule(sigmas=(1.0, 100.0), train_size=200, val_size=100, test_size=100)
@@ -91,7 +91,7 @@ class ToyDataModule(InMemoryDataModule):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks' names, in the order of ``sigmas``."""
+        """The names of the tasks, in the order of ``sigmas``."""
         return tuple(f"task_{i}" for i in range(len(self.sigmas)))
 
     @property
@@ -124,5 +124,5 @@ class ToyDataModule(InMemoryDataModule):
         else:
             x = stream.uniform(-1, 1, size=shape)
             x /= np.linalg.norm(x, axis=1, keepdims=True)
-        # The targets belong to the x that the network is given, which is rounded.
+        # Compute the targets from the rounded x that the network receives.
         return x.astype(np.float32).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Regression of several targets out of a table of the user's own."""
+"""Regression of several targets in your own table."""
 
 from lightning_gradnorm.experiments.problems.tabular.metrics import RMSE, CoefficientOfDetermination, RelativeRMSE
 from lightning_gradnorm.experiments.problems.tabular.module import TabularDataModule

@@ -1,4 +1,4 @@
-"""Chooses a table's columns: targets, inputs, and what must stay together; says by name and row what cannot be used."""
+"""Selects a table's columns: targets, inputs and groups. Errors give the name and row of unusable values."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ MISSING = ("error", "drop", "mean")
 
 @dataclass(frozen=True)
 class Columns:
-    """Numbers of a table's rows, those that can be used.
+    """Numbers from the usable rows of a table.
 
     Attributes:
-        names: Of the inputs.
+        names: Names of the inputs.
         inputs: Shape ``(rows, inputs)``, NaN where missing.
         targets: Shape ``(rows, targets)``, NaN where missing.
-        units: Shape ``(rows,)``: rows of the same number belong into the same split.
-        rows: Shape ``(rows,)``: place of each in the file, from 0.
-        notes: What was left out, in sentences.
+        units: Shape ``(rows,)``: rows with the same number belong in the same split.
+        rows: Shape ``(rows,)``: position of each row in the file, from 0.
+        notes: Sentences about what was left out.
     """
 
     names: tuple[str, ...]
@@ -51,7 +51,7 @@ def choose_columns(
     """Return the numbers of the chosen columns.
 
     Raises:
-        ValueError: A column that is not there, holds texts or infinite numbers, or has two roles; or a missing value.
+        ValueError: A column does not exist, contains text or infinite numbers, or has two roles; or a value is missing.
     """
     given = [("targets", targets), ("inputs", inputs or ()), ("ignore", ignore), ("group", [group] if group else [])]
     roles: dict[str, str] = {}
@@ -78,7 +78,7 @@ def choose_columns(
     if texts:
         notes.append(f"columns left out because they are not numeric: {listed(texts)}.")
     if not numbers:
-        wrong(f"{file}", "have numeric columns beside the targets", listed(texts) or "no other column")
+        wrong(f"{file}", "have numeric columns besides the targets", listed(texts) or "no other column")
     x = np.column_stack(list(numbers.values()))
     kept = _with_inputs(x, list(numbers), file, missing, notes)
     without = kept & np.isnan(y).all(axis=1)
@@ -96,7 +96,7 @@ def choose_columns(
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return the names, the first ten of many."""
+    """Return a list of the names, at most the first ten."""
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return ", ".join(f"'{name}'" for name in names[:10]) + more
 
@@ -104,18 +104,18 @@ def listed(names: Sequence[str]) -> str:
 def _candidates(table: Any, file: str, roles: Collection[str], notes: list[str]) -> list[str]:
     others = [name for name in table.columns if name not in roles]
     nameless = [name for name in others if not name.strip() or name.startswith("Unnamed: ")]
-    if nameless:  # pandas writes row numbers so
+    if nameless:  # pandas writes row numbers this way
         notes.append(f"columns left out because they have no name: {len(nameless)}.")
     return [name for name in others if name not in nameless]
 
 
 def _converted(column: Any) -> tuple[Array, npt.NDArray[np.bool_]]:
-    """Return the numbers, NaN where there are none, and where there is something else."""
+    """Return the numbers, NaN elsewhere, and a mask of values that are not numbers."""
     import pandas as pd
 
     if isinstance(column.dtype, pd.CategoricalDtype):
         column = column.astype(object)
-    if column.dtype.kind in "mM":  # to_numeric takes dates for nanoseconds
+    if column.dtype.kind in "mM":  # to_numeric would turn dates into nanoseconds
         numbers = np.full(len(column), np.nan)
     else:
         numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
@@ -123,7 +123,7 @@ def _converted(column: Any) -> tuple[Array, npt.NDArray[np.bool_]]:
 
 
 def _is_text(column: Any) -> bool:
-    """Say whether it is no column of numbers, a few mistakes aside."""
+    """Return True if the column is not numeric, apart from a few mistakes."""
     numbers, bad = _converted(column)
     return bool(bad.sum() > np.isfinite(numbers).sum())
 
@@ -134,12 +134,12 @@ def _numbers(column: Any, what: str, hint: str = "Correct it, or leave the colum
         bad |= np.isinf(numbers)
         first = int(np.argmax(bad))
         others = f", and more in {bad.sum() - 1} other rows" if bad.sum() > 1 else ""
-        wrong(what, "hold numbers", f"{str(column.iloc[first])!r} in row {first + 1}{others}", hint)
+        wrong(what, "contain numbers", f"{str(column.iloc[first])!r} in row {first + 1}{others}", hint)
     return numbers
 
 
 def _with_inputs(x: Array, names: Sequence[str], file: str, missing: str, notes: list[str]) -> npt.NDArray[np.bool_]:
-    """Return which rows are kept for their inputs: a mask of shape ``(rows,)``."""
+    """Return a mask of the rows whose inputs can be used, shape ``(rows,)``."""
     lacks = np.isnan(x)
     counts = {name: int(count) for name, count in zip(names, lacks.sum(axis=0), strict=True) if count}
     if not counts:
@@ -153,7 +153,7 @@ def _with_inputs(x: Array, names: Sequence[str], file: str, missing: str, notes:
             f"the inputs in {file}",
             "have no missing values",
             f"{told}, the first in row {first + 1}",
-            "Give missing=drop to leave such rows out, missing=mean to fill in the training rows' mean, or ignore=[COLUMN].",
+            "Use missing=drop to drop such rows, missing=mean to fill in the mean of the training rows, or ignore=[COLUMN].",
         )
     complete = np.logical_not(lacks.any(axis=1))
     rows = int(len(x) - complete.sum())
@@ -172,9 +172,9 @@ def _with_inputs(x: Array, names: Sequence[str], file: str, missing: str, notes:
 
 
 def _same_rows(x: Array) -> Integers:
-    """Number the rows so that those with the same inputs have the same number, in the order in which they appear.
+    """Number the rows in order of appearance, with the same number for rows with the same inputs.
 
-    Without such rows these are the rows' own numbers: the splits do not depend on what the inputs are.
+    Without duplicates these are the row numbers, so the splits do not depend on the chosen inputs.
     """
     bits = np.ascontiguousarray(x + 0.0).view(np.dtype((np.void, x.shape[1] * x.itemsize))).ravel()
     _, first, same = np.unique(bits, return_index=True, return_inverse=True)

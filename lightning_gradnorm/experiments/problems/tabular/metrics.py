@@ -1,4 +1,4 @@
-"""Metrics of a target in its own units, whatever units it is trained in; missing targets do not count."""
+"""Metrics of a target in its original units, independent of the units in training. Missing targets do not count."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing_extensions import override
 
 
 def _present(preds: Tensor, target: Tensor, mean: float, unit: float) -> tuple[Tensor, Tensor]:
-    """Return the pairs whose target is not NaN, less ``mean`` and times ``unit``.
+    """Return the pairs whose target is not NaN, minus ``mean`` and times ``unit``.
 
-    Less the mean, for squares of a number far from zero have no digits left for its deviations.
+    The mean is subtracted because squares of numbers far from zero lose the digits of their deviations.
     """
     if preds.shape != target.shape:
         raise ValueError(
@@ -26,12 +26,12 @@ def _present(preds: Tensor, target: Tensor, mean: float, unit: float) -> tuple[T
 
 
 class RMSE(MeanSquaredError):  # noqa: N818  not an exception
-    """Root of the mean squared error, in the target's own units.
+    """Root mean squared error in the target's original units.
 
     Args:
         mean: The target's mean over the training rows, in the units of predictions and targets.
-        unit: What these are multiplied by to be in the target's own units.
-        kwargs: As for `torchmetrics.Metric`.
+        unit: Factor that converts them to the target's original units.
+        kwargs: Options of `torchmetrics.Metric`.
 
     Shape: Any, the same for both.
 
@@ -50,9 +50,9 @@ class RMSE(MeanSquaredError):  # noqa: N818  not an exception
 
 
 class CoefficientOfDetermination(R2Score):
-    """r²: 1 less the squared error over that of the mean of the very targets that are predicted.
+    """r²: 1 minus the squared error over that of predicting the mean of these targets.
 
-    Arguments and shape as of `RMSE`; NaN for fewer than two targets.
+    Same arguments and shape as `RMSE`. NaN for fewer than two targets.
 
     Example:
         >>> CoefficientOfDetermination()(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 4.0]))
@@ -73,12 +73,12 @@ class CoefficientOfDetermination(R2Score):
 
 
 class RelativeRMSE(Metric):
-    """The RMSE over that of always predicting the training rows' mean; 0 is perfect, 1 is no better than that.
+    """The RMSE over that of always predicting the mean of the training rows. 0 is perfect, 1 is no better than the mean.
 
     Source: aRRMSE is its mean over the targets in Spyromitros-Xioufis et al., *Multi-target regression via input space
     expansion*, Machine Learning 104, 2016, section 4.2.
 
-    Arguments and shape as of `RMSE`.
+    Same arguments and shape as `RMSE`.
 
     Example:
         >>> RelativeRMSE(mean=1.0)(torch.tensor([4.0, 4.0]), torch.tensor([4.0, 5.0]))

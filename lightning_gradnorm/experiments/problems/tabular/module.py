@@ -1,4 +1,4 @@
-"""A table of the user's own as a data module."""
+"""Your own table as a data module."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _DECIDE = (
     "targets", "inputs", "ignore", "group", "standardize_targets", "missing", "val_fraction", "test_fraction", "format",
     "separator", "key", "seed",
 )  # fmt: skip
-"""The options that decide what is made of a file."""
+"""The options that determine the data made from a file."""
 
 
 class PartialTargets(TaskTensors):
-    """Samples some of which lack a target, NaN: a task of which a batch has none is not in the batch."""
+    """Samples that may lack targets (NaN). A batch omits tasks for which it has no target."""
 
     on_several_ranks = False
-    """Ranks wait for each other's gradients and metrics of every task: then NaNs stay, and the loss is 0."""
+    """True keeps all-NaN tasks, with loss 0, because ranks wait for each other's gradients and metrics of every task."""
 
     @override
     def _at(self, index: Tensor) -> Batch:
@@ -63,43 +63,43 @@ class _Prepared:
 
 
 _LATEST: dict[str, _Prepared] = {}
-"""What was made of the file that was read last, by file and options."""
+"""The data made from the last file, by file and options."""
 
 
 class TabularDataModule(SplitsDataModule[TaskTensors]):
-    r"""A regression task for each of several columns of a table: CSV, ARFF, MATLAB or Parquet.
+    r"""One regression task for each of several columns of a table: CSV, ARFF, MATLAB or Parquet.
 
-    A batch is ``(inputs, targets)``: inputs ``float32`` ``(batch, input_dim)``, standardized with the training rows' mean
-    and standard deviation; targets ``float32`` ``(batch, 1)`` by task, NaN where missing. A task that no sample of a batch
-    has a target of is not in the batch; on several ranks it is, all NaN, and its loss is 0. A task is named like its
-    column, but for ``.`` and ``/``, which become ``_``.
+    A batch is ``(inputs, targets)``: inputs ``float32`` ``(batch, input_dim)``, standardized with the mean and standard
+    deviation of the training rows; targets ``float32`` ``(batch, 1)`` by task, NaN where missing. A batch omits a task if no
+    sample has its target. With several ranks, the task stays in the batch as NaN, with loss 0. A task has the name of its
+    column, with ``.`` and ``/`` replaced by ``_``.
 
-    No row is in two splits, neither are rows with the same inputs, and with ``group`` no group is.
+    No row, no two rows with the same inputs and, with ``group``, no group is in more than one split.
 
     Args:
-        path: The file. What else there is to be said about its format: `read_table`.
+        path: The file. `read_table` describes the formats.
         targets: Names of the target columns; numbers from 0 if the columns have no names.
-        inputs: Names of the input columns; None for all others that hold numbers and are not constant.
-        ignore: Columns that are not used.
-        group: A column whose values must not be split, such as the subject who was measured; it is no input.
-        standardize_targets: Hand out targets with mean 0 and standard deviation 1 over the training rows. The tasks of
-            `tabular_tasks` report their metrics in the original units in any case.
-        missing: What to do about missing inputs: ``"error"``, ``"drop"`` the row, or the training rows' ``"mean"``.
-        val_fraction: Share of the rows to validate on, as nearly as whole groups allow; 0 for none.
-        test_fraction: Share to test on.
-        format: ``"csv"``, ``"arff"``, ``"mat"`` or ``"parquet"``; None for what the file's suffix says.
-        separator: What separates the fields of a CSV; None to find out.
+        inputs: Names of the input columns; None for all other numeric columns that are not constant.
+        ignore: Columns to ignore.
+        group: A column whose values must stay in one split, such as the measured subject. It is not an input.
+        standardize_targets: Return targets with mean 0 and standard deviation 1 over the training rows. The tasks of
+            `tabular_tasks` report their metrics in the original units either way.
+        missing: How to treat missing inputs: ``"error"``, ``"drop"`` the row, or fill in the training rows' ``"mean"``.
+        val_fraction: Share of the rows for validation, as close as whole groups allow; 0 for none.
+        test_fraction: Share of the rows for the test.
+        format: ``"csv"``, ``"arff"``, ``"mat"`` or ``"parquet"``; None to use the file's suffix.
+        separator: Separator of the fields of a CSV; None to detect it.
         key: Name of the matrix in a MATLAB file; None if there is only one.
         batch_size: Samples per batch and rank.
-        num_workers: Worker processes per loader; the data are in memory, so 0 is the fastest.
+        num_workers: Worker processes per loader. The data are in memory, so 0 is the fastest.
         seed: Seed of the splits and of the order of the training batches.
 
     Raises:
-        TypeError: An argument is of another type.
-        ValueError: An argument out of range. As soon as the table is read, at ``setup`` or when its sizes are asked for: a
-            column or a value that cannot be used; it is named, with the row, which are counted from 1, without a header.
-        FileNotFoundError: Then: there is no such file.
-        ModuleNotFoundError: Then: the file's reader is not installed.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range. When the table is read, at ``setup`` or when you ask for its sizes: a
+            column or value cannot be used. The message gives its name and row, counted from 1 without the header.
+        FileNotFoundError: When the table is read: the file does not exist.
+        ModuleNotFoundError: When the table is read: the file's reader is not installed.
 
     Example:
         >>> import tempfile
@@ -166,7 +166,7 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
         self.separator = separator
         self.key = key
         self.tasks = _task_names(self.targets)
-        """Name of the task of each target."""
+        """The task name of each target."""
         if val_fraction == 0:
             self._validate_on_nothing()
 
@@ -177,12 +177,12 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """The columns that are inputs, in their order."""
+        """The input columns, in order."""
         return self._prepared.names
 
     @property
     def scales(self) -> dict[str, tuple[float, float]]:
-        """Of each task, the mean of its targets over the training rows, as handed out, and their unit.
+        """For each task, the mean of its returned targets over the training rows, and their unit.
 
         The unit is 1, or the original standard deviation if targets are standardized.
         """
@@ -190,7 +190,7 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
 
     @property
     def rows(self) -> dict[str, Integers]:
-        """Of each split, its rows' places in the file, from 0."""
+        """For each split, the positions of its rows in the file, from 0."""
         return self._prepared.rows
 
     def make_splits(self) -> dict[str, TaskTensors]:
@@ -207,14 +207,14 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
 
     @override
     def _loader(self, data: TaskTensors, **options: Any) -> ResumableLoader:
-        own = copy.copy(data)  # of which another data module of the same file may have the original
+        own = copy.copy(data)  # another data module of the same file may share the original
         loader = super()._loader(own, **options)
         own.on_several_ranks = loader.sampler.num_replicas > 1  # type: ignore[attr-defined]
         return loader
 
     @cached_property
     def _prepared(self) -> _Prepared:
-        # A command asks several data modules alike for a network's sizes, and one for the data.
+        # A command creates several identical data modules to get a network's sizes, and one to get the data.
         stamp = (self.path.stat().st_mtime_ns, self.path.stat().st_size) if self.path.is_file() else None
         made_from = repr((self.path.absolute(), stamp, {name: getattr(self, name) for name in _DECIDE}))
         if made_from not in _LATEST:
@@ -247,12 +247,12 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
         return _Prepared(names, splits, scales, rows, notes=(*columns.notes, *notes))
 
     def _split_up(self, columns: Columns) -> dict[str, Integers]:
-        """Draw the units of each split; return the places of their rows, in the file's order."""
+        """Draw the units of each split. Return the positions of their rows, in file order."""
         drawn = self._stream("splits").permutation(np.unique(columns.units))
         left, sizes = drawn, np.bincount(columns.units)
         chosen = {}
         for split, fraction in (("test", self.test_fraction), ("val", self.val_fraction)):
-            # As many as come nearest to the share, but one at least.
+            # The number of units closest to the share, but at least one.
             off = np.abs(sizes[left].cumsum() - fraction * len(columns.units))
             count = 0 if fraction == 0 or len(left) == 0 else int(off.argmin()) + 1
             chosen[split], left = left[:count], left[count:]
@@ -260,15 +260,15 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
             kind = f"different values of group '{self.group}'" if self.group else "rows with different inputs"
             wrong(
                 f"val_fraction and test_fraction of {self.path.name}",
-                "leave a split with rows to each of training, validation and test",
+                "leave rows for each of training, validation and test",
                 f"{self.val_fraction} and {self.test_fraction} of {len(drawn)} {kind}",
-                "Lower them, or give a larger table.",
+                "Lower them, or use a larger table.",
             )
         chosen = {"train": left, "val": chosen["val"], "test": chosen["test"]}
         return {split: np.flatnonzero(np.isin(columns.units, own)) for split, own in chosen.items()}
 
     def _standardized(self, columns: Columns, train: Integers) -> tuple[Array, tuple[str, ...], list[str]]:
-        """Return inputs with mean 0 and standard deviation 1 over the training rows, 0 where missing, without constants."""
+        """Return the inputs without constants, with mean 0 and standard deviation 1 over the training rows, 0 if missing."""
         own = columns.inputs[train]
         there = ~np.isnan(own)
         low, high = np.where(there, own, np.inf).min(axis=0), np.where(there, own, -np.inf).max(axis=0)
@@ -290,33 +290,31 @@ class TabularDataModule(SplitsDataModule[TaskTensors]):
 
     def _check_target(self, target: str, values: Array, split: str) -> None:
         there = values[~np.isnan(values)]
-        if len(values) == 0:  # no validation
+        if len(values) == 0:  # without validation
             return
         where = f"the {len(values)} {_NAMES[split]} rows of {self.path.name}"
         if len(there) == 0:
-            mend = "Give another seed or larger fractions, or leave the target out."
-            wrong(f"target '{target}'", f"have a value in {where}", "none", mend)
+            fix = "Use another seed or larger fractions, or leave the target out."
+            wrong(f"target '{target}'", f"have a value in {where}", "none", fix)
         if split == "train" and np.ptp(there) == 0:
-            mend = "Leave the target out, or give another seed."
-            wrong(f"target '{target}'", f"vary over {where}", f"{there[0]:g} in all of them", mend)
+            fix = "Leave the target out, or use another seed."
+            wrong(f"target '{target}'", f"vary over {where}", f"{there[0]:g} in all of them", fix)
 
     def _columns(self, parameter: str, names: Sequence[str | int], least: int = 1) -> tuple[str, ...]:
         fits = not isinstance(names, str) and all(isinstance(name, str | int) for name in names)
         if not fits or len(names) < least:
             raise TypeError(
-                f"{type(self).__name__}: {parameter} should be a list of columns' names, such as ['height', 'weight'], or "
+                f"{type(self).__name__}: {parameter} should be a list of column names, such as ['height', 'weight'], or "
                 f"numbers if the columns have no names; got {names!r}."
             )
         return tuple(str(name) for name in names)
 
 
 def _task_names(columns: Sequence[str]) -> tuple[str, ...]:
-    """Return names that torch allows for modules, and loggers for metrics."""
+    """Return names that torch accepts for modules and loggers accept for metrics."""
     names = [column.replace(".", "_").replace("/", "_") for column in columns]
     names = [f"{name}_" if hasattr(nn.ModuleDict, name) or not name else name for name in names]
     for name, column in zip(names, columns, strict=True):
         if names.count(name) > 1:
-            wrong(
-                f"target '{column}'", "have a name of its own", f"'{name}' twice, as which it is a task", "Rename it."
-            )
+            wrong(f"target '{column}'", "have a unique task name", f"'{name}' twice", "Rename it.")
     return tuple(names)

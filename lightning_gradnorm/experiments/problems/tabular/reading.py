@@ -1,4 +1,4 @@
-"""Reads a table from a file: CSV, ARFF, MATLAB or Parquet, each with the reader that the community uses for it."""
+"""Reads a table from a file (CSV, ARFF, MATLAB or Parquet) with the usual reader for each format."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ SUFFIXES = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
-"""What a file's name says about its format."""
+"""The format for each file suffix."""
 
 wrong = partial(refuse, "TabularDataModule")
 
 _KINDS = {"csv": "a text file", "arff": "an ARFF file", "mat": "a MATLAB file", "parquet": "a Parquet file"}
 FORMATS = tuple(_KINDS)
 _SEPARATORS = ("\t", ";", "|", ",")
-"""In this order: decimal commas and texts have commas in them, too."""
+"""Tried in this order, because decimal numbers and text can contain commas, too."""
 
 
 def read_table(
     path: str | Path, format: str | None = None, separator: str | None = None, key: str | None = None
 ) -> Any:
-    """Return the table in a file as a pandas ``DataFrame`` whose columns are named by strings.
+    """Return the table in a file as a pandas ``DataFrame`` with strings as column names.
 
-    A CSV whose first line holds numbers only, and a MATLAB matrix, have no names: their columns are ``"0"``, ``"1"``, ….
+    A CSV with only numbers in its first line and a MATLAB matrix have no names. Their columns are ``"0"``, ``"1"``, ….
     Empty fields, ``NA``, ``nan`` and ``?`` are missing values.
 
     Args:
         path: The file.
-        format: ``"csv"``, ``"arff"``, ``"mat"`` or ``"parquet"``; None for what the name's suffix says.
-        separator: What separates the fields of a CSV; None to find out: tab, semicolon, bar, comma or blanks.
+        format: ``"csv"``, ``"arff"``, ``"mat"`` or ``"parquet"``; None to use the file's suffix.
+        separator: Separator of the fields of a CSV; None to detect it: tab, semicolon, bar, comma or blanks.
         key: Name of the matrix in a MATLAB file; None if there is only one.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is not what it should be; says what it looks like, or the line.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file has the wrong format or a bad line. The message says which.
         ModuleNotFoundError: A reader is not installed.
     """
     file = Path(path)
@@ -68,11 +68,9 @@ def read_table(
     format = format or SUFFIXES.get(file.suffix.lower())
     by_kind = {kind: name for name, kind in _KINDS.items()}
     if format is None:
-        wrong(
-            file, f"end in {', '.join(SUFFIXES)}", f"'{file.suffix}'", f"Give format={by_kind[seems]}: it is {seems}."
-        )
+        wrong(file, f"end in {', '.join(SUFFIXES)}", f"'{file.suffix}'", f"Use format={by_kind[seems]}: it is {seems}.")
     if seems != _KINDS[format]:
-        wrong(file, f"be {_KINDS[format]}", seems, f"Give format={by_kind[seems]}.")
+        wrong(file, f"be {_KINDS[format]}", seems, f"Use format={by_kind[seems]}.")
     with _installed(file):
         frame = {"csv": _read_csv, "arff": _read_arff, "mat": _read_mat, "parquet": _read_parquet}[format](
             file, separator, key
@@ -85,7 +83,7 @@ def read_table(
 
 
 def _looks_like(file: Path) -> str:
-    """Return what the file is by its first bytes."""
+    """Return the kind of file, detected from its first bytes."""
     with file.open("rb") as stream:
         start = stream.read(4096)
     signs = {
@@ -95,8 +93,8 @@ def _looks_like(file: Path) -> str:
         b"PAR1": "a Parquet file",
         b"PK\x03\x04": "an Excel or zip file",
         b"\xd0\xcf\x11\xe0": "an old Excel file",
-        b"\x1f\x8b": "a file packed with gzip",
-        b"version https://git-lfs": "a pointer of Git LFS instead of the file itself",
+        b"\x1f\x8b": "a gzip file",
+        b"version https://git-lfs": "a Git LFS pointer instead of the file itself",
     }
     for sign, kind in signs.items():
         if start.startswith(sign):
@@ -130,17 +128,17 @@ def _read_csv(file: Path, separator: str | None, _: str | None) -> Any:
         if not lines:
             wrong(file, "have rows", "an empty file")
         found = separator or _separator_of(lines)
-        words = _words(lines[0], found)
-        is_named = not all(_is_number(word) for word in words)
+        fields = _words(lines[0], found)
+        is_named = not all(_is_number(field) for field in fields)
         if is_named:
-            _check_different(file, [word for word in words if word])
+            _check_different(file, [field for field in fields if field])
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
             return pd.read_csv(
                 file,
                 sep=r"\s+" if found == " " else found,
                 header=0 if is_named else None,
-                index_col=False,  # or a separator at the ends of the lines would make names of the first column
+                index_col=False,  # otherwise trailing separators would turn the first column into row names
                 na_values=["?"],
                 skipinitialspace=True,
                 encoding="utf-8-sig",
@@ -152,9 +150,9 @@ def _read_csv(file: Path, separator: str | None, _: str | None) -> Any:
         told = str(error).removeprefix("Error tokenizing data. C error: ").strip().rstrip(".")
         wrong(
             file,
-            f"have as many fields in each line as in the first, {len(words)}, separated by {_shown(found)}",
+            f"have as many fields in each line as in the first, {len(fields)}, separated by {_shown(found)}",
             told,
-            "Correct the line, or give separator=.",
+            "Correct the line, or set separator=.",
         )
 
 
@@ -164,7 +162,7 @@ def _separator_of(lines: Sequence[str]) -> str:
             return separator
     if len({len(line.split()) for line in lines}) == 1 and len(lines[0].split()) > 1:
         return " "
-    # Lines of different length, or a single column: pandas says which line it is.
+    # Lines of different lengths, or a single column. pandas will report the line.
     return max(_SEPARATORS[::-1], key=lines[0].count)
 
 
@@ -223,9 +221,9 @@ def _read_mat(file: Path, _: str | None, key: str | None) -> Any:
     }
     found = ", ".join(f"'{name}' of {value.shape[0]} x {value.shape[1]}" for name, value in tables.items()) or "none"
     if key is None and len(tables) != 1:
-        wrong(file, "have one matrix of numbers", found, "Give key= the name of one." if tables else "")
+        wrong(file, "have one matrix of numbers", found, "Set key= to the name of one." if tables else "")
     if key is not None and key not in tables:
-        wrong(f"key of {file}", "name a matrix of numbers in it", f"'{key}'", f"It has {found}.")
+        wrong(f"key of {file}", "name a numeric matrix in it", f"'{key}'", f"It has {found}.")
     return pd.DataFrame(tables[next(iter(tables)) if key is None else key])
 
 

@@ -1,4 +1,4 @@
-"""A regression task for each target of a table."""
+"""One regression task per target of a table."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lightning_gradnorm.multitask import Task
 
 
 class MaskedMSELoss(nn.Module):
-    """The mean squared error over the targets that are not NaN; 0, with gradient 0, if none is there.
+    """The mean squared error over the targets that are not NaN. Without such targets, it is 0 with gradient 0.
 
-    Shape: Any, the same for prediction and target; a scalar is returned.
+    Shape: Any, the same for prediction and target; returns a scalar.
 
     Example:
         >>> MaskedMSELoss()(torch.tensor([1.0, 5.0]), torch.tensor([3.0, float("nan")]))
@@ -30,7 +30,7 @@ class MaskedMSELoss(nn.Module):
                 f"{tuple(target.shape)}. Squeeze or unsqueeze one of them."
             )
         missing = target.isnan()
-        # The target is filled, not the product masked: 0 times NaN is NaN, in the gradient too.
+        # Fill the target instead of masking the product: 0 times NaN is NaN, also in the gradient.
         squares = (prediction - target.nan_to_num()).masked_fill(missing, 0.0) ** 2
         return squares.sum() / (~missing).sum().clamp(min=1)
 
@@ -38,15 +38,15 @@ class MaskedMSELoss(nn.Module):
 def tabular_tasks(
     in_features: int, scales: Mapping[str, Sequence[float]], hidden: Sequence[int] = ()
 ) -> dict[str, Task]:
-    """Return a regression task for each target: squared loss; metrics ``rmse``, ``relative_rmse`` and ``r2``.
+    """Return one regression task per target, with squared loss and the metrics ``rmse``, ``relative_rmse`` and ``r2``.
 
-    A head begins with the training rows' mean, so that the first losses are variances, and GradNorm's training rates
-    are about what there is to learn. ``rmse`` is in the target's own units.
+    A head's initial prediction is the mean of the training rows. The first losses are then variances, so GradNorm's
+    training rates measure real learning. ``rmse`` is in the target's original units.
 
     Args:
         in_features: Length of the representation.
-        scales: Of each task, the targets' mean over the training rows and their unit: `TabularDataModule.scales`.
-        hidden: Units of a head's hidden layers; none for a linear head.
+        scales: For each task, the mean of the targets over the training rows and their unit: `TabularDataModule.scales`.
+        hidden: Units of a head's hidden layers; empty for a linear head.
 
     Example:
         >>> tasks = tabular_tasks(100, {"heating": (22.5, 1.0), "cooling": (0.0, 9.5)})

@@ -185,7 +185,7 @@ def test_half_precision_does_not_overflow_in_the_sum(task: str, loss: nn.Module,
     ],
 )
 def test_shapes_that_do_not_fit_are_named(loss: nn.Module, found: tuple[int, ...], true: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="asks for a prediction of") as error:
+    with pytest.raises(ValueError, match="needs a prediction of") as error:
         loss(torch.zeros(found), torch.zeros(true))
     assert_says(error.value, type(loss).__name__, f"shape {true}", f"got {found}")
 

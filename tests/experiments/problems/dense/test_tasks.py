@@ -146,9 +146,9 @@ def test_wrong_arguments_are_named() -> None:
         nyuv2_tasks("depth", in_channels=8)
     with pytest.raises(ValueError, match="names should be a list of one or more"):
         nyuv2_tasks([], in_channels=8)
-    with pytest.raises(ValueError, match="losses has a task 'normals' that names has not; it has 'depth'"):
+    with pytest.raises(ValueError, match="losses has a task 'normals' that is not in names; it has 'depth'"):
         nyuv2_tasks(["depth"], in_channels=8, losses={"normals": nn.MSELoss()})
-    with pytest.raises(ValueError, match="head should be what makes a head"):
+    with pytest.raises(ValueError, match="head should be a function that creates a head"):
         nyuv2_tasks(["depth"], in_channels=8, head=nn.Conv2d(8, 1, 1))  # type: ignore[arg-type]
 
 

@@ -135,7 +135,7 @@ def test_number_out_of_range_is_refused(wrong: dict[str, Any], message: str) -> 
 
 def test_windows_of_another_shape_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"windows should be of shape \(batch, window, 14\); got \(4, 14, 30\)\. Give in_features"
+        ValueError, match=r"windows should be of shape \(batch, window, 14\); got \(4, 14, 30\)\. Set in_features"
     ):
         EngineEncoder(**SMALL)(windows().mT)
     with pytest.raises(ValueError, match="initial should be a positive number of cycles; got 0"):

@@ -141,7 +141,7 @@ def test_a_loader_continues_with_the_step_after_the_last() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "told"),
     [
-        ({"points": {"pde": 8}}, ValueError, "points should say how many there are of 'boundary', a task of Helmholtz"),
+        ({"points": {"pde": 8}}, ValueError, "points should give a number for 'boundary', a task of Helmholtz"),
         ({"points": {"pde": 8, "boundry": 8}}, ValueError, "names 'boundry', .* did you mean 'boundary'"),
         ({"points": {"pde": 8, "boundary": 1}}, ValueError, r"points\['boundary'\] should be at least 2; got 1"),
         ({"points": {"pde": 8.0, "boundary": 4}}, TypeError, r"points\['pde'\] should be an integer; got 8.0"),

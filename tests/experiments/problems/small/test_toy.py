@@ -106,7 +106,7 @@ def test_setup_makes_the_data_once() -> None:
 
 
 def test_data_before_setup_is_a_clear_error() -> None:
-    with pytest.raises(RuntimeError, match=r"ToyDataModule: the data are made by setup\(\)"):
+    with pytest.raises(RuntimeError, match=r"ToyDataModule: setup\(\) creates the data"):
         ToyDataModule().train_dataloader()
 
 

@@ -149,7 +149,7 @@ def test_missing_inputs_are_an_error_are_dropped_or_get_the_training_mean(tmp_pa
     table.loc[[3, 5], "x"] = np.nan
     table.loc[[5, 8, 9], "z"] = np.nan
     with pytest.raises(
-        ValueError, match=r"no missing values; got 3 in 'z', 2 in 'x', the first in row 4\. Give missing=d"
+        ValueError, match=r"no missing values; got 3 in 'z', 2 in 'x', the first in row 4\. Use missing=d"
     ):
         module(tmp_path, table)
     dropped = module(tmp_path, table, missing="drop")
@@ -229,7 +229,7 @@ def test_tasks_are_called_like_their_columns_as_far_as_torch_allows(tmp_path: Pa
     assert data.tasks == ("PM2_5", "type_", "km_h")
     network = MultiTaskModule(MLP(data.input_dim, [4]), tabular_tasks(4, data.scales))
     assert list(network(torch.zeros(2, data.input_dim))) == list(data.tasks)
-    with pytest.raises(ValueError, match=r"target 'a.b' should have a name of its own; got 'a_b' twice"):
+    with pytest.raises(ValueError, match=r"target 'a.b' should have a unique task name; got 'a_b' twice"):
         TabularDataModule("t.csv", targets=["a.b", "a_b"])
 
 

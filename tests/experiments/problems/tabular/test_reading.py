@@ -74,11 +74,11 @@ def test_a_matrix_is_read_out_of_a_matlab_file(tmp_path: Path) -> None:
         assert list(table.columns) == ["0", "1", "2"]
         assert np.array_equal(table.to_numpy(), VALUES, equal_nan=True)
     with pytest.raises(
-        ValueError, match=r"two.mat should have one matrix of numbers; got 'm' of 3 x 3, 'n' of 4 x 2. Give k"
+        ValueError, match=r"two.mat should have one matrix of numbers; got 'm' of 3 x 3, 'n' of 4 x 2. Set k"
     ):
         read_table(tmp_path / "two.mat")
     with pytest.raises(
-        ValueError, match=r"key of .*two.mat should name a matrix of numbers in it; got 'k'. It has 'm' of 3"
+        ValueError, match=r"key of .*two.mat should name a numeric matrix in it; got 'k'. It has 'm' of 3"
     ):
         read_table(tmp_path / "two.mat", key="k")
 
@@ -100,26 +100,26 @@ def test_only_an_index_with_a_name_is_a_column(tmp_path: Path) -> None:
 
 WRONG: dict[str, tuple[str, bytes, str]] = {
     "excel": ("t.csv", b"PK\x03\x04 and so on", "got an Excel or zip file. Save the table as CSV"),
-    "packed": ("t.csv", gzip.compress(b"a,b\n1,2\n"), "got a file packed with gzip"),
+    "packed": ("t.csv", gzip.compress(b"a,b\n1,2\n"), "got a gzip file"),
     "web page": ("t.csv", b"\n<!DOCTYPE html><html>", "got a web page"),
     "pointer": (
         "t.parquet",
         b"version https://git-lfs.github.com/spec/v1\n",
-        "got a pointer of Git LFS instead of the",
+        "got a Git LFS pointer instead of the",
     ),
     "matlab 7.3": ("t.mat", b"MATLAB 7.3 MAT-file", "got a MATLAB file of version 7.3. Save the table as CSV"),
     "binary": ("t.csv", b"\x00\x01\x02", "got a binary file"),
-    "arff as csv": ("t.csv", b"% c\n@Relation r\n", "t.csv should be a text file; got an ARFF file. Give format=arff"),
-    "csv as arff": ("t.arff", b"a,b\n1,2\n", "t.arff should be an ARFF file; got a text file. Give format=csv"),
+    "arff as csv": ("t.csv", b"% c\n@Relation r\n", "t.csv should be a text file; got an ARFF file. Use format=arff"),
+    "csv as arff": ("t.arff", b"a,b\n1,2\n", "t.arff should be an ARFF file; got a text file. Use format=csv"),
     "csv as parquet": (
         "t.parquet",
         b"a,b\n1,2\n",
-        "t.parquet should be a Parquet file; got a text file. Give format=csv",
+        "t.parquet should be a Parquet file; got a text file. Use format=csv",
     ),
     "unknown": (
         "t.abc",
         b"a,b\n1,2\n",
-        r"t.abc should end in .csv, .*; got '.abc'. Give format=csv: it is a text file",
+        r"t.abc should end in .csv, .*; got '.abc'. Use format=csv: it is a text file",
     ),
     "sparse": (
         "t.arff",

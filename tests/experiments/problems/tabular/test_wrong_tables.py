@@ -42,23 +42,26 @@ COLUMNS: dict[str, tuple[dict[str, Any], str]] = {
         r"ignore names column 'citi', which is not in .*; did you mean 'city'\?",
     ),
     "misspelt group": ({"group": "subjekt"}, r"group names column 'subjekt', .* did you mean 'subject'\?"),
-    "target twice": ({"targets": ["a", "a"]}, r"target 'a' should have a name of its own; got 'a' twice"),
+    "target twice": ({"targets": ["a", "a"]}, r"target 'a' should have a unique task name; got 'a' twice"),
     "target as input": ({"inputs": ["age", "a"]}, r"column 'a' should have one role; got it in targets and in inputs"),
     "input twice": ({"inputs": ["age", "age"]}, r"column 'age' should have one role; got it twice"),
     "group as input": ({"inputs": ["subject"], "group": "subject"}, r"'subject' .* got it in inputs and in group"),
     "ignored target": ({"ignore": ["b"]}, r"column 'b' should have one role; got it in targets and in ignore"),
     "text as target": (
         {"targets": ["a", "city"]},
-        r"target 'city' of t.csv should hold numbers; got 'Rome' in row 1, and m",
+        r"target 'city' of t.csv should contain numbers; got 'Rome' in row 1, and m",
     ),
-    "text as input": ({"inputs": ["age", "city"]}, r"column 'city' of t.csv should hold numbers; got 'Rome' in row 1"),
+    "text as input": (
+        {"inputs": ["age", "city"]},
+        r"column 'city' of t.csv should contain numbers; got 'Rome' in row 1",
+    ),
     "no numbers left": (
         {"ignore": ["age", "height", "subject"]},
-        r"t.csv should have numeric columns beside the targets; got 'city'",
+        r"t.csv should have numeric columns besides the targets; got 'city'",
     ),
     "too few groups": (
         {"group": "city"},
-        r"to each of training, validation and test; got 0.15 and 0.15 of 1 different values of group 'city'",
+        r"for each of training, validation and test; got 0.15 and 0.15 of 1 different values of group 'city'",
     ),
 }
 
@@ -75,15 +78,19 @@ VALUES: dict[str, tuple[Callable[[Any], Any], dict[str, Any], str]] = {
     "word among numbers": (
         changed("age", 16, "unknown"),
         {},
-        r"column 'age' of t.csv should hold numbers; got 'unknown' in row 17. Correct it, or .*: ignore=\[age\]",
+        r"column 'age' of t.csv should contain numbers; got 'unknown' in row 17. Correct it, or .*: ignore=\[age\]",
     ),
-    "word in a target": (changed("b", 3, "-"), {}, r"target 'b' of t.csv should hold numbers; got '-' in row 4"),
-    "infinite input": (changed("height", 0, np.inf), {}, r"column 'height' .* should hold numbers; got 'inf' in row 1"),
-    "infinite target": (changed("a", 9, -np.inf), {}, r"target 'a' .* should hold numbers; got '-inf' in row 10"),
+    "word in a target": (changed("b", 3, "-"), {}, r"target 'b' of t.csv should contain numbers; got '-' in row 4"),
+    "infinite input": (
+        changed("height", 0, np.inf),
+        {},
+        r"column 'height' .* should contain numbers; got 'inf' in row 1",
+    ),
+    "infinite target": (changed("a", 9, -np.inf), {}, r"target 'a' .* should contain numbers; got '-inf' in row 10"),
     "constant target": (
         lambda frame: frame.assign(a=2.5),
         {},
-        r"target 'a' should vary over the 28 training rows of t.csv; got 2.5 in all of them. Leave the target out, or give",
+        r"target 'a' should vary over the 28 training rows of t.csv; got 2.5 in all of them. Leave the target out, or use",
     ),
     "empty target": (
         lambda frame: frame.assign(a=np.nan),
@@ -115,7 +122,7 @@ VALUES: dict[str, tuple[Callable[[Any], Any], dict[str, Any], str]] = {
         {},
         r"t.csv should have rows with inputs and targets",
     ),
-    "two rows": (lambda frame: frame[:2], {}, r"of 2 rows with different inputs. Lower them, or give a larger table"),
+    "two rows": (lambda frame: frame[:2], {}, r"of 2 rows with different inputs. Lower them, or use a larger table"),
 }
 
 
@@ -128,9 +135,9 @@ def test_a_value_that_cannot_be_used_is_named_with_its_row(case: str, tmp_path: 
 
 
 ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"targets": "a"}, TypeError, r"targets should be a list of columns' names, .*; got 'a'"),
-    ({"targets": []}, TypeError, r"targets should be a list of columns' names"),
-    ({"inputs": [1.5]}, TypeError, r"inputs should be a list of columns' names, .*; got \[1.5\]"),
+    ({"targets": "a"}, TypeError, r"targets should be a list of column names, .*; got 'a'"),
+    ({"targets": []}, TypeError, r"targets should be a list of column names"),
+    ({"inputs": [1.5]}, TypeError, r"inputs should be a list of column names, .*; got \[1.5\]"),
     (
         {"missing": "means"},
         ValueError,

@@ -1,4 +1,4 @@
-"""What torchmetrics lacks, and what it has with the masks that holes in dense targets ask for."""
+"""Metrics of dense tasks: additions to torchmetrics, and its metrics with masks for holes in dense targets."""
 
 from lightning_gradnorm.experiments.problems.dense.metrics.depth import (
     DepthAbsoluteError,

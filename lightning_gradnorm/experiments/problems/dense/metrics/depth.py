@@ -1,6 +1,6 @@
-"""Errors of depth over pixels of known depth: the sums are torchmetrics', the mask is ours.
+"""Depth errors over pixels of known depth: torchmetrics computes the sums, we add the mask.
 
-The mean is over all such pixels of the whole set, not over images or batches first.
+The mean is over all such pixels in the whole set, not over images or batches first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lightning_gradnorm.experiments.problems.dense.targets import valid_depth
 
 
 class DepthRMSError(MeanSquaredError):
-    """Root mean squared error of depth, in the depth's unit (meters).
+    """Root mean squared depth error, in the unit of depth (meters).
 
     Shape: ``(batch, 1, h, w)`` both.
 
@@ -34,7 +34,7 @@ class DepthRMSError(MeanSquaredError):
 
 
 class DepthAbsoluteError(MeanAbsoluteError):
-    """Mean absolute error of depth, in the depth's unit (meters); "Abs Err" in the literature.
+    """Mean absolute depth error, in the unit of depth (meters); "Abs Err" in the literature.
 
     Shape: ``(batch, 1, h, w)`` both.
 
@@ -50,7 +50,7 @@ class DepthAbsoluteError(MeanAbsoluteError):
 
 
 class DepthRelativeError(MeanAbsolutePercentageError):
-    """Mean of error divided by true depth, a fraction (not in percent); "Rel Err" in the literature.
+    """Mean error divided by true depth, as a fraction (not in percent); "Rel Err" in the literature.
 
     Shape: ``(batch, 1, h, w)`` both.
 

@@ -15,11 +15,11 @@ from lightning_gradnorm.experiments.problems.dense.targets import keypoints_of, 
 class KeypointError(Metric):
     """Mean distance from the largest pixel of the predicted map to the true keypoint, in percent of the image's diagonal.
 
-    The mean is over all keypoints of the whole set that can be seen, NaN if there are none. Source: RoomNet (Lee et al.,
-    ICCV 2017), whose measure the GradNorm paper takes over.
+    The mean is over all visible keypoints in the whole set, NaN if there are none. Source: RoomNet (Lee et al.,
+    ICCV 2017), also used in the GradNorm paper.
 
     Shape: prediction ``(batch, K, h, w)``; target heat maps of the same shape or points ``(batch, K, 3)``, each
-    (x, y, visible) in pixels of the prediction from the upper left edge. Of heat maps the truth is known to a pixel only.
+    (x, y, visible) in pixels of the prediction from the upper left edge. Heat maps give the truth only to the pixel.
 
     Example:
         >>> maps = torch.zeros(1, 1, 6, 8)
@@ -43,7 +43,7 @@ class KeypointError(Metric):
         positions, visible = keypoints_of(target)
         if prediction.shape[:2] != visible.shape or (target.ndim == 4 and prediction.shape != target.shape):
             raise ValueError(
-                f"KeypointError: the prediction should have a map for each keypoint of the target, of shape "
+                f"KeypointError: the prediction should have one map per keypoint of the target, of shape "
                 f"{tuple(target.shape)}; got {tuple(prediction.shape)}."
             )
         height, width = prediction.shape[2:]

@@ -1,7 +1,7 @@
-"""How far predicted surface normals are from the true ones, over pixels with a normal.
+"""Errors of predicted surface normals over pixels with a true normal.
 
-Angles are between the directions, in degrees from 0 to 180; a prediction need not have length 1, and one of length 0 is
-taken to be at a right angle to everything. All are over the pixels of the whole set at once, and NaN if there are none.
+Angles are between directions, in degrees from 0 to 180. A prediction need not have length 1, and one of length 0 counts as
+perpendicular to everything. All metrics are over the pixels of the whole set at once, and NaN if there are none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightning_gradnorm.experiments.problems.dense.targets import valid_normals
 
 
 class _MeanOverPixels(Metric, ABC):
-    """The mean of some number over all pixels with a normal."""
+    """The mean of a value over all pixels with a normal."""
 
     full_state_update = False
     sum_of_all: Tensor
@@ -32,7 +32,7 @@ class _MeanOverPixels(Metric, ABC):
 
     @abstractmethod
     def of_each(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Return the number of each pixel, ``(batch, h, w)``, from unit vectors ``(batch, 3, h, w)``."""
+        """Return the value of each pixel, ``(batch, h, w)``, from unit vectors ``(batch, 3, h, w)``."""
 
     @override
     def update(self, prediction: Tensor, target: Tensor) -> None:
@@ -46,7 +46,7 @@ class _MeanOverPixels(Metric, ABC):
 
 
 class CosineError(_MeanOverPixels):
-    """Mean of ``1 - |cos|``, the GradNorm paper's error of normals: a normal that points the other way is right.
+    """Mean of ``1 - |cos|``, the GradNorm paper's error of normals. A normal with the opposite direction counts as correct.
 
     Shape: ``(batch, 3, h, w)`` both.
 
@@ -82,11 +82,11 @@ class MeanAngle(_MeanOverPixels):
 
 
 class WithinAngle(_MeanOverPixels):
-    """Fraction of the pixels whose angle is smaller than a bound: 11.25, 22.5 and 30 degrees in the literature.
+    """Fraction of the pixels with an angle below a bound: 11.25, 22.5 and 30 degrees in the literature.
 
     Args:
         degrees: the bound.
-        kwargs: as for `torchmetrics.Metric`.
+        kwargs: options of `torchmetrics.Metric`.
 
     Shape: ``(batch, 3, h, w)`` both.
 
@@ -110,11 +110,10 @@ class WithinAngle(_MeanOverPixels):
 
 
 class MedianAngle(Metric):
-    """Median angle in degrees, to 0.0005°: of a histogram in steps of 0.001°, not of a list of all pixels.
+    """Median angle in degrees, accurate to 0.0005°, from a histogram in steps of 0.001° instead of a list of all pixels.
 
-    The test set of NYUv2 at 288 x 384 has 72 million pixels; the histogram is 1.4 MB, whatever the set, and ranks add theirs
-    up. The median is that of numpy, the mean of the two in the middle if there are two. An angle that is not a number is
-    counted among the largest.
+    The test set of NYUv2 at 288 x 384 has 72 million pixels. The histogram has 1.4 MB for any set, and ranks add theirs up.
+    Like in numpy, the median is the mean of the two middle values if there are two. NaN angles count among the largest.
 
     Shape: ``(batch, 3, h, w)`` both.
 
@@ -148,13 +147,13 @@ class MedianAngle(Metric):
     def compute(self) -> Tensor:
         up_to = self.counts.cumsum(dim=0)
         total = up_to[-1]
-        middle = torch.stack([(total + 1) // 2, total // 2 + 1])  # counted from 1; the same twice if total is odd
+        middle = torch.stack([(total + 1) // 2, total // 2 + 1])  # counted from 1; both are the same if total is odd
         median = (torch.searchsorted(up_to, middle).float().mean() + 0.5) / self.BINS_PER_DEGREE
         return torch.where(total > 0, median, torch.nan)
 
 
 def _directions(metric: Metric, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both as unit vectors; zero vectors remain what they are."""
+    """Return both as unit vectors. Zero vectors stay zero."""
     if prediction.shape != target.shape:
         raise ValueError(
             f"{type(metric).__name__}: the prediction should have the target's shape, {tuple(target.shape)}; "
@@ -163,13 +162,13 @@ def _directions(metric: Metric, prediction: Tensor, target: Tensor) -> tuple[Ten
     return _of_length_1(prediction.float()), _of_length_1(target.float())
 
 
-# Along the second dimension of an image sums of products take a tenth of the time of `norm` and `cross` on a CPU.
+# Along the second dimension of an image, sums of products take a tenth of the time of `norm` and `cross` on a CPU.
 def _of_length_1(vectors: Tensor) -> Tensor:
     return vectors / vectors.square().sum(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
 
 
 def _angles(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the angles in degrees, by atan2: the arc cosine has no digits left at small angles (0.02° in float32)."""
+    """Return the angles in degrees from atan2, because the arc cosine is inaccurate at small angles (0.02° in float32)."""
     (x, y, z), (u, v, w) = prediction.unbind(dim=1), target.unbind(dim=1)
     across = ((y * w - z * v).square() + (z * u - x * w).square() + (x * v - y * u).square()).sqrt()
     along = x * u + y * v + z * w

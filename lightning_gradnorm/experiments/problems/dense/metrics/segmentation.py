@@ -1,9 +1,9 @@
-"""How right a segmentation is: torchmetrics' sums, with what dense tasks need given.
+"""Metrics of segmentation: torchmetrics with the options for dense tasks.
 
 Pixels without a label do not count. Intersections and unions of a class are summed over the whole set before they are
-divided, as in LibMTL (the first code of MTAN averaged over images instead). The mean is over the classes that occur in
-target or prediction: one that nobody has and nobody says counts neither as right nor as wrong (LibMTL's mean is NaN then;
-in the test set of NYUv2 all 13 occur).
+divided, as in LibMTL (MTAN's first code averaged over images instead). The mean is over the classes that occur in the
+target or the prediction. A class that occurs in neither counts neither as right nor as wrong (LibMTL's mean is then NaN;
+in the test set of NYUv2, all 13 occur).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class MeanIoU(MulticlassJaccardIndex):
     Args:
         num_classes: number of classes.
         ignore_index: the label of pixels without a class.
-        kwargs: as for `torchmetrics.Metric`.
+        kwargs: options of `torchmetrics.Metric`.
 
     Shape: logits ``(batch, classes, h, w)``, labels ``(batch, h, w)``.
 
@@ -35,7 +35,7 @@ class MeanIoU(MulticlassJaccardIndex):
     """
 
     def __init__(self, num_classes: int, ignore_index: int | None = IGNORED, **kwargs: Any) -> None:
-        # Not validated: that sorts all pixels to look for labels out of range, which the loss has refused before.
+        # No validation: it would sort all pixels to find labels out of range, which the loss already refuses.
         super().__init__(num_classes, average="macro", ignore_index=ignore_index, validate_args=False, **kwargs)
 
     @override
@@ -44,12 +44,12 @@ class MeanIoU(MulticlassJaccardIndex):
 
 
 class SegmentationError(MeanIoU):
-    """``1 - mIoU``, in [0, 1]: the GradNorm paper's segmentation error, which it prints as ``100 - IoU``.
+    """``1 - mIoU``, in [0, 1]: the GradNorm paper's segmentation error, printed there as ``100 - IoU``.
 
     Args:
         num_classes: number of classes.
         ignore_index: the label of pixels without a class.
-        kwargs: as for `torchmetrics.Metric`.
+        kwargs: options of `torchmetrics.Metric`.
 
     Shape: logits ``(batch, classes, h, w)``, labels ``(batch, h, w)``.
 
@@ -68,12 +68,12 @@ class SegmentationError(MeanIoU):
 
 
 class PixelAccuracy(MulticlassAccuracy):
-    """Fraction of the labeled pixels that are right, whatever their class; 0 if none is labeled.
+    """Fraction of the labeled pixels that are right, over all classes; 0 if none is labeled.
 
     Args:
         num_classes: number of classes.
         ignore_index: the label of pixels without a class.
-        kwargs: as for `torchmetrics.Metric`.
+        kwargs: options of `torchmetrics.Metric`.
 
     Shape: logits ``(batch, classes, h, w)``, labels ``(batch, h, w)``.
 
@@ -93,5 +93,5 @@ class PixelAccuracy(MulticlassAccuracy):
 
 
 def _most_likely(logits: Tensor) -> Tensor:
-    """Return the labels; on a CPU five times as fast as the ``argmax`` over this dimension that torchmetrics would take."""
+    """Return the labels. On a CPU, this is five times as fast as torchmetrics' ``argmax`` over this dimension."""
     return logits.max(dim=1).indices

@@ -1,4 +1,4 @@
-"""Image encoders that tasks share, and heads; any ``torch.nn.Module`` works."""
+"""Shared image encoders, and heads. Any other ``torch.nn.Module`` works, too."""
 
 from lightning_gradnorm.experiments.problems.dense.networks.dilated_resnet import DilatedResNet50
 from lightning_gradnorm.experiments.problems.dense.networks.fcn_resnet import FCNResNet50

@@ -1,4 +1,4 @@
-"""ResNet-50 that keeps its resolution by dilation."""
+"""ResNet-50 that keeps its resolution with dilated convolutions."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ _STRIDES_AND_DILATIONS = {
 
 
 class DilatedResNet50(ResNet50):
-    """ResNet-50 whose last stages dilate their convolutions instead of striding: the multi-task community's trunk on NYUv2.
+    """ResNet-50 whose last stages dilate their convolutions instead of striding: the common multi-task trunk on NYUv2.
 
-    Each task puts a `DeepLabHead` on it. The last shared layer is the last convolution of the last bottleneck,
-    ``layer4.2.conv3``; the shortcut that it is added to has no weights.
+    Each task uses a `DeepLabHead` on top. The last shared layer is the last convolution of the last bottleneck,
+    ``layer4.2.conv3``. The shortcut added to it has no weights.
 
-    Sources: Yu et al., Dilated Residual Networks, CVPR 2017; the set-up is that of LibMTL's example on NYUv2.
+    Sources: Yu et al., Dilated Residual Networks, CVPR 2017; setup of LibMTL's example on NYUv2.
 
     Args:
-        output_stride: Pixels of the image to one of the representation: 8 (the last two stages dilate) or 16 (the last).
+        output_stride: Image pixels per pixel of the representation: 8 (the last two stages dilate) or 16 (only the last).
         width: Factor on all channels, a multiple of 1/16.
-        pretrained: File with the state dict of torchvision's ``resnet50``; all but the classifier ``fc`` is loaded.
-            ``None`` draws all weights.
-        standardize: Subtract ImageNet's mean from the images, divide by its standard deviation.
+        pretrained: File with the state dict of torchvision's ``resnet50``, loaded except for the classifier ``fc``.
+            ``None`` initializes all weights randomly.
+        standardize: Subtract ImageNet's mean from the images and divide by its standard deviation.
 
     Raises:
-        ValueError: An argument out of range, weights of another network, or images of another shape.
-        FileNotFoundError: ``pretrained`` is no file.
+        ValueError: An argument is out of range, the weights belong to another network, or images have another shape.
+        FileNotFoundError: ``pretrained`` does not exist.
 
     Shape: ``(batch, 3, height, width)``, floats in [0, 1], any size, to ``(batch, trunk.out_channels, ⌈height /
     output_stride⌉, ⌈width / output_stride⌉)``; heads interpolate to the size of the targets.

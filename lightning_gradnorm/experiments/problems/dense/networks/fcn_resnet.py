@@ -17,13 +17,13 @@ _check = partial(check, "FCNResNet50")
 
 
 class UpBlock(nn.Module):
-    """A bottleneck that doubles the resolution: both its ways learn how.
+    """A bottleneck that doubles the resolution with learned upsampling in both paths.
 
-    The middle is a transposed 4 x 4 convolution of stride 2, the shortcut a transposed 2 x 2 one.
+    The main path has a transposed 4 x 4 convolution with stride 2, the shortcut a transposed 2 x 2 one.
 
     Args:
-        in_channels: Channels that come in.
-        out_channels: Channels that go out; the middle has a quarter of them.
+        in_channels: Input channels.
+        out_channels: Output channels. The middle has a quarter of them.
 
     Shape: ``(batch, in_channels, h, w)`` to ``(batch, out_channels, 2 h, 2 w)``.
     """
@@ -48,40 +48,39 @@ class UpBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the sum of both ways."""
+        """Return the sum of both paths."""
         result: Tensor = self.relu(self.bottleneck(x) + self.shortcut(x))
         return result
 
 
 class FCNResNet50(ResNet50):
-    """ResNet-50, thinned in filters and in resolution, and as many `UpBlock` as it takes; all of it is shared.
+    """ResNet-50 with fewer filters and earlier strides, and the `UpBlock`s it needs. All of it is shared.
 
-    What the paper says of it: "stride-2 layers are moved earlier and all 2048-filter layers are replaced by 1024-filter
-    layers", a shallow ResNet decoder, all upsampling filters learned, 15 million parameters, nothing else. What we make
-    of that:
+    The paper only says: "stride-2 layers are moved earlier and all 2048-filter layers are replaced by 1024-filter
+    layers", a shallow ResNet decoder, all upsampling filters learned, 15 million parameters. Our interpretation:
 
-    - the stages' strides are 2, 2, 2, 1 instead of 1, 2, 2, 2: each happens a stage earlier, the whole stays 32;
-    - the last stage has 1024 filters, and 256 instead of 512 in the middle of its bottlenecks, the 1 to 4 that all of
-      ResNet has. (With 512 the encoder alone would have 18.8 million parameters.);
-    - each block of the decoder doubles the resolution and halves the channels, 1024 to 128 at a stride of 4; one 3 x 3
-      convolution then gathers both ways of the last block. That is the last shared layer.
+    - the strides of the stages are 2, 2, 2, 1 instead of 1, 2, 2, 2: each happens a stage earlier, the total stays 32;
+    - the last stage has 1024 filters, and 256 instead of 512 in the middle of its bottlenecks, the usual 1 to 4 ratio in
+      ResNet. (With 512, the encoder alone would have 18.8 million parameters.);
+    - each block of the decoder doubles the resolution and halves the channels, 1024 to 128 at a stride of 4. One 3 x 3
+      convolution then combines both paths of the last block. That is the last shared layer.
 
-    Together 15.4 million parameters: 11.9 in the encoder, 3.5 in the decoder.
+    In total 15.4 million parameters: 11.9 in the encoder, 3.5 in the decoder.
 
     Sources: Chen et al., GradNorm, ICML 2018, section 5.1; He et al., CVPR 2016; the upsampling block is close to the
     up-projection of Laina et al., 3DV 2016 (arXiv 1606.00373).
 
     Args:
-        output_stride: Pixels of the image to one of the representation: 1, 2, 4, 8 or 16.
+        output_stride: Image pixels per pixel of the representation: 1, 2, 4, 8 or 16.
         width: Factor on all channels, a multiple of 1/16.
-        pretrained: File with the state dict of torchvision's ``resnet50``. Stem and stages 1 to 3 are loaded, in which the
-            two have the same shapes; ``layer4``, which is thinner here, and the classifier ``fc`` are not.
-            ``None`` draws all weights.
-        standardize: Subtract ImageNet's mean from the images, divide by its standard deviation.
+        pretrained: File with the state dict of torchvision's ``resnet50``. The stem and stages 1 to 3 are loaded, which have
+            the same shapes. ``layer4``, which is thinner here, and the classifier ``fc`` are not.
+            ``None`` initializes all weights randomly.
+        standardize: Subtract ImageNet's mean from the images and divide by its standard deviation.
 
     Raises:
-        ValueError: An argument out of range, weights of another network, or images of other sizes.
-        FileNotFoundError: ``pretrained`` is no file.
+        ValueError: An argument is out of range, the weights belong to another network, or images have other sizes.
+        FileNotFoundError: ``pretrained`` does not exist.
 
     Shape: ``(batch, 3, height, width)``, floats in [0, 1], height and width multiples of 32, to
     ``(batch, fcn.out_channels, height / output_stride, width / output_stride)``.

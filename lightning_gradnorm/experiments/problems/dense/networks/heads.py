@@ -13,16 +13,16 @@ from lightning_gradnorm.experiments.problems.dense.networks.widths import initia
 
 
 class DenseHead(nn.Module):
-    """Predicts at each pixel: `layers`, then interpolation to ``size``.
+    """A head for per-pixel predictions: `layers`, then interpolation to ``size``.
 
     Args:
-        layers: From the representation to the prediction, a convolution last. Its weights are drawn with the variance
-            ``1 / in_channels``, so that first predictions are of order one whatever is predicted.
-        size: Height and width of the prediction, ``None`` for those of the representation. Interpolation is bilinear with
-            aligned corners, as the community's code for NYUv2 has it.
+        layers: Layers from the representation to the prediction, with a convolution last. Its weights are initialized with
+            variance ``1 / in_channels``, so the first predictions are of order one for any task.
+        size: Height and width of the prediction; ``None`` for those of the representation. Interpolation is bilinear with
+            aligned corners, as in the common code for NYUv2.
 
     Raises:
-        ValueError: ``size`` is no pair of positive integers.
+        ValueError: ``size`` is not a pair of positive integers.
     """
 
     def __init__(self, layers: nn.Sequential, size: Sequence[int] | None) -> None:
@@ -32,7 +32,7 @@ class DenseHead(nn.Module):
         self.size = None if size is None else (size[0], size[1])
         self.layers = layers
         initialize(self)
-        # He's rule counts the outputs and a ReLU that does not follow: the first depths would be some ten meters off.
+        # He's initialization counts outputs and assumes a ReLU. The first depths would be about ten meters off.
         last = layers[-1]
         assert isinstance(last, nn.Conv2d)
         nn.init.kaiming_normal_(last.weight, nonlinearity="linear")
@@ -46,16 +46,16 @@ class DenseHead(nn.Module):
 
 
 class ConvHead(DenseHead):
-    """One 1 x 1 convolution: "all parameters shared up to the last layer". Or a 3 x 3 one before it, for more.
+    """One 1 x 1 convolution: "all parameters shared up to the last layer". Optionally with a 3 x 3 convolution before it.
 
     Args:
         in_channels: Channels of the representation.
         out_channels: Channels of the prediction.
-        hidden: Channels of a 3 x 3 convolution with batch normalization and ReLU in between; ``None`` for none.
+        hidden: Channels of a preceding 3 x 3 convolution with batch normalization and ReLU; ``None`` for none.
         size: Height and width of the prediction; ``None`` for those of the representation.
 
     Raises:
-        ValueError: A number that is not positive.
+        ValueError: A number is not positive.
 
     Example:
         >>> ConvHead(32, 13)(torch.zeros(2, 32, 16, 24)).shape
@@ -76,27 +76,26 @@ class ConvHead(DenseHead):
 
 
 class DeepLabHead(DenseHead):
-    """Looks around each pixel at several distances: the head of DeepLabv3.
+    """The head of DeepLabv3, which looks around each pixel at several distances.
 
-    Five branches see the representation, each with a quarter or so of its channels: the pixel itself, its neighbors at
-    three distances, and the mean of the whole image. One 1 x 1 convolution gathers them, a 3 x 3 and a 1 x 1 follow.
-    16.1 million parameters on ResNet-50: with three tasks the heads are twice the trunk. ``channels=64`` makes a light
-    one.
+    Five branches process the representation, each with about a quarter of its channels: the pixel itself, its neighbors at
+    three distances, and the mean of the whole image. One 1 x 1 convolution combines them, a 3 x 3 and a 1 x 1 follow.
+    It has 16.1 million parameters on ResNet-50, so three heads have twice the parameters of the trunk. ``channels=64`` makes
+    a light one.
 
-    Sources: Chen et al., Rethinking Atrous Convolution, 2017 (arXiv 1706.05587); numbers as torchvision and LibMTL have
-    them.
+    Sources: Chen et al., Rethinking Atrous Convolution, 2017 (arXiv 1706.05587); same numbers as torchvision and LibMTL.
 
     Args:
         in_channels: Channels of the representation.
         out_channels: Channels of the prediction.
-        channels: Channels of each branch and of what follows.
+        channels: Channels of each branch and of the following layers.
         rates: Distances of the neighbors, in pixels of the representation.
-        dropout: Share of the gathered values that training leaves out.
+        dropout: Dropout rate of the combined branches.
         size: Height and width of the prediction; ``None`` for those of the representation.
 
     Raises:
-        ValueError: A number that is out of range; in training, a batch of one image: the mean of one image cannot be
-            normalized over the batch.
+        ValueError: A number is out of range, or a training batch has a single image, whose mean cannot be normalized
+            over the batch.
 
     Example:
         >>> DeepLabHead(32, 13, channels=8, size=(64, 96))(torch.zeros(2, 32, 8, 12)).shape
@@ -129,7 +128,7 @@ class DeepLabHead(DenseHead):
         if self.training and len(representation) == 1:
             raise ValueError(
                 "DeepLabHead: a training batch should have 2 images or more, since its whole-image branch is normalized "
-                "over the batch; got 1. Leave an incomplete last batch out: drop_last=True of the data module or loader."
+                "over the batch; got 1. Drop an incomplete last batch: drop_last=True of the data module or loader."
             )
         return super().forward(representation)
 

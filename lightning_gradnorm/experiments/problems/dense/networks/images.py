@@ -1,4 +1,4 @@
-"""What the networks for photographs do with an image before their first layer."""
+"""Preprocessing of images before the first layer of a network."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class ImageNetInput(nn.Module):
-    """Checks a batch of RGB images, and standardizes each channel as ImageNet's are where weights are trained.
+    """Checks a batch of RGB images, and standardizes each channel with ImageNet's statistics, as for pretrained weights.
 
-    The mean and the standard deviation are no part of the state dict: its names stay those of torchvision.
+    The mean and standard deviation are not in the state dict, so its names match torchvision's.
 
     Args:
-        owner: Name of the network, the beginning of the errors.
-        smallest: Least height and width, in pixels.
-        multiple: Height and width should be multiples of this.
-        standardize: ``False`` leaves the values as they are.
+        owner: Name of the network, for error messages.
+        smallest: Minimum height and width, in pixels.
+        multiple: Height and width must be multiples of this.
+        standardize: ``False`` leaves the values unchanged.
 
     Raises:
-        ValueError: In ``forward``, for images of another kind, shape or size.
+        ValueError: In ``forward``, if the images have the wrong type, shape or size.
 
     Shape: ``(batch, 3, height, width)``, floats in [0, 1], to the same.
 
@@ -58,8 +58,7 @@ class ImageNetInput(nn.Module):
         if height % self.multiple or width % self.multiple:
             fits = " × ".join(str(-(-side // self.multiple) * self.multiple) for side in (height, width))
             raise ValueError(
-                f"{self.owner}: height and width should be multiples of {self.multiple}, or what is learned to be "
-                f"upsampled would not lie over the image; got {height} × {width}. Resize or pad the images, to {fits} for "
-                f"example."
+                f"{self.owner}: height and width should be multiples of {self.multiple}, so the upsampled output aligns "
+                f"with the image; got {height} × {width}. Resize or pad the images, for example to {fits}."
             )
         return (images - self.mean) / self.std if self.standardize else images

@@ -1,4 +1,4 @@
-"""Reads weights that torchvision has trained, without torchvision."""
+"""Reads torchvision's pretrained weights without torchvision."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ _UNTRAINED = "num_batches_tracked"  # a counter that torchvision's older files l
 def load_pretrained(
     network: nn.Module, path: str | Path, *, owner: str, model: str, part: tuple[str, ...], left_out: tuple[str, ...]
 ) -> None:
-    """Load the weights of a part of ``network`` from a file that holds a state dict with torchvision's names.
+    """Load the weights of a part of ``network`` from a file with a state dict in torchvision's names.
 
-    Everything in that part has to be in the file, in its shape, and nothing else may be in it but what is left out.
+    The file must contain all weights of that part in their shapes, and nothing else except the names left out.
 
     Args:
-        network: Takes the weights; where its names begin as ``part`` has it, they are torchvision's.
-        path: What ``torch.save(model.state_dict(), path)`` has written, or torchvision's own download.
-        owner: Name of the network, the beginning of the errors.
+        network: Receives the weights. Its names with a prefix in ``part`` must match torchvision's.
+        path: File from ``torch.save(model.state_dict(), path)``, or torchvision's own download.
+        owner: Name of the network, for error messages.
         model: torchvision's name of the model, ``"vgg16_bn"``.
-        part: Beginnings of the names that are loaded.
-        left_out: Beginnings of the names in the file that this network has no use for.
+        part: Prefixes of the names to load.
+        left_out: Prefixes of names in the file that this network does not need.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is no state dict, or that of another network.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not a state dict, or belongs to another network.
     """
     given = _read(path, owner, model)
     wanted = {name: value for name, value in network.state_dict().items() if name.startswith(part)}
@@ -54,7 +54,7 @@ def _read(path: str | Path, owner: str, model: str) -> dict[str, Tensor]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(
-            f"{_expected(owner, model)}; there is no file '{path}'. Where torchvision is: "
+            f"{_expected(owner, model)}; there is no file '{path}'. With torchvision installed: "
             f"torch.save(torchvision.models.{model}(weights='DEFAULT').state_dict(), 'weights.pth')."
         )
     try:

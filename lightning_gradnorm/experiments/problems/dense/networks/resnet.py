@@ -1,4 +1,4 @@
-"""ResNet-50 without its classifier, in torchvision's names: the common part of the networks made from it."""
+"""ResNet-50 without its classifier, with torchvision's names: the base of the networks made from it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ BLOCKS = (3, 4, 6, 3)
 
 
 class Bottleneck(nn.Module):
-    """Three convolutions, 1 x 1, 3 x 3 and 1 x 1, beside a shortcut; the stride is the middle one's, as in torchvision.
+    """Three convolutions, 1 x 1, 3 x 3 and 1 x 1, plus a shortcut. The middle one has the stride, as in torchvision.
 
     Args:
-        in_channels: Channels that come in.
-        channels: Channels of the middle; four times as many go out.
+        in_channels: Input channels.
+        channels: Channels in the middle. The output has four times as many.
         stride: Stride of the middle convolution and of the shortcut.
         dilation: Dilation of the middle convolution.
     """
@@ -38,7 +38,7 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the sum of both ways."""
+        """Return the sum of both paths."""
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
@@ -54,11 +54,11 @@ class ResNet50(nn.Module):
     Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016 (arXiv 1512.03385).
 
     Args:
-        image_input: What is done to the images first.
+        image_input: Preprocessing of the images.
         width: Factor on all channels.
         channels: Channels of the middle of each stage's bottlenecks, before ``width``.
         strides: Stride of each stage, after the stem's 4.
-        dilations: Dilation of each stage; its first bottleneck has that of the stage before.
+        dilations: Dilation of each stage. Its first bottleneck has the dilation of the previous stage.
 
     Shape: ``(batch, 3, height, width)`` to ``(batch, resnet.feature_channels, height / stride, width / stride)``, each
     stride rounding up.

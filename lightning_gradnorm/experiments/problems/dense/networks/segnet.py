@@ -14,39 +14,39 @@ from lightning_gradnorm.experiments.problems.dense.networks.images import ImageN
 from lightning_gradnorm.experiments.problems.dense.networks.pretrained import load_pretrained
 from lightning_gradnorm.experiments.problems.dense.networks.widths import check_width, initialize
 
-# Channels of VGG16's convolutions (configuration D of Simonyan and Zisserman); each stage ends in a pooling.
+# Channels of VGG16's convolutions (configuration D of Simonyan and Zisserman). Each stage ends with a pooling.
 _STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 _check = partial(check, "SegNet")
 
 
 class SegNet(nn.Module):
-    """VGG16's 13 convolutions, and their mirror image, which unpools to the places that each maximum came from.
+    """VGG16's 13 convolutions and a mirrored decoder that unpools to the position of each maximum.
 
-    A stage of the encoder is two or three 3 x 3 convolutions and a 2 x 2 max pooling; the stage of the decoder that
-    answers it puts every value back where the pooling took it from, leaves zeros elsewhere, and convolves as often, the
-    last time to the channels of the stage before. The decoder stops at ``1/output_stride`` of the image. All of it is
-    shared: tasks add one layer each (`ConvHead`), and the last convolution of the decoder is the last shared layer.
+    A stage of the encoder has two or three 3 x 3 convolutions and a 2 x 2 max pooling. The matching stage of the decoder
+    puts every value back where the pooling took it from, with zeros elsewhere, and has as many convolutions, the last one
+    to the channels of the previous stage. The decoder stops at ``1/output_stride`` of the image. All of it is shared:
+    tasks add one layer each (`ConvHead`), and the last convolution of the decoder is the last shared layer.
 
-    With ``output_stride=4``, 320 x 320 to 80 x 80, these are the three deepest of the five stages of a decoder, and 29.2
-    million parameters; the paper has 29. (The two stages that are left out have few channels: the whole network,
+    With ``output_stride=4``, 320 x 320 to 80 x 80, the decoder has the three deepest of its five stages, and the network
+    29.2 million parameters; the paper has 29. (The two omitted stages have few channels: the whole network,
     ``output_stride=1``, has 29.4 million.)
 
     Sources: Badrinarayanan et al., SegNet, TPAMI 2017 (arXiv 1511.00561); Lee et al., RoomNet, ICCV 2017; Chen et al.,
-    GradNorm, ICML 2018, section 5. Batch normalization after each convolution is SegNet's; the GradNorm paper does not
-    say whether it has it.
+    GradNorm, ICML 2018, section 5. SegNet uses batch normalization after each convolution. The GradNorm paper does not
+    say if it does.
 
     Args:
-        output_stride: Pixels of the image to one of the representation: 1, 2, 4, 8 or 16.
+        output_stride: Image pixels per pixel of the representation: 1, 2, 4, 8 or 16.
         batch_norm: Normalize after each convolution.
         width: Factor on all channels, a multiple of 1/16: 0.25 for a network with a sixteenth of the parameters.
-        pretrained: File with the state dict of torchvision's ``vgg16_bn`` (``vgg16`` without ``batch_norm``); the
-            convolutions of the encoder are loaded, the classifier is not. ``None`` draws all weights.
-        standardize: Subtract ImageNet's mean from the images, divide by its standard deviation.
+        pretrained: File with the state dict of torchvision's ``vgg16_bn`` (``vgg16`` without ``batch_norm``). The
+            convolutions of the encoder are loaded, the classifier is not. ``None`` initializes all weights randomly.
+        standardize: Subtract ImageNet's mean from the images and divide by its standard deviation.
 
     Raises:
-        ValueError: An argument out of range, weights of another network, or images of fewer than 32 pixels.
-        FileNotFoundError: ``pretrained`` is no file.
+        ValueError: An argument is out of range, the weights belong to another network, or a side has fewer than 32 pixels.
+        FileNotFoundError: ``pretrained`` does not exist.
 
     Shape: ``(batch, 3, height, width)``, floats in [0, 1], height and width 32 or more, to
     ``(batch, segnet.out_channels, height // output_stride, width // output_stride)``.
@@ -75,7 +75,7 @@ class SegNet(nn.Module):
 
         encoder: list[nn.Module] = []
         for channels_in, stage in zip([3, *(stage[-1] for stage in stages)], stages, strict=False):
-            # The biases are idle where a normalization follows; torchvision's VGG has them nevertheless.
+            # Biases have no effect before a normalization, but torchvision's VGG has them.
             encoder += _convolutions([channels_in, *stage], batch_norm, bias=True)
             encoder += [nn.MaxPool2d(2, return_indices=True)]
         self.features = nn.Sequential(*encoder)
@@ -86,7 +86,7 @@ class SegNet(nn.Module):
             backwards = [*reversed(stages[depth]), below]
             self.decoder.append(nn.Sequential(*_convolutions(backwards, batch_norm, bias=not batch_norm)))
         self.out_channels = below
-        # Whoever runs the last shared layer again needs its result as it was.
+        # Not in place, because code that runs the last shared layer again needs its unchanged output.
         self.decoder[-1][-1] = nn.ReLU()  # type: ignore[operator]
 
         initialize(self)
@@ -114,14 +114,14 @@ class SegNet(nn.Module):
 
 
 def unpool(x: Tensor, taken_from: Tensor, size: torch.Size) -> Tensor:
-    """Put the results of a max pooling back where they were taken from; all else is zero.
+    """Put the results of a max pooling back to their original positions, with zeros elsewhere.
 
-    Like `torch.nn.functional.max_unpool2d`, which has no deterministic form on a GPU; here no two values meet, since the
-    windows of the pooling do not overlap.
+    Like `torch.nn.functional.max_unpool2d`, but deterministic on a GPU. No two values collide, because the pooling windows
+    do not overlap.
 
     Args:
-        x: One value for each window, shape ``(batch, channels, h, w)``.
-        taken_from: Position of each in its plane of ``size``, as `torch.nn.MaxPool2d` returns it.
+        x: One value per window, shape ``(batch, channels, h, w)``.
+        taken_from: Position of each value in its plane of ``size``, from `torch.nn.MaxPool2d`.
         size: Height and width before the pooling.
 
     Example:

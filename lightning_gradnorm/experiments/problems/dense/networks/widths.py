@@ -1,4 +1,4 @@
-"""How wide a network is, and what its weights are before training."""
+"""The width of a network and its weight initialization."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lightning_gradnorm._messages import check, is_number
 
 
 def check_width(owner: str, width: float, pretrained: str | Path | None) -> None:
-    """Raise an error unless ``width`` makes whole numbers of channels, and is 1 for pretrained weights.
+    """Check that ``width`` gives integer numbers of channels, and is 1 for pretrained weights.
 
     Raises:
-        ValueError: It is not so.
+        ValueError: It does not.
 
     Example:
         >>> check_width("SegNet", 0.3, None)
@@ -26,7 +26,7 @@ def check_width(owner: str, width: float, pretrained: str | Path | None) -> None
 
 
 def initialize(network: nn.Module) -> None:
-    """Draw the weights of all convolutions as He et al. (arXiv 1502.01852) do for ReLU; biases are zero."""
+    """Initialize all convolutions with He et al.'s rule for ReLU (arXiv 1502.01852), and biases with zero."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,4 +1,4 @@
-"""NYUv2: readers of the three forms that people have, a compact form of our own, augmentations, and the data module."""
+"""NYUv2: readers for its three common formats, our own compact format, augmentations, and the data module."""
 
 from lightning_gradnorm.experiments.problems.dense.nyuv2.augmentations import Augmentations
 from lightning_gradnorm.experiments.problems.dense.nyuv2.convert import prepare

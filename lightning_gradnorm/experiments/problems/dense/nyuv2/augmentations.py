@@ -1,6 +1,6 @@
-"""Other pictures of the same scene, and what is known about them: everything that geometry asks for is changed along.
+"""Geometric augmentations of an image that also transform its targets.
 
-Functions on one `Sample`, and `Augmentations`, which draws them.
+Contains functions on one `Sample`, and `Augmentations`, which draws them at random.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ Array = npt.NDArray[Any]
 
 
 def flip(sample: Sample, mirrored_types: Sequence[int] | None = None) -> Sample:
-    """Mirror a scene, left for right: normals point the other way horizontally.
+    """Mirror a scene left to right. Normals change their horizontal direction.
 
     Args:
         sample: Image and targets.
-        mirrored_types: For each type of keypoint the one that it becomes in a mirror (a left corner becomes a right one);
-            None if all stay what they are.
+        mirrored_types: For each keypoint type, its mirrored type (a left corner becomes a right one); None if all types
+            stay the same.
     """
     normals = sample.normals[:, :, ::-1].copy()
-    normals[0] = 0.0 - normals[0]  # not -0.0, where there is none
+    normals[0] = 0.0 - normals[0]  # not -0.0 for unknown pixels
     points = None
     if sample.keypoints is not None:
         x, y, visible = sample.keypoints.T
@@ -45,21 +45,21 @@ def flip(sample: Sample, mirrored_types: Sequence[int] | None = None) -> Sample:
 
 
 def zoom(sample: Sample, scale: float, top: float, left: float, turn_normals: bool = True) -> Sample:
-    """Crop a part of the image and enlarge it ``scale`` times, to the size it had.
+    """Crop a part of the image and enlarge it ``scale`` times to the original size.
 
-    To the same camera this is a scene ``scale`` times nearer, so depth is divided by it. Such a scene is flatter by the
-    same factor: normals turn towards the camera, n_z is multiplied by ``scale`` (Eigen and Fergus, ICCV 2015, section
-    4.3). The community's code leaves the normals as they are.
+    For the same camera, this scene is ``scale`` times nearer, so depth is divided by it. The scene is also flatter by the
+    same factor, so normals turn toward the camera: n_z is multiplied by ``scale`` (Eigen and Fergus, ICCV 2015, section
+    4.3). The common code leaves the normals unchanged.
 
-    The image is interpolated linearly. Labels, depth and normals are taken from the pixel that lies under the new one's
-    center, so what is invalid stays so and does not spread.
+    The image is interpolated linearly. Labels, depth and normals come from the pixel under the new pixel's
+    center, so invalid pixels stay invalid and do not spread.
 
     Args:
         sample: Image and targets.
-        scale: How much larger things become, at least 1.
-        top: Where the part is: at the top (0), at the bottom (1) or between.
-        left: The same from the left (0) to the right (1).
-        turn_normals: Whether the normals turn, as geometry has it.
+        scale: Enlargement, at least 1.
+        top: Position of the part from the top (0) to the bottom (1).
+        left: Position of the part from the left (0) to the right (1).
+        turn_normals: Turn the normals, as the geometry requires.
     """
     height, width = sample.segmentation.shape
     rows = _nearest(height, scale, top)[:, None]
@@ -87,19 +87,19 @@ def zoom(sample: Sample, scale: float, top: float, left: float, turn_normals: bo
 
 
 class Augmentations:
-    """What is done to each training image, drawn anew in every epoch.
+    """Random augmentations of each training image, different in every epoch.
 
-    The draw follows from the seed, the epoch and the image's number alone: not from the number of workers, nor from what
-    was read before.
+    The draw depends only on the seed, the epoch and the image's number, not on the number of workers or on
+    earlier images.
 
     Args:
-        flip: Probability that an image is mirrored.
-        scales: Of which one is drawn to zoom in by, each at least 1, as (1.0, 1.2, 1.5) of MTAN; empty for none.
-        turn_normals: Whether normals turn when zoomed, as geometry has it; the community's code leaves them.
-        mirrored_types: For each of the 48 types of keypoint the one that it becomes in a mirror; None if all stay.
+        flip: Probability of mirroring an image.
+        scales: Zoom factors to choose from, each at least 1, such as MTAN's (1.0, 1.2, 1.5); empty for no zoom.
+        turn_normals: Turn normals when zooming, as the geometry requires. The common code leaves them unchanged.
+        mirrored_types: For each of the 48 keypoint types, its mirrored type; None if all stay the same.
 
     Raises:
-        ValueError: An argument out of range.
+        ValueError: An argument is out of range.
 
     Example:
         >>> augmentations = Augmentations(flip=0.5, scales=(1.0, 1.2, 1.5))
@@ -129,14 +129,14 @@ class Augmentations:
         self.mirrored_types = None if mirrored_types is None else tuple(mirrored_types)
 
     def draw(self, seed: int, epoch: int, index: int) -> tuple[bool, float, float, float]:
-        """Draw whether to mirror, the scale, and from where, top and left, the part is."""
+        """Draw the mirroring, the scale, and the top and left position of the part."""
         stream = np.random.default_rng([seed, epoch, index])
         chance, top, left, which = stream.uniform(size=4)
         scale = self.scales[int(which * len(self.scales))] if self.scales else 1.0
         return bool(chance < self.flip), float(scale), float(top), float(left)
 
     def __call__(self, sample: Sample, seed: int, epoch: int, index: int) -> Sample:
-        """Change one sample by what is drawn for it."""
+        """Draw and apply the augmentation of one sample."""
         mirrored, scale, top, left = self.draw(seed, epoch, index)
         if scale != 1:
             sample = zoom(sample, scale, top, left, self.turn_normals)
@@ -144,7 +144,7 @@ class Augmentations:
 
 
 def _places(size: int, scale: float, start: float) -> Array:
-    """Return where the centers of the new pixels lie, in old pixels from the edge."""
+    """Return the centers of the new pixels, in old pixels from the edge."""
     return start * (size - size / scale) + (np.arange(size) + 0.5) / scale
 
 

@@ -1,4 +1,4 @@
-"""Convert a source into the compact form, once; go on after an interruption."""
+"""Converts a source to the compact format, and resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lightning_gradnorm.experiments.problems.dense.nyuv2.storage_format import T
 Array = npt.NDArray[Any]
 
 NOTE_EVERY = 32
-"""After so many images, and at the end, they are on disk and counted as done."""
+"""Number of images after which they are flushed to disk and counted as done."""
 
 
 class _Conversion(Dataset[dict[str, Array]]):
@@ -52,28 +52,27 @@ def prepare(
     show_progress: bool = False,
     normals_convention: str = AUTO,
 ) -> Prepared:
-    """Convert a source into the compact form.
+    """Convert a source to the compact format.
 
-    Interrupted at any moment, by whatever, and called again with the same arguments, it goes on after the last image that
-    was noted as done; the files are the same bytes as those of an undisturbed run. A folder that is complete is left as
-    it is.
+    You can interrupt it at any moment. Called again with the same arguments, it continues after the last image recorded as
+    done, and the files have the same bytes as after an undisturbed run. A complete folder stays unchanged.
 
     Args:
-        source: What to convert.
-        folder: Where to; made if need be.
-        input_size: Height and width of the images; None for the source's own.
-        output_size: Height and width of labels, depth and normals; None for the source's own.
-        num_workers: Processes that read and convert; 0 for this one.
-        show_progress: Show a bar.
-        normals_convention: What the channels of the source's normals point to, see `Direct`. They are stored in ours.
+        source: The source.
+        folder: The output folder; created if necessary.
+        input_size: Height and width of the images; None for those of the source.
+        output_size: Height and width of labels, depth and normals; None for those of the source.
+        num_workers: Processes that read and convert; 0 for this process.
+        show_progress: Show a progress bar.
+        normals_convention: Directions of the channels of the source's normals, see `Direct`. They are stored in ours.
 
     Raises:
-        ValueError: The folder was prepared, or begun, otherwise: from another source or for other sizes. Or a value in
+        ValueError: The folder was prepared or begun from another source or for other sizes, or a value in
             the source is out of range.
     """
     recorded = _recorded(folder)
     if recorded is not None and normals_convention == AUTO:
-        # Found once: the images that are converted from now on are turned as those before.
+        # Detected once, so all later images are turned like the earlier ones.
         normals = recorded.get("source", {}).get("normals", UNKNOWN)
         direct = Direct(source, input_size, output_size, None if normals in (UNKNOWN, DERIVED) else normals)
     else:
@@ -97,13 +96,13 @@ def prepare(
             count = source.count(split)
             task = bar.add_task(f"prepare {split}", total=count, completed=done[split])
             maps = {kind: np.load(folder / file_of(split, kind), mmap_mode="r+") for kind in direct.kinds}
-            # The last image done is converted again: it has to be the same, or this is not the source it was begun with.
+            # Convert the last finished image again. If it differs, the source has changed.
             first = max(done[split] - 1, 0)
             for index, arrays in enumerate(_convert(direct, split, first, count, num_workers), start=first):
                 if index < done[split]:
                     same = all(np.array_equal(maps[kind][index], array) for kind, array in arrays.items())
-                    mend = "Go on with the source that it was begun with, or delete the folder."
-                    expect(same, folder / PROGRESS, f"{split} image {index}", "the same as before", "another", mend)
+                    fix = "Continue with the original source, or delete the folder."
+                    expect(same, folder / PROGRESS, f"{split} image {index}", "the same as before", "another", fix)
                     continue
                 for kind, array in arrays.items():
                     maps[kind][index] = array
@@ -121,7 +120,7 @@ def prepare(
 
 
 def _recorded(folder: Path) -> dict[str, Any] | None:
-    """Return the plan by which a folder was prepared or begun; None for a new one."""
+    """Return the plan of a prepared or begun folder, or None for a new one."""
     for name in (MANIFEST, PROGRESS):
         if (folder / name).is_file():
             content: dict[str, Any] = json.loads((folder / name).read_text())
@@ -130,7 +129,7 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
 
 
 def _begin(folder: Path, plan: dict[str, Any]) -> dict[str, int]:
-    """Return how many images of each split are done; make the files if none is."""
+    """Return how many images of each split are done. Create the files if there are none yet."""
     if (folder / PROGRESS).is_file():
         progress = json.loads((folder / PROGRESS).read_text())
         _expect_same_plan(plan, progress["plan"], folder / PROGRESS)
@@ -147,8 +146,8 @@ def _begin(folder: Path, plan: dict[str, Any]) -> dict[str, int]:
 
 def _expect_same_plan(plan: dict[str, Any], found: dict[str, Any], file: Path) -> None:
     for key, wanted in plan.items():
-        mend = "Choose another folder, or delete this one."
-        expect(found.get(key) == wanted, file, key, _short(wanted), _short(found.get(key)), mend)
+        fix = "Choose another folder, or delete this one."
+        expect(found.get(key) == wanted, file, key, _short(wanted), _short(found.get(key)), fix)
 
 
 def _short(value: object) -> str:
@@ -163,7 +162,7 @@ def _convert(direct: Direct, split: str, first: int, count: int, num_workers: in
         batch_size=None,
         num_workers=num_workers,
         collate_fn=_same,
-        generator=torch.Generator(),  # an own one: nobody else's draws depend on whether the data were prepared
+        generator=torch.Generator(),  # a separate one, so other random draws do not depend on the preparation
     )
     return iter(loader)
 
@@ -173,7 +172,7 @@ def _same(arrays: Any) -> Any:
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
-    """Write all of a file or nothing of it."""
+    """Write a file atomically."""
     partial = file.with_name(file.name + ".part")
     with partial.open("w") as stream:
         stream.write(json.dumps(content, indent=1) + "\n")
@@ -183,6 +182,6 @@ def _write(file: Path, content: dict[str, Any]) -> None:
 
 
 def progress_bar(show: bool) -> Progress:
-    """Make a bar that counts images; one that shows nothing unless ``show``."""
+    """Return a progress bar that counts images, hidden unless ``show``."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     return Progress(*columns, disable=not show)

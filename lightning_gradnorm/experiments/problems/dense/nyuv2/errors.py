@@ -1,4 +1,4 @@
-"""What is said about a file that is missing, or not what it should be."""
+"""Errors about missing or invalid files."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from lightning_gradnorm.experiments.loading.errors import refuse
 COPY_AGAIN = "The copy seems damaged: fetch the file again."
 
 
-def expect(holds: bool, file: Path | str, field: str, expected: str, found: object, mend: str = "") -> None:
-    """Raise an error that names the file, the field, what is expected and what was found, unless ``holds``.
+def expect(holds: bool, file: Path | str, field: str, expected: str, found: object, fix: str = "") -> None:
+    """Raise an error with the file, the field, the expectation and what was found, unless ``holds``.
 
     Raises:
         ValueError: The condition does not hold.
@@ -23,31 +23,31 @@ def expect(holds: bool, file: Path | str, field: str, expected: str, found: obje
         ValueError: NYUv2: label in train/label/3.npy should be -1 to 12; got 40. Map it to the 13 classes.
     """
     if not holds:
-        wrong(file, field, expected, found, mend)
+        wrong(file, field, expected, found, fix)
 
 
-def wrong(file: Path | str, field: str, expected: str, found: object, mend: str = "") -> NoReturn:
+def wrong(file: Path | str, field: str, expected: str, found: object, fix: str = "") -> NoReturn:
     """Raise the error of `expect`.
 
     Raises:
         ValueError: Always.
     """
-    refuse("NYUv2", f"{field} in {file}", f"be {expected}", found, mend)
+    refuse("NYUv2", f"{field} in {file}", f"be {expected}", found, fix)
 
 
 def existing(file: Path, what: str) -> Path:
-    """Return the file, or raise an error that says what it was needed for.
+    """Return the file, or raise an error with its purpose.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"NYUv2: {what} should be in {file}; there is no such file.")
+        raise FileNotFoundError(f"NYUv2: {what} should be in {file}; no such file.")
     return file
 
 
 def needed(module: str) -> Any:
-    """Import a module of the extra ``nyuv2`` when it is needed.
+    """Import a module from the extra ``nyuv2``.
 
     Raises:
         ModuleNotFoundError: It is not installed.
@@ -57,6 +57,6 @@ def needed(module: str) -> Any:
     except ModuleNotFoundError:
         package = module.split(".")[0]
         raise ModuleNotFoundError(
-            f"NYUv2: the package {package}, which reads this form of the data, should be installed; it was not found. "
+            f"NYUv2: the package {package}, which reads this format, should be installed; it was not found. "
             "Install it with: pip install 'lightning-gradnorm[nyuv2]'"
         ) from None

@@ -1,4 +1,4 @@
-"""One image of a source with everything known about it, at the source's own size, and what makes it valid."""
+"""One image of a source with its annotation at the source's size, and checks of both."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from lightning_gradnorm.experiments.problems.dense.nyuv2.normals_from_depth impo
 CLASSES = (
     "bed", "books", "ceiling", "chair", "floor", "furniture", "objects", "picture", "sofa", "table", "tv", "wall", "window"
 )  # fmt: skip
-"""The 13 classes in the order of their numbers, 0 to 12."""
+"""The 13 classes, in the order of their numbers 0 to 12."""
 IGNORED = -1
-"""The label of a pixel that has none."""
+"""The label of pixels without a class."""
 KEYPOINT_TYPES = 48
 MAX_DEPTH = 1000.0
-"""Meters. The sensor sees ten; a depth map in millimeters is found out by it."""
+"""Limit in meters. The sensor reaches ten, so this detects a depth map in millimeters."""
 
 SHORTEST_NORMAL = 0.5
-"""A vector that is shorter is no normal; see `as_normals`."""
+"""Shorter vectors are not normals, see `as_normals`."""
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One image and its annotation. What is not valid is marked: label -1, depth 0, normal (0, 0, 0).
+    """One image and its annotation. Invalid pixels have label -1, depth 0, normal (0, 0, 0).
 
     Attributes:
         image: ``uint8``, shape ``(3, H, W)``.
         segmentation: ``int8``, shape ``(h, w)``, 0 to 12 or -1.
         depth: ``float32``, shape ``(h, w)``, meters along the optical axis; 0 where unknown.
         normals: ``float32``, shape ``(3, h, w)``, unit vectors in the source's own `Convention`, zero where unknown; or the
-            camera's `Intrinsics`, of which and the depth they are derived.
+            camera's `Intrinsics`, to derive them from the depth.
         keypoints: ``float32``, shape ``(48, 3)``: x and y in pixels of the segmentation, visible (1) or not (0); or None.
     """
 
@@ -48,30 +48,30 @@ class Frame:
 
 
 def as_image(values: Array, file: object) -> Array:
-    """Turn an image of floats in [0, 1] into ``uint8``: exact if they are multiples of 1/255, as those of NYUv2 are."""
+    """Convert an image of floats in [0, 1] to ``uint8``. This is exact for multiples of 1/255, as in NYUv2."""
     _expect_floats(values, file, "image")
     lowest, highest = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
-    # The comparison is written so that a NaN fails it.
+    # A NaN fails this comparison.
     expect(
         lowest >= 0 and highest <= 1, str(file), "image", "within [0, 1]", f"{lowest:g} to {highest:g}",
-        "Divide it by 255 if it counts from 0 to 255.",
+        "Divide it by 255 if its range is 0 to 255.",
     )  # fmt: skip
     return np.rint(values.astype(np.float64) * 255).astype(np.uint8)
 
 
 def as_segmentation(values: Array, file: object) -> Array:
-    """Turn labels of whatever type into ``int8``: 0 to 12, and -1 for a pixel that has none."""
+    """Convert labels of any type to ``int8``: 0 to 12, and -1 for pixels without a class."""
     expect(values.dtype.kind in "iuf", str(file), "label", "integers", f"dtype {values.dtype}")
     outside = ~np.isin(values, np.arange(IGNORED, len(CLASSES)))
     if outside.any():
         expected = f"one of the classes 0 to {len(CLASSES) - 1}, or {IGNORED} for none"
-        mend = "The 40-class labels have to be mapped to 13 first." if values[outside].max() <= 40 else ""
-        wrong(str(file), "label", expected, f"{values[outside][0]} ({outside.sum()} pixels)", mend)
+        fix = "Map the 40-class labels to 13 first." if values[outside].max() <= 40 else ""
+        wrong(str(file), "label", expected, f"{values[outside][0]} ({outside.sum()} pixels)", fix)
     return values.astype(np.int8)
 
 
 def as_depth(values: Array, file: object) -> Array:
-    """Turn depths of whatever floating type into ``float32`` meters; 0 where unknown."""
+    """Convert depths of any floating-point type to ``float32`` meters, 0 where unknown."""
     _expect_floats(values, file, "depth")
     lowest, highest = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     expect(
@@ -82,11 +82,11 @@ def as_depth(values: Array, file: object) -> Array:
 
 
 def as_normals(values: Array, file: object) -> Array:
-    """Turn normals, component first, into ``float32`` of length 1, or 0 where unknown.
+    """Convert normals, component first, to ``float32`` of length 1, or 0 where unknown.
 
-    Unknown is what is shorter than 0.5 or has a NaN. Zero is, and what pictures of 8 bits have for it: 127 stands for a
-    component of -0.004. The known ones that 8 bits have rounded are between 0.98 and 1.02 long, and a mean of two walls at
-    right angles, as resizing makes them, is 0.71; one of a wall and of unknown pixels counts if the wall is the larger part.
+    A normal is unknown if it is shorter than 0.5 or has a NaN. This includes zero and its value in 8-bit pictures, where 127
+    is a component of -0.004. Known normals rounded to 8 bits have a length between 0.98 and 1.02. The mean of two walls at
+    right angles, from resizing, has 0.71. A mean of a wall and unknown pixels counts if the wall is the larger part.
     """
     _expect_floats(values, file, "normal")
     normals = np.where(np.isnan(values).any(axis=0), 0, values).astype(np.float64)
@@ -101,7 +101,7 @@ def expect_shape(values: Array, shape: tuple[int, ...], file: object, field: str
     """Check the shape of one array.
 
     Raises:
-        ValueError: It is another.
+        ValueError: The shape differs.
     """
     expect(values.shape == shape, str(file), field, f"of shape {shape}", f"shape {values.shape}")
 

@@ -1,4 +1,4 @@
-"""The Hugging Face copy: shards of a parquet table."""
+"""Reads the Hugging Face copy: shards of a parquet table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_gradnorm.experiments.problems.dense.nyuv2.per_process import PerP
 Array = npt.NDArray[Any]
 
 PREFIXES = {"train": ("train",), "test": ("val", "test")}
-"""How the shards of each split begin, or the folders they are in: ``val`` is the official test split."""
+"""Prefixes of each split's shards, or of their folders. ``val`` is the official test split."""
 COLUMNS = ("image", "segmentation", "depth", "normal")
 _CHANNELS = {"image": 3, "segmentation": 0, "depth": 1, "normal": 3}
 
@@ -33,7 +33,7 @@ def shards(root: Path, split: str) -> list[Path]:
     """Return a split's shards in order: ``data/train-00000-of-00008.parquet``, …, or ``default/train/0000.parquet``, ….
 
     Raises:
-        FileNotFoundError: Their names say that there are more.
+        FileNotFoundError: A shard is missing, according to the names of the others.
     """
     found: list[Path] = []
     for folder in (root, root / "data", root / "default"):
@@ -59,18 +59,18 @@ def shards(root: Path, split: str) -> list[Path]:
 class HuggingFace:
     """Reads the parquet shards of ``tanganke/nyuv2`` as downloaded.
 
-    Their columns are nested lists: ``image`` (3, H, W) in [0, 1], ``segmentation`` (H, W) with -1 for none, ``depth``
-    (1, H, W) in meters, ``normal`` (3, H, W), and ``noise``, which is left alone.
+    Their columns are nested lists: ``image`` (3, H, W) in [0, 1], ``segmentation`` (H, W) with -1 for no class, ``depth``
+    (1, H, W) in meters, ``normal`` (3, H, W), and ``noise``, which is ignored.
 
-    Parquet is read by groups of rows. The last group stays in memory, so reading in order is quick; in random order every
-    image costs a group. Train on a prepared copy.
+    Parquet is read by groups of rows. The last group stays in memory, so reading in order is fast. In random order, every
+    image reads a whole group. Train on a prepared copy.
 
     Args:
-        root: The folder with the shards, or the one whose ``data`` or ``default`` has them.
+        root: The folder with the shards, or its parent if they are in ``data`` or ``default``.
 
     Raises:
         FileNotFoundError: There are no shards, or one is missing.
-        ValueError: A shard is damaged, or a column is missing or not of the shape or type that it should have.
+        ValueError: A shard is damaged, or a column is missing or has the wrong shape or type.
         ModuleNotFoundError: pyarrow is not installed.
     """
 
@@ -81,9 +81,9 @@ class HuggingFace:
         self._shards = {split: shards(root, split) for split in PREFIXES}
         for split, files in self._shards.items():
             if not files:
-                raise FileNotFoundError(f"NYUv2: {root} should have parquet shards of {split}; there are none.")
+                raise FileNotFoundError(f"NYUv2: {root} should have parquet shards of {split}; found none.")
         self._opened = PerProcess(_RowGroup)
-        # By split: of every group of rows its file, its number in there, and how many rows there are up to its end.
+        # For each split and group of rows: its file, its number in the file, and the number of rows up to its end.
         self._groups: dict[str, list[tuple[Path, int]]] = {}
         self._ends: dict[str, list[int]] = {}
         for split, files in self._shards.items():
@@ -104,7 +104,7 @@ class HuggingFace:
         return self._ends[split][-1]
 
     def scenes(self, split: str) -> None:
-        """Return None: this form does not tell which images show the same scene."""
+        """Return None, because this format does not tell which images show the same scene."""
         return
 
     def read(self, split: str, index: int) -> Frame:
@@ -155,7 +155,7 @@ class HuggingFace:
 
 
 class _RowGroup:
-    """The group of rows that was read last."""
+    """The last group of rows read."""
 
     def __init__(self) -> None:
         self._read: tuple[Path, int] | None = None
@@ -163,7 +163,7 @@ class _RowGroup:
 
     def table(self, file: Path, group: int) -> Any:
         if self._read != (file, group):
-            self._table = None  # before the next one is read: two of them may not fit into memory
+            self._table = None  # free it before reading the next one: two of them may not fit into memory
             try:
                 self._table = _open(file).read_row_group(group, columns=list(COLUMNS))
             except (OSError, ValueError) as error:  # pyarrow's errors are these
@@ -181,7 +181,7 @@ def _open(file: Path) -> Any:
 
 
 def _array(cell: Any, where: str, column: str) -> Array:
-    """Turn one cell of nested lists into an array, without going through Python's lists."""
+    """Convert one cell of nested lists to an array without Python lists."""
     values = cell.combine_chunks() if hasattr(cell, "combine_chunks") else cell
     lengths = []
     while True:
@@ -191,7 +191,7 @@ def _array(cell: Any, where: str, column: str) -> Array:
         items = np.asarray(values.value_lengths())
         expect(
             values.null_count == 0 and len(items) > 0 and bool((items == items[0]).all()), where, column,
-            "lists of equal length", "some that are missing or of another length",
+            "lists of equal length", "some that are missing or have another length",
         )  # fmt: skip
         lengths.append(int(items[0]))
         values = values.flatten()

@@ -19,13 +19,13 @@ from lightning_gradnorm.experiments.problems.dense.nyuv2.storage_format import S
 
 Array = npt.NDArray[Any]
 Number = int | tuple[int, int]
-"""Which image: its place in the split, or epoch and place, for those that change from epoch to epoch."""
+"""Index of an image: its position in the split, or epoch and position if images change from epoch to epoch."""
 
 TASKS = ("segmentation", "depth", "normals", "keypoints")
 
 
 class WithEpoch(EpochSampler):
-    """Hands out ``(epoch, index)``, so that a worker knows the epoch, however long ago it was started.
+    """Yields ``(epoch, index)``, so a worker knows the epoch, however long ago it started.
 
     Example:
         >>> sampler = WithEpoch(range(3), shuffle=False)
@@ -43,12 +43,12 @@ class Images(Dataset[Batch]):
     """Some images of one split.
 
     Args:
-        stored: Where they are.
+        stored: Source of the images.
         split: ``"train"`` or ``"test"``.
-        indices: Which of the split's images.
-        tasks: Which targets to hand out.
-        augmentations: What is done to an image before, if anything.
-        seed: Seed of what is drawn for it.
+        indices: Indices of the images in the split.
+        tasks: Targets to return.
+        augmentations: Augmentations of the images, if any.
+        seed: Seed of the augmentations.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Images(Dataset[Batch]):
         return len(self.indices)
 
     def sample(self, number: Number) -> Sample:
-        """Return one image with everything known about it, augmented."""
+        """Return one augmented image with all targets."""
         epoch, place = number if isinstance(number, tuple) else (0, number)
         index = int(self.indices[place])
         sample = expand(self.stored.arrays(self.split, index))
@@ -84,7 +84,7 @@ class Images(Dataset[Batch]):
         return images[0], {task: target[0] for task, target in targets.items()}
 
     def __getitems__(self, numbers: Sequence[Number]) -> Batch:
-        """Return a whole batch: the loader's fetcher calls this one where it exists."""
+        """Return a whole batch. The loader's fetcher prefers this method if it exists."""
         samples = [self.sample(number) for number in numbers]
         targets = {task: _stacked([getattr(sample, task) for sample in samples]) for task in self.tasks}
         return _stacked([sample.image for sample in samples]), targets

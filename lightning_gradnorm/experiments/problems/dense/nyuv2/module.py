@@ -1,4 +1,4 @@
-"""NYUv2 as a data module, from whichever copy of the data is there."""
+"""NYUv2 as a data module, from any of its common formats."""
 
 from __future__ import annotations
 
@@ -25,45 +25,46 @@ class NYUv2(SplitsDataModule[Images]):
 
     ``root`` is a folder with one of: the official ``nyu_depth_v2_labeled.mat``, ``splits.mat``, ``classMapping40.mat`` and
     ``class13Mapping.mat``; the ``train`` and ``val`` of MTAN and LibMTL; the parquet shards of Hugging Face's
-    ``tanganke/nyuv2``; or what ``scripts/prepare_nyuv2.py`` made of one of them, which is by far the fastest. Which it is
-    is found out and said. Batches of a source and of its prepared copy are the same to the last bit.
+    ``tanganke/nyuv2``; or the output of ``scripts/prepare_nyuv2.py``, by far the fastest. The format is detected
+    automatically and printed. Batches from a source and from its prepared copy are bit-identical.
 
     A batch is ``(images, targets)``: images ``float32`` in [0, 1] of shape ``(batch, 3, H, W)``; targets ``segmentation``
-    ``int64`` ``(batch, h, w)``, 0 to 12 and -1 to be ignored; ``depth`` ``float32`` ``(batch, 1, h, w)``, meters, 0 where
-    unknown; ``normals`` ``float32`` ``(batch, 3, h, w)``, unit vectors, x right, y up, z towards the camera, zero where
+    ``int64`` ``(batch, h, w)``, 0 to 12 and -1 to ignore; ``depth`` ``float32`` ``(batch, 1, h, w)``, meters, 0 where
+    unknown; ``normals`` ``float32`` ``(batch, 3, h, w)``, unit vectors, x right, y up, z toward the camera, zero where
     unknown; and ``keypoints`` ``float32`` ``(batch, 48, 3)``, each (x, y, visible) in pixels of the output from its
-    upper left edge, from prepared data that have them (`KeypointLoss` draws the heat maps).
+    upper left edge, if the prepared data have them (`KeypointLoss` draws the heat maps).
 
-    Validation images are whole scenes held out of the official training images; where scenes are not known (MTAN, Hugging
-    Face), ten images in a row stand in for one. The test images are the official ones, which the community calls ``val``.
+    Validation images are whole scenes held out of the official training images. If scenes are unknown (MTAN, Hugging
+    Face), ten consecutive images count as one. The test images are the official ones, which the common code calls ``val``.
 
     Source: Silberman et al., Indoor Segmentation and Support Inference from RGBD Images, ECCV 2012; 13 classes after
     Couprie et al., ICLR 2013.
 
     Args:
         root: The folder.
-        input_size: Height and width of the images; None for what the data have. The paper's are 320 x 320.
-        output_size: Height and width of the targets; None for what the data have. The paper's are 80 x 80.
-        tasks: Which targets: of segmentation, depth, normals and keypoints.
-        augmentations: What is done to training images, such as ``Augmentations(flip=0.5)``; None for nothing, as in the
-            paper.
+        input_size: Height and width of the images; None for those of the data. The paper has 320 x 320.
+        output_size: Height and width of the targets; None for those of the data. The paper has 80 x 80.
+        tasks: The targets, from segmentation, depth, normals and keypoints.
+        augmentations: Augmentations of training images, such as ``Augmentations(flip=0.5)``; None for no augmentation, as
+            in the paper.
         val_share: Share of the training images to hold out for validation; 0 for none, as in the paper.
-        form: ``"official"``, ``"mtan"`` or ``"huggingface"``, if the folder holds several.
-        normals_convention: What the three channels of the stored normals point to, in order, as the camera sees it: one each
+        form: ``"official"``, ``"mtan"`` or ``"huggingface"``, if the folder contains several formats.
+        normals_convention: Directions of the three channels of the stored normals, in order, as seen by the camera: one each
             of right or left, up or down, towards or away, such as ``"right away up"``. They are turned to right, up, towards.
-            ``"auto"`` finds it out by comparison with the depth and says so; where it does not show, it warns and leaves
-            them as they are.
-        check: Before training, read a source through and check every value; of prepared data, compare the checksums.
+            ``"auto"`` detects and prints it by comparison with the depth. If that is not conclusive, it warns and leaves
+            the normals unchanged.
+        check: Before training, read a whole source and check every value. For prepared data, compare the checksums.
         batch_size: Samples per batch and rank.
-        seed: Seed of the validation scenes, of the augmentations and of the order of the training batches.
+        seed: Seed of the validation scenes, the augmentations and the order of the training batches.
         num_workers: Worker processes per loader.
-        drop_last: Leave out a training epoch's last batch if it has fewer than ``batch_size`` samples (others each epoch).
+        drop_last: Drop the last batch of a training epoch if it has fewer than ``batch_size`` samples (different ones
+            each epoch).
 
     Raises:
         TypeError: A size or the seed is not an integer.
-        ValueError: An argument out of range, or at ``setup``: a file is not what it should be; it is named, and the field.
-        FileNotFoundError: At ``setup``: ``root`` is none of the forms, or a file is missing.
-        ModuleNotFoundError: At ``setup``: what reads this form is not installed.
+        ValueError: An argument is out of range, or at ``setup``: a file is invalid. The message names the file and field.
+        FileNotFoundError: At ``setup``: ``root`` has none of the formats, or a file is missing.
+        ModuleNotFoundError: At ``setup``: the reader of this format is not installed.
     """
 
     sampler = WithEpoch
@@ -109,20 +110,20 @@ class NYUv2(SplitsDataModule[Images]):
 
     @property
     def stored(self) -> Prepared | Direct:
-        """Where the images are read; opened at first use."""
+        """The reader of the images, opened at first use."""
         if self._stored is None:
             self._stored = self._open()
         return self._stored
 
     def prepare_data(self) -> None:
-        """Look at every value, once per machine, before anything is trained, if ``check`` is set."""
+        """Check every value once per machine before training, if ``check`` is set."""
         if not self.check:
             return
         stored = self.stored
         if isinstance(stored, Prepared):
             stored.verify()
             return
-        # Not in parallel: this is bound by the disk, and the errors are clearer.
+        # Not in parallel, because the disk is the bottleneck and errors are clearer.
         with progress_bar(show=True) as bar:
             for split in SPLITS:
                 for index in bar.track(range(stored.count(split)), description=f"check {split}"):
@@ -156,19 +157,19 @@ class NYUv2(SplitsDataModule[Images]):
             normals = prepared.source["normals"]
             if self.normals_convention not in (AUTO, normals):
                 raise ValueError(
-                    f"NYUv2: normals_convention should be 'auto' for prepared data, which say themselves that the normals in "
+                    f"NYUv2: normals_convention should be 'auto' for prepared data, which record that the normals in "
                     f"{self.root} were {normals!r}; got {self.normals_convention!r}. Prepare the data again, in another "
                     "folder, with --normals-convention."
                 )
             rank_zero_info(
-                f"NYUv2: {self.root} is prepared from the {prepared.source['form']} form: {stored.count('train')} train and "
+                f"NYUv2: {self.root} is prepared from the {prepared.source['form']} format: {stored.count('train')} train and "
                 f"{stored.count('test')} test images of {_by(stored.input_size)}, targets of {_by(stored.output_size)}. "
                 f"The convention of the source's normals: {normals}."
             )
         else:
             source = find_source(self.root, self.form)
             rank_zero_info(
-                f"{describe(source)} Each image is read and resized whenever it is needed; to do so once and for all: "
+                f"{describe(source)} Each image is read and resized on every access. To do this only once: "
                 f"python scripts/prepare_nyuv2.py {self.root} FOLDER"
             )
             convention = self.normals_convention if "normals" in self.tasks else None

@@ -1,4 +1,4 @@
-"""The community's folder: one ``.npy`` per image and kind, as prepared by the authors of MTAN."""
+"""Reads the folder prepared by the authors of MTAN: one ``.npy`` per image and kind."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from lightning_gradnorm.experiments.problems.dense.nyuv2.frame import (
 Array = npt.NDArray[Any]
 
 FOLDERS = {"train": "train", "test": "val"}
-"""The folder of each split: what the community calls ``val`` is the official test split."""
+"""The folder of each split. ``val`` is the official test split."""
 KINDS = ("image", "label", "depth", "normal")
 
 
 class MTAN:
     """Reads ``root/{train,val}/{image,label,depth,normal}/{0..N-1}.npy``, as used by MTAN, LibMTL, CAGrad and Nash-MTL.
 
-    ``image`` (H, W, 3) in [0, 1], ``label`` (H, W) with -1 for none, ``depth`` (H, W, 1) in meters with 0 for unknown,
-    ``normal`` (H, W, 3) with zero for unknown; their floating-point types vary between copies. The headers and lengths of
-    all files are looked at beforehand, their values when they are read.
+    ``image`` (H, W, 3) in [0, 1], ``label`` (H, W) with -1 for no class, ``depth`` (H, W, 1) in meters with 0 for unknown,
+    ``normal`` (H, W, 3) with zero for unknown. Their floating-point types vary between copies. The headers and lengths of
+    all files are checked first, their values on reading.
 
     Args:
-        root: The folder that has ``train`` and ``val``.
+        root: The folder with ``train`` and ``val``.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A file is truncated, or of another shape or type than it should be.
+        ValueError: A file is truncated, or has the wrong shape or type.
     """
 
     form = "MTAN folder"
@@ -56,7 +56,7 @@ class MTAN:
         return self._counts[split]
 
     def scenes(self, split: str) -> None:
-        """Return None: this form does not tell which images show the same scene."""
+        """Return None, because this format does not tell which images show the same scene."""
         return
 
     def read(self, split: str, index: int) -> Frame:
@@ -78,12 +78,12 @@ class MTAN:
         return self.root / FOLDERS[split] / kind / f"{index}.npy"
 
     def _count(self, split: str) -> int:
-        """Count a split's images: one more than the highest number among its files, all of which have to be there."""
+        """Count a split's images: the highest file number plus one. All files up to it must exist."""
         numbers: dict[str, set[int]] = {}
         for kind in KINDS:
             folder = self.root / FOLDERS[split] / kind
             if not folder.is_dir():
-                raise FileNotFoundError(f"NYUv2: the MTAN form should have the folder {folder}; there is none.")
+                raise FileNotFoundError(f"NYUv2: the MTAN format should have the folder {folder}; no such folder.")
             numbers[kind] = {int(file.stem) for file in folder.glob("*.npy") if file.stem.isdigit()}
         count = max((number + 1 for found in numbers.values() for number in found), default=0)
         folder = self.root / FOLDERS[split]
@@ -110,7 +110,7 @@ class MTAN:
         expect(data_bytes == wanted, file, kind, f"{wanted} bytes of data", f"{data_bytes}", COPY_AGAIN)
 
     def _header(self, file: Path) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-        """Return shape, type and the number of bytes of data that follow."""
+        """Return shape, type and the number of data bytes that follow."""
         with file.open("rb") as stream:
             try:
                 version = np.lib.format.read_magic(stream)

@@ -1,4 +1,4 @@
-"""What the three channels of a source's normals point to: found by comparison with the normals that its depth gives."""
+"""Detects the directions of the three channels of a source's normals by comparison with normals from its depth."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ Array = npt.NDArray[Any]
 
 AUTO = "auto"
 DIRECTIONS = {"right": (0, 1), "left": (0, -1), "up": (1, 1), "down": (1, -1), "towards": (2, 1), "away": (2, -1)}
-"""The axis of ours and the sign for each direction that a channel can point to, as seen by the camera."""
+"""Our axis and sign for each possible direction of a channel, as seen by the camera."""
 HOW_TO_SAY = (
     "one direction for each channel: right or left, up or down, towards (the camera) or away, as 'right away up'"
 )
 
 MAX_ANGLE = 25
-"""Degrees: the normals of a source have to be this near to those of its depth, on average, for their convention to show."""
+"""Maximum mean angle in degrees between the normals of a source and those from its depth, to accept a convention."""
 MIN_MARGIN = 15
-"""Degrees by which every other convention has to be farther off. On a published frame: 6 degrees, the next best 38."""
+"""Degrees by which every other convention must be worse. On a published frame: 6 degrees, the next best 38."""
 MIN_PIXELS = 50
 IMAGES = 8
-"""At most so many images are looked at, until the convention shows."""
+"""Maximum number of images to compare until the convention is clear."""
 
 
 @dataclass(frozen=True)
 class Convention:
-    """What the three channels of a normal point to, in order.
+    """The directions of the three channels of a normal, in order.
 
     Example:
         >>> Convention.parse("right away up").to_ours(np.array([0.0, -0.6, 0.8])).tolist()
@@ -45,10 +45,10 @@ class Convention:
 
     @classmethod
     def parse(cls, text: str) -> Convention:
-        """Read a convention as a user writes it, ``"right away up"``.
+        """Read a convention such as ``"right away up"``.
 
         Raises:
-            ValueError: It is not three directions, one of each pair.
+            ValueError: It does not have three directions, one of each pair.
         """
         channels = tuple(text.split()) if isinstance(text, str) else ()
         axes = sorted(DIRECTIONS[channel][0] for channel in channels if channel in DIRECTIONS)
@@ -73,17 +73,17 @@ CONVENTIONS = tuple(
     for channels in itertools.permutations(DIRECTIONS, 3)
     if len({DIRECTIONS[c][0] for c in channels}) == 3
 )
-"""All 48."""
+"""All 48 conventions."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far normals are from those of the depth in each convention.
+    """Angles between normals and those from the depth in each convention.
 
     Attributes:
-        ranking: Every convention and its mean angle in degrees, the nearest first.
-        pixels: How many pixels were compared.
-        images: Of how many images.
+        ranking: Every convention and its mean angle in degrees, the smallest first.
+        pixels: Number of compared pixels.
+        images: Number of compared images.
     """
 
     ranking: tuple[tuple[Convention, float], ...]
@@ -92,7 +92,7 @@ class Comparison:
 
     @property
     def convention(self) -> Convention | None:
-        """The nearest if it is near and no other is; None if that cannot be said."""
+        """The best convention if it is close and no other is, otherwise None."""
         (best, angle), (_, next_angle) = self.ranking[:2]
         clear = self.pixels >= MIN_PIXELS and angle <= MAX_ANGLE and next_angle - angle >= MIN_MARGIN
         return best if clear else None
@@ -109,14 +109,14 @@ class Comparison:
 
 
 def compare_with_depth(frames: Iterable[Frame]) -> Comparison:
-    """Compare the normals of images with those of their depth, one image after the other until the convention shows.
+    """Compare the normals of images with those from their depth, one image after the other until the convention is clear.
 
-    Each convention's mean angle is taken over every eighth pixel or so of the images. The scale of the depth does not
-    matter, and the camera's intrinsics, taken for those of NYUv2, hardly. A wall that faces the camera tells nothing of
-    what is right and what is up: then the next image decides.
+    Each convention's mean angle is over about every eighth pixel of the images. The scale of the depth does not
+    matter, and the camera's intrinsics, assumed to be NYUv2's, hardly do. A wall that faces the camera does not show
+    which way is right and up. In that case, the next image decides.
 
     Args:
-        frames: At least one, with normals and depth of the same size.
+        frames: At least one frame, with normals and depth of the same size.
     """
     sums, pixels, images = np.zeros(len(CONVENTIONS)), 0, 0
     for frame in frames:

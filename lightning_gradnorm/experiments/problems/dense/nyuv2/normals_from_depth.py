@@ -1,4 +1,4 @@
-"""Surface normals from a depth map and the camera's intrinsics, where a source has none."""
+"""Surface normals from a depth map and the camera's intrinsics, for sources without normals."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Array = npt.NDArray[Any]
 RADIUS_AT_640 = 8
 """Half the window in pixels of an image 640 wide: 17 x 17 pixels, 7 cm at 2 m.
 
-Of 3, 5 and 8, tried on made-up walls in the sensor's steps (2.85 mm per squared meter); never on its own images, which
+Chosen among 3, 5 and 8 on synthetic walls in the sensor's steps (2.85 mm per squared meter), never on its own images, which
 are smoother. Mean error with 5 and 8: at 2 m and a slant of 37 degrees 1.7 and 0.8 degrees, at 4 m and 17 degrees 15 and
-8, at 6 m and 37 degrees 14 and 2, at 8 m and 37 degrees 23 and 10. Far walls that are nearly parallel to the image remain
+8, at 6 m and 37 degrees 14 and 2, at 8 m and 37 degrees 23 and 10. Far walls nearly parallel to the image remain
 rough."""
 MAX_SLANT = math.radians(80)
-"""A neighbor belongs to the same surface unless that surface would be slanted by more than this."""
+"""Maximum slant of a surface. A neighbor that would need a larger slant belongs to another surface."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Intrinsics:
     """A pinhole camera, in pixels; pixel (0, 0) is the square from (0, 0) to (1, 1), its center at (0.5, 0.5).
 
     Attributes:
-        fx: Focal length, horizontally.
-        fy: Focal length, vertically.
-        cx: Where the optical axis meets the image, from the left edge.
-        cy: The same from the upper edge.
+        fx: Horizontal focal length.
+        fy: Vertical focal length.
+        cx: Position of the optical axis in the image, from the left edge.
+        cy: Position of the optical axis in the image, from the upper edge.
     """
 
     fx: float
@@ -39,7 +39,7 @@ class Intrinsics:
     cy: float
 
     def scaled(self, across: float, down: float) -> Intrinsics:
-        """Return those of the same image with ``across`` times as many columns and ``down`` times as many rows.
+        """Return the intrinsics of the same image with ``across`` times the columns and ``down`` times the rows.
 
         Example:
             >>> Intrinsics(fx=100, fy=100, cx=32, cy=24).scaled(2, 1)
@@ -48,7 +48,7 @@ class Intrinsics:
         return Intrinsics(self.fx * across, self.fy * down, self.cx * across, self.cy * down)
 
     def rays(self, rows: Array, columns: Array) -> tuple[Array, Array]:
-        """Return x/z and y/z (x right, y down, z forward) of the points seen at these pixels' centers."""
+        """Return x/z and y/z (x right, y down, z forward) of the points at the centers of these pixels."""
         return (columns + 0.5 - self.cx) / self.fx, (rows + 0.5 - self.cy) / self.fy
 
 
@@ -65,24 +65,24 @@ def normals_from_depth(
     columns: Array | None = None,
     radius: int | None = None,
 ) -> Array:
-    """Fit a plane to each pixel's neighborhood and return the unit vector across it that points to the camera's side.
+    """Fit a plane to each pixel's neighborhood, and return its unit normal on the camera's side.
 
-    On a plane the *inverse* depth is an affine function of the pixel, 1/z = a x/z + b y/z + c, whatever its slant, and
-    (a, b, c) is its normal. So a least-squares fit of 1/z is exact on planes. Neighbors without depth, and those that
-    are further in front or behind than a surface slanted by 80 degrees would be, belong to something else and are left
-    out, so that nothing is averaged over an edge.
+    On a plane, the *inverse* depth is an affine function of the pixel, 1/z = a x/z + b y/z + c, for any slant, and
+    (a, b, c) is its normal. A least-squares fit of 1/z is therefore exact on planes. Neighbors without depth are left
+    out. So are neighbors further in front or behind than a surface slanted by 80 degrees would be, because they belong to
+    another surface. This avoids averaging over edges.
 
     Args:
         depth: Meters along the optical axis, shape ``(height, width)``; 0 where unknown.
-        intrinsics: The camera's, for pixels of ``depth``.
-        rows: The rows wanted; all by default. The others still serve as neighbors.
-        columns: The columns wanted; all by default.
+        intrinsics: The camera's intrinsics for pixels of ``depth``.
+        rows: Rows to compute; all by default. The others still serve as neighbors.
+        columns: Columns to compute; all by default.
         radius: Half the window in pixels, without its center; by default 8 at a width of 640 and in proportion, at least 1.
 
     Returns:
-        ``float32``, shape ``(3, rows, columns)``: x right, y up, z towards the camera. A wall facing the camera has
-        (0, 0, 1), the floor (0, 1, 0), the wall on the right (-1, 0, 0). Zero where the depth is unknown or fewer than
-        three neighbors, not in a line, belong to the surface.
+        ``float32``, shape ``(3, rows, columns)``: x right, y up, z toward the camera. A wall facing the camera has
+        (0, 0, 1), the floor (0, 1, 0), the wall on the right (-1, 0, 0). Zero if the depth is unknown, or if fewer than
+        three neighbors that are not in a line belong to the surface.
 
     Example:
         >>> normals_from_depth(np.full((4, 6), 2.0), Intrinsics(fx=6, fy=6, cx=3, cy=2))[:, 1, 1].tolist()
@@ -97,7 +97,7 @@ def normals_from_depth(
         inverse = np.where(depth > 0, 1 / depth.astype(np.float64), 0)
     padded = np.pad(inverse, radius)
     center = depth[rows[:, None], columns].astype(np.float64)
-    # Coordinates are relative to the pixel, in units of its rays, and 1/z is relative to the pixel's: well conditioned.
+    # For good conditioning, coordinates are relative to the pixel, in units of its rays, and 1/z to the pixel's 1/z.
     sums = np.zeros((9, len(rows), len(columns)))
     for down in range(-radius, radius + 1):
         y = down / intrinsics.fy
@@ -105,9 +105,11 @@ def normals_from_depth(
         n, sx, sxx, sq, sxq = np.zeros((5, len(rows), len(columns)))
         for across in range(-radius, radius + 1):
             x = across / intrinsics.fx
-            ratio = center * band[:, columns + radius + across]  # of the pixel's depth to the neighbor's, 0 if unknown
+            ratio = (
+                center * band[:, columns + radius + across]
+            )  # the pixel's depth divided by the neighbor's, 0 if unknown
             q = ratio - 1
-            # |z' - z| <= z * step, written with z / z'; nothing unknown fulfills it.
+            # |z' - z| <= z * step in terms of z / z'. Unknown neighbors never satisfy it.
             step = math.hypot(x, y) * math.tan(MAX_SLANT)
             same = np.abs(q) <= step * ratio
             q *= same
@@ -117,7 +119,7 @@ def normals_from_depth(
             total += term
     a, b, c, determined = _solve(sums)
     ray_x, ray_y = intrinsics.rays(rows[:, None], columns)
-    # At the pixel itself the fit is 1 + c; a and b are slopes in units of rays, so they are the plane's own.
+    # At the pixel itself, the fit is 1 + c. a and b are slopes in units of rays, so they belong to the plane itself.
     normal = np.stack([-a, b, 1 + c - a * ray_x - b * ray_y])
     length = np.sqrt((normal**2).sum(axis=0))
     known = (center > 0) & determined & (length > 0)
@@ -126,13 +128,13 @@ def normals_from_depth(
 
 
 def _solve(sums: Array) -> tuple[Array, Array, Array, Array]:
-    """Solve the 3 x 3 normal equations of ``q = c + a x + b y`` at every pixel, and say where they determine a plane."""
+    """Solve the 3 x 3 normal equations of ``q = c + a x + b y`` at every pixel. Return where they determine a plane."""
     n, sx, sy, sxx, sxy, syy, sq, sxq, syq = sums
     n = np.maximum(n, 1)
     cxx, cxy, cyy = sxx - sx * sx / n, sxy - sx * sy / n, syy - sy * sy / n
     cxq, cyq = sxq - sx * sq / n, syq - sy * sq / n
     determinant = cxx * cyy - cxy * cxy
-    # Zero for points in a line, up to rounding. For three neighboring pixels it is 1/12 of the scale, for a window more.
+    # Zero for points in a line, up to rounding. It is 1/12 of the scale for three neighboring pixels, more for a window.
     determined = (sums[0] >= 3) & (determinant > 1e-6 * (sxx + syy) ** 2)
     safe = np.where(determined, determinant, 1)
     a = (cxq * cyy - cyq * cxy) / safe

@@ -1,4 +1,4 @@
-"""The official files: ``nyu_depth_v2_labeled.mat``, its split, and the mappings of its classes to 40 and 13."""
+"""Reads the official files: ``nyu_depth_v2_labeled.mat``, its split, and the mappings of its classes to 40 and 13."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _META = "It is in the repository ankurhanda/nyuv2-meta-data."
 class Official:
     """Reads the official files, one image at a time.
 
-    The data file is MATLAB 7.3, that is HDF5, in which h5py finds every shape reversed: ``images`` (N, 3, W, H)
-    ``uint8``, ``depths`` (N, W, H) in-painted meters, ``labels`` (N, W, H) with 0 for none, and ``scenes`` (1, N),
-    references to arrays of characters. The indices of the split count from one. Labels become 13 classes by
-    ``labels13[mapClass[label - 1] - 1] - 1``. Normals are not in the files; they are derived from the depth.
+    The data file is MATLAB 7.3, which is HDF5, where h5py reverses every shape: ``images`` (N, 3, W, H)
+    ``uint8``, ``depths`` (N, W, H) in-painted meters, ``labels`` (N, W, H) with 0 for no class, and ``scenes`` (1, N),
+    references to arrays of characters. The indices of the split count from one. Labels become 13 classes with
+    ``labels13[mapClass[label - 1] - 1] - 1``. The files have no normals, so these are derived from the depth.
 
     Args:
         root: The folder with the four files.
 
     Raises:
         FileNotFoundError: One of the four is missing.
-        ValueError: A file is damaged, or a field is missing or not of the shape, type or range that it should have.
+        ValueError: A file is damaged, or a field is missing or has the wrong shape, type or range.
         ModuleNotFoundError: h5py or scipy is not installed.
     """
 
@@ -45,7 +45,7 @@ class Official:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._file = existing(root / DATA, "the images, depths and labels of the official form")
+        self._file = existing(root / DATA, "the images, depths and labels of the official format")
         self._opened = PerProcess(self._open)
         with self._open() as data:
             self._check(data)
@@ -148,7 +148,7 @@ class Official:
         return indices
 
     def _read_mapping(self) -> Array:
-        """Return the class 0 to 12 of each label of the data file; of label 0, which means none, -1."""
+        """Return the class 0 to 12 of each label in the data file, or -1 for label 0, which has no class."""
         file = existing(self.root / TO_40, f"the mapping of the labels to 40 classes ({_META})")
         to_40 = self._mapping(file, self._load(file), "mapClass", 40)
         file = existing(self.root / TO_13, f"the mapping of the 40 classes to 13 ({_META})")
@@ -183,7 +183,7 @@ class Official:
         loadmat = needed("scipy.io").loadmat
         try:
             content: dict[str, Any] = loadmat(file, squeeze_me=True)
-        # scipy reports damage by whatever its parser stumbles over.
+        # For damaged files, scipy raises any error that its parser runs into.
         except Exception as error:
             wrong(file, "the file", "a MATLAB file", f"{type(error).__name__}: {error}", COPY_AGAIN)
         return content

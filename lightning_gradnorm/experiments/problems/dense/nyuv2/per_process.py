@@ -1,4 +1,4 @@
-"""Open files that do not travel between processes."""
+"""Open files that processes do not share."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Handle = TypeVar("Handle")
 
 
 class PerProcess(Generic[Handle]):
-    """Something opened at first use in each process: an HDF5 handle must not be shared by a loader's workers.
+    """A handle opened on first use in each process, because a loader's workers must not share an HDF5 handle.
 
-    It is closed before the process forks, since HDF5's library would hand the child the parent's file again, and opened
-    anew on either side when it is needed; pickling leaves it behind.
+    It is closed before the process forks, because the HDF5 library would give the child the parent's file. Both processes
+    reopen it when needed. Pickling omits it.
 
     Args:
-        open_: Opens it. Must itself be picklable if workers are started by ``spawn``: a bound method, a ``partial``.
+        open_: Opens the handle. Must be picklable if workers are started with ``spawn``: a bound method or a ``partial``.
 
     Example:
         >>> opened = PerProcess(list)
@@ -37,7 +37,7 @@ class PerProcess(Generic[Handle]):
         return self._handle
 
     def close(self) -> None:
-        """Close what is open; it is opened again when it is needed."""
+        """Close the handle. It is reopened when needed."""
         handle, self._handle = self._handle, None
         if handle is not None and hasattr(handle, "close"):
             handle.close()

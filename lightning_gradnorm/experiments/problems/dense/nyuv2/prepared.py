@@ -1,12 +1,12 @@
-"""The compact form: memory-mapped arrays at the sizes wanted, and a file that says what they are.
+"""The compact format: memory-mapped arrays at the wanted sizes, and a file that describes them.
 
-    nyuv2.json           version, sizes, where it came from and in which convention its normals were, scenes; length and
+    nyuv2.json           version, sizes, source and convention of its normals, scenes; length and
                          SHA-256 of every array file
     train_image.npy      uint8    (N, 3, H, W)
     train_segmentation.npy  int8  (N, h, w)
     train_depth.npy      float16  (N, h, w)
     train_normals.npy    int16    (N, 3, h, w)
-    test_image.npy, ...  the official test images; keypoints (N, 48, 3) float32 if the source has them
+    test_image.npy, ...  the official test images; also keypoints (N, 48, 3) float32 if the source has them
 
 `lightning_gradnorm.experiments.problems.dense.nyuv2.storage_format` documents the types and their errors.
 """
@@ -44,15 +44,15 @@ Array = npt.NDArray[Any]
 
 VERSION = 2
 UNKNOWN = "unknown"
-"""What is said of normals that are left as they are."""
+"""The description of unchanged normals."""
 DERIVED = "derived from the depth"
-"""What is said of normals that are in our convention from the start."""
+"""The description of normals that are already in our convention."""
 SPLITS = ("train", "test")
 _PREPARE_AGAIN = "Delete the folder and prepare the data again."
 
 
 class Stored(Protocol):
-    """Images in the compact types, whether read from the compact form or made of a source on the way.
+    """Images in the compact types, read from the compact format or converted from a source.
 
     Attributes:
         input_size: Height and width of the images.
@@ -68,29 +68,29 @@ class Stored(Protocol):
         """Return the number of images of ``"train"`` or ``"test"``."""
 
     def scenes(self, split: str) -> list[str] | None:
-        """Return the scene of each image, or None where it is not known."""
+        """Return the scene of each image, or None if unknown."""
 
     def arrays(self, split: str, index: int) -> dict[str, Array]:
         """Return the arrays of one image."""
 
 
 class Direct:
-    """A source as it was downloaded, each image brought to the wanted sizes and its normals to our convention when it is read.
+    """A source as downloaded. Each image is converted to the wanted sizes and our normals convention when it is read.
 
-    The convention of the source's normals is found in the same few training images in every process, so that all agree.
+    Every process detects the convention of the source's normals from the same few training images, so all agree.
 
     Args:
         source: The source.
-        input_size: Height and width of the images; None for the source's own.
-        output_size: Height and width of labels, depth and normals; None for the source's own.
-        normals_convention: What the channels of the source's normals point to, such as ``"right away up"``; ``"auto"`` to
-            find out from the depth and say so; None to leave the normals as they are.
+        input_size: Height and width of the images; None for those of the source.
+        output_size: Height and width of labels, depth and normals; None for those of the source.
+        normals_convention: Directions of the channels of the source's normals, such as ``"right away up"``; ``"auto"`` to
+            detect and print them from the depth; None to leave the normals unchanged.
 
     Attributes:
-        normals: In which convention the source's normals are, in words.
+        normals: The convention of the source's normals as text.
 
     Raises:
-        ValueError: ``normals_convention`` is none, or the source has no normals to which it applies.
+        ValueError: ``normals_convention`` is invalid, or does not apply because the source has no normals.
     """
 
     def __init__(
@@ -112,22 +112,22 @@ class Direct:
         return self.source.count(split)
 
     def scenes(self, split: str) -> list[str] | None:
-        """Return the scene of each image, or None where it is not known."""
+        """Return the scene of each image, or None if unknown."""
         return self.source.scenes(split)
 
     def arrays(self, split: str, index: int) -> dict[str, Array]:
-        """Read one image and bring it to the wanted sizes and the compact types."""
+        """Read one image and convert it to the wanted sizes and the compact types."""
         frame = self.source.read(split, index)
         if isinstance(frame.normals, np.ndarray):
             frame = replace(frame, normals=self._convention.to_ours(frame.normals))
         return compact(frame, self.input_size, self.output_size)
 
     def _find_convention(self, first: Frame, given: str | None) -> tuple[Convention, str]:
-        """Return the convention, ours if none is known, and what it is in words."""
+        """Return the convention (ours if it is unknown) and its description."""
         if isinstance(first.normals, Intrinsics):
             if given not in (AUTO, None):
                 raise ValueError(
-                    f"NYUv2: normals_convention should be 'auto' for the {self.source.form} form, whose normals are derived "
+                    f"NYUv2: normals_convention should be 'auto' for the {self.source.form} format, whose normals are derived "
                     f"from its depth; got {given!r}."
                 )
             return OURS, DERIVED
@@ -142,8 +142,8 @@ class Direct:
         found = compared.convention
         if found is None:
             rank_zero_warn(
-                f"NYUv2: what the channels of the normals in {self.source.root} point to should show in the depth; it does "
-                f"not: {compared}. The normals are left as they are. Give normals_convention, {HOW_TO_SAY}."
+                f"NYUv2: the directions of the normals' channels in {self.source.root} should show in the depth; they do "
+                f"not: {compared}. The normals stay unchanged. Set normals_convention, {HOW_TO_SAY}."
             )
             return OURS, UNKNOWN
         rank_zero_info(
@@ -154,14 +154,14 @@ class Direct:
 
 
 class Prepared:
-    """Reads the compact form. Nothing is in memory but what is being read.
+    """Reads the compact format. Only the data being read are in memory.
 
     Args:
         root: The folder with ``nyuv2.json``.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A file is damaged, or not what ``nyuv2.json`` says.
+        ValueError: A file is damaged, or does not match ``nyuv2.json``.
     """
 
     form = "prepared"
@@ -191,7 +191,7 @@ class Prepared:
         return self._counts[split]
 
     def scenes(self, split: str) -> list[str] | None:
-        """Return the scene of each image, or None where it is not known."""
+        """Return the scene of each image, or None if unknown."""
         scenes: list[str] | None = self._scenes[split]
         return scenes
 
@@ -204,7 +204,7 @@ class Prepared:
         """Read every byte and compare the checksums.
 
         Raises:
-            ValueError: A file is not as it was written.
+            ValueError: A file has changed since it was written.
         """
         for name, (_, digest) in self._files.items():
             found = checksum(self.root / name)
@@ -234,7 +234,7 @@ class Prepared:
 
 
 def file_of(split: str, kind: str) -> str:
-    """Name the file of one array."""
+    """Return the file name of one array."""
     return f"{split}_{kind}.npy"
 
 

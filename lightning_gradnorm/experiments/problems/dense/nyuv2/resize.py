@@ -1,4 +1,4 @@
-"""Other sizes, (height, width): images by area averaging, whatever can be invalid by its nearest pixel."""
+"""Resizes arrays: images by area averaging, targets with invalid pixels by the nearest pixel."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Array = npt.NDArray[Any]
 
 
 def area_average(image: Array, size: tuple[int, int]) -> Array:
-    """Resize an image so that each new pixel is the mean of the area that it covers.
+    """Resize an image. Each new pixel is the mean of the area that it covers.
 
-    All sums are of integers, so the result is the same on every machine; halves are rounded up.
+    All sums use integers, so the result is the same on every machine. Halves are rounded up.
 
     Args:
         image: ``uint8``, shape ``(channels, height, width)``.
-        size: New height and width; may be larger than the old.
+        size: New height and width, which may be larger than the old.
 
     Example:
         >>> area_average(np.array([[[0, 10, 20, 31]]], dtype=np.uint8), (1, 2))
@@ -33,10 +33,10 @@ def area_average(image: Array, size: tuple[int, int]) -> Array:
 
 
 def nearest(size: int, to: int) -> Array:
-    """Return, for each of ``to`` new rows (or columns), which of the ``size`` old ones lies under its center.
+    """Return, for each of ``to`` new rows (or columns), the one of the ``size`` old ones under its center.
 
-    Labels, depth and normals are all taken at these pixels: no mean of a valid and an invalid value, of two classes or of
-    two surfaces comes about, and the three targets of a new pixel belong to the same point of the scene.
+    Labels, depth and normals all come from these pixels. This never averages a valid and an invalid value, two classes or
+    two surfaces, and the three targets of a new pixel belong to the same point of the scene.
 
     Example:
         >>> nearest(6, 3)
@@ -46,8 +46,8 @@ def nearest(size: int, to: int) -> Array:
 
 
 def _overlaps(size: int, to: int) -> Array:
-    """Lengths that new and old pixels share, shape ``(to, size)``, in units in which each row sums to ``size``."""
-    # In these units an old pixel is `to` long and a new one `size`.
+    """Return the overlaps of new and old pixels, shape ``(to, size)``, in units such that each row sums to ``size``."""
+    # In these units, an old pixel has length `to` and a new one `size`.
     new, old = np.arange(to)[:, None] * size, np.arange(size)[None, :] * to
     overlaps: Array = np.maximum(np.minimum(new + size, old + to) - np.maximum(new, old), 0)
     return overlaps.astype(np.float64)

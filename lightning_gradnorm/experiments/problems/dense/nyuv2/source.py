@@ -1,4 +1,4 @@
-"""Which form of the data a folder is."""
+"""Detects the format of the data in a folder."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning_gradnorm.experiments.problems.dense.nyuv2.frame import Frame
 
 
 class Source(Protocol):
-    """Images with their annotation, in two splits, ``"train"`` and the official ``"test"``.
+    """Images with annotations in two splits, ``"train"`` and the official ``"test"``.
 
     Attributes:
-        form: What kind of copy it is, in words.
-        root: Where it is.
+        form: Name of the format.
+        root: The folder.
         size: Height and width of its images.
     """
 
@@ -28,7 +28,7 @@ class Source(Protocol):
         """Return the number of images of a split."""
 
     def scenes(self, split: str) -> list[str] | None:
-        """Return the scene of each image, or None where the form does not tell."""
+        """Return the scene of each image, or None if the format does not tell."""
 
     def read(self, split: str, index: int) -> Frame:
         """Read an image, its normals in the source's own convention."""
@@ -39,70 +39,70 @@ FORMS: dict[str, Callable[[Path], Source]] = {
     "mtan": mtan.MTAN,
     "huggingface": huggingface.HuggingFace,
 }
-"""The forms by the names under which they can be asked for."""
+"""The formats by the names that ``form`` accepts."""
 
 PREPARED = "prepared"
 MANIFEST = "nyuv2.json"
 PROGRESS = "nyuv2.progress.json"
 
 _LOOKED_FOR = (
-    f"{official.DATA} (the official form), train/image and val/image (MTAN's), train-*.parquet (Hugging Face's) "
+    f"{official.DATA} (the official format), train/image and val/image (MTAN's), train-*.parquet (Hugging Face's) "
     f"or {MANIFEST} (prepared by scripts/prepare_nyuv2.py)"
 )
 
 
 def find_form(root: Path) -> str:
-    """Say which form of the data a folder is: ``"prepared"`` or one of `FORMS`.
+    """Return the format of a folder: ``"prepared"`` or one of `FORMS`.
 
     Raises:
-        FileNotFoundError: There is no such folder, or it is none of the forms.
-        ValueError: It is several of them, or prepared in part.
+        FileNotFoundError: The folder does not exist, or has none of the formats.
+        ValueError: It has several formats, or is only partly prepared.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"NYUv2: root should be a folder; {root} is none.")
+        raise FileNotFoundError(f"NYUv2: root should be a folder; no such folder: {root}.")
     if (root / MANIFEST).is_file():
         return PREPARED
     if (root / PROGRESS).is_file():
         raise ValueError(
-            f"NYUv2: the data in {root} should be prepared to the end; they are not. Run scripts/prepare_nyuv2.py again "
-            "as before; it goes on where it stopped."
+            f"NYUv2: the data in {root} should be prepared completely; they are not. Run scripts/prepare_nyuv2.py again "
+            "as before; it continues where it stopped."
         )
     forms = _forms_of(root)
     if len(forms) > 1:
         raise ValueError(
-            f"NYUv2: root should hold one form of the data; {root} holds {', '.join(forms)}. Say which with form=..."
+            f"NYUv2: root should contain one format of the data; {root} contains {', '.join(forms)}. Choose one with form=..."
         )
     if not forms:
         below = [child.name for child in sorted(root.iterdir()) if child.is_dir() and _forms_of(child)]
         hint = f" Its folder {below[0]} does: root={root / below[0]}" if below else ""
-        raise FileNotFoundError(f"NYUv2: root should hold {_LOOKED_FOR}; {root} holds none of them.{hint}")
+        raise FileNotFoundError(f"NYUv2: root should contain {_LOOKED_FOR}; {root} contains none of them.{hint}")
     return forms[0]
 
 
 def find_source(root: Path, form: str | None = None) -> Source:
-    """Open the source in a folder, of whichever form it is.
+    """Open the source in a folder, in any format.
 
     Args:
         root: The folder.
-        form: One of `FORMS`, if the folder holds several.
+        form: One of `FORMS`, if the folder contains several formats.
 
     Raises:
-        FileNotFoundError: There is no such folder, it is none of the forms, or files are missing.
-        ValueError: It is several of them, or prepared, or ``form`` is unknown, or a file is wrong.
+        FileNotFoundError: The folder does not exist or has none of the formats, or files are missing.
+        ValueError: It has several formats, or is prepared, or ``form`` is unknown, or a file is invalid.
     """
     if form is not None and form not in FORMS:
         raise ValueError(f"NYUv2: form should be one of {', '.join(FORMS)}; got {form!r}: {did_you_mean(form, FORMS)}")
     form = find_form(root) if form is None else form
     if form == PREPARED:
-        raise ValueError(f"NYUv2: a source should be as it was downloaded; {root} is already prepared.")
+        raise ValueError(f"NYUv2: a source should be as downloaded; {root} is already prepared.")
     return FORMS[form](root)
 
 
 def describe(source: Source) -> str:
-    """Say in a line what was found."""
+    """Return a line that describes the source."""
     height, width = source.size
     return (
-        f"NYUv2: {source.root} is the {source.form} form: {source.count('train')} train and {source.count('test')} test "
+        f"NYUv2: {source.root} is in the {source.form} format: {source.count('train')} train and {source.count('test')} test "
         f"images of {height} x {width}."
     )
 

@@ -1,4 +1,4 @@
-"""Which training images are held out for validation."""
+"""Chooses the training images to hold out for validation."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import numpy as np
 import numpy.typing as npt
 
 NEIGHBORS = 10
-"""Where scenes are not known, so many images that follow each other stand in for one: they often show the same room."""
+"""Number of consecutive images that count as a scene if scenes are unknown. They often show the same room."""
 
 
 def split_by_scene(
     count: int, scenes: Sequence[Hashable] | None, share: float, seed: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Hold out whole scenes, drawn by ``seed``, until at least ``share`` of the images is held out.
+    """Hold out random whole scenes until at least ``share`` of the images is held out.
 
     Args:
         count: Number of images.
-        scenes: The scene of each; None to take ten images in a row for one.
+        scenes: The scene of each image; None to count ten consecutive images as one.
         share: Share of the images to hold out; 0 for none.
         seed: Seed of the draw.
 
     Returns:
-        The indices that stay and those held out, both in order.
+        The remaining indices and those held out, both in order.
 
     Raises:
-        ValueError: Nothing would stay.
+        ValueError: No images would remain.
 
     Example:
         >>> train, val = split_by_scene(5, ["hall", "hall", "attic", "attic", "attic"], share=0.2, seed=0)
@@ -44,7 +44,7 @@ def split_by_scene(
     if held.all():
         raise ValueError(
             f"NYUv2: val_share should leave training images, and whole scenes are held out; {share} of {count} images in "
-            f"{len(sizes)} scene{'s' * (len(sizes) > 1)} leaves none. Lower it, or use 0 to validate on nothing."
+            f"{len(sizes)} scene{'s' * (len(sizes) > 1)} leaves none. Lower it, or use 0 for no validation."
         )
     chosen = held[scene_of]
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)

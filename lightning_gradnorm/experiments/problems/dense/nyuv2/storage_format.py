@@ -1,16 +1,16 @@
-"""One image in the types that it is stored in, and back.
+"""Converts one image to its storage types, and back.
 
 ================  =========  ====================================================================
-array             type       error of storing it
+array             type       storage error
 ================  =========  ====================================================================
-``image``         uint8      none at the source's size; 1/510 where resizing made other values
+``image``         uint8      none at the source's size; 1/510 if resizing created other values
 ``segmentation``  int8       none
 ``depth``         float16    1/2048 of the depth: 1 mm at 2 m, 5 mm at 10 m (the sensor's is 1 cm and 30 cm there)
 ``normals``       int16      0.002 degrees: components in steps of 1/32767
 ``keypoints``     float32    none
 ================  =========  ====================================================================
 
-A source that is read directly goes through the same types, so that training on it is the same to the last bit.
+A source that is read directly uses the same types, so training on it is bit-identical.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ TYPES: dict[str, np.dtype[Any]] = {
 }
 NORMAL_STEPS = 32767
 SMALLEST_DEPTH = 6e-5
-"""Meters; what is nearer than this counts as unknown, since half precision has no room for it."""
+"""Meters. Anything nearer counts as unknown, because half precision cannot represent it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One image as a network is trained on it.
+    """One image as used in training.
 
     Attributes:
         image: ``float32``, shape ``(3, H, W)``, in [0, 1].
-        segmentation: ``int64``, shape ``(h, w)``, 0 to 12; -1 is to be ignored.
+        segmentation: ``int64``, shape ``(h, w)``, 0 to 12; -1 to ignore.
         depth: ``float32``, shape ``(1, h, w)``, meters; 0 is unknown.
-        normals: ``float32``, shape ``(3, h, w)``, unit vectors, x right, y up, z towards the camera; zero is unknown.
+        normals: ``float32``, shape ``(3, h, w)``, unit vectors, x right, y up, z toward the camera; zero is unknown.
         keypoints: ``float32``, shape ``(48, 3)``: x, y in output pixels, visible or not; or None.
     """
 
@@ -71,7 +71,7 @@ def shapes(input_size: Size, output_size: Size) -> dict[str, tuple[int, ...]]:
 
 
 def compact(frame: Frame, input_size: Size, output_size: Size) -> dict[str, Array]:
-    """Bring a frame to the wanted sizes and into the types of `TYPES`, its normals derived if it has none."""
+    """Convert a frame to the wanted sizes and the types in `TYPES`. Derives the normals if it has none."""
     height, width = frame.segmentation.shape
     rows, columns = nearest(height, output_size[0]), nearest(width, output_size[1])
     at = np.ix_(rows, columns)
@@ -92,7 +92,7 @@ def compact(frame: Frame, input_size: Size, output_size: Size) -> dict[str, Arra
 
 
 def expand(arrays: dict[str, Array]) -> Sample:
-    """Turn the arrays of one image into what a network is trained on."""
+    """Convert the stored arrays of one image to a training sample."""
     normals = arrays["normals"].astype(np.float32)
     length = np.sqrt((normals**2).sum(axis=0, dtype=np.float32))
     return Sample(

@@ -1,7 +1,7 @@
 """Rooms: rendered indoor scenes with exact depth, normals, classes and layout keypoints.
 
-`primitives`, `furniture` and `scene` say what is in a room, `camera` and `layout` how it is seen, `casting` and
-`shading` make pixels of it, `render` is one picture from a seed and a number, `module` the data set.
+`primitives`, `furniture` and `scene` define the contents of a room, `camera` and `layout` the view, `casting` and
+`shading` compute the pixels. `render` draws one picture from a seed and a number, `module` is the data set.
 """
 
 from lightning_gradnorm.experiments.problems.dense.rooms.layout import KEYPOINTS, LAYOUTS

@@ -8,7 +8,7 @@ import numpy as np
 
 from lightning_gradnorm.experiments.problems.dense.rooms.primitives import Floats
 
-# NYUv2's, of its 640 x 480 images, as shares of width and height: an image of another size is that image resized.
+# NYUv2's values for its 640 x 480 images, as shares of width and height: images of other sizes are resized versions.
 FX, FY = 518.86 / 640, 519.47 / 480
 CX, CY = 325.58 / 640, 253.74 / 480
 
@@ -17,12 +17,12 @@ CX, CY = 325.58 / 640, 253.74 / 480
 class Camera:
     """A pinhole camera.
 
-    Its frame is ``x`` right, ``y`` up, ``z`` towards the viewer, so that it looks along ``-z``. A point's depth is its
+    Its frame is ``x`` right, ``y`` up, ``z`` toward the viewer, so it looks along ``-z``. The depth of a point is its
     distance along the optical axis, ``-z``, as in NYUv2, not the length of the ray.
 
     Args:
         position: In world coordinates, in meters, shape ``(3,)``.
-        rotation: The camera's right, up and backward directions in world coordinates, one a row, shape ``(3, 3)``.
+        rotation: The camera's right, up and backward directions in world coordinates, one per row, shape ``(3, 3)``.
     """
 
     position: Floats
@@ -35,14 +35,14 @@ class Camera:
     def turn(self, directions: Floats) -> Floats:
         """Express world directions, ``(..., 3)``, in the camera's frame.
 
-        Written out, since a matrix product's last bits may depend on how many directions there are.
+        Written out, because the last bits of a matrix product may depend on the number of directions.
         """
         x, y, z = directions[..., 0:1], directions[..., 1:2], directions[..., 2:3]
         return x * self.rotation[:, 0] + y * self.rotation[:, 1] + z * self.rotation[:, 2]
 
 
 def rotations(yaw: Floats, pitch: Floats, roll: Floats) -> Floats:
-    """Make cameras' rotations from angles in radians, each of shape ``(n,)``, to ``(n, 3, 3)``.
+    """Return camera rotations, ``(n, 3, 3)``, from angles in radians, each of shape ``(n,)``.
 
     At zero a camera looks along ``-z``. ``yaw`` turns it to the left, ``pitch`` up, ``roll`` counter-clockwise.
 
@@ -61,9 +61,9 @@ def rotations(yaw: Floats, pitch: Floats, roll: Floats) -> Floats:
 
 
 def pixel_rays(height: int, width: int) -> tuple[Floats, Floats]:
-    """Give the rays through the pixels' centers: ``x`` by column, ``(width,)``, and ``y`` by row, ``(height,)``.
+    """Return the rays through the pixel centers: ``x`` by column, ``(width,)``, and ``y`` by row, ``(height,)``.
 
-    The ray of a pixel is ``(x, y, -1)`` in the camera's frame, so that a point at ``t`` times it has depth ``t``.
+    The ray of a pixel is ``(x, y, -1)`` in the camera's frame, so a point at ``t`` times the ray has depth ``t``.
 
     Example:
         >>> x, y = pixel_rays(480, 640)

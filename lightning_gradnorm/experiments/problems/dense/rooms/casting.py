@@ -1,7 +1,7 @@
-"""Which surface each pixel sees, and how far away: one ray per pixel, exact.
+"""Finds the surface and depth at each pixel exactly, with one ray per pixel.
 
-Every flat face is a plane in the camera's frame, so that what a ray ``(x, y, -1)`` needs to meet it is linear in ``x``
-and ``y``: a sum of a row and a column. A face is looked at only by the pixels that its outline can cover.
+Every flat face is a plane in the camera's frame. The inverse depth at which a ray ``(x, y, -1)`` meets it is linear in
+``x`` and ``y``, a sum of a row and a column. Each face is only tested at the pixels that its outline can cover.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lightning_gradnorm.experiments.problems.dense.rooms.scene import Scene
 
 Window = tuple[slice, slice]
 
-NEAR = 0.01  # meters; an outline that comes nearer than this may cover any pixel
+NEAR = 0.01  # meters; a nearer outline may cover any pixel
 
 
 @dataclass
@@ -33,13 +33,13 @@ class Faces:
     """Surfaces in the camera's frame: planes, rectangles, discs, and the sides of cylinders.
 
     Args:
-        center: A point of each, shape ``(n, 3)``; of a cylinder's side, the middle of the cylinder.
+        center: A point on each face, shape ``(n, 3)``; for the side of a cylinder, the center of the cylinder.
         first: Unit vector along the surface, ``(n, 3)``.
-        second: Unit vector along the surface and square to ``first``; a cylinder's axis.
-        normal: Unit normal towards the room's inside; of a cylinder's side, whichever is square to both.
-        half: Half the extent along ``first`` and ``second``, ``(n, 2)``; a cylinder's radius and half its height.
-        disc: Whether the face is a disc of radius ``half[:, 0]``.
-        side: Whether it is the side of a cylinder.
+        second: Unit vector along the surface and perpendicular to ``first``; for a cylinder, its axis.
+        normal: Unit normal toward the room's inside; for the side of a cylinder, the vector perpendicular to both.
+        half: Half the extent along ``first`` and ``second``, ``(n, 2)``; for a cylinder, its radius and half its height.
+        disc: True if the face is a disc of radius ``half[:, 0]``.
+        side: True if it is the side of a cylinder.
         label: Class, ``(n,)``.
         material: Number of its material, ``(n,)``: the room's six surfaces, then the scene's primitives in order.
     """
@@ -57,7 +57,7 @@ class Faces:
 
 @dataclass
 class Hits:
-    """What the pixels of an image see.
+    """The surface and depth at each pixel of an image.
 
     Args:
         face: Number of the face, ``(h, w)``.
@@ -68,12 +68,12 @@ class Hits:
     depth: Floats
 
 
-# Of a box's six faces: the axis of the normal, its sign, and the axes along the surface.
+# For each face of a box: the axis of the normal, its sign, and the axes along the surface.
 _BOX_FACES = tuple((axis, sign, *along) for axis, along in ((0, (2, 1)), (1, (0, 2)), (2, (0, 1))) for sign in (-1, 1))
 
 
 def faces_of(scene: Scene, camera: Camera) -> Faces:
-    """Collect the surfaces of a room and of what is in it that face the camera; the room's six come first."""
+    """Return the surfaces of a room and its contents that face the camera. The room's six come first."""
     axes, centers, halves = _frames(scene.primitives, camera)
     labels = np.array([CLASSES.index(part.label) for part in scene.primitives], dtype=np.int64)
     is_round = np.array([part.round for part in scene.primitives], dtype=bool)
@@ -81,7 +81,7 @@ def faces_of(scene: Scene, camera: Camera) -> Faces:
     for make, which in ((_box_faces, ~is_round), (_cylinder_faces, is_round)):
         materials = len(scene.surfaces) + np.flatnonzero(which)
         group = make(axes[which], centers[which], halves[which], labels[which], materials)
-        # A plane is seen from the side that its normal points to.
+        # A plane is visible from the side that its normal points to.
         facing = (np.sum(group.normal * group.center, axis=1) < 0) | group.side
         groups.append(Faces(*(array[facing] for array in _arrays(group))))
     return Faces(*(np.concatenate(arrays) for arrays in zip(*map(_arrays, groups), strict=True)))
@@ -92,7 +92,7 @@ def _arrays(faces: Faces) -> list[Any]:
 
 
 def _frames(primitives: Sequence[Primitive], camera: Camera) -> tuple[Floats, Floats, Floats]:
-    """Return the primitives' axes, ``(n, 3 axes, 3)``, and centers, ``(n, 3)``, in the camera's frame, and halves."""
+    """Return the primitives' axes, ``(n, 3 axes, 3)``, centers, ``(n, 3)``, in the camera's frame, and half extents."""
     axes = np.zeros((len(primitives), 3, 3))
     for row, part in enumerate(primitives):
         cos, sin = math.cos(part.yaw), math.sin(part.yaw)
@@ -103,7 +103,7 @@ def _frames(primitives: Sequence[Primitive], camera: Camera) -> tuple[Floats, Fl
 
 
 def _walls(scene: Scene, camera: Camera) -> Faces:
-    """Turn a box inside out, and its faces into endless planes: the nearest is the one that is seen, without seams."""
+    """Turn a box inside out and its faces into infinite planes. The nearest one is visible, without seams."""
     axes, center = camera.turn(np.eye(3)[None]), camera.to_camera(scene.size[None] / 2)
     labels = [CLASSES.index(name) for name in ("wall", "wall", "floor", "ceiling", "wall", "wall")]
     walls = _box_faces(axes, center, scene.size[None] / 2, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
@@ -134,7 +134,7 @@ def _box_faces(axes: Floats, centers: Floats, halves: Floats, label: Integers, m
 
 
 def _cylinder_faces(axes: Floats, centers: Floats, halves: Floats, label: Integers, material: Integers) -> Faces:
-    """Bottom, side and top of each."""
+    """Return bottom, side and top of each cylinder."""
     across, up, along = (np.repeat(axes[:, axis], 3, axis=0) for axis in range(3))
     radius, height = (np.repeat(halves[:, axis], 3) for axis in (0, 1))
     level = np.tile([-1.0, 0.0, 1.0], len(axes))[:, None]
@@ -153,7 +153,7 @@ def _cylinder_faces(axes: Floats, centers: Floats, halves: Floats, label: Intege
 
 
 def cast(faces: Faces, height: int, width: int) -> Hits:
-    """Find what each pixel's ray meets first."""
+    """Find the first surface that each pixel's ray meets."""
     x, y = pixel_rays(height, width)
     depth = np.full((height, width), np.inf)
     seen = np.zeros((height, width), dtype=np.int64)
@@ -163,14 +163,14 @@ def cast(faces: Faces, height: int, width: int) -> Hits:
             met = _meet_side(faces, number, x[columns], y[rows, None])
         else:
             met = _meet_plane(faces, number, x[columns], y[rows, None])
-        nearer = met < depth[window]  # not where it is NaN: a ray along the plane
+        nearer = met < depth[window]  # False for NaN, a ray along the plane
         np.copyto(depth[window], met, where=nearer)
         np.copyto(seen[window], number, where=nearer)
     return Hits(seen, depth)
 
 
 def _meet_plane(faces: Faces, number: int, x: Floats, y: Floats) -> Floats:
-    """Return the depth at which rays meet a flat face, infinite where they do not."""
+    """Return the depth at which rays meet a flat face, infinite if they do not."""
     center, normal, half = faces.center[number], faces.normal[number], faces.half[number]
     against = normal[0] * x + (normal[1] * y - normal[2])
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -189,11 +189,11 @@ def _meet_plane(faces: Faces, number: int, x: Floats, y: Floats) -> Floats:
 
 
 def _meet_side(faces: Faces, number: int, x: Floats, y: Floats) -> Floats:
-    """Return the depth at which rays meet a cylinder's side from outside, infinite where they do not."""
+    """Return the depth at which rays meet a cylinder's side from outside, infinite if they do not."""
     center, axis, (radius, half) = faces.center[number], faces.second[number], faces.half[number]
     along = axis[0] * x + (axis[1] * y - axis[2])
     lift = _dot(axis, center)
-    # The ray and the way to the cylinder's middle, without their parts along the axis.
+    # The ray and the vector to the cylinder's center, without their components along the axis.
     a = x * x + (y * y + 1) - along * along
     b = center[0] * x + (center[1] * y - center[2]) - along * lift
     c = _dot(center, center) - lift * lift - radius * radius
@@ -209,7 +209,7 @@ def _dot(one: Floats, other: Floats) -> float:
 
 
 def _windows(faces: Faces, height: int, width: int) -> list[tuple[int, Window]]:
-    """List the faces that may be in the image, each with the pixels that its outline can cover."""
+    """Return the faces that may be in the image, each with the pixels that its outline can cover."""
     finite = np.isfinite(faces.half[:, :1])
     reach = np.where(finite, faces.half, 0.0)
     first, second = faces.first * reach[:, :1], faces.second * reach[:, 1:]
@@ -221,7 +221,7 @@ def _windows(faces: Faces, height: int, width: int) -> list[tuple[int, Window]]:
     with np.errstate(divide="ignore", invalid="ignore"):
         columns = (CX + FX * corners[..., 0] / ahead) * width
         rows = (CY - FY * corners[..., 1] / ahead) * height
-    # One pixel more on each side than rounding could cost.
+    # One extra pixel on each side for rounding.
     left, right = _pixels(columns.min(axis=1) - 1, width), _pixels(columns.max(axis=1) + 2, width)
     top, bottom = _pixels(rows.min(axis=1) - 1, height), _pixels(rows.max(axis=1) + 2, height)
     endless = ~finite[:, 0]
@@ -241,7 +241,7 @@ def _pixels(place: Floats, count: int) -> Integers:
 
 
 def hit_points(hits: Hits) -> Floats:
-    """Return the points that the pixels see, in the camera's frame, ``(3, h, w)``."""
+    """Return the points at the pixels, in the camera's frame, ``(3, h, w)``."""
     x, y = pixel_rays(*hits.depth.shape)
     return np.stack([hits.depth * x, hits.depth * y[:, None], -hits.depth])
 

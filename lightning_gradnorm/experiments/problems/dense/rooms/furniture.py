@@ -1,7 +1,7 @@
-"""Pieces of furniture, drawn at random, as lists of primitives.
+"""Random pieces of furniture as lists of primitives.
 
-A piece's own frame: ``x`` along the wall behind it, ``y`` up, ``z`` away from that wall; the origin is on the floor, in
-the middle of its back edge. Lengths are in meters.
+The frame of a piece has ``x`` along the wall behind it, ``y`` up and ``z`` away from that wall. Its origin is on the floor
+in the middle of the back edge. Lengths are in meters.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Piece:
 
     Args:
         width: Extent along the wall.
-        depth: Extent away from it.
-        parts: Its primitives, in its own frame.
+        depth: Extent away from the wall.
+        parts: Its primitives in its own frame.
     """
 
     width: float
@@ -110,7 +110,7 @@ def _pile_of_books(rng: Random, x: float, z: float, height: float, room: float) 
 
 
 def bed(rng: Random) -> Piece:
-    """Make a bed, its head at the wall."""
+    """Make a bed with its head at the wall."""
     width, length, top = rng.uniform(1.0, 1.9), rng.uniform(2.0, 2.15), rng.uniform(0.45, 0.6)
     frame, sheet, blanket = wood(rng), fabric(rng, SHEETS), fabric(rng, FABRICS + SHEETS)
     half = width / 2
@@ -129,7 +129,7 @@ def bed(rng: Random) -> Piece:
 
 
 def sofa(rng: Random) -> Piece:
-    """Make a sofa or, if it is narrow, an armchair."""
+    """Make a sofa, or an armchair if it is narrow."""
     width = rng.uniform(0.9, 1.1) if rng.uniform() < 0.3 else rng.uniform(1.5, 2.4)
     depth, seat, back, arm = rng.uniform(0.8, 1.0), rng.uniform(0.38, 0.46), rng.uniform(0.75, 0.95), 0.18
     cover, half = fabric(rng), width / 2
@@ -147,7 +147,7 @@ def sofa(rng: Random) -> Piece:
 
 
 def table(rng: Random, width: float, depth: float, height: float) -> Piece:
-    """Make a table with four legs, or a round one with a single leg, and things on it."""
+    """Make a table with four legs, or a round one with a single leg, with things on it."""
     material = wood(rng)
     if rng.uniform() < 0.3:
         width = depth
@@ -172,17 +172,17 @@ def coffee_table(rng: Random) -> Piece:
 
 
 def dining_table(rng: Random) -> Piece:
-    """Make a table to sit at."""
+    """Make a dining table."""
     return table(rng, rng.uniform(1.1, 1.8), rng.uniform(0.75, 0.95), rng.uniform(0.72, 0.77))
 
 
 def desk(rng: Random) -> Piece:
-    """Make a table to work at."""
+    """Make a desk."""
     return table(rng, rng.uniform(1.0, 1.6), rng.uniform(0.6, 0.75), rng.uniform(0.72, 0.77))
 
 
 def chair(rng: Random) -> Piece:
-    """Make a chair; it faces away from the wall."""
+    """Make a chair that faces away from the wall."""
     width, depth, seat = rng.uniform(0.4, 0.5), rng.uniform(0.42, 0.52), rng.uniform(0.43, 0.48)
     frame = wood(rng) if rng.uniform() < 0.6 else Material(pick(rng, GRAYS))
     cover, half, back = (frame if rng.uniform() < 0.4 else fabric(rng)), width / 2, rng.uniform(0.85, 1.05)
@@ -201,7 +201,7 @@ def chair(rng: Random) -> Piece:
 
 
 def cabinet(rng: Random) -> Piece:
-    """Make a wardrobe, a dresser or a nightstand, with fronts to pull."""
+    """Make a wardrobe, a dresser or a nightstand, with doors or drawers."""
     sizes = (((0.9, 1.8), (1.8, 2.2)), ((0.8, 1.4), (0.7, 1.0)), ((0.4, 0.55), (0.45, 0.6)))
     widths, heights = sizes[rng.integers(len(sizes))]
     width, height, depth = rng.uniform(*widths), rng.uniform(*heights), rng.uniform(0.38, 0.6)
@@ -263,7 +263,7 @@ def television(rng: Random) -> Piece:
 
 
 def lamp(rng: Random) -> Piece:
-    """Make a lamp that stands on the floor."""
+    """Make a floor lamp."""
     height, metal = rng.uniform(1.4, 1.75), Material(pick(rng, GRAYS))
     shade = Material((0.95, 0.86, 0.62), glow=rng.uniform(0.3, 0.9))
     parts = (
@@ -275,7 +275,7 @@ def lamp(rng: Random) -> Piece:
 
 
 def plant(rng: Random) -> Piece:
-    """Make a plant in a pot, or a bin where the plant would be."""
+    """Make a plant in a pot, or a bin instead of the plant."""
     radius, height = rng.uniform(0.13, 0.2), rng.uniform(0.25, 0.4)
     parts = [cylinder("objects", fabric(rng, BRIGHT + GRAYS), 0, 0.25, radius, (0.0, height))]
     if rng.uniform() < 0.6:
@@ -285,7 +285,7 @@ def plant(rng: Random) -> Piece:
 
 
 def crate(rng: Random) -> Piece:
-    """Make a box or a suitcase left on the floor, not quite straight."""
+    """Make a box or suitcase on the floor, slightly rotated."""
     width, depth, height = rng.uniform(0.3, 0.6), rng.uniform(0.25, 0.45), rng.uniform(0.25, 0.5)
     material = fabric(rng, BRIGHT + WOODS)
     body = box("objects", material, (-width / 2, width / 2), (0.0, height), (-depth / 2, depth / 2))
@@ -293,7 +293,7 @@ def crate(rng: Random) -> Piece:
 
 
 def window(rng: Random) -> Piece:
-    """Make a window with a frame and a bar, flat at the wall; its height above the floor is its own."""
+    """Make a window with a frame and a bar, flat on the wall, at a random height."""
     width, bottom, top = rng.uniform(0.8, 2.0), rng.uniform(0.8, 1.0), rng.uniform(1.9, 2.15)
     frame, half, edge = Material(pick(rng, GRAYS[2:] + WOODS)), width / 2, 0.06
     sky = Material((0.70, 0.85, 1.0), (0.75, 0.90, 0.80), "noise", rng.uniform(0.3, 0.8), glow=rng.uniform(0.5, 1.1))
@@ -311,7 +311,7 @@ def window(rng: Random) -> Piece:
 
 
 def picture(rng: Random) -> Piece:
-    """Make a picture in a frame, at the height of the eyes."""
+    """Make a framed picture at eye level."""
     half, tall, middle = rng.uniform(0.2, 0.55), rng.uniform(0.2, 0.4), rng.uniform(1.4, 1.7)
     frame = Material(pick(rng, WOODS + GRAYS))
     motif = Material(pick(rng, BRIGHT + SHEETS), pick(rng, BRIGHT + FABRICS), "noise", rng.uniform(0.08, 0.3))

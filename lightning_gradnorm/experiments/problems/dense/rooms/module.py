@@ -18,17 +18,17 @@ SPLITS = ("train", "val", "test")
 
 
 class RoomViews(TaskTensors):
-    """Pictures of rooms, rendered once and kept, or whenever they are asked for.
+    """Pictures of rooms, rendered once and kept in memory, or rendered on access.
 
-    What is kept is compact: images and classes as bytes.
+    In memory, images and classes are bytes.
 
     Args:
         seed: Seed of the rooms.
-        scenes: Numbers of the rooms, one picture each, shape ``(samples,)``.
+        scenes: Room numbers, one picture each, shape ``(samples,)``.
         input_size: Height and width of the images.
         output_size: Height and width of the targets.
-        tasks: Which targets, of `TASKS`.
-        in_memory: Render all now and keep them.
+        tasks: The targets, from `TASKS`.
+        in_memory: Render all pictures now and keep them.
 
     Example:
         >>> views = RoomViews(0, torch.arange(3), (24, 32), (12, 16), tasks=("depth",))
@@ -78,39 +78,40 @@ class RoomViews(TaskTensors):
 class RoomsDataModule(InMemoryDataModule):
     """Random furnished rooms with NYUv2's tasks, exact labels and nothing to download.
 
-    A box room with windows, pictures and a door, furnished as a bedroom, a living room, a study or a dining room, lit
-    by a lamp and seen through NYUv2's camera from where a person could stand. Every picture is of another room, and no
-    room is in two splits; how many there are in one split changes none in another.
+    Each is a box room with windows, pictures and a door, furnished as a bedroom, a living room, a study or a dining room,
+    lit by a lamp and seen through NYUv2's camera from where a person could stand. Every picture shows a different room, and
+    no room is in two splits. The size of one split does not change the rooms of another.
 
-    A batch is ``(images, targets)``: images ``float32`` in [0, 1], ``(batch, 3, H, W)``; targets, of another size if
-    ``output_size`` says so, those in ``tasks`` of
+    A batch is ``(images, targets)``: images ``float32`` in [0, 1], ``(batch, 3, H, W)``; targets, with size
+    ``output_size``, for the chosen ``tasks``:
 
     - ``segmentation``: NYUv2's classes 0 to 12, ``int64``, ``(batch, h, w)``;
     - ``depth``: meters along the optical axis, ``float32``, ``(batch, 1, h, w)``;
-    - ``normals``: unit vectors, x right, y up, z towards the camera, ``float32``, ``(batch, 3, h, w)``;
+    - ``normals``: unit vectors, x right, y up, z toward the camera, ``float32``, ``(batch, 3, h, w)``;
     - ``keypoints``: the 48 room-layout keypoints, each (x, y, visible) in pixels of the output from its upper left edge,
       ``float32``, ``(batch, 48, 3)``; `KeypointLoss` draws the heat maps.
 
-    Every pixel has a label. Targets are those of the output's own pixels, not resized images.
+    Every pixel has a label. Targets are rendered at the output's own pixels, not resized.
 
     Args:
         input_size: Height and width of the images.
-        output_size: Height and width of the targets; default: the images'.
-        tasks: Which of the four, in this order in a batch.
+        output_size: Height and width of the targets; by default those of the images.
+        tasks: The targets, in their order in a batch.
         train_size: Number of training rooms.
         val_size: Number of validation rooms.
         test_size: Number of test rooms.
         batch_size: Samples per batch and rank.
         seed: Seed of the rooms and of the order of the training batches.
-        num_workers: Worker processes per loader. Use some if ``in_memory`` is off, 0 if it is on.
-        in_memory: Render all rooms once, at ``setup``, in one process, and keep them: some 120 a second at 60 x 80 and
-            18 at 320 x 320, about ``3 H W + 17 h w`` bytes each. Otherwise a picture is rendered whenever it is asked
-            for, by the worker that is asked, and nothing is kept.
-        drop_last: Leave out a training epoch's last batch if it has fewer than ``batch_size`` samples (others each epoch).
+        num_workers: Worker processes per loader. Use some without ``in_memory``, 0 with it.
+        in_memory: Render all rooms once, at ``setup``, in one process, and keep them: about 120 per second at 60 x 80 and
+            18 at 320 x 320, about ``3 H W + 17 h w`` bytes each. Otherwise, workers render pictures on access and keep
+            nothing.
+        drop_last: Drop the last batch of a training epoch if it has fewer than ``batch_size`` samples (different ones
+            each epoch).
 
     Raises:
-        TypeError: A size is not an integer or not a pair of them.
-        ValueError: A size is out of its range, or ``tasks`` has an unknown task, none, or one twice.
+        TypeError: A size is not an integer or not a pair of integers.
+        ValueError: A size is out of range, or ``tasks`` is empty or has an unknown or repeated task.
 
     Example:
         >>> data = RoomsDataModule((12, 16), tasks=["depth"], train_size=2, val_size=1, test_size=1, batch_size=2)
@@ -120,8 +121,8 @@ class RoomsDataModule(InMemoryDataModule):
         (torch.Size([2, 3, 12, 16]), torch.Size([2, 1, 12, 16]))
     """
 
-    stands_in_for = ("nyuv2", "Rendered rooms stand in for NYUv2; with its files: data=nyuv2 data.root=FOLDER")
-    """How the experiments begin whose data it replaces, and what such a run prints."""
+    stands_in_for = ("nyuv2", "Rendered rooms stand in for NYUv2. With its files: data=nyuv2 data.root=FOLDER")
+    """Prefix of the experiments whose data it replaces, and the message that such a run prints."""
 
     def __init__(
         self,
@@ -150,7 +151,7 @@ class RoomsDataModule(InMemoryDataModule):
         self.in_memory = in_memory
 
     def make_splits(self) -> dict[str, TaskTensors]:
-        """Give each split its rooms, rendered if they are to be kept."""
+        """Assign the rooms to the splits, and render them if they are kept in memory."""
         counts = (self.train_size, self.val_size, self.test_size)
         if self.in_memory:
             height, width = self.input_size
@@ -158,7 +159,7 @@ class RoomsDataModule(InMemoryDataModule):
         return {
             split: RoomViews(
                 self.seed,
-                # Every third number is a room of this split, so that splits of any size have none in common.
+                # Every third number belongs to this split, so splits of any size share no rooms.
                 torch.arange(count) * len(SPLITS) + number,
                 self.input_size,
                 self.output_size,

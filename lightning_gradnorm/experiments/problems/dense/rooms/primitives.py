@@ -1,4 +1,4 @@
-"""What a scene is made of: boxes and upright cylinders, each of one material and one class."""
+"""The parts of a scene: boxes and upright cylinders, each with one material and one class."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ CLASSES = (
     "wall",
     "window",
 )
-"""The 13 classes of NYUv2, in the order of the labels 0 to 12."""
+"""NYUv2's 13 classes, in the order of the labels 0 to 12."""
 
 PATTERNS = ("plain", "checker", "stripes", "noise")
 
 
 @dataclass(frozen=True)
 class Material:
-    """Two colors and how they alternate over a surface.
+    """Two colors and their pattern on a surface.
 
     Args:
         color: Red, green and blue, linear, each in [0, 1].
         second: The other color of the pattern.
         pattern: One of `PATTERNS`.
-        scale: Length of one square, stripe or grain, in meters.
-        glow: Light that the surface itself gives off, as a multiple of its color.
+        scale: Length of one square, stripe or grain in meters.
+        glow: Light emitted by the surface, as a multiple of its color.
     """
 
     color: Vector
@@ -55,17 +55,17 @@ class Material:
 
 @dataclass(frozen=True)
 class Primitive:
-    """A box, or a cylinder that stands upright, turned about the vertical.
+    """A box or an upright cylinder, rotated about the vertical.
 
-    World coordinates are right-handed with ``y`` up, in meters; a room's lower corner is the origin.
+    World coordinates are right-handed with ``y`` up, in meters. A room's lower corner is the origin.
 
     Args:
         label: Name of its class, one of `CLASSES`.
-        material: What it is made of.
-        center: Its middle.
-        half: Half its extent along its own three axes. A cylinder's first and third are its radius.
-        yaw: How far its own axes are turned about ``y``, counter-clockwise seen from above, in radians.
-        round: Whether it is a cylinder.
+        material: Its material.
+        center: Its center.
+        half: Half its extent along its own three axes. For a cylinder, the first and third are the radius.
+        yaw: Rotation of its own axes about ``y`` in radians, counter-clockwise from above.
+        round: True for a cylinder.
     """
 
     label: str
@@ -76,7 +76,7 @@ class Primitive:
     round: bool = False
 
     def moved(self, x: float, z: float, yaw: float, y: float = 0.0) -> Primitive:
-        """Turn about the world's origin by ``yaw``, then shift.
+        """Rotate about the world's origin by ``yaw``, then translate.
 
         Example:
             >>> part = Primitive("chair", Material((1, 1, 1)), center=(1.0, 0.5, 0.0), half=(0.2, 0.5, 0.3))
@@ -92,7 +92,7 @@ class Primitive:
 def box(
     label: str, material: Material, x: tuple[float, float], y: tuple[float, float], z: tuple[float, float]
 ) -> Primitive:
-    """Make a box from the range that it fills along each axis.
+    """Make a box from its range along each axis.
 
     Example:
         >>> box("table", Material((1, 1, 1)), x=(0, 2), y=(0, 1), z=(0, 4)).half

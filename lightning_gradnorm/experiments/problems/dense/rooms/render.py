@@ -1,4 +1,4 @@
-"""From a seed and a number to a picture of a room and everything that is known about it."""
+"""Renders a picture of a room with all targets from a seed and a number."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class View:
-    """A picture of a room; ``H, W`` is the image's size, ``h, w`` that of what is known about it.
+    """A picture of a room. ``H, W`` is the size of the image, ``h, w`` that of the targets.
 
     Args:
         image: Red, green and blue, ``uint8``, ``(3, H, W)``.
         segmentation: Classes 0 to 12, ``uint8``, ``(h, w)``.
         depth: Distance along the optical axis in meters, ``float32``, ``(1, h, w)``.
-        normals: Unit normals in the camera's frame, x right, y up, z towards the camera, ``float32``, ``(3, h, w)``.
-        keypoints: For each of the 48 types x and y in pixels of the ``h, w`` grid and 1 if it is in view, otherwise
-            three zeros, ``float32``, ``(48, 3)``. The image is 0 to w wide; pixel centers are at halves.
+        normals: Unit normals in the camera's frame, x right, y up, z toward the camera, ``float32``, ``(3, h, w)``.
+        keypoints: For each of the 48 types, x and y in pixels of the ``h, w`` grid and 1 if visible, otherwise
+            three zeros, ``float32``, ``(48, 3)``. The image spans 0 to w, with pixel centers at halves.
     """
 
     image: Pixels
@@ -36,16 +36,16 @@ class View:
 
 
 def render(seed: int, scene: int, image_size: Size, output_size: Size | None = None) -> View:
-    """Draw room number ``scene``, take one picture, and read off what is in it.
+    """Draw room number ``scene``, and return a picture with its targets.
 
-    The result follows from the arguments alone. Room, camera and labels do not depend on ``image_size``: the labels are
-    those of rays through the centers of the output's own pixels, not resized ones.
+    The result depends only on the arguments. Room, camera and labels do not depend on ``image_size``. The labels come
+    from rays through the centers of the output's own pixels and are not resized.
 
     Args:
         seed: Seed of the data set.
         scene: Number of the room.
         image_size: Height and width of the image.
-        output_size: Height and width of the labels; default: the image's.
+        output_size: Height and width of the labels; by default those of the image.
 
     Example:
         >>> view = render(seed=0, scene=7, image_size=(60, 80), output_size=(30, 40))

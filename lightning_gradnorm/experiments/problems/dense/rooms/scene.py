@@ -53,21 +53,21 @@ PIECES: dict[str, tuple[tuple[Callable[[Random], Piece], float], ...]] = {
         (furniture.bookshelf, 0.4),
     ),
 }
-"""What stands along the walls of each kind of room, and how probably."""
+"""Furniture along the walls of each kind of room, with probabilities."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A box room and what is in it.
+    """A box room with its contents.
 
     Args:
-        size: Extent along x, y (up) and z, in meters, shape ``(3,)``; the lower corner is the origin.
+        size: Extent along x, y (up) and z in meters, shape ``(3,)``. The lower corner is the origin.
         surfaces: Materials of the walls at low and high x, of floor and ceiling, of the walls at low and high z.
-        primitives: What is in the room.
+        primitives: The contents of the room.
         light: Position of the lamp, shape ``(3,)``.
         tint: Color of its light, shape ``(3,)``.
-        power: What it gives to a surface one meter away that faces it.
-        ambient: What every surface gets.
+        power: Light on a surface that faces the lamp from one meter away.
+        ambient: Light on every surface.
     """
 
     size: Floats
@@ -80,14 +80,14 @@ class Scene:
 
 
 class _Floor:
-    """What of a room's floor is taken, as rectangles ``(x low, x high, z low, z high)``."""
+    """The occupied parts of a room's floor, as rectangles ``(x low, x high, z low, z high)``."""
 
     def __init__(self, size: Floats) -> None:
         self.width, self.length = float(size[0]), float(size[2])
         self.taken: list[tuple[float, float, float, float]] = []
 
     def is_free(self, x: float, z: float, half_x: float, half_z: float, beside: int | None = None) -> bool:
-        """Say whether a rectangle is in the room and overlaps nothing that is taken; ``beside`` may be overlapped."""
+        """Return True if a rectangle is in the room and overlaps no occupied one, except ``beside``."""
         low_x, high_x, low_z, high_z = x - half_x, x + half_x, z - half_z, z + half_z
         return (
             min(low_x, low_z) > 0
@@ -101,7 +101,7 @@ class _Floor:
         )
 
     def take(self, x: float, z: float, half_x: float, half_z: float, gap: float = 0.03) -> bool:
-        """Take a rectangle, with a gap around it, if it is free."""
+        """Occupy a rectangle with a gap around it if it is free."""
         free = self.is_free(x, z, half_x, half_z)
         if free:
             self.taken.append((x - half_x - gap, x + half_x + gap, z - half_z - gap, z + half_z + gap))
@@ -111,7 +111,7 @@ class _Floor:
 def draw_scene(rng: Random) -> Scene:
     """Draw a room and furnish it."""
     size = rng.uniform([2.8, 2.4, 3.2], [7.0, 3.1, 7.0])
-    if rng.uniform() < 0.15:  # narrow and high, for the views in which there are three walls and nothing else
+    if rng.uniform() < 0.15:  # narrow and high, for views with three walls and nothing else
         size = rng.uniform([2.0, 2.8, 3.2], [2.6, 3.3, 6.0])
     pieces = PIECES[list(PIECES)[rng.integers(len(PIECES))]]
     floor = _Floor(size)
@@ -158,7 +158,7 @@ def _surfaces(rng: Random) -> tuple[Material, ...]:
 
 
 def _wall_frame(size: Floats, wall: int, along: float, away: float) -> tuple[float, float]:
-    """Return the world's x and z of a place ``along`` a wall, from its left end, and ``away`` from it.
+    """Return the world's x and z of a point ``along`` a wall from its left end, and ``away`` from it.
 
     Walls are numbered as in `layout.VIEWS`: 0 at low z, 1 at high x, 2 at high z, 3 at low x.
     """
@@ -176,7 +176,7 @@ def _place(piece: Piece, size: Floats, wall: int, along: float, away: float) -> 
 
 
 def _along_a_wall(rng: Random, piece: Piece, size: Floats, floor: _Floor) -> list[Primitive]:
-    """Put a piece with its back to a wall where there is room; nothing if none is found."""
+    """Put a piece with its back to a wall if there is room, otherwise return nothing."""
     for _ in range(12):
         wall = int(rng.integers(4))
         free = _length(size, wall) - piece.width
@@ -191,7 +191,7 @@ def _along_a_wall(rng: Random, piece: Piece, size: Floats, floor: _Floor) -> lis
 
 
 def _in_the_middle(rng: Random, size: Floats, floor: _Floor, dining: bool) -> list[Primitive]:
-    """Put a table away from the walls, with chairs around it if it is one to sit at."""
+    """Put a table away from the walls, with chairs around it if it is a dining table."""
     seats = dining or rng.uniform() < 0.4
     piece = furniture.dining_table(rng) if seats else furniture.coffee_table(rng)
     wall = int(rng.integers(4))
@@ -206,17 +206,17 @@ def _in_the_middle(rng: Random, size: Floats, floor: _Floor, dining: bool) -> li
 
 
 def _chairs(rng: Random, table: Piece, x: float, z: float, yaw: float, floor: _Floor) -> list[Primitive]:
-    """Put chairs of one kind at the sides of a table that was put last, none of them quite straight."""
+    """Put chairs of one kind at the sides of the last table, each slightly rotated."""
     chair, parts, table_number = furniture.chair(rng), [], len(floor.taken) - 1
     for side, reach in enumerate((table.depth, table.width, table.depth, table.width)):
         away = reach / 2 + chair.depth / 2 + rng.uniform(-0.1, 0.25)
         turn, crooked = yaw + side * math.pi / 2, rng.uniform(-0.3, 0.3)
         place = x + away * math.sin(turn), z + away * math.cos(turn)
-        # Under the table's edge a chair may stand; in another piece it may not.
+        # A chair may stand under the edge of the table, but not inside another piece.
         if rng.uniform() < 0.7 and floor.is_free(*place, 0.36, 0.36, beside=table_number):
             for part in chair.parts:
                 middle = part.moved(0.0, -chair.depth / 2, yaw=0.0)
-                # It faces away from where its back was: towards the table once it is turned round.
+                # It faces away from its back, so rotate it to face the table.
                 parts.append(middle.moved(0.0, away, yaw=math.pi + crooked).moved(x, z, yaw=turn))
     return parts
 

@@ -1,7 +1,7 @@
-"""What color a pixel has: the surface's pattern, lit by a lamp.
+"""Computes the color of each pixel: the surface's pattern, lit by a lamp.
 
-Only sums, products, quotients, roots and integer arithmetic, which are rounded the same way wherever they are done: no
-pixel depends on how many there are.
+Uses only sums, products, quotients, roots and integer arithmetic, which round the same way everywhere. No pixel depends on
+the number of pixels.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def shade(scene: Scene, camera: Camera, faces: Faces, hits: Hits, noise: np.rand
     material = faces.material[hits.face]
     glow = np.array([each.glow for each in materials])[material]
     linear = _colors(materials, faces, hits, points) * (_lit(scene, camera, hit_normals(faces, hits), points) + glow)
-    # A camera's response, as a root; then what a sensor adds.
+    # The response of a camera, as a root, then the noise of the sensor.
     response = 255 * np.sqrt(linear) + noise.integers(-5, 6, size=linear.shape)
     pixels: Pixels = np.clip(response, 0, 255).astype(np.uint8)
     return pixels
 
 
 def _lit(scene: Scene, camera: Camera, normals: Floats, points: Floats) -> Floats:
-    """Lambert's law, with the distance's square: what arrives at each point, ``(3, h, w)``."""
+    """Return the light at each point by Lambert's law and the inverse square of the distance, ``(3, h, w)``."""
     x, y, z = camera.to_camera(scene.light)[:, None, None] - points
     square = x * x + y * y + z * z
     facing = np.maximum(normals[0] * x + normals[1] * y + normals[2] * z, 0.0) / np.sqrt(square)
@@ -42,7 +42,7 @@ def _lit(scene: Scene, camera: Camera, normals: Floats, points: Floats) -> Float
 
 
 def _colors(materials: list[Material], faces: Faces, hits: Hits, points: Floats) -> Floats:
-    """Colors of the surfaces under white light, ``(3, h, w)``."""
+    """Return the colors of the surfaces under white light, ``(3, h, w)``."""
     face, material = hits.face, faces.material[hits.face]
     scale = np.array([each.scale for each in materials])[material]
     u, v = (_along(axis, faces.center, face, points) / scale for axis in (faces.first, faces.second))
@@ -53,7 +53,7 @@ def _colors(materials: list[Material], faces: Faces, hits: Hits, points: Floats)
         np.copyto(share, values, where=pattern == PATTERNS.index(name))
     grainy = pattern == PATTERNS.index("noise")
     share[grainy] = _value_noise(u[grainy], v[grainy], material[grainy])
-    # Far away, where a square is smaller than a pixel or two, only the mean of both colors is left.
+    # Far away, where a square is smaller than a pixel or two, use the mean of both colors.
     pixel = hits.depth / (FX * hits.depth.shape[1])
     contrast = np.clip(scale / pixel - 0.5, 0.0, 1.0)
     share = np.where(pattern == PATTERNS.index("plain"), 0.0, 0.5 + (share - 0.5) * contrast)
@@ -63,14 +63,14 @@ def _colors(materials: list[Material], faces: Faces, hits: Hits, points: Floats)
 
 
 def _along(axis: Floats, center: Floats, face: Integers, points: Floats) -> Floats:
-    """Return how far points are from their faces' centers along their faces' axis, ``(h, w)``."""
+    """Return the distances of points from the centers of their faces along an axis of the face, ``(h, w)``."""
     x, y, z = (component[face] for component in axis.T)
     distance: Floats = points[0] * x + points[1] * y + points[2] * z - np.sum(axis * center, axis=1)[face]
     return distance
 
 
 def _value_noise(u: Floats, v: Floats, seed: Integers) -> Floats:
-    """Random numbers in [0, 1] at the points of a grid, and in between what lies between them."""
+    """Return random numbers in [0, 1] at the points of a grid, interpolated in between."""
     column, row = np.floor(u), np.floor(v)
     fx, fy = u - column, v - row
     left, low, key = (array.astype(np.int64).astype(np.uint32) for array in (column, row, seed))

@@ -1,4 +1,4 @@
-"""Where to take a picture of a room from."""
+"""Chooses the viewpoint of a picture."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from lightning_gradnorm.experiments.problems.dense.rooms.primitives import Boole
 from lightning_gradnorm.experiments.problems.dense.rooms.scene import Scene
 
 CLEARANCE = 0.45
-"""No camera is nearer than this to anything, in meters, so that no depth is below 0.3."""
+"""Minimum distance of a camera from anything, in meters, so no depth is below 0.3."""
 
 AHEAD = 2.0
-"""The end of the room is at least this far ahead, in meters."""
+"""Minimum distance ahead to the end of the room, in meters."""
 
 LOWEST, HIGHEST = 1.1, 1.8
-"""A camera's height above the floor, in meters."""
+"""Height of a camera above the floor, in meters."""
 
 MIN_ANGLES, MAX_ANGLES = (0.0, -0.45, -0.05), (2 * math.pi, 0.2, 0.05)
-"""Yaw, pitch and roll, in radians: any direction, more down than up, nearly upright."""
+"""Yaw, pitch and roll in radians: any direction, more down than up, nearly upright."""
 
 
 def draw_camera(rng: Random, scene: Scene, tries: int = 64, rounds: int = 20) -> tuple[Camera, Floats] | None:
-    """Draw a camera that a person could hold, and the view's keypoints, ``(48, 3)``, as shares of the image.
+    """Draw a camera that a person could hold, and the keypoints of the view, ``(48, 3)``, as shares of the image.
 
-    It is clear of everything in the room and sees one of the eleven layouts. Of the poses drawn, those that have much
-    of the furniture in view are kept, and among these a layout that is rare has the same chance as a common one.
+    The camera is clear of everything in the room and sees one of the eleven layouts. Poses with much of the furniture
+    in view are kept. Among these, rare layouts have the same chance as common ones.
 
     Args:
         rng: Source of the poses.
         scene: The room.
-        tries: Poses drawn at once.
-        rounds: How often that is done until one of them will do.
+        tries: Number of poses drawn at once.
+        rounds: Maximum number of such draws.
 
     Returns:
-        The camera and the keypoints; ``None`` if the room is too full for any pose.
+        The camera and the keypoints, or ``None`` if the room is too full for any pose.
     """
     low = np.array([CLEARANCE, LOWEST, CLEARANCE])
     high = np.array([scene.size[0] - CLEARANCE, HIGHEST, scene.size[2] - CLEARANCE])
@@ -59,7 +59,7 @@ def draw_camera(rng: Random, scene: Scene, tries: int = 64, rounds: int = 20) ->
 
 
 def _area_in_view(primitives: tuple[Primitive, ...], positions: Floats, turned: Floats) -> Floats:
-    """Add up the largest faces of the primitives whose centers each camera has in its image, ``(n,)``."""
+    """Return the total area of the largest faces of the primitives with their centers in each image, ``(n,)``."""
     centers = np.array([part.center for part in primitives]).reshape(-1, 3)
     halves = np.array([part.half for part in primitives]).reshape(-1, 3)
     areas = np.sort(halves, axis=1)[:, 1:].prod(axis=1)
@@ -71,14 +71,14 @@ def _area_in_view(primitives: tuple[Primitive, ...], positions: Floats, turned: 
 
 
 def _distance_ahead(size: Floats, positions: Floats, directions: Floats) -> Floats:
-    """Measure how far it is to the end of the room, ``(n,)``."""
+    """Return the distance to the end of the room, ``(n,)``."""
     with np.errstate(divide="ignore"):
         distances: Floats = (np.where(directions > 0, size - positions, -positions) / directions).min(axis=1)
     return distances
 
 
 def _is_clear(primitives: tuple[Primitive, ...], positions: Floats) -> Booleans:
-    """Say which positions, ``(n, 3)``, are at least `CLEARANCE` away from all primitives."""
+    """Return which positions, ``(n, 3)``, are at least `CLEARANCE` away from all primitives."""
     centers = np.array([part.center for part in primitives]).reshape(-1, 3)
     halves = np.array([part.half for part in primitives]).reshape(-1, 3)
     cos, sin = (np.array([f(part.yaw) for part in primitives]) for f in (math.cos, math.sin))

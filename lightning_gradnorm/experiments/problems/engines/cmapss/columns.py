@@ -1,4 +1,4 @@
-"""What is in C-MAPSS's files, and how many engines NASA's have."""
+"""The columns of C-MAPSS's files, and the numbers of engines in NASA's."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ COLUMNS = (
 """The columns of the train and test files."""
 
 SENSORS = (2, 3, 4, 7, 8, 9, 11, 12, 13, 14, 15, 17, 20, 21)
-"""The sensors that are usually read. 1, 5, 18 and 19 never change within an operating condition, and neither does 16 at sea
-level. Two that are left out show wear in some subsets: 6 in FD002 (its correlation with the remaining life, capped at 125
+"""The sensors that are commonly used. 1, 5, 18 and 19 never change within an operating condition, and neither does 16 at sea
+level. Two omitted sensors show wear in some subsets: 6 in FD002 (its correlation with the remaining life, capped at 125
 cycles, is -0.36), 10 in FD003 and FD004 (-0.50 and -0.36)."""
 
 
@@ -26,11 +26,11 @@ class Subset:
     """One of C-MAPSS's four parts.
 
     Attributes:
-        conditions: Operating conditions that the engines fly in.
-        faults: Fault modes: the high-pressure compressor wears, or it or the fan does.
-        train_engines: Engines of NASA's train file.
-        test_engines: Engines of NASA's test file.
-        first_rul: The first lines of NASA's RUL file, by which it is known.
+        conditions: Number of operating conditions.
+        faults: Number of fault modes: 1 if only the high-pressure compressor wears, 2 if it or the fan wears.
+        train_engines: Number of engines in NASA's train file.
+        test_engines: Number of engines in NASA's test file.
+        first_rul: The first lines of NASA's RUL file, which identify it.
     """
 
     conditions: int

@@ -1,4 +1,4 @@
-"""What is said about a file that is missing, or not what it should be."""
+"""Errors about missing or invalid files."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ wrong = partial(refuse, "CMAPSS")
 
 
 def existing(file: Path, what: str) -> Path:
-    """Return the file, or raise an error that says what it is needed for, and where it might be instead.
+    """Return the file, or raise an error with its purpose and where it may be instead.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
     """
     if file.is_file():
         return file
     root = file.parent
     if not root.is_dir():
-        raise FileNotFoundError(f"CMAPSS: root should be the folder with {file.name}; {root} is no folder.")
+        raise FileNotFoundError(f"CMAPSS: root should be the folder with {file.name}; {root} is not a folder.")
     elsewhere = sorted(root.glob(f"*/{file.name}"))
     others = sorted(other.name for other in root.glob(f"{file.name.partition('_')[0]}_FD00?.txt"))
     if elsewhere:
-        hint = f" There is one in {elsewhere[0].parent}: root={elsewhere[0].parent}"
+        hint = f" Found one in {elsewhere[0].parent}: root={elsewhere[0].parent}"
     elif others:
-        hint = f" There is {', '.join(others)}."
+        hint = f" Found {', '.join(others)}."
     else:
         hint = " data=turbofan simulates such files."
-    raise FileNotFoundError(f"CMAPSS: {what} should be in {file}; there is no such file.{hint}")
+    raise FileNotFoundError(f"CMAPSS: {what} should be in {file}; no such file.{hint}")

@@ -1,7 +1,7 @@
 """Reads C-MAPSS's text files.
 
-Columns are separated by blanks, lines end in blanks. Some copies have a header or a byte order mark, or end in empty
-lines; all of that is passed over. Anything else that is not as it should be is an error that names file and line.
+Blanks separate the columns and end the lines. Some copies have a header or a byte order mark, or end with empty
+lines, which are ignored. Anything else that is invalid is an error with file and line.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _FETCH_AGAIN = "Fetch the file again."
 
 @dataclass(frozen=True)
 class Engines:
-    """The recorded cycles of some engines, one after the other.
+    """The concatenated records of some engines.
 
     Attributes:
         units: The engines' numbers in the file, shape ``(engines,)``.
-        lengths: How many cycles each was recorded for, shape ``(engines,)``.
-        settings: Shape ``(cycles, 3)``, all engines' cycles in a row: altitude, Mach number, throttle.
+        lengths: Number of recorded cycles of each engine, shape ``(engines,)``.
+        settings: Shape ``(cycles, 3)``, concatenated over the engines: altitude, Mach number, throttle.
         sensors: Shape ``(cycles, 21)``.
 
     Example:
@@ -51,11 +51,11 @@ class Engines:
         return np.cumsum(self.lengths) - self.lengths
 
     def of_rows(self, values: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
-        """Give each cycle the value of its engine: ``(engines,)`` to ``(cycles,)``."""
+        """Return the value of each cycle's engine: ``(engines,)`` to ``(cycles,)``."""
         return np.repeat(values, self.lengths)
 
     def chosen(self, engines: npt.NDArray[np.bool_]) -> Engines:
-        """Return the engines for which the mask, shape ``(engines,)``, is true, in the same order."""
+        """Return the engines selected by the mask, shape ``(engines,)``, in the same order."""
         rows = self.of_rows(engines)
         return Engines(self.units[engines], self.lengths[engines], self.settings[rows], self.sensors[rows])
 
@@ -65,12 +65,12 @@ def read_engines(file: Path, what: str = "the engines") -> Engines:
 
     Args:
         file: The file.
-        what: What it is needed for, as the error says if it is missing.
+        what: Description of its contents for the error if it is missing.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A line has not 26 columns, or something that is not a number; a unit's number is smaller than the one
-            before or comes twice; the cycles of a unit are not 1, 2, 3 ...
+        FileNotFoundError: The file does not exist.
+        ValueError: A line does not have 26 columns, or contains something that is not a number; units are not in order or
+            appear twice; the cycles of a unit are not 1, 2, 3 ...
     """
     table, lines = _read_table(existing(file, what), COLUMNS)
     for column in (0, 1):
@@ -91,7 +91,7 @@ def read_engines(file: Path, what: str = "the engines") -> Engines:
             f"unit {unit[row]} in line {lines[row]} of {file}",
             f"be at cycle {expected[row]}, since a unit's cycles count from 1 without a gap",
             f"cycle {cycle[row]}",
-            "Lines are missing, doubled or in another order: fetch the file again.",
+            "Lines are missing, repeated or out of order: fetch the file again.",
         )
     return Engines(unit[first], lengths, table[:, 2 : 2 + SETTINGS], table[:, 2 + SETTINGS :])
 
@@ -100,8 +100,8 @@ def read_rul(file: Path) -> Array:
     """Read a RUL file: for each test engine, in order, the cycles left after its last recorded one.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A line has more than one column, or something that is not a number, or a negative one.
+        FileNotFoundError: The file does not exist.
+        ValueError: A line has more than one column, something that is not a number, or a negative number.
     """
     table, lines = _read_table(existing(file, "the test engines' remaining useful life"), ("remaining useful life",))
     rul = table[:, 0]
@@ -110,31 +110,31 @@ def read_rul(file: Path) -> Array:
 
 
 def _read_table(file: Path, columns: tuple[str, ...]) -> tuple[Array, list[int]]:
-    """Return the numbers, shape ``(rows, columns)``, and for each row the line it stands in."""
+    """Return the numbers, shape ``(rows, columns)``, and the line number of each row."""
     text = file.read_text(encoding="utf-8-sig", errors="replace")
     rows = [(number, line.split()) for number, line in enumerate(text.split("\n"), start=1)]
-    rows = [(number, words) for number, words in rows if words]
+    rows = [(number, fields) for number, fields in rows if fields]
     if rows and _number(rows[0][1][0]) is None:
         del rows[0]  # a header
     if not rows:
         wrong(f"{file}", "have lines of numbers", "none", "Fetch the file again.")
-    for number, words in rows:
-        if len(words) != len(columns):
+    for number, fields in rows:
+        if len(fields) != len(columns):
             wrong(
                 f"line {number} of {file}",
                 f"have {len(columns)} column{'s' * (len(columns) > 1)}, separated by blanks",
-                f"{len(words)} ({_shortened(' '.join(words))})",
+                f"{len(fields)} ({_shortened(' '.join(fields))})",
                 _FETCH_AGAIN,
             )
     count = len(rows) * len(columns)
     try:
-        values = np.fromiter((float(word) for _, words in rows for word in words), dtype=np.float64, count=count)
+        values = np.fromiter((float(word) for _, fields in rows for word in fields), dtype=np.float64, count=count)
         sound = bool(np.isfinite(values).all())
     except ValueError:
         sound = False
     if not sound:
-        for number, words in rows:
-            for column, word in zip(columns, words, strict=True):
+        for number, fields in rows:
+            for column, word in zip(columns, fields, strict=True):
                 if _number(word) is None:
                     wrong(f"{column} in line {number} of {file}", "be a number", repr(word), _FETCH_AGAIN)
     return values.reshape(len(rows), len(columns)), [number for number, _ in rows]
@@ -158,9 +158,9 @@ def _check_order(file: Path, lines: list[int], unit: Integers) -> None:
         row = back[0] + 1
         wrong(
             f"line {lines[row]} of {file}",
-            f"be of unit {unit[row - 1]} or a later one, since units are in order and each in one piece",
+            f"belong to unit {unit[row - 1]} or a later one, since units are in order and contiguous",
             f"unit {unit[row]} after unit {unit[row - 1]}",
-            "The lines were sorted or joined in another way: fetch the file again.",
+            "The lines were reordered: fetch the file again.",
         )
 
 

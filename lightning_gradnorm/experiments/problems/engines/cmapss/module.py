@@ -28,24 +28,24 @@ SHORT_ENGINES = ("error", "pad")
 
 
 class CMAPSS(SplitsDataModule[Windows]):
-    """Remaining useful life and health of turbofan engines: NASA's C-MAPSS, as it was downloaded.
+    """Remaining useful life and health of turbofan engines: NASA's C-MAPSS, in its original files.
 
-    ``root`` holds ``train_FD001.txt``, ``test_FD001.txt`` and ``RUL_FD001.txt``, or those of another subset. Training
-    engines run to failure; test engines are cut short, and the RUL file says how long each would have run on.
+    ``root`` contains ``train_FD001.txt``, ``test_FD001.txt`` and ``RUL_FD001.txt``, or the files of another subset. Training
+    engines run to failure. Test engines are cut short, and the RUL file gives the cycles that each had left.
 
-    A batch is ``(windows, targets)``: windows ``float32`` ``(batch, window, features)``, the oldest cycle first; features
-    are the sensors, standardized within their operating condition, and, if there are several conditions, one column for
-    each that is 1 in the cycles flown in it and 0 in others. The three settings are no inputs: within a condition they are
-    noise. Targets:
+    A batch is ``(windows, targets)``: windows ``float32`` ``(batch, window, features)``, the oldest cycle first. The features
+    are the sensors, standardized within their operating condition. With several conditions, there is also one column per
+    condition that is 1 in its cycles and 0 in others. The three settings are not inputs, because they are noise within a
+    condition. Targets:
 
     - ``rul``: cycles left after the window's last one, at most ``cap``, ``float32``, ``(batch, 1)``;
     - ``health``: 0 healthy, 1 degrading, 2 critical, by ``health_thresholds`` of that number, ``int64``, ``(batch,)``.
 
-    Training: every window of the training engines. Validation: every window of engines held out of the training file,
-    whole engines, never windows. Test: one window of each test engine, its last, so that metrics are per engine.
-    Conditions, means and standard deviations are those of the training engines alone.
+    Training: every window of the training engines. Validation: every window of engines held out of the training file.
+    We split by engine, not by window. Test: the last window of each test engine, so metrics are per engine.
+    Conditions, means and standard deviations come from the training engines alone.
 
-    A file whose numbers are not those of NASA's file of that name is used with a warning that says what it holds instead.
+    If a file's numbers differ from NASA's file of that name, it is still used, and a warning describes the difference.
 
     Source: Saxena et al., Damage Propagation Modeling for Aircraft Engine Run-to-Failure Simulation, PHM 2008; the
     piecewise linear target after Heimes, PHM 2008.
@@ -54,25 +54,25 @@ class CMAPSS(SplitsDataModule[Windows]):
         root: The folder.
         subset: ``"FD001"`` to ``"FD004"``.
         window: Cycles in a window.
-        cap: The longest remaining useful life that is told apart, in cycles: an engine shows no wear before.
-        cap_test: Cap the test engines' targets, too, as most published figures do; False for the numbers of the RUL file.
-        health_thresholds: Falling, in cycles: the longest remaining lives that are still degrading, and critical. With
-            more or fewer than two there are more or fewer classes, always one more than thresholds.
-        sensors: Numbers of the sensors, 1 to 21, in the order of the features; by default the 14 that are usually read. One
-            that never changes in the training engines is named in a warning.
-        conditions: Operating conditions to find, by k-means on the settings (several need scikit-learn); None for those
-            the subset has, 6 in FD002 and FD004, 1 in FD001 and FD003.
-        val_fraction: Share of the engines of the training file to hold out, at least one; 0 for none.
-        short_engines: What to do with engines of fewer cycles than ``window``: ``"error"``, or ``"pad"`` for repeating the
-            first cycle in front. NASA's FD002 and FD004 have test engines of 21 and 19 cycles.
+        cap: Upper limit of the remaining useful life, in cycles. Before that, an engine shows no wear.
+        cap_test: Cap the targets of the test engines, too, like most published results; False for the numbers in the RUL file.
+        health_thresholds: Decreasing, in cycles: the longest remaining lives that count as degrading and as critical. There
+            is always one more class than thresholds.
+        sensors: Numbers of the sensors, 1 to 21, in the order of the features; by default the 14 commonly used ones. A
+            warning lists sensors that never change in the training engines.
+        conditions: Number of operating conditions to find by k-means on the settings (several need scikit-learn); None for
+            that of the subset, 6 in FD002 and FD004, 1 in FD001 and FD003.
+        val_fraction: Share of the engines in the training file to hold out, at least one engine; 0 for none.
+        short_engines: How to treat engines with fewer cycles than ``window``: ``"error"``, or ``"pad"`` to repeat the
+            first cycle in front. NASA's FD002 and FD004 have test engines with 21 and 19 cycles.
         batch_size: Windows per batch and rank.
-        num_workers: Worker processes per loader; the data are in memory, so 0 is the fastest.
+        num_workers: Worker processes per loader. The data are in memory, so 0 is the fastest.
         seed: Seed of the validation engines and of the order of the training batches.
 
     Raises:
-        TypeError: An argument is not an integer that should be one.
-        ValueError: An argument out of range, or at ``setup``: a file is not what it should be; it is named, and the line
-            or the unit.
+        TypeError: An argument should be an integer but is not.
+        ValueError: An argument is out of range, or at ``setup``: a file is invalid. The message names the file and the
+            line or unit.
         FileNotFoundError: At ``setup``: a file is missing.
         ModuleNotFoundError: At ``setup``, with several conditions, if scikit-learn is not installed.
     """
@@ -122,7 +122,7 @@ class CMAPSS(SplitsDataModule[Windows]):
         self.val_fraction = val_fraction
         self.short_engines = short_engines
         self.standardization: Standardization | None = None
-        """What was fitted on the training engines, after ``setup``."""
+        """The standardization fitted on the training engines, after ``setup``."""
         if val_fraction == 0:
             self._validate_on_nothing()
 
@@ -133,7 +133,7 @@ class CMAPSS(SplitsDataModule[Windows]):
 
     @property
     def window_dim(self) -> int:
-        """Numbers in a window: ``window`` times `input_dim`."""
+        """Number of values in a window: ``window`` times `input_dim`."""
         return self.window * self.input_dim
 
     @property
@@ -142,7 +142,7 @@ class CMAPSS(SplitsDataModule[Windows]):
         return len(self.health_thresholds) + 1
 
     def make_splits(self) -> dict[str, Windows]:
-        """Read the files, hold out the validation engines, and standardize by the others."""
+        """Read the files, hold out the validation engines, and standardize with the others."""
         train_file, test_file, rul_file = (self.root / f"{kind}_{self.subset}.txt" for kind in ("train", "test", "RUL"))
         recorded = read_engines(train_file, f"the training engines of {self.subset}")
         test = read_engines(test_file, f"the test engines of {self.subset}")
@@ -175,7 +175,7 @@ class CMAPSS(SplitsDataModule[Windows]):
         constant = [sensor for sensor, moves in zip(self.sensors, self.standardization.moves, strict=True) if not moves]
         if constant:
             rank_zero_warn(
-                f"{type(self).__name__}: each sensor should tell a network something; in the training engines of "
+                f"{type(self).__name__}: sensors should vary; in the training engines of "
                 f"{self.subset} these never change within an operating condition: {', '.join(map(str, constant))}. Leave "
                 "them out: sensors=[…]."
             )
@@ -186,14 +186,14 @@ class CMAPSS(SplitsDataModule[Windows]):
         if count >= engines:
             raise ValueError(
                 f"{type(self).__name__}: val_fraction should leave training engines; {self.val_fraction} of {engines} "
-                "leaves none. Lower it, or use 0 to validate on nothing."
+                "leaves none. Lower it, or use 0 for no validation."
             )
         held = np.zeros(engines, dtype=bool)
         held[self._stream("validation engines").permutation(engines)[:count]] = True
         return held
 
     def _windows(self, engines: Engines, left: Array, cap: float, only_last: bool = False) -> Windows:
-        """Make windows of engines that would run ``left`` cycles more, shape ``(engines,)``, than they were recorded."""
+        """Return windows of engines that have ``left`` more cycles, shape ``(engines,)``, after their records."""
         assert self.standardization is not None
         cycles = self.standardization(engines.settings, self._chosen_sensors(engines))
         if self.conditions > 1:
@@ -202,7 +202,7 @@ class CMAPSS(SplitsDataModule[Windows]):
         starts = engines.of_rows(engines.starts)
         ends = engines.of_rows(engines.starts + engines.lengths - 1)
         rows = np.arange(len(starts))
-        # An engine that is shorter than a window has one window, padded.
+        # An engine shorter than a window has one padded window.
         is_window = (rows == ends) | ((rows - starts >= self.window - 1) & (not only_last))
         rul = torch.from_numpy((engines.of_rows(left) + ends - rows)[is_window]).float().clamp_(max=cap)
         return Windows(
@@ -226,7 +226,7 @@ class CMAPSS(SplitsDataModule[Windows]):
             )
 
     def _compare_to_originals(self, train: Engines, test: Engines, rul: Array) -> dict[str, str]:
-        """Warn of files that are not NASA's, by name; return how each of them differs."""
+        """Warn about files that are not NASA's. Return how each of them differs, by name."""
         found = {f"RUL_{self.subset}.txt": Original(len(rul), len(rul), fingerprint(rul))}
         for kind, engines in (("train", train), ("test", test)):
             numbers = fingerprint(engines.of_rows(engines.units), engines.settings, engines.sensors)
@@ -241,15 +241,15 @@ class CMAPSS(SplitsDataModule[Windows]):
         return differences
 
     def _check_rul(self, rul: Array, file: Path, engines: int, test_file: Path, differences: dict[str, str]) -> None:
-        """Refuse a RUL file that is another subset's, or whose lines are not as many as the test engines."""
+        """Refuse a RUL file of another subset, or with a different number of lines than test engines."""
         like = [name for name, subset in SUBSETS.items() if tuple(rul[: len(subset.first_rul)]) == subset.first_rul]
         if like and self.subset not in like:
-            wrong(f"{file}", f"be that of {self.subset}", f"the numbers of NASA's RUL_{like[0]}.txt", "Fetch it again.")
+            wrong(f"{file}", f"belong to {self.subset}", f"the numbers of NASA's RUL_{like[0]}.txt", "Fetch it again.")
         if len(rul) == engines:
             return
         if file.name not in differences and test_file.name in differences:
-            expected = f"have the {len(rul)} engines that {file.name}, which is NASA's, has lines for"
+            expected = f"have {len(rul)} engines, like NASA's {file.name}"
             wrong(f"{test_file}", expected, f"{engines}", f"Fetch {test_file.name} again.")
         as_many = [name for name, subset in SUBSETS.items() if subset.test_engines == len(rul)]
-        hint = f"So many has {' or '.join(as_many)}: is it the file of another subset?" if as_many else ""
+        hint = f"That is the number of {' or '.join(as_many)}: is it the file of another subset?" if as_many else ""
         wrong(f"{file}", f"have a line for each of the {engines} test engines in {test_file.name}", f"{len(rul)}", hint)

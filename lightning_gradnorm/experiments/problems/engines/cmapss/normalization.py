@@ -1,4 +1,4 @@
-"""Takes the operating conditions out of the sensors: mean 0 and standard deviation 1 within each of them."""
+"""Removes the operating conditions from the sensors: mean 0 and standard deviation 1 within each condition."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from lightning_gradnorm.experiments.problems.engines.cmapss.files import Array, 
 
 @dataclass(frozen=True)
 class Standardization:
-    """``(x - mean) / std``, with mean and standard deviation of the operating condition that the cycle was flown in.
+    """``(x - mean) / std``, with mean and standard deviation of the cycle's operating condition.
 
-    In FD002 and FD004, nearly all of a sensor's variance is between conditions; what wear does is seen within one only.
+    In FD002 and FD004, nearly all of a sensor's variance is between conditions. Wear is only visible within a condition.
 
     Attributes:
         centers: Settings of the conditions, by altitude, then Mach number, then throttle, shape ``(conditions, 3)``.
-        scale: What each setting is divided by before distances are taken, shape ``(3,)``.
+        scale: Divisor of each setting for distances, shape ``(3,)``.
         mean: Shape ``(conditions, features)``.
-        std: The same shape; 1 for a feature that does not change within a condition.
-        moves: Shape ``(features,)``: False for a feature that changes within none.
+        std: Same shape; 1 for a feature that is constant within a condition.
+        moves: Shape ``(features,)``: False for a feature that is constant within every condition.
 
     Example:
         >>> settings = np.array([[0, 0, 100], [0, 0, 100], [0, 0, 100.0]])
@@ -38,16 +38,16 @@ class Standardization:
 
     @classmethod
     def fit(cls, settings: Array, features: Array, conditions: int) -> Standardization:
-        """Find the conditions and take the statistics.
+        """Find the conditions and compute their statistics.
 
         Args:
             settings: Shape ``(cycles, 3)``.
             features: Shape ``(cycles, features)``.
-            conditions: How many conditions to look for, by k-means on the settings, each divided by its range.
+            conditions: Number of conditions to find, by k-means on the settings, each divided by its range.
 
         Raises:
-            ValueError: The settings have fewer different values than there should be conditions.
-            ModuleNotFoundError: Several conditions are looked for, and scikit-learn is not installed.
+            ValueError: There are fewer different settings than conditions.
+            ModuleNotFoundError: There are several conditions, but scikit-learn is not installed.
         """
         ranges = np.ptp(settings, axis=0)
         scale = np.where(ranges > 0, ranges, 1.0)
@@ -61,7 +61,7 @@ class Standardization:
             own = features[groups[number]]
             means.append(own.mean(axis=0))
             changes = np.ptp(own, axis=0) > 0
-            # The rounding errors of a constant's mean must not be blown up to standard deviation 1.
+            # Do not scale the rounding errors of a constant up to standard deviation 1.
             stds.append(np.where(changes, own.std(axis=0), 1.0))
             moves |= changes
         return cls(centers[order], scale, np.stack(means), np.stack(stds), moves)
@@ -79,7 +79,7 @@ class Standardization:
 
 
 def _clusters(points: Array, count: int) -> Integers:
-    """Return a number of 0 to ``count - 1`` for each point, shape ``(points, dimensions)`` to ``(points,)``."""
+    """Return a number from 0 to ``count - 1`` for each point, shape ``(points, dimensions)`` to ``(points,)``."""
     if count == 1:
         return np.zeros(len(points), dtype=np.int64)
     different = len(np.unique(points, axis=0))
@@ -91,7 +91,7 @@ def _clusters(points: Array, count: int) -> Integers:
         from sklearn.cluster import KMeans
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "CMAPSS: the package scikit-learn, whose k-means finds the operating conditions, should be installed; it was "
+            "CMAPSS: the package scikit-learn, which finds the operating conditions by k-means, should be installed; it was "
             "not found. Install it with: pip install 'lightning-gradnorm[cmapss]'"
         ) from None
     labels: Integers = KMeans(count, n_init=10, random_state=0).fit(points).labels_.astype(np.int64)

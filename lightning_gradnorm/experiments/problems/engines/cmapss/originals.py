@@ -1,4 +1,4 @@
-"""NASA's twelve files, known by their numbers: altered and swapped copies circulate under the same names."""
+"""Recognizes NASA's twelve files by their numbers, because altered and swapped copies circulate under the same names."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Original:
     """One of NASA's files.
 
     Attributes:
-        rows: Lines of numbers.
-        engines: Engines in it; of a RUL file as many as lines.
-        fingerprint: Of its numbers, by `fingerprint`: blanks, line ends and a header do not count.
+        rows: Number of lines with numbers.
+        engines: Number of engines; in a RUL file the number of lines.
+        fingerprint: The `fingerprint` of its numbers. Blanks, line ends and a header do not count.
     """
 
     rows: int
@@ -24,7 +24,7 @@ class Original:
     fingerprint: str
 
     def __str__(self) -> str:
-        """Return how much it holds."""
+        """Return the size of the file as text."""
         return f"{self.rows:,} rows" + (f" of {self.engines} engines" if self.engines != self.rows else "")
 
 
@@ -42,11 +42,11 @@ ORIGINALS = {
     "test_FD004.txt": Original(41214, 248, "ef205d64eb6ddc29"),
     "RUL_FD004.txt": Original(248, 248, "6e27c1b1fad75330"),
 }
-"""By the names that NASA gave them. (Its readme has FD004's numbers of engines the wrong way round.)"""
+"""By NASA's file names. (NASA's readme swaps the numbers of engines in FD004.)"""
 
 
 def fingerprint(*columns: npt.NDArray[np.generic]) -> str:
-    """Return a short SHA-256 of numbers, each of which counts as a 64-bit float.
+    """Return a short SHA-256 of numbers as 64-bit floats.
 
     Example:
         >>> fingerprint(np.array([112, 98])) == fingerprint(np.array([112.0, 98.0]))
@@ -59,11 +59,11 @@ def fingerprint(*columns: npt.NDArray[np.generic]) -> str:
 
 
 def difference(name: str, found: Original) -> str | None:
-    """Say how a file differs from NASA's of the same name; None if it does not.
+    """Return how a file differs from NASA's file of the same name, or None if it does not.
 
     Args:
-        name: The file's name: ``"train_FD001.txt"``.
-        found: What it holds.
+        name: Name of the file: ``"train_FD001.txt"``.
+        found: Contents of the file.
 
     Example:
         >>> difference("RUL_FD001.txt", Original(90, 90, "0123456789abcdef"))
@@ -76,4 +76,4 @@ def difference(name: str, found: Original) -> str | None:
         if found.fingerprint == original.fingerprint:
             return f"it has the numbers of NASA's {other}"
     same_size = (found.rows, found.engines) == (expected.rows, expected.engines)
-    return "it has as many, but some numbers are others" if same_size else f"it has {found}"
+    return "it has as many, but some numbers differ" if same_size else f"it has {found}"

@@ -1,4 +1,4 @@
-"""Windows of an engine's cycles, with what is left of its life after the last of them."""
+"""Windows of an engine's cycles, with its remaining life after the last one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning_gradnorm.experiments.loading.tensors import TaskTensors
 
 
 def health_of(rul: Tensor, thresholds: Sequence[float]) -> Tensor:
-    """Return the health class: how many of the thresholds the remaining life has reached or fallen below.
+    """Return the health class: the number of thresholds that the remaining life has reached or fallen below.
 
     Args:
         rul: Remaining useful life in cycles, any shape.
-        thresholds: In cycles; each is the longest life of the class that begins there.
+        thresholds: Thresholds in cycles. Each is the longest life of the next class.
 
     Returns:
         ``int64`` of the same shape: 0 is the healthiest class, ``len(thresholds)`` the most critical.
@@ -29,12 +29,12 @@ def health_of(rul: Tensor, thresholds: Sequence[float]) -> Tensor:
 
 
 class Windows(TaskTensors):
-    """Windows of engines' cycles. Each is cut out of the cycles when it is asked for, so that none is stored.
+    """Windows of engines' cycles. Each is cut out on access, so no windows are stored.
 
-    A window that begins before its engine's first cycle repeats that cycle in front.
+    A window that begins before its engine's first cycle is padded in front with that cycle.
 
     Args:
-        cycles: All engines' cycles in a row, ``float32``, shape ``(cycles, features)``.
+        cycles: The concatenated cycles of all engines, ``float32``, shape ``(cycles, features)``.
         first: Row of the first cycle of the engine of each window, shape ``(windows,)``.
         last: Row of the last cycle of each window, shape ``(windows,)``.
         units: Number of the engine of each window, shape ``(windows,)``.

@@ -1,7 +1,7 @@
-"""Simulated turbofan engines that stand in for NASA's C-MAPSS where its files are not.
+"""Simulated turbofan engines, a stand-in for NASA's C-MAPSS if you do not have its files.
 
-`engine` says what a sensor shows in each operating condition and how wear moves it, `wear` how engines wear and when
-they fail, `simulator` flies them, `files` writes what was recorded as NASA does, `module` is the data set.
+`engine` defines the sensor readings in each operating condition and how wear shifts them, `wear` how engines wear and
+fail. `simulator` flies them, `files` writes the records in NASA's format, `module` is the data set.
 """
 
 from lightning_gradnorm.experiments.problems.engines.turbofan.files import write_turbofan

@@ -1,7 +1,7 @@
-"""What the 21 sensors of a turbofan show in each operating condition, and how wear moves them.
+"""Readings of a turbofan's 21 sensors in each operating condition, and how wear shifts them.
 
-The numbers are fitted to C-MAPSS's files, in its units (°R, psia, rpm, pps/psi, lbm/s); they are not its engine model.
-``python scripts/compare_turbofan.py FOLDER`` says how near they are.
+The numbers are fitted to C-MAPSS's files, in its units (°R, psia, rpm, pps/psi, lbm/s). They are not its engine model.
+``python scripts/compare_turbofan.py FOLDER`` measures how close they are.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ CONDITIONS = np.array(
         [42.0, 0.84, 100.0],
     ]
 )
-"""Altitude (1000 ft), Mach number and throttle angle (°) of the six operating conditions; the first is that of one only."""
+"""Altitude (1000 ft), Mach number and throttle angle (°) of the six operating conditions. A single condition is the first."""
 
 SHARES = np.array([0.15, 0.15, 0.15, 0.15, 0.15, 0.25])
-"""How often an engine flies in each of the six."""
+"""Share of the flights in each of the six."""
 
 SETTING_NOISE = np.array([0.0025, 0.0003, 0.0])
 """Standard deviation of the settings within a condition."""
@@ -42,10 +42,10 @@ HEALTHY = np.array(
          0.02, 330.2, 2212, 100.00, 10.62, 6.370],
     ]
 )  # fmt: skip
-"""What the sensors of a new engine show, shape ``(conditions, sensors)``."""
+"""Sensor readings of a new engine, shape ``(conditions, sensors)``."""
 
 RELATIVE = HEALTHY / HEALTHY[0]
-"""The size of what wear does in a condition, as a share of what it does in the first. Noise is the same in all."""
+"""Effect of wear in a condition relative to the first condition. Noise is the same in all."""
 
 # By fault mode, high-pressure compressor and fan, in the first condition: arrays of shape (2, sensors).
 NOISE = np.array(
@@ -64,7 +64,7 @@ NEW = np.array(
         [0, -0.36, -4.6, -7.5, 0, -0.0209, 0, -0.14, -5.6, 0, -0.232, 0, -0.14, -2.8, -0.030, 0, -1.24, 0, 0, 0.092, 0.055],
     ]
 )  # fmt: skip
-"""What a new engine's sensors show more than `HEALTHY`: where the fan is to fail, all else is in a better state."""
+"""Difference of a new engine's readings from `HEALTHY`. If the fan will fail, everything else is in a better state."""
 
 BUILT = np.array(
     [
@@ -72,7 +72,7 @@ BUILT = np.array(
         [0, 0.17, 3.3, 3.1, 0, 0.021, 3.03, 0.205, 12.6, 0, 0.120, 2.89, 0.205, 10.1, -0.028, 0, 0.89, 0, 0, 0.160, 0.095],
     ]
 )  # fmt: skip
-"""How much more the worst of new engines shows, and how much less the best."""
+"""How far the readings of the worst new engines lie above, and those of the best below."""
 
 WORN = np.array(
     [
@@ -82,7 +82,7 @@ WORN = np.array(
          0.420],
     ]
 )  # fmt: skip
-"""What the sensors show more than `HEALTHY` at failure, on average over the engines."""
+"""Difference of the readings from `HEALTHY` at failure, averaged over the engines."""
 
 MIX = np.array(
     [
@@ -90,11 +90,11 @@ MIX = np.array(
         [0, 0, 0, 0, 0, -0.126, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
     ]
 )  # fmt: skip
-"""What they show more still at failure, times `Lives.mix`. A worn compressor's core turns faster than a new one's in some
-engines, slower in others; that is nearly all of the spread of sensors 9 and 14."""
+"""Additional difference at failure, times `Lives.mix`. A worn compressor's core turns faster than a new one in some
+engines, slower in others. This explains nearly all of the spread of sensors 9 and 14."""
 
 AT_FAILURE = 0.045
-"""Standard deviation of the wear at which engines fail, as a share."""
+"""Relative standard deviation of the wear at which engines fail."""
 
 DECIMALS = (2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 4, 2, 0, 0, 2, 2, 4)
-"""Decimals that NASA's files give of each sensor."""
+"""Decimals of each sensor in NASA's files."""

@@ -1,4 +1,4 @@
-"""Writes simulated engines as NASA writes C-MAPSS."""
+"""Writes simulated engines in C-MAPSS's file format."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def write_turbofan(folder: str | Path, subset: str, engines: int, test_engines: 
     The same arguments give the same bytes.
 
     Args:
-        folder: Where; it is made, and should not be there yet, so that nothing is overwritten. If another process makes
-            it in the meantime, that one is kept.
+        folder: The folder to create. It must not exist yet, so nothing is overwritten. If another process creates it
+            in the meantime, that one is kept.
         subset: ``"FD001"`` to ``"FD004"``.
-        engines: Training engines, which run to failure.
-        test_engines: Test engines, which are cut short.
-        seed: Seed of all that is drawn.
+        engines: Number of training engines, which run to failure.
+        test_engines: Number of test engines, which are cut short.
+        seed: Seed of all random draws.
 
     Returns:
         The folder.
 
     Raises:
-        FileExistsError: The folder is there and has other things in it.
+        FileExistsError: The folder exists and is not empty.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -45,7 +45,7 @@ def write_turbofan(folder: str | Path, subset: str, engines: int, test_engines: 
     names = {kind: f"{kind}_{subset}.txt" for kind in ("train", "test", "RUL")}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(
-            f"write_turbofan: folder should not be there yet, or be empty; {folder} is neither. Delete it, or name another."
+            f"write_turbofan: folder should not exist yet, or be empty; {folder} is neither. Delete it, or choose another."
         )
     test, left = cut_short(simulate(subset, test_engines, seed, "test"), subset, seed)
     begun = folder.with_name(f".{folder.name}.{uuid4().hex}")
@@ -67,5 +67,5 @@ def write_turbofan(folder: str | Path, subset: str, engines: int, test_engines: 
 def _write(file: Path, engines: Engines) -> None:
     cycle = np.arange(len(engines.settings)) - engines.of_rows(engines.starts) + 1
     table = np.column_stack([engines.of_rows(engines.units), cycle, engines.settings, engines.sensors])
-    # NASA's lines end in two blanks.
+    # NASA's lines end with two blanks.
     np.savetxt(file, table, fmt=" ".join(_LINE) + "  ", newline="\n")

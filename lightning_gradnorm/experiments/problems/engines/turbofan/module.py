@@ -15,31 +15,30 @@ from lightning_gradnorm.experiments.problems.engines.cmapss.windows import Windo
 from lightning_gradnorm.experiments.problems.engines.turbofan.files import write_turbofan
 
 VERSION = 2
-"""Goes up whenever the simulator writes other bytes, so that no files of an earlier one are read."""
+"""Increases whenever the simulator's output changes, so files of earlier versions are not read."""
 
 
 class TurbofanDataModule(CMAPSS):
     """Simulated turbofan engines with C-MAPSS's files, sensors and tasks, and nothing to download.
 
-    Engines that show little for some time, then wear faster and faster, by one of two fault modes in FD003 and FD004,
-    and fail after 128 to 362 cycles, or up to 543 if it is the fan that wears. They fly in one operating condition, or in
-    FD002 and FD004 in six that change from cycle to cycle. Sensors answer to the wear with noise, each engine's in its own
-    way. The files are written once, by one process, and read as NASA's are: see `CMAPSS` for the batches and the other
-    arguments.
+    The engines show little wear for some time, then wear faster and faster, with one of two fault modes in FD003 and FD004.
+    They fail after 128 to 362 cycles, or up to 543 if the fan wears. They fly in one operating condition, or, in FD002 and
+    FD004, in six that change from cycle to cycle. The sensors respond to the wear with noise, differently for each engine.
+    One process writes the files once, and they are read like NASA's: see `CMAPSS` for the batches and the other arguments.
 
-    It is no model of an engine, and figures on it are not comparable with published ones, though of their order. Its
-    sensors are like those of NASA's FD001 and FD003, one by one, within the tolerance that
-    ``scripts/compare_turbofan.py`` states. Root mean square errors on FD001 in cycles, NASA's files in brackets:
+    This is not a model of a real engine. Results on it have the same order of magnitude as published ones but are not
+    comparable with them. Each sensor resembles the one in NASA's FD001 and FD003 within the tolerance stated in
+    ``scripts/compare_turbofan.py``. Root mean square errors on FD001 in cycles, NASA's files in brackets:
     ``gradnorm-train experiment=cmapss_small``, seeds 0 to 2 (0), 13.5 to 15.5 (14.2) on the validation engines in the best
     epoch and 17.6 to 18.8 (14.9) on the test engines; on these, ridge regression on the windows 15.5 to 17.4 (14.6), and
     the best constant 34 to 39 (40).
 
     Args:
         subset: ``"FD001"`` to ``"FD004"``.
-        engines: Training engines, those held out for validation among them; None for as many as NASA's subset has.
-        test_engines: Test engines; None for as many as NASA's subset has.
-        folder: Where the files are kept, in a folder of their own for each subset, numbers of engines and seed; None for
-            ``lightning_gradnorm/turbofan`` in the user's cache (``$XDG_CACHE_HOME`` or ``~/.cache``).
+        engines: Number of training engines, including those held out for validation; None for the number in NASA's subset.
+        test_engines: Number of test engines; None for the number in NASA's subset.
+        folder: Parent folder of the files. Each combination of subset, numbers of engines and seed has its own subfolder.
+            None for ``lightning_gradnorm/turbofan`` in your cache (``$XDG_CACHE_HOME`` or ``~/.cache``).
         window: See `CMAPSS`.
         cap: See `CMAPSS`.
         cap_test: See `CMAPSS`.
@@ -49,14 +48,14 @@ class TurbofanDataModule(CMAPSS):
         val_fraction: See `CMAPSS`.
         short_engines: See `CMAPSS`. Simulated test engines have at least 31 cycles.
         batch_size: Windows per batch and rank.
-        num_workers: Worker processes per loader; the data are in memory, so 0 is the fastest.
-        seed: Seed of the engines, of which are held out, and of the order of the training batches.
+        num_workers: Worker processes per loader. The data are in memory, so 0 is the fastest.
+        seed: Seed of the engines, the choice of validation engines, and the order of the training batches.
 
     Raises:
-        TypeError: An argument is not an integer that should be one.
-        PermissionError: At ``setup``: ``folder`` cannot be written to.
-        FileExistsError: At ``setup``: the files' own folder is there, with other things in it.
-        ValueError: An argument out of range, or at ``setup``: a window is longer than the shortest engine's record.
+        TypeError: An argument should be an integer but is not.
+        PermissionError: At ``setup``: ``folder`` is not writable.
+        FileExistsError: At ``setup``: the files' subfolder exists and contains other files.
+        ValueError: An argument is out of range, or at ``setup``: a window is longer than the shortest engine's record.
         ModuleNotFoundError: At ``setup``, with several conditions, if scikit-learn is not installed.
 
     Example:
@@ -69,8 +68,8 @@ class TurbofanDataModule(CMAPSS):
         (torch.Size([8, 30, 14]), torch.Size([8, 1]), torch.Size([8]))
     """
 
-    stands_in_for = ("cmapss", "Simulated engines stand in for C-MAPSS; with its files: data=cmapss data.root=FOLDER")
-    """How the experiments begin whose data it replaces, and what such a run prints."""
+    stands_in_for = ("cmapss", "Simulated engines stand in for C-MAPSS. With its files: data=cmapss data.root=FOLDER")
+    """Prefix of the experiments whose data it replaces, and the message that such a run prints."""
 
     def __init__(
         self,
@@ -114,7 +113,7 @@ class TurbofanDataModule(CMAPSS):
         self.root /= f"{subset}-{self.engines}-{self.test_engines}-seed{seed}-v{VERSION}"
 
     def prepare_data(self) -> None:
-        """Write the files, unless they are there."""
+        """Write the files unless they exist."""
         if not self._is_written():
             rank_zero_info(
                 f"TurbofanDataModule: these engines are simulated and stand in for NASA's {self.subset}; "
@@ -124,21 +123,21 @@ class TurbofanDataModule(CMAPSS):
                 write_turbofan(self.root, self.subset, self.engines, self.test_engines, self.seed)
             except PermissionError as error:
                 raise PermissionError(
-                    f"TurbofanDataModule: folder should be one that can be written to; {error.filename} cannot. "
-                    "Name another: folder=..."
+                    f"TurbofanDataModule: folder should be writable; {error.filename} is not. "
+                    "Choose another: folder=..."
                 ) from error
             except FileExistsError:
-                if not self._is_written():  # by another process, since we looked
+                if not self._is_written():  # by another process in the meantime
                     raise
 
     def _compare_to_originals(self, train: Engines, test: Engines, rul: Array) -> dict[str, str]:
-        return {}  # simulated engines are nobody's originals
+        return {}  # simulated engines have no originals
 
     def _is_written(self) -> bool:
         return (self.root / f"RUL_{self.subset}.txt").is_file()
 
     def make_splits(self) -> dict[str, Windows]:
-        """Write the files, unless they are there, and read them."""
+        """Write the files unless they exist, and read them."""
         self.prepare_data()
         return super().make_splits()
 

@@ -1,4 +1,4 @@
-"""Flies engines until they fail and records what the sensors show."""
+"""Flies engines until they fail and records the sensor readings."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from lightning_gradnorm.experiments.problems.engines.turbofan.engine import (
 from lightning_gradnorm.experiments.problems.engines.turbofan.wear import Array, Integers, Lives, draw_lives
 
 SHORTEST_RECORD = 31
-"""Cycles that are recorded of a test engine, at least."""
+"""Minimum number of recorded cycles of a test engine."""
 MOST_LEFT = {1: 145, 6: 194}
-"""Cycles left to a test engine, at most, by number of conditions; at least `LEAST_LEFT`."""
+"""Maximum number of cycles left to a test engine, by number of conditions. The minimum is `LEAST_LEFT`."""
 LEAST_LEFT = 6
 
 
 @dataclass(frozen=True)
 class Flights:
-    """Engines flown until they failed.
+    """Engines flown to failure.
 
     Attributes:
-        engines: What was recorded.
-        lives: What decided the lives.
+        engines: The recorded cycles.
+        lives: The hidden variables of the lives.
         conditions: Number of the condition of each cycle, shape ``(cycles,)``.
-        wear: Of each cycle, shape ``(cycles,)``.
+        wear: Wear in each cycle, shape ``(cycles,)``.
     """
 
     engines: Engines
@@ -52,10 +52,10 @@ def simulate(subset: str, engines: int, seed: int = 0, kind: str = "train") -> F
     """Fly engines to failure.
 
     Args:
-        subset: ``"FD001"`` to ``"FD004"``, which says how many conditions and fault modes there are.
-        engines: How many.
-        seed: Seed of all that is drawn.
-        kind: ``"train"`` or ``"test"``: other engines with the same seed.
+        subset: ``"FD001"`` to ``"FD004"``. It determines the number of conditions and fault modes.
+        engines: Number of engines.
+        seed: Seed of all random draws.
+        kind: ``"train"`` or ``"test"``: different engines with the same seed.
 
     Example:
         >>> flights = simulate("FD002", engines=3)
@@ -77,7 +77,7 @@ def simulate(subset: str, engines: int, seed: int = 0, kind: str = "train") -> F
 
 
 def _show(lives: Lives, engine: Integers, conditions: Integers, wear: Array, stream: np.random.Generator) -> Array:
-    """Return what the sensors show, shape ``(cycles, 21)``, rounded as in NASA's files."""
+    """Return the sensor readings, shape ``(cycles, 21)``, rounded as in NASA's files."""
     fault = lives.fault
     new = NEW[fault] + BUILT[fault] * lives.built[:, None]
     worn = WORN[fault] * stream.normal(1, AT_FAILURE, (len(fault), 1)) + MIX[fault] * lives.mix[:, None]
@@ -91,7 +91,7 @@ def cut_short(flights: Flights, subset: str, seed: int = 0) -> tuple[Engines, In
     """End each engine's record at a random cycle before its failure, as in the test files.
 
     Returns:
-        What is recorded of the engines, and how many cycles each would have gone on, shape ``(engines,)``.
+        The recorded cycles, and the number of cycles that each engine had left, shape ``(engines,)``.
     """
     engines = flights.engines
     most = np.minimum(MOST_LEFT[SUBSETS[subset].conditions], engines.lengths - SHORTEST_RECORD)
@@ -102,5 +102,5 @@ def cut_short(flights: Flights, subset: str, seed: int = 0) -> tuple[Engines, In
 
 
 def _stream(subset: str, seed: int, *names: str) -> np.random.Generator:
-    """Give each thing that is drawn a generator of its own, so that no draw depends on how much others drew."""
+    """Return a separate generator for each random quantity, so no draw depends on the others."""
     return np.random.default_rng([seed, *(int.from_bytes(name.encode(), "little") for name in (subset, *names))])

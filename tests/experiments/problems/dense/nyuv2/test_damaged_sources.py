@@ -138,10 +138,10 @@ LATER = "while reading"
 
 CASES = [
     # The official form.
-    ("official", DATA, Path.unlink, "root should hold"),
-    ("official", "splits.mat", Path.unlink, r"official train and test images should be in .*splits.mat; there is no such"),
-    ("official", "classMapping40.mat", Path.unlink, r"40 classes .*should be in .*classMapping40.mat; there is no such file"),
-    ("official", "class13Mapping.mat", Path.unlink, r"to 13 .*should be in .*class13Mapping.mat; there is no such file"),
+    ("official", DATA, Path.unlink, "root should contain"),
+    ("official", "splits.mat", Path.unlink, r"official train and test images should be in .*splits.mat; no such"),
+    ("official", "classMapping40.mat", Path.unlink, r"40 classes .*should be in .*classMapping40.mat; no such file"),
+    ("official", "class13Mapping.mat", Path.unlink, r"to 13 .*should be in .*class13Mapping.mat; no such file"),
     ("official", DATA, cut, rf"the file in .*{DATA} should be HDF5 \(MATLAB 7.3\); got .*fetch the file again"),
     ("official", DATA, lambda file: file.write_bytes(b"<html>"), rf"the file in .*{DATA} should be HDF5"),
     ("official", "splits.mat", cut, r"the file in .*splits.mat should be a MATLAB file"),
@@ -170,9 +170,9 @@ CASES = [
     ("official", DATA, hdf5("depths", put((4, 3, 3), -1)), LATER + r"depth in .* at depths\[4\] .*meters .*; got -1 to"),
     ("official", DATA, hdf5("depths", put((0, 3, 3), np.nan)), LATER + r"depth in .* at depths\[0\] should be meters"),
     # The MTAN folder.
-    ("mtan", "val/depth", shutil.rmtree, r"should have the folder .*val/depth; there is none"),
-    ("mtan", "train/label/1.npy", Path.unlink, r"the label of image 1 of 3 should be in .*train/label/1.npy; there is no"),
-    ("mtan", "val/normal/1.npy", Path.unlink, r"the normal of image 1 of 2 should be in .*val/normal/1.npy; there is no"),
+    ("mtan", "val/depth", shutil.rmtree, r"should have the folder .*val/depth; no such folder"),
+    ("mtan", "train/label/1.npy", Path.unlink, r"the label of image 1 of 3 should be in .*train/label/1.npy; no such file"),
+    ("mtan", "val/normal/1.npy", Path.unlink, r"the normal of image 1 of 2 should be in .*val/normal/1.npy; no such file"),
     ("mtan", "val/image/1.npy", cut, r"image in .*val/image/1.npy should be 2304 bytes of data; got \d+.*fetch the file again"),
     ("mtan", "val/image/1.npy", lambda file: file.write_bytes(b"PK"), r"the header in .*val/image/1.npy should be that of"),
     ("mtan", "val/depth/0.npy", npy(lambda v: v[1:]), r"depth in .*val/depth/0.npy should be of shape \(12, 16, 1\); got"),
@@ -191,7 +191,7 @@ CASES = [
     ("mtan", "train/normal/0.npy", npy(lambda v: v * 127), LATER + r"normal in .*be unit vectors.*; got length up to 127"),
     # The parquet shards.
     ("huggingface", "data/train-00001-of-00002.parquet", Path.unlink, r"should have 2 shards of train; train-00001-of-00002"),
-    ("huggingface", SHARD, Path.unlink, r"should have parquet shards of test; there are none"),
+    ("huggingface", SHARD, Path.unlink, r"should have parquet shards of test; found none"),
     ("huggingface", SHARD, cut, r"the file in .*val-00000-of-00001.parquet should be a parquet table; got .*fetch the file"),
     ("huggingface", SHARD, lambda file: file.write_bytes(b""), r"the file in .*parquet should be a parquet table"),
     ("huggingface", SHARD, table("depth"), r"depth in .*parquet should be a column; got only image, segmentation, normal"),
@@ -252,14 +252,14 @@ def test_the_format_of_a_folder_is_detected_and_reported(
         assert find_form(whole / form) == form
         with caplog.at_level("INFO"):
             NYUv2(whole / form, val_share=0).setup()
-        assert f"is the {words} form: 3 train and 2 test images of 12 x 16. Each image is read" in caplog.text
+        assert f"is in the {words} format: 3 train and 2 test images of 12 x 16. Each image is read" in caplog.text
 
 
 def test_the_error_for_an_unknown_folder_lists_the_expected_files(whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"root should be a folder; .*nowhere is none"):
+    with pytest.raises(FileNotFoundError, match=r"root should be a folder; .*no such folder: .*nowhere"):
         find_form(tmp_path / "nowhere")
     with pytest.raises(
-        FileNotFoundError, match=r"root should hold nyu_depth_v2_labeled.mat .*; .* holds none of them.$"
+        FileNotFoundError, match=r"root should contain nyu_depth_v2_labeled.mat .*; .* contains none of them.$"
     ):
         find_form(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"Its folder huggingface does: root=.*/huggingface$"):
@@ -269,7 +269,7 @@ def test_the_error_for_an_unknown_folder_lists_the_expected_files(whole: Path, t
 def test_a_folder_with_two_formats_is_an_error(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole / "mtan", tmp_path, dirs_exist_ok=True)
     shutil.copytree(whole / "official", tmp_path, dirs_exist_ok=True)
-    with pytest.raises(ValueError, match=r"holds official, mtan. Say which with form="):
+    with pytest.raises(ValueError, match=r"contains official, mtan. Choose one with form="):
         NYUv2(tmp_path).setup()
     assert find_source(tmp_path, "mtan").form == "MTAN folder"
     with pytest.raises(

@@ -163,8 +163,8 @@ def test_an_unknown_convention_causes_a_warning_and_the_normals_do_not_change(
 ) -> None:
     write_mtan(tmp_path / "walls", [turned(wall(i), PUBLISHED) for i in range(3)], [turned(wall(4), PUBLISHED)])
     message = (
-        r"normals in .*walls point to should show in the depth; it does not: '.*' is 0 degrees .* 0, in \d+ pixels of 3 "
-        r"images\. The normals are left as they are\. Give normals_convention, one direction for each channel: right or left"
+        r"channels in .*walls should show in the depth; they do not: '.*' is 0 degrees .* 0, in \d+ pixels of 3 "
+        r"images\. The normals stay unchanged\. Set normals_convention, one direction for each channel: right or left"
     )
     with pytest.warns(UserWarning, match=message):
         _, targets = first_batch(tmp_path / "walls")
@@ -244,7 +244,7 @@ def test_a_convention_is_refused_where_it_means_nothing(tmp_path: Path) -> None:
         pytest.importorskip(package, reason="needs the extra [nyuv2]")
     write_official(tmp_path / "official", frames(2), frames(2))
     with pytest.raises(
-        ValueError, match=r"should be 'auto' for the official .mat form, .* derived from its depth; got 'rig"
+        ValueError, match=r"should be 'auto' for the official .mat format, .* derived from its depth; got 'rig"
     ):
         NYUv2(tmp_path / "official", normals_convention="right away up").setup()
     prepared = prepare(find_source(tmp_path / "official"), tmp_path / "prepared")
@@ -252,7 +252,7 @@ def test_a_convention_is_refused_where_it_means_nothing(tmp_path: Path) -> None:
     prepare(find_source(tmp_path / "official"), tmp_path / "prepared")
     with pytest.raises(
         ValueError,
-        match=r"should be 'auto' for prepared data, which say .* were 'derived from the depth'; got 'right away up'. Prep",
+        match=r"should be 'auto' for prepared data, which record .* were 'derived from the depth'; got 'right away up'. Prep",
     ):
         NYUv2(tmp_path / "prepared", normals_convention="right away up").setup()
 

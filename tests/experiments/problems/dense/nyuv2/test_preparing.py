@@ -104,7 +104,7 @@ def _expect_begun(target: Path) -> None:
     assert 0 < done["train"] < 70
     assert done["test"] == 0
     with pytest.raises(
-        ValueError, match=r"should be prepared to the end; they are not\. Run scripts/prepare_nyuv2.py again"
+        ValueError, match=r"should be prepared completely; they are not\. Run scripts/prepare_nyuv2.py again"
     ):
         NYUv2(target).setup()
 
@@ -149,7 +149,7 @@ def test_a_killed_script_ends_with_the_same_bytes(tmp_path: Path) -> None:
     assert process.wait() == -signal.SIGKILL
     _expect_begun(target)
     again = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=True)
-    assert "is the MTAN folder form: 69 train and 40 test images of 12 x 16." in again.stdout
+    assert "is in the MTAN folder format: 69 train and 40 test images of 12 x 16." in again.stdout
     assert "prepare train" in again.stdout
     assert digests(target) == digests(tmp_path / "undisturbed")
 
@@ -236,7 +236,7 @@ def _retype(file: Path) -> None:
         (
             "test_normals.npy",
             Path.unlink,
-            "normals of the test images should be in .*test_normals.npy; there is no such file",
+            "normals of the test images should be in .*test_normals.npy; no such file",
         ),
         ("train_depth.npy", _retype, "depth in .*train_depth.npy should be float16; got uint16"),
         (
@@ -281,7 +281,5 @@ def test_the_script_verifies_and_names_errors(tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(SystemExit, match="root should be a folder"):
         main([str(tmp_path / "nowhere"), str(tmp_path / "target")])
     (tmp_path / "source" / "val" / "label" / "1.npy").unlink()
-    with pytest.raises(
-        SystemExit, match=r"the label of image 1 of 2 should be in .*val/label/1.npy; there is no such file"
-    ):
+    with pytest.raises(SystemExit, match=r"the label of image 1 of 2 should be in .*val/label/1.npy; no such file"):
         main([str(tmp_path / "source"), str(tmp_path / "other")])

@@ -108,11 +108,11 @@ WRONG = {
     "a late beginning": (lambda text: text[:4] + text[5:], r"unit 3 in line 5 of FILE should be at cycle 1, .*; got cycle 2"),
     "units backwards": (
         lambda text: text[4:] + text[:4],
-        r"line 5 of FILE should be of unit 3 or a later one, .*; got unit 1 after unit 3",
+        r"line 5 of FILE should belong to unit 3 or a later one, .*; got unit 1 after unit 3",
     ),
     "a unit in two pieces": (
         lambda text: [text[0], *text[3:], *text[1:3]],
-        r"line 7 of FILE should be of unit 3 or a later one, .*; got unit 1 after unit 3",
+        r"line 7 of FILE should belong to unit 3 or a later one, .*; got unit 1 after unit 3",
     ),
     "nothing": (lambda text: [], r"FILE should have lines of numbers; got none"),
     "only a header": (lambda text: ["unit cycle"], r"FILE should have lines of numbers; got none"),

@@ -20,7 +20,7 @@ from lightning_gradnorm.experiments.problems.engines.cmapss import CMAPSS, SUBSE
 # Our files are not NASA's, and in them more sensors are constant.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:CMAPSS. .*_FD00.[.]txt in .* should be NASA's"),
-    pytest.mark.filterwarnings("ignore:CMAPSS. each sensor should tell a network something"),
+    pytest.mark.filterwarnings("ignore:CMAPSS. sensors should vary"),
 ]
 
 TRAIN, TEST, RUL = (12, 9, 15, 8, 10, 11, 14, 9), (7, 10, 5, 6), (3, 30, 0, 11)
@@ -277,24 +277,24 @@ def move(root: Path) -> None:
 
 
 WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
-    "no folder": (shutil.rmtree, FileNotFoundError, r"root should be the folder with train_FD001.txt; .*files is no folder"),
+    "no folder": (shutil.rmtree, FileNotFoundError, r"root should be the folder with train_FD001.txt; .*files is not a folder"),
     "no train file": (
         lambda root: (root / "train_FD001.txt").unlink(), FileNotFoundError,
-        r"the training engines of FD001 should be in .*/train_FD001.txt; there is no such file. data=turbofan simulates",
+        r"the training engines of FD001 should be in .*/train_FD001.txt; no such file. data=turbofan simulates",
     ),
     "another subset's train file": (
         lambda root: (root / "train_FD001.txt").rename(root / "train_FD003.txt"), FileNotFoundError,
-        r"should be in .*/train_FD001.txt; there is no such file. There is train_FD003.txt.$",
+        r"should be in .*/train_FD001.txt; no such file. Found train_FD003.txt.$",
     ),
     "no test file": (
         lambda root: (root / "test_FD001.txt").unlink(), FileNotFoundError,
-        r"the test engines of FD001 should be in .*/test_FD001.txt; there is no such file",
+        r"the test engines of FD001 should be in .*/test_FD001.txt; no such file",
     ),
     "no RUL file": (
         lambda root: (root / "RUL_FD001.txt").unlink(), FileNotFoundError,
-        r"the test engines' remaining useful life should be in .*/RUL_FD001.txt; there is no such file",
+        r"the test engines' remaining useful life should be in .*/RUL_FD001.txt; no such file",
     ),
-    "a folder further down": (move, FileNotFoundError, r"There is one in .*/files/CMaps: root=.*/files/CMaps$"),
+    "a folder further down": (move, FileNotFoundError, r"Found one in .*/files/CMaps: root=.*/files/CMaps$"),
     "25 columns": (
         rewrite("test", lambda text: [*text[:9], text[9].rsplit(maxsplit=1)[0], *text[10:]]), ValueError,
         r"line 10 of .*/test_FD001.txt should have 26 columns, separated by blanks; got 25",
@@ -305,7 +305,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     ),
     "units not in order": (
         rewrite("test", lambda text: sorted(text, key=lambda line: -int(line.split()[0]))), ValueError,
-        r"of .*/test_FD001.txt should be of unit 4 or a later one, .*; got unit 3 after unit 4",
+        r"of .*/test_FD001.txt should belong to unit 4 or a later one, .*; got unit 3 after unit 4",
     ),
     "not a number": (
         rewrite("RUL", lambda text: ["three", *text[1:], "?"]), ValueError,
@@ -317,11 +317,11 @@ WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     ),
     "a RUL file as long as another subset's": (
         rewrite("RUL", lambda text: ["7"] * 259), ValueError,
-        r"each of the 4 test engines in .*; got 259. So many has FD002: is it the file of another subset\?",
+        r"each of the 4 test engines in .*; got 259. That is the number of FD002: is it the file of another subset\?",
     ),
     "the RUL file of another subset of NASA's": (
         rewrite("RUL", lambda text: [str(left) for left in SUBSETS["FD003"].first_rul]), ValueError,
-        r"/RUL_FD001.txt should be that of FD001; got the numbers of NASA's RUL_FD003.txt",
+        r"/RUL_FD001.txt should belong to FD001; got the numbers of NASA's RUL_FD003.txt",
     ),
     "a training engine shorter than a window": (
         rewrite("train", lambda text: text + lines([3], first=9)), ValueError,
@@ -355,7 +355,7 @@ def test_two_subsets_with_equally_many_engines_are_distinguished_by_nasas_number
     engines(root)
     write_engines(root, TRAIN, [6] * 12, numbers["FD003"])
     with pytest.raises(
-        ValueError, match=r"RUL_FD001.txt should be that of FD001; got the numbers of NASA's RUL_FD003.txt"
+        ValueError, match=r"RUL_FD001.txt should belong to FD001; got the numbers of NASA's RUL_FD003.txt"
     ):
         engines(root)
 

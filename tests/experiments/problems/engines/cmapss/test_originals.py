@@ -13,7 +13,7 @@ from real_data import real_data
 from lightning_gradnorm.experiments.problems.engines.cmapss import CMAPSS, SUBSETS, read_engines, read_rul
 from lightning_gradnorm.experiments.problems.engines.cmapss.originals import ORIGINALS, Original, fingerprint
 
-pytestmark = pytest.mark.filterwarnings("ignore:CMAPSS. each sensor should tell a network something")
+pytestmark = pytest.mark.filterwarnings("ignore:CMAPSS. sensors should vary")
 
 TRAIN, TEST, RUL = (9, 8, 10, 12), (7, 6), (3, 30)
 OTHER_TRAIN, OTHER_TEST = (8, 11, 9, 9), (9, 5)
@@ -91,7 +91,7 @@ def test_one_other_number_is_enough(root: Path) -> None:
     file.write_text("\n".join([*text[:20], " ".join(words), *text[21:]]))
     (warning,) = warnings_of(root)
     assert "train_FD001.txt" in warning
-    assert "39 rows of 4 engines; it has as many, but some numbers are others" in warning
+    assert "39 rows of 4 engines; it has as many, but some numbers differ" in warning
 
 
 def test_engines_moved_from_the_train_to_the_test_file_are_seen_and_the_test_file_is_blamed(root: Path) -> None:
@@ -103,7 +103,7 @@ def test_engines_moved_from_the_train_to_the_test_file_are_seen_and_the_test_fil
         pytest.warns(UserWarning, match=r"test_FD001.txt .* 13 rows of 2 engines; it has 25 rows of 3 engines"),
         pytest.raises(
             ValueError,
-            match=r"test_FD001.txt should have the 2 engines that RUL_FD001.txt, which is NASA's, has lines for; got 3. "
+            match=r"test_FD001.txt should have 2 engines, like NASA's RUL_FD001.txt; got 3. "
             r"Fetch test_FD001.txt again",
         ),
     ):

@@ -123,7 +123,7 @@ def test_files_that_another_process_finishes_just_before_are_taken(
 def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "nasa").mkdir()
     (tmp_path / "nasa" / "train_FD001.txt").write_text("real")
-    with pytest.raises(FileExistsError, match=r"folder should not be there yet, or be empty; .*/nasa is neither"):
+    with pytest.raises(FileExistsError, match=r"folder should not exist yet, or be empty; .*/nasa is neither"):
         write_turbofan(tmp_path / "nasa", "FD001", 2, 2)
     assert (tmp_path / "nasa" / "train_FD001.txt").read_text() == "real"
     (tmp_path / "empty").mkdir()
@@ -195,5 +195,5 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
 
     monkeypatch.setattr(Path, "mkdir", refused)
-    with pytest.raises(PermissionError, match=r"folder should be one that can be written to; .* cannot. Name another"):
+    with pytest.raises(PermissionError, match=r"folder should be writable; .* is not. Choose another"):
         engines(tmp_path)
