@@ -108,7 +108,7 @@ def test_delta_m_is_a_result_where_single_task_runs_are_given(call: Call, tmp_pa
 
     said = call(train.main, *OPTIONS, "single_task=alone/0_task_0", "hydra.run.dir=other", status=1)
     assert "there are none of task_1 alone" in said
-    assert not (tmp_path / "other" / "tensorboard").exists(), "it is said before anything is trained"
+    assert not (tmp_path / "other" / "tensorboard").exists(), "it is reported before any training"
 
 
 @pytest.mark.slow
