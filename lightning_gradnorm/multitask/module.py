@@ -257,12 +257,7 @@ class MultiTaskModule(L.LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer(self.parameters())
-        _check(
-            isinstance(optimizer, torch.optim.Optimizer),
-            "optimizer",
-            "a function that makes a torch optimizer",
-            optimizer,
-        )
+        _check(isinstance(optimizer, torch.optim.Optimizer), "optimizer", "a torch optimizer factory", optimizer)
         if self._schedule is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self._schedule.make(optimizer)}
