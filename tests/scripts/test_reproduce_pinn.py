@@ -102,9 +102,6 @@ def test_a_strategy_that_cannot_be_trained_is_named_before_anything_is(
     monkeypatch.setitem(script.ARMS, "GradNorm α 0", lambda: GradNorm(["pde", "bc"]))
     with pytest.raises(SystemExit, match=r"reproduce_pinn: GradNorm α 0 fails .*bc.*; choose others with --arms"):
         call("--quick", "--arms", "GradNorm α 0")
-    monkeypatch.setattr(script.lightning_gradnorm, "NormWeighting", None, raising=False)
-    with pytest.raises(SystemExit, match="this lightning_gradnorm has no NormWeighting with NoSuchRule"):
-        script.norm_weighting("NoSuchRule")
     assert not (tmp_path / "outputs").exists()
 
 
