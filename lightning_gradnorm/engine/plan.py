@@ -39,7 +39,7 @@ class Plan:
 
     def __str__(self) -> str:
         named = [f"{name} ({' × '.join(map(str, p.shape))})" for name, p in self.shared_layer.items()]
-        W = ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
+        W = ", ".join(named if len(named) < 6 else [*named[:4], f"… ({len(named)} parameters)"])
         heads = ", ".join(f"{task} → {head}" for task, head in (self.heads or {}).items())
         parts = [f"W = {W}"] if W else []
         return ", ".join([*parts, f"heads: {heads or 'none'}"] if W or self.candidates else [])

@@ -27,7 +27,7 @@ ARGUMENTS = [
     case("heads is 'none'", {"heads": "none"}, ["heads", "'auto' or None", "'none'"]),
     case("heads is the name of one", {"heads": "seg_head"}, ["heads", "mapping from task", "'seg_head'"]),
     case("a head is a list of names", {"heads": {**HEADS, "seg": ["seg_head"]}}, ["heads", "mapping from task", "['"]),
-    case("the layer is a list", {"shared_layer": ["encoder.2"]}, ["shared_layer", "or None", "['encoder.2']"]),
+    case("the layer is a list of numbers", {"shared_layer": [2]}, ["shared_layer", "or None", "got [2]"]),
     case("the layer is a number", {"shared_layer": 2}, ["shared_layer", "or None", "got 2"]),
     case("no first loss", {"initial_losses": {}}, ["initial_losses", "for some tasks or all", "{}"]),
     case("None for the first losses", {"initial_losses": None}, ["initial_losses", "for some tasks or all", "None"]),

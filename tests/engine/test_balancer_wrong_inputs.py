@@ -66,7 +66,10 @@ def test_something_that_is_not_a_model() -> None:
             "'segm_head' is not in Network; did you mean 'seg_head'",
         ),
         ({"heads": {**Network().heads(), "seg": "depth_head"}}, "heads should name one module for each task"),
-        ({"shared_layer": 3}, "shared_layer should be a dotted name such as 'encoder.4', or None; got 3"),
+        (
+            {"shared_layer": 3},
+            "shared_layer should be a dotted name such as 'encoder.4', a list of such names, 'all', or None; got 3",
+        ),
         ({"heads": ["seg_head"]}, "heads should be a mapping from task to the name of its head, 'auto' or None"),
         ({"norm_of": "weights"}, "norm_of should be 'weight' or 'activation'; got 'weights'"),
         ({"norm_of": "activation", "representation": "enc"}, "representation 'enc' is not in Network"),
