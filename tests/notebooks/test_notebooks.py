@@ -39,7 +39,7 @@ def _run(path: Path, instead: tuple[str, str] | None = None) -> tuple[dict[str, 
 
 
 def test_each_notebook_runs_below_and_opens_with_what_you_will_see() -> None:
-    assert {path.stem for path in FOLDER.glob("*.ipynb")} == {"plug_in", "read_results", "toy_experiment", "vae"}
+    assert {path.stem for path in FOLDER.glob("*.ipynb")} == {"burgers", "plug_in", "read_results", "toy_experiment", "vae"}
     for path in FOLDER.glob("*.ipynb"):
         first = json.loads(path.read_text())["cells"][0]
         assert "You will see" in "".join(first["source"]), path.stem
@@ -64,6 +64,15 @@ def test_the_small_task_gains_by_gradnorm_where_a_loss_of_another_scale_stifles_
     said = capsys.readouterr().out
     assert "`size` carries 100 % of the update on `encoder.2`" in said
     assert "did you mean 'encoder.2'?" in said
+
+
+@pytest.mark.slow
+def test_on_burgers_equation_combining_gradients_helps_and_weights_do_not(capsys: Capture) -> None:
+    names, (*results, _) = _run(FOLDER / "burgers.ipynb")
+    errors = [result["test/relative_l2"] for result in results]
+    assert errors[2] < 0.75 * min(errors[:2])
+    assert sum(names["gradnorm"].weights.values()) == pytest.approx(3)
+    assert "`pde` and `initial` pull against each other" in capsys.readouterr().out
 
 
 @pytest.mark.slow
