@@ -21,23 +21,7 @@ from lightning_gradnorm.gradients.readers import GradientReader, Outputs, flat_r
 
 
 class SharedGradients(GradientReader):
-    """Reads ``∇_θ L_i`` of all shared parameters, and allows one gradient to replace their sum.
-
-    Example:
-        >>> network = torch.nn.Linear(1, 1, bias=False)
-        >>> reader = SharedGradients()
-        >>> reader.set_targets([network.weight])
-        >>> losses = {task: network(torch.full((1, 1), x)).sum() for task, x in (("a", 2.0), ("b", 3.0))}
-        >>> total = losses["a"] + losses["b"] + 5 * network.weight.sum()
-        >>> for task, loss in losses.items():
-        ...     _ = loss.register_hook(lambda g, task=task, loss=loss: reader.read(task, [loss], [g]))
-        >>> reader.begin(total, stop=[loss.grad_fn for loss in losses.values()])
-        >>> total.backward()
-        >>> reader.on_backward_end()
-        >>> reader.write_rows(J := torch.zeros(2, 1), ["a", "b"])
-        >>> J.tolist(), network.weight.grad.item()
-        ([[2.0], [3.0]], 5.0)
-    """
+    """Reads ``∇_θ L_i`` of all shared parameters, and allows one gradient to replace their sum."""
 
     label = "what the tasks share"
 

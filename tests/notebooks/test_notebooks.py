@@ -39,7 +39,13 @@ def _run(path: Path, instead: tuple[str, str] | None = None) -> tuple[dict[str, 
 
 
 def test_each_notebook_runs_below_and_opens_with_what_you_will_see() -> None:
-    assert {path.stem for path in FOLDER.glob("*.ipynb")} == {"burgers", "plug_in", "read_results", "toy_experiment", "vae"}
+    assert {path.stem for path in FOLDER.glob("*.ipynb")} == {
+        "burgers",
+        "plug_in",
+        "read_results",
+        "toy_experiment",
+        "vae",
+    }
     for path in FOLDER.glob("*.ipynb"):
         first = json.loads(path.read_text())["cells"][0]
         assert "You will see" in "".join(first["source"]), path.stem

@@ -312,7 +312,7 @@ def _refuse_unknown_baseline(baseline: str | None, methods: Sequence[Method]) ->
         return
     names = list(dict.fromkeys([*(method.name for method in methods), *(method.strategy for method in methods)]))
     if baseline not in names:
-        raise ValueError(f"--baseline should be one of the methods; got '{baseline}'; {did_you_mean(baseline, names)}.")
+        raise ValueError(f"--baseline should be one of the methods; got '{baseline}'; {did_you_mean(baseline, names)}")
     several = [method.name for method in methods if method.strategy == baseline]
     contexts = [method.context for method in methods if method.strategy == baseline]
     if baseline not in [method.name for method in methods] and any(contexts.count(one) > 1 for one in contexts):

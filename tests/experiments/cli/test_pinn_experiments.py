@@ -96,7 +96,7 @@ WRONG = {
         "there is no 'data.points.inital'; did you mean 'initial'?",
     ),
     "a wrong viscosity": (["data.equation.viscosity=0"], "Burgers: viscosity should be a positive number; got 0"),
-    "one task alone": (["tasks=[pde]"], "which has no parameter 'only'. Give tasks=null"),
+    "one task alone": (["tasks=[pde]"], "which has no parameter 'only'. Use tasks=null"),
     "weights of others": (["balancing=fixed", "balancing.weights={pde: 1, bc: 2}"], "bc"),
     "no such optimizer": (["model/optimizer=newton"], "newton"),
 }

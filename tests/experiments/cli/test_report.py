@@ -137,7 +137,7 @@ def test_the_output_goes_to_the_requested_folder(call: Call, tmp_path: Path) -> 
     ("arguments", "said"),
     [
         ([], "the following arguments are required: DIR"),
-        (["nowhere"], "gradnorm-report: nowhere should be a folder of runs; there is no such folder"),
+        (["nowhere"], "gradnorm-report: nowhere should be a folder of runs; no such folder"),
         (["empty"], "gradnorm-report: empty is empty"),
         (["without"], "gradnorm-report: without has no run of gradnorm-train in it or below it"),
         (["tasks"], "gradnorm-report: runs of different tasks cannot be compared: a has depth, seg, b has hue, seg"),
@@ -145,7 +145,7 @@ def test_the_output_goes_to_the_requested_folder(call: Call, tmp_path: Path) -> 
             ["data"],
             "gradnorm-report: runs on different data cannot be compared: data.train_size is 100 in a and 7 in b",
         ),
-        (["fine", "--baseline", "gradnrom"], "there is no 'gradnrom'; did you mean 'gradnorm'?"),
+        (["fine", "--baseline", "gradnrom"], "got 'gradnrom'; did you mean 'gradnorm'?"),
         (["fine", "--output", "without/file"], "gradnorm-report: "),
         (["fine", "--alpha", "3"], "unrecognized arguments: --alpha 3"),
     ],

@@ -255,7 +255,7 @@ def test_the_strategies_whose_weights_may_be_negative_are_named() -> None:
         for rule in [rule_of(name)]
         if rule.has_weights and any(bool((w < 0).any()) for w in driven(rule, 30))
     }
-    (sentence,) = re.findall(r"Weights may be\s+negative \(([^)]*)\)", TEXT)
+    (sentence,) = re.findall(r"Weights may be\s+negative\s+\(([^)]*)\)", TEXT)
     assert found == set(re.findall(r"`(\w+)`", sentence))
 
 
