@@ -137,7 +137,7 @@ def python(checkout: Path, *arguments: str) -> str:
 @pytest.mark.slow
 def test_help_schema_and_pages_have_it(checkout: Path) -> None:
     said = python(checkout, "-m", "lightning_gradnorm.experiments.cli.train", "--help")
-    assert re.search(r"by the losses:[^;]*\btoy_strategy\b", said)
+    assert re.search(r"from the losses:[^;]*\btoy_strategy\b", said)
     made = python(checkout, "-c", PRINT_ALL)
     assert made.startswith(str(checkout))
     assert "schema: {'_target_': 'lightning_gradnorm.strategies.ToyStrategy', 'power': '???'}" in made
