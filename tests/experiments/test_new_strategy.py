@@ -145,7 +145,7 @@ def test_help_schema_and_pages_have_it(checkout: Path) -> None:
     details = {
         "needs": "losses",
         "state in the checkpoint": "sum of losses",
-        "costs beside the backward pass": "nothing",
+        "cost besides the backward pass": "nothing",
         "extra": "–",
         "weights sum to": "free",
         "several ranks": "exact",
