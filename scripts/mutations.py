@@ -198,8 +198,8 @@ FAULTS = (
     Fault(
         "a smoothed first number is not corrected for its bias",
         f"{_CORE}strategies/smoothing.py",
-        "rate = (1 - self._beta) / (1 - self._beta**self._updates)",
-        "rate = 1 - self._beta",
+        "return averages + (1 - beta) / (1 - beta**updates) * (numbers - averages)",
+        "return averages + (1 - beta) * (numbers - averages)",
         ("tests/callbacks/test_log_space_and_smoothing.py",),
     ),
     # ---- the weights in the network ----------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import functools
 import inspect
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,9 @@ from typing import Any
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from strategy_tables import detail_page, strategies
 
 from lightning_gradnorm.experiments.cli.config import left_out, with_schema
-
-sys.path.insert(0, str(Path(__file__).parent))  # mkdocs reads this file by its path
-from strategy_tables import detail_page, strategies
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"

@@ -85,8 +85,6 @@ class Aggregation(LossWeightingCallback[AggregationRule]):
         super().__init__(
             tasks, scalarizer, optimizer, losses_from=losses_from, heads=heads, representation=representation
         )
-        is_name = isinstance(representation, str)
-        check(self._name, is_name, "representation", "a dotted name such as 'encoder'", representation)
         check(self._name, at in ("representation", "parameters"), "at", "'representation' or 'parameters'", at)
         self._check_module("aggregator", aggregator)
         if isinstance(aggregator, nn.Module) and not isinstance(aggregator, Aggregator | Weighting):

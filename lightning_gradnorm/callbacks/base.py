@@ -25,7 +25,7 @@ from lightning_gradnorm.callbacks.usage_checks import (
     refuse_company,
     refuse_strategy,
 )
-from lightning_gradnorm.engine.argument_checks import check_heads
+from lightning_gradnorm.engine.argument_checks import check_heads, check_places
 from lightning_gradnorm.engine.balanced import claim
 from lightning_gradnorm.engine.engine import Engine
 from lightning_gradnorm.engine.layers import ALL
@@ -74,6 +74,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         self._source = LossSource(self._name, tasks, losses_from=losses_from)
         self._names = self._source.names
         check_heads(self.heads, self._names, caller=self._name)
+        check_places(shared_layer, representation, norm_of, caller=self._name)
         self._usage = UsageChecks(self._source)
         self._rule: AnyRule | None = None
         self._engine: Engine[AnyRule] | None = None

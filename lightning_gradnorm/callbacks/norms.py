@@ -2,52 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_gradnorm._messages import check
 from lightning_gradnorm.callbacks.base import BalancingCallback
-from lightning_gradnorm.engine.argument_checks import check_shared_layer
-from lightning_gradnorm.engine.measurement import Heads
 from lightning_gradnorm.engine.rule import NormRule
 
 AnyNormRule = TypeVar("AnyNormRule", bound=NormRule)
 
 
 class NormCallback(BalancingCallback[AnyNormRule]):
-    """A callback whose weights are known before, during and after training.
-
-    Args:
-        tasks, losses_from, heads, shared_layer, norm_of, representation: as for `GradNorm`.
-    """
+    """A callback whose weights are known before, during and after training."""
 
     _state_description = "its weights"
-
-    def __init__(
-        self,
-        tasks: Sequence[str] | Mapping[str, str] | None,
-        *,
-        losses_from: str | Mapping[str, str] | None,
-        heads: Heads,
-        shared_layer: str | Sequence[str] | None,
-        norm_of: Literal["weight", "activation"],
-        representation: str,
-    ) -> None:
-        super().__init__(
-            tasks,
-            losses_from=losses_from,
-            heads=heads,
-            representation=representation,
-            shared_layer=shared_layer,
-            norm_of=norm_of,
-        )
-        check_shared_layer(shared_layer, caller=self._name)
-        is_name = isinstance(representation, str)
-        check(self._name, is_name, "representation", "a dotted name such as 'encoder'", representation)
-        check(self._name, norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", norm_of)
 
     @property
     def weights(self) -> dict[str, float]:

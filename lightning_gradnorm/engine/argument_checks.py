@@ -42,6 +42,14 @@ def check_shared_layer(shared_layer: object, *, caller: str) -> None:
     check(caller, is_name, "shared_layer", expected, shared_layer)
 
 
+def check_places(shared_layer: object, representation: object, norm_of: object, *, caller: str) -> None:
+    """Check a callback's options for where the gradients are read."""
+    check_shared_layer(shared_layer, caller=caller)
+    is_name = isinstance(representation, str)
+    check(caller, is_name, "representation", "a dotted name such as 'encoder'", representation)
+    check(caller, norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", norm_of)
+
+
 def require_agreement(setting: Setting, rule: Rule) -> None:
     """Compare the arguments of all ranks.
 

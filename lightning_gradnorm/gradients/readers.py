@@ -184,7 +184,7 @@ class RowReader(GradientReader):
         self._complete()
         # Row by row: filling a table of T copies of W would take longer than computing the norms.
         known = self._finalized | {task: self.norms_of(row[None]).squeeze(0) for task, row in self._rows.items()}
-        zero = torch.zeros_like(next(iter(known.values()), torch.zeros([len(self.kinds)] * (len(self.kinds) > 1))))
+        zero = torch.zeros_like(next(iter(known.values()))) if known else self.norms_of(torch.zeros(1, 1)).squeeze(0)
         return torch.stack([known.get(task, zero) for task in tasks])
 
     def finalize_task(self, task: str) -> None:

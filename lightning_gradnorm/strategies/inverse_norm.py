@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradnorm._messages import is_number
-from lightning_gradnorm.strategies.norm_weighting import Memory, NormFormula, mean_of_present, moving_average
+from lightning_gradnorm.strategies.norm_weighting import Memory, NormFormula
+from lightning_gradnorm.strategies.smoothing import moving_average
 
 
 class InverseNorm(NormFormula):
@@ -70,9 +71,8 @@ class InverseNorm(NormFormula):
         self, memory: Memory, norms: Tensor, losses: Tensor, present: Tensor, tasks: Sequence[str]
     ) -> tuple[Tensor, Tensor]:
         """Return the averages of the norms, and the weights that are inversely proportional to them."""
-        averages = moving_average(self.ema, memory, norms)
-        if self.reference == "mean":
-            return averages, mean_of_present(averages, present) / averages
-        if self.reference == "total":
-            return averages, torch.where(present, averages, 0.0).sum() / averages
-        return averages, float(self.reference) / averages
+        averages = moving_average(self.ema, *memory, norms)
+        if isinstance(self.reference, int | float):
+            return averages, self.reference / averages
+        total = torch.where(present, averages, 0.0).sum()
+        return averages, (total / present.sum() if self.reference == "mean" else total) / averages

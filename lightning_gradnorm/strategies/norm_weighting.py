@@ -102,24 +102,6 @@ def check_formula(formula: object) -> None:
         raise TypeError(f"NormWeighting: rule should be a formula such as InverseNorm(); got {found}")
 
 
-def moving_average(beta: float, memory: Memory, values: Tensor) -> Tensor:
-    """Return the bias-corrected exponential moving average ``Σ_s β^(t−s) x_s / Σ_s β^(t−s)``, shape (T,).
-
-    Example:
-        >>> ones = torch.ones(1)
-        >>> first = moving_average(0.5, Memory(ones, ones), torch.tensor([3.0]))
-        >>> moving_average(0.5, Memory(first, 2 * ones), torch.tensor([0.0]))
-        tensor([1.])
-    """
-    rate = (1 - beta) / (1 - beta**memory.updates)
-    return memory.values + rate * (values - memory.values)
-
-
-def mean_of_present(values: Tensor, present: Tensor) -> Tensor:
-    """Return the mean over the present tasks, a scalar."""
-    return torch.where(present, values, 0.0).sum() / present.sum()
-
-
 class NormWeightingRule(ReadsOutcomes):
     """Runs a `NormFormula` during training.
 

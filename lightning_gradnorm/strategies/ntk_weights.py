@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_gradnorm.strategies.norm_weighting import Memory, NormFormula, moving_average
+from lightning_gradnorm.strategies.norm_weighting import Memory, NormFormula
+from lightning_gradnorm.strategies.smoothing import moving_average
 
 
 class NTKWeights(NormFormula):
@@ -27,9 +28,9 @@ class NTKWeights(NormFormula):
     ``k_i`` is the Rayleigh quotient of the kernel ``K_i`` at the residuals ``u_i``, over the number of points. If all
     eigenvalues are equal, it is ``Tr K_i / points``, the mean eigenvalue. Otherwise each eigenvalue is weighted by the squared
     component of the residuals: directions that are already learned are ignored, and the large eigenvalues count too much at
-    the start. Unlike the trace, it depends on the residuals. The terms should be means of squares; for others the
-    formula is a heuristic. (jaxpi divides the mean of the traces, not their sum, by the trace: T
-    times smaller. One public library has the ratio upside down.)
+    the start. Unlike the trace, it depends on the residuals. The terms should be means of squares; for others the formula is
+    a heuristic. (jaxpi divides the mean of the traces, not their sum, by the trace, so its weights are T times smaller. One
+    public library has the ratio upside down.)
 
     Args:
         ema: β, the share of the past in bias-corrected averages of ``k_i``; 0, as in the paper, for no averaging.
@@ -58,7 +59,7 @@ class NTKWeights(NormFormula):
     ) -> tuple[Tensor, Tensor]:
         """Return the averages of ``k_i``, and the weights that are inversely proportional to them."""
         squares = torch.where(losses > 0, norms.square(), torch.nan)
-        k = moving_average(self.ema, memory, squares / (4 * losses))
+        k = moving_average(self.ema, *memory, squares / (4 * losses))
         return k, torch.where(present, k, 0.0).sum() / k
 
     def explain(self, task: str, loss: float) -> str:

@@ -9,6 +9,23 @@ import torch
 from torch import Tensor
 
 
+def moving_average(beta: float, averages: Tensor, updates: Tensor, numbers: Tensor) -> Tensor:
+    """Return the bias-corrected exponential moving average ``a_t = Σ_s β^(t−s) x_s / Σ_s β^(t−s)``.
+
+    Args:
+        beta: the share of the past, 0 ≤ β < 1.
+        averages: ``a_(t−1)``, shape (…, T).
+        updates: t by task, shape (T,): the numbers seen so far, this one included.
+        numbers: ``x_t``, shape (…, T).
+
+    Example:
+        >>> first = moving_average(0.5, torch.zeros(1), torch.ones(1), torch.tensor([3.0]))
+        >>> moving_average(0.5, first, torch.tensor([2.0]), torch.tensor([0.0]))
+        tensor([1.])
+    """
+    return averages + (1 - beta) / (1 - beta**updates) * (numbers - averages)
+
+
 class Smoothing:
     """Bias-corrected exponential moving averages, for ``smoothing=β``: the first average is the number itself.
 
@@ -32,10 +49,9 @@ class Smoothing:
     def average(self, norms: Tensor, losses: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
         """Add the numbers of usable tasks, bool of shape (T,), and return their averages; other numbers stay the same."""
         self._updates = self._updates + usable
-        # a_t = Σ_s β^(t−s) x_s / Σ_s β^(t−s), as a step from a_(t−1)
-        rate = (1 - self._beta) / (1 - self._beta**self._updates)
         numbers = torch.stack([norms, losses])
-        self._averages = torch.where(usable, self._averages + rate * (numbers - self._averages), self._averages)
+        averages = moving_average(self._beta, self._averages, self._updates, numbers)
+        self._averages = torch.where(usable, averages, self._averages)
         norms, losses = torch.where(usable, self._averages, numbers).unbind()
         return norms, losses
 
