@@ -192,8 +192,10 @@ class LossSource:
         """Return a message about a loss that was not logged, if it is late or another logged name is similar."""
         expected = self.logged_names or {}
         for name, logged in expected.items():
+            if name in seen:
+                continue
             near = nearest(logged, self.logged - set(expected.values()))
-            if name not in seen and (is_late or near):
+            if is_late or near:
                 return (
                     f"{self.caller}: '{logged}' was not logged in the {self._period}, which logged {sorted(self.logged)}"
                     f"{_question(near)}(In training_step, log the loss before its backward.)"
@@ -203,8 +205,10 @@ class LossSource:
     def find_misnamed(self, *, is_all: bool) -> str | None:
         """Return a message about a loss that was not shown, if no more will come or another name is similar."""
         for name in () if self.declared or self.logged_names is not None else self.names:
+            if name in self.shown:
+                continue
             near = nearest(name, self.shown.keys() - set(self.names))
-            if name not in self.shown and (is_all or near):
+            if is_all or near:
                 return (
                     f"{self.caller}: {self._noun} '{name}' is not among the losses of the {self._period}, which are "
                     f"{sorted(self.shown)}{_question(near)}(A {self._noun} that is absent from a batch is given as None.)"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -95,6 +94,7 @@ class Balancer:
         rule.to(dtype=torch.float64 if parameter.dtype == torch.float64 else None, device=parameter.device)
         self._engine: Engine[Rule] = Engine(rule, setting)
         self._closed, self._is_described, self._epoch = False, False, 0
+        self._recovery = _Recovery(self._forget_step)
         self._release_claim = claim(key, caller="Balancer", rule=type(rule).__name__)
 
     # ---- one step ----------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ class Balancer:
                 "Balancer: the model is in evaluation mode, in which its calls are not recorded. Call model.train() before the "
                 "forward pass; single layers, such as a frozen batch norm, may stay in evaluation mode."
             )
-        with self._recovery():
+        with self._recovery:
             check_losses(losses, self.rule.tasks, self._engine.batch.losses)
             self._engine.watch(losses)
 
@@ -142,7 +142,7 @@ class Balancer:
         total = self.prepare_loss(losses, loss=loss)
         self._loop.is_inside_call = True
         try:
-            with self._recovery():
+            with self._recovery:
                 (Tensor.backward if backward is None else backward)(total)
         finally:
             self._loop.is_inside_call = False
@@ -156,7 +156,7 @@ class Balancer:
         self._require_open()
         if not torch.is_grad_enabled() and (losses or loss is not None):
             return _sum(losses or {}) if loss is None else loss
-        with self._recovery():
+        with self._recovery:
             return self._prepare_loss(losses, loss)
 
     def _prepare_loss(self, losses: Mapping[str, Tensor | None] | None, loss: Tensor | None) -> Tensor:
@@ -191,7 +191,7 @@ class Balancer:
             call_after_backward(self._finish_backward)
 
     def _finish_backward(self) -> None:
-        with self._recovery():
+        with self._recovery:
             self._engine.after_backward()
             _require_one_pass(self._loop.finish_pass(is_repeated=self._engine.batch.is_repeated))
             self._loop.note_losses(self._engine.batch.losses)
@@ -200,15 +200,6 @@ class Balancer:
         if not self._is_described and self._engine.is_settled and self._loop.ranks.index == 0:
             self._is_described = True
             logging.getLogger("lightning_gradnorm").info("%r", self)
-
-    @contextmanager
-    def _recovery(self) -> Iterator[None]:
-        """After an error, forget this batch and step: whoever catches it continues with new gradients."""
-        try:
-            yield
-        except BaseException:
-            self._forget_step()
-            raise
 
     def _forget_step(self) -> None:
         self._engine.start_batch()
@@ -332,11 +323,25 @@ class Balancer:
             self._release()  # whatever was pending is lost with the error
 
 
+class _Recovery:
+    """After an error in the block, forgets this batch and step: whoever catches it continues with new gradients."""
+
+    def __init__(self, forget: Callable[[], None]) -> None:
+        self._forget = forget
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: type[BaseException] | None, *args: object) -> None:
+        if kind is not None:
+            self._forget()
+
+
 def _sum(losses: Mapping[str, Tensor | list[Tensor] | None]) -> Tensor:
     """Return the sum of the losses that are present, several for a task if need be; a loss with several values is averaged."""
     each = [one for of_task in losses.values() for one in (of_task if isinstance(of_task, list) else [of_task])]
     kept = [one for one in each if one is not None and not (isinstance(one, Tensor) and one.numel() == 0)]
-    means = [one.mean() if isinstance(one, Tensor) else torch.tensor(float(one)) for one in kept]
+    means = [torch.tensor(float(one)) if not isinstance(one, Tensor) else one.mean() if one.ndim else one for one in kept]
     return functools.reduce(operator.add, means) if means else torch.zeros(())
 
 

@@ -129,7 +129,6 @@ class Engine(Passes[AnyRule]):
     def _watch_one(self, task: str, loss: Tensor) -> None:
         if loss.dtype == torch.float64 != self.rule.loss_weights.dtype:
             self.rule.to(dtype=torch.float64)
-            self._step.weights = self._weights_by_task()
         owner = self.batch.task_of(loss)
         if owner == task:
             return  # logged twice, or both returned and watched: a second hook would apply the weight twice
@@ -297,7 +296,7 @@ class Engine(Passes[AnyRule]):
             self.start_step()
             return False
         self.step_was_taken = True
-        self._held = self._weights_by_task(self.rule.loss_weights.clone())  # the rule may change them in place
+        self._held = step.weights or self._weights_by_task()
         counts = self.measurement.after_step(step)
         if counts:
             self.rule.count_step()

@@ -128,8 +128,13 @@ class _Hook:
         self.module = module
         self.call = call
 
-    @not_traced  # type: ignore[untyped-decorator]
     def __call__(self, called: nn.Module, *args: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return self._call_untraced(called, *args)
+        return self.call(*args) if called is self.module else None  # without the cost of `not_traced`, in each step
+
+    @not_traced  # type: ignore[untyped-decorator]
+    def _call_untraced(self, called: nn.Module, *args: Any) -> Any:
         return self.call(*args) if called is self.module else None
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:

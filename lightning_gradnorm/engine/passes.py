@@ -123,10 +123,10 @@ class Passes(Generic[AnyRule]):
         self._step = self._new_step()
 
     def _new_step(self) -> OptimizerStepState:
-        return OptimizerStepState(self.measurement.should_measure, self._weights_by_task())
+        return OptimizerStepState(self.measurement.should_measure)
 
-    def _weights_by_task(self, weights: Tensor | None = None) -> dict[str, Tensor]:
-        weights = self.rule.loss_weights if weights is None else weights
+    def _weights_by_task(self) -> dict[str, Tensor]:
+        weights = self.rule.loss_weights.clone()  # the rule may change them in place
         return dict(zip(self._tasks, weights.unbind(), strict=True))
 
     @property

@@ -22,10 +22,12 @@ def mean_of(loss: Tensor) -> Tensor:
     values = loss.detach()
     if type(values) is not Tensor and not is_traceable_wrapper_subclass(values):
         values = values.as_subclass(Tensor)
+    if not values.ndim and values.dtype in (torch.float32, torch.float64):
+        return values.clone()  # the usual case: the same number, in a third of the time
     return values.mean(dtype=None if values.dtype == torch.float64 else torch.float32)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True, weakref_slot=True)  # one for each loss of each batch: cheap to make
 class WatchedLoss:
     """A loss at the time it was shown. It may change in place later: ``loss = a; loss += b``."""
 
@@ -87,8 +89,8 @@ class OptimizerStepState:
 
     measured: bool
     """Whether the task gradients of this step are read."""
-    weights: dict[str, Tensor]
-    """The current weights, each a scalar."""
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """The weights of its last backward pass, each a scalar; empty before the first."""
     backwards: int = 0
     """Backward passes so far: the micro-batches."""
     versions: list[int] | None = None

@@ -47,6 +47,11 @@ def is_constant(loss: object) -> bool:
         return is_number(loss)
     if loss.numel() == 0 or not loss.requires_grad:
         return not loss.is_complex()
+    node = loss.grad_fn
+    while node is not None and (following := node.next_functions):
+        node = following[0][0]
+    if isinstance(getattr(node, "variable", None), nn.Parameter):
+        return False  # the usual case: the first path leads to a parameter
     seen = {node_of(loss)}
     to_visit = list(seen)
     while to_visit:  # ends at the first parameter

@@ -159,6 +159,7 @@ class GradNormRule(ReadsOutcomes):
         self._initial_weights = weights.detach().clone()
         self._logs = weights.detach().log().requires_grad_() if weight_space == "log" else None
         self._step = make_weight_optimizer(self.weights if self._logs is None else self._logs, optimizer)
+        self._total = torch.tensor(float(len(self.tasks)), dtype=dtype, device=device)
         self._all_present = torch.ones(len(self.tasks), dtype=torch.bool, device=device)
         self._initial = InitialLosses(self.tasks, initial_losses, self.alpha, weights.detach())
         self._smoothing = Smoothing(smoothing, weights.detach()) if smoothing else None
@@ -260,9 +261,8 @@ class GradNormRule(ReadsOutcomes):
         if self._last_seen is not None:
             norms, losses, present = self._last_seen.fill(norms, losses, with_gradient)
         counted = self._all_present if present is None else present
-        problems = losses - losses  # 0 if finite, else NaN; a bad norm shows up in the resulting weights
-        if self.alpha > 0:
-            problems = problems + losses.clamp(max=0)
+        # 0 if the loss is usable: finite and, for a rate, not negative. A bad norm shows up in the resulting weights.
+        problems = losses - (losses.abs() if self.alpha > 0 else losses)
         if present is not None:
             problems = torch.where(present, problems, 0.0).masked_fill_(~present.any(), 1.0)
 
@@ -303,7 +303,7 @@ class GradNormRule(ReadsOutcomes):
         # to zero, where their gradients can no longer be measured.
         weights = weights.clamp(self.min_weight, _MAX_WEIGHT_SHARE * T)
         if present is None:
-            return weights * (T / weights.sum())
+            return weights * (self._total / weights.sum())
         left, had = T - (before * ~present).sum(), (before * present).sum()
         # Both are equal up to rounding, which swallows `left` when the absent tasks hold nearly the whole sum.
         total = torch.where(left > had / 2, left, had)

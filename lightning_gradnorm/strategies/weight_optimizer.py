@@ -200,10 +200,11 @@ class MaskedAdam(WeightOptimizer):
             averages = torch.where(present, averages, self._averages)
         # 1 − βᵗ as −expm1(t log β): in float32, the difference itself would have only four digits at first.
         m, v = (averages / torch.expm1(self._log_decays * self._next_step).neg_()).unbind()
-        moved = torch.sub(weights, m / v.sqrt().add_(group["eps"]), alpha=float(group["lr"]))
+        moved = torch.addcdiv(weights, m, v.sqrt().add_(group["eps"]), value=-float(group["lr"]))
         if present is not None:
             moved = torch.where(present, moved, weights)
-        problems = problems + (moved - moved) + (v - v)  # 0 if finite, else NaN
+        proposed = moved + v
+        problems = problems + (proposed - proposed)  # 0 if finite, else NaN
         taken = (problems == 0).all()
         weights.copy_(torch.where(taken, constrain(weights, moved), weights))
         self._averages = torch.where(taken, averages, self._averages)

@@ -26,9 +26,9 @@ def tasks_with_gradient(norms: Tensor, present: Tensor | None, *, may_look: bool
         >>> tasks_with_gradient(torch.tensor([0.3, 0.1]), None) is None
         True
     """
-    is_zero = norms == 0
-    if may_look and not bool(is_zero.any()):
+    if may_look and bool(norms.all()):
         return present
+    is_zero = norms == 0
     return ~is_zero if present is None else present & ~is_zero
 
 

@@ -5,38 +5,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-import torch
-
-from benchmarking.models import Model
+from benchmarking.floor import weight_gradient_times
 from benchmarking.networks import NETWORKS
 from benchmarking.plan import Failures, Plan, median_and_quartiles, table
-from benchmarking.running import Setting
 from benchmarking.times import Times, times_of
 from benchmarking.ways import EQUAL
 
 DESCRIBED = (
     "Overhead of a way: its step time minus that of equal weights in the run before it. A line is fitted by least squares "
     "to the medians of the overhead against T. One weight-gradient: `torch.autograd.grad` of the representation with respect "
-    "to the shared layer's weight alone, in the same process."
+    "to the shared layer's weight alone, in the same process, with the trunk run before each."
 )
-REPETITIONS = 20
-
-
-def weight_gradient_times(kind: str, setting: Setting) -> list[float]:
-    """Return several measured times of a gradient of the shared layer's weight, in seconds."""
-    model = Model(kind, 2).to(setting.device)
-    with torch.autocast(setting.device, torch.bfloat16, enabled=setting.precision == "bf16"):
-        z = model.encoder(setting.batch_of(kind))
-    seed = torch.randn_like(z)
-    times = []
-    for _ in range(3 + REPETITIONS):
-        setting.synchronize()
-        began = setting.now()
-        torch.autograd.grad(z, model.shared_weight, seed, retain_graph=True)
-        setting.synchronize()
-        times.append(setting.now() - began)
-    return times[3:]
-
 
 def overheads(times: dict[str, Times], name: str) -> list[float]:
     return [ours - equal for ours, equal in zip(times[name].step, times[name].equal, strict=True)]

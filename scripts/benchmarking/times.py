@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, field
 
+from benchmarking.floor import floors, is_noisy, noise_cell, weight_gradient_times
 from benchmarking.pictures import Line, draw_ratios
 from benchmarking.plan import Case, Failures, Plan, median_and_quartiles, ratio, ratio_and_quartiles, table, table_line
 from benchmarking.running import step_time
@@ -26,8 +27,24 @@ class Times:
     equal: list[float] = field(default_factory=list)
 
 
-def times_of(plan: Plan, case: Case, failures: Failures) -> dict[str, Times]:
-    """Return the times of all ways that can be trained like this."""
+FLOORS = (
+    "What a way adds to the step with equal weights before it, divided by the time of T gradients of the shared layer's weight "
+    "(`torch.autograd.grad` of the representation, in the same rounds, with the trunk run before each). A method "
+    "that forms these gradients in every step cannot be below 1. For equal weights: the ratio to their run before."
+)
+
+
+def times_of(
+    plan: Plan, case: Case, failures: Failures, weight_gradients: list[float] | None = None
+) -> dict[str, Times]:
+    """Return the times of all ways that can be trained like this.
+
+    Args:
+        plan: names the ways.
+        case: the network and the number of tasks.
+        failures: records the ways that fail.
+        weight_gradients: gets the times of gradients of the shared layer's weight, measured between the runs.
+    """
     kind, tasks = case
     times = {name: Times() for name in plan.all_names}
 
@@ -37,6 +54,8 @@ def times_of(plan: Plan, case: Case, failures: Failures) -> dict[str, Times]:
 
     for name in plan.interleaved(plan.names):
         # The speed of a machine changes from second to second, so runs to compare must be close in time.
+        if weight_gradients is not None:
+            weight_gradients += weight_gradient_times(kind, plan.setting)
         equal, _ = train(EQUAL)
         times[EQUAL].step.append(equal)
         found = failures.attempt(plan, name, case, lambda name=name: train(name))  # type: ignore[misc]
@@ -60,14 +79,28 @@ def milliseconds_cell(times: dict[str, Times], name: str) -> str:
     return median_and_quartiles([1000 * step for step in times[name].step]) if name in times else "fails"
 
 
+def floors_row(times: dict[str, Times], plan: Plan, case: Case, weight_gradients: list[float]) -> list[str]:
+    """Return the row of a case in the table of floors."""
+    kind, tasks = case
+    cells = [
+        median_and_quartiles(floors(times[name].step, times[name].equal, tasks, weight_gradients))
+        if name in times
+        else "fails"
+        for name in plan.names
+    ]
+    one = median_and_quartiles([1000 * seconds for seconds in weight_gradients], 3)
+    return [kind, str(tasks), one, noise_cell(times[EQUAL].step), *cells]
+
+
 def measure(plan: Plan) -> None:
-    """Write the tables of ratios and of milliseconds, and the picture of the ratios against T."""
+    """Write the tables of ratios, of floors and of milliseconds, and the picture of the ratios against T."""
     failures = Failures()
-    of_aggregation = plan.group == "aggregation"
-    ratios, milliseconds = [], []
+    of_aggregation, has_trunk = plan.group == "aggregation", plan.group != "pinn"
+    ratios, of_floors, milliseconds, noisy = [], [], [], []
     lines = [Line(name, plan.way(name).is_ours) for name in plan.names]
     for kind, tasks in plan.cases:
-        times = times_of(plan, (kind, tasks), failures)
+        weight_gradients: list[float] = []
+        times = times_of(plan, (kind, tasks), failures, weight_gradients if has_trunk else None)
         baseline = statistics.median(times[EQUAL].step)
         cells = [ratio_cell(times, name, with_solver=of_aggregation) for name in plan.names]
         ratios.append([kind, str(tasks), f"{1000 * baseline:.1f}", *cells])
@@ -76,6 +109,10 @@ def measure(plan: Plan) -> None:
             if line.name in times:
                 line.add(kind, tasks, ratio(times[line.name].step, times[line.name].equal))
         print(table_line(ratios[-1]), flush=True)
+        noisy += [f"{kind}:{tasks}"] if is_noisy(times[EQUAL].step) else []
+        if has_trunk:
+            of_floors.append(floors_row(times, plan, (kind, tasks), weight_gradients))
+            print(table_line(of_floors[-1]), flush=True)
     parts = [table(["model", "T", f"{EQUAL}, ms", *plan.names], ratios)]
     picture = plan.output / f"{plan.name}.png"
     if draw_ratios(picture, lines):
@@ -83,6 +120,11 @@ def measure(plan: Plan) -> None:
             f"![Ratio to equal weights against the number of tasks]({picture.name})",
             "Solid: ours; dashed: others'.",
         ]
+    if of_floors:
+        columns = ["model", "T", "weight-gradient, ms", EQUAL, *plan.names]
+        parts += ["## Overhead in floors", FLOORS, table(columns, of_floors)]
+    if noisy:
+        parts.append(f"The machine was too noisy for {', '.join(noisy)}: equal weights differ by over 5 % from run to run.")
     parts += ["## Milliseconds", "Median, and quartiles.", table(["model", "T", *plan.all_names], milliseconds)]
     solver = (
         "; behind them the part of the ratio that the aggregator's own computation makes up" if of_aggregation else ""
