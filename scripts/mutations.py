@@ -315,9 +315,9 @@ FAULTS = (
     ),
     Fault(
         "the engine does not put running statistics back",
-        _ENGINE,
-        "with self._buffers.preserved(task):",
-        "if True:",
+        f"{_CORE}gradients/reading.py",
+        "with self._buffers.preserved(task):\n                gradients",
+        "if True:\n                gradients",
         ("tests/gradients/test_buffers.py",),
     ),
     Fault(
