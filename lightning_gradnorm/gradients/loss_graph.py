@@ -116,7 +116,7 @@ class LossGraph:
                 use = node in within, (depth[node], node._sequence_nr())
                 for task in self.tasks_at([node]):
                     of_layer[task] = max(use, of_layer.get(task, use))
-            found[name] = {task: of_layer[task][1] for task in self.tasks if task in of_layer}
+            found[name] = {task: position for task, (_, position) in of_layer.items()}
         return found
 
     def heads(self, targets: Collection[Node], modules: Iterable[ModuleCalls]) -> dict[str, str]:

@@ -260,16 +260,18 @@ class WeightGradients(RowReader):
             self.unreached.add(task)
         self.add(task, flat_row(found, self.targets))
 
-    def rows_of(self, outputs: Outputs, gradients: Sequence[Tensor], count: int | None = None) -> Tensor:
-        """Return the contribution of a gradient to the gradient of ``W``, without adding it: shape (n,).
+    def rows_together(self, outputs: Outputs, gradients: Sequence[Tensor], count: int) -> Tensor | None:
+        """Return what `read` would add for each of several tasks, shape (count, n), or ``None`` if no gradient reaches ``W``.
 
-        With ``count``, ``gradients`` are those of so many tasks, stacked along the first dimension: shape (count, n). Then all
-        operations between ``outputs`` and ``W`` need batching rules (`torch.vmap`).
+        Args:
+            outputs: where the gradients have arrived.
+            gradients: for each of them, the tasks' gradients, stacked along the first dimension.
+            count: the number of tasks.
         """
         found = torch.autograd.grad(
-            outputs, self.targets, gradients, retain_graph=True, allow_unused=True, is_grads_batched=count is not None
+            outputs, self.targets, gradients, retain_graph=True, allow_unused=True, is_grads_batched=True
         )
-        return flat_row(found, self.targets) if count is None else _flat_rows(found, self.targets, count)
+        return None if all(part is None for part in found) else _flat_rows(found, self.targets, count)
 
     def forget(self) -> None:
         """Forget what was read, but not the current forward pass."""

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,61 +21,34 @@ from torch.autograd.graph import Node
 
 from lightning_gradnorm.gradients.buffers import BufferGuard
 from lightning_gradnorm.gradients.graph import is_custom, node_of, nodes_on_paths
-from lightning_gradnorm.gradients.readers import GradientReader, Outputs, WeightGradients
+from lightning_gradnorm.gradients.readers import GradientReader, Outputs, WeightGradients, flat_row
 from lightning_gradnorm.gradients.repeated_passes import RepeatedPasses
 
 _FEWEST = 4
 """Fewer gradients are read one by one. Measured on a CPU at Linear 64, batch 32: two together take 1.6 times as long as
 one by one, four 0.9, eight 0.5, 32 0.2."""
-_MOST = 32
-"""Gradients in one product. 64 gain nothing more."""
+_MOST = 64
+"""Gradients in one product. More gain nothing."""
 _LARGEST = 2**16
-"""Numbers, of all gradients on the way to the layer, up to which a product is small. On a CPU, 32 together take 0.2 of the
-time with 8,000 numbers, 0.8 with 50,000 and 0.85 with 100,000. With 230,000 they take as long as one by one, beyond that
-longer."""
+"""Numbers, in all gradients on the way to the layer, up to which a product is small. On a CPU, 32 together take 0.2 of the
+time of one by one with 8,000 numbers, 0.8 with 50,000 and 0.85 with 100,000; with 300,000 and more they are not faster."""
 _MOST_NUMBERS = 2**20
-"""Numbers in one product, which bounds its memory: 4 MiB in float32 for the gradients of each tensor on the way."""
-
-
+"""Numbers in one product. This bounds its memory to 4 MiB in float32."""
 _TOLERANCES = {64: 1e-9, 32: 1e-3}
 """By bits of the lowest precision: the largest difference that rounding explains, as a share of the gradient's norm."""
 
 
 @dataclass(eq=False)
 class _Place:
-    """The tensors at which some gradients have arrived in the current backward pass."""
+    """The tensors at which some gradients arrive in the current backward pass."""
 
     tensors: Sequence[Tensor]
-    targets: Sequence[Tensor]
+    most: int
+    """How many gradients are read together; 0 if each is read by itself."""
     tasks: list[str] = field(default_factory=list)
     gradients: list[Sequence[Tensor]] = field(default_factory=list)
-    """One for each task, of one gradient for each tensor."""
+    """For each task that waits, one gradient for each tensor."""
     hooks: list[Any] = field(default_factory=list)
-
-    @cached_property
-    def ratio(self) -> float:
-        """The numbers in all gradients on the way to the targets, for each value in ``tensors``.
-
-        Infinite if a product for several tasks might call code that is not made for it: custom functions, subclasses of Tensor.
-        """
-        ends = [*self.tensors, *self.targets]
-        nodes = nodes_on_paths(map(node_of, self.tensors), self.targets)
-        is_plain = all(type(one) in (Tensor, nn.Parameter) and one.layout == torch.strided for one in ends)
-        if not nodes or not is_plain or any(one.grad_fn is None for one in self.tensors) or any(map(is_custom, nodes)):
-            return math.inf
-        numbers = sum(math.prod(arrives.shape) for node in nodes for arrives in node._input_metadata)
-        return float(numbers / max(sum(one.numel() for one in self.tensors), 1))
-
-    @cached_property
-    def has_hooks(self) -> bool:
-        """Whether a hook of the user's would be called with the gradients of several tasks at once."""
-        return any(one._backward_hooks or one.retains_grad for one in (*self.tensors, *self.targets))
-
-    def take(self) -> tuple[list[str], list[Sequence[Tensor]]]:
-        """Return the tasks and gradients that are waiting, and let them wait no longer."""
-        taken = self.tasks, self.gradients
-        self.tasks, self.gradients = [], []
-        return taken
 
 
 class TaskReading:
@@ -97,8 +69,10 @@ class TaskReading:
         self._places: dict[tuple[int, ...], _Place] = {}
         self._reader: WeightGradients | None = None
         self._ratios: dict[str, float] = {}
-        """Task → `_Place.ratio` where its gradient first arrived; infinite if it is read by itself from now on."""
+        """Task → `_numbers_on_the_way` where its gradient arrived."""
         self._verified: set[str] = set()
+        self._alone: set[str] = set()
+        """Tasks that cannot be read together with others."""
 
     def read(
         self, reader: GradientReader, task: str, outputs: Outputs, gradients: Sequence[Tensor], *, heads: int = 0
@@ -143,35 +117,40 @@ class TaskReading:
 
     def _keep(self, reader: WeightGradients, task: str, outputs: Any, gradients: Sequence[Tensor]) -> bool:
         """Let a gradient wait for others at the same tensors, if that is worth it. Return True if it waits."""
-        if reader is not self._reader:
-            self._reader = reader
-            self._ratios.clear()
-            self._verified.clear()
-        ratio = self._ratios.get(task)
-        numbers = 0.0 if ratio is None else ratio * sum(tensor.numel() for tensor in outputs)
-        if numbers > _LARGEST:
-            return False  # before a place keeps a large tensor alive
-        key = tuple(map(id, outputs))
-        if (place := self._places.get(key)) is None:
-            place = self._places[key] = _Place(outputs, reader.targets)
-        if ratio is None:
-            self._ratios[task] = place.ratio
-            return self._keep(reader, task, outputs, gradients)
-        if place.has_hooks:
+        if task in self._alone:
             return False
-        if not place.hooks:
-            nodes = {node_of(tensor) for tensor in outputs}
-            place.hooks = [node.register_prehook(lambda _: self._read_waiting(place)) for node in nodes]
+        key = tuple(map(id, outputs))
+        place = self._places.get(key) or self._places.setdefault(key, self._new_place(reader, task, outputs))
+        if not place.most:
+            return False
         place.tasks.append(task)
         place.gradients.append(gradients)
-        if len(place.tasks) == _MOST or len(place.tasks) * numbers > _MOST_NUMBERS:
+        if len(place.tasks) == place.most:
             self._read_waiting(place)
         return True
+
+    def _new_place(self, reader: WeightGradients, task: str, tensors: Sequence[Tensor]) -> _Place:
+        if reader is not self._reader:
+            self._reader = reader
+            for known in (self._ratios, self._verified, self._alone):
+                known.clear()
+        if task not in self._ratios:
+            self._ratios[task] = _numbers_on_the_way(tensors, reader.targets)
+        numbers = max(self._ratios[task] * sum(tensor.numel() for tensor in tensors), 1.0)
+        # A hook of the user's would be called with the gradients of several tasks at once.
+        has_hooks = any(one._backward_hooks or one.retains_grad for one in (*tensors, *reader.targets))
+        if numbers > _LARGEST or has_hooks:
+            return _Place((), 0)  # which does not keep a large tensor alive
+        place = _Place(tensors, min(_MOST, int(_MOST_NUMBERS // numbers)))
+        nodes = {node_of(tensor) for tensor in tensors}
+        place.hooks = [node.register_prehook(lambda _: self._read_waiting(place)) for node in nodes]
+        return place
 
     def _read_waiting(self, place: _Place) -> None:
         if self.is_running or not place.tasks:
             return
-        tasks, gradients = place.take()
+        tasks, gradients = place.tasks, place.gradients
+        place.tasks, place.gradients = [], []
         assert self._reader is not None
         if len(tasks) < _FEWEST or not self._read_together(self._reader, tasks, place.tensors, gradients):
             for task, of_task in zip(tasks, gradients, strict=True):
@@ -202,11 +181,13 @@ class TaskReading:
                     warnings.simplefilter("error")  # torch warns of operations that it has to repeat for each task
                 stacked = [torch.stack(at_tensor) for at_tensor in zip(*gradients, strict=True)]
                 with self._buffers.preserved(*tasks):
-                    rows = reader.rows_of(tensors, stacked, len(tasks))
+                    rows = reader.rows_together(tensors, stacked, len(tasks))
+                if rows is None:
+                    return False  # the reader counts such tasks
                 if not is_verified:
                     self._verify(reader, tasks, tensors, gradients, rows)
         except Exception:  # an operation that cannot be batched. Reading one by one raises any other error again.
-            self._ratios |= dict.fromkeys(tasks, math.inf)
+            self._alone.update(tasks)
             return False
         finally:
             self.is_running = False
@@ -231,7 +212,8 @@ class TaskReading:
         alone = []
         for task, of_task in zip(tasks, gradients, strict=True):
             with self._buffers.preserved(task):
-                alone.append(reader.rows_of(tensors, of_task))
+                found = torch.autograd.grad(tensors, reader.targets, of_task, retain_graph=True, allow_unused=True)
+            alone.append(flat_row(found, reader.targets))
         expected = torch.stack(alone)
         difference, size = (rows - expected).norm(dim=1), expected.norm(dim=1)
         bits = min(torch.finfo(one.dtype).bits for one in (*tensors, *reader.targets))
@@ -241,3 +223,16 @@ class TaskReading:
             difference.isfinite().all()
         ):  # otherwise we cannot tell; numbers that are not finite are reported elsewhere
             self._verified.update(tasks)
+
+
+def _numbers_on_the_way(tensors: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
+    """Return how many numbers all gradients between tensors and targets have, for each value of ``tensors``.
+
+    Infinite if a product for several tasks might call code that is not made for it: custom functions, subclasses of Tensor.
+    """
+    nodes = nodes_on_paths(map(node_of, tensors), targets)
+    is_plain = all(type(one) in (Tensor, nn.Parameter) and one.layout == torch.strided for one in (*tensors, *targets))
+    if not nodes or not is_plain or any(one.grad_fn is None for one in tensors) or any(map(is_custom, nodes)):
+        return math.inf
+    numbers = sum(math.prod(arrives.shape) for node in nodes for arrives in node._input_metadata)
+    return float(numbers / max(sum(one.numel() for one in tensors), 1))
