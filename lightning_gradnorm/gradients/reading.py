@@ -197,12 +197,7 @@ class TaskReading:
         return True
 
     def _verify(
-        self,
-        reader: WeightGradients,
-        tasks: Sequence[str],
-        tensors: Any,
-        gradients: Sequence[Sequence[Tensor]],
-        rows: Tensor,
+        self, reader: WeightGradients, tasks: Sequence[str], tensors: Any, gradients: Any, rows: Tensor
     ) -> None:
         """Compare rows that were read together with rows read one by one.
 

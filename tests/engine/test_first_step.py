@@ -85,5 +85,5 @@ def test_one_more_task_does_not_walk_through_the_trunk_once_more(where: str) -> 
         few, some = (lines_of_steps(T, where, depth) for T in (16, 64))
         per_task.append([(of_some - of_few) / 48 for of_few, of_some in zip(few, some, strict=True)])
     for step, (shallow, deep) in enumerate(zip(*per_task, strict=True)):
-        # The search compares the depths of the layers that each task shares, at a few lines for each. A walk takes 60.
+        # The search compares the depths of the layers that each task shares, at a few lines for each. A walk takes hundreds.
         assert deep - shallow <= (20 * 8 if where == "found" and step == 0 else 1), f"in step {step}"
