@@ -268,8 +268,8 @@ class Engine(Passes[AnyRule]):
         return None if reader is None else self._reading.read(reader, task, outputs, gradients, heads=heads)
 
     def _finalize(self, reader: GradientReader, tasks: Sequence[str]) -> None:
-        if self.batch.is_whole_step:
-            reader.finalize([task for task in tasks if self.batch.is_read_once(task)])
+        if self.batch.is_whole_step and (complete := [task for task in tasks if self.batch.is_read_once(task)]):
+            reader.finalize(complete)
 
     # ---- the optimizer step ------------------------------------------------------------------------------------------
 

@@ -121,7 +121,7 @@ class GradientReader(ABC):
         """Read this task's gradients, which have just arrived at ``outputs``. The return value is that of a `Receive`."""
 
     def finalize(self, tasks: Sequence[str]) -> None:
-        """Called when the gradients of these tasks are complete for this optimizer step."""
+        """Called when the gradients of these tasks, at least one, are complete for this optimizer step."""
 
     def forward_pre(self, args: Any, kwargs: Any) -> None:
         """Called with the arguments of each call of `module`."""
