@@ -207,9 +207,10 @@ class Engine(Passes[AnyRule]):
             self._forget_gradients()
         self.measurement.find_targets(batch)
         self._inspection.inspect_batch(batch, self._step, loss)
-        if step.measured and batch.read_at_losses and self.measurement.reader is not None:
-            at_losses = {task: [one.node for one in batch.losses.get(task, ())] for task in batch.read_at_losses}
-            self._reading.look_at(at_losses, self.measurement.reader.targets)
+        at_losses = batch.read_at_losses & batch.losses.keys()
+        if self._step.measured and at_losses and self.measurement.reader is not None:
+            nodes = {task: [one.node for one in batch.losses[task]] for task in at_losses}
+            self._reading.look_at(nodes, self.measurement.reader.targets)
         batch.in_backward = True
         batch.is_whole_step = is_whole_step and self._loop.ranks.size == 1
         self.watched.layer = self.plan.shared_layer

@@ -131,7 +131,7 @@ class GraphChecks:
             ValueError: the pass goes through a graph that cannot be traversed twice.
         """
         starts = {task: [loss.node for loss in batch.losses.get(task, ())] for task in tasks}
-        for reader in self.readers:
+        for reader in self.readers if starts else ():
             if not _obstacle(set().union(*starts.values()), reader.targets):
                 continue  # for all of them
             for task, of_task in starts.items():
