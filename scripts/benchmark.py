@@ -8,6 +8,7 @@
     python scripts/benchmark.py --measure memory --rounds 3 --cases conv:10 dense:5 segnet:3     # peak_memory.md
     python scripts/benchmark.py --measure slope        # one more task, next to one weight gradient: task_cost.md
     python scripts/benchmark.py --of pinn --threads 1  # GradNorm on losses made of derivatives: step_time_pinn.md
+    python scripts/benchmark.py --measure first_step   # the step that finds and checks everything: first_step.md
     python scripts/benchmark.py --measure loop         # a bare loop, Lightning's, and ours in it: loop.md
     python scripts/benchmark.py --measure loader       # time that a step waits for its batch: loader.md
     python scripts/benchmark.py --rounds 1             # a smoke test
@@ -19,6 +20,7 @@ steps, without the first steps. The ratio to the run before is the median over t
 with equal weights:
 
     with heads, without heads     our callback on a LightningModule with automatic optimization
+    nothing named                 the same, which finds the shared layer and the heads (only with --ways, or for the first step)
     MultiTaskModule               our callback on our module
     every 8th step, activation    with heads, and update_every=8 or norm_of="activation"
     textbook                      the paper's algorithm with double backward (create_graph), only for the task weights
@@ -30,11 +32,12 @@ computation in brackets. If another package's way fails, the page reports its er
 
 With ``--of pinn``, it is GradNorm at the last layer of a physics-informed network, in every step and in every 10th.
 
-Models: `conv` (6 convolutions, linear heads), `mlp` (4 × 512, linear heads), `dense` (the convolutions with a 3-convolution
-upsampling head for each task), `toy` (the paper's 4 × 100), `transformer` (6 layers, 64 tokens of width 128, fused attention),
-`segnet` and `resnet` (the paper's SegNet on VGG16 and thin ResNet-50, 320 × 320 to 80 × 80, a 1 × 1 convolution for each
-task), `engine64` and `engine256` (the network for C-MAPSS with that many hidden units, 256 windows of 30 cycles and 14
-features, its heads for remaining life and health); `burgers` (experiment=pinn_burgers).
+Models: `conv` (6 convolutions, linear heads), `mlp` (4 × 512, linear heads), `narrow` (4 × 64, linear heads with one output,
+batches of 32), `dense` (the convolutions with a 3-convolution upsampling head for each task), `toy` (the paper's 4 × 100),
+`transformer` (6 layers, 64 tokens of width 128, fused attention), `segnet` and `resnet` (the paper's SegNet on VGG16 and thin
+ResNet-50, 320 × 320 to 80 × 80, a 1 × 1 convolution for each task), `engine64` and `engine256` (the network for C-MAPSS with
+that many hidden units, 256 windows of 30 cycles and 14 features, its heads for remaining life and health); `burgers`
+(experiment=pinn_burgers).
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from benchmarking import loader, loop, memory, slope, synchronizations, times
+from benchmarking import first_step, loader, loop, memory, slope, synchronizations, times
 from benchmarking.networks import NETWORKS, TASK_COUNTS
 from benchmarking.plan import Case, Plan
 from benchmarking.running import CLOCKS, PRECISIONS, Setting
@@ -83,6 +86,12 @@ MEASURES = {
     "time": Measure(times.measure, "step_time", SIX),
     "memory": Measure(memory.measure, "peak_memory", SIX, rounds=1),
     "slope": Measure(slope.measure, "task_cost", [("conv", T) for T in TASK_COUNTS], ["with heads", "without heads"]),
+    "first_step": Measure(
+        first_step.measure,
+        "first_step",
+        [("narrow", T) for T in (16, 128, 512)],
+        ["with heads", "without heads", "nothing named"],
+    ),
     "loop": Measure(loop.measure, "loop", [("toy", 2), ("toy", 10)], ["with heads"], steps=300),
     "loader": Measure(loader.measure, "loader", rounds=3),
     "synchronizations": Measure(synchronizations.measure, "synchronizations", [("segnet", 3), ("resnet", 3)], rounds=1),
@@ -91,6 +100,7 @@ DATA = ("toy", "multimnist", "rooms_few", "turbofan")
 NO_MATTER = {
     "loader": ("of", "cases", "ways", "precision", "compile", "clock", "batch_size"),
     "synchronizations": ("rounds", "clock"),
+    "first_step": ("steps",),
 }
 """Options that a measure ignores. ``--data`` is only for the loader."""
 
@@ -210,7 +220,8 @@ def ways_to_try(
     for name in options.ways or ():
         if name not in ways:
             parser.error(f"--ways: there is no '{name}'; {did_you_mean(name, ways)}")
-    wanted = options.ways or [name for name in measure.ways if name in ways] or list(ways)
+    usual = [name for name, way in ways.items() if way.is_usual]
+    wanted = options.ways or [name for name in measure.ways if name in ways] or usual
     left_out = {}
     for name in wanted:
         reason = ways[name].what_is_missing()

@@ -315,9 +315,9 @@ FAULTS = (
     ),
     Fault(
         "the engine does not put running statistics back",
-        _ENGINE,
-        "with self._buffers.preserved(task):",
-        "if True:",
+        f"{_CORE}gradients/reading.py",
+        "with self._buffers.preserved(task):\n                gradients",
+        "if True:\n                gradients",
         ("tests/gradients/test_buffers.py",),
     ),
     Fault(
@@ -340,6 +340,20 @@ FAULTS = (
         "if has_gradient(loss) or task in self._warned or _is_zero(loss):",
         "if has_gradient(loss) or task in self._warned:",
         _OF_REPORTS,
+    ),
+    Fault(
+        "a gradient that waits for others is forgotten",
+        f"{_CORE}gradients/reading.py",
+        "register_prehook(lambda _: self._read_waiting(place))",
+        "register_prehook(lambda _: place.tasks.clear())",
+        ("tests/gradients/test_reading_together.py",),
+    ),
+    Fault(
+        "a product of several tasks is used although it gives other numbers",
+        f"{_CORE}gradients/reading.py",
+        "if not is_verified:\n                    self._verify",
+        "if False:\n                    self._verify",
+        ("tests/gradients/test_reading_together.py",),
     ),
     Fault(
         "what gives another gradient the second time is passed twice",
@@ -691,8 +705,8 @@ FAULTS = (
     Fault(
         "the first layer is taken in physics losses, for a derivative by the inputs ends with it",
         f"{_CORE}gradients/loss_graph.py",
-        "if node in within] or of_task",
-        "if True]",
+        "use = node in within, (",
+        "use = True, (",
         _OF_DERIVATIVES,
     ),
     Fault(

@@ -7,7 +7,8 @@ every task has been seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +21,7 @@ from lightning_gradnorm.engine.measurement import Setting
 from lightning_gradnorm.engine.step_state import WatchedLoss, nodes_by_task
 from lightning_gradnorm.gradients import BufferGuard, RepeatedPasses, flat_row, reason_not_retraversable, row_width
 from lightning_gradnorm.gradients.graph import has_gradient, node_of, reachable_nodes
-from lightning_gradnorm.gradients.loss_graph import LossGraph, Position
+from lightning_gradnorm.gradients.loss_graph import LossGraph, Position, names_in, reached_by
 
 _PATIENCE = 50
 """Batches in which a task may be missing before we decide the heads without it."""
@@ -74,11 +75,13 @@ class Discovery:
     def close(self) -> None:
         """Remove all hooks from the model."""
         self._calls.close()
+        self._repeats.forget_graph()
 
     def start_batch(self) -> None:
         """Forget the last forward pass."""
         self._calls.start_batch()
         self._graph = None
+        self._repeats.forget_graph()
 
     def _graph_of(self, losses: Losses) -> LossGraph:
         """Return the graph of these losses. One graph serves both the layer and the heads, unless a loss came in between."""
@@ -158,6 +161,7 @@ class Discovery:
         """Return the entries that each task moves, bool of shape (T, n). Collective."""
         setting = self._setting
         moved = torch.zeros(len(setting.tasks), row_width(W), dtype=torch.bool, device=W[0].device)
+        self._repeats.look_at(nodes_by_task(losses), W, once=False)
         for row, task in zip(moved, setting.tasks, strict=True):
             for loss in losses.get(task, ()):
                 with self._buffers.preserved(task):
@@ -248,8 +252,8 @@ class Discovery:
         found: dict[str, str] = {}
         for of_rank, _ in reversed(of_ranks):
             found |= of_rank
-        modules = list(found.values())
-        return {task: name for task, name in sorted(found.items()) if modules.count(name) == 1}
+        tasks_of = Counter(found.values())
+        return {task: name for task, name in sorted(found.items()) if tasks_of[name] == 1}
 
 
 def tasks_off_course(
@@ -264,13 +268,34 @@ def tasks_off_course(
         targets: the tensors whose gradient is read.
     """
     owner = {node: task for task, nodes in branches.items() for node in nodes}
-    stop = owner.keys() | set(map(node_of, filter(has_gradient, targets)))
+    ends = set(map(node_of, filter(has_gradient, targets)))
     roots = nodes_by_task(losses)
     off = set(losses) - branches.keys()
-    for task, nodes in roots.items():
-        for node in reachable_nodes(nodes, stop=stop) & stop:
-            if owner.get(node) != task:
-                off |= {task, owner.get(node, task)}
+    for node, tasks in _tasks_at_ends(roots, owner.keys() | ends).items():
+        if tasks != {owner.get(node)}:
+            off |= tasks | ({owner[node]} if node in owner else set())
     # Also look behind nodes older than the branches: a derivative computed on CUDA is numbered by another thread.
     rest = reachable_nodes([node_of(backpropagated)], stop=owner.keys() | set().union(*roots.values()))
     return off | {owner[node] for node in rest & owner.keys()}
+
+
+def _tasks_at_ends(roots: Mapping[str, Collection[Node]], ends: Collection[Node]) -> dict[Node, set[str]]:
+    """Return the tasks whose gradient comes to each of the ends, if it passes no other end before."""
+    found: dict[Node, set[str]] = {}
+    first_at: dict[Node, str] = {}
+    for task, nodes in roots.items():
+        to_visit = list(nodes)
+        while to_visit:
+            node = to_visit.pop()
+            if node in ends:
+                found.setdefault(node, set()).add(task)
+            elif (first := first_at.get(node)) is None:
+                first_at[node] = task
+                to_visit += [child for child, _ in node.next_functions if child is not None]  # in every batch: no call
+            elif first != task and node.next_functions:
+                break  # what two tasks compute together may lead anywhere
+        else:
+            continue
+        reached = reached_by(roots, stop=ends)
+        return {end: set(names_in(reached[end], [*roots])) for end in ends if end in reached}
+    return found

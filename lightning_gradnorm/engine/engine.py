@@ -34,7 +34,14 @@ from lightning_gradnorm.engine.plan import Plan
 from lightning_gradnorm.engine.rule import Needs, Rule
 from lightning_gradnorm.engine.shared_parameters import AtParameters
 from lightning_gradnorm.engine.step_state import BatchState, HeldGradients, WatchedLoss
-from lightning_gradnorm.gradients import BufferGuard, GradientReader, RepeatedPasses, branch_arguments, check_loss
+from lightning_gradnorm.gradients import (
+    BufferGuard,
+    GradientReader,
+    RepeatedPasses,
+    TaskReading,
+    branch_arguments,
+    check_loss,
+)
 from lightning_gradnorm.gradients.graph import is_transformed, tensors_with_gradient
 from lightning_gradnorm.gradients.readers import Outputs
 
@@ -67,15 +74,20 @@ class Engine(Passes[AnyRule]):
         with self._hooks:  # if anything fails, everything placed so far is removed
             measurement: Measurement[AnyRule] = _measurement_of(rule)(rule, setting)
             self._hooks.callback(measurement.close)
-            hooks = ReadingHooks(self._before_head, self._before_call, self._after_call, self._is_forward_pass)
+            repeats = RepeatedPasses(f"{self._caller}: the gradient of task")
+            self._reading = TaskReading(BufferGuard(setting.model.buffers()), repeats, self._finalize)
+            hooks = ReadingHooks(
+                self._before_head,
+                self._before_call,
+                self._after_call,
+                self._is_forward_pass,
+                self._reading.forget_graph,
+            )
             inspection = Inspection(measurement, hooks)
             self._hooks.callback(inspection.close)
             self._hooks = self._hooks.pop_all()
         super().__init__(measurement, inspection)
-        self._buffers = BufferGuard(setting.model.buffers() if self.reads_gradients else [])
-        self._reading = False
         self._constants = ConstantLosses(self._caller, self._loop.ranks)
-        self._repeats = RepeatedPasses(f"{self._caller}: the gradient of task")
         self.sums_change_of_loss = False
         """Whether `BatchState.change_of_loss` is needed, because some optimizer compares values of the loss."""
         self.step_was_taken = False
@@ -114,7 +126,6 @@ class Engine(Passes[AnyRule]):
             TypeError, ValueError: a loss is not a tensor with a gradient, or belongs to another task.
         """
         self._begin_evaluation()
-        known = len(self.batch.losses)
         for task in self._tasks:
             loss = losses.get(task)
             if loss is None or self._constants.is_absent(task, loss):
@@ -123,8 +134,6 @@ class Engine(Passes[AnyRule]):
                 asked = f"{self._caller}: the loss of task '{task}'"
                 check_loss(loss, caller=asked, otherwise="; or None, if the task is absent", is_scalar=False)
                 self._watch_one(task, loss)
-        if len(self.batch.losses) > known:
-            self._inspection.checks.require_disjoint_losses(self.batch)
 
     def _watch_one(self, task: str, loss: Tensor) -> None:
         if loss.dtype == torch.float64 != self.rule.loss_weights.dtype:
@@ -197,6 +206,10 @@ class Engine(Passes[AnyRule]):
             self._forget_gradients()
         self.measurement.find_targets(batch)
         self._inspection.inspect_batch(batch, self._step, loss)
+        at_losses = batch.read_at_losses & batch.losses.keys()
+        if self._step.measured and at_losses and self.measurement.reader is not None:
+            nodes = {task: [one.node for one in batch.losses[task]] for task in at_losses}
+            self._reading.look_at(nodes, self.measurement.reader.targets)
         batch.in_backward = True
         batch.is_whole_step = is_whole_step and self._loop.ranks.size == 1
         self.watched.layer = self.plan.shared_layer
@@ -210,6 +223,7 @@ class Engine(Passes[AnyRule]):
 
     def after_backward(self) -> None:
         """Called right after each backward pass."""
+        self._reading.finish()
         self._step.backwards += 1
         self.batch.backwards += 1
         self.batch.in_backward = False
@@ -225,7 +239,7 @@ class Engine(Passes[AnyRule]):
             self._end_repetition()  # the step is not announced yet, as in SAM's first_step and second_step by hand
 
     def _on_loss_gradient(self, task: str, watched: weakref.ref[WatchedLoss], gradient: Tensor) -> Tensor | None:
-        if self._reading or not self.batch.in_backward or (loss := watched()) is None:
+        if self._reading.is_running or not self.batch.in_backward or (loss := watched()) is None:
             return None  # our own first-order pass, which already has the weight; or a gradient that the user takes
         step = self._step
         step.add(task, loss.value, is_first=task not in self.batch.backpropagated)
@@ -246,23 +260,16 @@ class Engine(Passes[AnyRule]):
 
     def _read_at_head(self, task: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> object:
         if self.batch.in_backward and task not in self.batch.read_at_losses:  # and not a gradient that the user takes
-            return self._read(task, outputs, gradients)
+            return self._read(task, outputs, gradients, heads=len(self.batch.branches))
         return None
 
-    def _read(self, task: str, outputs: Outputs, gradients: Sequence[Tensor]) -> object:
+    def _read(self, task: str, outputs: Outputs, gradients: Sequence[Tensor], heads: int = 0) -> object:
         reader = self.measurement.reader
-        if reader is None or self._reading:
-            return None
-        self._reading = True
-        try:
-            with self._buffers.preserved(task):
-                gradients = self._repeats.checked(task, outputs, gradients, reader.targets)
-                answer = reader.read(task, outputs, gradients)
-            if self.batch.is_whole_step and self.batch.is_read_once(task):
-                reader.finalize_task(task)
-            return answer
-        finally:
-            self._reading = False
+        return None if reader is None else self._reading.read(reader, task, outputs, gradients, heads=heads)
+
+    def _finalize(self, reader: GradientReader, tasks: Sequence[str]) -> None:
+        if self.batch.is_whole_step and (complete := [task for task in tasks if self.batch.is_read_once(task)]):
+            reader.finalize(complete)
 
     # ---- the optimizer step ------------------------------------------------------------------------------------------
 

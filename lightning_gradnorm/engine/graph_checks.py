@@ -6,7 +6,9 @@ plausible numbers and a wrong balance. Here each raises an error that tells you 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import functools
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -14,6 +16,7 @@ from torch.autograd.graph import Node
 from lightning_gradnorm.engine.step_state import BatchState, WatchedLoss, nodes_by_task
 from lightning_gradnorm.gradients import GradientReader, ReplayedGradients, nodes_on_paths, reason_not_retraversable
 from lightning_gradnorm.gradients.graph import node_of, reachable_nodes
+from lightning_gradnorm.gradients.loss_graph import names_in, reached_by
 
 
 class GraphChecks:
@@ -61,6 +64,21 @@ class GraphChecks:
             raise ValueError(f"{self._caller}: the loss of task '{task}' {reason}")
         return reader
 
+    def select_readers(self, batch: BatchState) -> GradientReader | None:
+        """Return the reader of all tasks of a batch; check the graph of those that appear for the first time.
+
+        Raises:
+            ValueError: what we would read is not a task's gradient.
+        """
+        reader, new = None, {task: losses[0].node for task, losses in batch.losses.items() if task not in self._passed}
+        for task, losses in batch.losses.items():
+            for loss in losses:
+                reader = self.select_reader(task, loss, batch)
+                if len(new) > 1 and self._are_readable(new, batch):
+                    self._passed |= new.keys()
+                new.clear()
+        return reader
+
     def require_disjoint_losses(self, batch: BatchState) -> None:
         """Check, once for each task, that no loss contains the loss of another task.
 
@@ -72,6 +90,12 @@ class GraphChecks:
         self._disjoint |= set(batch.losses)
         # Several losses may be outputs of one node, for example of unbind.
         nodes = {node: task for task, of_task in nodes_by_task(batch.losses).items() for node in of_task}
+        owned: dict[str, list[Node]] = {}
+        for node, task in nodes.items():
+            owned.setdefault(task, []).append(node)
+        reached = reached_by(owned)
+        if all(names_in(reached[node], [*owned]) == [task] for task, of_task in owned.items() for node in of_task):
+            return
         for start, task in nodes.items():
             for node in nodes_on_paths([start], nodes.keys() - {start}):
                 if nodes.get(node, task) != task:
@@ -106,14 +130,45 @@ class GraphChecks:
         Raises:
             ValueError: the pass goes through a graph that cannot be traversed twice.
         """
-        for task in tasks:
-            starts = [loss.node for loss in batch.losses.get(task, ())]
-            for reader in self.readers:
-                if cause := _obstacle(starts, reader.targets):
+        starts = {task: [loss.node for loss in batch.losses.get(task, ())] for task in tasks}
+        for reader in self.readers if starts else ():
+            if not _obstacle(set().union(*starts.values()), reader.targets):
+                continue  # for all of them
+            for task, of_task in starts.items():
+                if cause := _obstacle(of_task, reader.targets):
                     raise ValueError(
                         f"{self._caller}: in this batch the loss of task '{task}' does not pass its head alone, but reaches "
                         f"{reader.label} through {cause}"
                     )
+
+    def _are_readable(self, tasks: Mapping[str, Node], batch: BatchState) -> bool:
+        """Return True if `_why_unreadable` would find nothing for any task, by a few walks for all of them together.
+
+        Args:
+            tasks: task → the node of its loss.
+            batch: the batch.
+        """
+        (reader,) = self.readers
+        targets, roots = reader.targets, {task: [node] for task, node in tasks.items()}
+        ends, everyone = set(map(node_of, targets)), (1 << len(tasks)) - 1
+        starts: set[Node] = set(tasks.values())
+        reached = reached_by(roots)
+        if _union(reached, ends) != everyone:
+            return False  # some task does not depend on the targets
+        if self._at_heads:
+            bits = {task: 1 << bit for bit, task in enumerate(tasks)}
+            own = {node: bits.get(task, 0) for task, nodes in batch.branches.items() for node in nodes}
+            if any(reached.get(node, 0) & ~bit for node, bit in own.items()):
+                return False  # some task reads another's head
+            if _union(reached_by(roots, kept=own), ends):
+                return False  # some task does not pass its head alone
+            starts = {node for node, bit in own.items() if bit}
+        if _obstacle(starts, targets):
+            return False
+        return not (
+            isinstance(reader, ReplayedGradients)
+            and nodes_on_paths([*tasks.values(), *reader.argument_nodes], reader.shared, stop=ends)
+        )
 
     def _why_unreadable(self, reader: GradientReader, task: str, loss: WatchedLoss, batch: BatchState) -> str | None:
         """Return why this reader cannot read the task (the end of an error message), or None."""
@@ -156,6 +211,10 @@ class GraphChecks:
         ):
             return f"reaches the shared layer by a path that does not pass {label}."
         return None
+
+
+def _union(reached: Mapping[Node, int], nodes: Iterable[Node]) -> int:
+    return functools.reduce(operator.or_, (reached.get(node, 0) for node in nodes), 0)
 
 
 def _obstacle(start: Iterable[Node], targets: Sequence[Tensor]) -> str | None:

@@ -33,6 +33,8 @@ class ReadingHooks:
     after_call: Callable[[GradientReader, Any], Any]
     is_forward_pass: Callable[[], bool]
     """Whether a module called now belongs to a forward pass that is trained on."""
+    forget_graph: Callable[[], None]
+    """Called when the graph of the last forward pass is released."""
 
 
 class Inspection:
@@ -104,6 +106,7 @@ class Inspection:
                 self._discovery = None
                 model = self._setting.model
                 self._place_branches({task: model.get_submodule(head) for task, head in self._found_heads.items()})
+        self._on_call.forget_graph()
         for reader in self.checks.readers:
             reader.release_graph()
 
@@ -113,6 +116,7 @@ class Inspection:
         Raises:
             ValueError: what we would read is not the task's gradient.
         """
+        self.checks.require_disjoint_losses(batch)
         # Other ranks may have losses when this one has none. So all ranks join in.
         concerns_us = bool(batch.losses) or self._setting.loop.ranks.size > 1
         discovery = self._discovery if concerns_us else None
@@ -125,9 +129,8 @@ class Inspection:
             step.measured = False
             batch.read_at_losses = set(self._setting.tasks)
         if step.measured:
-            for task, losses in batch.losses.items():
-                for one in losses:
-                    self._select(self.checks.select_reader(task, one, batch))
+            if batch.losses:
+                self._select(self.checks.select_readers(batch))
             if discovery is not None and self._needs_heads:
                 self._find_heads(discovery, batch)
             self._decide_where_to_read(batch, loss)

@@ -15,6 +15,7 @@ from lightning_gradnorm.gradients.readers import (
     flat_row,
     row_width,
 )
+from lightning_gradnorm.gradients.reading import TaskReading
 from lightning_gradnorm.gradients.repeated_passes import RepeatedPasses
 from lightning_gradnorm.gradients.replay import ReplayedGradients
 from lightning_gradnorm.gradients.shared import SharedGradients
@@ -33,6 +34,7 @@ __all__ = [
     "ReplayedGradients",
     "RowReader",
     "SharedGradients",
+    "TaskReading",
     "WeightGradients",
     "branch",
     "branch_arguments",

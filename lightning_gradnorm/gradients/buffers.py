@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+
+_NOTHING_CHANGES = nullcontext()
 
 
 class BufferGuard:
@@ -33,15 +35,18 @@ class BufferGuard:
         self._changing: dict[int, Tensor] = {}
         self._read_before: set[str] = set()
 
+    def preserved(self, *tasks: str) -> AbstractContextManager[None]:
+        """Keep the buffers' values while the block reads these tasks' gradients."""
+        is_first = not self._read_before.issuperset(tasks)
+        return self._restored(tasks, is_first) if is_first or self._changing else _NOTHING_CHANGES
+
     @contextmanager
-    def preserved(self, task: str) -> Iterator[None]:
-        """Keep the buffers' values while the block reads this task's gradient."""
-        is_first = task not in self._read_before
+    def _restored(self, tasks: Iterable[str], is_first: bool) -> Iterator[None]:
         before = [(buffer, buffer.clone()) for buffer in (self._all if is_first else self._changing.values())]
         try:
             yield
         finally:
-            self._read_before.add(task)
+            self._read_before.update(tasks)
             for buffer, value in before:
                 # Compare values, not `_version`: batch_norm writes its running statistics without increasing it. Write them
                 # back through `.data` for the same reason: a BatchNorm whose backward is still to come has saved the buffer,

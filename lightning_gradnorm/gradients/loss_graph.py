@@ -49,14 +49,8 @@ class LossGraph:
     def __init__(self, losses: Mapping[str, Collection[Node]]) -> None:
         self.tasks = list(losses)
         self.roots = losses
-        self._order = _children_first(node for nodes in losses.values() for node in nodes)
-        self._reached_by = dict.fromkeys(self._order, 0)
-        for bit, nodes in enumerate(losses.values()):
-            for node in nodes:
-                self._reached_by[node] |= 1 << bit
-        for node in reversed(self._order):
-            for child in children(node):
-                self._reached_by[child] |= self._reached_by[node]
+        self._reached_by = reached_by(losses)
+        self._order = list(reversed(self._reached_by))
 
     @property
     def nodes(self) -> Collection[Node]:
@@ -65,13 +59,13 @@ class LossGraph:
 
     def tasks_at(self, nodes: Iterable[Node]) -> list[str]:
         """Return the tasks whose gradient passes any of these nodes."""
+        return names_in(self._mask(nodes), self.tasks)
+
+    def _mask(self, nodes: Iterable[Node]) -> int:
         mask = 0
         for node in nodes:
             mask |= self._reached_by.get(node, 0)
-        return self._names(mask)
-
-    def _names(self, mask: int) -> list[str]:
-        return [task for bit, task in enumerate(self.tasks) if mask >> bit & 1]
+        return mask
 
     def positions(
         self, layers: Mapping[str, Sequence[Tensor]], calls: Collection[ModuleCalls]
@@ -109,15 +103,20 @@ class LossGraph:
             depth[node] = max(depths) + bool(met) if depths else len(met)
             for name in met:
                 uses.setdefault(name, []).append(node)
+        owners: dict[int, list[ModuleCalls]] = {}
+        for module in calls:
+            for parameter in module.parameters:
+                owners.setdefault(parameter, []).append(module)
         found: dict[str, dict[str, Position]] = {}
         for name, nodes in uses.items():
-            parameters = set(map(id, layers[name]))
-            owners = [module for module in calls if not parameters.isdisjoint(module.parameters)]
-            within = set().union(*(_inside(module.outputs, module.inputs) for module in owners))
-            for task in self.tasks_at(nodes):
-                of_task = [node for node in nodes if task in self.tasks_at([node])]
-                counted = [node for node in of_task if node in within] or of_task
-                found.setdefault(name, {})[task] = max((depth[node], node._sequence_nr()) for node in counted)
+            around = {module.name: module for parameter in layers[name] for module in owners.get(id(parameter), ())}
+            within = set().union(*(_inside(module.outputs, module.inputs) for module in around.values()))
+            of_layer: dict[str, tuple[bool, Position]] = {}
+            for node in nodes:
+                use = node in within, (depth[node], node._sequence_nr())
+                for task in self.tasks_at([node]):
+                    of_layer[task] = max(use, of_layer.get(task, use))
+            found[name] = {task: position for task, (_, position) in of_layer.items()}
         return found
 
     def heads(self, targets: Collection[Node], modules: Iterable[ModuleCalls]) -> dict[str, str]:
@@ -138,14 +137,14 @@ class LossGraph:
         heads: dict[str, str] = {}
         for module in modules:
             outputs = module.outputs & leads
-            tasks = self.tasks_at(outputs)
-            if (
-                len(tasks) == 1
-                and tasks[0] not in heads
-                and all(tasks[0] in (self.tasks_at([node]) or tasks) for node in module.inputs)
-                and self._is_all_inside(tasks[0], outputs, module.inputs, targets)
+            mask = self._mask(outputs)
+            if mask.bit_count() != 1 or (task := self.tasks[mask.bit_length() - 1]) in heads:
+                continue
+            at_inputs = [self._mask([node]) for node in module.inputs]
+            if all(not there or there & mask for there in at_inputs) and self._is_all_inside(
+                task, outputs, module.inputs, targets
             ):
-                heads[tasks[0]] = module.name
+                heads[task] = module.name
         return heads
 
     def _is_all_inside(self, task: str, outputs: set[Node], inputs: set[Node], targets: Collection[Node]) -> bool:
@@ -168,7 +167,45 @@ def _inside(outputs: set[Node], inputs: set[Node]) -> set[Node]:
     return reachable_nodes(outputs, stop=inputs) - inputs
 
 
-def _children_first(roots: Iterable[Node]) -> list[Node]:
+def names_in(mask: int, tasks: Sequence[str]) -> list[str]:
+    """Return the tasks whose bits are set, the first of them at bit 0."""
+    found = []
+    while mask:
+        lowest = mask & -mask
+        found.append(tasks[lowest.bit_length() - 1])
+        mask ^= lowest
+    return found
+
+
+def reached_by(
+    roots: Mapping[str, Collection[Node]], *, stop: Collection[Node] = (), kept: Mapping[Node, int] | None = None
+) -> dict[Node, int]:
+    """Return the nodes that the tasks' gradients reach, each with a bit for each of these tasks, in one walk for all of them.
+
+    Args:
+        roots: task → where its gradient begins. The first task has bit 0.
+        stop: nodes that no gradient passes; it may arrive there.
+        kept: node → the bits of tasks whose gradient does not pass it.
+
+    Returns:
+        Node → bits, each node before all nodes that it leads to.
+    """
+    order = _children_first((node for nodes in roots.values() for node in nodes), stop)
+    reached = dict.fromkeys(reversed(order), 0)
+    for bit, nodes in enumerate(roots.values()):
+        for node in nodes:
+            reached[node] |= 1 << bit
+    kept = kept or {}
+    for node, mask in reached.items():
+        if node not in stop:
+            passing = mask & ~kept.get(node, 0)
+            for child, _ in node.next_functions:
+                if child is not None:
+                    reached[child] |= passing
+    return reached
+
+
+def _children_first(roots: Iterable[Node], stop: Collection[Node] = ()) -> list[Node]:
     """Return the nodes reachable from ``roots``, each after all nodes that it leads to."""
     order: dict[Node, None] = {}
     entered: set[Node] = set()
@@ -180,5 +217,6 @@ def _children_first(roots: Iterable[Node]) -> list[Node]:
             order.setdefault(node)
         else:
             entered.add(node)
-            to_visit.extend(child for child in children(node) if child not in entered)
+            if node not in stop:
+                to_visit.extend(child for child in children(node) if child not in entered)
     return list(order)

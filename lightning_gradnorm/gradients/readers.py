@@ -23,16 +23,17 @@ Outputs = Sequence[Tensor] | Sequence[GradientEdge]
 Norm = Literal["l2", "max", "mean"]
 """Of all entries of a gradient: the Euclidean norm, the largest absolute value, the mean absolute value."""
 _PIECE = 1024  # length of the pieces in which the norm of a long row is taken
+_SHORT = 2**16  # length up to which rows are stacked to take all their norms at once
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _flat(gradient: Tensor) -> Tensor:
+def _flat(gradient: Tensor, shape: Sequence[int] = (-1,)) -> Tensor:
     """Return the values as a vector: a sparse gradient (of an Embedding) dense, a complex one as pairs of real numbers."""
     gradient = gradient.to_dense() if gradient.is_sparse else gradient
-    return (torch.view_as_real(gradient) if gradient.is_complex() else gradient).reshape(-1)
+    return (torch.view_as_real(gradient) if gradient.is_complex() else gradient).reshape(shape)
 
 
 def norms_of_rows(rows: Tensor) -> Tensor:
@@ -77,6 +78,13 @@ def flat_row(found: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Te
     return _at_least_float32(parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
+def _flat_rows(found: Sequence[Tensor | None], parameters: Sequence[Tensor], count: int) -> Tensor:
+    """Return ``count`` gradients of ``parameters``, stacked along their first dimension, as `flat_row` does with each."""
+    pairs = zip(found, parameters, strict=True)
+    parts = [_flat(p.new_zeros(count, *p.shape) if part is None else part, (count, -1)) for part, p in pairs]
+    return _at_least_float32(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+
+
 def add_up(old: list[Tensor | None] | None, new: list[Tensor | None]) -> list[Tensor | None]:
     """Return the elementwise sum of two lists of gradients; entries may be ``None``."""
     if old is None:
@@ -112,8 +120,8 @@ class GradientReader(ABC):
     def read(self, task: str, outputs: Outputs, gradients: Sequence[Tensor]) -> object:
         """Read this task's gradients, which have just arrived at ``outputs``. The return value is that of a `Receive`."""
 
-    def finalize_task(self, task: str) -> None:
-        """Called when this task's gradient is complete for this optimizer step."""
+    def finalize(self, tasks: Sequence[str]) -> None:
+        """Called when the gradients of these tasks, at least one, are complete for this optimizer step."""
 
     def forward_pre(self, args: Any, kwargs: Any) -> None:
         """Called with the arguments of each call of `module`."""
@@ -182,16 +190,20 @@ class RowReader(GradientReader):
     def norms(self, tasks: Sequence[str]) -> Tensor:
         """Return the norms of the gradients read so far, as `norms_of` does, zero for a task not seen."""
         self._complete()
-        # Row by row: filling a table of T copies of W would take longer than computing the norms.
-        known = self._finalized | {task: self.norms_of(row[None]).squeeze(0) for task, row in self._rows.items()}
+        known = self._finalized | self._norms_by_task(self._rows)
         zero = torch.zeros_like(next(iter(known.values()))) if known else self.norms_of(torch.zeros(1, 1)).squeeze(0)
         return torch.stack([known.get(task, zero) for task in tasks])
 
-    def finalize_task(self, task: str) -> None:
-        """Replace the task's row by its norm."""
-        self._complete(task)
-        if task in self._rows:
-            self._finalized[task] = self.norms_of(self._rows.pop(task)[None]).squeeze(0)
+    def _norms_by_task(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if len(rows) > 1 and sum(row.numel() for row in rows.values()) <= len(rows) * _SHORT:
+            return dict(zip(rows, self.norms_of(torch.stack([*rows.values()])).unbind(), strict=True))
+        # Row by row: filling a table of T copies of W would take longer than computing the norms.
+        return {task: self.norms_of(row[None]).squeeze(0) for task, row in rows.items()}
+
+    def finalize(self, tasks: Sequence[str]) -> None:
+        """Replace the rows of these tasks by their norms."""
+        self._complete(*tasks)
+        self._finalized |= self._norms_by_task({task: self._rows.pop(task) for task in tasks if task in self._rows})
 
     def rescale(self, task: str, factor: Tensor) -> None:
         """Multiply the task's gradient by ``factor``."""
@@ -212,7 +224,8 @@ class RowReader(GradientReader):
                 f"twice for one optimizer step, for example in on_before_backward. Do it once, or optimize manually."
             )
 
-    def _add(self, task: str, row: Tensor) -> None:
+    def add(self, task: str, row: Tensor) -> None:
+        """Add a row to the task's sum."""
         self._refuse_if_finalized(task)
         self._rows[task] = self._rows[task] + row if task in self._rows else row
 
@@ -245,7 +258,20 @@ class WeightGradients(RowReader):
         found = torch.autograd.grad(outputs, self.targets, gradients, retain_graph=True, allow_unused=True)
         if all(part is None for part in found):
             self.unreached.add(task)
-        self._add(task, flat_row(found, self.targets))
+        self.add(task, flat_row(found, self.targets))
+
+    def rows_together(self, outputs: Outputs, gradients: Sequence[Tensor], count: int) -> Tensor | None:
+        """Return what `read` would add for each of several tasks, shape (count, n), or ``None`` if no gradient reaches ``W``.
+
+        Args:
+            outputs: where the gradients have arrived.
+            gradients: for each of them, the tasks' gradients, stacked along the first dimension.
+            count: the number of tasks.
+        """
+        found = torch.autograd.grad(
+            outputs, self.targets, gradients, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+        return None if all(part is None for part in found) else _flat_rows(found, self.targets, count)
 
     def forget(self) -> None:
         """Forget what was read, but not the current forward pass."""
@@ -298,7 +324,7 @@ class ActivationGradients(RowReader):
             gradients = self._arrived.pop(task, [])
             squares = [_at_least_float32(part).square().sum() for part in gradients if part is not None]
             if squares:
-                self._add(task, torch.stack(squares).sum().reshape(1))
+                self.add(task, torch.stack(squares).sum().reshape(1))
 
     def norms_of(self, rows: Tensor) -> Tensor:
         """Return the square root of each row's sum of squares."""

@@ -7,12 +7,12 @@ But an extra first-order pass would spoil both, without an error, since kernels 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from lightning_gradnorm.gradients.graph import is_custom, node_of, nodes_on_paths, reason_not_retraversable
 from lightning_gradnorm.gradients.readers import Outputs, flat_row
@@ -34,6 +34,17 @@ class RepeatedPasses:
         self._begin, self._way_out = begin, way_out
         self._has_custom: dict[tuple[str, bool], bool] = {}
         """Checked passes → whether they contain a custom function."""
+        self._last: tuple[set[Node], set[Node], list[str], bool] | None = None
+        """The last search for custom functions: where it began and ended, what it found, and whether that can be passed."""
+
+    def forget_graph(self) -> None:
+        """Release the graph that was searched last."""
+        self._last = None
+
+    def look_at(self, starts: Mapping[str, Iterable[Node]], targets: Sequence[Tensor], *, once: bool = True) -> None:
+        """Prepare for `checked` at these edges, name → nodes: search the graph behind all of them at once."""
+        if not once or any((name, True) not in self._has_custom for name in starts):
+            self._custom_functions(set().union(*starts.values()), targets)
 
     def checked(
         self, name: str, outputs: Outputs, gradients: Sequence[Tensor], targets: Sequence[Tensor], *, once: bool = True
@@ -52,14 +63,24 @@ class RepeatedPasses:
         """
         key = name, isinstance(outputs[0], GradientEdge)
         if not (once and key in self._has_custom):
-            nodes = nodes_on_paths(
-                [one.node if isinstance(one, GradientEdge) else node_of(one) for one in outputs], targets
-            )
-            custom = sorted({node.name() for node in nodes if is_custom(node) and not _is_trusted(node)})
+            start = {one.node if isinstance(one, GradientEdge) else node_of(one) for one in outputs}
+            custom, can_be_passed = self._custom_functions(start, targets)
             self._has_custom[key] = bool(custom)
-            if custom and not reason_not_retraversable(nodes):
+            if custom and can_be_passed:
                 self._compare(name, outputs, gradients, targets, ", ".join(custom))
         return [one.clone() for one in gradients] if self._has_custom[key] else gradients
+
+    def _custom_functions(self, start: set[Node], targets: Sequence[Tensor]) -> tuple[list[str], bool]:
+        """Return the custom functions on the way to the targets, and whether the whole way can be passed again."""
+        end = set(map(node_of, targets))
+        if self._last is not None and self._last[1] == end:
+            begun, _, custom, can_be_passed = self._last
+            if begun == start or (not custom and begun > start):  # many tasks begin at the same tensors
+                return custom, can_be_passed
+        nodes = nodes_on_paths(start, end)
+        custom = sorted({node.name() for node in nodes if is_custom(node) and not _is_trusted(node)})
+        self._last = start, end, custom, not reason_not_retraversable(nodes)
+        return self._last[2:]
 
     def _compare(
         self, name: str, outputs: Outputs, gradients: Sequence[Tensor], targets: Sequence[Tensor], custom: str

@@ -189,7 +189,7 @@ class ReplayedGradients(RowReader):
             if pairs:
                 ends, arrived = zip(*pairs, strict=True)
                 found = torch.autograd.grad(ends, W, arrived, retain_graph=True, allow_unused=True)
-                self._add(task, flat_row(found, W))
+                self.add(task, flat_row(found, W))
 
     def _verify(self, first: Sequence[Tensor], again: Sequence[Tensor]) -> None:
         """Compare the two runs, in the first batch only. Rounding may differ, a dropout mask may not."""

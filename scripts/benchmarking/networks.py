@@ -88,6 +88,7 @@ def engine(hidden: int) -> Network:
 NETWORKS = {
     "conv": Network(convolutions, classifier, (16, 3, 48, 48), "encoder.10"),
     "mlp": Network(partial(MLP, 128, hidden=4 * [512]), linear(512, 10), (256, 128), "encoder.layers.6"),
+    "narrow": Network(partial(MLP, 64, hidden=4 * [64]), linear(64, 1), (32, 64), "encoder.layers.6", steps=41),
     "dense": Network(convolutions, upsampling, (16, 3, 48, 48), "encoder.10"),
     "toy": Network(partial(MLP, 250), linear(100, 100), (100, 250), "encoder.layers.6"),
     "transformer": Network(Transformer, linear(128, 10), (8, 64, 128), "encoder.layers.5.linear2"),

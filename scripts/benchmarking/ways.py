@@ -54,12 +54,14 @@ class Way:
         package: imports the packages needed besides our own dependencies.
         is_ours: a failure of ours is an error, a failure of another way is a result.
         compiles: True if it works with a compiled trunk and heads. Ours reports it if it does not.
+        is_usual: False if it only runs when it is named, or with the measure that needs it.
     """
 
     start: Callable[[str, int, bool], Run]
     package: Callable[[], Any] | None = None
     is_ours: bool = True
     compiles: bool = True
+    is_usual: bool = True
 
     def what_is_missing(self) -> str | None:
         """Return the missing package, if any. Imports what the way needs."""
@@ -83,6 +85,14 @@ def gradnorm(*, with_heads: bool = True, **options: Any) -> Way:
 
     # Without heads=, the backward pass visits each head twice, which a compiled graph does not allow.
     return Way(start, compiles=with_heads)
+
+
+def all_found() -> Way:
+    def start(kind: str, tasks: int, compiled: bool) -> Run:
+        model = Model(kind, tasks, compiled)
+        return Run(model, [GradNorm(list(model.heads))])
+
+    return Way(start, compiles=False, is_usual=False)
 
 
 def of_our_module(kind: str, tasks: int, compiled: bool) -> Run:
@@ -111,6 +121,7 @@ OF_GRADNORM = {
     EQUAL: Way(plain),
     "with heads": gradnorm(),
     "without heads": gradnorm(with_heads=False),
+    "nothing named": all_found(),
     "MultiTaskModule": Way(of_our_module),
     "every 8th step": gradnorm(update_every=8),
     "activation": gradnorm(norm_of="activation"),

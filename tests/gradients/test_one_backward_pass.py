@@ -85,7 +85,7 @@ def test_a_task_at_the_representation_that_is_complete_leaves_the_others_parts_t
     reader.forward_post(z)
     reader.read("b", [z], [first])
     reader.read("a", [z], [of_a])
-    reader.finalize_task("a")
+    reader.finalize(["a"])
     assert set(reader._arrived) == {"b"}, "a's gradient at z is let go"
     reader.rescale("a", torch.tensor(0.5))
     reader.read("b", [z], [second])

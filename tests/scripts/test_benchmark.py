@@ -17,7 +17,7 @@ from matplotlib import image
 SCRIPT = "benchmark"
 OUTPUT = Path("results")
 SHORT = ["--threads", "1", "--rounds", "1", "--output", str(OUTPUT)]
-OURS = ["with heads", "without heads", "MultiTaskModule", "every 8th step", "activation", "UPGrad"]
+OURS = ["with heads", "without heads", "nothing named", "MultiTaskModule", "every 8th step", "activation", "UPGrad"]
 OTHERS = ["textbook", "gradnorm-pytorch", "LibMTL GradNorm", "UPGrad by hand"]
 Call = Callable[..., str]
 Cells = list[dict[str, str]]
@@ -58,8 +58,9 @@ def test_every_way_has_a_column_of_ratios_and_one_of_milliseconds(asked: list[st
     told = call("--cases", "toy:2,3", "--steps", "11", *(["--ways", *asked] if asked else []), *SHORT)
     ratios, milliseconds = tables("step_time")
     assert [(row["model"], row["T"]) for row in ratios] == [("toy", "2"), ("toy", "3")]
-    there = [name for name, way in ways.OF_GRADNORM.items() if way.what_is_missing() is None]
-    left_out = set() if asked else set(ways.OF_GRADNORM) - set(there)
+    usual = {name: way for name, way in ways.OF_GRADNORM.items() if way.is_usual}
+    there = [name for name, way in usual.items() if way.what_is_missing() is None]
+    left_out = set() if asked else set(usual) - set(there)
     there = ["equal weights", *asked] if asked else there
     assert list(milliseconds[0]) == ["model", "T", *there]
     for of_ratio, of_time in zip(ratios, milliseconds, strict=True):
@@ -192,7 +193,7 @@ def test_compiled_trunk_and_heads_train_in_all_our_ways(call: Call) -> None:
     told = call("--compile", "--cases", "toy:2", "--steps", "11", *SHORT)
     ratios, _ = tables("step_time_compiled")
     assert "Left out: without heads (not with a compiled model)" in told
-    assert all(number(ratios[0][name]) > 0 for name in OURS if name != "without heads")
+    assert all(number(ratios[0][name]) > 0 for name in OURS if name not in ("without heads", "nothing named"))
     assert ratios[0]["textbook"] == "fails"  # torch.compile has no double backward
 
 
@@ -222,6 +223,14 @@ def test_the_peaks_of_fresh_processes_make_a_table(call: Call) -> None:
     ((row,),) = tables("peak_memory")
     assert number(row["equal weights, MiB"]) > 3
     assert 0.5 < number(row["with heads"]) < 3
+
+
+def test_the_first_step_is_measured_with_everything_named_and_with_nothing_named(call: Call) -> None:
+    call("--measure", "first_step", "--cases", "toy:2,3", *SHORT)
+    (rows,) = tables("first_step")
+    names = ["equal weights", "with heads", "without heads", "nothing named"]
+    assert [(row["T"], row["way"]) for row in rows] == [(T, name) for T in ("2", "3") for name in names]
+    assert all(number(row["first step, ms"]) > 0 and number(row["a later step, ms"]) > 0 for row in rows)
 
 
 def test_the_cost_of_a_task_is_the_slope_of_the_overhead(call: Call) -> None:
