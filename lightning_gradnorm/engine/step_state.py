@@ -27,7 +27,7 @@ def mean_of(loss: Tensor) -> Tensor:
     return values.mean(dtype=None if values.dtype == torch.float64 else torch.float32)
 
 
-@dataclass(eq=False, slots=True, weakref_slot=True)  # one for each loss of each batch: cheap to make
+@dataclass(eq=False)
 class WatchedLoss:
     """A loss at the time it was shown. It may change in place later: ``loss = a; loss += b``."""
 

@@ -85,6 +85,11 @@ def _flat_rows(found: Sequence[Tensor | None], parameters: Sequence[Tensor], cou
     return _at_least_float32(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
 
 
+def _are_short(rows: Mapping[str, Tensor]) -> bool:
+    """Return True if the norms of several rows are cheaper to compute from a table of them."""
+    return len(rows) > 1 and sum(row.numel() for row in rows.values()) <= len(rows) * _SHORT
+
+
 def add_up(old: list[Tensor | None] | None, new: list[Tensor | None]) -> list[Tensor | None]:
     """Return the elementwise sum of two lists of gradients; entries may be ``None``."""
     if old is None:
@@ -190,12 +195,14 @@ class RowReader(GradientReader):
     def norms(self, tasks: Sequence[str]) -> Tensor:
         """Return the norms of the gradients read so far, as `norms_of` does, zero for a task not seen."""
         self._complete()
+        if not self._finalized and _are_short(self._rows) and self._rows.keys() == set(tasks):
+            return self.norms_of(torch.stack([self._rows[task] for task in tasks]))
         known = self._finalized | self._norms_by_task(self._rows)
         zero = torch.zeros_like(next(iter(known.values()))) if known else self.norms_of(torch.zeros(1, 1)).squeeze(0)
         return torch.stack([known.get(task, zero) for task in tasks])
 
     def _norms_by_task(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if len(rows) > 1 and sum(row.numel() for row in rows.values()) <= len(rows) * _SHORT:
+        if _are_short(rows):
             return dict(zip(rows, self.norms_of(torch.stack([*rows.values()])).unbind(), strict=True))
         # Row by row: filling a table of T copies of W would take longer than computing the norms.
         return {task: self.norms_of(row[None]).squeeze(0) for task, row in rows.items()}
