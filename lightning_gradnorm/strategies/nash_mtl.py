@@ -15,16 +15,16 @@ from lightning_gradnorm.strategies.solvers import fair_shares, in_double
 
 
 class NashMTLWeighting(Weighting[PSDMatrix], Stateful):
-    """The weights of `NashMTL`, from the gradients' Gramian G: ``G' w = 1/w``, ``w > 0``, with ``G' = G / ‖G‖_F``.
+    """The weights of `NashMTL`, from the gradients' Gramian G: ``G w = 1/w``, ``w > 0``.
 
     Args:
         n_tasks: T.
-        max_norm: the direction ``w J`` is shortened to this norm if it is longer; 0 for never.
+        max_norm: the direction ``w J``, whose norm is √T, is shortened to this norm if it is longer; 0 for never.
         update_weights_every: the weights are solved for in the first call, and then in every one of this many.
 
     Example:
         >>> NashMTLWeighting(2, max_norm=0.0)(torch.tensor([[4.0, 0.0], [0.0, 1.0]]))
-        tensor([1.0153, 2.0305])
+        tensor([0.5000, 1.0000])
     """
 
     remembers = "last solution"
@@ -62,9 +62,8 @@ class NashMTL(GramianWeightedAggregator, Stateful):
 
     Navon, Shamsian, Achituve, Maron, Kawaguchi, Chechik, Fetaya, *Multi-Task Learning as a Bargaining Game*, ICML 2022,
     arXiv 2202.01017: equation 3 and Algorithm 1. ``torchjd.aggregation.NashMTL`` approximates the same solution by
-    ``optim_niter`` convex problems, with an error of up to 1e-3 in ``G' w − 1/w``, and needs the extra ``solvers``. This one
-    takes Newton steps to about 1e-12 (`fair_shares`) and needs no extra. Where no finite weights exist, it raises an error,
-    and TorchJD's keeps its last weights.
+    ``optim_niter`` convex problems, keeps its last weights where their solver fails, and needs the extra ``solvers``. This one
+    takes Newton steps to about 1e-12 (`fair_shares`) and needs no extra. Where no finite weights exist, it raises an error.
 
     Args:
         n_tasks: T.
@@ -103,7 +102,7 @@ def bargain(of: Any, gramian: Tensor) -> Tensor | None:
     if len(G) != of.n_tasks:
         return None
     if of.step % of.update_weights_every == 0:
-        solution = fair_shares(G / torch.linalg.matrix_norm(G))
+        solution = fair_shares(G)
         if solution is None:
             return None
         of.prvs_alpha = solution if isinstance(of.prvs_alpha, Tensor) else solution.numpy()

@@ -88,6 +88,9 @@ def shortest_combination(gramian: Tensor) -> Tensor | None:
         tensor([0.2000, 0.8000], dtype=torch.float64)
     """
     G = in_double(gramian)
+    is_zero = (G.diagonal() == 0).double()
+    if bool(is_zero.any()):
+        return is_zero / is_zero.sum()
     found = _least_on_simplex(G, torch.zeros_like(G[0]), 1.0)
     return None if found is None else found / found.sum()
 
@@ -113,6 +116,8 @@ def conflict_averse(gramian: Tensor, c: float, norm_eps: float = 1e-4) -> Tensor
     """
     G, T = in_double(gramian), len(gramian)
     trace, nothing = float(G.trace()), torch.zeros_like(G[0])
+    if not math.isfinite(trace):
+        return None
     if trace < norm_eps or trace <= 0:
         return nothing
     if c == 0:
