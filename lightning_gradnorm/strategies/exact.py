@@ -20,7 +20,7 @@ Solver = Callable[[Tensor], Tensor | None]
 
 
 def solver_of(aggregator: nn.Module) -> Solver | None:
-    """Return our solver for an aggregator or weighting of TorchJD; ``None`` if there is none, or it has hooks of yours.
+    """Return our solver for an aggregator or weighting of TorchJD; ``None`` without one, or if it has hooks of yours.
 
     A subclass may compute something else, so it has none.
 

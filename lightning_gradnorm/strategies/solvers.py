@@ -140,7 +140,7 @@ def _least_on_simplex(G: Tensor, slopes: Tensor, radius: float) -> Tensor | None
     ``s = G⁻¹ slopes``, and the last equation is quadratic in ν. We start at the best corner of the simplex. If a weight becomes
     negative on the way to the minimum, it stays 0; otherwise the task with the least ``y_i < 0`` joins. The function decreases
     each time, so no set comes twice. Sets change by one task, so a table of ``y`` as a function of ``v`` changes by one
-    exchange of ``v_i`` and ``y_i``. Plain floats: for this few numbers, they are faster than tensors.
+    exchange of ``v_i`` and ``y_i``. Plain floats: for so few numbers, they are faster than tensors.
     """
     T = len(G)
     norms = G.diagonal().clamp(min=0).sqrt()
@@ -156,6 +156,7 @@ def _least_on_simplex(G: Tensor, slopes: Tensor, radius: float) -> Tensor | None
     x = [0.0] * T  # normalized: Σ a_i x_i = 1
     x[corner] = 1 / a[corner]
     on, joined, v, best = {corner}, corner, None, math.inf
+    # Where gradients are almost dependent, an exchange back leaves large rounding errors. Only a fresh table decides.
     table, is_fresh = _table(whole, on), True
     for _ in range(20 * T):
         oo = -sum(a[i] * table[i][-1] for i in on)
@@ -185,7 +186,7 @@ def _least_on_simplex(G: Tensor, slopes: Tensor, radius: float) -> Tensor | None
                 table = _table(whole, on)
             is_fresh = length <= 0
             continue
-        v = [to[i] if i in on else 0.0 for i in range(T)]
+        v = [max(to[i], 0.0) if i in on else 0.0 for i in range(T)]
         x = [one / total for one in v]
         y, joined = min(((table[i][-2] - nu * table[i][-1], i) for i in range(T) if i not in on), default=(0.0, -1))
         is_least = y >= -1e-14 * max(v)
@@ -194,7 +195,6 @@ def _least_on_simplex(G: Tensor, slopes: Tensor, radius: float) -> Tensor | None
                 break
             best = nu
         elif is_least:
-            # Where the gradients were almost dependent, an exchange back has left large rounding errors.
             table, is_fresh = _table(whole, on), True
             continue
         on.add(joined)
