@@ -15,8 +15,8 @@ class CAGradWeighting(Weighting[PSDMatrix]):
 
     Args:
         c: radius of the ball around the mean gradient, relative to its length; at least 0.
-        norm_eps: all weights are 0 if the gradients, divided so that their squared norms sum to 1, have a combination that
-            decides and is shorter than this; or if that sum is less than this.
+        norm_eps: all weights are 0 if the combination ``g_w`` of the dual is shorter than this, for gradients divided so that
+            their squared norms sum to 1: they have (almost) no common direction of descent.
 
     Example:
         >>> import torch
@@ -47,7 +47,9 @@ class CAGrad(GramianWeightedAggregator):
 
     Liu, Liu, Jin, Stone, Liu, *Conflict-Averse Gradient Descent for Multi-task Learning*, NeurIPS 2021, arXiv 2110.14048:
     equation 3, by its dual in T weights (Algorithm 1). This is ``torchjd.aggregation.CAGrad``, which needs the extra
-    ``solvers``; here an active set method solves the dual to about 1e-12 (`conflict_averse`), without an extra.
+    ``solvers``; here an active set method solves the dual to about 1e-12 (`conflict_averse`), without an extra. TorchJD's also
+    gives weights of 0, so that the trunk does not train, if the squared norms sum to less than ``norm_eps``, as they often do
+    at the representation. This one does not depend on a common factor of the gradients.
 
     Args:
         c: radius of the ball around the mean gradient, relative to its length; at least 0.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchjd import aggregation as jd
 
@@ -42,6 +43,8 @@ def _mgda(of: Any, gramian: Tensor) -> Tensor | None:
 
 
 def _cagrad(of: Any, gramian: Tensor) -> Tensor | None:
+    if float(gramian.trace()) < of.norm_eps:  # TorchJD's bound for short gradients, an absolute one
+        return torch.zeros(len(gramian))
     return conflict_averse(gramian, of.c, of.norm_eps)
 
 

@@ -57,8 +57,7 @@ def fair_shares(gramian: Tensor, alpha: float = 1.0) -> Tensor | None:
         H = G * w * w[:, None]  # the Hessian with respect to log-sized changes δ, but for its second part:
         H.diagonal().add_(powers, alpha=q)
         root, failed = torch.linalg.cholesky_ex(H)
-        # A weight that only cancellation holds back is one that rounding chose: the true one is infinite.
-        if failed or float((H.diagonal() / powers).max()) > 1e13:
+        if failed:
             return None
         # The gradient is H 1 − (1 + q) powers, hence this short form of the Newton step.
         change = (1 + q) * torch.cholesky_solve(powers[:, None], root)[:, 0] - 1
@@ -67,7 +66,8 @@ def fair_shares(gramian: Tensor, alpha: float = 1.0) -> Tensor | None:
         step = -math.expm1(-math.log1p(q * rho) / q) / rho if rho > 0 else 1.0
         w = w * (1 + step * change)
         if max(rho, most) < 1e-6:  # then the error is about its square
-            return w
+            # Where the terms of the equation are this much larger than their sum, rounding has chosen the weights.
+            return w if float((H.diagonal() / powers).max()) < 1e13 else None
     return None
 
 
@@ -104,8 +104,8 @@ def conflict_averse(gramian: Tensor, c: float, norm_eps: float = 1e-4) -> Tensor
     Args:
         gramian: G, shape (T, T).
         c: at least 0; with 0 the result is the mean.
-        norm_eps: all weights are 0 if the trace, or the norm of ``g_w`` for the divided G, is less than this: the gradients
-            have (almost) no common direction of descent.
+        norm_eps: all weights are 0 if the norm of ``g_w``, for the divided G, is less than this: the gradients have (almost)
+            no common direction of descent.
 
     Returns:
         Shape (T,).
@@ -118,7 +118,7 @@ def conflict_averse(gramian: Tensor, c: float, norm_eps: float = 1e-4) -> Tensor
     trace, nothing = float(G.trace()), torch.zeros_like(G[0])
     if not math.isfinite(trace):
         return None
-    if trace < norm_eps or trace <= 0:
+    if trace <= 0:
         return nothing
     if c == 0:
         return nothing + 1 / T

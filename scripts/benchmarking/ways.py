@@ -15,7 +15,7 @@ from typing_extensions import override
 from benchmarking import peers
 from benchmarking.models import Model, Module, Physics
 from benchmarking.networks import NETWORKS
-from lightning_gradnorm import Aggregation, GradNorm
+from lightning_gradnorm import Aggregation, GradNorm, strategies
 
 
 class SolverClock:
@@ -147,7 +147,7 @@ OF_AGGREGATION = {
     "MGDA": aggregation(lambda tasks: MGDA()),
     "IMTL-G": aggregation(lambda tasks: IMTLG()),
     "Aligned-MTL": aggregation(lambda tasks: AlignedMTL()),
-    "CAGrad": aggregation(lambda tasks: CAGrad(c=0.5)),
+    "CAGrad": aggregation(lambda tasks: strategies.CAGrad(c=0.5)),  # TorchJD's gives weights of 0 here: norm_eps
     "Nash-MTL": aggregation(lambda tasks: NashMTL(n_tasks=tasks)),
     "FairGrad": aggregation(lambda tasks: FairGrad(alpha=2.0)),
     "UPGrad at parameters": aggregation(lambda tasks: UPGrad(), compiles=False, at="parameters"),

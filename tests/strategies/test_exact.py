@@ -68,6 +68,14 @@ def test_options_are_read_in_every_call() -> None:
     assert_directions_agree(rule, exactly(jd.CAGrad(c=0.8)), steps=2)
 
 
+def test_short_gradients_get_no_weights_by_cagrad_of_torchjd_but_by_ours() -> None:
+    J = 1e-4 * gradients(0)
+    theirs, ours = rule_of(jd.CAGrad(c=0.4)), rule_of(CAGrad(c=0.4))
+    assert weigh(theirs, J).tolist() == jd.CAGrad(c=0.4).gramian_weighting(J @ J.T).tolist() == [0.0] * T
+    torch.testing.assert_close(weigh(ours, J), weigh(ours, gradients(0)))
+    assert float(ours.weights.min()) > 0.3
+
+
 @pytest.mark.parametrize(
     "options",
     [{"max_norm": 0.0}, {"max_norm": 0.05}, {"max_norm": 1e3}, {"update_weights_every": 3}],
