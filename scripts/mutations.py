@@ -26,11 +26,13 @@ class Fault:
 _GRADNORM = f"{_CORE}strategies/gradnorm.py"
 _ADAM = f"{_CORE}strategies/weight_optimizer.py"
 _FIRST = f"{_CORE}strategies/initial_losses.py"
+_SOLVERS = f"{_CORE}strategies/solvers.py"
 _ENGINE = f"{_CORE}engine/engine.py"
 _RANKS = f"{_CORE}engine/ranks.py"
 
 _OF_TERMS = ("tests/strategies/test_gradnorm_terms.py",)
 _OF_RULE = (*_OF_TERMS, "tests/strategies/test_gradnorm_rule.py")
+_OF_SOLVERS = ("tests/strategies/test_solvers.py",)
 _OF_LAST_SEEN = ("tests/callbacks/test_last_seen.py",)
 _OF_NETWORK = ("tests/callbacks/test_network_gradients.py",)
 _OF_BALANCER = ("tests/engine/test_balancer.py",)
@@ -693,6 +695,35 @@ FAULTS = (
         "        if is_other:\n",
         "        if False:\n",
         ("tests/strategies/test_resuming.py",),
+    ),
+    # ---- the solvers -------------------------------------------------------------------------------------------------
+    Fault(
+        "Newton steps are not damped",
+        _SOLVERS,
+        "step = -math.expm1(-math.log1p(q * rho) / q) / rho if rho > 0 else 1.0",
+        "step = 1.0",
+        _OF_SOLVERS,
+    ),
+    Fault(
+        "no further task joins the first corner of the simplex",
+        _SOLVERS,
+        "is_least = y >= -1e-14 * max(v)",
+        "is_least = True",
+        _OF_SOLVERS,
+    ),
+    Fault(
+        "a table with rounding errors of almost dependent gradients is kept",
+        _SOLVERS,
+        "is_fresh = length <= 0",
+        "is_fresh = True",
+        _OF_SOLVERS,
+    ),
+    Fault(
+        "calls that TorchJD's own solver answers are not counted",
+        f"{_CORE}strategies/aggregation.py",
+        "self.handed_over += 1",
+        "pass",
+        ("tests/strategies/test_exact.py",),
     ),
     # ---- what is found -----------------------------------------------------------------------------------------------
     Fault(

@@ -9,8 +9,8 @@ import by_hand
 import lightning as L
 import pytest
 import torch
-import torchjd.aggregation as jd
 from harness import Batches, BeforeBatch, assert_clean, state_by_part, traces
+from minima import exactly
 from models import (
     Automatic,
     network_sgd,
@@ -25,11 +25,6 @@ T, STEPS = 3, 12
 NAMES = ["seg", "depth", "normal"]
 EVERYWHERE = pytest.mark.parametrize("at", ["representation", "parameters"])
 WITH_AND_WITHOUT_HEADS = pytest.mark.parametrize("with_heads", [True, False], ids=["heads", "no heads"])
-
-
-def of_the_matrix(made: Any) -> Callable[[Tensor], Tensor]:
-    """What a weighting of the Gramian, or an aggregator, makes of J."""
-    return (lambda J: made(J @ J.T) @ J) if isinstance(made, jd.Weighting) else made
 
 
 class Weights(L.Callback):
@@ -97,7 +92,7 @@ def train_both(
         twin,
         twin.forward_for_textbook,
         list(enumerate(batches)) if numbered else batches,
-        of_the_matrix(made()),
+        exactly(made()),
         network_sgd(twin.parameters()),
         tasks=NAMES,
         at=at,

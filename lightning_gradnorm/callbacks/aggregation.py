@@ -17,6 +17,7 @@ from lightning_gradnorm.engine.aggregation import AtRepresentation
 from lightning_gradnorm.engine.measurement import Heads
 from lightning_gradnorm.engine.shared_parameters import AtParameters
 from lightning_gradnorm.strategies.aggregation import AggregationRule
+from lightning_gradnorm.strategies.exact import solver_of
 from lightning_gradnorm.strategies.scalarization import OptimizerFactory
 from lightning_gradnorm.strategies.weight_optimizer import adam
 
@@ -31,9 +32,11 @@ class Aggregation(LossWeightingCallback[AggregationRule]):
 
     Args:
         aggregator: a `torchjd.aggregation.Aggregator`, a `Weighting` of the Gramian, or a function that makes one of these
-            from the number of tasks, as ``torchjd.aggregation.NashMTL`` does. An entrywise aggregator (`GradDrop`,
-            `TrimmedMean`) is applied on each rank to that rank's own rows of the representation; so is a matrix aggregator of
-            your own, which must not mix numbers of different rows if several ranks are to agree.
+            from the number of tasks, as ``torchjd.aggregation.NashMTL`` does. Our own solvers answer for TorchJD's `NashMTL`,
+            `CAGrad`, `FairGrad` and `MGDA`, exactly and in less time, with the same options; those of TorchJD's iterations
+            (``optim_niter``, ``max_iters``, ``epsilon``) apply only where ours find no solution. An entrywise aggregator
+            (`GradDrop`, `TrimmedMean`) is applied on each rank to that rank's own rows of the representation; so is a matrix
+            aggregator of your own, which must not mix numbers of different rows if several ranks are to agree.
         tasks: as for `GradNorm`.
         losses_from: as for `GradNorm`.
         heads: task → dotted name of its head module, where its gradient is read; ``"auto"`` finds them in the first batch;
@@ -58,7 +61,8 @@ class Aggregation(LossWeightingCallback[AggregationRule]):
             in the first batch, the tasks share nothing.
 
     Logs ``balancing/weight/<task>`` (if the aggregator has weights; the scalarizer's are included),
-    ``balancing/grad_norm/<task>`` and ``balancing/fallbacks``.
+    ``balancing/grad_norm/<task>``, ``balancing/fallbacks`` and, for an aggregator that we solve ourselves,
+    ``balancing/handed_over``: the calls in which our solver found no solution and TorchJD's answered.
 
     Example:
         >>> import lightning as L
@@ -125,6 +129,8 @@ class Aggregation(LossWeightingCallback[AggregationRule]):
     @override
     def _step_metrics(self) -> dict[str, Tensor | float]:
         shown = super()._step_metrics()
+        if solver_of(self.rule.aggregator) is not None:
+            shown["balancing/handed_over"] = float(self.rule.handed_over)
         measurement = None if self._engine is None else self._engine.measurement
         if isinstance(measurement, AtRepresentation | AtParameters) and measurement.gramian is not None:
             norms = measurement.gramian.diagonal().clamp(min=0).sqrt()

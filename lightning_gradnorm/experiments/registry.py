@@ -49,7 +49,8 @@ def _public(*packages: ModuleType) -> list[Any]:
 
 def _concrete(package: ModuleType, *kinds: type) -> tuple[Constructor, ...]:
     found = [one for one in _public(package, strategies) if isinstance(one, type) and issubclass(one, kinds)]
-    return tuple(one for one in found if one not in _BASES)
+    by_name = {one.__name__: one for one in found if one not in _BASES}  # ours takes the place of TorchJD's
+    return tuple(by_name.values())
 
 
 def made_for_tasks(constructor: Constructor) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchjd import Stateful
 from torchjd import aggregation as jd
 
+from lightning_gradnorm.strategies.exact import solver_of
 from lightning_gradnorm.strategies.factory import TaskAware, move_to
 from lightning_gradnorm.strategies.facts import Input, any_part, facts_of
 from lightning_gradnorm.strategies.rng import seeded_rng
@@ -77,6 +78,8 @@ class AggregationRule(ScalarizationRule):
         self.gradient_weights = torch.ones(len(tasks), dtype=dtype, device=device)
         """The current weights λ, shape (T,)."""
         self._drawn = 0
+        self.handed_over = 0
+        """The number of calls that TorchJD's own solver answered, because ours found no solution (see `exact`)."""
         self.has_weights = _weights_of(aggregator) is not None
         """True if the aggregation is a weighted sum of the rows."""
         super().__init__(tasks, scalarizer, optimizer=optimizer, seed=seed, dtype=dtype, device=device)
@@ -126,7 +129,7 @@ class AggregationRule(ScalarizationRule):
             if isinstance(part, Stateful):
                 part.reset()  # its state may be of gradients of another size
         try:
-            found = tried._call_aggregator(tried._input_from(rows @ rows.T, rows))
+            found = tried._call_aggregator(rows @ rows.T, rows)
         except Exception as reason:
             raise ValueError(f"{asked} failed: {reason}") from reason
         expected = T if self.has_weights else 2 * T
@@ -143,8 +146,13 @@ class AggregationRule(ScalarizationRule):
         root: Tensor = vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T
         return root
 
-    def _call_aggregator(self, given: Tensor, rank: int = 0) -> Tensor:
-        given = given.to(self.loss_weights.dtype)  # the precision of the aggregator's state and options
+    def _call_aggregator(self, gramian: Tensor, matrix: Tensor | None, rank: int = 0) -> Tensor:
+        dtype = self.loss_weights.dtype  # the precision of the aggregator's state and options
+        if (solve := solver_of(self.aggregator)) is not None:
+            if (weights := solve(gramian)) is not None:
+                return weights.to(dtype)
+            self.handed_over += 1
+        given = self._input_from(gramian, matrix).to(dtype)
         call: Any = _weights_of(self.aggregator) or self.aggregator
         with torch.no_grad(), seeded_rng(self._seed + rank, self._drawn, given.device), warnings.catch_warnings():
             # cvxpy warns in every NashMTL that solving the same problem again is not faster.
@@ -158,7 +166,7 @@ class AggregationRule(ScalarizationRule):
             self.reason = "a gradient is not finite"
             return None
         try:
-            answer = self._call_aggregator(self._input_from(gramian, matrix), rank)
+            answer = self._call_aggregator(gramian, matrix, rank)
         except Exception as reason:
             self.reason = f"{type(reason).__name__}: {reason}"
             return None
@@ -238,6 +246,7 @@ class AggregationRule(ScalarizationRule):
             "drawn": self._drawn,
             "aggregator": snapshot(self.aggregator),
             "fallbacks": self.fallbacks,
+            "handed_over": self.handed_over,
         }
 
     @torch.no_grad()
@@ -250,6 +259,7 @@ class AggregationRule(ScalarizationRule):
     def load_aggregator_state(self, state: Mapping[str, Any]) -> None:
         """Undo all aggregation since `aggregator_state` returned this."""
         self.fallbacks = state["fallbacks"]
+        self.handed_over = state.get("handed_over", 0)
         self.gradient_weights = state["gradient_weights"].to(self.gradient_weights)
         self._drawn = state["drawn"]
         load_snapshot(self.aggregator, state["aggregator"], device=self._works_on)

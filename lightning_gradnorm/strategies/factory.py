@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -97,7 +98,14 @@ def missing_solver(error: BaseException) -> str | None:
         X requires ['scipy'] to be installed. Run pip install "lightning-gradnorm[solvers]".
     """
     what, hint, _ = str(error).partition(' Install them with: pip install "torchjd[')
-    return f'{what} Run pip install "lightning-gradnorm[solvers]".' if hint and isinstance(error, ImportError) else None
+    if not hint or not isinstance(error, ImportError):
+        return None
+    kind = what.partition(" ")[0].strip("_").removesuffix("Weighting")
+    ours = f"lightning_gradnorm.strategies.{kind}"
+    needs_none = (
+        f", or use {ours}, which needs none" if hasattr(sys.modules["lightning_gradnorm.strategies"], kind) else ""
+    )
+    return f'{what} Run pip install "lightning-gradnorm[solvers]"{needs_none}.'
 
 
 def _arguments(given: Callable[..., Any], number_of_tasks: int, caller: str) -> tuple[int, ...]:

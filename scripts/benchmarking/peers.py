@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchjd.aggregation import UPGrad
+from torchjd.aggregation import Aggregator, UPGrad
 from torchjd.autojac import jac_to_grad, mtl_backward
 from typing_extensions import override
 
@@ -90,11 +90,11 @@ class LibMTLGradNorm(ByHand):
 
 
 class TorchJD(ByHand):
-    """UPGrad over the shared parameters, as in TorchJD's documentation."""
+    """An aggregator over the shared parameters, as in TorchJD's documentation."""
 
-    def __init__(self, kind: str, tasks: int, compiled: bool = False) -> None:
+    def __init__(self, kind: str, tasks: int, compiled: bool = False, aggregator: Aggregator | None = None) -> None:
         super().__init__(kind, tasks, compiled)
-        self.aggregator = UPGrad()
+        self.aggregator = aggregator or UPGrad()
 
     @override
     def differentiate(self, z: Tensor, losses: list[Tensor]) -> None:

@@ -8,32 +8,48 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
-from torchjd.aggregation import IMTLG, MGDA, Aggregator, AlignedMTL, CAGrad, NashMTL, PCGrad, UPGrad
+from torch import Tensor
+from torchjd.aggregation import IMTLG, MGDA, Aggregator, AlignedMTL, CAGrad, FairGrad, NashMTL, PCGrad, UPGrad
+from typing_extensions import override
 
 from benchmarking import peers
 from benchmarking.models import Model, Module, Physics
 from benchmarking.networks import NETWORKS
-from lightning_gradnorm import Aggregation, GradNorm
+from lightning_gradnorm import Aggregation, GradNorm, strategies
 
 
 class SolverClock:
-    """Adds up the time of an aggregator's own computation."""
+    """Adds up the time of an aggregator's own computation, by whichever solver."""
 
-    def __init__(self, aggregator: Aggregator) -> None:
-        self.total, self.calls, self._began = 0.0, 0, 0.0
-        weighting = getattr(aggregator, "gramian_weighting", None) or getattr(aggregator, "weighting", aggregator)
-        weighting.register_forward_pre_hook(self._begin)
-        weighting.register_forward_hook(self._end)
+    def __init__(self) -> None:
+        self.total, self.calls = 0.0, 0
 
-    def _begin(self, *_: Any) -> None:
-        self._began = time.perf_counter()
+    def timed(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def timed(*arguments: Any) -> Tensor:
+            began = time.perf_counter()
+            answer = call(*arguments)
+            self.total += time.perf_counter() - began
+            self.calls += 1
+            return answer
 
-    def _end(self, *_: Any) -> None:
-        self.total += time.perf_counter() - self._began
-        self.calls += 1
+        return timed
 
     def mean(self) -> float:
         return self.total / self.calls if self.calls else 0.0
+
+
+class TimedAggregation(Aggregation):
+    """`Aggregation` with a clock in its rule."""
+
+    def __init__(self, *arguments: Any, clock: SolverClock, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._clock = clock
+
+    @override
+    def _build_rule(self, like: Tensor) -> Any:
+        rule = super()._build_rule(like)
+        rule._call_aggregator = self._clock.timed(rule._call_aggregator)  # type: ignore[method-assign]
+        return rule
 
 
 @dataclass
@@ -105,11 +121,15 @@ def another(model: type[Model], package: Callable[[], Any] | None = None) -> Way
 
 def aggregation(make: Callable[[int], Aggregator], compiles: bool = True, **options: Any) -> Way:
     def start(kind: str, tasks: int, compiled: bool) -> Run:
-        model, aggregator = Model(kind, tasks, compiled), make(tasks)
-        callback = Aggregation(aggregator, list(model.heads), heads=model.head_names, **options)
-        return Run(model, [callback], SolverClock(aggregator))
+        model, clock = Model(kind, tasks, compiled), SolverClock()
+        callback = TimedAggregation(make(tasks), list(model.heads), heads=model.head_names, clock=clock, **options)
+        return Run(model, [callback], clock)
 
     return Way(start, compiles=compiles)
+
+
+def by_hand(make: Callable[[int], Aggregator]) -> Way:
+    return Way(lambda kind, tasks, compiled: Run(peers.TorchJD(kind, tasks, compiled, make(tasks))), is_ours=False)
 
 
 def physics(**options: Any) -> Way:
@@ -138,10 +158,15 @@ OF_AGGREGATION = {
     "MGDA": aggregation(lambda tasks: MGDA()),
     "IMTL-G": aggregation(lambda tasks: IMTLG()),
     "Aligned-MTL": aggregation(lambda tasks: AlignedMTL()),
-    "CAGrad": aggregation(lambda tasks: CAGrad(c=0.5)),
+    "CAGrad": aggregation(lambda tasks: strategies.CAGrad(c=0.5)),  # TorchJD's gives weights of 0 here: norm_eps
     "Nash-MTL": aggregation(lambda tasks: NashMTL(n_tasks=tasks)),
+    "FairGrad": aggregation(lambda tasks: FairGrad(alpha=2.0)),
     "UPGrad at parameters": aggregation(lambda tasks: UPGrad(), compiles=False, at="parameters"),
     "UPGrad by hand": OF_GRADNORM["UPGrad by hand"],
+    "MGDA by hand": by_hand(lambda tasks: MGDA()),
+    "CAGrad by hand": by_hand(lambda tasks: CAGrad(c=0.5)),
+    "Nash-MTL by hand": by_hand(lambda tasks: NashMTL(n_tasks=tasks)),
+    "FairGrad by hand": by_hand(lambda tasks: FairGrad(alpha=2.0)),
 }
 OF_PINN = {
     EQUAL: Way(lambda kind, tasks, compiled: Run(Physics(kind)), compiles=False),

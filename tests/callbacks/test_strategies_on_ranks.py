@@ -42,10 +42,6 @@ from lightning_gradnorm import Aggregation
 pytestmark = pytest.mark.filterwarnings("ignore:You are solving a parameterized problem")
 
 
-OF_A_SOLVER = {"NashMTL": 1e-6}
-"""ECOS stops when it is this close."""
-
-
 def run(case: Case, steps: list[Step]) -> Run:
     model, balancing = build(case.name, case.kind, case.accumulate)
     options = {"max_epochs": 4} if "DWA" in case.name else {}  # its weights begin to differ in the third
@@ -84,8 +80,7 @@ def assert_as_alone(case: Case, told: list[Told] | str) -> tuple[float, float]:
     assert not isinstance(told, str), f"{case}: {told}"
     assert_identical(told)
     apart = distance(told[0], alone(case, len(told)))
-    allowed = next((of for name, of in OF_A_SOLVER.items() if name in case.name), TOLERANCE)
-    assert max(apart) <= allowed, f"{case}: weights and network differ by {apart}"
+    assert max(apart) <= TOLERANCE, f"{case}: weights and network differ by {apart}"
     return apart
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from harness import state_by_part
+from minima import mgda
 from models import TASKS, Batch, network_sgd, vector_batches
 from ranks import (
     NO_TASK,
@@ -62,6 +63,8 @@ def by_hand(
     known, weights, told = torch.full((3,), torch.nan, dtype=torch.float64), torch.ones(3, dtype=torch.float64), []
     lambdas = torch.ones(3, dtype=torch.float64)
     weighting = aggregator if goes_by_place else getattr(aggregator, "gramian_weighting", None)
+    if isinstance(aggregator, A.MGDA):  # TorchJD's iterations come near the minimum only
+        weighting = lambda gramian: torch.from_numpy(mgda(gramian.numpy()))  # noqa: E731
     for step in steps:
         optimizer.zero_grad()
         whole = torch.zeros(3, sum(p.numel() for p in trunk), dtype=torch.float64)

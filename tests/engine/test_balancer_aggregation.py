@@ -23,6 +23,7 @@ from any_network import (
 )
 from harness import assert_clean, traces
 from loops import on_two_ranks
+from minima import exactly
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -68,7 +69,7 @@ def train(
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 def test_it_trains_as_by_brute_force(network: type[AnyNetwork], made: Any, accumulate: int) -> None:
     batches, twin = network.batches(STEPS), network()
-    train_by_brute_force(twin, batches, made(), accumulate, clip=0.5)
+    train_by_brute_force(twin, batches, exactly(made()), accumulate, clip=0.5)
     model = train(network, rule := rule_of(network, made), batches, accumulate, clip=0.5)
     assert difference(model, twin) <= TOLERANCE
     assert rule.fallbacks == 0

@@ -101,8 +101,7 @@ def test_a_moved_rule_continues_where_it_was(name: str) -> None:
     expected, found, forgetful = (torch.stack([step(one, t) for t in range(4, 8)]) for one in (stays, moved, fresh))
     assert moved.fallbacks == 0
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
-    # NashMTL begins its search at the last solution, but ends at the same one.
-    if any(has_memory(one) for one in modules_of(stays)) and "Nash" not in name:
+    if any(has_memory(one) for one in modules_of(stays)):
         assert not torch.allclose(forgetful, expected, rtol=1e-3, atol=1e-4)
 
 

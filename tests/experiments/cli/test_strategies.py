@@ -294,7 +294,7 @@ def test_the_fewest_tasks_are_enough_and_one_fewer_is_not(name: str) -> None:
 
 
 def test_an_option_reaches_the_object() -> None:
-    assert from_yaml("cagrad", "balancing.aggregator.c=0.3")._aggregator.c == 0.3
+    assert from_yaml("cagrad", "balancing.aggregator.c=0.3")._aggregator.gramian_weighting.c == 0.3
     made = instantiate(TASKS, from_yaml("pbi", "balancing.scalarizer.scalarizer.theta=2")._scalarizer, caller="test")
     assert made.theta == 2.0
     vector = "balancing.aggregator.pref_vector={_target_: torch.tensor, data: [2.0, 1.0]}"
