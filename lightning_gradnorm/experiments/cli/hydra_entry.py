@@ -80,6 +80,23 @@ def run(task: Callable[[DictConfig], Any], *, command: str, folder: Path, config
         CommandLine.instance().arguments = None
 
 
+def refuse_dashes(folder: Path) -> None:
+    """Refuse ``--group option``, which Hydra would take for the abbreviation of one of its own options.
+
+    Args:
+        folder: folder with the configurations.
+
+    Raises:
+        ValueError: an argument is such an option; shows how to write it.
+    """
+    for place, word in enumerate(words := sys.argv[1:]):
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not (folder / key.partition(".")[0]).is_dir() or not key:
+            continue
+        following = words[place + 1] if len(words) > place + 1 and not words[place + 1].startswith("-") else "…"
+        raise ValueError(f"options have no dashes: write {key}={value if equals else following}")
+
+
 def is_multirun() -> bool:
     """Return True if this is one run of a sweep."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN

@@ -131,7 +131,7 @@ def test_a_users_own_folder_of_options_needs_no_schema(call: Call, tmp_path: Pat
         train.main, *own, "balancing=typo", status=1
     )
     said = call(train.main, *own, "balancing=strict", status=1)
-    assert "balancing/strict.yaml: there is no 'balancing.alhpa'; did you mean 'alpha'?" in said
+    assert "balancing/strict.yaml: there is no 'balancing.alhpa'; did you mean 'balancing.alpha'?" in said
 
 
 def test_the_help_explains_every_group_and_names_every_option(call: Call) -> None:
@@ -157,7 +157,7 @@ def test_the_help_of_evaluation_explains_it_and_the_comparison_with_single_tasks
     [
         (
             ["balancing.alhpa=1"],
-            ["there is no 'balancing.alhpa'; did you mean 'alpha'?", "balancing has: tasks, shared_layer"],
+            ["there is no 'balancing.alhpa'; did you mean 'balancing.alpha'?", "balancing has: tasks, shared_layer"],
         ),
         (
             ["balancing=gradnrom"],
@@ -165,16 +165,22 @@ def test_the_help_of_evaluation_explains_it_and_the_comparison_with_single_tasks
         ),
         (
             ["balancing=mgda", "balancing.aggregator.epsilom=1"],
-            ["'balancing.aggregator.epsilom'; did you mean 'epsilon'?"],
+            ["'balancing.aggregator.epsilom'; did you mean 'balancing.aggregator.epsilon'?"],
         ),
         (
             ["balancing=mgda", "balancing.aggregator.epsilon=big"],
             ["balancing.aggregator.epsilon: value 'big'", "Float"],
         ),
-        (["balancing=famo", "balancing.scalarizer.weight_dcay=1"], ["did you mean 'weight_decay'?"]),
-        (["balancing=pbi", "balancing.scalarizer.scalarizer.thet=1"], ["did you mean 'theta'?"]),
+        (
+            ["balancing=famo", "balancing.scalarizer.weight_dcay=1"],
+            ["did you mean 'balancing.scalarizer.weight_decay'?"],
+        ),
+        (
+            ["balancing=pbi", "balancing.scalarizer.scalarizer.thet=1"],
+            ["did you mean 'balancing.scalarizer.scalarizer.theta'?"],
+        ),
         (["balancing=mgda", "+balancing.aggregator.fish=1"], ["torchjd.aggregation.MGDA has no parameter 'fish'"]),
-        (["balancing=mgda", "balancing.att=parameters"], ["there is no 'balancing.att'; did you mean 'at'?"]),
+        (["balancing=mgda", "balancing.att=parameters"], ["there is no 'balancing.att'; did you mean 'balancing.at'?"]),
         (["balancing=excess_mtl", "balancing.at=representation", *SMALL], ["Use at='parameters'"]),
         (["balancing=krum", *SMALL], ["Krum, asked to aggregate the gradients of 2 tasks, failed", "at least 4 rows"]),
         (
@@ -203,7 +209,18 @@ def test_the_help_of_evaluation_explains_it_and_the_comparison_with_single_tasks
             ],
         ),
         (["sed=1"], ["there is no 'sed'; did you mean 'seed'?", "the configuration has:"]),
-        (["trainer.max_epoch=1"], ["did you mean 'max_epochs'?"]),
+        (["trainer.max_epoch=1"], ["did you mean 'trainer.max_epochs'?"]),
+        (
+            ["data.path=x.csv"],
+            ["there is no 'data.path' here; it belongs to data=tabular: add experiment=tabular or data=tabular\n"],
+        ),
+        (
+            ["balancing.weights=[1]"],
+            ["there is no 'balancing.weights' here; it belongs to balancing=fixed: add balanc"],
+        ),
+        (["data.root=there"], ["there is no 'data.root' here; it belongs to data=cmapss, data=nyuv2\n"]),
+        (["--experiment", "tabular"], ["options have no dashes: write experiment=tabular"]),
+        (["seed=1", "--trainer.max_epochs=3"], ["options have no dashes: write trainer.max_epochs=3"]),
         (["max_epochs=1"], ["there is no 'max_epochs'; did you mean 'trainer.max_epochs'?"]),
         (["epochs=1"], ["'trainer.max_epochs'", "did you mean 'trainer.min_epochs' or "]),
         (
@@ -214,7 +231,10 @@ def test_the_help_of_evaluation_explains_it_and_the_comparison_with_single_tasks
             ["model.optimizer.weight_decay=0.01"],
             ["but torch.optim.Adam accepts it. To add it, put a + before it: +model.optimizer.weight_decay=0.01\n"],
         ),
-        (["model.optimizer.epps=1"], ["did you mean 'eps'?", "also accepts, each with a + before it: betas, eps, "]),
+        (
+            ["model.optimizer.epps=1"],
+            ["did you mean '+model.optimizer.eps'?", "also accepts, each with a + before it: betas, eps, "],
+        ),
         (["+trainer.max_epochs=1"], ["'trainer.max_epochs' already exists: set its new value without the +"]),
         (
             ["+data.fish=1"],
@@ -283,7 +303,7 @@ def test_a_file_that_is_not_a_checkpoint_of_the_run_is_an_error(call: Call, run:
         evaluate.main, "ckpt_path=run/checkpoints/lst.ckpt", status=1
     )
     good = "ckpt_path=run/checkpoints/last.ckpt"
-    assert "did you mean 'batch_size'?" in call(evaluate.main, good, "data.batchsize=3", status=1)
+    assert "did you mean 'data.batch_size'?" in call(evaluate.main, good, "data.batchsize=3", status=1)
 
 
 @pytest.mark.usefixtures("run")

@@ -6,6 +6,7 @@ import csv
 import html
 import json
 import re
+import shlex
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -137,7 +138,7 @@ def test_the_output_goes_to_the_requested_folder(call: Call, tmp_path: Path) -> 
     ("arguments", "said"),
     [
         ([], "the following arguments are required: DIR"),
-        (["nowhere"], "gradnorm-report: nowhere should be a folder of runs; no such folder"),
+        (["nowhere"], "gradnorm-report: no such folder: nowhere. Use the folder of a run or of a sweep."),
         (["empty"], "gradnorm-report: empty is empty"),
         (["without"], "gradnorm-report: without has no run of gradnorm-train in it or below it"),
         (["tasks"], "gradnorm-report: runs of different tasks cannot be compared: a has depth, seg, b has hue, seg"),
@@ -158,6 +159,20 @@ def test_wrong_input_is_a_sentence_and_status_2(call: Call, tmp_path: Path, argu
         write_run(tmp_path / name / "a", metrics=measured(1, 0.5))
         write_run(tmp_path / name / "b", "gradnorm", metrics=measured(1, 0.5), **options)
     assert said in call(report.main, *arguments, status=2)
+
+
+def test_runs_on_several_data_sets_are_refused_with_commands_that_work(call: Call, tmp_path: Path) -> None:
+    for data, size in (("toy", 100), ("my table", 7)):
+        for name in ("equal", "gradnorm"):
+            folder = tmp_path / "outputs" / data / name / "2026"
+            write_run(folder, name, metrics=measured(1, 0.5), data__train_size=size)
+    said = call(report.main, "outputs", status=2)
+    assert "outputs holds runs on 2 data sets, which cannot be compared. Report on one: " in said
+    assert not list(tmp_path.rglob("report.*"))
+    commands = re.findall(r"gradnorm-report (?=\S*outputs/)(.*?)(?:, or |\n)", said)
+    assert [shlex.split(one) for one in commands] == [["outputs/my table"], ["outputs/toy"]]
+    for one in commands:
+        assert "2 of 2 runs are finished, 2 methods" in call(report.main, *shlex.split(one))
 
 
 def test_the_help_has_examples(call: Call) -> None:
