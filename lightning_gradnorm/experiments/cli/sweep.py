@@ -19,7 +19,7 @@ from omegaconf import DictConfig, ListConfig
 from typing_extensions import override
 
 from lightning_gradnorm._messages import did_you_mean
-from lightning_gradnorm.experiments.cli import console, errors, hydra_entry, job_runner, run_folder
+from lightning_gradnorm.experiments.cli import console, errors, hydra_entry, job_runner, launch, run_folder
 from lightning_gradnorm.experiments.cli.console import executable
 from lightning_gradnorm.experiments.report import DELTA_M
 
@@ -38,7 +38,16 @@ DONE, BEFORE, FAILED = "done", "finished before", "failed"
 
 
 class Sweep(Callback):
-    """Hydra callback that records the sweep's folder, because jobs may run in other processes or on other machines."""
+    """Hydra callback that records the sweep's folder, because jobs may run in other processes or on other machines.
+
+    For a single run it records the folders that the run will create.
+    """
+
+    @override
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.run.dir).resolve()
+        new = [one for one in (folder, *folder.parents) if not one.exists()]
+        hydra_entry.CommandLine.instance().created = new if launch.rank() == 0 else []
 
     @override
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:

@@ -110,6 +110,41 @@ def test_a_resume_that_fails_leaves_the_run_as_it_was(call: Call, tmp_path: Path
     assert "max_epochs: 2" in (run / "config.yaml").read_text()
 
 
+@pytest.mark.parametrize("options", [["balancing=equal"], ["balancing=uncertainty"], ["~balancing"]])
+def test_a_run_is_not_resumed_in_place_with_another_strategy(
+    call: Call, tmp_path: Path, run: Path, options: list[str]
+) -> None:
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    asked = ["ckpt_path=run/checkpoints/last.ckpt", *options, "trainer.max_epochs=2"]
+    said = call(train.main, *asked, status=1)
+    assert "run was trained with balancing=gradnorm, so it cannot be resumed with balancing=" in said
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    (folder,) = re.findall(r"add (hydra.run.dir=\S+) and", said)
+    call(train.main, *asked, folder)
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    assert "epochs: 2" in (tmp_path / folder.partition("=")[2] / "config.yaml").read_text()
+
+
+def test_a_run_with_nothing_left_to_train_reports_it(call: Call, run: Path) -> None:
+    one = "This run has finished its 1 epochs; add trainer.max_epochs=… to train longer.\n"
+    assert one in call(train.main, "ckpt_path=run/checkpoints/last.ckpt")
+    assert one not in call(train.main, "ckpt_path=run/checkpoints/last.ckpt", "trainer.max_epochs=2")
+    assert "finished its 8 steps" in call(train.main, "ckpt_path=run/checkpoints/last.ckpt", "trainer.max_steps=5")
+
+
+def test_a_run_that_fails_before_training_leaves_no_folder_that_it_made(call: Call, tmp_path: Path) -> None:
+    wrong = ["balancing.shared_layer=encodr.0", *SMALL]
+    call(train.main, *wrong, status=1)
+    call(train.main, "experiment=tabular", "data.path=nope.csv", "data.targets=[a,b]", status=1)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "outputs/toy").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    call(train.main, *wrong, status=1)
+    call(train.main, *wrong, "hydra.run.dir=mine", status=1)
+    assert (tmp_path / "mine/.hydra").is_dir()
+    assert list((tmp_path / "outputs").rglob("*")) == [tmp_path / "outputs/toy"]
+
+
 def test_a_sweep_makes_a_folder_for_each_run(call: Call, tmp_path: Path) -> None:
     call(train.main, "-m", *SMALL, "trainer.max_epochs=1", "callbacks=none", "seed=0,1")
     (sweep,) = (tmp_path / "outputs" / "toy" / "sweep").iterdir()
