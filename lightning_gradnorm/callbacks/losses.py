@@ -177,7 +177,7 @@ class LossSource:
     def _logged_by(self, module: L.LightningModule) -> dict[str, str]:
         """Return name → the similar name that the module has logged, or an empty dict unless each name has its own."""
         logged = {entry.meta.name for entry in (getattr(module.trainer, "_results", None) or {}).values()}
-        found = {}
+        found: dict[str, str] = {}
         for name in self.names:
             similar = [one for one in logged - set(found.values()) if name in one]
             if not similar:

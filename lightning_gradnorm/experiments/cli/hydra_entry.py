@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_gradnorm._messages import is_integer
 from lightning_gradnorm.experiments.cli import errors, launch
 from lightning_gradnorm.experiments.cli.config import register
-from lightning_gradnorm.experiments.report.collect import FAILURE, HYDRA
+from lightning_gradnorm.experiments.report.collect import HYDRA
 
 
 class CommandLine(metaclass=Singleton):
@@ -90,7 +90,7 @@ def _remove_untouched() -> None:
     folder, *above = CommandLine.instance().created or [None]
     if folder is None or is_multirun() or not folder.is_dir():
         return
-    if {one.name for one in folder.iterdir()} <= {HYDRA, FAILURE}:
+    if [one.name for one in folder.iterdir()] == [HYDRA]:
         shutil.rmtree(folder)
         for one in above:
             if next(one.iterdir(), None) is not None:

@@ -87,7 +87,9 @@ def results_table(comparison: Comparison) -> Table | None:
     lines = [list(found.header), *([_in_terminal(cell) for cell in row] for row in found.rows)]
     if len(found.rows) < len(found.header):
         lines = [list(line) for line in zip(*lines, strict=True)]
-    table = Table(title=title_of(comparison), title_justify="left")
+    table = Table(title=title_of(comparison), title_justify="left", caption_justify="left")
+    of_all = {metric.short: 0.0 for metric in comparison.shown if metric.task == ALL_TASKS}
+    table.caption = "; ".join(filter(None, ["* best mean, perhaps by chance", _caption(of_all)]))
     for number, name in enumerate(lines[0]):
         table.add_column(escape(name), justify="right" if number else "left")
     for line in lines[1:]:

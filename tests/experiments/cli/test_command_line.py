@@ -110,7 +110,8 @@ def test_a_resume_that_fails_leaves_the_run_as_it_was(call: Call, tmp_path: Path
     assert "max_epochs: 2" in (run / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize("options", [["balancing=equal"], ["balancing=uncertainty"], ["~balancing"]])
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning")
+@pytest.mark.parametrize("options", [["balancing=equal"], ["balancing=uncertainty"], ["balancing=dwa"]])
 def test_a_run_is_not_resumed_in_place_with_another_strategy(
     call: Call, tmp_path: Path, run: Path, options: list[str]
 ) -> None:
@@ -125,24 +126,29 @@ def test_a_run_is_not_resumed_in_place_with_another_strategy(
     assert "epochs: 2" in (tmp_path / folder.partition("=")[2] / "config.yaml").read_text()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 def test_a_run_with_nothing_left_to_train_reports_it(call: Call, run: Path) -> None:
-    one = "This run has finished its 1 epochs; add trainer.max_epochs=… to train longer.\n"
+    one = "This run has finished its epoch; add trainer.max_epochs=… to train longer.\n"
     assert one in call(train.main, "ckpt_path=run/checkpoints/last.ckpt")
     assert one not in call(train.main, "ckpt_path=run/checkpoints/last.ckpt", "trainer.max_epochs=2")
-    assert "finished its 8 steps" in call(train.main, "ckpt_path=run/checkpoints/last.ckpt", "trainer.max_steps=5")
+    assert "finished its 2 epochs;" in call(train.main, "ckpt_path=run/checkpoints/last.ckpt")
+    longer = ["trainer.max_epochs=9", "trainer.max_steps=5"]
+    said = call(train.main, "ckpt_path=run/checkpoints/last.ckpt", *longer)
+    assert "finished its 8 steps; add trainer.max_steps=… to train longer." in said
 
 
 def test_a_run_that_fails_before_training_leaves_no_folder_that_it_made(call: Call, tmp_path: Path) -> None:
-    wrong = ["balancing.shared_layer=encodr.0", *SMALL]
+    wrong = ["experiment=tabular", "data.path=nope.csv", "data.targets=[a,b]"]
     call(train.main, *wrong, status=1)
-    call(train.main, "experiment=tabular", "data.path=nope.csv", "data.targets=[a,b]", status=1)
+    call(train.main, "balancing.alpha=-1", "data.sigmas=[1]", status=1)
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "outputs/toy").mkdir(parents=True)
+    (tmp_path / "outputs").mkdir()
     (tmp_path / "mine").mkdir()
     call(train.main, *wrong, status=1)
     call(train.main, *wrong, "hydra.run.dir=mine", status=1)
     assert (tmp_path / "mine/.hydra").is_dir()
-    assert list((tmp_path / "outputs").rglob("*")) == [tmp_path / "outputs/toy"]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "mine", tmp_path / "outputs"]
+    assert list((tmp_path / "outputs").iterdir()) == []
 
 
 def test_a_sweep_makes_a_folder_for_each_run(call: Call, tmp_path: Path) -> None:

@@ -189,8 +189,8 @@ def test_a_reader_that_is_not_installed_is_named(
         return real(module, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(
-        ModuleNotFoundError,
-        match=rf"reading {name} needs {package}, which is not installed\. .*pip install 'lightning-gradnorm\[tabular\]'",
-    ):
+    expected = (
+        rf"reading {name} needs {package}, which is not installed\. .*pip install 'lightning-gradnorm\[tabular\]'"
+    )
+    with pytest.raises(ModuleNotFoundError, match=expected):
         read_table(tmp_path / name)
