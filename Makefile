@@ -17,7 +17,7 @@ demo: .venv/.demo-installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing torch, Lightning, Hydra and the digits into .venv, on first use only: $(INSTALLS)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[data]"
-	@du -sh .venv | sed 's/\t/ are in /'
+	@echo ".venv takes $$(du -sh .venv | cut -f 1)"
 	touch $@
 
 test: $(STAMP)

@@ -105,7 +105,7 @@ def check_task_names(tasks: Sequence[str], *, caller: str, parameter: str = "tas
         raise ValueError(f"{caller}: {parameter} should all be different; got {list(names)}")
     if len(names) < least:
         raise ValueError(
-            f"{caller}: {parameter} should be at least two, or there is nothing to balance; got {list(names)}"
+            f"{caller}: balancing needs at least two {parameter}; got {list(names)}"
         )
     return names
 

@@ -52,7 +52,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.file.src_uri in WIDE:
         page.meta["hide"] = ["toc"]
     if page.file.src_uri in strategy_tables.PAGES:
-        markdown = strategy_tables.filled(markdown)
+        markdown = strategy_tables.on_the_site(markdown)
     return re.sub(r"\[([^\]]*)\]\((?:\.\./)+(?:tests|scripts|notebooks|lightning_gradnorm)/[^)]*\)", r"\1", markdown)
 
 

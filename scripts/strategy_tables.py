@@ -1,7 +1,10 @@
-"""The table of docs/strategies.md and a page for each strategy, generated from the registry when the site is built.
+"""The table of docs/strategies.md, and a page for each strategy on the site. Both are generated from the registry.
+
+The table is committed, so that you can read it in a clone, where each name links to the strategy's file. On the site the same
+link leads to the strategy's page, which exists only there.
 
 Example:
-    python scripts/strategy_tables.py        # prints the table and all pages
+    python scripts/strategy_tables.py        # updates docs/strategies.md
 """
 
 from __future__ import annotations
@@ -11,13 +14,15 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from torchjd import _mixins
+
 from lightning_gradnorm.experiments.registry import NEEDS, Strategy, read_strategies
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("strategies.md",)
 
 COLUMNS: dict[str, Callable[[Strategy], str]] = {
-    "`balancing=`": lambda one: f"[`{one.name}`](strategies/{one.name}.md)",
+    "`balancing=`": lambda one: f"[`{one.name}`](../conf/balancing/{one.name}.yaml)",
     "in Python": lambda one: "–" if one.callback is None else f"`{one.callback}`",
     "what it does": lambda one: one.summary.partition(": ")[2].partition(". ")[0].rstrip(".") or one.summary,
     "cost besides the backward pass": lambda one: one.costs,
@@ -112,13 +117,34 @@ def _table(rows: list[list[str]]) -> str:
 
 
 def filled(page: str) -> str:
-    """Return a page with the table in place of its comment ``<!-- strategies -->``."""
-    page = page.replace("<!-- strategies -->", strategy_table()) if "<!-- strategies -->" in page else page
-    return page.replace("<!-- negative weights -->", negative_weights()) if "<!-- negative" in page else page
+    """Return a page with its generated parts renewed: the table, and the names of strategies with negative weights.
+
+    Each part is between a comment with its name and ``<!-- end -->``.
+    """
+    for name, made in (("strategies", lambda: f"\n\n{strategy_table()}\n\n"), ("negative weights", negative_weights)):
+        begin, end = f"<!-- {name} -->", "<!-- end -->"
+        before, found, rest = page.partition(begin)
+        if found:
+            page = f"{before}{begin}{made()}{end}{rest.partition(end)[2]}"
+    return page
+
+
+def on_the_site(page: str) -> str:
+    """Return a page with links to the strategies' pages instead of their files.
+
+    Example:
+        >>> on_the_site("[`equal`](../conf/balancing/equal.yaml)")
+        '[`equal`](strategies/equal.md)'
+    """
+    return re.sub(r"\]\(\.\./conf/balancing/(\w+)\.yaml\)", r"](strategies/\1.md)", page)
+
+
+def main() -> None:
+    _mixins.find_spec = lambda name: name  # type: ignore[assignment]  # solvers are described, not called
+    for name in PAGES:
+        file = ROOT / "docs" / name
+        file.write_text(filled(file.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    for name in PAGES:
-        print(filled((ROOT / "docs" / name).read_text(encoding="utf-8")))
-    for one in strategies():
-        print(detail_page(one))
+    main()

@@ -97,7 +97,7 @@ class GradNorm(NormCallback[GradNormRule]):
         {'seg': 1.0, 'depth': 1.0}
     """
 
-    _state_description = "its weights and L_i(0)"
+    _state_description = "its weights and initial losses"
 
     def __init__(
         self,

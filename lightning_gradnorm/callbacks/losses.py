@@ -163,15 +163,27 @@ class LossSource:
             if isinstance(output, Mapping):
                 watch({name: value for name, value in output.items() if name != "loss"})
             elif output is not None and not self.shown:
+                logged = self._logged_by(module) or "{'seg': 'train/seg_loss', …}"
                 raise TypeError(
                     f"{self.caller}: {type(module).__name__}.training_step should return a mapping with 'loss' and its "
                     f"parts; got {type(output).__name__}. Return {{'loss': loss, 'seg': seg, …}}; or name the losses as "
-                    f"they are logged: {self._parameter}={{'seg': 'train/seg_loss', …}}; or name what returns them: "
+                    f"they are logged: {self._parameter}={logged}; or name what returns them: "
                     f"losses_from='…'; or call watch({{'seg': seg, …}}) on this callback."
                 )
             return output
 
         return patch_attribute(module, "training_step", ReplacedMethod(module, "training_step", step))
+
+    def _logged_by(self, module: L.LightningModule) -> dict[str, str]:
+        """Return name → the similar name that the module has logged, or an empty dict unless each name has its own."""
+        logged = {entry.meta.name for entry in (getattr(module.trainer, "_results", None) or {}).values()}
+        found: dict[str, str] = {}
+        for name in self.names:
+            similar = [one for one in logged - set(found.values()) if name in one]
+            if not similar:
+                return {}
+            found[name] = min(similar, key=lambda one: ("loss" not in one, len(one), one))
+        return found
 
     def _capture_logged(self, module: L.LightningModule, watch: Watch, names: Mapping[str, str]) -> Remove:
         log = module.log

@@ -234,6 +234,7 @@ def require_backpropagated(
         if name not in reached:
             raise ValueError(
                 f"{caller}: what was given as the {noun} '{name}' took no part in the backward pass. Add it to what is "
-                f"back-propagated; give the very tensor, not a copy of it such as .clone() or .mean(), and give it before "
-                f"backward (in manual optimization, before manual_backward). In a batch that leaves it out, give None."
+                f"back-propagated; give the very tensor, not a copy of it such as .clone() or .mean(), or an expression "
+                f"computed a second time, such as 0.1 * loss: compute it once, then log and add that variable. Give it "
+                f"before backward (in manual optimization, before manual_backward). In a batch that leaves it out, give None."
             )

@@ -133,11 +133,10 @@ def check_loss(loss: Any, *, caller: str, otherwise: str = "", is_scalar: bool =
     if not isinstance(loss, Tensor):
         kind = type(loss).__name__
         is_metric = callable(getattr(loss, "update", None)) and callable(getattr(loss, "compute", None))
-        cause = "a metric, not what it returns" if is_metric else "only its value, as from .item()"
-        raise TypeError(
-            f"{caller} should be a tensor; got {kind}{f', {cause}' if is_metric or is_number(loss) else ''}. Give the loss "
-            f"itself{otherwise}. {ways}"
-        )
+        found = f"{kind}, a metric, not what it returns." if is_metric else f"{kind}."
+        if is_number(loss):
+            found = f"{'an' if kind.startswith('i') else 'a'} {kind}; did you call .item()?"
+        raise TypeError(f"{caller} should be a tensor; got {found} Give the loss itself{otherwise}. {ways}")
     if is_scalar and loss.numel() != 1:
         raise ValueError(
             f"{caller} should be a scalar; got shape {tuple(loss.shape)}. Reduce it, for example with .mean()."

@@ -57,19 +57,19 @@ class Domination:
         if fmean(last) >= fmean(first) - noise:
             why = (
                 f"and its loss has not fallen (mean {fmean(first):.4g} over the first half, {fmean(last):.4g} over the "
-                f"second): it cannot be learned, or is at its floor. A loss that is merely on a small scale is fine"
+                f"second). If the task is solved, ignore this. If it never learns"
             )
         elif 0 <= ratio < 0.01 and rate < 0.1:
             why = (
                 f"though its loss has all but vanished ({100 * ratio:.2g} % of L_i(0)). So has its gradient, and GradNorm "
-                f"compensates for that, most of all with alpha=0. A larger alpha limits it"
+                f"compensates for that, most of all with alpha=0. A larger alpha limits it. Other fixes"
             )
         if why:
             self.updates += STRETCH
             self.found.setdefault(
                 task,
-                f"task '{task}' has held more than {100 * SHARE:.0f} % of the weight for {STRETCH} updates, {why}. Possible "
-                f"fixes: leave the task out, give it a lower priority (priorities=…), raise min_weight, slow the weights down "
+                f"task '{task}' has held more than {100 * SHARE:.0f} % of the weight for {STRETCH} updates, {why}: "
+                f"leave the task out, give it a lower priority (priorities=…), raise min_weight, slow the weights down "
                 f"(optimizer=partial(torch.optim.Adam, lr=0.005)), or fix them after a while (stop_after=…).",
             )
         self._losses.clear()

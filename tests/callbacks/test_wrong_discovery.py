@@ -238,7 +238,7 @@ WATCHED = [
     case("a list", a_list, ["watch takes a mapping", "list"]),
     case("one loss", one_tensor, ["watch takes a mapping", "Tensor"]),
     case("lists of losses", lists, ["'seg'", "a tensor; got list"]),
-    case("their numbers", numbers, ["'seg'", "a tensor; got float"]),
+    case("their numbers", numbers, ["'seg'", "a tensor; got a float; did you call .item()?"]),
     case("what is detached", detached, ["'seg'", "not .detach()"]),
     case("copies", copies, ["'seg'", "took no part in the backward pass", "not a copy"]),
     case("copies in a vector", expanded, ["'seg'", "took no part in the backward pass", "not a copy"]),
@@ -255,3 +255,31 @@ WATCHED = [
 @pytest.mark.parametrize(("how", "expected"), WATCHED)
 def test_the_error_names_what_is_watched_wrongly(how: Any, expected: list[str], quiet_trainer: MakeTrainer) -> None:
     fails(quiet_trainer, Shows(how), GradNorm(TASKS), "GradNorm: ", *expected)
+
+
+class Logs(Found):
+    """Logs its losses and returns the total."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # type: ignore[override]
+        losses = self.task_losses(batch)
+        self.log("train/loss", 0.0)
+        for task, loss in losses.items():
+            self.log(f"train/{task}_accuracy", 0.5, on_step=False, on_epoch=True)
+            self.log(f"train/{task}_loss", loss, on_step=False, on_epoch=True)
+        return torch.stack([*losses.values()]).sum()
+
+
+def test_the_error_about_a_returned_total_holds_the_names_that_the_model_logs_ready_to_paste(
+    quiet_trainer: MakeTrainer,
+) -> None:
+    logged = {task: f"train/{task}_loss" for task in TASKS}
+    fails(
+        quiet_trainer,
+        Logs(3),
+        GradNorm(TASKS),
+        "GradNorm: Logs.training_step should return a mapping",
+        f"tasks={logged};",
+    )
+    gradnorm = GradNorm(logged)
+    quiet_trainer(callbacks=[gradnorm]).fit(Logs(3), Batches(vector_batches(3, 4)))
+    assert set(gradnorm.weights) == set(TASKS)

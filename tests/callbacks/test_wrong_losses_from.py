@@ -189,8 +189,13 @@ RETURNED = [
     ),
     case("None", nothing, TASKS, ["'seg' in what 'criterion' returns, but got a NoneType", "Name what returns each"]),
     case("detached losses", detached, TASKS, ["'seg'", "not .detach()"]),
-    case("numbers", numbers, TASKS, ["'seg'", "a tensor; got float"]),
-    case("copies of what is added up", copies, TASKS, ["'seg'", "took no part in the backward pass", "not a copy"]),
+    case("numbers", numbers, TASKS, ["'seg'", "a tensor; got a float; did you call .item()?"]),
+    case(
+        "copies of what is added up",
+        copies,
+        TASKS,
+        ["'seg'", "took no part in the backward pass", "not a copy", "or an expression computed a second"],
+    ),
 ]
 
 

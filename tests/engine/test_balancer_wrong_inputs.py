@@ -256,7 +256,10 @@ WRONG: dict[str, tuple[Callable[[Losses], Any], str]] = {
         _contained,
         "the loss of task 'depth' (contains that of|also reads the head of) (task )?'seg'",
     ),
-    "a number": (_numbers, "the loss of task 'seg' should be a .*tensor.* got float"),
+    "a number": (
+        _numbers,
+        "the loss of task 'seg' should be a tensor; got a float; did you call .item\\(\\)\\? Give the loss",
+    ),
     "a list": (_listed, "losses should be a mapping from task to loss; got list"),
 }
 

@@ -141,7 +141,9 @@ def test_help_schema_and_pages_have_it(checkout: Path) -> None:
     made = python(checkout, "-c", PRINT_ALL)
     assert made.startswith(str(checkout))
     assert "schema: {'_target_': 'lightning_gradnorm.strategies.ToyStrategy', 'power': '???'}" in made
-    assert "| [`toy_strategy`](strategies/toy_strategy.md) | `Scalarization(ToyStrategy(power=2.0))` | " in made
+    assert (
+        "| [`toy_strategy`](../conf/balancing/toy_strategy.yaml) | `Scalarization(ToyStrategy(power=2.0))` | " in made
+    )
     details = {
         "needs": "losses",
         "state in the checkpoint": "sum of losses",

@@ -60,7 +60,13 @@ W = nn.Parameter(torch.ones(2))
     [
         case("no loss", {}, [W], TypeError, ["losses should be a mapping from name to loss"]),
         case("a list of losses", [W.sum()], [W], TypeError, ["losses should be a mapping"]),
-        case("a number", {"a": 1.0}, [W], TypeError, ["the loss 'a' should be a tensor; got float"]),
+        case(
+            "a number",
+            {"a": 1.0},
+            [W],
+            TypeError,
+            ["the loss 'a' should be a tensor; got a float; did you call .item()?"],
+        ),
         case("a vector", {"a": W * 1}, [W], ValueError, ["the loss 'a'", "scalar; got shape (2,)"]),
         case("detached", {"a": W.sum().detach()}, [W], ValueError, ["the loss 'a'", "carries no gradient"]),
         case("no parameter", {"a": W.sum()}, [], ValueError, ["parameters should have one that is trained"]),

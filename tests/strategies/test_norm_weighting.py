@@ -283,7 +283,11 @@ WRONG = [
         "NormWeighting: shared_layer should be",
         lambda: NormWeighting(InverseNorm(), ["a", "b"], shared_layer=[]),
     ),
-    case("a single task", "NormWeighting: tasks should be at least two", lambda: NormWeighting(InverseNorm(), ["a"])),
+    case(
+        "a single task",
+        "NormWeighting: balancing needs at least two tasks",
+        lambda: NormWeighting(InverseNorm(), ["a"]),
+    ),
     case(
         "norm of something else",
         "NormWeighting: norm_of should be 'weight' or 'activation'; got 'output'",

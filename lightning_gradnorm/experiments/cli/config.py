@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -168,6 +169,25 @@ def schema_named(path: str) -> type | None:
     needed = [one.name for one in parameters if one.default is signatures.REQUIRED and one.name in SAYS_THE_TASKS]
     for_tasks = needed if path != name else []
     return schema_from(target, parameters, leave_out=(*_GIVEN_BY_US.get(name, ()), *for_tasks), partial=bool(for_tasks))
+
+
+def keys_of_option(file: Path) -> set[str]:
+    """Return the keys of an option's file, including those of the schema that it begins with.
+
+    Example:
+        >>> {"path", "targets"} <= keys_of_option(conf_dir() / "data" / "tabular.yaml")
+        True
+    """
+    content = OmegaConf.load(file)
+    if not isinstance(content, DictConfig):
+        return set()
+    schemas = [
+        schema_named(str(entry).removeprefix("/schema/").removesuffix("@_here_"))
+        for entry in content.get("defaults", [])
+        if str(entry).startswith("/schema/") and str(entry).endswith("@_here_")
+    ]
+    fields = [field.name for one in schemas if one is not None for field in dataclasses.fields(one)]
+    return {key for key in [*map(str, content), *fields] if not key.startswith("_") and key != "defaults"}
 
 
 def _definition(path: str) -> tuple[signatures.Definition, str]:

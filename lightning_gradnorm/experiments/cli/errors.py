@@ -203,14 +203,18 @@ def _no_such_key(error: OmegaConfBaseException, added: str | None) -> str:
     takes = _parameters_of(target) if target else ()
     lines = [f"there is no '{full_key}'"]
     elsewhere = _places(node, full_key)
+    near = nearest(name, [*keys, *takes])
     if name in takes:
         lines[0] += f", but {target} accepts it. To add it, put a + before it: {added or f'+{full_key}=…'}"
-    elif name in elsewhere or nearest(name, [*keys, *takes]) is None:
-        near = [name] if name in elsewhere else difflib.get_close_matches(name, elsewhere, n=2)
-        found = [place for one in near for place in elsewhere[one]][:3]
+    elif others := _options_with(full_key):
+        lines[0] += f" here; it belongs to {others}"
+    elif name in elsewhere or near is None:
+        similar = [name] if name in elsewhere else difflib.get_close_matches(name, elsewhere, n=2)
+        found = [place for one in similar for place in elsewhere[one]][:3]
         lines[0] += f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
     else:
-        lines[0] += _guess(name, [*keys, *takes])
+        above = full_key.rpartition(".")[0]
+        lines[0] += f"; did you mean '{'' if near in keys else '+'}{f'{above}.' if above else ''}{near}'?"
     lines.append(f"{place} has: {', '.join(keys) or 'nothing'}")
     if takes:
         lines.append(
@@ -219,6 +223,21 @@ def _no_such_key(error: OmegaConfBaseException, added: str | None) -> str:
     elif target is not None and added is not None and len(lines[0]) == len(f"there is no '{full_key}'"):
         lines.append(f"To add a new key to the configuration, put a + before it: {added}")
     return "\n  ".join(lines)
+
+
+def _options_with(full_key: str) -> str:
+    """Return the options of the key's group that have the key, and how to choose one; empty if no option has it."""
+    from lightning_gradnorm.experiments.cli.config import conf_dir, keys_of_option
+
+    group, _, key = full_key.partition(".")
+    files = sorted((conf_dir() / group).glob("*.yaml")) if key and "." not in key else []
+    found = [file.stem for file in files if key in keys_of_option(file)]
+    shown = [f"{group}={name}" for name in found[:3]] + ["…"] * (len(found) > 3)
+    if len(found) != 1:
+        return ", ".join(shown)
+    experiment = conf_dir() / "experiment" / f"{found[0]}.yaml"
+    is_chosen = experiment.is_file() and f"override /{group}: {found[0]}\n" in experiment.read_text(encoding="utf-8")
+    return f"{shown[0]}: add {f'experiment={found[0]} or ' if is_chosen else ''}{shown[0]}"
 
 
 def _parameters_of(target: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_gradnorm._messages import is_integer
 from lightning_gradnorm.experiments.cli import errors, launch
 from lightning_gradnorm.experiments.cli.config import register
+from lightning_gradnorm.experiments.report.collect import HYDRA
 
 
 class CommandLine(metaclass=Singleton):
@@ -32,6 +34,8 @@ class CommandLine(metaclass=Singleton):
     arguments: Sequence[str] | None = None
     sweep: Path | None = None
     """The folder of the sweep, if this is a sweep."""
+    created: Sequence[Path] = ()
+    """The folders that a single run creates: its own, and those above it, innermost first."""
 
 
 def arguments() -> list[str]:
@@ -59,6 +63,7 @@ def run(task: Callable[[DictConfig], Any], *, command: str, folder: Path, config
             try:
                 return task(config)
             except errors.wrong_input() as error:
+                _remove_untouched()
                 if errors_are_raw or is_multirun():  # in a sweep, Hydra reports which run failed
                     raise
                 errors.leave(command, error)
@@ -78,6 +83,36 @@ def run(task: Callable[[DictConfig], Any], *, command: str, folder: Path, config
         errors.leave(command, error)
     finally:
         CommandLine.instance().arguments = None
+
+
+def _remove_untouched() -> None:
+    """Remove the folder of a single run that failed before training, unless it existed before or has other files."""
+    folder, *above = CommandLine.instance().created or [None]
+    if folder is None or is_multirun() or not folder.is_dir():
+        return
+    if [one.name for one in folder.iterdir()] == [HYDRA]:
+        shutil.rmtree(folder)
+        for one in above:
+            if next(one.iterdir(), None) is not None:
+                break
+            one.rmdir()
+
+
+def refuse_dashes(folder: Path) -> None:
+    """Refuse ``--group option``, which Hydra would take for the abbreviation of one of its own options.
+
+    Args:
+        folder: folder with the configurations.
+
+    Raises:
+        ValueError: an argument is such an option; shows how to write it.
+    """
+    for place, word in enumerate(words := sys.argv[1:]):
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not (folder / key.partition(".")[0]).is_dir() or not key:
+            continue
+        following = words[place + 1] if len(words) > place + 1 and not words[place + 1].startswith("-") else "…"
+        raise ValueError(f"options have no dashes: write {key}={value if equals else following}")
 
 
 def is_multirun() -> bool:

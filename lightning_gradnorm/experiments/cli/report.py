@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from rich.console import Console
+
 from lightning_gradnorm.experiments.cli import errors
 from lightning_gradnorm.experiments.report import write_report
 from lightning_gradnorm.experiments.report.collect import FINISHED
+from lightning_gradnorm.experiments.report.summary import names_of, never_began
+from lightning_gradnorm.experiments.report.table import results_table
 from lightning_gradnorm.experiments.report.write import MARKDOWN, PAGE
 
 COMMAND = "gradnorm-report"
@@ -41,7 +45,12 @@ def main() -> None:
     runs, methods = comparison.runs, comparison.methods
     finished = sum(run.state == FINISHED for run in runs)
     print(f"{finished} of {len(runs)} runs are finished, {len(methods)} method{'s' * (len(methods) != 1)}")
-    for run in comparison.unfinished:
+    if (table := results_table(comparison)) is not None:
+        Console().print(table)
+    never, others = never_began(comparison.unfinished)
+    if never:
+        print(f"{len(never)} runs did not begin to train: {names_of(never)}")
+    for run in others:
         print("; ".join([f"{run.name}: {run.state}, {run.progress}", *run.remarks]))
     for name in (PAGE, MARKDOWN):
         print(output / name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +84,34 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
             f"({type(reason).__name__})."
         ) from reason
     return weights
+
+
+def reached_limit(checkpoint: Path, flags: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Return the limit of the training that a checkpoint has reached and how far it is, or ``None`` if it has reached none.
+
+    Args:
+        checkpoint: a checkpoint of Lightning's.
+        flags: the trainer's options.
+
+    Returns:
+        ``("max_epochs", 12)`` or ``("max_steps", 400)``.
+    """
+    import torch
+
+    content: Any = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    reached = {
+        "max_epochs": content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"],
+        "max_steps": content["global_step"],
+    }
+    limits = {name: flags.get(name) for name in reached}
+    return next(
+        (
+            (name, reached[name])
+            for name, limit in limits.items()
+            if isinstance(limit, int) and 0 <= limit <= reached[name]
+        ),
+        None,
+    )
 
 
 @contextmanager

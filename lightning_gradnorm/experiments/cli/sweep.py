@@ -19,7 +19,7 @@ from omegaconf import DictConfig, ListConfig
 from typing_extensions import override
 
 from lightning_gradnorm._messages import did_you_mean
-from lightning_gradnorm.experiments.cli import errors, hydra_entry, job_runner, run_folder
+from lightning_gradnorm.experiments.cli import console, errors, hydra_entry, job_runner, launch, run_folder
 from lightning_gradnorm.experiments.cli.console import executable
 from lightning_gradnorm.experiments.report import DELTA_M
 
@@ -38,7 +38,16 @@ DONE, BEFORE, FAILED = "done", "finished before", "failed"
 
 
 class Sweep(Callback):
-    """Hydra callback that records the sweep's folder, because jobs may run in other processes or on other machines."""
+    """Hydra callback that records the sweep's folder, because jobs may run in other processes or on other machines.
+
+    For a single run it records the folders that the run will create.
+    """
+
+    @override
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.run.dir).resolve()
+        new = [one for one in (folder, *folder.parents) if not one.exists()]
+        hydra_entry.CommandLine.instance().created = new if launch.rank() == 0 else []
 
     @override
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -131,23 +140,11 @@ def _to_resume_from(folder: Path, overrides: list[str], config: DictConfig) -> P
         return None
     job_runner.refuse_another(folder, overrides)
     newest = max(found, key=lambda file: file.stat().st_mtime_ns)
-    if (folder / run_folder.LAST_METRICS).is_file() or not _is_of_the_end(newest, config):
+    if (folder / run_folder.LAST_METRICS).is_file() or run_folder.reached_limit(newest, config.trainer) is None:
         return newest
     for file in found:  # killed as training ended: the last logged metrics are lost, so it has to start over
         file.unlink()
     return None
-
-
-def _is_of_the_end(checkpoint: Path, config: DictConfig) -> bool:
-    import torch
-
-    content: Any = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    epochs, steps = config.trainer.get("max_epochs"), config.trainer.get("max_steps")
-    done = content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    return any(
-        isinstance(limit, int) and 0 <= limit <= reached
-        for limit, reached in ((epochs, done), (steps, content["global_step"]))
-    )
 
 
 def _run_as_command(folder: Path, overrides: list[str], checkpoint: Path | None, lock: int | None) -> None:
@@ -178,6 +175,7 @@ def _run_as_command(folder: Path, overrides: list[str], checkpoint: Path | None,
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[int | None]:
     """Wait until no other process runs the job in this folder. The kernel releases the lock of a process that dies."""
+    console.import_lightning()
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     if fcntl is None or rank_zero_only.rank != 0:  # type: ignore[attr-defined]
@@ -298,6 +296,10 @@ def again(command: str, folder: Path) -> str:
     return shlex.join([executable(command), *words, f"hydra.sweep.dir={run_folder.quoted(hydra_entry.short(folder))}"])
 
 
+def _report_on(folder: Path) -> str:
+    return f"{executable('gradnorm-report')} {shlex.quote(hydra_entry.short(folder))}"
+
+
 def _tell(command: str, folder: Path, so_far: str = "") -> bool:
     """Print how many jobs are done and which ones failed. Return True if any failed."""
     notes = sorted((folder / JOBS).glob("*.json"), key=lambda file: int(file.stem))
@@ -311,6 +313,8 @@ def _tell(command: str, folder: Path, so_far: str = "") -> bool:
         f"sweep folder {hydra_entry.short(folder)}: {len(jobs)} job{'s' * (len(jobs) != 1)}{so_far}, {counts}",
         flush=True,
     )
+    if len(of_state[FAILED]) < len(jobs):
+        print(f"compare      {_report_on(folder)}", flush=True)
     failed = of_state[FAILED]
     if failed:
         lines = [f"  {job['job']}: {job['error']}" for job in failed]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
@@ -11,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_gradnorm.experiments.cli import console, errors, hydra_entry, launch, run_folder, single_task, sweep
 from lightning_gradnorm.experiments.cli.config import conf_dir
+from lightning_gradnorm.experiments.report.collect import read, strategy_of
 
 COMMAND = "gradnorm-train"
 
@@ -18,6 +20,7 @@ COMMAND = "gradnorm-train"
 def main() -> None:
     """Train with the options on the command line. See ``gradnorm-train --help``."""
     try:
+        hydra_entry.refuse_dashes(conf_dir())
         more = _options_of_resumed_run()
     except errors.wrong_input() as error:
         if errors.wants_traceback():
@@ -40,7 +43,8 @@ def _options_of_resumed_run() -> list[str]:
     is_sweep = get_args_parser().parse_args().multirun
     if is_sweep or hydra_entry.value_of("hydra.run.dir", given) is not None:
         return options
-    return [*options, f"hydra.run.dir={run_folder.quoted(str(folder))}"]
+    # The record of how the run began, including its strategy, should outlive a resume that is refused.
+    return [*options, f"hydra.run.dir={run_folder.quoted(str(folder))}", "hydra.output_subdir=null"]
 
 
 def _train_and_compare(config: DictConfig) -> Any:
@@ -73,13 +77,35 @@ def refuse_what_is_plainly_wrong(config: DictConfig) -> None:
         ValueError, FileNotFoundError: an option is wrong; the message names it.
     """
     if config.ckpt_path is not None:
-        run_folder.find_checkpoint(config.ckpt_path)
+        _refuse_another_strategy(config, run_folder.find_checkpoint(config.ckpt_path))
     hydra_entry.check_seed(config.seed)
     launch.refuse_without_launcher(hydra_entry.chosen("trainer"))
     single_task.results_in(config.get("single_task"))
     refuse_missing_loggers(config)
     for group in ("balancing", "trainer"):  # finds references to values of the wrong type
         OmegaConf.to_container(config[group], resolve=True)
+
+
+def _refuse_another_strategy(config: DictConfig, checkpoint: Path) -> None:
+    """Refuse to resume a run in its own folder with another strategy: its results would be those of a mixture.
+
+    Raises:
+        ValueError: the run was trained with another strategy.
+    """
+    folder = run_folder.run_folder(checkpoint)
+    if folder is None or folder != Path(config.paths.run_dir).resolve():
+        return
+    run = read(folder, folder.name)
+    old, new = strategy_of(run.group("balancing")), strategy_of(OmegaConf.to_container(config.balancing))
+    chosen = hydra_entry.chosen("balancing") or new
+    if not run.began or (old == new and run.strategy in (old, chosen)):
+        return
+    ours = hydra_entry.short(folder)
+    raise ValueError(
+        f"{ours} was trained with balancing={run.strategy}, so it cannot be resumed with balancing={chosen}: its results "
+        f"would mix both. Leave balancing out to continue it. To start a new run from the checkpoint, add "
+        f"hydra.run.dir={ours}_{chosen} and a larger trainer.max_epochs."
+    )
 
 
 _PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow", "CometLogger": "comet_ml", "NeptuneLogger": "neptune"}

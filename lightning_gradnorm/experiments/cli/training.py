@@ -98,6 +98,13 @@ def train(config: DictConfig) -> dict[str, float]:
         terminal.print(told, highlight=False)
     if alone is not None and "_target_" in config.balancing:
         terminal.print(f"One task, {alone}: there is nothing to balance.", highlight=False)
+    if resumed_from is not None and (end := run_folder.reached_limit(resumed_from, config.trainer)) is not None:
+        limit, reached = end
+        length = f"{reached} {limit.removeprefix('max_')}" if reached != 1 else limit.removeprefix("max_")[:-1]
+        terminal.print(
+            f"This run has finished its {length}; add trainer.{limit}=… to train longer.",
+            highlight=False,
+        )
     in_folder_of_before = hydra_entry.is_multirun() or _is_inside(resumed_from, run_dir)
     with hydra_entry.without_idle_warnings(in_folder_of_before=in_folder_of_before):
         try:

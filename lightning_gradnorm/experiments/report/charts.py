@@ -113,7 +113,7 @@ def point_chart(
     behind = [Series(one.name, one.style, _drawable(one.points, False)) for one in faint]
     x, y = _axes([p for one in (*shown, *behind) for p in one.points], zero=zero)
     content = _zero_line(zero, y)
-    content += [marker(one.style, x(p.x), y(p.y), 2.2, class_="mark faint") for one in behind for p in one.points]
+    content += [marker(one.style, x(p.x), y(p.y), 4.0, class_="mark faint") for one in behind for p in one.points]
     for one in shown:
         if joined:
             middle = [(point.x, point.y) for point in one.points]
@@ -130,7 +130,7 @@ def point_chart(
                 ends = {"x1": x(point.x), "x2": x(point.x), "y1": y(point.low), "y2": y(point.high)}
                 content.append(element("line", class_=f"bar {style(one.style)}", **ends))
             words = element("title", text(f"{one.name}: {point.x:.4g}, {point.y:.4g}"))
-            content.append(element("g", words, marker(one.style, x(point.x), y(point.y), 4.5)))
+            content.append(element("g", words, marker(one.style, x(point.x), y(point.y), 6.0)))
     return frame(title, x, y, x_name, y_name, content)
 
 

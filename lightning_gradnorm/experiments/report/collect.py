@@ -62,6 +62,8 @@ class CollectedRun:
     """Problems with the files."""
     failure: str = ""
     """The error that ended the run."""
+    below: Path | None = None
+    """The folder that was searched for runs."""
 
     @property
     def began(self) -> bool:
@@ -151,7 +153,7 @@ def collect(folders: Sequence[str | Path]) -> list[CollectedRun]:
     found: dict[Path, CollectedRun] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} should be a folder of runs; no such folder.")
+            raise FileNotFoundError(f"no such folder: {folder}. Use the folder of a run or of a sweep.")
         below = list(_run_folders(folder))
         if not below:
             is_empty = next(folder.iterdir(), None) is None
@@ -162,7 +164,9 @@ def collect(folders: Sequence[str | Path]) -> list[CollectedRun]:
         for one in below:
             relative = str(one.relative_to(folder)) if one != folder else folder.resolve().name
             name = relative if len(folders) == 1 else str(one)
-            found.setdefault(one.resolve(), read(one, name))
+            if one.resolve() not in found:
+                found[one.resolve()] = run = read(one, name)
+                run.below = folder
     return list(found.values())
 
 

@@ -108,6 +108,21 @@ class Comparison:
         return max(finite) if metric.upwards else min(finite)
 
     @property
+    def shown(self) -> list[Metric]:
+        """The metrics without the losses of the tasks, if each loss equals another metric of its task, such as the MSE."""
+        losses = [metric for metric in self.metrics if metric.task != ALL_TASKS and metric.short == "loss"]
+        others = [metric for metric in self.metrics if metric.short != "loss"]
+        twice = all(any(self._are_equal(loss, one) for one in others if one.task == loss.task) for loss in losses)
+        return [metric for metric in self.metrics if not (twice and metric in losses)]
+
+    def _are_equal(self, first: Metric, second: Metric) -> bool:
+        both = [(row.values.get(first.name), row.values.get(second.name)) for row in self.rows]
+        return all(
+            one is other or (one is not None and other is not None and math.isclose(one.mean, other.mean, rel_tol=1e-5))
+            for one, other in both
+        )
+
+    @property
     def counting(self) -> list[Metric]:
         """The metrics for ranks and changes: the task metrics, and the loss of tasks without other metrics.
 

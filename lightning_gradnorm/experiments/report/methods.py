@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from lightning_gradnorm.experiments.report.collect import CollectedRun
 
 Key = tuple[Any, ...]
 _SEED = "the seed"
+_FEW = 3
+"""The most commands, and folders in a command, that an error lists."""
 
 HOUSEKEEPING = (
     "paths",
@@ -173,15 +176,54 @@ def _refuse_different_tasks(several: Sequence[CollectedRun], single: Sequence[Co
 def _refuse_different_data(runs: Sequence[CollectedRun]) -> None:
     seen: dict[str, tuple[Any, CollectedRun]] = {}
     for run in runs:
-        for key, value in _flat(run.group("data"), "data"):
-            if is_below(key, _NOT_OF_A_METHOD) or key in _OPTIONS_OF_DATA:
-                continue
+        for key, value in _data_of(run).items():
             before, other = seen.setdefault(key, (value, run))
             if before != value:
                 raise ValueError(
-                    f"runs on different data cannot be compared: {key} is {_shown(before)} in {other.name} and "
+                    _report_on_one(runs)
+                    or f"runs on different data cannot be compared: {key} is {_shown(before)} in {other.name} and "
                     f"{_shown(value)} in {run.name}. Use the folders of one of them."
                 )
+
+
+def _data_of(run: CollectedRun) -> dict[str, Any]:
+    """Return the options that determine the data, by dotted name."""
+    options = _flat(run.group("data"), "data")
+    return {key: value for key, value in options if not (is_below(key, _NOT_OF_A_METHOD) or key in _OPTIONS_OF_DATA)}
+
+
+def _report_on_one(runs: Sequence[CollectedRun]) -> str | None:
+    """Return a message with one command per data set, or ``None`` if the data sets do not have folders of their own."""
+    sets: list[tuple[dict[str, Any], list[CollectedRun]]] = []
+    for run in runs:
+        data = _data_of(run)
+        for known, members in sets:
+            if all(known.get(key, value) == value for key, value in data.items()):
+                known.update(data)
+                members.append(run)
+                break
+        else:
+            sets.append((data, [run]))
+    commands = []
+    for _, members in sets:
+        others = [run for _, more in sets if more is not members for run in more]
+        folders = dict.fromkeys(_widest_folder(run, others) for run in members)
+        if len(folders) > _FEW or None in folders:
+            return None
+        commands.append(shlex.join(["gradnorm-report", *map(str, folders)]))
+    searched = ", ".join(dict.fromkeys(str(run.below) for run in runs))
+    shown = [*commands[:_FEW], *[f"{len(commands) - _FEW} more"] * (len(commands) > _FEW)]
+    return (
+        f"{searched} {'holds' if ',' not in searched else 'hold'} runs on {len(sets)} data sets, which cannot be compared. "
+        f"Report on one: {', or '.join(shown)}"
+    )
+
+
+def _widest_folder(run: CollectedRun, others: Sequence[CollectedRun]) -> Path | None:
+    """Return the outermost folder above a run that is inside the searched one and has no other data set's run."""
+    inside = [folder for folder in run.folder.parents if run.below is not None and folder.is_relative_to(run.below)]
+    pure = [folder for folder in inside if not any(other.folder.is_relative_to(folder) for other in others)]
+    return pure[-1] if pure else None
 
 
 def _list(names: Iterable[str]) -> str:

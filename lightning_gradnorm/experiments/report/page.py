@@ -52,7 +52,7 @@ svg text { font-size: 11px; fill: var(--soft); font-family: inherit; }
 .zero { stroke: var(--soft); stroke-width: 1.2; stroke-dasharray: 5 4; }
 .line { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; }
 .band { fill: var(--c); opacity: .14; } .bar { stroke: var(--c); stroke-width: 1.3; }
-.mark { fill: var(--c); stroke: var(--paper); stroke-width: .8; vector-effect: non-scaling-stroke; } .faint { opacity: .5; }
+.mark { fill: var(--c); stroke: var(--paper); stroke-width: .8; vector-effect: non-scaling-stroke; } .faint { opacity: .6; }
 .s0 { --c: var(--c0); } .s1 { --c: var(--c1); } .s2 { --c: var(--c2); } .s3 { --c: var(--c3); }
 .s4 { --c: var(--c4); } .s5 { --c: var(--c5); } .s6 { --c: var(--c6); }
 details > summary { cursor: pointer; } details > summary h2 { display: inline-block; }

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from lightning_gradnorm.experiments.report.collect import FAILED, FINISHED, CollectedRun
 from lightning_gradnorm.experiments.report.comparison import Comparison, Metric, Row, Spread
 from lightning_gradnorm.experiments.report.methods import is_random
+from lightning_gradnorm.experiments.report.number_text import digits_of, fixed, signed, spread_text
 from lightning_gradnorm.experiments.report.plots import order
 from lightning_gradnorm.experiments.report.results import ALL_TASKS
 from lightning_gradnorm.experiments.report.significance import FEWEST, LEVEL, PairedTest, holm
@@ -144,7 +145,7 @@ def _results(comparison: Comparison) -> Sheet | None:
     has_ratio, has_rank = any(row.time_ratio for row in rows), len(rows) > 1
     header = ["method", "runs", *["Δm in % ↑"] * has_gain, *["mean rank ↓"] * has_rank]
     header += ["step time ÷ baseline"] * has_ratio + ["ms per step"] * has_time
-    header += [_heading(metric) for metric in comparison.metrics]
+    header += [_heading(metric) for metric in comparison.shown]
     best_gain = max((row.delta_m.mean for row in rows if row.delta_m), default=None)
     best_rank = min((row.rank for row in rows if row.rank is not None), default=None)
     lines = []
@@ -160,13 +161,13 @@ def _results(comparison: Comparison) -> Sheet | None:
             line.append(Cell("1") if is_baseline and row.time_ratio else _spread_cell(row.time_ratio))
         if has_time:
             line.append(Cell("" if row.seconds_per_step is None else f"{1000 * row.seconds_per_step.mean:.3g}"))
-        for metric in comparison.metrics:
+        for metric in comparison.shown:
             value = row.values.get(metric.name)
             line.append(_spread_cell(value, value is not None and value.mean == comparison.best(metric)))
         lines.append(line)
     counted = ", ".join(map(_name, comparison.counting)) or "none"
     notes = [
-        "Mean ± standard deviation over the runs of a method, on the test data. Bold marks the best mean, which may be due to "
+        "Mean ± standard deviation over the seeds of a method, on the test data. Bold marks the best mean, which may be due to "
         "chance.",
         f"Mean rank: over {counted}; first over the metrics of a task, then over the tasks. Equal means share a rank.",
         *_checkpoints(comparison),
@@ -187,6 +188,8 @@ def _results(comparison: Comparison) -> Sheet | None:
     repeated = [row.method.name for row in rows if len(row.method.finished) > _count(row)]
     if repeated:
         notes.append(f"Several runs of the same seed are averaged first: {', '.join(repeated)}.")
+    if len(comparison.shown) < len(comparison.metrics):
+        notes.append("The loss of each task equals another of its metrics, so it has no column.")
     return Sheet("Results", header, lines, notes)
 
 
@@ -230,7 +233,7 @@ def _differences(comparison: Comparison) -> Sheet | None:
         name = row.method.name
         pairs = max((test.count for test in row.tests.values()), default=0)
         line = [Cell(name, note=f"against {comparison.baselines[name].name}" if several else ""), Cell(str(pairs))]
-        line += [_difference(metric, row.tests.get(metric.name)) for metric in comparison.metrics]
+        line += [_difference(metric, row.tests.get(metric.name)) for metric in comparison.shown]
         lines.append(line)
     most = max((test.count for row in rows for test in row.tests.values()), default=0)
     tests = sum(test.p is not None and test.has_enough for row in rows for test in row.tests.values())
@@ -249,7 +252,7 @@ def _differences(comparison: Comparison) -> Sheet | None:
             f"{tests * LEVEL:.1f} would be below {LEVEL:g}. The sentences at the top are corrected with Holm's method, over "
             "the ranked metrics."
         )
-    header = ["method", "pairs", *(_heading(metric) for metric in comparison.metrics)]
+    header = ["method", "pairs", *(_heading(metric) for metric in comparison.shown)]
     return Sheet(f"Differences from {comparison.baseline}", header, lines, notes)
 
 
@@ -259,16 +262,16 @@ def _difference(metric: Metric, test: PairedTest | None) -> Cell:
     if math.isnan(test.mean):
         return Cell("not finite")
     if test.p is None or test.low is None or test.high is None:
-        return Cell(_signed(test.mean), note="equal" if test.count > 1 else "one pair")
+        return Cell(signed(test.mean), note="equal" if test.count > 1 else "one pair")
     mark = ""
     if test.is_significant and metric.upwards is not None:
         mark = "▲ " if _is_better(metric, test) else "▼ "
-    digits = _digits((test.high - test.low) / 4)
-    interval = f"[{_fixed(test.low, digits, '+')}, {_fixed(test.high, digits, '+')}]"
+    digits = digits_of((test.high - test.low) / 4)
+    interval = f"[{fixed(test.low, digits, '+')}, {fixed(test.high, digits, '+')}]"
     if not test.has_enough:
-        return Cell(_fixed(test.mean, digits, "+"), note=interval)
+        return Cell(fixed(test.mean, digits, "+"), note=interval)
     p = "p < 0.001" if test.p < 0.001 else f"p = {test.p:.3f}" if test.p < 0.1 else f"p = {test.p:.2f}"
-    return Cell(mark + _fixed(test.mean, digits, "+"), bool(mark), f"{interval}\n{p}")
+    return Cell(mark + fixed(test.mean, digits, "+"), bool(mark), f"{interval}\n{p}")
 
 
 def _weights(comparison: Comparison) -> Sheet | None:
@@ -278,7 +281,7 @@ def _weights(comparison: Comparison) -> Sheet | None:
     tasks = dict.fromkeys(task for row in rows for task in row.weights)
     lines = [[Cell(row.method.name), *(_spread_cell(row.weights.get(task)) for task in tasks)] for row in rows]
     notes = [
-        "Mean over training if the method records it, otherwise the final weights; mean ± standard deviation over the runs."
+        "Mean over training if the method records it, otherwise the final weights; mean ± standard deviation over the seeds."
     ]
     return Sheet("Task weights", ["method", *tasks], lines, notes)
 
@@ -286,7 +289,7 @@ def _weights(comparison: Comparison) -> Sheet | None:
 def _single_task(comparison: Comparison) -> Sheet | None:
     if not any(method.finished for method in comparison.single):
         return None
-    metrics = [metric for metric in comparison.metrics if metric.task != ALL_TASKS]
+    metrics = [metric for metric in comparison.shown if metric.task != ALL_TASKS]
     lines = []
     for method in comparison.single:
         line = [Cell(method.name), Cell(str(len(method.finished)))]
@@ -304,14 +307,34 @@ def _single_task(comparison: Comparison) -> Sheet | None:
 
 
 def run_sheets(comparison: Comparison) -> tuple[Sheet | None, Sheet]:
-    """Return a table of the runs without results or with problems, and a table of all runs."""
+    """Return a table of the runs without results or with problems, and a table of all runs.
+
+    Runs that never began to train and left no reason share a line of the first table.
+    """
     amiss = [run for run in comparison.runs if run.state != FINISHED or run.remarks]
     amiss.sort(key=lambda run: (run.state == FINISHED, run.state != FAILED))
     header = ["run", "method", "seed", "state", "progress", "remarks"]
     first = None
     if amiss:
-        first = Sheet("Runs without results or with problems", header, _run_rows(comparison, amiss), words=True)
+        never, others = never_began(amiss)
+        lines = _run_rows(comparison, others)
+        if never:
+            shown = Cell(f"{len(never)} runs"), Cell(never[0].state), Cell(never[0].progress), Cell(names_of(never))
+            lines.append([shown[0], Cell(""), Cell(""), *shown[1:]])
+        first = Sheet("Runs without results or with problems", header, lines, words=True)
     return first, Sheet("All runs", header, _run_rows(comparison, comparison.runs), words=True)
+
+
+def never_began(runs: Sequence[CollectedRun]) -> tuple[list[CollectedRun], list[CollectedRun]]:
+    """Return the runs that never began to train and left no reason, if they are several, and the others."""
+    never = [run for run in runs if not run.began and not run.remarks]
+    never = never if len(never) > 1 else []
+    return never, [run for run in runs if not any(run is one for one in never)]
+
+
+def names_of(runs: Sequence[CollectedRun]) -> str:
+    """Return the names of the first few runs."""
+    return ", ".join([*(run.name for run in runs[:3]), *["…"] * (len(runs) > 3)])
 
 
 def _run_rows(comparison: Comparison, runs: Sequence[CollectedRun]) -> list[list[Cell]]:
@@ -340,47 +363,6 @@ def _name(metric: Metric) -> str:
 def _spread_cell(spread: Spread | None, strong: bool = False, *, signed: bool = False) -> Cell:
     mean, plus_minus, wide = spread_text(spread, signed=signed).partition(" ± ")
     return Cell(mean, strong, f"± {wide}" if plus_minus else "")
-
-
-def spread_text(spread: Spread | None, *, signed: bool = False) -> str:
-    """Return mean ± deviation, rounded to the precision of the deviation.
-
-    Example:
-        >>> spread_text(Spread(0.853217, 0.00421, 3)), spread_text(Spread(1234.5678, None, 1)), spread_text(None)
-        ('0.8532 ± 0.0042', '1235', '')
-        >>> spread_text(Spread(3.2e9, 4.1e8, 3)), spread_text(Spread(2.5e-9, None, 1))
-        ('3.2e+09 ± 4.1e+08', '2.5e-09')
-    """
-    if spread is None:
-        return ""
-    sign = "+" if signed else ""
-    if not math.isfinite(spread.mean):
-        return "not finite"
-    if not spread.deviation:
-        digits = 2 if signed else max(0, 3 - _power(spread.mean))
-        return _fixed(spread.mean, digits, sign) + ("" if spread.deviation is None else " ± 0")
-    digits = _digits(spread.deviation)
-    return f"{_fixed(spread.mean, digits, sign)} ± {_fixed(spread.deviation, digits, digits_of_power=2)}"
-
-
-def _fixed(value: float, digits: int, sign: str = "", *, digits_of_power: int = 4) -> str:
-    """Return the number with that many decimals, or in scientific notation if it would be too long."""
-    if digits > 7 or abs(value) >= 1e6:
-        return f"{value:{sign}.{digits_of_power}g}"
-    return f"{value:{sign}.{digits}f}"
-
-
-def _digits(deviation: float) -> int:
-    """Return the number of decimals that shows two significant digits of it."""
-    return max(0, 1 - _power(deviation)) if deviation else 4
-
-
-def _power(value: float) -> int:
-    return math.floor(math.log10(abs(value))) if value and math.isfinite(value) else 0
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.4g}"
 
 
 def _plural(word: str, count: int) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
+from lightning_gradnorm.experiments.report.comparison import Comparison
 from lightning_gradnorm.experiments.report.delta_m import Chosen, delta_m_or_none, single_task_results
 from lightning_gradnorm.experiments.report.metric_direction import higher_is_better
 from lightning_gradnorm.experiments.report.results import ALL_TASKS, Run, by_task, tasks_of
+from lightning_gradnorm.experiments.report.summary import Cell, sheets, title_of
 
 _WIDEST = 8
 """Number of metric columns that fit in a terminal."""
@@ -19,6 +22,8 @@ def task_table(
     metrics: Mapping[str, float], weights: Mapping[str, float] | None = None, *, title: str = "Test metrics by task"
 ) -> Table:
     """Return a table with one row per task and one column per metric, transposed if there are many metrics.
+
+    A metric that equals the loss of every task shares the loss's column.
 
     Args:
         metrics: ``test/<metric>/<task>`` → value.
@@ -32,7 +37,11 @@ def task_table(
     """
     rows = by_task(metrics)
     names = list(dict.fromkeys(metric for row in rows.values() for metric in row))
+    twin = next((name for name in names if name != "loss" and _is_loss(name, rows)), None)
+    if twin is not None:
+        names.remove(twin)
     lines = {task: [_number(row.get(name)) for name in names] for task, row in rows.items()}
+    names = [f"loss = {twin}" if name == "loss" and twin is not None else name for name in names]
     if weights:
         names.append("weight")
         lines = {task: [*line, _number(weights.get(task))] for task, line in lines.items()}
@@ -43,7 +52,7 @@ def task_table(
             list(lines),
             {name: [*line] for name, line in zip(names, zip(*lines.values(), strict=True), strict=True)},
         )
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", caption=_caption(rows.get(ALL_TASKS)), caption_justify="left")
     table.add_column(corner)
     for name in names:
         table.add_column(name, justify="right")
@@ -52,6 +61,45 @@ def task_table(
             table.add_section()
         table.add_row(name, *line)
     return table
+
+
+def _is_loss(name: str, rows: Mapping[str, Mapping[str, float]]) -> bool:
+    """Return True if a metric equals the loss of each task."""
+    return name not in rows.get(ALL_TASKS, {}) and all(
+        name in row and "loss" in row and math.isclose(row[name], row["loss"], rel_tol=1e-5)
+        for task, row in rows.items()
+        if task != ALL_TASKS
+    )
+
+
+def _caption(of_all: Mapping[str, float] | None) -> str | None:
+    return f"{ALL_TASKS}: its loss is the plain sum of the tasks' losses" if of_all and "loss" in of_all else None
+
+
+def results_table(comparison: Comparison) -> Table | None:
+    """Return the first table of a report for the terminal, or ``None`` if it has no results.
+
+    Methods are columns if they are fewer than the numbers of each.
+    """
+    found = next((sheet for sheet in sheets(comparison) if sheet.title == "Results"), None)
+    if found is None:
+        return None
+    lines = [list(found.header), *([_in_terminal(cell) for cell in row] for row in found.rows)]
+    if len(found.rows) < len(found.header):
+        lines = [list(line) for line in zip(*lines, strict=True)]
+    table = Table(title=title_of(comparison), title_justify="left", caption_justify="left")
+    of_all = {metric.short: 0.0 for metric in comparison.shown if metric.task == ALL_TASKS}
+    table.caption = "; ".join(filter(None, ["* best mean, perhaps by chance", _caption(of_all)]))
+    for number, name in enumerate(lines[0]):
+        table.add_column(escape(name), justify="right" if number else "left")
+    for line in lines[1:]:
+        table.add_row(escape(line[0]), *line[1:])
+    return table
+
+
+def _in_terminal(cell: Cell) -> str:
+    shown = escape(" ".join(filter(None, [cell.text, cell.note])))
+    return f"[bold green]{shown} *[/]" if cell.strong and shown else shown
 
 
 def comparison_table(
@@ -84,7 +132,8 @@ def comparison_table(
     """
     if not runs:
         raise ValueError("comparison_table: runs should be one or more; got none.")
-    table = Table(title=title, title_justify="left")
+    of_all = next((found for run in runs if (found := by_task(run.metrics).get(ALL_TASKS))), None)
+    table = Table(title=title, title_justify="left", caption=_caption(of_all), caption_justify="left")
     table.add_column("task")
     table.add_column("metric")
     for run in runs:

@@ -110,6 +110,47 @@ def test_a_resume_that_fails_leaves_the_run_as_it_was(call: Call, tmp_path: Path
     assert "max_epochs: 2" in (run / "config.yaml").read_text()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning")
+@pytest.mark.parametrize("options", [["balancing=equal"], ["balancing=uncertainty"], ["balancing=dwa"]])
+def test_a_run_is_not_resumed_in_place_with_another_strategy(
+    call: Call, tmp_path: Path, run: Path, options: list[str]
+) -> None:
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    asked = ["ckpt_path=run/checkpoints/last.ckpt", *options, "trainer.max_epochs=2"]
+    said = call(train.main, *asked, status=1)
+    assert "run was trained with balancing=gradnorm, so it cannot be resumed with balancing=" in said
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    (folder,) = re.findall(r"add (hydra.run.dir=\S+) and", said)
+    call(train.main, *asked, folder)
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    assert "epochs: 2" in (tmp_path / folder.partition("=")[2] / "config.yaml").read_text()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning")
+def test_a_run_with_nothing_left_to_train_reports_it(call: Call, run: Path) -> None:
+    one = "This run has finished its epoch; add trainer.max_epochs=… to train longer.\n"
+    assert one in call(train.main, "ckpt_path=run/checkpoints/last.ckpt")
+    assert one not in call(train.main, "ckpt_path=run/checkpoints/last.ckpt", "trainer.max_epochs=2")
+    assert "finished its 2 epochs;" in call(train.main, "ckpt_path=run/checkpoints/last.ckpt")
+    longer = ["trainer.max_epochs=9", "trainer.max_steps=5"]
+    said = call(train.main, "ckpt_path=run/checkpoints/last.ckpt", *longer)
+    assert "finished its 8 steps; add trainer.max_steps=… to train longer." in said
+
+
+def test_a_run_that_fails_before_training_leaves_no_folder_that_it_made(call: Call, tmp_path: Path) -> None:
+    wrong = ["experiment=tabular", "data.path=nope.csv", "data.targets=[a,b]"]
+    call(train.main, *wrong, status=1)
+    call(train.main, "balancing.alpha=-1", "data.sigmas=[1]", status=1)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "mine").mkdir()
+    call(train.main, *wrong, status=1)
+    call(train.main, *wrong, "hydra.run.dir=mine", status=1)
+    assert (tmp_path / "mine/.hydra").is_dir()
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "mine", tmp_path / "outputs"]
+    assert list((tmp_path / "outputs").iterdir()) == []
+
+
 def test_a_sweep_makes_a_folder_for_each_run(call: Call, tmp_path: Path) -> None:
     call(train.main, "-m", *SMALL, "trainer.max_epochs=1", "callbacks=none", "seed=0,1")
     (sweep,) = (tmp_path / "outputs" / "toy" / "sweep").iterdir()
@@ -131,7 +172,7 @@ def test_a_users_own_folder_of_options_needs_no_schema(call: Call, tmp_path: Pat
         train.main, *own, "balancing=typo", status=1
     )
     said = call(train.main, *own, "balancing=strict", status=1)
-    assert "balancing/strict.yaml: there is no 'balancing.alhpa'; did you mean 'alpha'?" in said
+    assert "balancing/strict.yaml: there is no 'balancing.alhpa'; did you mean 'balancing.alpha'?" in said
 
 
 def test_the_help_explains_every_group_and_names_every_option(call: Call) -> None:
@@ -157,7 +198,7 @@ def test_the_help_of_evaluation_explains_it_and_the_comparison_with_single_tasks
     [
         (
             ["balancing.alhpa=1"],
-            ["there is no 'balancing.alhpa'; did you mean 'alpha'?", "balancing has: tasks, shared_layer"],
+            ["there is no 'balancing.alhpa'; did you mean 'balancing.alpha'?", "balancing has: tasks, shared_layer"],
         ),
         (
             ["balancing=gradnrom"],
@@ -165,16 +206,22 @@ def test_the_help_of_evaluation_explains_it_and_the_comparison_with_single_tasks
         ),
         (
             ["balancing=mgda", "balancing.aggregator.epsilom=1"],
-            ["'balancing.aggregator.epsilom'; did you mean 'epsilon'?"],
+            ["'balancing.aggregator.epsilom'; did you mean 'balancing.aggregator.epsilon'?"],
         ),
         (
             ["balancing=mgda", "balancing.aggregator.epsilon=big"],
             ["balancing.aggregator.epsilon: value 'big'", "Float"],
         ),
-        (["balancing=famo", "balancing.scalarizer.weight_dcay=1"], ["did you mean 'weight_decay'?"]),
-        (["balancing=pbi", "balancing.scalarizer.scalarizer.thet=1"], ["did you mean 'theta'?"]),
+        (
+            ["balancing=famo", "balancing.scalarizer.weight_dcay=1"],
+            ["did you mean 'balancing.scalarizer.weight_decay'?"],
+        ),
+        (
+            ["balancing=pbi", "balancing.scalarizer.scalarizer.thet=1"],
+            ["did you mean 'balancing.scalarizer.scalarizer.theta'?"],
+        ),
         (["balancing=mgda", "+balancing.aggregator.fish=1"], ["torchjd.aggregation.MGDA has no parameter 'fish'"]),
-        (["balancing=mgda", "balancing.att=parameters"], ["there is no 'balancing.att'; did you mean 'at'?"]),
+        (["balancing=mgda", "balancing.att=parameters"], ["there is no 'balancing.att'; did you mean 'balancing.at'?"]),
         (["balancing=excess_mtl", "balancing.at=representation", *SMALL], ["Use at='parameters'"]),
         (["balancing=krum", *SMALL], ["Krum, asked to aggregate the gradients of 2 tasks, failed", "at least 4 rows"]),
         (
@@ -203,7 +250,18 @@ def test_the_help_of_evaluation_explains_it_and_the_comparison_with_single_tasks
             ],
         ),
         (["sed=1"], ["there is no 'sed'; did you mean 'seed'?", "the configuration has:"]),
-        (["trainer.max_epoch=1"], ["did you mean 'max_epochs'?"]),
+        (["trainer.max_epoch=1"], ["did you mean 'trainer.max_epochs'?"]),
+        (
+            ["data.path=x.csv"],
+            ["there is no 'data.path' here; it belongs to data=tabular: add experiment=tabular or data=tabular\n"],
+        ),
+        (
+            ["balancing.weights=[1]"],
+            ["there is no 'balancing.weights' here; it belongs to balancing=fixed: add balanc"],
+        ),
+        (["data.root=there"], ["there is no 'data.root' here; it belongs to data=cmapss, data=nyuv2\n"]),
+        (["--experiment", "tabular"], ["options have no dashes: write experiment=tabular"]),
+        (["seed=1", "--trainer.max_epochs=3"], ["options have no dashes: write trainer.max_epochs=3"]),
         (["max_epochs=1"], ["there is no 'max_epochs'; did you mean 'trainer.max_epochs'?"]),
         (["epochs=1"], ["'trainer.max_epochs'", "did you mean 'trainer.min_epochs' or "]),
         (
@@ -214,7 +272,10 @@ def test_the_help_of_evaluation_explains_it_and_the_comparison_with_single_tasks
             ["model.optimizer.weight_decay=0.01"],
             ["but torch.optim.Adam accepts it. To add it, put a + before it: +model.optimizer.weight_decay=0.01\n"],
         ),
-        (["model.optimizer.epps=1"], ["did you mean 'eps'?", "also accepts, each with a + before it: betas, eps, "]),
+        (
+            ["model.optimizer.epps=1"],
+            ["did you mean '+model.optimizer.eps'?", "also accepts, each with a + before it: betas, eps, "],
+        ),
         (["+trainer.max_epochs=1"], ["'trainer.max_epochs' already exists: set its new value without the +"]),
         (
             ["+data.fish=1"],
@@ -283,7 +344,7 @@ def test_a_file_that_is_not_a_checkpoint_of_the_run_is_an_error(call: Call, run:
         evaluate.main, "ckpt_path=run/checkpoints/lst.ckpt", status=1
     )
     good = "ckpt_path=run/checkpoints/last.ckpt"
-    assert "did you mean 'batch_size'?" in call(evaluate.main, good, "data.batchsize=3", status=1)
+    assert "did you mean 'data.batch_size'?" in call(evaluate.main, good, "data.batchsize=3", status=1)
 
 
 @pytest.mark.usefixtures("run")

@@ -43,6 +43,15 @@ def test_a_run_shows_losses_and_weights_and_no_advertisements(start: Start, tmp_
     assert "tensorboard --logdir run\n" in said
 
 
+def test_a_sweep_shows_each_line_once_and_how_to_compare_its_runs(start: Start) -> None:
+    process = start(*MODULE, "-m", *OPTIONS, "logger=csv", "balancing=equal,gradnorm", "hydra.sweep.dir=my sweep")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert said.count("Network: encoder 33,600") == 2
+    assert said.count("GPU available") == 2
+    assert re.search(r"^compare +\S*gradnorm-report 'my sweep'$", said, re.MULTILINE)
+
+
 @pytest.mark.parametrize("balancing", ["equal", "fixed 'balancing.weights={task_0: 1.5, task_1: 0.5}'"])
 def test_other_strategies_show_the_weights_that_they_have(start: Start, balancing: str) -> None:
     words = f"balancing={balancing}".replace("'", "").split(" ", 1)

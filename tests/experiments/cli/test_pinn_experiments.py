@@ -93,7 +93,7 @@ def test_a_run_that_is_resumed_keeps_its_optimizer(call: Call, tmp_path: Path) -
 WRONG = {
     "another task": (
         ["data.points={pde: 8, boundary: 8, inital: 3}"],
-        "there is no 'data.points.inital'; did you mean 'initial'?",
+        "there is no 'data.points.inital'; did you mean 'data.points.initial'?",
     ),
     "a wrong viscosity": (["data.equation.viscosity=0"], "Burgers: viscosity should be a positive number; got 0"),
     "one task alone": (["tasks=[pde]"], "which has no parameter 'only'. Use tasks=null"),

@@ -6,6 +6,7 @@ import csv
 import html
 import json
 import re
+import shlex
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,10 @@ FAILS = "+callbacks.fails={_target_: reporting.FailsAtStep, step: 3}"
 
 def test_a_sweep_becomes_a_page_with_the_numbers_of_its_logs(call: Call, tmp_path: Path) -> None:
     call(train.main, "-m", *OPTIONS, "balancing=equal,gradnorm", "seed=0,1", "hydra.sweep.dir=runs/sweep")
-    assert "4 of 4 runs are finished, 2 methods" in call(report.main, "runs")
+    said = call(report.main, "runs")
+    assert "4 of 4 runs are finished, 2 methods" in said
+    (ranks,) = re.findall(r"│ mean rank ↓ +│(.*)│(.*)│", said)
+    assert sorted(float(one.strip(" *")) for one in ranks) in ([1, 2], [1.25, 1.75], [1.5, 1.5])
     assert_table_agrees_with_logs(tmp_path / "runs", ["equal", "gradnorm"])
     page = (tmp_path / "runs" / "report.html").read_text()
     for title in ("Metrics during training", "Task weights during training", "Gradient norms"):
@@ -90,7 +94,8 @@ def assert_table_agrees_with_logs(runs: Path, methods: list[str]) -> None:
     for name, folders in of_method.items():
         line = next(line for line in text.splitlines() if line.startswith(f"| {name.replace('_', chr(92) + '_')} | "))
         shown = dict(zip(heading, (cell.strip(" *") for cell in line.strip("|").split("|")), strict=True))
-        for metric in ("mse", "r2", "loss"):
+        assert not [one for one in heading if re.search(r"task_\d loss", one.replace("\\", ""))]  # the same as the mse
+        for metric in ("mse", "r2"):
             for task in ("task_0", "task_1"):
                 values = [logged_in_the_test(folder, f"test/{metric}/{task}") for folder in folders]
                 cell = next(
@@ -121,6 +126,22 @@ def test_a_run_that_continues_after_its_failure_is_not_a_failed_run(call: Call, 
     assert [run.state for run in collect(["run"])] == ["finished"]
 
 
+def test_runs_that_never_began_share_a_line(call: Call, tmp_path: Path) -> None:
+    write_run(tmp_path / "runs/equal", metrics=measured(1, 0.5))
+    write_run(tmp_path / "runs/stopped", seed=1)
+    for number in range(5):
+        write_run(tmp_path / f"runs/never{number}", seed=2)
+        for file in ("config.yaml", "overrides.yaml"):
+            (tmp_path / f"runs/never{number}" / file).unlink()
+        (tmp_path / f"runs/never{number}/.hydra/config.yaml").write_text("balancing: {}\n")
+    said = call(report.main, "runs")
+    assert "5 runs did not begin to train: never0, never1, never2, …\n" in said
+    assert "stopped: unfinished, began to train, nothing logged\n" in said
+    problems = (tmp_path / "runs/report.md").read_text().partition("## Runs without results")[2]
+    assert problems.count("did not begin to train") == 1
+    assert "| 5 runs |  |  | unfinished | did not begin to train | never0, never1, never2, … |" in problems
+
+
 def test_the_output_goes_to_the_requested_folder(call: Call, tmp_path: Path) -> None:
     for name in ("equal", "gradnorm"):
         write_run(tmp_path / f"runs/{name}", name, metrics=measured(1, 0.5))
@@ -137,7 +158,7 @@ def test_the_output_goes_to_the_requested_folder(call: Call, tmp_path: Path) -> 
     ("arguments", "said"),
     [
         ([], "the following arguments are required: DIR"),
-        (["nowhere"], "gradnorm-report: nowhere should be a folder of runs; no such folder"),
+        (["nowhere"], "gradnorm-report: no such folder: nowhere. Use the folder of a run or of a sweep."),
         (["empty"], "gradnorm-report: empty is empty"),
         (["without"], "gradnorm-report: without has no run of gradnorm-train in it or below it"),
         (["tasks"], "gradnorm-report: runs of different tasks cannot be compared: a has depth, seg, b has hue, seg"),
@@ -158,6 +179,20 @@ def test_wrong_input_is_a_sentence_and_status_2(call: Call, tmp_path: Path, argu
         write_run(tmp_path / name / "a", metrics=measured(1, 0.5))
         write_run(tmp_path / name / "b", "gradnorm", metrics=measured(1, 0.5), **options)
     assert said in call(report.main, *arguments, status=2)
+
+
+def test_runs_on_several_data_sets_are_refused_with_commands_that_work(call: Call, tmp_path: Path) -> None:
+    for data, size in (("toy", 100), ("my table", 7)):
+        for name in ("equal", "gradnorm"):
+            folder = tmp_path / "outputs" / data / name / "2026"
+            write_run(folder, name, metrics=measured(1, 0.5), data__train_size=size)
+    said = call(report.main, "outputs", status=2)
+    assert "outputs holds runs on 2 data sets, which cannot be compared. Report on one: " in said
+    assert not list(tmp_path.rglob("report.*"))
+    commands = re.findall(r"gradnorm-report (?=\S*outputs/)(.*?)(?:, or |\n)", said)
+    assert [shlex.split(one) for one in commands] == [["outputs/my table"], ["outputs/toy"]]
+    for one in commands:
+        assert "2 of 2 runs are finished, 2 methods" in call(report.main, *shlex.split(one))
 
 
 def test_the_help_has_examples(call: Call) -> None:

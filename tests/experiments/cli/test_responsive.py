@@ -27,9 +27,19 @@ except SystemExit as left:
     [
         ("train", ["--help"], 0, "== Groups"),
         ("train", ["balancing=gradnrom"], 1, "did you mean 'gradnorm'?"),
-        ("train", ["balancing.alhpa=1"], 1, "did you mean 'alpha'?"),
-        ("train", ["balancing=mgda", "balancing.aggregator.epsilom=1"], 1, "did you mean 'epsilon'?"),
-        ("train", ["balancing=famo", "balancing.scalarizer.weight_dcay=1"], 1, "did you mean 'weight_decay'?"),
+        ("train", ["balancing.alhpa=1"], 1, "did you mean 'balancing.alpha'?"),
+        (
+            "train",
+            ["balancing=mgda", "balancing.aggregator.epsilom=1"],
+            1,
+            "did you mean 'balancing.aggregator.epsilon'?",
+        ),
+        (
+            "train",
+            ["balancing=famo", "balancing.scalarizer.weight_dcay=1"],
+            1,
+            "did you mean 'balancing.scalarizer.weight_decay'?",
+        ),
         ("train", ["max_epochs=3"], 1, "did you mean 'trainer.max_epochs'?"),
         ("train", ["model.optimizer.weight_decay=1"], 1, "+model.optimizer.weight_decay=1"),
         ("train", ["alpha=big"], 1, "could not be converted to Float"),

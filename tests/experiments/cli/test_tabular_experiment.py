@@ -100,7 +100,7 @@ WRONG = {
     ),
     "no such file": (
         ["data.path=no.csv", "data.targets=[a]"],
-        "path should be the file with the table; no.csv is no such",
+        "no such file: no.csv; path should be the file with the table",
     ),
     "other data": (["data=toy", "model=tabular"], "gradnorm-train: the model needs data with 'input_dim'|'scales'"),
 }

@@ -126,6 +126,14 @@ def test_equal_means_share_their_rank_and_nan_comes_last(tmp_path: Path) -> None
     assert ranks == {"equal": 1.5, "gradnorm": 1.5, "gradnorm_static": 3.0, "random_static": 4.0}
 
 
+def test_the_loss_of_a_task_has_no_column_if_it_equals_a_metric_in_every_method(tmp_path: Path) -> None:
+    for name, loss in (("equal", 1.0), ("gradnorm", 2.0)):
+        write_run(tmp_path / name, name, metrics=measured(loss, 0.5))
+    assert [metric.name for metric in compared(tmp_path).shown] == ["test/rmse/depth", "test/miou/seg", "test/loss"]
+    write_run(tmp_path / "other", "gradnorm_static", metrics={**measured(1.0, 0.5), "test/loss/depth": 1.1})
+    assert compared(tmp_path).shown == compared(tmp_path).metrics
+
+
 def test_times_are_seconds_per_step_relative_to_the_same_seed(study: Path) -> None:
     def times(folder: Path) -> list[float]:
         found = [json.loads((folder / str(seed) / "training.json").read_text()) for seed in SEEDS]

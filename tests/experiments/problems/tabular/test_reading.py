@@ -164,7 +164,7 @@ def test_the_error_for_a_wrong_file_describes_what_it_looks_like(case: str, tmp_
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(FileNotFoundError, match=r"tabel.csv is no such file; did you mean 'table.csv'\?"):
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*tabel.csv; did you mean 'table.csv'\?"):
         read_table(tmp_path / "tabel.csv")
     with pytest.raises(FileNotFoundError, match=r"path should be the file with the table; .* is a folder"):
         read_table(tmp_path)
@@ -189,7 +189,8 @@ def test_a_reader_that_is_not_installed_is_named(
         return real(module, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(
-        ModuleNotFoundError, match=rf"the package {package}, .*pip install 'lightning-gradnorm\[tabular\]'"
-    ):
+    expected = (
+        rf"reading {name} needs {package}, which is not installed\. .*pip install 'lightning-gradnorm\[tabular\]'"
+    )
+    with pytest.raises(ModuleNotFoundError, match=expected):
         read_table(tmp_path / name)

@@ -49,7 +49,7 @@ COLUMNS: dict[str, tuple[dict[str, Any], str]] = {
     "ignored target": ({"ignore": ["b"]}, r"column 'b' should have one role; got it in targets and in ignore"),
     "text as target": (
         {"targets": ["a", "city"]},
-        r"target 'city' of t.csv should contain numbers; got 'Rome' in row 1, and m",
+        r"target 'city' of t.csv should contain numbers; got 'Rome' in row 1, .* write its classes as numbers, such as 0 and 1",
     ),
     "text as input": (
         {"inputs": ["age", "city"]},

@@ -57,6 +57,6 @@ def needed(module: str) -> Any:
     except ModuleNotFoundError:
         package = module.split(".")[0]
         raise ModuleNotFoundError(
-            f"NYUv2: the package {package}, which reads this format, should be installed; it was not found. "
-            "Install it with: pip install 'lightning-gradnorm[nyuv2]'"
+            f"NYUv2: reading this format needs {package}, which is not installed. Install it: pip install "
+            "'lightning-gradnorm[nyuv2]'"
         ) from None

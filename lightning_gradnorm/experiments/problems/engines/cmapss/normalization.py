@@ -91,8 +91,8 @@ def _clusters(points: Array, count: int) -> Integers:
         from sklearn.cluster import KMeans
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "CMAPSS: the package scikit-learn, which finds the operating conditions by k-means, should be installed; it was "
-            "not found. Install it with: pip install 'lightning-gradnorm[cmapss]'"
+            "CMAPSS: finding the operating conditions needs scikit-learn, which is not installed. Install it: pip install "
+            "'lightning-gradnorm[cmapss]'"
         ) from None
     labels: Integers = KMeans(count, n_init=10, random_state=0).fit(points).labels_.astype(np.int64)
     return labels

@@ -295,7 +295,8 @@ def test_a_missing_package_is_named_with_its_extra(
 
     monkeypatch.setattr(importlib, "import_module", without)
     with pytest.raises(
-        ModuleNotFoundError, match=rf"the package {module.split('.')[0]}, .*'lightning-gradnorm\[nyuv2\]'"
+        ModuleNotFoundError,
+        match=rf"needs {module.split('.')[0]}, which is not installed\. .*'lightning-gradnorm\[nyuv2\]'",
     ):
         find_source(whole / form)
     find_source(whole / "mtan")
