@@ -67,7 +67,7 @@ FAULTS = (
     Fault(
         "the weights are not scaled to sum T",
         _GRADNORM,
-        "return weights * (T / weights.sum())",
+        "return weights * (self._total / weights.sum())",
         "return weights",
         _OF_RULE,
     ),
@@ -109,8 +109,8 @@ FAULTS = (
     Fault(
         "a loss that is not finite updates the weights",
         _GRADNORM,
-        "problems = losses - losses  #",
-        "problems = torch.zeros_like(losses)  #",
+        "problems = losses - (losses.abs() if self.alpha > 0 else losses)",
+        "problems = torch.zeros_like(losses)",
         _OF_RULE,
     ),
     Fault(
@@ -458,9 +458,9 @@ FAULTS = (
     ),
     Fault(
         "the weights move between the evaluations of a step",
-        _ENGINE,
-        "self._held = self._weights_by_task(self.rule.loss_weights.clone())",
-        "self._held = self._weights_by_task(self.rule.loss_weights)",
+        f"{_CORE}engine/passes.py",
+        "weights = self.rule.loss_weights.clone()  #",
+        "weights = self.rule.loss_weights  #",
         _OF_CLOSURES,
     ),
     # ---- aggregation -------------------------------------------------------------------------------------------------

@@ -28,11 +28,11 @@ def test_the_readme_has_at_most_900_words() -> None:
     assert len(README.split()) <= 900
 
 
-def test_the_readmes_snippet_runs_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_snippets_run_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where Lightning writes its checkpoint
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     found: dict[str, Any] = {"__name__": "__main__"}
-    exec(compile(snippet, "README.md", "exec"), found)
+    for snippet in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(compile(snippet, "README.md", "exec"), found)
     weights = found["gradnorm"].weights
     assert sum(weights.values()) == pytest.approx(2.0)
     assert weights["price"] < 0.1  # its loss is thousands of times as large

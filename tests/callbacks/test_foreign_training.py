@@ -113,9 +113,9 @@ def test_a_second_callback_on_the_same_compiled_heads_reads_its_own_numbers(
     readings: list[str] = []
     read = Engine._read
 
-    def counted(engine: Engine[Any], task: str, *args: Any) -> object:
+    def counted(engine: Engine[Any], task: str, *args: Any, **kwargs: Any) -> object:
         readings.append(task)
-        return read(engine, task, *args)
+        return read(engine, task, *args, **kwargs)
 
     monkeypatch.setattr(Engine, "_read", counted)
     model, twin = case.make(), case.make()

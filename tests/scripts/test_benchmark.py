@@ -56,13 +56,14 @@ def number(cell: str) -> float:
 )
 def test_every_way_has_a_column_of_ratios_and_one_of_milliseconds(asked: list[str], call: Call, ways: Any) -> None:
     told = call("--cases", "toy:2,3", "--steps", "11", *(["--ways", *asked] if asked else []), *SHORT)
-    ratios, milliseconds = tables("step_time")
+    ratios, floors, milliseconds = tables("step_time")
     assert [(row["model"], row["T"]) for row in ratios] == [("toy", "2"), ("toy", "3")]
     usual = {name: way for name, way in ways.OF_GRADNORM.items() if way.is_usual}
     there = [name for name, way in usual.items() if way.what_is_missing() is None]
     left_out = set() if asked else set(usual) - set(there)
     there = ["equal weights", *asked] if asked else there
     assert list(milliseconds[0]) == ["model", "T", *there]
+    assert list(floors[0]) == ["model", "T", "weight-gradient, ms", *there]
     for of_ratio, of_time in zip(ratios, milliseconds, strict=True):
         assert all(number(of_ratio[name]) > 0 and number(of_time[name]) > 0 for name in there[1:])
     assert image.imread(OUTPUT / "step_time.png").std() > 0.05
@@ -172,8 +173,8 @@ def test_failures_of_others_are_reported_and_failures_of_ours_are_raised(
 
     monkeypatch.setitem(ways.OF_GRADNORM, "textbook", ways.Way(fails, is_ours=False))
     call("--cases", "toy:2", "--steps", "11", "--ways", "textbook", "with heads", *SHORT)
-    ratios, _ = tables("step_time")
-    assert ratios[0]["textbook"] == "fails"
+    ratios, floors, _ = tables("step_time")
+    assert ratios[0]["textbook"] == floors[0]["textbook"] == "fails"
     assert number(ratios[0]["with heads"]) > 0
     assert "textbook on toy, T = 2: RuntimeError: no double backward\n" in (OUTPUT / "step_time.md").read_text()
     monkeypatch.setitem(ways.OF_GRADNORM, "with heads", ways.Way(fails))
@@ -183,7 +184,7 @@ def test_failures_of_others_are_reported_and_failures_of_ours_are_raised(
 
 def test_the_solvers_share_is_shown_next_to_the_ratio_of_aggregations(call: Call) -> None:
     call("--of", "aggregation", "--cases", "toy:2", "--steps", "11", "--ways", "PCGrad", *SHORT)
-    ratios, _ = tables("step_time_aggregation")
+    ratios, _, _ = tables("step_time_aggregation")
     ratio, _, share = ratios[0]["PCGrad"].strip(")").partition("; ")
     assert 0 <= float(share) < number(ratio)
 
@@ -191,7 +192,7 @@ def test_the_solvers_share_is_shown_next_to_the_ratio_of_aggregations(call: Call
 @pytest.mark.slow
 def test_compiled_trunk_and_heads_train_in_all_our_ways(call: Call) -> None:
     told = call("--compile", "--cases", "toy:2", "--steps", "11", *SHORT)
-    ratios, _ = tables("step_time_compiled")
+    ratios, _, _ = tables("step_time_compiled")
     assert "Left out: without heads (not with a compiled model)" in told
     assert all(number(ratios[0][name]) > 0 for name in OURS if name not in ("without heads", "nothing named"))
     assert ratios[0]["textbook"] == "fails"  # torch.compile has no double backward
@@ -245,13 +246,35 @@ def test_the_cost_of_a_task_is_the_slope_of_the_overhead(call: Call) -> None:
 
 
 def test_one_weight_gradient_is_one_product_of_the_shared_layer(plan: Any) -> None:
-    from benchmarking.slope import REPETITIONS, weight_gradient_times
+    from benchmarking.floor import REPETITIONS, weight_gradient_times
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         times = weight_gradient_times("toy", plan.setting)
     assert len(times) == REPETITIONS
     backward = [event for event in profiler.events() if event.name == "AddmmBackward0"]
-    assert len(backward) == REPETITIONS + 3
+    assert len(backward) == REPETITIONS + 1
+
+
+def test_an_overhead_is_in_units_of_one_weight_gradient_for_each_task(script: ModuleType) -> None:
+    from benchmarking.floor import floors
+
+    assert floors(step=[16.0, 22.0], equal=[10.0, 10.0], tasks=3, weight_gradients=[1.0, 2.0, 9.0]) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("times", "cell"),
+    [
+        ([2.0, 2.0, 2.0, 2.0], "1.00 (1.00 to 1.00)"),
+        ([2.0, 2.08, 2.0, 2.08], "1.04 (0.96 to 1.04)"),
+        ([2.0, 3.0, 2.0, 3.0], "1.50 (0.67 to 1.50) noisy"),
+    ],
+)
+def test_runs_with_equal_weights_that_differ_by_over_5_percent_are_marked(
+    times: list[float], cell: str, script: ModuleType
+) -> None:
+    from benchmarking.floor import noise_cell
+
+    assert noise_cell(times) == cell
 
 
 def test_the_bare_loop_is_shown_next_to_lightnings_and_ours(call: Call) -> None:

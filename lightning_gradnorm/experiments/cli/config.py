@@ -153,8 +153,8 @@ def schema_named(path: str) -> type | None:
     It is derived from the constructor's source, or from the imported constructor if the source is not explicit enough.
 
     Example:
-        >>> schema_named("aggregation/CAGrad")._target_
-        'torchjd.aggregation.CAGrad'
+        >>> schema_named("aggregation/MGDA")._target_
+        'torchjd.aggregation.MGDA'
     """
     name = path.rpartition("/")[2]
     try:
