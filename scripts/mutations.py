@@ -27,12 +27,14 @@ _GRADNORM = f"{_CORE}strategies/gradnorm.py"
 _ADAM = f"{_CORE}strategies/weight_optimizer.py"
 _FIRST = f"{_CORE}strategies/initial_losses.py"
 _SOLVERS = f"{_CORE}strategies/solvers.py"
+_DUAL_CONE = f"{_CORE}strategies/dual_cone.py"
 _ENGINE = f"{_CORE}engine/engine.py"
 _RANKS = f"{_CORE}engine/ranks.py"
 
 _OF_TERMS = ("tests/strategies/test_gradnorm_terms.py",)
 _OF_RULE = (*_OF_TERMS, "tests/strategies/test_gradnorm_rule.py")
 _OF_SOLVERS = ("tests/strategies/test_solvers.py",)
+_OF_DUAL_CONE = ("tests/strategies/test_dual_cone.py",)
 _OF_LAST_SEEN = ("tests/callbacks/test_last_seen.py",)
 _OF_NETWORK = ("tests/callbacks/test_network_gradients.py",)
 _OF_BALANCER = ("tests/engine/test_balancer.py",)
@@ -717,6 +719,27 @@ FAULTS = (
         "is_fresh = length <= 0",
         "is_fresh = True",
         _OF_SOLVERS,
+    ),
+    Fault(
+        "exchanges of all wrong entries at once never become exchanges of one",
+        _DUAL_CONE,
+        "if step >= _BLOCKS:",
+        "if False:",
+        _OF_DUAL_CONE,
+    ),
+    Fault(
+        "a weight may fall below that of the vector it projects",
+        _DUAL_CONE,
+        "v >= u - error.amax(dim=1, keepdim=True)",
+        "v == v",
+        _OF_DUAL_CONE,
+    ),
+    Fault(
+        "short gradients are projected, although norm_eps excludes them",
+        _DUAL_CONE,
+        "if trace > 0 and trace >= self.norm_eps else",
+        "if trace > 0 else",
+        _OF_DUAL_CONE,
     ),
     Fault(
         "calls that TorchJD's own solver answers are not counted",

@@ -34,9 +34,6 @@ DETAILS: dict[str, Callable[[Strategy], str]] = {
     "weights sum to": lambda one: one.weights_sum_to + (", may be negative" if one.weights_may_be_negative else ""),
     "several ranks": lambda one: one.on_ranks,
     "tasks": lambda one: f"≥ {one.fewest_tasks}",
-    "extra": lambda one: (
-        f'`pip install "lightning-gradnorm[solvers]"` ({", ".join(one.packages)})' if one.packages else "–"
-    ),
     "source": lambda one: citation(one.reference) or "–",
 }
 

@@ -31,6 +31,8 @@ from lightning_gradnorm.strategies import (
     ReLoBRaLo,
     SoftAdapt,
     Uncertainty,
+    UPGrad,
+    UPGradWeighting,
     with_equal_preferences,
 )
 from lightning_gradnorm.strategies.facts import any_part, facts_of
@@ -58,7 +60,7 @@ INSTEAD: dict[Any, dict[str, Make]] = {
     S.PBI: {"PBI": lambda T: S.PBI(0.5, _preferences(T))},
     S.STCH: {"STCH": lambda T: S.STCH(0.5)},
     Uncertainty: {"Uncertainty": lambda T: Uncertainty(["seg"])},
-    A.CRMOGMWeighting: {"CR-MOGM": lambda T: A.CRMOGMWeighting(A.UPGradWeighting(), alpha=0.7)},
+    A.CRMOGMWeighting: {"CR-MOGM": lambda T: A.CRMOGMWeighting(UPGradWeighting(), alpha=0.7)},
     A.ExcessMTL: {"ExcessMTL": lambda T: A.ExcessMTL(0.5, n_warmup_steps=2)},
     A.GradDrop: {
         "GradDrop": lambda T: A.GradDrop(),
@@ -104,8 +106,10 @@ MORE: dict[str, Make] = {
     "TorchJD's NashMTL": A.NashMTL,
     "TorchJD's NashMTL, seldom": partial(A.NashMTL, max_norm=0.0, update_weights_every=3),
     "PCD, quick": lambda T: A.PCD(beta=0.5),
-    "UPGrad with preferences": lambda T: A.UPGrad(_vector(0.5, 0.2, 0.3)),
-    "UPGradWeighting": lambda T: A.UPGradWeighting(),
+    "TorchJD's DualProj": lambda T: A.DualProj(),
+    "TorchJD's UPGrad": lambda T: A.UPGrad(),
+    "UPGrad with preferences": lambda T: UPGrad(_vector(0.5, 0.2, 0.3)),
+    "UPGradWeighting": lambda T: UPGradWeighting(),
 }
 """More variants, of three tasks, for the tests of single objects and those against a calculation by hand."""
 

@@ -63,7 +63,8 @@ def test_in_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ours_are_rules_without_the_extra() -> None:
     names = run("Without the extra")
-    for made in (names["CAGrad"](c=0.5), names["FairGrad"](alpha=2.0), names["NashMTL"](n_tasks=2)):
+    of_no_options = [names["UPGrad"](), names["DualProj"]()]
+    for made in (*of_no_options, names["CAGrad"](c=0.5), names["FairGrad"](alpha=2.0), names["NashMTL"](n_tasks=2)):
         rule = names["AggregationRule"](["seg", "depth"], made)
         assert bool(rule.weigh_gradients(torch.eye(2)).isfinite().all())
 

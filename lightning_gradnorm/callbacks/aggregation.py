@@ -66,8 +66,8 @@ class Aggregation(LossWeightingCallback[AggregationRule]):
 
     Example:
         >>> import lightning as L
-        >>> from torchjd.aggregation import UPGrad
         >>> from lightning_gradnorm import Aggregation
+        >>> from lightning_gradnorm.strategies import UPGrad
         >>> heads = {"seg": "seg_head", "depth": "depth_head"}
         >>> trainer = L.Trainer(callbacks=[Aggregation(UPGrad(), tasks=list(heads), heads=heads)], logger=False)
     """

@@ -252,14 +252,6 @@ class Strategy:
         return costs.get(self.kind, "nothing")
 
     @property
-    def packages(self) -> list[str]:
-        """Solvers that it requires."""
-        parts = [] if self._rule is None else [*self.parts(self._rule.tasks).values()]
-        modules = [module for part in parts for module in part.modules()]
-        holders = [one for module in modules for one in (module, *vars(module).values())]
-        return sorted({name for one in holders for name in getattr(one, "_REQUIRED_DEPS", ())} - {"numpy"})
-
-    @property
     def weights_sum_to(self) -> str:
         """The sum of its weights as text."""
         if self._formula is not None and self.callback is not None:

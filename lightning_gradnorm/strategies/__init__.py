@@ -1,7 +1,7 @@
 """What a strategy does with T losses and T gradient norms. Pure torch: knows neither Lightning nor Hydra.
 
-The scalarizers, aggregators, weightings and norm formulas of every module in this folder are public here: a new strategy is a
-new file. The explicit imports below only give type checkers their types.
+The scalarizers, aggregators, weightings, projectors and norm formulas of every module in this folder are public here: a new
+strategy is a new file. The explicit imports below only give type checkers their types.
 """
 
 import importlib
@@ -9,6 +9,7 @@ import pkgutil
 from typing import Any
 
 from torchjd.aggregation import Aggregator, Weighting
+from torchjd.linalg import DualConeProjector
 from torchjd.scalarization import Scalarizer
 
 from lightning_gradnorm.strategies.aggregation import AggregationRule
@@ -58,7 +59,7 @@ def _discover() -> dict[str, type[Any]]:
     for info in pkgutil.iter_modules(__path__, prefix=f"{__name__}."):
         for name, kind in vars(importlib.import_module(info.name)).items():
             is_own = isinstance(kind, type) and kind.__module__ == info.name and not name.startswith("_")
-            if is_own and issubclass(kind, Scalarizer | Aggregator | Weighting | NormFormula):
+            if is_own and issubclass(kind, Scalarizer | Aggregator | Weighting | NormFormula | DualConeProjector):
                 found[name] = kind
     return found
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 Made = TypeVar("Made", bound=nn.Module)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_BUILT_WITH = {"QuadprogProjector": ["UPGrad", "DualProj"]}
+"""Part of TorchJD that needs a solver → the classes of ours that do without it."""
 
 
 @runtime_checkable
@@ -101,11 +103,11 @@ def missing_solver(error: BaseException) -> str | None:
     if not hint or not isinstance(error, ImportError):
         return None
     kind = what.partition(" ")[0].strip("_").removesuffix("Weighting")
-    ours = f"lightning_gradnorm.strategies.{kind}"
-    needs_none = (
-        f", or use {ours}, which needs none" if hasattr(sys.modules["lightning_gradnorm.strategies"], kind) else ""
-    )
-    return f'{what} Run pip install "lightning-gradnorm[solvers]"{needs_none}.'
+    ours = sys.modules["lightning_gradnorm.strategies"]
+    names = _BUILT_WITH.get(kind, [kind] if hasattr(ours, kind) else [])
+    listed = " or ".join(f"{ours.__name__}.{name}" for name in names)
+    instead = f", or use {listed}, which needs none" if listed else ""
+    return f'{what} Run pip install "lightning-gradnorm[solvers]"{instead}.'
 
 
 def _arguments(given: Callable[..., Any], number_of_tasks: int, caller: str) -> tuple[int, ...]:

@@ -231,18 +231,24 @@ def test_any_two_balancing_callbacks_are_refused(quiet_trainer: MakeTrainer, fir
 
 
 @pytest.mark.parametrize(
-    ("made", "lacks"),
-    [(jd.UPGrad, "quadprog"), (jd.DualProj, "qpsolvers"), (jd.NashMTL, "ecos"), (partial(jd.CAGrad, c=0.5), "clarabel"),
-     (partial(jd.FairGrad, alpha=1.0), "scipy")],
-)  # fmt: skip
-def test_the_error_for_a_missing_solver_names_it_and_how_to_install_it(
-    quiet_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, made: Any, lacks: str
+    ("made", "lacks", "instead"),
+    [
+        (jd.UPGrad, "quadprog", "UPGrad or lightning_gradnorm.strategies.DualProj"),
+        (jd.DualProj, "qpsolvers", "UPGrad or lightning_gradnorm.strategies.DualProj"),
+        (jd.NashMTL, "ecos", "NashMTL"),
+        (partial(jd.CAGrad, c=0.5), "clarabel", "CAGrad"),
+        (partial(jd.FairGrad, alpha=1.0), "scipy", "FairGrad"),
+    ],
+)
+def test_the_error_for_a_missing_solver_names_it_how_to_install_it_and_what_needs_none(
+    quiet_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, made: Any, lacks: str, instead: str
 ) -> None:
     def find_spec(name: str) -> Any:
         return None if name == lacks else importlib.util.find_spec(name)
 
     monkeypatch.setattr(torchjd._mixins, "find_spec", find_spec)
-    expected = ("Aggregation: aggregator", lacks, 'pip install "lightning-gradnorm[solvers]"')
+    hint = f", or use lightning_gradnorm.strategies.{instead}, which needs none."
+    expected = ("Aggregation: aggregator", lacks, f'pip install "lightning-gradnorm[solvers]"{hint}')
     fails(quiet_trainer, aggregation(made), *expected, error=ModuleNotFoundError)
 
 

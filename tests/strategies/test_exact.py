@@ -230,10 +230,11 @@ def test_they_work_without_the_packages_of_the_extra(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(torchjd._mixins, "find_spec", lambda name: None if name in lacks else find(name))
     monkeypatch.setattr(builtins, "__import__", refuse)
-    for theirs in (partial(jd.NashMTL, T), partial(jd.CAGrad, 0.5), partial(jd.FairGrad, 2.0)):
+    for theirs in (jd.UPGrad, jd.DualProj, partial(jd.NashMTL, T), partial(jd.CAGrad, 0.5), partial(jd.FairGrad, 2.0)):
         with pytest.raises(ImportError):
             theirs()
-    for ours in (strategies.NashMTL(T), strategies.CAGrad(0.5), strategies.FairGrad(2.0), jd.MGDA()):
+    projecting = [strategies.UPGrad(), strategies.DualProj(), jd.CRMOGMWeighting(strategies.UPGradWeighting())]
+    for ours in (*projecting, strategies.NashMTL(T), strategies.CAGrad(0.5), strategies.FairGrad(2.0), jd.MGDA()):
         rule = rule_of(ours)
         weigh(rule, gradients(0))
         assert rule.fallbacks == rule.handed_over == 0

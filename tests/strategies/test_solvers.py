@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import minima
@@ -14,62 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torchjd.aggregation as jd
+from gramians import DEGENERATE, F64, SOME, cases, gramians, random_rows, rows_of
 from torch import Tensor
 
 from lightning_gradnorm.strategies.solvers import conflict_averse, fair_shares, shortest_combination
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # cvxpy's
-F64 = torch.float64
-Case = tuple[str, Tensor]
-"""Kind and matrix J."""
-
-
-def _rows(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator, dtype=F64)
-
-
-def random_rows(seed: int) -> Tensor:
-    """2 to 40 gradients; some agree, some are dependent, some differ in length."""
-    draw = torch.Generator().manual_seed(seed)
-    T = int(torch.randint(2, 41, (), generator=draw))
-    width = T + 20 if seed % 3 else max(1, T - seed % 7)
-    common = _rows(draw, 1, width) * 2 * (seed % 2)
-    return (_rows(draw, T, width) + common) * 10 ** _rows(draw, T, 1)
-
-
-DEGENERATE: dict[str, Callable[[torch.Generator, int], Tensor]] = {
-    "one direction": lambda draw, T: _rows(draw, T, 1).abs() @ _rows(draw, 1, 2 * T),
-    "one line": lambda draw, T: _rows(draw, T, 1) @ _rows(draw, 1, 2 * T),
-    "a zero row": lambda draw, T: _rows(draw, T, 2 * T) * (torch.arange(T) != T // 2)[:, None],
-    "two opposite rows": lambda draw, T: torch.cat([J := _rows(draw, T - 1, 2 * T), -2 * J[:1]]),
-    "a row twice": lambda draw, T: torch.cat([J := _rows(draw, T - 1, 2 * T), J[:1]]),
-    "tiny": lambda draw, T: 1e-12 * _rows(draw, T, 2 * T),
-    "huge": lambda draw, T: 1e12 * _rows(draw, T, 2 * T),
-    "from tiny to huge": lambda draw, T: 10 ** torch.linspace(-12, 12, T, dtype=F64)[:, None] * _rows(draw, T, 2 * T),
-    "single precision": lambda draw, T: _rows(draw, T, T).float().double(),
-}
-
-
-def cases(random: int, degenerate: int) -> list[Case]:
-    found: list[Case] = [("random", random_rows(seed)) for seed in range(random)]
-    names = list(DEGENERATE)
-    for seed in range(degenerate):
-        draw = torch.Generator().manual_seed(10_000 + seed)
-        T = 2 if seed < len(names) else int(torch.randint(2, 41, (), generator=draw))
-        name = names[seed % len(names)]
-        found.append((name, DEGENERATE[name](draw, T)))
-    return found
-
-
-SOME = pytest.mark.parametrize(
-    ("random", "degenerate"),
-    [pytest.param(70, 36, id="100"), pytest.param(1000, 200, id="1200", marks=pytest.mark.slow)],
-)
-
-
-@cache
-def gramians(random: int, degenerate: int) -> list[Case]:
-    return [(name, J @ J.T) for name, J in cases(random, degenerate)]
 
 
 def has_no_shares(name: str) -> bool:
@@ -185,7 +133,7 @@ def test_torchjd_comes_near_the_same_fair_shares(random: int, degenerate: int) -
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("T", [2, 3, 5])
 def test_all_solutions_are_those_found_slowly(T: int, seed: int) -> None:
-    J = _rows(torch.Generator().manual_seed(seed), T, 2 * T) + (seed % 3) * torch.ones(1, 2 * T, dtype=F64) / 2
+    J = rows_of(torch.Generator().manual_seed(seed), T, 2 * T) + (seed % 3) * torch.ones(1, 2 * T, dtype=F64) / 2
     G = J @ J.T
     found: dict[str, tuple[Any, Any]] = {
         "MGDA": (shortest_combination(G), minima.mgda(G.numpy())),
