@@ -341,7 +341,9 @@ def _sum(losses: Mapping[str, Tensor | list[Tensor] | None]) -> Tensor:
     """Return the sum of the losses that are present, several for a task if need be; a loss with several values is averaged."""
     each = [one for of_task in losses.values() for one in (of_task if isinstance(of_task, list) else [of_task])]
     kept = [one for one in each if one is not None and not (isinstance(one, Tensor) and one.numel() == 0)]
-    means = [torch.tensor(float(one)) if not isinstance(one, Tensor) else one.mean() if one.ndim else one for one in kept]
+    means = [
+        torch.tensor(float(one)) if not isinstance(one, Tensor) else one.mean() if one.ndim else one for one in kept
+    ]
     return functools.reduce(operator.add, means) if means else torch.zeros(())
 
 

@@ -25,7 +25,8 @@ class PivotingProjector(DualConeProjector):
     & Operations Research 1994). This could repeat itself, so after a few rounds only the last such entry is exchanged (Murty,
     Opsearch 1974), which ends for every positive definite G. All of it is in float64 on the CPU.
 
-    It takes the place of ``torchjd.linalg.QuadprogProjector``, which needs the extra ``solvers``. The options mean the same.
+    It takes the place of ``torchjd.linalg.QuadprogProjector``, which needs the extra ``solvers``. The options mean the same, but
+    TorchJD's ``norm_eps=1e-4`` leaves short gradients unprojected, as those at the representation often are.
 
     Args:
         norm_eps: G is divided by its trace. If the trace is less than this, G counts as zero, so nothing is projected.
@@ -37,7 +38,7 @@ class PivotingProjector(DualConeProjector):
         tensor([0.5000, 0.1250])
     """
 
-    def __init__(self, *, norm_eps: float = 1e-4, reg_eps: float = 1e-4) -> None:
+    def __init__(self, *, norm_eps: float = 0.0, reg_eps: float = 1e-4) -> None:
         check("PivotingProjector", norm_eps >= 0.0, "norm_eps", "at least 0", norm_eps)
         check("PivotingProjector", reg_eps >= 0.0, "reg_eps", "at least 0", reg_eps)
         self.norm_eps, self.reg_eps = norm_eps, reg_eps

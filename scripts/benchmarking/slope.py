@@ -17,6 +17,7 @@ DESCRIBED = (
     "to the shared layer's weight alone, in the same process, with the trunk run before each."
 )
 
+
 def overheads(times: dict[str, Times], name: str) -> list[float]:
     return [ours - equal for ours, equal in zip(times[name].step, times[name].equal, strict=True)]
 

@@ -124,7 +124,9 @@ def measure(plan: Plan) -> None:
         columns = ["model", "T", "weight-gradient, ms", EQUAL, *plan.names]
         parts += ["## Overhead in floors", FLOORS, table(columns, of_floors)]
     if noisy:
-        parts.append(f"The machine was too noisy for {', '.join(noisy)}: equal weights differ by over 5 % from run to run.")
+        parts.append(
+            f"The machine was too noisy for {', '.join(noisy)}: equal weights differ by over 5 % from run to run."
+        )
     parts += ["## Milliseconds", "Median, and quartiles.", table(["model", "T", *plan.all_names], milliseconds)]
     solver = (
         "; behind them the part of the ratio that the aggregator's own computation makes up" if of_aggregation else ""

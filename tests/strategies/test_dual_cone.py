@@ -109,12 +109,12 @@ def test_one_at_a_time_is_enough_for_any_number_of_tasks(monkeypatch: pytest.Mon
         torch.testing.assert_close(PivotingProjector()(corners(T), J @ J.T), expected, rtol=0, atol=1e-13)
 
 
-def test_by_default_gradients_that_are_short_together_are_not_projected() -> None:
+def test_short_gradients_are_projected_as_long_ones_unless_norm_eps_forbids_it() -> None:
     J = torch.tensor([[1.0, 0.0], [-1.0, 1.0]], dtype=F64)
     long, short = J @ J.T, 1e-5 * J @ J.T
-    assert torch.equal(PivotingProjector()(corners(2), short), corners(2))
-    assert not torch.equal(PivotingProjector()(corners(2), long), corners(2))
-    any_length = PivotingProjector(norm_eps=0.0)
+    assert torch.equal(PivotingProjector(norm_eps=1e-4)(corners(2), short), corners(2))
+    assert not torch.equal(PivotingProjector(norm_eps=1e-4)(corners(2), long), corners(2))
+    any_length = PivotingProjector()
     torch.testing.assert_close(any_length(corners(2), short), any_length(corners(2), long), rtol=1e-12, atol=0)
     nothing = torch.zeros(2, 2, dtype=F64)
     assert torch.equal(any_length(corners(2), nothing), corners(2))
