@@ -71,6 +71,7 @@ def test_every_way_has_a_column_of_ratios_and_one_of_milliseconds(asked: list[st
     assert all(f"{name} (" in (OUTPUT / "step_time.md").read_text() for name in left_out)
 
 
+@pytest.mark.slow
 def test_a_network_with_losses_of_derivatives_is_timed_in_every_step_and_every_tenth(call: Call) -> None:
     call("--of", "pinn", "--steps", "62", *SHORT)
     (ratios, milliseconds) = tables("step_time_pinn")
@@ -226,6 +227,7 @@ def test_the_peaks_of_fresh_processes_make_a_table(call: Call) -> None:
     assert 0.5 < number(row["with heads"]) < 3
 
 
+@pytest.mark.slow
 def test_the_first_step_is_measured_with_everything_named_and_with_nothing_named(call: Call) -> None:
     call("--measure", "first_step", "--cases", "toy:2,3", *SHORT)
     (rows,) = tables("first_step")
@@ -234,6 +236,7 @@ def test_the_first_step_is_measured_with_everything_named_and_with_nothing_named
     assert all(number(row["first step, ms"]) > 0 and number(row["a later step, ms"]) > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_task_is_the_slope_of_the_overhead(call: Call) -> None:
     call("--measure", "slope", "--cases", "toy:2,4", "--steps", "11", "--ways", "with heads", *SHORT)
     (line,), overheads = tables("task_cost")

@@ -25,6 +25,7 @@ def lines(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(rows))
 
 
+@pytest.mark.slow
 def test_the_quick_study_is_trained_kept_and_written(call: Call, script: ModuleType, tmp_path: Path) -> None:
     asked = ["--quick", "--problems", "plate", "--arms", *ARMS]
     call(*asked)

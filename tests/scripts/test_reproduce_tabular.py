@@ -32,6 +32,7 @@ def made_up(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_quick_study_is_trained_kept_and_written(call: Call, script: ModuleType, tmp_path: Path) -> None:
     folder = made_up(tmp_path / "tables")
     call(str(folder), "--quick")

@@ -167,7 +167,13 @@ def test_a_task_of_random_targets_is_named_once_and_its_updates_are_logged(quiet
 
 
 @pytest.mark.parametrize(
-    "options", [{"min_weight": 0.3}, {"stop_after": 20}, {"optimizer": partial(torch.optim.Adam, lr=1e-3)}], ids=str
+    "options",
+    [
+        {"min_weight": 0.3},
+        pytest.param({"stop_after": 20}, marks=pytest.mark.slow),
+        pytest.param({"optimizer": partial(torch.optim.Adam, lr=1e-3)}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_the_advice_of_the_warning_helps(options: dict[str, Any], quiet_trainer: Any) -> None:
     told, logger = train_on(Unlearnable(2), quiet_trainer, alpha=0.5, **options)

@@ -52,7 +52,9 @@ def test_a_sweep_shows_each_line_once_and_how_to_compare_its_runs(start: Start) 
     assert re.search(r"^compare +\S*gradnorm-report 'my sweep'$", said, re.MULTILINE)
 
 
-@pytest.mark.parametrize("balancing", ["equal", "fixed 'balancing.weights={task_0: 1.5, task_1: 0.5}'"])
+@pytest.mark.parametrize(
+    "balancing", [pytest.param("equal", marks=pytest.mark.slow), "fixed 'balancing.weights={task_0: 1.5, task_1: 0.5}'"]
+)
 def test_other_strategies_show_the_weights_that_they_have(start: Start, balancing: str) -> None:
     words = f"balancing={balancing}".replace("'", "").split(" ", 1)
     process = start(*MODULE, *OPTIONS, "logger=csv", "callbacks.interrupt=null", *words)

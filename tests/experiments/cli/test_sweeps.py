@@ -126,6 +126,7 @@ def test_the_same_command_continues_an_interrupted_sweep(
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_job_killed_between_training_and_test_ends_as_the_others(call: Call, tmp_path: Path) -> None:
     asked = ["-m", *TINY, "seed=0,1", "hydra.sweep.dir=sweep"]
     call(train.main, *asked)

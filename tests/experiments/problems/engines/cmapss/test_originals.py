@@ -27,6 +27,10 @@ PUBLISHED = {  # rows and engines of the train and the test file
     "FD003": (24720, 100, 16596, 100), "FD004": (61249, 249, 41214, 248),
 }  # fmt: skip
 
+ALL_SUBSETS = pytest.mark.parametrize(
+    "subset", [pytest.param(one, marks=[pytest.mark.slow] if one != "FD001" else []) for one in SUBSETS]
+)
+
 
 def known(file: Path) -> Original:
     if file.name.startswith("RUL"):
@@ -119,7 +123,7 @@ def test_a_shorter_rul_file_is_blamed_where_the_test_file_is_nasas(root: Path) -
         CMAPSS(root, window=4, cap=8, health_thresholds=(5, 2)).setup()
 
 
-@pytest.mark.parametrize("subset", [*SUBSETS])
+@ALL_SUBSETS
 def test_nasas_own_files_are_known(subset: str) -> None:
     root = real_data("cmapss", f"train_{subset}.txt").parent
     for kind in ("train", "test", "RUL"):
@@ -133,7 +137,7 @@ def test_nasas_own_files_are_known(subset: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("subset", [*SUBSETS])
+@ALL_SUBSETS
 def test_nasas_own_engines_are_in_one_split_each_and_standardized_by_training_engines(subset: str) -> None:
     root = real_data("cmapss", f"train_{subset}.txt").parent
     with warnings.catch_warnings():
