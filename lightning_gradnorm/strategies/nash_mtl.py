@@ -108,5 +108,5 @@ def bargain(of: Any, gramian: Tensor) -> Tensor | None:
         of.prvs_alpha = solution if isinstance(of.prvs_alpha, Tensor) else solution.numpy()
     of.step += 1
     weights: Tensor = torch.as_tensor(of.prvs_alpha, dtype=torch.float64)
-    norm = float((weights @ G @ weights).clamp(min=0).sqrt())
-    return weights * (of.max_norm / norm) if 0 < of.max_norm < norm else weights
+    norm = float((weights @ G @ weights).clamp(min=0).sqrt()) if of.max_norm > 0 else 0.0
+    return weights * (of.max_norm / norm) if norm > of.max_norm else weights
