@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torchjd import aggregation as jd
 
+from lightning_gradnorm import strategies
 from lightning_gradnorm.strategies.aggregation import _weights_of
 from lightning_gradnorm.strategies.exact import solver_of
 
@@ -25,6 +26,7 @@ AGGREGATORS: dict[str, Callable[[int], jd.Aggregator]] = {
     "FairGrad": lambda tasks: jd.FairGrad(alpha=2.0),
     "MGDA": lambda tasks: jd.MGDA(),
     "UPGrad": lambda tasks: jd.UPGrad(),
+    "DualProj": lambda tasks: jd.DualProj(),
 }
 CALLS = 10
 """Gramians of each round."""
@@ -39,19 +41,20 @@ def milliseconds(solve: Callable[[Tensor], object], given: Sequence[Tensor]) -> 
 
 
 def times(name: str, tasks: int, rounds: int) -> tuple[list[float], list[float]]:
-    """Return TorchJD's times and ours; ours are empty if we leave it to TorchJD."""
+    """Return TorchJD's times and ours: of its own object, or of our class if we leave TorchJD's to itself."""
     theirs: list[float] = []
     ours: list[float] = []
     torchjd, draw = AGGREGATORS[name](tasks), torch.Generator().manual_seed(0)
-    solve, weights = solver_of(AGGREGATORS[name](tasks)), _weights_of(torchjd)
+    weights = _weights_of(torchjd)
+    solve = solver_of(AGGREGATORS[name](tasks)) or _weights_of(getattr(strategies, name)())
     assert weights is not None
+    assert solve is not None
     for _ in range(rounds + 1):
         matrices = list(torch.randn(CALLS, tasks, 1000, generator=draw) + torch.randn(1000, generator=draw) / 2)
         gramians = [J @ J.T for J in matrices]
         roots = [torch.linalg.cholesky(G) for G in gramians]
         theirs.append(milliseconds(weights, roots if name == "NashMTL" else gramians))
-        if solve is not None:
-            ours.append(milliseconds(solve, gramians))
+        ours.append(milliseconds(solve, gramians))
     return theirs[1:], ours[1:]  # without the first calls
 
 
@@ -70,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _cell(taken: Sequence[float]) -> str:
-    return f"{statistics.median(taken):.2f} ({min(taken):.2f} to {max(taken):.2f})" if taken else "–"
+    return f"{statistics.median(taken):.2f} ({min(taken):.2f} to {max(taken):.2f})"
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ class PivotingProjector(DualConeProjector):
     & Operations Research 1994). This could repeat itself, so after a few rounds only the last such entry is exchanged (Murty,
     Opsearch 1974), which ends for every positive definite G. All of it is in float64 on the CPU.
 
-    It takes the place of ``torchjd.linalg.QuadprogProjector``, which needs the extra ``solvers``. The options mean the same, but
-    TorchJD's ``norm_eps=1e-4`` leaves short gradients unprojected, as those at the representation often are.
+    It takes the place of ``torchjd.linalg.QuadprogProjector``, which needs the extra ``solvers``. The options mean the same.
+    TorchJD's default ``norm_eps=1e-4`` leaves short gradients unprojected, as those at the representation often are.
 
     Args:
         norm_eps: G is divided by its trace. If the trace is less than this, G counts as zero, so nothing is projected.
