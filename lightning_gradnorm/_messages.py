@@ -104,7 +104,7 @@ def check_task_names(tasks: Sequence[str], *, caller: str, parameter: str = "tas
     if len(set(names)) != len(names):
         raise ValueError(f"{caller}: {parameter} should all be different; got {list(names)}")
     if len(names) < least:
-        raise ValueError(f"{caller}: balancing needs at least two {parameter}; got {list(names)}")
+        raise ValueError(f"{caller}: {parameter} should name at least two tasks; got {list(names)}")
     return names
 
 

@@ -26,7 +26,7 @@ def tasks_with_gradient(norms: Tensor, present: Tensor | None, *, may_look: bool
         >>> tasks_with_gradient(torch.tensor([0.3, 0.1]), None) is None
         True
     """
-    if may_look and bool(norms.all()):
+    if may_look and 0.0 not in norms.tolist():
         return present
     is_zero = norms == 0
     return ~is_zero if present is None else present & ~is_zero

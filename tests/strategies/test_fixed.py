@@ -34,7 +34,7 @@ def test_in_another_precision_they_are_the_given_numbers() -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"seg": 1.0}, "balancing needs at least two tasks"),
+        ({"seg": 1.0}, "tasks should name at least two tasks"),
         ({"seg": 1.0, "depth": 0.0}, r"weights\['depth'\] should be positive and finite; got 0.0"),
         ({"seg": math.nan, "depth": 1.0}, r"weights\['seg'\] should be positive and finite; got nan"),
         ([1.0, 2.0], "weights should be a mapping from task to number"),

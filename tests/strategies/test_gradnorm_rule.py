@@ -371,7 +371,7 @@ def test_an_argument_out_of_range_is_an_error(options: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("tasks", "kind", "message"),
     [
-        (["seg"], ValueError, "balancing needs at least two tasks"),
+        (["seg"], ValueError, "tasks should name at least two tasks"),
         (["seg", "seg"], ValueError, "tasks should all be different"),
         ("seg", TypeError, "tasks should be a list of names, such as .*; got 'seg'"),
         ([1, 2], TypeError, "tasks should be a list of names"),

@@ -147,5 +147,5 @@ def test_tensors_in_lists_and_dicts_move_and_one_that_is_named_twice_stays_one()
 
 @pytest.mark.parametrize("tasks", [[], ["seg"], ["seg", "seg"]])
 def test_fewer_than_two_different_tasks_are_refused(tasks: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"Scalarization: tasks should (be at least two|all be different).*; got \["):
+    with pytest.raises(ValueError, match=r"Scalarization: tasks should (name at least two|all be different).*; got \["):
         ScalarizationRule(tasks, SCALARIZERS["Mean"](2))

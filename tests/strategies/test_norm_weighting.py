@@ -285,7 +285,7 @@ WRONG = [
     ),
     case(
         "a single task",
-        "NormWeighting: balancing needs at least two tasks",
+        "NormWeighting: tasks should name at least two tasks",
         lambda: NormWeighting(InverseNorm(), ["a"]),
     ),
     case(
