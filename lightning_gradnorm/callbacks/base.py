@@ -297,8 +297,9 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
             return
         self._optimizers.finish_if_moved()
         self._usage.on_batch_end(pl_module, self._engine.batch)
-        if not (pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1):
-            self._show_if_logged(trainer)  # Lightning writes this batch, but it had no optimizer step
+        has_stepped = bool(self._engine.batch.steps)  # then it has been shown, if Lightning writes this batch
+        if not has_stepped and not (pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1):
+            self._show_if_logged(trainer)
         self._engine.start_batch()
         if self._described is None and self._engine.is_settled and self._usage.seen:
             parts = filter(None, [str(self._engine.plan), f"losses: {self._source}"])
