@@ -76,7 +76,8 @@ def test_every_section_has_a_recipe_of_at_most_twenty_lines() -> None:
 def test_plain_pytorch(capsys: pytest.CaptureFixture[str]) -> None:
     names = run("Plain PyTorch")
     assert_as_in_a_plain_loop(names)
-    assert capsys.readouterr().out == f"{names['balancer'].weights}\n"
+    assert capsys.readouterr().out == f"{names['balancer']}\n{names['balancer'].weights}\n"
+    assert "W = encoder.2.weight" in str(names["balancer"])
     Balancer(names["model"], GradNormRule(NAMES)).close()  # it was closed
 
 

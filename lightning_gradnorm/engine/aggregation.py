@@ -59,7 +59,14 @@ class AtRepresentation(LossMeasurement[GradientRule]):
     def candidates(self, W: Mapping[str, nn.Parameter], uncompiled: Collection[nn.Module]) -> list[GradientReader]:
         """Return the gate at the representation."""
         setting = self.setting
-        encoder = find_module(setting.model, setting.representation, caller=f"{setting.caller}: representation")
+        try:
+            encoder = find_module(setting.model, setting.representation, caller=f"{setting.caller}: representation")
+        except ValueError as error:
+            other = "of_parameters=True in the rule" if setting.caller == "Balancer" else "at='parameters'"
+            raise ValueError(
+                f"{error}. This strategy combines the gradients at the output of one module, by default 'encoder'. Name the "
+                f"module whose output the heads read, representation='trunk'; or combine those of the parameters: {other}."
+            ) from None
         return [JointGradients(encoder, f"'{setting.representation}'", setting.tasks, self._combine)]
 
     @property

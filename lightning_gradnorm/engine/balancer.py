@@ -271,7 +271,10 @@ class Balancer:
         return dict(zip(self.rule.tasks, weights.detach().tolist(), strict=True))
 
     def __repr__(self) -> str:
-        return f"Balancer({type(self.rule).__name__}{list(self.rule.tasks)}, {self._engine.plan})"
+        plan = str(self._engine.plan) or "where to read the gradients is found in the first batch"
+        return (
+            f"Balancer({type(self.rule).__name__}{list(self.rule.tasks)}{f', {plan}' * self._engine.reads_gradients})"
+        )
 
     # ---- state -------------------------------------------------------------------------------------------------------
 

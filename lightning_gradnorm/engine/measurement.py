@@ -61,7 +61,13 @@ class Measurement(Generic[AnyRule]):
         """The reader chosen in the first batch."""
 
     def find_layer(self) -> Mapping[str, nn.Parameter]:
-        """Return the parameters ``W`` by name; empty if no gradients of parameters are read."""
+        """Return the parameters ``W`` by name; empty if no gradients of parameters are read.
+
+        Raises:
+            ValueError: the layer that you name does not exist. It is not used, but a typo is an error for every rule.
+        """
+        if self.setting.shared_layer is not None:
+            find_shared_layers(self.setting.model, self.setting.shared_layer, caller=self.setting.caller)
         return {}
 
     def candidates(self, W: Mapping[str, nn.Parameter], uncompiled: Collection[nn.Module]) -> list[GradientReader]:

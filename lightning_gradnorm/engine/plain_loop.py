@@ -60,9 +60,8 @@ class PlainLoop:
             return
         self._has_warned = True
         self.ranks.warn(
-            f"Balancer: step was not called after any of the last {_PATIENCE} backward passes, but the parameters have moved "
-            f"in between. All of them count as one step, so the weights stay as they are. Call balancer.step() after each "
-            f"optimizer.step()."
+            f"Balancer: step was not called during the last {_PATIENCE} backward passes, although the parameters have changed. "
+            f"So the task weights have not been updated. Call balancer.step() after each optimizer.step()."
         )
 
     def forget_passes(self) -> None:

@@ -42,9 +42,10 @@ def check_kind(state: Mapping[str, Any], kind: str, version: int, *, caller: str
         ValueError: GradNorm: the state should be from GradNorm; it is from UW. Resume with the strategy that wrote it.
     """
     if (found := kind_of(state)) != kind:
-        raise ValueError(
-            f"{caller}: the state should be from {kind}; it is from {found}. Resume with the strategy that wrote it."
+        way_out = "Resume with the strategy that wrote it" + (
+            "." if state else "; or load none, to begin balancing now."
         )
+        raise ValueError(f"{caller}: the state should be from {kind}; it is from {found}. {way_out}")
     if state.get("version") != version:
         raise ValueError(
             f"{caller}: the state of {kind} should be of version {version}; got {state.get('version')!r}. Resume with the "

@@ -305,7 +305,7 @@ def test_a_forgotten_step_of_the_balancer_is_warned_of_once() -> None:
             optimizer.step()
         balancer.step()
     assert [str(one.message)[:79] for one in found] == [
-        "Balancer: step was not called after any of the last 50 backward passes, but the"
+        "Balancer: step was not called during the last 50 backward passes, although the "
     ]
 
 

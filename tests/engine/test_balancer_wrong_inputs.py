@@ -14,7 +14,7 @@ from torchjd import aggregation as A
 from torchjd import scalarization as S
 
 from lightning_gradnorm import Balancer, GradNorm
-from lightning_gradnorm.strategies import FixedRule, GradNormRule, ScalarizationRule
+from lightning_gradnorm.strategies import AggregationRule, FixedRule, GradNormRule, ScalarizationRule
 
 NAMES = TASKS[:3]
 BATCHES = vector_batches(3, 4)
@@ -436,3 +436,16 @@ def test_fixed_weights_take_no_state_of_another_strategy() -> None:
 def test_a_scalarizer_that_is_not_made_yet() -> None:
     with pytest.raises(TypeError, match=r"scalarizer should be a module, such as UW\(3\); got the class UW"):
         ScalarizationRule(NAMES, S.UW)  # type: ignore[arg-type]
+
+
+def test_a_shared_layer_that_does_not_exist_is_an_error_for_a_rule_that_reads_none() -> None:
+    with pytest.raises(ValueError, match="Balancer: shared_layer 'encoder.layr' is not in Network"):
+        Balancer(Network(), FixedRule({"seg": 1.0, "depth": 1.0, "normal": 1.0}), shared_layer="encoder.layr")
+
+
+def test_an_unknown_place_of_an_aggregation_comes_with_both_ways_out() -> None:
+    network = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 1))
+    with pytest.raises(ValueError, match="representation 'encoder' is not in Sequential") as raised:
+        Balancer(network, AggregationRule(NAMES, A.MGDA()))
+    assert "representation='trunk'" in str(raised.value)
+    assert "of_parameters=True" in str(raised.value)
