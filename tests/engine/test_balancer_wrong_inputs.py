@@ -439,7 +439,7 @@ def test_a_scalarizer_that_is_not_made_yet() -> None:
 
 
 def test_a_shared_layer_that_does_not_exist_is_an_error_for_a_rule_that_reads_none() -> None:
-    with pytest.raises(ValueError, match="Balancer: shared_layer 'encoder.layr' is not in Network"):
+    with pytest.raises(ValueError, match=r"Balancer: shared_layer 'encoder\.layr' is not in Network"):
         Balancer(Network(), FixedRule({"seg": 1.0, "depth": 1.0, "normal": 1.0}), shared_layer="encoder.layr")
 
 

@@ -13,7 +13,7 @@ LONG_CLASSES: Mapping[str, str] = {}
 
 DEEP_CLASSES: Mapping[str, str] = {}
 
-CORE_LINES_TODAY: int | None = 9_471
+CORE_LINES_TODAY: int | None = 9_480
 """Lines of code outside experiments, as long as they are more than the rule allows. Else ``None``."""
 
 
