@@ -63,8 +63,9 @@ class AtRepresentation(LossMeasurement[GradientRule]):
             encoder = find_module(setting.model, setting.representation, caller=f"{setting.caller}: representation")
         except ValueError as error:
             other = "of_parameters=True in the rule" if setting.caller == "Balancer" else "at='parameters'"
+            cause = str(error) if str(error).endswith("?") else f"{error}."
             raise ValueError(
-                f"{error}. This strategy combines the gradients at the output of one module, by default 'encoder'. Name the "
+                f"{cause} This strategy combines the gradients at the output of one module, by default 'encoder'. Name the "
                 f"module whose output the heads read, representation='trunk'; or combine those of the parameters: {other}."
             ) from None
         return [JointGradients(encoder, f"'{setting.representation}'", setting.tasks, self._combine)]

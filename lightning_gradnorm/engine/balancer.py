@@ -271,10 +271,10 @@ class Balancer:
         return dict(zip(self.rule.tasks, weights.detach().tolist(), strict=True))
 
     def __repr__(self) -> str:
-        plan = str(self._engine.plan) or "where to read the gradients is found in the first batch"
-        return (
-            f"Balancer({type(self.rule).__name__}{list(self.rule.tasks)}{f', {plan}' * self._engine.reads_gradients})"
-        )
+        balanced = f"{type(self.rule).__name__}{list(self.rule.tasks)}"
+        if not self._engine.reads_gradients:
+            return f"Balancer({balanced})"
+        return f"Balancer({balanced}, {str(self._engine.plan) or 'where to read the gradients is found in the first batch'})"
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -327,7 +327,10 @@ class Balancer:
 
 
 class _Recovery:
-    """After an error in the block, forgets this batch and step: whoever catches it continues with new gradients."""
+    """After an error in the block, forgets this batch and step: whoever catches it continues with new gradients.
+
+    One object serves every block of every step; a generator would serve only one.
+    """
 
     def __init__(self, forget: Callable[[], None]) -> None:
         self._forget = forget
@@ -344,10 +347,13 @@ def _sum(losses: Mapping[str, Tensor | list[Tensor] | None]) -> Tensor:
     """Return the sum of the losses that are present, several for a task if need be; a loss with several values is averaged."""
     each = [one for of_task in losses.values() for one in (of_task if isinstance(of_task, list) else [of_task])]
     kept = [one for one in each if one is not None and not (isinstance(one, Tensor) and one.numel() == 0)]
-    means = [
-        torch.tensor(float(one)) if not isinstance(one, Tensor) else one.mean() if one.ndim else one for one in kept
-    ]
-    return functools.reduce(operator.add, means) if means else torch.zeros(())
+    return functools.reduce(operator.add, map(_mean, kept)) if kept else torch.zeros(())
+
+
+def _mean(loss: Tensor | float) -> Tensor:
+    if not isinstance(loss, Tensor):
+        return torch.tensor(float(loss))
+    return loss.mean() if loss.ndim else loss  # a mean of one number would be another node to pass
 
 
 def _sum_of_watched(watched: Mapping[str, list[WatchedLoss]]) -> Tensor:

@@ -292,10 +292,7 @@ def _tasks_at_ends(roots: Mapping[str, Collection[Node]], ends: Collection[Node]
             elif (first := first_at.get(node)) is None:
                 first_at[node] = task
                 to_visit += [child for child, _ in node.next_functions if child is not None]  # in every batch: no call
-            elif first != task and node.next_functions:
-                break  # what two tasks compute together may lead anywhere
-        else:
-            continue
-        reached = reached_by(roots, stop=ends)
-        return {end: set(names_in(reached[end], [*roots])) for end in ends if end in reached}
+            elif first != task and node.next_functions:  # what two tasks compute together may lead anywhere
+                reached = reached_by(roots, stop=ends)
+                return {end: set(names_in(reached[end], [*roots])) for end in ends if end in reached}
     return found

@@ -65,18 +65,18 @@ class GraphChecks:
         return reader
 
     def select_readers(self, batch: BatchState) -> GradientReader | None:
-        """Return the reader of all tasks of a batch; check the graph of those that appear for the first time.
+        """Return the reader of all tasks of a batch, at least one; check the graph of those that appear for the first time.
 
         Raises:
             ValueError: what we would read is not a task's gradient.
         """
-        reader, new = None, {task: losses[0].node for task, losses in batch.losses.items() if task not in self._passed}
-        for task, losses in batch.losses.items():
-            for loss in losses:
-                reader = self.select_reader(task, loss, batch)
-                if len(new) > 1 and self._are_readable(new, batch):
-                    self._passed |= new.keys()
-                new.clear()
+        new = {task: losses[0].node for task, losses in batch.losses.items() if task not in self._passed}
+        first, *others = [(task, loss) for task, losses in batch.losses.items() for loss in losses]
+        reader = self.select_reader(*first, batch)
+        if len(new) > 1 and self._are_readable(new, batch):
+            self._passed |= new.keys()
+        for task, loss in others:  # those that have not passed together are checked one by one
+            reader = self.select_reader(task, loss, batch)
         return reader
 
     def require_disjoint_losses(self, batch: BatchState) -> None:

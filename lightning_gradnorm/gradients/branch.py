@@ -43,8 +43,8 @@ class _Branch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         if len(gradients) == 1 and gradients[0] is not None:  # the common case
-            is_taken = ctx.receive(ctx.tensors, gradients) is TAKEN
-            return None, None, None if is_taken else gradients[0]
+            passed_on = None if ctx.receive(ctx.tensors, gradients) is TAKEN else gradients[0]
+            return None, None, passed_on
         arrived = [(tensor, grad) for tensor, grad in zip(ctx.tensors, gradients, strict=True) if grad is not None]
         if arrived:
             tensors, grads = zip(*arrived, strict=True)

@@ -129,8 +129,8 @@ def check_loss(loss: Any, *, caller: str, otherwise: str = "", is_scalar: bool =
     ``caller`` begins the error and names the loss; ``otherwise`` names an alternative to a loss with a gradient;
     ``is_scalar``: it should have one value.
     """
-    in_a_trainer = "name what returns it with losses_from, or " * (not caller.startswith("Balancer"))
-    ways = f"If it is not available here, {in_a_trainer}give it to watch() where it is computed."
+    by_path = "" if caller.startswith("Balancer") else "name what returns it with losses_from, or "
+    ways = f"If it is not available here, {by_path}give it to watch() where it is computed."
     if not isinstance(loss, Tensor):
         kind = type(loss).__name__
         is_metric = callable(getattr(loss, "update", None)) and callable(getattr(loss, "compute", None))

@@ -30,8 +30,8 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _flat(gradient: Tensor, shape: Sequence[int] = (-1,)) -> Tensor:
-    """Return the values as a vector: a sparse gradient (of an Embedding) dense, a complex one as pairs of real numbers."""
+def _flat(gradient: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the values in this shape: a sparse gradient (of an Embedding) dense, a complex one as pairs of real numbers."""
     gradient = gradient.to_dense() if gradient.is_sparse else gradient
     return (torch.view_as_real(gradient) if gradient.is_complex() else gradient).reshape(shape)
 
@@ -71,18 +71,14 @@ def row_width(parameters: Sequence[Tensor]) -> int:
     return sum(parameter.numel() * (2 if parameter.is_complex() else 1) for parameter in parameters)
 
 
-def flat_row(found: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
-    """Return the gradients of ``parameters`` as one vector in float32 or float64, with zeros for missing ones."""
-    pairs = zip(found, parameters, strict=True)
-    parts = [_flat(torch.zeros_like(parameter) if part is None else part) for part, parameter in pairs]
-    return _at_least_float32(parts[0] if len(parts) == 1 else torch.cat(parts))
+def flat_row(found: Sequence[Tensor | None], parameters: Sequence[Tensor], *count: int) -> Tensor:
+    """Return the gradients of ``parameters`` as one vector in float32 or float64, with zeros for missing ones.
 
-
-def _flat_rows(found: Sequence[Tensor | None], parameters: Sequence[Tensor], count: int) -> Tensor:
-    """Return ``count`` gradients of ``parameters``, stacked along their first dimension, as `flat_row` does with each."""
+    With a count, they are the gradients of that many tasks, stacked along the first dimension; so are the vectors.
+    """
     pairs = zip(found, parameters, strict=True)
-    parts = [_flat(p.new_zeros(count, *p.shape) if part is None else part, (count, -1)) for part, p in pairs]
-    return _at_least_float32(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+    parts = [_flat(p.new_zeros(*count, *p.shape) if part is None else part, (*count, -1)) for part, p in pairs]
+    return _at_least_float32(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
 
 
 def _are_short(rows: Mapping[str, Tensor]) -> bool:
@@ -278,7 +274,7 @@ class WeightGradients(RowReader):
         found = torch.autograd.grad(
             outputs, self.targets, gradients, retain_graph=True, allow_unused=True, is_grads_batched=True
         )
-        return None if all(part is None for part in found) else _flat_rows(found, self.targets, count)
+        return None if all(part is None for part in found) else flat_row(found, self.targets, count)
 
     def forget(self) -> None:
         """Forget what was read, but not the current forward pass."""

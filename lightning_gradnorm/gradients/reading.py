@@ -121,7 +121,9 @@ class TaskReading:
         if task in self._alone:
             return False
         key = tuple(map(id, outputs))
-        place = self._places.get(key) or self._places.setdefault(key, self._new_place(reader, task, outputs))
+        if key not in self._places:
+            self._places[key] = self._new_place(reader, task, outputs)
+        place = self._places[key]
         if not place.most:
             return False
         place.tasks.append(task)
@@ -215,9 +217,8 @@ class TaskReading:
         bits = min(torch.finfo(one.dtype).bits for one in (*tensors, *reader.targets))
         if bool((difference > _TOLERANCES.get(bits, 0.05) * size).any()):
             raise ArithmeticError("gradients that are read together differ from those read one by one")
-        if bool(
-            difference.isfinite().all()
-        ):  # otherwise we cannot tell; numbers that are not finite are reported elsewhere
+        # Numbers that are not finite tell nothing; they are reported elsewhere.
+        if bool(difference.isfinite().all()):
             self._verified.update(tasks)
 
 

@@ -8,7 +8,7 @@ But an extra first-order pass would spoil both, without an error, since kernels 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,17 @@ from lightning_gradnorm.gradients.readers import Outputs, flat_row
 _FACTOR = 0.7310586  # a function that overwrites may skip a factor of 1
 _NAME_THEM = "; or, if it is in the loss or in a head, name shared_layer and heads, which are then read below it"
 _TRUSTED = ("torch", "lightning_gradnorm")
+
+
+class _Search(NamedTuple):
+    """A search for custom functions on the way from some nodes to others."""
+
+    start: set[Node]
+    end: set[Node]
+    custom: list[str]
+    """The names of those found."""
+    can_be_passed: bool
+    """Whether the whole way can be passed again."""
 
 
 class RepeatedPasses:
@@ -34,8 +45,7 @@ class RepeatedPasses:
         self._begin, self._way_out = begin, way_out
         self._has_custom: dict[tuple[str, bool], bool] = {}
         """Checked passes → whether they contain a custom function."""
-        self._last: tuple[set[Node], set[Node], list[str], bool] | None = None
-        """The last search for custom functions: where it began and ended, what it found, and whether that can be passed."""
+        self._last: _Search | None = None
 
     def forget_graph(self) -> None:
         """Release the graph that was searched last."""
@@ -44,7 +54,7 @@ class RepeatedPasses:
     def look_at(self, starts: Mapping[str, Iterable[Node]], targets: Sequence[Tensor], *, once: bool = True) -> None:
         """Prepare for `checked` at these edges, name → nodes: search the graph behind all of them at once."""
         if not once or any((name, True) not in self._has_custom for name in starts):
-            self._custom_functions(set().union(*starts.values()), targets)
+            self._search(set().union(*starts.values()), targets)
 
     def checked(
         self, name: str, outputs: Outputs, gradients: Sequence[Tensor], targets: Sequence[Tensor], *, once: bool = True
@@ -64,23 +74,22 @@ class RepeatedPasses:
         key = name, isinstance(outputs[0], GradientEdge)
         if not (once and key in self._has_custom):
             start = {one.node if isinstance(one, GradientEdge) else node_of(one) for one in outputs}
-            custom, can_be_passed = self._custom_functions(start, targets)
-            self._has_custom[key] = bool(custom)
-            if custom and can_be_passed:
-                self._compare(name, outputs, gradients, targets, ", ".join(custom))
+            search = self._search(start, targets)
+            self._has_custom[key] = bool(search.custom)
+            if search.custom and search.can_be_passed:
+                self._compare(name, outputs, gradients, targets, ", ".join(search.custom))
         return [one.clone() for one in gradients] if self._has_custom[key] else gradients
 
-    def _custom_functions(self, start: set[Node], targets: Sequence[Tensor]) -> tuple[list[str], bool]:
-        """Return the custom functions on the way to the targets, and whether the whole way can be passed again."""
-        end = set(map(node_of, targets))
-        if self._last is not None and self._last[1] == end:
-            begun, _, custom, can_be_passed = self._last
-            if begun == start or (not custom and begun > start):  # many tasks begin at the same tensors
-                return custom, can_be_passed
+    def _search(self, start: set[Node], targets: Sequence[Tensor]) -> _Search:
+        """Search the graph between the start and the targets, or return the last search if it answers for this one."""
+        end, last = set(map(node_of, targets)), self._last
+        # Many tasks begin at the same tensors; and where nothing was found behind all of them, there is nothing behind one.
+        if last is not None and last.end == end and (last.start == start or (not last.custom and last.start > start)):
+            return last
         nodes = nodes_on_paths(start, end)
         custom = sorted({node.name() for node in nodes if is_custom(node) and not _is_trusted(node)})
-        self._last = start, end, custom, not reason_not_retraversable(nodes)
-        return self._last[2:]
+        self._last = _Search(start, end, custom, not reason_not_retraversable(nodes))
+        return self._last
 
     def _compare(
         self, name: str, outputs: Outputs, gradients: Sequence[Tensor], targets: Sequence[Tensor], custom: str

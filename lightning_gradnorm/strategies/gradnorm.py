@@ -159,6 +159,7 @@ class GradNormRule(ReadsOutcomes):
         self._initial_weights = weights.detach().clone()
         self._logs = weights.detach().log().requires_grad_() if weight_space == "log" else None
         self._step = make_weight_optimizer(self.weights if self._logs is None else self._logs, optimizer)
+        # A tensor: number ÷ tensor rounds twice, and the weights would depend on whether all tasks are known to be present.
         self._total = torch.tensor(float(len(self.tasks)), dtype=dtype, device=device)
         self._all_present = torch.ones(len(self.tasks), dtype=torch.bool, device=device)
         self._initial = InitialLosses(self.tasks, initial_losses, self.alpha, weights.detach())

@@ -103,15 +103,11 @@ def reached_limit(checkpoint: Path, flags: Mapping[str, Any]) -> tuple[str, int]
         "max_epochs": content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"],
         "max_steps": content["global_step"],
     }
-    limits = {name: flags.get(name) for name in reached}
-    return next(
-        (
-            (name, reached[name])
-            for name, limit in limits.items()
-            if isinstance(limit, int) and 0 <= limit <= reached[name]
-        ),
-        None,
-    )
+    for name, so_far in reached.items():
+        limit = flags.get(name)
+        if isinstance(limit, int) and 0 <= limit <= so_far:
+            return name, so_far
+    return None
 
 
 @contextmanager

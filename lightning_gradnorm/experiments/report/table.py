@@ -52,7 +52,9 @@ def task_table(
             list(lines),
             {name: [*line] for name, line in zip(names, zip(*lines.values(), strict=True), strict=True)},
         )
-    table = Table(title=title, title_justify="left", caption=_caption(rows.get(ALL_TASKS)), caption_justify="left")
+    table = Table(
+        title=title, title_justify="left", caption=_caption("loss" in rows.get(ALL_TASKS, {})), caption_justify="left"
+    )
     table.add_column(corner)
     for name in names:
         table.add_column(name, justify="right")
@@ -72,8 +74,8 @@ def _is_loss(name: str, rows: Mapping[str, Mapping[str, float]]) -> bool:
     )
 
 
-def _caption(of_all: Mapping[str, float] | None) -> str | None:
-    return f"{ALL_TASKS}: its loss is the plain sum of the tasks' losses" if of_all and "loss" in of_all else None
+def _caption(has_sum: bool) -> str | None:
+    return f"{ALL_TASKS}: its loss is the plain sum of the tasks' losses" if has_sum else None
 
 
 def results_table(comparison: Comparison) -> Table | None:
@@ -88,8 +90,8 @@ def results_table(comparison: Comparison) -> Table | None:
     if len(found.rows) < len(found.header):
         lines = [list(line) for line in zip(*lines, strict=True)]
     table = Table(title=title_of(comparison), title_justify="left", caption_justify="left")
-    of_all = {metric.short: 0.0 for metric in comparison.shown if metric.task == ALL_TASKS}
-    table.caption = "; ".join(filter(None, ["* best mean, perhaps by chance", _caption(of_all)]))
+    has_sum = any(metric.task == ALL_TASKS and metric.short == "loss" for metric in comparison.shown)
+    table.caption = "; ".join(filter(None, ["* best mean, perhaps by chance", _caption(has_sum)]))
     for number, name in enumerate(lines[0]):
         table.add_column(escape(name), justify="right" if number else "left")
     for line in lines[1:]:
@@ -132,8 +134,8 @@ def comparison_table(
     """
     if not runs:
         raise ValueError("comparison_table: runs should be one or more; got none.")
-    of_all = next((found for run in runs if (found := by_task(run.metrics).get(ALL_TASKS))), None)
-    table = Table(title=title, title_justify="left", caption=_caption(of_all), caption_justify="left")
+    has_sum = any("loss" in by_task(run.metrics).get(ALL_TASKS, {}) for run in runs)
+    table = Table(title=title, title_justify="left", caption=_caption(has_sum), caption_justify="left")
     table.add_column("task")
     table.add_column("metric")
     for run in runs:
