@@ -148,7 +148,6 @@ def test_help_schema_and_pages_have_it(checkout: Path) -> None:
         "needs": "losses",
         "state in the checkpoint": "sum of losses",
         "cost besides the backward pass": "nothing",
-        "extra": "–",
         "weights sum to": "free",
         "several ranks": "exact",
         "tasks": "≥ 2",
