@@ -40,7 +40,7 @@ class OptimizerSteps:
 
     def update(self) -> None:
         """Follow the Trainer's current optimizers; you may have given it others in mid-training."""
-        optimizers = self._loop.trainer.optimizers
+        optimizers = self._loop.optimizers
         if list(map(id, optimizers)) == list(map(id, self._followed)):
             return
         self.close()
@@ -69,7 +69,7 @@ class OptimizerSteps:
             is_counted: whether Lightning announced it, and counts it.
         """
         self._usage.stepped = True
-        if optimizer is not None and not self._engine.watched.is_stepped_by(optimizer, self._loop.trainer.optimizers):
+        if optimizer is not None and not self._engine.watched.is_stepped_by(optimizer, self._loop.optimizers):
             return
         self._usage.shared_stepped = True
         skipped = is_counted and optimizer is not None and self._loop.skips(optimizer)

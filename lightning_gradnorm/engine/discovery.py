@@ -20,7 +20,7 @@ from lightning_gradnorm.engine.layers import ALL, trained_layers
 from lightning_gradnorm.engine.measurement import Setting
 from lightning_gradnorm.engine.step_state import WatchedLoss, nodes_by_task
 from lightning_gradnorm.gradients import BufferGuard, RepeatedPasses, flat_row, reason_not_retraversable, row_width
-from lightning_gradnorm.gradients.graph import has_gradient, node_of, reachable_nodes
+from lightning_gradnorm.gradients.graph import first_order_pass, has_gradient, node_of, reachable_nodes
 from lightning_gradnorm.gradients.loss_graph import LossGraph, Position, names_in, reached_by
 
 _PATIENCE = 50
@@ -166,7 +166,7 @@ class Discovery:
             for loss in losses.get(task, ()):
                 with self._buffers.preserved(task):
                     seeds = self._repeats.checked(task, [loss.edge], [torch.ones_like(loss.tensor)], W, once=False)
-                    found = torch.autograd.grad([loss.edge], W, seeds, retain_graph=True, allow_unused=True)
+                    found = first_order_pass([loss.edge], W, seeds)
                 row |= flat_row(found, W) != 0
         return setting.loop.ranks.sum(moved.float()) > 0
 
@@ -291,7 +291,9 @@ def _tasks_at_ends(roots: Mapping[str, Collection[Node]], ends: Collection[Node]
                 found.setdefault(node, set()).add(task)
             elif (first := first_at.get(node)) is None:
                 first_at[node] = task
-                to_visit += [child for child, _ in node.next_functions if child is not None]  # in every batch: no call
+                for child, _ in node.next_functions:  # not by `children`: this runs in every batch
+                    if child is not None:
+                        to_visit.append(child)
             elif first != task and node.next_functions:  # what two tasks compute together may lead anywhere
                 reached = reached_by(roots, stop=ends)
                 return {end: set(names_in(reached[end], [*roots])) for end in ends if end in reached}

@@ -157,7 +157,8 @@ class Engine(Passes[AnyRule]):
 
     def _records_calls(self) -> bool:
         """Return True if a module called now belongs to a forward pass whose gradients will be read."""
-        return self._is_forward_pass() and self._step.measured
+        # A forward pass may start another step, but none that is measured after one that is not.
+        return self._step.measured and self._is_forward_pass() and self._step.measured
 
     def _before_head(self, task: str, args: Any, kwargs: Any) -> Any:
         if not self._records_calls() or not torch.is_grad_enabled():
@@ -296,7 +297,7 @@ class Engine(Passes[AnyRule]):
             return False
         if self.batch.backpropagated:
             require_backpropagated(self.batch.losses, self.batch.all_backpropagated, caller=self._caller)
-        self.batch = self.batch.after_step()
+        self.batch.end_step()
         if skipped or (is_announced and self._is_without_gradients()):
             self.measurement.discard_step()
             self._release_batch()

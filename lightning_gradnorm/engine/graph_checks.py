@@ -70,6 +70,11 @@ class GraphChecks:
         Raises:
             ValueError: what we would read is not a task's gradient.
         """
+        if self._passed >= batch.losses.keys() and not batch.transformed:
+            (reader,) = self.readers or (None,)
+            nodes = (loss.node for losses in batch.losses.values() for loss in losses)
+            if reader is None or not any(map(reader.why_unreadable, nodes)):
+                return reader  # the usual case
         new = {task: losses[0].node for task, losses in batch.losses.items() if task not in self._passed}
         first, *others = [(task, loss) for task, losses in batch.losses.items() for loss in losses]
         reader = self.select_reader(*first, batch)
@@ -85,7 +90,7 @@ class GraphChecks:
         Raises:
             ValueError: the weight of one task would act on two.
         """
-        if self._disjoint >= set(batch.losses):
+        if self._disjoint >= batch.losses.keys():
             return
         self._disjoint |= set(batch.losses)
         # Several losses may be outputs of one node, for example of unbind.
@@ -110,7 +115,7 @@ class GraphChecks:
         Raises:
             ValueError: the gradient at the head would not be the loss's alone.
         """
-        if self._separate >= set(batch.branches):
+        if self._separate >= batch.branches.keys():
             return
         self._separate |= set(batch.branches)
         losses = {node for nodes in nodes_by_task(batch.losses).values() for node in nodes}

@@ -149,8 +149,7 @@ def reduce_step(
         scale: ratio of this rank's gradients to those of its mean loss. Ranks may have different ones, for example because of
             different numbers of micro-batches.
     """
-    nothing = like.new_zeros(())
-    losses = torch.stack([step.losses.get(task, nothing).to(like) for task in tasks])
+    losses = torch.stack([step.losses[task].to(like) if task in step.losses else like.new_zeros(()) for task in tasks])
     counts = [step.counts.get(task, 0) for task in tasks]
     if reader is not None:
         # As if the weight had not been rounded to the loss's precision.
@@ -168,7 +167,9 @@ def reduce_step(
         table = ranks.sum(table)
         losses, present = table[:, 0] / table[:, 1].clamp(min=1), table[:, 1] > 0
         norms, scale = None if reader is None else reader.norms_of(table[:, 3:]), table[0, 2]
-    return StepMeans(losses, present, norms if norms is None else norms / scale)
+    if norms is not None and (isinstance(scale, Tensor) or scale != 1.0):
+        norms = norms / scale
+    return StepMeans(losses, present, norms)
 
 
 def _to_device(like: Tensor, numbers: Sequence[int]) -> Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_gradnorm.gradients import GradientReader
@@ -33,8 +33,10 @@ class WatchedLoss:
 
     tensor: Tensor
     """The tensor that was shown."""
-    edge: GradientEdge
-    """Where its gradient arrives."""
+    node: Node
+    """The node at which its gradient arrives."""
+    output_nr: int
+    """Which output of that node it is."""
     value: Tensor
     """Its mean at that time, detached."""
     version: int
@@ -43,12 +45,14 @@ class WatchedLoss:
     @classmethod
     def of(cls, loss: Tensor) -> WatchedLoss:
         """Return the loss as it is now."""
-        return cls(loss, get_gradient_edge(loss), mean_of(loss), loss._version)
+        node = loss.grad_fn
+        assert node is not None  # `check_loss` refuses a leaf
+        return cls(loss, node, loss.output_nr, mean_of(loss), loss._version)
 
     @property
-    def node(self) -> Node:
-        """The node at which its gradient arrives."""
-        return self.edge.node
+    def edge(self) -> GradientEdge:
+        """Where its gradient arrives."""
+        return GradientEdge(self.node, self.output_nr)
 
     @property
     def has_changed(self) -> bool:
@@ -147,21 +151,14 @@ class BatchState:
     tasks_of: dict[int, str] = field(default_factory=dict)
     """``id`` of each watched loss → its task."""
 
-    def after_step(self) -> BatchState:
-        """Return what remains of the batch after an optimizer step: losses that were not back-propagated yet."""
-        left = self.waiting()
-        branches = {task: nodes for task, nodes in self.branches.items() if task in left}
-        tasks_of = {id(one.tensor): task for task, losses in left.items() for one in losses}
+    def end_step(self) -> None:
+        """Keep what remains of the batch after an optimizer step: losses that were not back-propagated yet."""
+        self.losses = left = self.waiting()
+        self.branches = {task: nodes for task, nodes in self.branches.items() if task in left}
+        self.tasks_of = {id(one.tensor): task for task, losses in left.items() for one in losses}
+        self.finished |= self.backpropagated
+        self.backpropagated, self.reached = set(), set()
         # The change of the loss by the weights stays: the optimizer has not read it yet.
-        return replace(
-            self,
-            finished=self.all_backpropagated,
-            losses=left,
-            backpropagated=set(),
-            reached=set(),
-            branches=branches,
-            tasks_of=tasks_of,
-        )
 
     def add(self, task: str, loss: Tensor) -> WatchedLoss:
         """Add a loss to watch."""

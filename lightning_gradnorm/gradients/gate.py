@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from lightning_gradnorm.gradients.branch import TAKEN, replace_tensors
-from lightning_gradnorm.gradients.graph import node_of, nodes_on_paths, reachable_nodes
+from lightning_gradnorm.gradients.graph import first_order_pass, node_of, nodes_on_paths, reachable_nodes
 from lightning_gradnorm.gradients.readers import GradientReader, Outputs
 
 Gradients = Sequence[Tensor | None]
@@ -179,7 +179,7 @@ class JointGradients(GradientReader):
         if at_gate:
             found = [arrived.get(id(view)) for view in self.targets]
         else:  # other nodes are in between, such as the head when gradients are read at the loss: traverse them first
-            found = list(torch.autograd.grad(outputs, self.targets, gradients, retain_graph=True, allow_unused=True))
+            found = list(first_order_pass(outputs, self.targets, gradients))
             self._passed_through.add(task)
         for place, (piece, gradient) in enumerate(zip(self._split(self._rows[self._row_of[task]]), found, strict=True)):
             if gradient is not None:

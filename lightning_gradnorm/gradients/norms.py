@@ -129,15 +129,13 @@ def check_loss(loss: Any, *, caller: str, otherwise: str = "", is_scalar: bool =
     ``caller`` begins the error and names the loss; ``otherwise`` names an alternative to a loss with a gradient;
     ``is_scalar``: it should have one value.
     """
-    by_path = "" if caller.startswith("Balancer") else "name what returns it with losses_from, or "
-    ways = f"If it is not available here, {by_path}give it to watch() where it is computed."
     if not isinstance(loss, Tensor):
         kind = type(loss).__name__
         is_metric = callable(getattr(loss, "update", None)) and callable(getattr(loss, "compute", None))
         found = f"{kind}, a metric, not what it returns." if is_metric else f"{kind}."
         if is_number(loss):
             found = f"{'an' if kind.startswith('i') else 'a'} {kind}; did you call .item()?"
-        raise TypeError(f"{caller} should be a tensor; got {found} Give the loss itself{otherwise}. {ways}")
+        raise TypeError(f"{caller} should be a tensor; got {found} Give the loss itself{otherwise}. {_ways(caller)}")
     if is_scalar and loss.numel() != 1:
         raise ValueError(
             f"{caller} should be a scalar; got shape {tuple(loss.shape)}. Reduce it, for example with .mean()."
@@ -152,10 +150,15 @@ def check_loss(loss: Any, *, caller: str, otherwise: str = "", is_scalar: bool =
     if not loss.requires_grad:
         raise ValueError(
             f"{caller} should be part of the graph, but it carries no gradient. Give the loss itself, not .detach() or "
-            f".item(){otherwise}. {ways}"
+            f".item(){otherwise}. {_ways(caller)}"
         )
     if loss.is_leaf:
         raise ValueError(
             f"{caller} is a parameter itself. All gradients arrive there, not only those of this loss. Give a tensor computed "
             f"from it, such as 1 * parameter, and add that to what is back-propagated."
         )
+
+
+def _ways(caller: str) -> str:
+    by_path = "" if caller.startswith("Balancer") else "name what returns it with losses_from, or "
+    return f"If it is not available here, {by_path}give it to watch() where it is computed."

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_gradnorm.gradients.graph import tensors_with_gradient
+from lightning_gradnorm.gradients.graph import first_order_pass, tensors_with_gradient
 
 Outputs = Sequence[Tensor] | Sequence[GradientEdge]
 """Where gradients arrive."""
@@ -258,7 +258,7 @@ class WeightGradients(RowReader):
 
     def read(self, task: str, outputs: Outputs, gradients: Sequence[Tensor]) -> None:
         """Add the task's contribution to the gradient of ``W``."""
-        found = torch.autograd.grad(outputs, self.targets, gradients, retain_graph=True, allow_unused=True)
+        found = first_order_pass(outputs, self.targets, gradients)
         if all(part is None for part in found):
             self.unreached.add(task)
         self.add(task, flat_row(found, self.targets))
@@ -318,7 +318,7 @@ class ActivationGradients(RowReader):
     def read(self, task: str, outputs: Outputs, gradients: Sequence[Tensor]) -> None:
         """Add the task's gradient at the representation."""
         self._refuse_if_finalized(task)
-        found = torch.autograd.grad(outputs, self.targets, gradients, retain_graph=True, allow_unused=True)
+        found = first_order_pass(outputs, self.targets, gradients)
         self._arrived[task] = add_up(self._arrived.get(task), list(found))
 
     def _complete(self, *tasks: str) -> None:

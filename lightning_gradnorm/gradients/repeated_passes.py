@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_gradnorm.gradients.graph import is_custom, node_of, nodes_on_paths, reason_not_retraversable
+from lightning_gradnorm.gradients.graph import (
+    first_order_pass,
+    is_custom,
+    node_of,
+    nodes_on_paths,
+    reason_not_retraversable,
+)
 from lightning_gradnorm.gradients.readers import Outputs, flat_row
 
 _FACTOR = 0.7310586  # a function that overwrites may skip a factor of 1
@@ -98,7 +104,7 @@ class RepeatedPasses:
 
         def one_pass() -> Tensor:
             own = [one.clone() for one in seeds]
-            return flat_row(torch.autograd.grad(outputs, targets, own, retain_graph=True, allow_unused=True), targets)
+            return flat_row(first_order_pass(outputs, targets, own), targets)
 
         first, cause = one_pass(), None
         try:

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from lightning_gradnorm.gradients.graph import node_of
+from lightning_gradnorm.gradients.graph import first_order_pass, node_of
 from lightning_gradnorm.gradients.readers import Outputs, RowReader, add_up, flat_row, row_width
 
 
@@ -128,7 +128,7 @@ class ReplayedGradients(RowReader):
 
     def read(self, task: str, outputs: Outputs, gradients: Sequence[Tensor]) -> None:
         """Compute the task's gradient at the module's output and keep it until the backward pass is over."""
-        found = iter(torch.autograd.grad(outputs, self.targets, gradients, retain_graph=True, allow_unused=True))
+        found = iter(first_order_pass(outputs, self.targets, gradients))
         for call in self._calls:
             here = [next(found) if tensor.requires_grad else None for tensor in call.outputs]
             if any(gradient is not None for gradient in here):
@@ -188,7 +188,7 @@ class ReplayedGradients(RowReader):
             pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
             if pairs:
                 ends, arrived = zip(*pairs, strict=True)
-                found = torch.autograd.grad(ends, W, arrived, retain_graph=True, allow_unused=True)
+                found = first_order_pass(ends, W, arrived)
                 self.add(task, flat_row(found, W))
 
     def _verify(self, first: Sequence[Tensor], again: Sequence[Tensor]) -> None:

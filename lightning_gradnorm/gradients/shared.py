@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_gradnorm.gradients.graph import node_of, reachable_nodes
+from lightning_gradnorm.gradients.graph import first_order_pass, node_of, reachable_nodes
 from lightning_gradnorm.gradients.readers import GradientReader, Outputs, flat_row, row_width
 
 
@@ -66,7 +66,7 @@ class SharedGradients(GradientReader):
         """
         # Hooks also run in our own passes, and in those of a user who takes a gradient meanwhile.
         arrived = self._passes.setdefault(torch._C._current_graph_task_id(), {})
-        found = torch.autograd.grad(outputs, self.targets, gradients, retain_graph=True, allow_unused=True)
+        found = first_order_pass(outputs, self.targets, gradients)
         row = self._rows.setdefault(task, {})
         for parameter, gradient in zip(self.targets, found, strict=True):
             if gradient is None:
