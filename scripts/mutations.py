@@ -270,8 +270,8 @@ FAULTS = (
     Fault(
         "a task gets the loss of another",
         _RANKS,
-        "losses = torch.stack([step.losses.get(task, nothing).to(like) for task in tasks])",
-        "losses = torch.stack([step.losses.get(task, nothing).to(like) for task in reversed(tasks)])",
+        "losses = torch.stack([step.losses[task].to(like) if task in step.losses else like.new_zeros(()) for task in tasks])",
+        "losses = torch.stack([step.losses[task].to(like) if task in step.losses else like.new_zeros(()) for task in tasks[::-1]])",
         _OF_MEANS,
     ),
     Fault(
@@ -398,7 +398,7 @@ FAULTS = (
     Fault(
         "gradients of micro-batches are averaged over the wrong number",
         f"{_CORE}callbacks/trainer_loop.py",
-        "(passes / self.trainer.accumulate_grad_batches if",
+        "(passes / batches if",
         "(passes if",
         ("tests/callbacks/test_accumulated_norms.py",),
     ),
@@ -454,8 +454,8 @@ FAULTS = (
     Fault(
         "the first value that a line search sees is that of the plain loss",
         f"{_CORE}engine/step_state.py",
-        "            branches=branches,\n",
-        "            branches=branches,\n            change_of_loss=0.0,\n",
+        "        self.finished |= self.backpropagated\n",
+        "        self.finished |= self.backpropagated\n        self.change_of_loss = 0.0\n",
         ("tests/callbacks/test_reported_loops.py",),
     ),
     Fault(

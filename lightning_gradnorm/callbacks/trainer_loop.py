@@ -78,9 +78,8 @@ class TrainerLoop:
 
         With manual optimization users divide the loss by the number of batches themselves.
         """
-        return self.loss_scale() * (
-            passes / self.trainer.accumulate_grad_batches if self._module.automatic_optimization else 1.0
-        )
+        batches = self.trainer.accumulate_grad_batches if self._module.automatic_optimization else None
+        return self.loss_scale() * (passes / batches if batches else 1.0)
 
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:

@@ -39,49 +39,33 @@ class GraphChecks:
         self._disjoint: set[str] = set()
         self._separate: set[str] = set()
 
-    def select_reader(self, task: str, loss: WatchedLoss, batch: BatchState) -> GradientReader | None:
-        """Return the reader of this task; check the whole graph the first time the task appears.
+    def select_reader(self, batch: BatchState) -> GradientReader | None:
+        """Return the reader of all tasks of a batch, at least one; check the graph of those that appear for the first time.
 
         Raises:
-            ValueError: what we would read is not the task's gradient.
+            ValueError: what we would read is not a task's gradient.
         """
         if not self.readers:
             return None
-        is_known = task in self._passed
-        self._passed.add(task)
+        losses = [(task, loss) for task, of_task in batch.losses.items() for loss in of_task]
         if not self.is_selected:
-            # If none can read it, raise the error of the most preferred one.
-            able = (reader for reader in self.readers if not self._why_unreadable(reader, task, loss, batch))
-            self.readers = [next(able, self.readers[0])]
-            self.is_selected = True
+            # By the first loss. If none can read it, raise the error of the most preferred one.
+            able = (reader for reader in self.readers if not self._why_unreadable(reader, *losses[0], batch))
+            self.readers, self.is_selected = [next(able, self.readers[0])], True
         (reader,) = self.readers
         if reader in batch.transformed:
             raise ValueError(
                 f"{self._caller}: {reader.label} is called inside a transform of torch.func (vmap, grad, jvp, …) or for "
                 f"forward-mode derivatives, where the gradient that arrives at its output cannot be read. {reader.way_out}"
             )
-        if reason := reader.why_unreadable(loss.node) if is_known else self._why_unreadable(reader, task, loss, batch):
-            raise ValueError(f"{self._caller}: the loss of task '{task}' {reason}")
-        return reader
-
-    def select_readers(self, batch: BatchState) -> GradientReader | None:
-        """Return the reader of all tasks of a batch, at least one; check the graph of those that appear for the first time.
-
-        Raises:
-            ValueError: what we would read is not a task's gradient.
-        """
-        if self._passed >= batch.losses.keys() and not batch.transformed:
-            (reader,) = self.readers or (None,)
-            nodes = (loss.node for losses in batch.losses.values() for loss in losses)
-            if reader is None or not any(map(reader.why_unreadable, nodes)):
-                return reader  # the usual case
-        new = {task: losses[0].node for task, losses in batch.losses.items() if task not in self._passed}
-        first, *others = [(task, loss) for task, losses in batch.losses.items() for loss in losses]
-        reader = self.select_reader(*first, batch)
+        new = {task: of_task[0].node for task, of_task in batch.losses.items() if task not in self._passed}
         if len(new) > 1 and self._are_readable(new, batch):
-            self._passed |= new.keys()
-        for task, loss in others:  # those that have not passed together are checked one by one
-            reader = self.select_reader(task, loss, batch)
+            self._passed |= new.keys()  # otherwise each of them is checked by itself
+        for task, loss in losses:
+            is_known = task in self._passed
+            if reason := reader.why_unreadable(loss.node) if is_known else self._why_unreadable(reader, task, loss, batch):
+                raise ValueError(f"{self._caller}: the loss of task '{task}' {reason}")
+        self._passed |= new.keys()
         return reader
 
     def require_disjoint_losses(self, batch: BatchState) -> None:

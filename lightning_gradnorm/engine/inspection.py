@@ -130,7 +130,7 @@ class Inspection:
             batch.read_at_losses = set(self._setting.tasks)
         if step.measured:
             if batch.losses:
-                self._select(self.checks.select_readers(batch))
+                self._select(self.checks.select_reader(batch))
             if discovery is not None and self._needs_heads:
                 self._find_heads(discovery, batch)
             self._decide_where_to_read(batch, loss)
