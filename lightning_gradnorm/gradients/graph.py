@@ -18,7 +18,8 @@ from lightning_gradnorm._messages import is_number
 
 def node_of(tensor: Tensor) -> Node:
     """Return the node of the autograd graph at which the gradient of ``tensor`` arrives."""
-    return get_gradient_edge(tensor).node
+    node = tensor.grad_fn  # in a tenth of the time
+    return get_gradient_edge(tensor).node if node is None else node
 
 
 def has_gradient(value: object) -> TypeGuard[Tensor]:
@@ -42,14 +43,20 @@ def is_constant(loss: object) -> bool:
         [True, True, True]
         >>> is_constant(0 * torch.nn.Linear(2, 2)(torch.ones(2)).sum())
         False
+
+        A sum that begins with a number, as in a metric, is judged by the rest:
+
+        >>> zero = torch.tensor(0.0)
+        >>> is_constant(zero + torch.zeros(1, requires_grad=True).sum()), is_constant(zero + torch.nn.Linear(2, 1).weight.sum())
+        (True, False)
     """
     if not isinstance(loss, Tensor) or is_wrapped(loss):
         return is_number(loss)
     if loss.numel() == 0 or not loss.requires_grad:
         return not loss.is_complex()
     node = loss.grad_fn
-    while node is not None and (following := node.next_functions):
-        node = following[0][0]
+    while node is not None and (following := children(node)):
+        node = following[0]
     if isinstance(getattr(node, "variable", None), nn.Parameter):
         return False  # the usual case: the first path leads to a parameter
     seen = {node_of(loss)}
