@@ -64,6 +64,7 @@ PACKAGES = (
 WARM_UP = 10
 
 
+@works_in_both_packages
 class Recorder(L.Callback):
     """A callback that a package may copy together with its model, and that still records in one place."""
 
@@ -121,10 +122,6 @@ class WeightGradient(Recorder):
         began = time.process_time()
         torch.autograd.grad(outputs, W, seeds, retain_graph=True)
         self.seconds.append(time.process_time() - began)
-
-
-for kind in (Clock, Finding, WeightGradient):
-    works_in_both_packages(kind)
 
 
 def train(name: str, recorder: Recorder, steps: int, gradnorm: dict[str, Any] | None = None) -> None:
