@@ -2,9 +2,11 @@
 
     .venv-third-party/bin/python scripts/third_party_times.py
 
-Each round trains every model without GradNorm, with detected heads, and with `heads=None`, in turn, in one process.
-A time is the CPU time from the start of a batch to the start of the next, the median over the steps. It is
-divided by the plain time in the same round. The table has the median and the quartiles over the rounds.
+Each round trains every model with detected heads and with `heads=None`, and without GradNorm before each, in one process.
+A time is the CPU time from the start of a batch to the start of the next, the median over the steps. It is divided by
+the plain time before it. Behind the ratio is the same difference in floors: T gradients of the shared layer's weight, each
+measured between forward and backward pass of a training in the same round. The table has the median and the
+quartiles over the rounds.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -24,9 +25,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from benchmarking.summaries import floors, median_and_quartiles, noise_cell, ratio_and_quartiles, table
+from torch import Tensor
 
 from lightning_gradnorm import GradNorm
 from lightning_gradnorm.callbacks.packages import works_in_both_packages
+from lightning_gradnorm.engine.plan import Plan
+from lightning_gradnorm.gradients.graph import tensors_with_gradient
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from third_party.exactness import Tape, distances
@@ -43,7 +48,8 @@ SIZES: dict[str, dict[str, int]] = {
     "neuralforecast": {"width": 512, "batch": 256},
     "VAE experiment": {"width": 256, "batch": 64},
 }
-WAYS: dict[str, dict[str, Any] | None] = {"plain": None, "heads found": {}, "heads=None": {"heads": None}}
+WAYS: dict[str, dict[str, Any]] = {"heads found": {}, "heads=None": {"heads": None}}
+COLUMNS = ("model", "float64", "float32", "plain step", "T", "weight-gradient", "plain against plain")
 PACKAGES = (
     "torch",
     "lightning",
@@ -58,33 +64,110 @@ PACKAGES = (
 WARM_UP = 10
 
 
-class Clock(L.Callback):
+@works_in_both_packages
+class Recorder(L.Callback):
+    """A callback that a package may copy together with its model, and that still records in one place."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+
+class Clock(Recorder):
     """Records when each batch starts."""
 
     def __init__(self) -> None:
         self.starts: list[float] = []
 
-    def __deepcopy__(self, memo: Any) -> Clock:
-        return self
-
     def on_train_batch_start(self, *_: Any) -> None:
         self.starts.append(time.process_time())
 
-    def step(self) -> float:
-        starts = self.starts[WARM_UP:]
-        return statistics.median(later - start for start, later in pairwise(starts))
+
+class Finding(Recorder):
+    """Records what GradNorm has found in a model."""
+
+    plan: Plan
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        gradnorm = next(one for one in trainer.callbacks if isinstance(one, GradNorm))
+        assert gradnorm._engine is not None
+        self.plan = gradnorm._engine.plan
 
 
-works_in_both_packages(Clock)
+class WeightGradient(Recorder):
+    """Times one gradient of W in each step of a plain training, from the input of a head, or from W's layer without one."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._names = list(plan.shared_layer)
+        self._head = next(iter((plan.heads or {}).values()), None)
+        self._seeds: list[tuple[Tensor, Tensor]] = []
+        self.seconds: list[float] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._head is None:
+            layer = pl_module.get_submodule(self._names[0].rpartition(".")[0])
+            layer.register_forward_hook(lambda _, __, output: self._take(output))
+        else:
+            head = pl_module.get_submodule(self._head)
+            head.register_forward_pre_hook(lambda _, *arguments: self._take(arguments), with_kwargs=True)
+
+    def _take(self, tree: Any) -> None:
+        self._seeds = [(z, torch.randn_like(z)) for z in tensors_with_gradient(tree)]
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        if not self._seeds:
+            return  # the backward pass of another optimizer
+        outputs, seeds = zip(*self._seeds, strict=True)
+        self._seeds = []
+        W = [pl_module.get_parameter(name) for name in self._names]
+        began = time.process_time()
+        torch.autograd.grad(outputs, W, seeds, retain_graph=True)
+        self.seconds.append(time.process_time() - began)
 
 
-def step_time(name: str, gradnorm: dict[str, Any] | None, steps: int) -> float:
-    """Return the CPU time of a step in seconds."""
+def train(name: str, recorder: Recorder, steps: int, gradnorm: dict[str, Any] | None = None) -> None:
+    """Train a model, without GradNorm unless its arguments are given."""
     torch.manual_seed(0)
-    project, clock = PROJECTS[name](**SIZES[name]), Clock()
+    project = PROJECTS[name](**SIZES[name])
     ours = [] if gradnorm is None else [GradNorm(**project.gradnorm, **gradnorm)]
-    project.fit([clock, *ours], steps=steps)
-    return clock.step()
+    project.fit([recorder, *ours], steps=steps)
+
+
+def step_time(name: str, steps: int, gradnorm: dict[str, Any] | None = None) -> float:
+    """Return the CPU time of a step in seconds."""
+    train(name, clock := Clock(), steps, gradnorm)
+    starts = clock.starts[WARM_UP:]
+    return statistics.median(later - start for start, later in pairwise(starts))
+
+
+class Times:
+    """The CPU times of one model in each round, in seconds."""
+
+    def __init__(self, name: str, steps: int) -> None:
+        train(name, finding := Finding(), 3, {})
+        self._name, self._steps, self._plan = name, steps, finding.plan
+        self.weight_gradients: list[float] = []
+        self.of_way: dict[str, list[float]] = {way: [] for way in WAYS}
+        self.plain: dict[str, list[float]] = {way: [] for way in WAYS}
+        """Of the plain training before each way."""
+
+    def measure(self) -> None:
+        """Measure one round."""
+        train(self._name, gradient := WeightGradient(self._plan), self._steps)
+        self.weight_gradients.append(statistics.median(gradient.seconds[WARM_UP:]))
+        for way, gradnorm in WAYS.items():
+            self.plain[way].append(step_time(self._name, self._steps))
+            self.of_way[way].append(step_time(self._name, self._steps, gradnorm))
+
+    def cells(self) -> list[str]:
+        """Return what the table shows of them."""
+        tasks = len(PROJECTS[self._name]().gradnorm["tasks"])
+        plain = [step for of_round in zip(*self.plain.values(), strict=True) for step in of_round]
+        one = median_and_quartiles([1000 * seconds for seconds in self.weight_gradients], 3)
+        cells = [f"{1000 * statistics.median(plain):.1f} ms", str(tasks), f"{one} ms", noise_cell(plain)]
+        for way, times in self.of_way.items():
+            in_floors = floors(times, self.plain[way], tasks, self.weight_gradients)
+            cells += [ratio_and_quartiles(times, self.plain[way]), median_and_quartiles(in_floors)]
+        return cells
 
 
 def exactness(name: str, precision: str) -> float:
@@ -93,13 +176,6 @@ def exactness(name: str, precision: str) -> float:
     project, tape = PROJECTS[name](), Tape()
     project.fit([tape, GradNorm(**project.gradnorm)], precision=precision)
     return distances(project, tape)[0]
-
-
-def ratio(times: Sequence[float], plain: Sequence[float]) -> str:
-    """Return the ratio to the plain step of the same round: median (quartiles)."""
-    of_rounds = [time / base for time, base in zip(times, plain, strict=True)]
-    low, middle, high = statistics.quantiles(of_rounds, n=4, method="inclusive")
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def main() -> None:
@@ -111,19 +187,17 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     os.chdir(tempfile.mkdtemp())  # some of them write logs
-    times: dict[str, dict[str, list[float]]] = {name: {way: [] for way in WAYS} for name in arguments.names}
+    times = {name: Times(name, arguments.steps) for name in arguments.names}
     for _ in range(arguments.rounds):
-        for name, of_way in times.items():
-            for way, gradnorm in WAYS.items():
-                of_way[way].append(step_time(name, gradnorm, arguments.steps))
+        for of_model in times.values():
+            of_model.measure()
     print(f"{time.strftime('%Y-%m-%d')}, {', '.join(f'{one} {version(one)}' for one in PACKAGES)}\n")
-    print("| model | float64 | float32 | plain step | heads found | `heads=None` |\n|---|---|---|---|---|---|")
-    for name, of_way in times.items():
-        exact = [f"{exactness(name, precision):.0e}" for precision in ("64-true", "32-true")]
-        plain = of_way["plain"]
-        ratios = [ratio(of_way[way], plain) for way in ("heads found", "heads=None")]
-        cells = [name, *exact, f"{1000 * statistics.median(plain):.1f} ms", *ratios]
-        print(f"| {' | '.join(cells)} |", flush=True)
+    columns = [*COLUMNS, *(column for way in WAYS for column in (way, "in floors"))]
+    rows = [
+        [name, *(f"{exactness(name, bits):.0e}" for bits in ("64-true", "32-true")), *of_model.cells()]
+        for name, of_model in times.items()
+    ]
+    print(table(columns, rows))
 
 
 if __name__ == "__main__":

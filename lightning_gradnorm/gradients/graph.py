@@ -76,6 +76,12 @@ def is_constant(loss: object) -> bool:
         [True, True, True]
         >>> is_constant(0 * torch.nn.Linear(2, 2)(torch.ones(2)).sum())
         False
+
+        A sum that begins with a number, as in a metric, is judged by the rest:
+
+        >>> zero = torch.tensor(0.0)
+        >>> is_constant(zero + torch.zeros(1, requires_grad=True).sum()), is_constant(zero + torch.nn.Linear(2, 1).weight.sum())
+        (True, False)
     """
     if not isinstance(loss, Tensor) or is_wrapped(loss):
         return is_number(loss)

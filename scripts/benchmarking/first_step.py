@@ -10,8 +10,9 @@ from typing import Any
 import lightning as L
 from typing_extensions import override
 
-from benchmarking.plan import Plan, median_and_quartiles, table, table_line
+from benchmarking.plan import Plan
 from benchmarking.running import Setting, train
+from benchmarking.summaries import median_and_quartiles, table, table_line
 
 STEPS = 6
 DESCRIBED = (

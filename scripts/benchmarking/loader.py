@@ -11,8 +11,9 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.profilers import SimpleProfiler
 
-from benchmarking.plan import Plan, median_and_quartiles, table, table_line
+from benchmarking.plan import Plan
 from benchmarking.running import Clock
+from benchmarking.summaries import median_and_quartiles, table, table_line
 from lightning_gradnorm.experiments.cli.build import build, build_model
 from lightning_gradnorm.experiments.cli.config import conf_dir, register
 

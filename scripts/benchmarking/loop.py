@@ -15,8 +15,9 @@ from typing_extensions import override
 
 from benchmarking.models import Model
 from benchmarking.networks import NETWORKS
-from benchmarking.plan import Plan, median_and_quartiles, ratio_and_quartiles, table, table_line
+from benchmarking.plan import Plan
 from benchmarking.running import Clock, Setting, step_time
+from benchmarking.summaries import median_and_quartiles, ratio_and_quartiles, table, table_line
 from benchmarking.ways import EQUAL
 
 BARE = "bare loop"

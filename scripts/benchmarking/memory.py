@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from pages import be_quiet
 
-from benchmarking.plan import Case, Failures, Plan, table, table_line
+from benchmarking.plan import Case, Failures, Plan
 from benchmarking.running import Setting, step_time
+from benchmarking.summaries import table, table_line
 from benchmarking.ways import EQUAL, WAYS
 
 DESCRIBED = (

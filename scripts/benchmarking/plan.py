@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,38 +96,3 @@ class Failures:
         """Return the list of failures for the page, if there are any."""
         lines = [f"- {name} on {kind}, T = {tasks}: {why}" for (name, (kind, tasks)), why in self.reasons.items()]
         return ["\n".join(["What fails:", "", *lines])] if lines else []
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
-    """Return a table whose first ``texts`` columns are text and the others numbers."""
-    rule = "|---" * texts + "|---:" * (len(columns) - texts) + "|"
-    return "\n".join([table_line(columns), rule, *map(table_line, rows)])
-
-
-def table_line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]
-
-
-def median_and_quartiles(values: Sequence[float], digits: int = 2, more: str = "") -> str:
-    """Return the median, with the quartiles and ``more`` in brackets."""
-    low, high = quartiles(values)
-    return f"{statistics.median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f}{more})"
-
-
-def ratio(times: Sequence[float], reference: Sequence[float]) -> float:
-    """Return the median over the rounds of the ratios."""
-    return statistics.median(ratios(times, reference))
-
-
-def ratios(times: Sequence[float], reference: Sequence[float]) -> list[float]:
-    return [ours / theirs for ours, theirs in zip(times, reference, strict=True)]
-
-
-def ratio_and_quartiles(times: Sequence[float], reference: Sequence[float], more: str = "") -> str:
-    """Return `ratio`, with the quartiles and ``more`` in brackets."""
-    return median_and_quartiles(ratios(times, reference), more=more)

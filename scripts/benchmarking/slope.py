@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from benchmarking.floor import weight_gradient_times
 from benchmarking.networks import NETWORKS
-from benchmarking.plan import Failures, Plan, median_and_quartiles, table
+from benchmarking.plan import Failures, Plan
+from benchmarking.summaries import median_and_quartiles, table
 from benchmarking.times import Times, times_of
 from benchmarking.ways import EQUAL
 

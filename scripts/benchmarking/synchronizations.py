@@ -11,8 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 from typing_extensions import override
 
 from benchmarking.networks import NETWORKS
-from benchmarking.plan import Case, Failures, Plan, table, table_line
+from benchmarking.plan import Case, Failures, Plan
 from benchmarking.running import Setting, train
+from benchmarking.summaries import table, table_line
 
 KINDS = {
     "cudaStreamSynchronize": "stream",

@@ -5,10 +5,20 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, field
 
-from benchmarking.floor import floors, is_noisy, noise_cell, weight_gradient_times
+from benchmarking.floor import weight_gradient_times
 from benchmarking.pictures import Line, draw_ratios
-from benchmarking.plan import Case, Failures, Plan, median_and_quartiles, ratio, ratio_and_quartiles, table, table_line
+from benchmarking.plan import Case, Failures, Plan
 from benchmarking.running import step_time
+from benchmarking.summaries import (
+    floors,
+    is_noisy,
+    median_and_quartiles,
+    noise_cell,
+    ratio,
+    ratio_and_quartiles,
+    table,
+    table_line,
+)
 from benchmarking.ways import EQUAL
 
 DESCRIBED = (

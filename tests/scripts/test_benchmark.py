@@ -259,7 +259,7 @@ def test_one_weight_gradient_is_one_product_of_the_shared_layer(plan: Any) -> No
 
 
 def test_an_overhead_is_in_units_of_one_weight_gradient_for_each_task(script: ModuleType) -> None:
-    from benchmarking.floor import floors
+    from benchmarking.summaries import floors
 
     assert floors(step=[16.0, 22.0], equal=[10.0, 10.0], tasks=3, weight_gradients=[1.0, 2.0, 9.0]) == [1.0, 2.0]
 
@@ -275,7 +275,7 @@ def test_an_overhead_is_in_units_of_one_weight_gradient_for_each_task(script: Mo
 def test_runs_with_equal_weights_that_differ_by_over_5_percent_are_marked(
     times: list[float], cell: str, script: ModuleType
 ) -> None:
-    from benchmarking.floor import noise_cell
+    from benchmarking.summaries import noise_cell
 
     assert noise_cell(times) == cell
 

@@ -220,8 +220,8 @@ def import_neuromancer() -> ModuleType:
             del sys.modules["wandb"]
 
 
-def neuromancer(width: int = 32, batch: int = 8, limit: float = -0.5) -> Project:
-    """An objective and a constraint, whose loss is 0 as long as it is satisfied."""
+def neuromancer(width: int = 32, batch: int = 8, limit: float = -3.0) -> Project:
+    """An objective and a constraint, whose loss is 0 as long as it is satisfied. The default is violated in every step."""
 
     def fit(callbacks: Sequence[Any], *, steps: int = STEPS, **options: Any) -> Any:
         L = import_lightning()
