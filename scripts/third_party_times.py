@@ -90,7 +90,7 @@ class Finding(Recorder):
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         gradnorm = next(one for one in trainer.callbacks if isinstance(one, GradNorm))
         assert gradnorm._engine is not None
-        self.plan = gradnorm._engine.plan
+        self.plan = gradnorm._engine.inspection.plan
 
 
 class WeightGradient(Recorder):

@@ -173,7 +173,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
             hooks.callback(self._source.capture(pl_module, self._watch))
             optimizers = OptimizerSteps(loop, engine, self._usage, self._show_step)
             hooks.callback(optimizers.close)
-            if engine.reads_gradients:
+            if engine.inspection.reads_gradients:
                 hooks.callback(explain_errors(pl_module, engine.explain_inplace_error))
             self._engine, self._optimizers, self._hooks = engine, optimizers, hooks.pop_all()
 
@@ -301,8 +301,8 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         if not has_stepped and not (pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1):
             self._show_if_logged(trainer)
         self._engine.start_batch()
-        if self._described is None and self._engine.is_settled and self._usage.seen:
-            parts = filter(None, [str(self._engine.plan), f"losses: {self._source}"])
+        if self._described is None and self._engine.inspection.is_settled and self._usage.seen:
+            parts = filter(None, [str(self._engine.inspection.plan), f"losses: {self._source}"])
             self._described = f"{self._name}: {', '.join(parts)}"
             rank_zero_info(self._described)
 

@@ -112,7 +112,7 @@ class Balancer:
         self._require_open()
         if not torch.is_grad_enabled():
             return  # an evaluation
-        if self._engine.reads_gradients and not self._model.training:
+        if self._engine.inspection.reads_gradients and not self._model.training:
             raise RuntimeError(
                 "Balancer: the model is in evaluation mode, in which its calls are not recorded. Call model.train() before the "
                 "forward pass; single layers, such as a frozen batch norm, may stay in evaluation mode."
@@ -197,7 +197,7 @@ class Balancer:
             self._loop.note_losses(self._engine.batch.losses)
             require_backpropagated(self._engine.batch.losses, self._engine.batch.backpropagated, caller="Balancer")
         self._engine.start_batch()
-        if not self._is_described and self._engine.is_settled and self._loop.ranks.index == 0:
+        if not self._is_described and self._engine.inspection.is_settled and self._loop.ranks.index == 0:
             self._is_described = True
             logging.getLogger("lightning_gradnorm").info("%r", self)
 
@@ -272,9 +272,12 @@ class Balancer:
 
     def __repr__(self) -> str:
         balanced = f"{type(self.rule).__name__}{list(self.rule.tasks)}"
-        if not self._engine.reads_gradients:
+        inspection = self._engine.inspection
+        if not inspection.reads_gradients:
             return f"Balancer({balanced})"
-        return f"Balancer({balanced}, {str(self._engine.plan) or 'where to read the gradients is found in the first batch'})"
+        return (
+            f"Balancer({balanced}, {str(inspection.plan) or 'where to read the gradients is found in the first batch'})"
+        )
 
     # ---- state -------------------------------------------------------------------------------------------------------
 

@@ -30,7 +30,6 @@ from lightning_gradnorm.engine.graph_checks import require_backpropagated
 from lightning_gradnorm.engine.inspection import Inspection, ReadingHooks
 from lightning_gradnorm.engine.measurement import AnyRule, LossMeasurement, Measurement, NormMeasurement, Setting
 from lightning_gradnorm.engine.passes import Passes
-from lightning_gradnorm.engine.plan import Plan
 from lightning_gradnorm.engine.rule import Needs, Rule
 from lightning_gradnorm.engine.shared_parameters import AtParameters
 from lightning_gradnorm.engine.step_state import BatchState, HeldGradients, WatchedLoss
@@ -92,21 +91,6 @@ class Engine(Passes[AnyRule]):
         """Whether `BatchState.change_of_loss` is needed, because some optimizer compares values of the loss."""
         self.step_was_taken = False
         """Whether the last `finish_step` reached the rule: the scaler did not skip it, and some rank had losses."""
-
-    @property
-    def plan(self) -> Plan:
-        """Where the gradients are read."""
-        return self._inspection.plan
-
-    @property
-    def reads_gradients(self) -> bool:
-        """Whether task gradients are read at all."""
-        return self._inspection.reads_gradients
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether the shared layer and the heads are known."""
-        return self._inspection.is_settled
 
     def close(self) -> None:
         """Remove everything from the model."""
@@ -189,7 +173,7 @@ class Engine(Passes[AnyRule]):
 
     def explain_inplace_error(self, error: RuntimeError) -> str | None:
         """Return how to fix an in-place change of the representation, if torch's error is about one."""
-        return self._inspection.explain_inplace_error(str(error), self.batch.in_head)
+        return self.inspection.explain_inplace_error(str(error), self.batch.in_head)
 
     # ---- backward ----------------------------------------------------------------------------------------------------
 
@@ -206,14 +190,14 @@ class Engine(Passes[AnyRule]):
         if self._set_aside is None and step.losses and step.held is not None and step.held.were_dropped():
             self._forget_gradients()
         self.measurement.find_targets(batch)
-        self._inspection.inspect_batch(batch, self._step, loss)
+        self.inspection.inspect_batch(batch, self._step, loss)
         at_losses = batch.read_at_losses & batch.losses.keys()
         if self._step.measured and at_losses and self.measurement.reader is not None:
             nodes = {task: [one.node for one in batch.losses[task]] for task in at_losses}
             self._reading.look_at(nodes, self.measurement.reader.targets)
         batch.in_backward = True
         batch.is_whole_step = is_whole_step and self._loop.ranks.size == 1
-        self.watched.layer = self.plan.shared_layer
+        self.watched.layer = self.inspection.plan.shared_layer
         if self._loop.has_parts():
             self.watched.look_at(batch)
         self.measurement.before_backward(loss, batch, self._step)
@@ -234,7 +218,7 @@ class Engine(Passes[AnyRule]):
         self.measurement.after_backward(self._step, has_moved=moved)
         if self._set_aside is None:
             self._step.versions = self._before_pass  # hooks of the parameters may have stepped within the pass
-            is_cheap = bool(self.plan.shared_layer)  # and not all parameters of the model
+            is_cheap = bool(self.inspection.plan.shared_layer)  # and not all parameters of the model
             self._step.held = HeldGradients(self.watched.parameters()) if is_cheap or not self._is_last_pass else None
         elif self._set_aside.backwards:
             self._end_repetition()  # the step is not announced yet, as in SAM's first_step and second_step by hand

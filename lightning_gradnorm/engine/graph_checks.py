@@ -63,7 +63,8 @@ class GraphChecks:
             self._passed |= new.keys()  # otherwise each of them is checked by itself
         for task, loss in losses:
             is_known = task in self._passed
-            if reason := reader.why_unreadable(loss.node) if is_known else self._why_unreadable(reader, task, loss, batch):
+            reason = reader.why_unreadable(loss.node) if is_known else self._why_unreadable(reader, task, loss, batch)
+            if reason:
                 raise ValueError(f"{self._caller}: the loss of task '{task}' {reason}")
         self._passed |= new.keys()
         return reader

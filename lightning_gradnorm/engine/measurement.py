@@ -231,7 +231,7 @@ class LossMeasurement(Measurement[AnyLossRule]):
 
     def before_backward(self, loss: Tensor, batch: BatchState, step: OptimizerStepState) -> None:
         """Let the rule set the weights of the losses that are about to be back-propagated."""
-        if self._scalarizer is None or batch.is_repeated:
+        if getattr(self.rule, "scalarizer", None) is None or batch.is_repeated:
             return
         ranks = self.setting.loop.ranks
         waiting = {task: [loss.value for loss in losses] for task, losses in batch.waiting().items()}
@@ -263,8 +263,3 @@ class LossMeasurement(Measurement[AnyLossRule]):
             if task in self._stepped
         }
         self.rule.update_after_step(*all_reduce_losses(tasks, here, self.rule.loss_weights, ranks))
-
-    @property
-    def _scalarizer(self) -> nn.Module | None:
-        scalarizer: nn.Module | None = getattr(self.rule, "scalarizer", None)
-        return scalarizer

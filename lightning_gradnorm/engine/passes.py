@@ -26,7 +26,7 @@ class Passes(Generic[AnyRule]):
     def __init__(self, measurement: Measurement[AnyRule], inspection: Inspection) -> None:
         self.rule = measurement.rule
         self.measurement = measurement
-        self._inspection = inspection
+        self.inspection = inspection
         self._loop, self._tasks = measurement.setting.loop, measurement.setting.tasks
         self.watched = ParameterWatch(measurement.setting.model)
         self.batch = BatchState()
@@ -52,7 +52,7 @@ class Passes(Generic[AnyRule]):
         self._recover_from_failed_backward()
         self.batch = BatchState()
         self._end_repetition()
-        self._inspection.start_batch()
+        self.inspection.start_batch()
 
     # A closure may evaluate the losses several times in one optimizer step: LBFGS, a line search, SAM. If the weights moved in
     # between, the optimizer's function would change. So the rule learns from the first evaluation, and its weights apply to all
@@ -87,7 +87,7 @@ class Passes(Generic[AnyRule]):
         if self.batch.in_backward and self._loop.backward_has_failed():
             self.batch = BatchState(steps=self.batch.steps)
             self._end_repetition()
-            self._inspection.start_batch()
+            self.inspection.start_batch()
             self._forget_gradients()
 
     def _is_without_gradients(self) -> bool:

@@ -120,7 +120,8 @@ class Outcomes:
         self._pending = []
         for index, update in enumerate(updates):
             shown, with_gradient, present = presence[3 * index : 3 * index + 3]
-            self._count_company(shown, present)
+            self._updates += 1
+            self._updates_of_several += sum(map(operator.or_, shown, present)) > 1
             self.zero_gradients.note(shown, with_gradient)
             if all_taken or update.taken:
                 self.last = update
@@ -158,10 +159,6 @@ class Outcomes:
         ratio = ratios[i] if present[i] else 1.0
         rate = ratio * len(all_ratios) / sum(all_ratios) if all_ratios else 1.0
         return self.domination.note(self._tasks[i], losses[i], ratio, rate)
-
-    def _count_company(self, shown: list[bool], present: list[bool]) -> None:
-        self._updates += 1
-        self._updates_of_several += sum(map(operator.or_, shown, present)) > 1
 
     def _remark(self) -> None:
         for task in self.zero_gradients.lasting:

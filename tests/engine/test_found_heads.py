@@ -44,7 +44,7 @@ def train(heads: Any) -> tuple[list[dict[str, float]], dict[str, str]]:
             balancer.backward(model(inputs))
             balancer.step()
             weights.append(balancer.weights)
-        return weights, dict(balancer._engine.plan.heads or {})
+        return weights, dict(balancer._engine.inspection.plan.heads or {})
 
 
 def test_a_module_that_receives_the_loss_of_another_task_is_not_a_head() -> None:

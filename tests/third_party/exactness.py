@@ -47,7 +47,7 @@ class Tape(L.Callback):
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.weights.append(dict(self.balancing.weights))
-        self.layer = list(self.balancing._engine.plan.shared_layer)
+        self.layer = list(self.balancing._engine.inspection.plan.shared_layer)
 
 
 works_in_both_packages(Tape)
