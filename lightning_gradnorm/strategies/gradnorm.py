@@ -48,7 +48,7 @@ def gradnorm_terms(
     losses: Tensor,
     initial_losses: Tensor,
     alpha: float,
-    priorities: Tensor,
+    priorities: Tensor | None,
     present: Tensor | None = None,
 ) -> GradNormTerms:
     """Return ``G_i``, ``r_i``, the targets and the gradient of ``L_grad`` with respect to the weights.
@@ -59,23 +59,24 @@ def gradnorm_terms(
         losses: ``L_i``, shape (T,).
         initial_losses: ``L_i(0)``, shape (T,).
         alpha: the asymmetry; 0 aims at equal gradient norms.
-        priorities: ``p_i`` with mean 1; all ones in the paper.
+        priorities: ``p_i`` with mean 1. ``None``: all 1, as in the paper.
         present: the tasks that count, bool of shape (T,). Means are over them; the others get NaN. ``None`` for all.
 
     Example:
         Two gradients of equal size, but the second task has learned less, so its weight should grow:
 
         >>> one = torch.ones(2)
-        >>> gradnorm_terms(one, one, torch.tensor([0.3, 0.9]), one, 1.0, one).gradient
+        >>> gradnorm_terms(one, one, torch.tensor([0.3, 0.9]), one, 1.0, None).gradient
         tensor([ 1., -1.])
     """
     if present is not None:
         norms, losses = (torch.where(present, value, torch.nan) for value in (norms, losses))
-        priorities = priorities / _mean(priorities, present)
     grad_norms = weights * norms
     ratios = losses / initial_losses
     rates = ratios / _mean(ratios, present)
-    targets = _mean(grad_norms, present) * priorities * rates**alpha
+    targets = _mean(grad_norms, present) * rates**alpha
+    if priorities is not None:
+        targets = targets * (priorities / _mean(priorities, present))
     return GradNormTerms(grad_norms, rates, targets, (grad_norms - targets).sign() * norms, ratios)
 
 
@@ -174,12 +175,15 @@ class GradNormRule(ReadsOutcomes):
         self.outcomes = Outcomes(self.tasks, explain, "gradnorm/skipped", absent_tasks)
         """What happened to the updates. Read `skipped`, `remarks` and so on: these first read what is new."""
 
-    def _initial_values(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _initial_values(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the weights and the priorities from the constructor's arguments."""
-        ones = dict.fromkeys(self.tasks, 1.0)
-        given = [numbers or ones for numbers in (self._given_weights, self._given_priorities)]
-        weights, priorities = like.new_tensor([[numbers[task] for task in self.tasks] for numbers in given]).unbind()
-        return weights * len(self.tasks) / weights.sum(), priorities / priorities.mean()
+
+        def of_tasks(given: Mapping[str, float] | None) -> Tensor:
+            return like.new_tensor([1.0 if given is None else given[task] for task in self.tasks])
+
+        weights = of_tasks(self._given_weights)
+        priorities = None if self._given_priorities is None else of_tasks(self._given_priorities)
+        return weights * len(self.tasks) / weights.sum(), priorities
 
     @property
     def initial_losses(self) -> Tensor:

@@ -204,9 +204,8 @@ class MaskedAdam(WeightOptimizer):
         if present is not None:
             moved = torch.where(present, moved, weights)
         proposed = moved + v
-        problems = problems + (proposed - proposed)  # 0 if finite, else NaN
-        taken = (problems == 0).all()
-        weights.copy_(torch.where(taken, constrain(weights, moved), weights))
+        taken = (problems == proposed - proposed).all()  # the difference is 0 if the result is finite, else NaN
+        torch.where(taken, constrain(weights, moved), weights, out=weights)
         self._averages = torch.where(taken, averages, self._averages)
         self._next_step += taken
         return taken

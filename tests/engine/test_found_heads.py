@@ -1,13 +1,15 @@
-"""Heads found in models whose modules receive more than they use."""
+"""Heads found in models whose modules receive more than they use, or with a task that has none."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_gradnorm import Balancer
+from lightning_gradnorm.engine import graph_checks
 from lightning_gradnorm.strategies import GradNormRule
 
 
@@ -52,3 +54,26 @@ def test_a_module_that_receives_the_loss_of_another_task_is_not_a_head() -> None
     assert heads == {"near": "near", "far": "far.distance"}
     assert weights == train(None)[0]
     assert weights[-1]["near"] > 1.05
+
+
+def test_the_graph_of_a_task_without_a_head_is_checked_in_its_first_batch_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    searches: list[int] = []
+    search = graph_checks.nodes_on_paths
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        searches[-1] += 1
+        return search(*args, **kwargs)
+
+    monkeypatch.setattr(graph_checks, "nodes_on_paths", counted)
+    model = nn.ModuleDict({"trunk": nn.Linear(3, 4), "decoder": nn.Linear(4, 3)})
+    with Balancer(model, GradNormRule(["reconstruction", "size"])) as balancer:
+        for inputs in torch.randn(4, 5, 3):
+            searches.append(0)
+            z = model["trunk"](inputs)
+            losses = {"reconstruction": nn.functional.mse_loss(model["decoder"](z), inputs), "size": z.square().mean()}
+            balancer.backward(losses)
+            balancer.step()
+        assert balancer._engine.plan.heads == {"reconstruction": "decoder"}
+    assert searches[0] > 0
+    assert searches[1:] == [0, 0, 0]
