@@ -90,14 +90,12 @@ class TrainerLoop:
 
     def loss_scale(self) -> float:
         """Return the factor by which the loss scaler has multiplied the loss; 1 without one."""
-        scaler = self._scaler
-        return 1.0 if scaler is None else float(scaler.get_scale())
+        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
 
     def skips(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return True if the loss scaler has found an overflow and will skip this optimizer's step."""
-        scaler = self._scaler
         # It has no public method for this; GradScaler.step calls the same one a moment later.
-        return scaler is not None and any(map(bool, scaler._found_inf_per_device(optimizer).values()))
+        return self._scaler is not None and any(map(bool, self._scaler._found_inf_per_device(optimizer).values()))
 
     def is_accumulating(self) -> bool:
         """Return True if the optimizer's step is not due after this backward pass."""

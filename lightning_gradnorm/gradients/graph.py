@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from lightning_gradnorm._messages import is_number
 
-_run_backward: Any = torch.autograd.Variable._execution_engine.run_backward
+Found = tuple[Tensor | None, ...]
+_run_backward: Callable[..., Found] = torch.autograd.Variable._execution_engine.run_backward
 
 
 def node_of(tensor: Tensor) -> Node:
@@ -26,7 +27,7 @@ def node_of(tensor: Tensor) -> Node:
 
 def first_order_pass(
     outputs: Sequence[Tensor] | Sequence[GradientEdge], targets: Sequence[Tensor], gradients: Sequence[Tensor]
-) -> tuple[Tensor | None, ...]:
+) -> Found:
     """Return the gradients at ``targets``, ``None`` where none arrives, and keep the graph.
 
     This is ``torch.autograd.grad(outputs, targets, gradients, retain_graph=True, allow_unused=True)`` without its checks of
@@ -49,10 +50,7 @@ def first_order_pass(
     """
     if not targets:  # the engine would add to the parameters' .grad
         raise RuntimeError("a first-order pass needs at least one target; got none")
-    found: tuple[Tensor | None, ...] = _run_backward(
-        tuple(outputs), tuple(gradients), True, False, tuple(targets), True, accumulate_grad=False
-    )
-    return found
+    return _run_backward(tuple(outputs), tuple(gradients), True, False, tuple(targets), True, accumulate_grad=False)
 
 
 def has_gradient(value: object) -> TypeGuard[Tensor]:

@@ -177,12 +177,9 @@ class GradNormRule(ReadsOutcomes):
 
     def _initial_values(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the weights and the priorities from the constructor's arguments."""
-
-        def of_tasks(given: Mapping[str, float] | None) -> Tensor:
-            return like.new_tensor([1.0 if given is None else given[task] for task in self.tasks])
-
-        weights = of_tasks(self._given_weights)
-        priorities = None if self._given_priorities is None else of_tasks(self._given_priorities)
+        given, p = self._given_weights or dict.fromkeys(self.tasks, 1.0), self._given_priorities
+        weights = like.new_tensor([given[task] for task in self.tasks])
+        priorities = None if p is None else like.new_tensor([p[task] for task in self.tasks])
         return weights * len(self.tasks) / weights.sum(), priorities
 
     @property
@@ -192,7 +189,7 @@ class GradNormRule(ReadsOutcomes):
 
     @property
     def loss_weights(self) -> Tensor:
-        """The current weights, shape (T,), detached: the factors of the losses' gradients."""
+        """The current weights, shape (T,), detached."""
         return self.weights.detach()
 
     @property
