@@ -74,6 +74,6 @@ def test_the_graph_of_a_task_without_a_head_is_checked_in_its_first_batch_only(m
             losses = {"reconstruction": nn.functional.mse_loss(model["decoder"](z), inputs), "size": z.square().mean()}
             balancer.backward(losses)
             balancer.step()
-        assert balancer._engine.plan.heads == {"reconstruction": "decoder"}
+        assert balancer._engine.inspection.plan.heads == {"reconstruction": "decoder"}
     assert searches[0] > 0
     assert searches[1:] == [0, 0, 0]
