@@ -15,6 +15,7 @@ import packages
 import pytest
 import torch
 
+gc.disable()  # until all tests are collected: their modules stay, and looking for garbage took a tenth of the time
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: others run beside them
 
@@ -33,6 +34,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_collection_finish() -> None:
     gc.collect()
+    gc.enable()
     gc.freeze()  # or each full collection would look at all imported modules
 
 
