@@ -1,4 +1,8 @@
-"""One thread, one seed, and a Trainer that prints nothing and writes nothing unless asked."""
+"""One thread, one seed, and a Trainer that prints nothing and writes nothing unless asked.
+
+With `-n`, the process that hands out the tests loads this file before it starts the workers. It needs no torch and no
+Lightning, so they are imported inside the functions.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,8 @@ from types import ModuleType
 from typing import Any
 
 import fast_set
-import packages
 import pytest
-import torch
 
-gc.disable()  # until all tests are collected: their modules stay, and looking for garbage took a tenth of the time
-torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: others run beside them
 
 
@@ -26,6 +26,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     fast_set.configure(config)
+    only_hands_out = bool(config.getoption("tx", None)) and not hasattr(config, "workerinput")
+    if only_hands_out:
+        return
+    import torch
+
+    torch.set_num_threads(1)
+    advice = "lightning.fabric.utilities.warnings.PossibleUserWarning"  # more workers, a val loader: no defects
+    config.addinivalue_line("filterwarnings", f"ignore::{advice}")
+    gc.disable()  # until all tests are collected: their modules stay, and looking for garbage took a tenth of the time
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -39,6 +48,8 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    import torch
+
     fast_set.skip_if_late(item)
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device; torch.cuda.is_available() is False here")
@@ -46,6 +57,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def _same_seed_for_every_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # seed_everything leaves them to all processes that start later
         monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)
@@ -56,11 +69,15 @@ def _same_seed_for_every_test(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    import packages
+
     packages.parametrize(metafunc)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import packages
+
     packages.select(items)
     fast_set.thin_out(items)
 
@@ -68,6 +85,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def package(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     """The package that models and Trainer are of: `lightning`, and for tests marked `both_packages` the other too."""
+    import packages
+
     with packages.using(getattr(request, "param", "lightning")) as namespace:
         yield namespace
 
@@ -75,6 +94,8 @@ def package(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
 @pytest.fixture
 def quiet_trainer(tmp_path: Path, package: ModuleType) -> Callable[..., Any]:
     """`quiet_trainer(**options)` is a one-epoch CPU Trainer without bars, summaries, loggers or checkpoints."""
+
+    import packages
 
     def build(**options: Any) -> Any:
         quiet: dict[str, Any] = {
