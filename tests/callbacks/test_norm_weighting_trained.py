@@ -65,18 +65,19 @@ def test_200_steps_of_one_process_follow_the_equations(name: str, layers: str, l
     assert_follows(told, expected(name, layers, lacking))
 
 
-ON_RANKS = ["InverseNorm", "LRAnnealing", "NTKWeights, averaged"]
+FAST = ("InverseNorm", "NTKWeights, averaged")
+GROUPS = {**dict.fromkeys(FAST, FAST), "LRAnnealing": ("LRAnnealing",)}
 
 
 @cache
-def on_two_ranks() -> dict[str, list[Told] | str]:
-    return train_each({name: run(name, "all", True, ranks=2) for name in ON_RANKS})
+def on_two_ranks(names: tuple[str, ...]) -> dict[str, list[Told] | str]:
+    return train_each({name: run(name, "all", True, ranks=2) for name in names})
 
 
-@pytest.mark.xdist_group("norm rules on two ranks")  # all in one pair of processes
-@pytest.mark.parametrize("name", ON_RANKS)
+@pytest.mark.xdist_group("norm rules on two ranks")  # each group in one pair of processes
+@pytest.mark.parametrize("name", [pytest.param(one, marks=[] if one in FAST else pytest.mark.slow) for one in GROUPS])
 def test_200_steps_of_two_processes_follow_the_equations(name: str) -> None:
-    told = on_two_ranks()[name]
+    told = on_two_ranks(GROUPS[name])[name]
     assert not isinstance(told, str), told
     assert_identical(told)
     assert_follows(told[0], expected(name, "all", True))
