@@ -80,6 +80,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     packages.select(items)
     fast_set.thin_out(items)
+    fast_set.keep_together(items)
 
 
 @pytest.fixture

@@ -69,7 +69,6 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Shown:
     return Shown(dict(zip(COMMANDS, said, strict=True)), folder)
 
 
-@pytest.mark.xdist_group("console")
 def test_a_run_shows_losses_and_weights_and_no_advertisements(shown: Shown) -> None:
     said = shown.said["a run"]
     assert [word for word in NOISE if word in said] == []
@@ -85,7 +84,6 @@ def test_a_run_shows_losses_and_weights_and_no_advertisements(shown: Shown) -> N
     assert "tensorboard --logdir run\n" in said
 
 
-@pytest.mark.xdist_group("console")
 def test_a_sweep_shows_each_line_once_and_how_to_compare_its_runs(shown: Shown) -> None:
     said = shown.said["a sweep"]
     assert said.count("Network: encoder 33,600") == 2
@@ -93,7 +91,6 @@ def test_a_sweep_shows_each_line_once_and_how_to_compare_its_runs(shown: Shown) 
     assert re.search(r"^compare +\S*gradnorm-report 'my sweep'$", said, re.MULTILINE)
 
 
-@pytest.mark.xdist_group("console")
 @pytest.mark.parametrize("job", ["fixed weights", "a sweep"])
 def test_other_strategies_show_the_weights_that_they_have(shown: Shown, job: str) -> None:
     said = shown.said[job].partition("#1 : ")[0]  # of the sweep, the job with equal weights

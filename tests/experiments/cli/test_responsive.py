@@ -78,7 +78,6 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     }
 
 
-@pytest.mark.xdist_group("answers without torch")
 @pytest.mark.parametrize(
     ("command", "status", "expected"),
     [
