@@ -7,6 +7,7 @@ Lightning, so they are imported inside the functions.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -66,6 +67,15 @@ def _same_seed_for_every_test(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.default_generator.manual_seed(0)  # torch.manual_seed formats the stack, 0.9 ms a test
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(0)
+
+
+@pytest.fixture
+def lightnings_log() -> Iterator[None]:
+    """Let Lightning report again afterwards what a script or a notebook has silenced."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
