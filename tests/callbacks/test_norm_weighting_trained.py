@@ -55,10 +55,14 @@ def run(name: str, layers: str, lacking: bool, ranks: int, steps: int = STEPS) -
     return Run(Physics(), balancing, batches)
 
 
+TRAINED = ("InverseNorm", "InverseNorm of the total", "LRAnnealing", "NTKWeights, averaged")
+"""In the fast set; `strategies/test_norm_weighting.py` follows the equations of every rule without a network."""
+
+
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("lacking", [False, True], ids=["all present", "some absent"])
 @pytest.mark.parametrize("layers", LAYERS)
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [pytest.param(one, marks=[] if one in TRAINED else pytest.mark.slow) for one in RULES])
 def test_200_steps_of_one_process_follow_the_equations(name: str, layers: str, lacking: bool) -> None:
     one = run(name, layers, lacking, ranks=1)
     (told,) = train(one.model, one.balancing, one.steps)
