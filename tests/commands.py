@@ -11,6 +11,7 @@ from subprocess import CompletedProcess
 from typing import Any, TextIO
 
 import pytest
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from machines import MODULE
 
@@ -23,11 +24,21 @@ def as_in_a_terminal(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.delenv("HYDRA_FULL_ERROR", raising=False)
 
 
+_look_up_mode = Hydra.get_mode
+
+
+def _mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+    """Return ``hydra.mode``, for which Hydra composes the configuration a first time: only if an option may set it."""
+    is_open = any(word.startswith(("search", "hydra.mode")) for word in overrides)
+    return _look_up_mode(hydra, config_name, overrides) if is_open else None
+
+
 def status_of(main: Callable[[], None], arguments: Sequence[str]) -> int:
     """Run a command and return its exit status."""
     GlobalHydra.instance().clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["command", *arguments])
+        patch.setattr(Hydra, "get_mode", _mode)
         try:
             main()
         except SystemExit as left:

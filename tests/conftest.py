@@ -1,21 +1,25 @@
-"""One thread, one seed, and a Trainer that prints nothing and writes nothing unless asked."""
+"""One thread, one seed, and a Trainer that prints nothing and writes nothing unless asked.
+
+With `-n`, the process that hands out the tests loads this file before it starts the workers. It needs no torch and no
+Lightning, so they are imported inside the functions.
+"""
 
 from __future__ import annotations
 
+import functools
 import gc
+import logging
 import os
 import random
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import fast_set
-import packages
 import pytest
-import torch
 
-torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: others run beside them
 
 
@@ -25,6 +29,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     fast_set.configure(config)
+    only_hands_out = bool(config.getoption("tx", None)) and not hasattr(config, "workerinput")
+    if only_hands_out:
+        return
+    # Each Trainer asks for callbacks that other packages install, which reads a thousand files: 12 of the 13 ms that it
+    # takes to make one. Lightning, which is not imported yet, takes the function from there.
+    metadata.entry_points = functools.cache(metadata.entry_points)
+    import torch
+
+    torch.set_num_threads(1)
+    advice = "lightning.fabric.utilities.warnings.PossibleUserWarning"  # more workers, a val loader: no defects
+    config.addinivalue_line("filterwarnings", f"ignore::{advice}")
+    gc.disable()  # until all tests are collected: their modules stay, and looking for garbage took a tenth of the time
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -33,10 +49,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_collection_finish() -> None:
     gc.collect()
+    gc.enable()
     gc.freeze()  # or each full collection would look at all imported modules
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    import torch
+
     fast_set.skip_if_late(item)
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device; torch.cuda.is_available() is False here")
@@ -44,6 +63,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def _same_seed_for_every_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # seed_everything leaves them to all processes that start later
         monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)
@@ -53,19 +74,35 @@ def _same_seed_for_every_test(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.cuda.manual_seed_all(0)
 
 
+@pytest.fixture
+def lightnings_log() -> Iterator[None]:
+    """Let Lightning report again afterwards what a script or a notebook has silenced."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    import packages
+
     packages.parametrize(metafunc)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import packages
+
     packages.select(items)
     fast_set.thin_out(items)
+    fast_set.keep_together(items)
 
 
 @pytest.fixture
 def package(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     """The package that models and Trainer are of: `lightning`, and for tests marked `both_packages` the other too."""
+    import packages
+
     with packages.using(getattr(request, "param", "lightning")) as namespace:
         yield namespace
 
@@ -73,6 +110,8 @@ def package(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
 @pytest.fixture
 def quiet_trainer(tmp_path: Path, package: ModuleType) -> Callable[..., Any]:
     """`quiet_trainer(**options)` is a one-epoch CPU Trainer without bars, summaries, loggers or checkpoints."""
+
+    import packages
 
     def build(**options: Any) -> Any:
         quiet: dict[str, Any] = {

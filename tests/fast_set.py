@@ -73,6 +73,15 @@ def thin_out(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+def keep_together(items: list[pytest.Item]) -> None:
+    """Have the tests that share a fixture of their module run on one worker, where it is made once."""
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("xdist_group") is None:
+            fixtures = item._fixtureinfo.name2fixturedefs.values()
+            if any(found[-1].scope == "module" for found in fixtures if found):
+                item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
 def _values(item: pytest.Function) -> set[tuple[int, str]]:
     """The number of each parameter and the name of its value; pytest's `indices` count the tests, if it is no fixture."""
     return set(enumerate(item.callspec._idlist))

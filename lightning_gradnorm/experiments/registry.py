@@ -12,7 +12,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -287,7 +287,8 @@ class Strategy:
         return "" if self.callback is None else self.callback.constructor.__name__
 
 
-def read_strategies(conf: Path) -> dict[str, Strategy]:
+@cache
+def read_strategies(conf: Path) -> Mapping[str, Strategy]:
     """Return the strategies in a folder of configurations by name.
 
     Example:

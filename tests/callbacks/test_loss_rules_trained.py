@@ -58,6 +58,7 @@ def assert_follows(told: Told, name: str, absent: bool) -> None:
     assert max(last) - min(last) > 1e-3
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("absent", [False, True], ids=["all present", "some absent"])
 @pytest.mark.parametrize("name", NAMES)
 def test_200_steps_of_one_process_follow_the_equations(name: str, absent: bool) -> None:
@@ -67,15 +68,19 @@ def test_200_steps_of_one_process_follow_the_equations(name: str, absent: bool) 
     assert_follows(told, name, absent)
 
 
+FAST = ("ReLoBRaLo, quick", "SLAW")  # the one that draws random numbers, and the one that remembers most
+GROUPS = {name: FAST if name in FAST else tuple(name for name in NAMES if name not in FAST) for name in NAMES}
+
+
 @cache
-def on_two_ranks() -> dict[str, list[Told] | str]:
-    return train_each({name: run(name, True, ranks=2) for name in NAMES})
+def on_two_ranks(names: tuple[str, ...]) -> dict[str, list[Told] | str]:
+    return train_each({name: run(name, True, ranks=2) for name in names})
 
 
-@pytest.mark.xdist_group("loss rules on two ranks")  # all in one pair of processes
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.xdist_group("loss rules on two ranks")  # each group in one pair of processes
+@pytest.mark.parametrize("name", [pytest.param(one, marks=[] if one in FAST else pytest.mark.slow) for one in NAMES])
 def test_200_steps_of_two_processes_follow_the_equations(name: str) -> None:
-    told = on_two_ranks()[name]
+    told = on_two_ranks(GROUPS[name])[name]
     assert not isinstance(told, str), told
     assert_identical(told)
     assert_follows(told[0], name, absent=True)

@@ -55,28 +55,33 @@ def run(name: str, layers: str, lacking: bool, ranks: int, steps: int = STEPS) -
     return Run(Physics(), balancing, batches)
 
 
+TRAINED = ("InverseNorm", "InverseNorm of the total", "LRAnnealing", "NTKWeights, averaged")
+"""In the fast set; `strategies/test_norm_weighting.py` follows the equations of every rule without a network."""
+
+
 @pytest.mark.each_value_once
 @pytest.mark.parametrize("lacking", [False, True], ids=["all present", "some absent"])
 @pytest.mark.parametrize("layers", LAYERS)
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [pytest.param(one, marks=[] if one in TRAINED else pytest.mark.slow) for one in RULES])
 def test_200_steps_of_one_process_follow_the_equations(name: str, layers: str, lacking: bool) -> None:
     one = run(name, layers, lacking, ranks=1)
     (told,) = train(one.model, one.balancing, one.steps)
     assert_follows(told, expected(name, layers, lacking))
 
 
-ON_RANKS = ["InverseNorm", "LRAnnealing", "NTKWeights, averaged"]
+FAST = ("InverseNorm", "NTKWeights, averaged")
+GROUPS = {**dict.fromkeys(FAST, FAST), "LRAnnealing": ("LRAnnealing",)}
 
 
 @cache
-def on_two_ranks() -> dict[str, list[Told] | str]:
-    return train_each({name: run(name, "all", True, ranks=2) for name in ON_RANKS})
+def on_two_ranks(names: tuple[str, ...]) -> dict[str, list[Told] | str]:
+    return train_each({name: run(name, "all", True, ranks=2) for name in names})
 
 
-@pytest.mark.xdist_group("norm rules on two ranks")  # all in one pair of processes
-@pytest.mark.parametrize("name", ON_RANKS)
+@pytest.mark.xdist_group("norm rules on two ranks")  # each group in one pair of processes
+@pytest.mark.parametrize("name", [pytest.param(one, marks=[] if one in FAST else pytest.mark.slow) for one in GROUPS])
 def test_200_steps_of_two_processes_follow_the_equations(name: str) -> None:
-    told = on_two_ranks()[name]
+    told = on_two_ranks(GROUPS[name])[name]
     assert not isinstance(told, str), told
     assert_identical(told)
     assert_follows(told[0], expected(name, "all", True))

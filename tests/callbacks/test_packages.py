@@ -60,6 +60,7 @@ def train(
     return trainer
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("model", [Automatic, Manual])
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_both_trainers_give_the_same_network_state_and_log_to_the_bit(

@@ -14,6 +14,8 @@ import pytest
 
 Capture = pytest.CaptureFixture[str]
 
+pytestmark = pytest.mark.usefixtures("lightnings_log")
+
 FOLDER = Path(__file__).parents[2] / "notebooks"
 
 

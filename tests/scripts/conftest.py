@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +14,9 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture
-def script(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+def script(
+    lightnings_log: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> ModuleType:
     """The script that the test module names as SCRIPT."""
     name = request.module.SCRIPT
     monkeypatch.syspath_prepend(str(SCRIPTS))
@@ -27,15 +28,6 @@ def script(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setitem(sys.modules, name, module)
     specification.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(autouse=True)
-def lightnings_log() -> Iterator[None]:
-    """Let Lightning say again afterwards what a script has silenced."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    yield
-    logger.setLevel(level)
 
 
 @pytest.fixture

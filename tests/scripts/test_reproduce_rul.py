@@ -73,7 +73,11 @@ def test_all_methods_and_subsets_compose_as_the_command_line_does(
 ) -> None:
     call("--seeds", "4", "--subsets", "FD001", "FD002")
     assert len(made_up) == 2 * 14
-    configs = [compose_run(tmp_path, *overrides) for overrides in made_up.values()]
+    by_method = {}
+    for name, overrides in made_up.items():
+        by_method.setdefault(name.split("/")[2], []).append(overrides)
+    # Composing takes a fifth of a second: each method with one of the subsets, in turns.
+    configs = [compose_run(tmp_path, *found[place % 2]) for place, found in enumerate(by_method.values())]
     assert {(config.data.subset, config.trainer.max_epochs) for config in configs} == {("FD001", 30), ("FD002", 18)}
     assert {config.seed for config in configs} == {4}
     assert {config.data.seed for config in configs} == {0}
@@ -86,7 +90,7 @@ def test_all_methods_and_subsets_compose_as_the_command_line_does(
     }
     weighted = {config.model.tasks.weighted for config in configs if "AMNL" in str(config.balancing)}
     assert weighted == {True}
-    assert sum(config.model.tasks.weighted for config in configs) == 2 * 2
+    assert sum(config.model.tasks.weighted for config in configs) == 2
     assert {build(config, "model").encoder.in_features for config in configs} == {30 * 14, 30 * 20}
 
 

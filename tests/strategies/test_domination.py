@@ -115,6 +115,7 @@ def test_updates_that_lack_the_task_do_not_end_its_stretch_and_do_not_count() ->
     assert len(told_of(rule)) == 1
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("alpha", [0.0, 0.12, 1.5])
 @pytest.mark.parametrize("absent_tasks", ["leave_out", "last_seen"])
 def test_a_loss_that_goes_to_zero_leaves_the_weights_right_and_is_reported(absent_tasks: Any, alpha: float) -> None:

@@ -179,6 +179,7 @@ SPECIAL = [0.0, 0.0, 0.0, math.nan, math.inf, 1e-30, 1e30, 5.0]
 SEEDS = [pytest.param(range(2), id="400 steps"), pytest.param(range(2, 52), id="10,000 steps", marks=pytest.mark.slow)]
 
 
+@pytest.mark.each_value_once
 @pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("name", RULES)

@@ -7,7 +7,7 @@ import io
 import sys
 import tokenize
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,8 +28,12 @@ class Module:
 
     path: str
     """Relative to the package, ``engine/layers.py``."""
-    tree: ast.Module
     text: str
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        """The syntax tree, parsed when it is needed: listing the modules is a part of collecting the tests."""
+        return ast.parse(self.text)
 
     @property
     def lines(self) -> int:
@@ -83,11 +87,11 @@ class Import:
 @cache
 def modules() -> list[Module]:
     """Return all files of the package."""
-    found = []
-    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        found.append(Module(path.relative_to(ROOT / PACKAGE).as_posix(), ast.parse(text), text))
-    return found
+    package = ROOT / PACKAGE
+    return [
+        Module(path.relative_to(package).as_posix(), path.read_text(encoding="utf-8"))
+        for path in sorted(package.rglob("*.py"))
+    ]
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -42,7 +43,13 @@ class SaveOnInterrupt(BetweenSteps):
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.interrupted = True
+        handle = self._previous
         self._restore()
+        with suppress(
+            KeyboardInterrupt
+        ):  # a sweep's handler records the signal; its exception waits for the step's end
+            if callable(handle):
+                handle(signum, frame)
         rank_zero_info("Stopping after this step (Ctrl-C again: at once, without a checkpoint).")
 
     def _restore(self) -> None:

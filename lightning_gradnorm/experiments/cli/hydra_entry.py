@@ -34,6 +34,8 @@ class CommandLine(metaclass=Singleton):
     arguments: Sequence[str] | None = None
     sweep: Path | None = None
     """The folder of the sweep, if this is a sweep."""
+    interrupted = False
+    """Ctrl-C was pressed in this process."""
     created: Sequence[Path] = ()
     """The folders that a single run creates: its own, and those above it, innermost first."""
 
@@ -63,7 +65,7 @@ def run(task: Callable[[DictConfig], Any], *, command: str, folder: Path, config
             try:
                 return task(config)
             except errors.wrong_input() as error:
-                _remove_untouched()
+                _remove_folders_of_single_run()
                 if errors_are_raw or is_multirun():  # in a sweep, Hydra reports which run failed
                     raise
                 errors.leave(command, error)
@@ -85,17 +87,23 @@ def run(task: Callable[[DictConfig], Any], *, command: str, folder: Path, config
         CommandLine.instance().arguments = None
 
 
-def _remove_untouched() -> None:
+def _remove_folders_of_single_run() -> None:
     """Remove the folder of a single run that failed before training, unless it existed before or has other files."""
     folder, *above = CommandLine.instance().created or [None]
-    if folder is None or is_multirun() or not folder.is_dir():
+    if folder is None or is_multirun() or not remove_untouched(folder):
         return
-    if [one.name for one in folder.iterdir()] == [HYDRA]:
+    for one in above:
+        if next(one.iterdir(), None) is not None:
+            break
+        one.rmdir()
+
+
+def remove_untouched(folder: Path) -> bool:
+    """Remove a run's folder if it holds only Hydra's record of the options. Return True if it did."""
+    is_untouched = folder.is_dir() and [one.name for one in folder.iterdir()] == [HYDRA]
+    if is_untouched:
         shutil.rmtree(folder)
-        for one in above:
-            if next(one.iterdir(), None) is not None:
-                break
-            one.rmdir()
+    return is_untouched
 
 
 def refuse_dashes(folder: Path) -> None:

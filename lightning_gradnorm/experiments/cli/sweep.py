@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -90,8 +93,14 @@ def run_job(config: DictConfig, train: Callable[[DictConfig], dict[str, float]])
 
     Returns:
         The metric in ``optimized_metric``, or ``None`` if the job failed or did not log it. Only a search needs it.
+
+    Raises:
+        SystemExit: Ctrl-C stopped this job, or was pressed before or during it (130).
     """
     folder = Path(config.paths.run_dir)
+    if hydra_entry.CommandLine.instance().interrupted and launch.rank() == 0:
+        hydra_entry.remove_untouched(folder)  # Hydra has just created it
+    _stop_if_interrupted()
     try:
         _refuse_a_metric_that_will_not_be(config)
         with _alone_in(folder) as lock:
@@ -99,11 +108,18 @@ def run_job(config: DictConfig, train: Callable[[DictConfig], dict[str, float]])
         result = objective(config, metrics)
     except Exception as error:
         _note_failure(folder, error)
+        _stop_if_interrupted()
         if _is_search():
             raise
         return None
     _note(state)
+    _stop_if_interrupted()
     return result
+
+
+def _stop_if_interrupted() -> None:
+    if hydra_entry.CommandLine.instance().interrupted:
+        sys.exit(130)
 
 
 def _metrics(
@@ -270,13 +286,14 @@ def told_at_the_end(command: str) -> Iterator[None]:
         SystemExit: a job failed (1), or the sweep was interrupted (130).
     """
     line = hydra_entry.CommandLine.instance()
-    line.sweep = None
+    line.sweep, line.interrupted = None, False
     try:
-        yield
+        with _remembering_ctrl_c():
+            yield
     except (KeyboardInterrupt, SystemExit) as left:
         if line.sweep is None:
             raise
-        if isinstance(left, SystemExit) and left.code != 130:
+        if isinstance(left, SystemExit) and left.code != 130 and not line.interrupted:
             _tell(command, line.sweep)
             raise
         _tell(command, line.sweep, " so far")
@@ -288,6 +305,30 @@ def told_at_the_end(command: str) -> Iterator[None]:
         raise
     if line.sweep is not None and _tell(command, line.sweep):
         sys.exit(1)
+
+
+@contextmanager
+def _remembering_ctrl_c() -> Iterator[None]:
+    """Record that Ctrl-C was pressed, then do what Python does anyway: raise KeyboardInterrupt.
+
+    Code that a job calls may swallow the exception: a destructor, a callback from C, a broad ``except``. The sweep would run
+    to its end.
+    """
+    usual = signal.getsignal(signal.SIGINT)
+    if not callable(usual) or threading.current_thread() is not threading.main_thread():
+        yield  # Ctrl-C is ignored, as in the background of a shell, or handled in another thread
+        return
+    handle: Callable[[int, FrameType | None], Any] = usual
+
+    def remember(signum: int, frame: FrameType | None) -> None:
+        hydra_entry.CommandLine.instance().interrupted = True
+        handle(signum, frame)
+
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def again(command: str, folder: Path) -> str:

@@ -111,7 +111,9 @@ def test_a_resume_that_fails_leaves_the_run_as_it_was(call: Call, tmp_path: Path
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")
-@pytest.mark.parametrize("options", [["balancing=equal"], ["balancing=uncertainty"], ["balancing=dwa"]])
+@pytest.mark.parametrize(
+    "options", [["balancing=equal"], ["balancing=uncertainty"], pytest.param(["balancing=dwa"], marks=pytest.mark.slow)]
+)
 def test_a_run_is_not_resumed_in_place_with_another_strategy(
     call: Call, tmp_path: Path, run: Path, options: list[str]
 ) -> None:
@@ -193,110 +195,118 @@ def test_the_help_of_evaluation_explains_it_and_the_comparison_with_single_tasks
 # ---- what is asked wrongly -------------------------------------------------------------------------------------------
 
 
+WRONG_OPTIONS = [
+    (
+        ["balancing.alhpa=1"],
+        ["there is no 'balancing.alhpa'; did you mean 'balancing.alpha'?", "balancing has: tasks, shared_layer"],
+    ),
+    (
+        ["balancing=gradnrom"],
+        ["there is no balancing 'gradnrom'; did you mean 'gradnorm'?", "balancing has: aligned_mtl, amnl, "],
+    ),
+    (
+        ["balancing=mgda", "balancing.aggregator.epsilon=big"],
+        ["balancing.aggregator.epsilon: value 'big'", "Float"],
+    ),
+    (
+        ["balancing=pbi", "balancing.scalarizer.scalarizer.thet=1"],
+        ["did you mean 'balancing.scalarizer.scalarizer.theta'?"],
+    ),
+    (["balancing=mgda", "+balancing.aggregator.fish=1"], ["torchjd.aggregation.MGDA has no parameter 'fish'"]),
+    (["balancing=excess_mtl", "balancing.at=representation", *SMALL], ["Use at='parameters'"]),
+    (["balancing=krum", *SMALL], ["Krum, asked to aggregate the gradients of 2 tasks, failed", "at least 4 rows"]),
+    (
+        ["balancing=uncertainty", "balancing.scalarizer.classification=[task_2]", *SMALL],
+        ["names 'task_2', which is no"],
+    ),
+    (["balancing=gradnorm_static"], ["balancing.from_run should be set"]),
+    (
+        ["balancing=gradnorm_static", "balancing.from_run=nope"],
+        ["from_run should be the folder", "there is no nope"],
+    ),
+    (["balancing=random_static", "balancing.seed=-1"], ["RandomWeights: seed should be an integer, at least 0"]),
+    (["tasks=[task_2]"], ["there is no task 'task_2' to train; did you mean 'task_1'?"]),
+    (["tasks=task_0"], ["tasks should be null or a list of names, such as [depth]; got 'task_0'"]),
+    (["tasks=[]"], ["only should be None or a list of tasks"]),
+    (
+        ["trainer=ddp_cpu", "balancing.shared_layer=encodr.0", *SMALL],
+        ["gradnorm-train: GradNorm: shared_layer 'encodr"],
+    ),
+    (
+        ["data=mine"],
+        [
+            "there is no data 'mine'",
+            "data has: cmapss, multimnist, nyuv2, pde, rooms, rooms_few, sinusoids, tabular, toy, turbofan",
+        ],
+    ),
+    (
+        ["data.path=x.csv"],
+        ["there is no 'data.path' here; it belongs to data=tabular: add experiment=tabular or data=tabular\n"],
+    ),
+    (["data.root=there"], ["there is no 'data.root' here; it belongs to data=cmapss, data=nyuv2\n"]),
+    (["--experiment", "tabular"], ["options have no dashes: write experiment=tabular"]),
+    (["seed=1", "--trainer.max_epochs=3"], ["options have no dashes: write trainer.max_epochs=3"]),
+    (["epochs=1"], ["'trainer.max_epochs'", "did you mean 'trainer.min_epochs' or "]),
+    (
+        ["balancing.lr=1"],
+        ["did you mean 'balancing.optimizer.lr' or 'model.optimizer.lr'?", "balancing has: tasks"],
+    ),
+    (
+        ["model.optimizer.epps=1"],
+        ["did you mean '+model.optimizer.eps'?", "also accepts, each with a + before it: betas, eps, "],
+    ),
+    (["+trainer.max_epochs=1"], ["'trainer.max_epochs' already exists: set its new value without the +"]),
+    (
+        ["+data.fish=1"],
+        ["data: lightning_gradnorm.experiments.problems.small.ToyDataModule has no parameter 'fish'"],
+    ),
+    (["alpha=big"], ["balancing.alpha: ", "'big' of type 'str' could not be converted to Float"]),
+    (["data.sigmas=[1"], ["cannot parse 'data.sigmas=[1'"]),
+    (["balancing=fixed"], ["balancing.weights should be set"]),
+    (["balancing.alpha=-1"], ["GradNorm: alpha should be a finite number, at least 0; got -1"]),
+    (["balancing.shared_layer=encodr.0", *SMALL], ["shared_layer 'encodr.0' is not in MultiTaskModule"]),
+    (["trainer.accumulate_grad_batches=2"], ["got 2. Use model.accumulate_grad_batches=2 instead"]),
+    (["callbacks.checkpoint=nope"], ["callbacks.checkpoint should be null or name a _target_; got 'nope'"]),
+    (["--config-dir", "nowhere"], ["nowhere' not found"]),
+]
+"""What is given, and what the answer contains: one of each kind of mistake."""
+
+MORE_WRONG_OPTIONS = [
+    (
+        ["balancing=mgda", "balancing.aggregator.epsilom=1"],
+        ["'balancing.aggregator.epsilom'; did you mean 'balancing.aggregator.epsilon'?"],
+    ),
+    (
+        ["balancing=famo", "balancing.scalarizer.weight_dcay=1"],
+        ["did you mean 'balancing.scalarizer.weight_decay'?"],
+    ),
+    (["balancing=mgda", "balancing.att=parameters"], ["there is no 'balancing.att'; did you mean 'balancing.at'?"]),
+    (["experiment=nope"], ["there is no experiment 'nope'", "experiment has: cmapss_fd001, "]),
+    (["sed=1"], ["there is no 'sed'; did you mean 'seed'?", "the configuration has:"]),
+    (["trainer.max_epoch=1"], ["did you mean 'trainer.max_epochs'?"]),
+    (
+        ["balancing.weights=[1]"],
+        ["there is no 'balancing.weights' here; it belongs to balancing=fixed: add balanc"],
+    ),
+    (["max_epochs=1"], ["there is no 'max_epochs'; did you mean 'trainer.max_epochs'?"]),
+    (
+        ["model.optimizer.weight_decay=0.01"],
+        ["but torch.optim.Adam accepts it. To add it, put a + before it: +model.optimizer.weight_decay=0.01\n"],
+    ),
+    (["balancing.alpha=big"], ["balancing.alpha: value 'big' of type 'str' could not be converted to Float"]),
+    (["trainer.max_epochs=ten"], ["trainer.max_epochs: value 'ten'", "Integer"]),
+    (["data.sigmas=[1]"], ["ToyDataModule: sigmas"]),
+    (["trainer.gradient_clip_val=0.5"], ["got 0.5. Use model.gradient_clip_val=0.5 instead"]),
+    (["seed=a"], ["seed should be an integer, at least 0; got 'a'"]),
+    (["ckpt_path=nope.ckpt"], ["ckpt_path should be a checkpoint file; no such checkpoint: nope.ckpt"]),
+    (["-m", "balancing=equal,nope"], ["there is no balancing 'nope'"]),
+]
+"""The same kinds once more, at other places; `test_responsive.py` has some of them in a fresh interpreter."""
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [
-        (
-            ["balancing.alhpa=1"],
-            ["there is no 'balancing.alhpa'; did you mean 'balancing.alpha'?", "balancing has: tasks, shared_layer"],
-        ),
-        (
-            ["balancing=gradnrom"],
-            ["there is no balancing 'gradnrom'; did you mean 'gradnorm'?", "balancing has: aligned_mtl, amnl, "],
-        ),
-        (
-            ["balancing=mgda", "balancing.aggregator.epsilom=1"],
-            ["'balancing.aggregator.epsilom'; did you mean 'balancing.aggregator.epsilon'?"],
-        ),
-        (
-            ["balancing=mgda", "balancing.aggregator.epsilon=big"],
-            ["balancing.aggregator.epsilon: value 'big'", "Float"],
-        ),
-        (
-            ["balancing=famo", "balancing.scalarizer.weight_dcay=1"],
-            ["did you mean 'balancing.scalarizer.weight_decay'?"],
-        ),
-        (
-            ["balancing=pbi", "balancing.scalarizer.scalarizer.thet=1"],
-            ["did you mean 'balancing.scalarizer.scalarizer.theta'?"],
-        ),
-        (["balancing=mgda", "+balancing.aggregator.fish=1"], ["torchjd.aggregation.MGDA has no parameter 'fish'"]),
-        (["balancing=mgda", "balancing.att=parameters"], ["there is no 'balancing.att'; did you mean 'balancing.at'?"]),
-        (["balancing=excess_mtl", "balancing.at=representation", *SMALL], ["Use at='parameters'"]),
-        (["balancing=krum", *SMALL], ["Krum, asked to aggregate the gradients of 2 tasks, failed", "at least 4 rows"]),
-        (
-            ["balancing=uncertainty", "balancing.scalarizer.classification=[task_2]", *SMALL],
-            ["names 'task_2', which is no"],
-        ),
-        (["balancing=gradnorm_static"], ["balancing.from_run should be set"]),
-        (
-            ["balancing=gradnorm_static", "balancing.from_run=nope"],
-            ["from_run should be the folder", "there is no nope"],
-        ),
-        (["balancing=random_static", "balancing.seed=-1"], ["RandomWeights: seed should be an integer, at least 0"]),
-        (["tasks=[task_2]"], ["there is no task 'task_2' to train; did you mean 'task_1'?"]),
-        (["tasks=task_0"], ["tasks should be null or a list of names, such as [depth]; got 'task_0'"]),
-        (["tasks=[]"], ["only should be None or a list of tasks"]),
-        (
-            ["trainer=ddp_cpu", "balancing.shared_layer=encodr.0", *SMALL],
-            ["gradnorm-train: GradNorm: shared_layer 'encodr"],
-        ),
-        (["experiment=nope"], ["there is no experiment 'nope'", "experiment has: cmapss_fd001, "]),
-        (
-            ["data=mine"],
-            [
-                "there is no data 'mine'",
-                "data has: cmapss, multimnist, nyuv2, pde, rooms, rooms_few, sinusoids, tabular, toy, turbofan",
-            ],
-        ),
-        (["sed=1"], ["there is no 'sed'; did you mean 'seed'?", "the configuration has:"]),
-        (["trainer.max_epoch=1"], ["did you mean 'trainer.max_epochs'?"]),
-        (
-            ["data.path=x.csv"],
-            ["there is no 'data.path' here; it belongs to data=tabular: add experiment=tabular or data=tabular\n"],
-        ),
-        (
-            ["balancing.weights=[1]"],
-            ["there is no 'balancing.weights' here; it belongs to balancing=fixed: add balanc"],
-        ),
-        (["data.root=there"], ["there is no 'data.root' here; it belongs to data=cmapss, data=nyuv2\n"]),
-        (["--experiment", "tabular"], ["options have no dashes: write experiment=tabular"]),
-        (["seed=1", "--trainer.max_epochs=3"], ["options have no dashes: write trainer.max_epochs=3"]),
-        (["max_epochs=1"], ["there is no 'max_epochs'; did you mean 'trainer.max_epochs'?"]),
-        (["epochs=1"], ["'trainer.max_epochs'", "did you mean 'trainer.min_epochs' or "]),
-        (
-            ["balancing.lr=1"],
-            ["did you mean 'balancing.optimizer.lr' or 'model.optimizer.lr'?", "balancing has: tasks"],
-        ),
-        (
-            ["model.optimizer.weight_decay=0.01"],
-            ["but torch.optim.Adam accepts it. To add it, put a + before it: +model.optimizer.weight_decay=0.01\n"],
-        ),
-        (
-            ["model.optimizer.epps=1"],
-            ["did you mean '+model.optimizer.eps'?", "also accepts, each with a + before it: betas, eps, "],
-        ),
-        (["+trainer.max_epochs=1"], ["'trainer.max_epochs' already exists: set its new value without the +"]),
-        (
-            ["+data.fish=1"],
-            ["data: lightning_gradnorm.experiments.problems.small.ToyDataModule has no parameter 'fish'"],
-        ),
-        (["balancing.alpha=big"], ["balancing.alpha: value 'big' of type 'str' could not be converted to Float"]),
-        (["alpha=big"], ["balancing.alpha: ", "'big' of type 'str' could not be converted to Float"]),
-        (["trainer.max_epochs=ten"], ["trainer.max_epochs: value 'ten'", "Integer"]),
-        (["data.sigmas=[1"], ["cannot parse 'data.sigmas=[1'"]),
-        (["data.sigmas=[1]"], ["ToyDataModule: sigmas"]),
-        (["balancing=fixed"], ["balancing.weights should be set"]),
-        (["balancing.alpha=-1"], ["GradNorm: alpha should be a finite number, at least 0; got -1"]),
-        (["balancing.shared_layer=encodr.0", *SMALL], ["shared_layer 'encodr.0' is not in MultiTaskModule"]),
-        (["trainer.accumulate_grad_batches=2"], ["got 2. Use model.accumulate_grad_batches=2 instead"]),
-        (["trainer.gradient_clip_val=0.5"], ["got 0.5. Use model.gradient_clip_val=0.5 instead"]),
-        (["seed=a"], ["seed should be an integer, at least 0; got 'a'"]),
-        (["callbacks.checkpoint=nope"], ["callbacks.checkpoint should be null or name a _target_; got 'nope'"]),
-        (["ckpt_path=nope.ckpt"], ["ckpt_path should be a checkpoint file; no such checkpoint: nope.ckpt"]),
-        (["--config-dir", "nowhere"], ["nowhere' not found"]),
-        (["-m", "balancing=equal,nope"], ["there is no balancing 'nope'"]),
-    ],
+    [*WRONG_OPTIONS, *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE_WRONG_OPTIONS)],
     ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else None,
 )
 def test_the_error_for_a_wrong_option_lists_what_exists(call: Call, arguments: list[str], expected: list[str]) -> None:

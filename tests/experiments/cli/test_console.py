@@ -2,40 +2,81 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 import torch
 from configurations import QUICK, SMALL
-from machines import MODULE
 
 from lightning_gradnorm.experiments.callbacks.console import as_text, numbers
 from lightning_gradnorm.experiments.cli import console, evaluate, train
 from lightning_gradnorm.experiments.report import read_run
 
 Call = Callable[..., str]
-Start = Callable[..., Any]
 OPTIONS = [*SMALL, *(one for one in QUICK if "enable" not in one)]
 NOISE = ("v_num", "weights_only", "Tip", "TPU", "FLOP", "litlogger", "[HYDRA]", "Warning")
 
 
-def test_a_run_shows_losses_and_weights_and_no_advertisements(start: Start, tmp_path: Path) -> None:
-    process = start(
-        *MODULE, *OPTIONS, "trainer.max_epochs=2", "hydra.run.dir=run", "callbacks.last.every_n_train_steps=1"
+FIXED = ["balancing=fixed", "balancing.weights={task_0: 1.5, task_1: 0.5}"]
+COMMANDS = {
+    "a run": [*OPTIONS, "trainer.max_epochs=2", "hydra.run.dir=run", "callbacks.last.every_n_train_steps=1"],
+    "a sweep": ["-m", *OPTIONS, "logger=csv", "balancing=equal,gradnorm", "hydra.sweep.dir=my sweep"],
+    "fixed weights": [*OPTIONS, "logger=csv", "callbacks.interrupt=null", *FIXED],
+}
+ONE_AFTER_THE_OTHER = """
+import json, sys
+from hydra.core.global_hydra import GlobalHydra
+from lightning_gradnorm.experiments.cli import train
+for arguments in json.loads(sys.argv[1]):
+    GlobalHydra.instance().clear()
+    sys.argv = ["gradnorm-train", *arguments]
+    train.main()
+    print("== end ==", flush=True)
+"""
+
+
+class Shown(NamedTuple):
+    """What each command has printed, and where they ran."""
+
+    said: dict[str, str]
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Shown:
+    """The commands in one fresh process, whose logging is not pytest's; the first shows what appears once per process."""
+    folder = tmp_path_factory.mktemp("shown")
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_THE_OTHER, json.dumps(list(COMMANDS.values()))],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
     )
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    assert done.returncode == 0, done.stdout
+    *said, rest = done.stdout.split("== end ==\n")
+    assert rest == ""
+    return Shown(dict(zip(COMMANDS, said, strict=True)), folder)
+
+
+def test_a_run_shows_losses_and_weights_and_no_advertisements(shown: Shown) -> None:
+    said = shown.said["a run"]
     assert [word for word in NOISE if word in said] == []
     assert said.count("GPU available") == 1
     assert "Network: encoder 33,600, tasks.task_0 10,100, tasks.task_1 10,100; 53,800 parameters, all trained" in said
-    shown = re.findall(r"train: (\S+) val: (\S+) w: task_0 (\S+), task_1 (\S+)", said)
-    train_loss, val_loss, *weights = map(float, shown[-1])
-    logged = (tmp_path / "run/metrics.json").read_text()
+    lines = re.findall(r"train: (\S+) val: (\S+) w: task_0 (\S+), task_1 (\S+)", said)
+    train_loss, val_loss, *weights = map(float, lines[-1])
+    logged = (shown.folder / "run/metrics.json").read_text()
     for name, value in (("train/loss", train_loss), ("val/loss", val_loss)):
         (exact,) = re.findall(rf'"{name}": ([\d.e+-]+)', logged)
         assert value == pytest.approx(float(exact), rel=1e-3)
@@ -43,26 +84,19 @@ def test_a_run_shows_losses_and_weights_and_no_advertisements(start: Start, tmp_
     assert "tensorboard --logdir run\n" in said
 
 
-def test_a_sweep_shows_each_line_once_and_how_to_compare_its_runs(start: Start) -> None:
-    process = start(*MODULE, "-m", *OPTIONS, "logger=csv", "balancing=equal,gradnorm", "hydra.sweep.dir=my sweep")
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+def test_a_sweep_shows_each_line_once_and_how_to_compare_its_runs(shown: Shown) -> None:
+    said = shown.said["a sweep"]
     assert said.count("Network: encoder 33,600") == 2
     assert said.count("GPU available") == 2
     assert re.search(r"^compare +\S*gradnorm-report 'my sweep'$", said, re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    "balancing", [pytest.param("equal", marks=pytest.mark.slow), "fixed 'balancing.weights={task_0: 1.5, task_1: 0.5}'"]
-)
-def test_other_strategies_show_the_weights_that_they_have(start: Start, balancing: str) -> None:
-    words = f"balancing={balancing}".replace("'", "").split(" ", 1)
-    process = start(*MODULE, *OPTIONS, "logger=csv", "callbacks.interrupt=null", *words)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+@pytest.mark.parametrize("job", ["fixed weights", "a sweep"])
+def test_other_strategies_show_the_weights_that_they_have(shown: Shown, job: str) -> None:
+    said = shown.said[job].partition("#1 : ")[0]  # of the sweep, the job with equal weights
     assert re.search(r"train: \S+ val: \S+", said)
-    assert (" w: " in said) == (balancing != "equal")
-    assert ("w: task_0 1.5, task_1 0.5" in said) == (balancing != "equal")
+    assert (" w: " in said) == (job == "fixed weights")
+    assert ("w: task_0 1.5, task_1 0.5" in said) == (job == "fixed weights")
 
 
 def test_the_weights_of_four_tasks_have_room() -> None:

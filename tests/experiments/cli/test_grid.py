@@ -79,11 +79,13 @@ def test_a_data_set_alone_is_its_experiment_but_for_alpha_and_length(data: str, 
     assert alone == experiment
 
 
+@pytest.mark.each_value_once
+@pytest.mark.parametrize("balancing", SOME)
 @pytest.mark.parametrize("setting", FAMILIES)
 def test_a_strategy_of_each_kind_composes_with_each_kind_of_data_and_two_processes(
-    setting: str, tmp_path: Path
+    setting: str, balancing: str, tmp_path: Path
 ) -> None:
-    check_compositions(setting, SOME, tmp_path)
+    check_compositions(setting, [balancing], tmp_path)
 
 
 @pytest.mark.slow

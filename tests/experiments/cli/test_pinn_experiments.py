@@ -69,7 +69,9 @@ def test_strategies_are_compared_in_a_report_with_pictures(call: Call, tmp_path:
     assert len(re.findall("data:image/png", page)) == 3
 
 
-@pytest.mark.parametrize("balancing", ["equal", "gradnorm", "uncertainty"])
+@pytest.mark.parametrize(
+    "balancing", ["gradnorm", *(pytest.param(one, marks=pytest.mark.slow) for one in ("equal", "uncertainty"))]
+)
 def test_lbfgs_is_an_option_and_keeps_the_points(balancing: str, call: Call, tmp_path: Path) -> None:
     call(train.main, *run("pinn_poisson", "model/optimizer=lbfgs", f"balancing={balancing}", "hydra.run.dir=run"))
     config = (tmp_path / "run" / "config.yaml").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -16,10 +17,13 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import MissingConfigException
 from machines import MODULE
 from torch import distributed
 
+from lightning_gradnorm.experiments.callbacks.save_last import SaveLast
+from lightning_gradnorm.experiments.callbacks.save_on_interrupt import SaveOnInterrupt
 from lightning_gradnorm.experiments.cli import errors, job_runner, report, sweep, train, training
 from lightning_gradnorm.experiments.cli.console import executable
 from lightning_gradnorm.experiments.report import delta_m, read_run
@@ -124,6 +128,93 @@ def test_the_same_command_continues_an_interrupted_sweep(
     assert "3 jobs, 2 done, 1 finished before" in said
     assert before.items() <= written(tmp_path / "parts").items()
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
+
+
+def swallowed_ctrl_c() -> None:
+    """Ctrl-C in code that catches everything, as destructors and callbacks from C do."""
+    with contextlib.suppress(BaseException):
+        signal.raise_signal(signal.SIGINT)
+
+
+def swallow_before(patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    """Press Ctrl-C, without effect, at the start of the second job's call of a function."""
+    inner = getattr(owner, name)
+
+    def pressed(*arguments: Any, **more: Any) -> Any:
+        if HydraConfig.get().job.num == 1:
+            swallowed_ctrl_c()
+        return inner(*arguments, **more)
+
+    patch.setattr(owner, name, pressed)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "done"),
+    [
+        pytest.param(sweep.Callback, "on_job_start", 1, id="before the second job"),
+        pytest.param(training, "build_model", 2, id="in the second job"),
+        pytest.param(SaveOnInterrupt, "on_train_end", 2, id="after the last batch"),
+    ],
+)
+def test_a_ctrl_c_that_a_library_swallows_stops_the_sweep_before_the_next_job(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, done: int
+) -> None:
+    asked = ["-m", *TINY, "seed=0,1,2", "hydra.sweep.dir=sweep"]
+    usual = signal.getsignal(signal.SIGINT)
+    swallow_before(monkeypatch, owner, name)
+    said = call(train.main, *asked, status=130)
+    assert f"{done} job{'s' * (done > 1)} so far, {done} done" in said
+    assert f"Interrupted. Resume with:\n  {executable('gradnorm-train')} {' '.join(asked)}\n" in said
+    jobs = ["0_0", "1_1", "2_2"]
+    assert sorted(job.name for job in (tmp_path / "sweep").glob("[0-9]*")) == jobs[:done]
+    assert list(results(tmp_path / "sweep")) == jobs[:done]
+    assert signal.getsignal(signal.SIGINT) is usual
+
+
+def test_ctrl_c_during_the_test_stops_the_sweep_with_the_same_status(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SaveLast, "on_test_start", lambda *_: signal.raise_signal(signal.SIGINT), raising=False)
+    said = call(train.main, "-m", *TINY, "seed=0,1", "hydra.sweep.dir=sweep", status=130)
+    assert "Interrupted. Resume with:" in said
+    assert not (tmp_path / "sweep/1_1").exists()
+
+
+def test_a_second_ctrl_c_stops_the_job_at_once(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    survived = []
+
+    def press_twice(*_: Any) -> None:
+        for press in ("first", "second"):
+            signal.raise_signal(signal.SIGINT)
+            survived.append(press)
+
+    monkeypatch.setattr(SaveLast, "on_train_batch_start", press_twice)
+    said = call(train.main, "-m", *TINY, "seed=0,1", "hydra.sweep.dir=sweep", status=130)
+    assert "Interrupted. Resume with:" in said
+    assert survived == ["first"]
+    assert not (tmp_path / "sweep/0_0/checkpoints/interrupted.ckpt").exists()
+    assert not (tmp_path / "sweep/1_1").exists()
+
+
+def test_ctrl_c_that_is_ignored_or_another_threads_stays_so() -> None:
+    usual = signal.getsignal(signal.SIGINT)
+    try:
+        for handler in (signal.SIG_IGN, signal.SIG_DFL):
+            signal.signal(signal.SIGINT, handler)
+            with sweep.told_at_the_end("command"):
+                assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    seen: list[Any] = []
+
+    def elsewhere() -> None:
+        with sweep.told_at_the_end("command"):
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join(30)
+    assert seen == [usual]
 
 
 @pytest.mark.slow
