@@ -55,8 +55,8 @@ FAULTS = (
     Fault(
         "the exponent is -alpha",
         _GRADNORM,
-        "priorities * rates**alpha\n",
-        "priorities * rates**-alpha\n",
+        "present) * rates**alpha\n",
+        "present) * rates**-alpha\n",
         _OF_RULE,
     ),
     Fault(
@@ -83,15 +83,15 @@ FAULTS = (
     Fault(
         "priorities are not scaled to mean 1",
         _GRADNORM,
-        "weights.sum(), priorities / priorities.mean()",
-        "weights.sum(), priorities",
+        "targets * (priorities / _mean(priorities, present))",
+        "targets * priorities",
         _OF_TERMS,
     ),
     Fault(
         "priorities of the present tasks are not scaled to mean 1",
         _GRADNORM,
-        "        priorities = priorities / _mean(priorities, present)\n",
-        "",
+        "priorities / _mean(priorities, present)",
+        "priorities / _mean(priorities, None)",
         _OF_TERMS,
     ),
     Fault(
@@ -181,8 +181,8 @@ FAULTS = (
     Fault(
         "only a copy of the weights is scaled, with Adam",
         _ADAM,
-        "torch.where(taken, constrain(weights, moved), weights)",
-        "torch.where(taken, moved, weights)",
+        "torch.where(taken, constrain(weights, moved), weights, out=weights)",
+        "torch.where(taken, moved, weights, out=weights)",
         _OF_RULE,
     ),
     Fault(

@@ -87,8 +87,8 @@ def is_constant(loss: object) -> bool:
         return not loss.is_complex()
     node = loss.grad_fn
     # By the last inputs, which are the weights of a layer, not the whole network before it.
-    while node is not None and (following := children(node)):
-        node = following[-1]
+    while node is not None and (following := node.next_functions):
+        node = following[-1][0] or following[0][0]
     if isinstance(getattr(node, "variable", None), nn.Parameter):
         return False  # the usual case
     seen = {node_of(loss)}
