@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-from functools import partial
-
 import lightning as L
 import torch
 
@@ -45,7 +42,7 @@ class TrainerLoop:
         """Return True unless these are trial steps."""
         if self.trainer.state.stage is not self._training:
             return False
-        return any(map(partial(operator.is_, self._callback), self.trainer.callbacks))  # type: ignore[attr-defined]
+        return id(self._callback) in map(id, self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def steps(self) -> int:
         """Return the number of optimizer steps before the one in progress."""
