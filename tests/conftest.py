@@ -11,6 +11,7 @@ import gc
 import logging
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Each Trainer asks for callbacks that other packages install, which reads a thousand files: 12 of the 13 ms that it
     # takes to make one. Lightning, which is not imported yet, takes the function from there.
     metadata.entry_points = functools.cache(metadata.entry_points)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; tests press Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     import torch
 
     torch.set_num_threads(1)
