@@ -4,8 +4,8 @@
 
 Each round trains every model with detected heads and with `heads=None`, and without GradNorm before each, in one process.
 A time is the CPU time from the start of a batch to the start of the next, the median over the steps. It is divided by
-the plain time before it. Behind the ratio is the same difference in floors: T gradients of the shared layer's weight, each
-measured between forward and backward pass of a training in the same round. The table has the median and the
+the plain time before it. The column after the ratio gives the difference in floors: T gradients of the shared layer's weight,
+measured between the forward and the backward pass of a plain training in the same round. The table has the median and the
 quartiles over the rounds.
 """
 
@@ -159,7 +159,7 @@ class Times:
             self.of_way[way].append(step_time(self._name, self._steps, gradnorm))
 
     def cells(self) -> list[str]:
-        """Return what the table shows of them."""
+        """Return the model's cells in the table."""
         tasks = len(PROJECTS[self._name]().gradnorm["tasks"])
         plain = [step for of_round in zip(*self.plain.values(), strict=True) for step in of_round]
         one = median_and_quartiles([1000 * seconds for seconds in self.weight_gradients], 3)

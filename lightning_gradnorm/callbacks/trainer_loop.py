@@ -5,15 +5,15 @@ from __future__ import annotations
 import lightning as L
 import torch
 
-from lightning_gradnorm.callbacks.packages import overrides
+from lightning_gradnorm.callbacks.packages import is_one_of, overrides
 from lightning_gradnorm.engine.ranks import Ranks
 
 
 class TrainerLoop:
     """See `engine.loop.Loop`. In trial steps, such as LearningRateFinder's, the Trainer does not have the callback.
 
-    Lightning reaches all it knows through chains of properties. What stays the same in a training is looked up once, because
-    these questions are asked several times in each step.
+    These questions are asked several times in each step, and Lightning answers each through a chain of properties. So what
+    stays the same during a training is looked up once.
 
     Args:
         trainer: the Trainer, in training.
@@ -52,7 +52,7 @@ class TrainerLoop:
         """Return True with manual optimization, the module's own ``optimizer_step``, or optimizers hidden from the Trainer."""
         if not (self._step_is_lightnings and self._module.automatic_optimization):
             return True
-        return any(type(optimizer).__name__ == "_MockOptimizer" for optimizer in self.optimizers)
+        return any(is_one_of(optimizer, "_MockOptimizer") for optimizer in self.optimizers)
 
     def has_parts(self) -> bool:
         """Return True if the Trainer has several optimizers."""

@@ -60,7 +60,7 @@ class GraphChecks:
             )
         new = {task: of_task[0].node for task, of_task in batch.losses.items() if task not in self._passed}
         if len(new) > 1 and self._are_readable(new, batch):
-            self._passed |= new.keys()  # otherwise each of them is checked by itself
+            self._passed |= new.keys()  # all of them at once; otherwise one by one
         for task, loss in losses:
             is_known = task in self._passed
             reason = reader.why_unreadable(loss.node) if is_known else self._why_unreadable(reader, task, loss, batch)

@@ -60,8 +60,7 @@ class Passes(Generic[AnyRule]):
 
     def _begin_evaluation(self) -> None:
         """Called in each forward pass. Set the step's state aside if this is not the first evaluation in the step."""
-        if self.batch.in_backward:
-            self._recover_from_failed_backward()
+        self._recover_from_failed_backward()
         batch = self.batch
         if not (batch.backwards or (self._step.backwards and not batch.is_repeated)):
             return  # the usual case
@@ -111,8 +110,7 @@ class Passes(Generic[AnyRule]):
 
     def is_in_backward(self) -> bool:
         """Return True in a backward pass. Module calls then come from a checkpoint, for the second time."""
-        if self.batch.in_backward:
-            self._recover_from_failed_backward()
+        self._recover_from_failed_backward()
         return self.batch.in_backward
 
     # ---- the optimizer step ------------------------------------------------------------------------------------------

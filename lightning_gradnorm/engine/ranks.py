@@ -167,6 +167,7 @@ def reduce_step(
         table = ranks.sum(table)
         losses, present = table[:, 0] / table[:, 1].clamp(min=1), table[:, 1] > 0
         norms, scale = None if reader is None else reader.norms_of(table[:, 3:]), table[0, 2]
+    # A tensor is not compared: the host would wait for its device.
     if norms is not None and (isinstance(scale, Tensor) or scale != 1.0):
         norms = norms / scale
     return StepMeans(losses, present, norms)

@@ -15,19 +15,18 @@ from torch.utils import _pytree as pytree
 
 from lightning_gradnorm._messages import is_number
 
-Found = tuple[Tensor | None, ...]
-_run_backward: Callable[..., Found] = torch.autograd.Variable._execution_engine.run_backward
+_run_backward: Callable[..., tuple[Tensor | None, ...]] = torch.autograd.Variable._execution_engine.run_backward
 
 
 def node_of(tensor: Tensor) -> Node:
     """Return the node of the autograd graph at which the gradient of ``tensor`` arrives."""
-    node = tensor.grad_fn  # in a tenth of the time
+    node = tensor.grad_fn  # `get_gradient_edge` takes ten times as long; only a leaf needs it
     return get_gradient_edge(tensor).node if node is None else node
 
 
 def first_order_pass(
     outputs: Sequence[Tensor] | Sequence[GradientEdge], targets: Sequence[Tensor], gradients: Sequence[Tensor]
-) -> Found:
+) -> tuple[Tensor | None, ...]:
     """Return the gradients at ``targets``, ``None`` where none arrives, and keep the graph.
 
     This is ``torch.autograd.grad(outputs, targets, gradients, retain_graph=True, allow_unused=True)`` without its checks of
@@ -86,7 +85,7 @@ def is_constant(loss: object) -> bool:
     if loss.numel() == 0 or not loss.requires_grad:
         return not loss.is_complex()
     node = loss.grad_fn
-    # By the last inputs, which are the weights of a layer, not the whole network before it.
+    # Follow the last inputs: they lead to a layer's own weights, not through the whole network before it.
     while node is not None and (following := node.next_functions):
         node = following[-1][0] or following[0][0]
     if isinstance(getattr(node, "variable", None), nn.Parameter):

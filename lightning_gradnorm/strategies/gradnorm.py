@@ -59,7 +59,7 @@ def gradnorm_terms(
         losses: ``L_i``, shape (T,).
         initial_losses: ``L_i(0)``, shape (T,).
         alpha: the asymmetry; 0 aims at equal gradient norms.
-        priorities: ``p_i`` with mean 1. ``None``: all 1, as in the paper.
+        priorities: ``p_i > 0``, scaled to mean 1 over the tasks that count. ``None``: all 1, as in the paper.
         present: the tasks that count, bool of shape (T,). Means are over them; the others get NaN. ``None`` for all.
 
     Example:
@@ -177,8 +177,8 @@ class GradNormRule(ReadsOutcomes):
 
     def _initial_values(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the weights and the priorities from the constructor's arguments."""
-        given, p = self._given_weights or dict.fromkeys(self.tasks, 1.0), self._given_priorities
-        weights = like.new_tensor([given[task] for task in self.tasks])
+        w, p = self._given_weights or dict.fromkeys(self.tasks, 1.0), self._given_priorities
+        weights = like.new_tensor([w[task] for task in self.tasks])
         priorities = None if p is None else like.new_tensor([p[task] for task in self.tasks])
         return weights * len(self.tasks) / weights.sum(), priorities
 
@@ -189,7 +189,7 @@ class GradNormRule(ReadsOutcomes):
 
     @property
     def loss_weights(self) -> Tensor:
-        """The current weights, shape (T,), detached."""
+        """The current weights, shape (T,), detached: the factors of the losses' gradients."""
         return self.weights.detach()
 
     @property

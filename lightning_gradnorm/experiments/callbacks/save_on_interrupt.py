@@ -45,9 +45,8 @@ class SaveOnInterrupt(BetweenSteps):
         self.interrupted = True
         handle = self._previous
         self._restore()
-        with suppress(
-            KeyboardInterrupt
-        ):  # a sweep's handler records the signal; its exception waits for the step's end
+        # A sweep's handler records the signal. Its exception has to wait until the step ends.
+        with suppress(KeyboardInterrupt):
             if callable(handle):
                 handle(signum, frame)
         rank_zero_info("Stopping after this step (Ctrl-C again: at once, without a checkpoint).")
