@@ -6,11 +6,9 @@
     python scripts/benchmark.py --of aggregation       # UPGrad and others: docs/results/step_time_aggregation.md
     python scripts/benchmark.py --cases segnet:3 engine64:2 --ways "with heads" --name step_time_real
     python scripts/benchmark.py --measure memory --rounds 3 --cases conv:10 dense:5 segnet:3     # peak_memory.md
-    python scripts/benchmark.py --measure slope        # one more task, next to one weight gradient: task_cost.md
     python scripts/benchmark.py --of pinn --threads 1  # GradNorm on losses made of derivatives: step_time_pinn.md
     python scripts/benchmark.py --measure first_step   # the step that finds and checks everything: first_step.md
     python scripts/benchmark.py --measure loop         # a bare loop, Lightning's, and ours in it: loop.md
-    python scripts/benchmark.py --measure loader       # time that a step waits for its batch: loader.md
     python scripts/benchmark.py --rounds 1             # a smoke test
     python scripts/benchmark.py --device cuda --steps 100 --batch-size 128   # docs/gpu.md has the commands for a GPU
 
@@ -49,7 +47,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from benchmarking import first_step, loader, loop, memory, slope, synchronizations, times
+from benchmarking import first_step, loop, memory, synchronizations, times
 from benchmarking.networks import NETWORKS, TASK_COUNTS
 from benchmarking.plan import Case, Plan
 from benchmarking.running import CLOCKS, PRECISIONS, Setting
@@ -76,7 +74,7 @@ class Measure:
 
     carry_out: Callable[[Plan], None]
     page: str
-    cases: Sequence[Case] = ()
+    cases: Sequence[Case]
     ways: Sequence[str] = ()
     rounds: int = 5
     steps: int | None = None
@@ -85,7 +83,6 @@ class Measure:
 MEASURES = {
     "time": Measure(times.measure, "step_time", SIX),
     "memory": Measure(memory.measure, "peak_memory", SIX, rounds=1),
-    "slope": Measure(slope.measure, "task_cost", [("conv", T) for T in TASK_COUNTS], ["with heads", "without heads"]),
     "first_step": Measure(
         first_step.measure,
         "first_step",
@@ -93,16 +90,10 @@ MEASURES = {
         ["with heads", "without heads", "nothing named"],
     ),
     "loop": Measure(loop.measure, "loop", [("toy", 2), ("toy", 10)], ["with heads"], steps=300),
-    "loader": Measure(loader.measure, "loader", rounds=3),
     "synchronizations": Measure(synchronizations.measure, "synchronizations", [("segnet", 3), ("resnet", 3)], rounds=1),
 }
-DATA = ("toy", "multimnist", "rooms_few", "turbofan")
-NO_MATTER = {
-    "loader": ("of", "cases", "ways", "precision", "compile", "clock", "batch_size"),
-    "synchronizations": ("rounds", "clock"),
-    "first_step": ("steps",),
-}
-"""Options that a measure ignores. ``--data`` is only for the loader."""
+NO_MATTER = {"synchronizations": ("rounds", "clock"), "first_step": ("steps",)}
+"""Options that a measure ignores."""
 
 
 def read_plan() -> tuple[Measure, Plan]:
@@ -117,9 +108,6 @@ def read_plan() -> tuple[Measure, Plan]:
         help=f"networks and numbers of tasks, such as conv:3,10; without T: {TASK_COUNTS}",
     )
     parser.add_argument("--ways", nargs="+", metavar="WAY", help="ways to compare with equal weights; by default all")
-    parser.add_argument(
-        "--data", nargs="+", metavar="DATA", help=f"data sets for the loader; by default {' '.join(DATA)}"
-    )
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -146,7 +134,7 @@ def read_plan() -> tuple[Measure, Plan]:
         value = getattr(options, option)
         if value is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')} should be at least 1; got {value}")
-    for option in (*NO_MATTER.get(options.measure, ()), *(["data"] if options.measure != "loader" else [])):
+    for option in NO_MATTER.get(options.measure, ()):
         if getattr(options, option) != parser.get_default(option):
             parser.error(f"--{option.replace('_', '-')} has no effect on --measure {options.measure}; leave it out")
     cuda = options.device == "cuda"
@@ -162,12 +150,8 @@ def read_plan() -> tuple[Measure, Plan]:
     for case in cases:
         if (case == PINN_CASE) != (options.of == "pinn"):
             parser.error(f"--cases: burgers:3 goes with --of pinn, and nothing else does; got {case[0]}:{case[1]}")
-    data = options.data or list(DATA)
-    for name in data:
-        if name not in loader.known_data():
-            parser.error(f"--data: there is no '{name}'; {did_you_mean(name, loader.known_data())}")
     steps = options.steps or measure.steps
-    warm_ups = {kind: NETWORKS[kind].warm_up for kind, _ in cases} or dict.fromkeys(data, loader.WARM_UP)
+    warm_ups = {kind: NETWORKS[kind].warm_up for kind, _ in cases}
     for kind, warm_up in warm_ups.items():
         if options.steps is not None and options.steps < warm_up + 2:
             parser.error(f"--steps should be at least {warm_up + 2} for {kind}; got {options.steps}")
@@ -182,7 +166,6 @@ def read_plan() -> tuple[Measure, Plan]:
         group=options.of,
         names=names,
         cases=cases,
-        data=data,
         rounds=options.rounds or measure.rounds,
         setting=Setting(
             options.device,

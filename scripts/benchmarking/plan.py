@@ -26,14 +26,12 @@ class Plan:
         group: group of the ways.
         names: names of the ways to compare with equal weights.
         cases: networks with their numbers of tasks.
-        data: data sets, for the measure without cases.
         left_out: ways that cannot run here, with the reason.
     """
 
     group: str
     names: Sequence[str]
     cases: Sequence[Case]
-    data: Sequence[str]
     rounds: int
     setting: Setting
     output: Path

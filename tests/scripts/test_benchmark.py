@@ -37,7 +37,7 @@ def plan(script: ModuleType) -> Any:
     from benchmarking.running import Setting
 
     setting = Setting(threads=1, steps=11)
-    return Plan("gradnorm", ["with heads"], [("toy", 2)], [], 1, setting, OUTPUT, "made_up", {})
+    return Plan("gradnorm", ["with heads"], [("toy", 2)], 1, setting, OUTPUT, "made_up", {})
 
 
 def tables(page: str) -> list[Cells]:
@@ -236,18 +236,6 @@ def test_the_first_step_is_measured_with_everything_named_and_with_nothing_named
     assert all(number(row["first step, ms"]) > 0 and number(row["a later step, ms"]) > 0 for row in rows)
 
 
-@pytest.mark.slow
-def test_the_cost_of_a_task_is_the_slope_of_the_overhead(call: Call) -> None:
-    call("--measure", "slope", "--cases", "toy:2,4", "--steps", "11", "--ways", "with heads", *SHORT)
-    (line,), overheads = tables("task_cost")
-    two, four = (number(row["with heads, ms more"]) for row in overheads)
-    slope, intercept = number(line["ms a task"]), number(line["ms at T = 0"])
-    assert slope == pytest.approx((four - two) / 2, abs=0.02)
-    assert intercept == pytest.approx(two - 2 * slope, abs=0.03)
-    _, _, told = (OUTPUT / "task_cost.md").read_text().partition("One weight-gradient of `encoder.layers.6`: ")
-    assert number(line["weight-gradients a task"]) == pytest.approx(slope / number(told), rel=0.05, abs=0.05)
-
-
 def test_one_weight_gradient_is_one_product_of_the_shared_layer(plan: Any) -> None:
     from benchmarking.floor import REPETITIONS, weight_gradient_times
 
@@ -304,13 +292,6 @@ def test_all_loops_write_their_losses_every_50_steps(name: str, plan: Any, tmp_p
     assert list(dict.fromkeys(steps)) == ["49", "99"]
 
 
-def test_the_share_of_waiting_for_the_loader_is_measured_with_the_command_lines_data(call: Call) -> None:
-    call("--measure", "loader", "--data", "toy", "--steps", "8", *SHORT)
-    ((row,),) = tables("loader")
-    assert (row["data"], row["batch size"], row["workers"]) == ("toy", "100", "0")
-    assert 0 < number(row["of these waiting for the loader, %"]) < 100
-
-
 def test_events_are_counted_by_step(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarking import synchronizations
 
@@ -343,10 +324,7 @@ def test_calls_that_make_the_host_wait_are_reported_by_name(script: ModuleType) 
         ("--cases segnet:3 --steps 3", "--steps should be at least 4 for segnet; got 3"),
         ("--rounds 0", "--rounds should be at least 1; got 0"),
         ("--batch-size 0", "--batch-size should be at least 1; got 0"),
-        ("--data toy", "--data has no effect on --measure time"),
-        ("--measure loader --cases toy:2", "--cases has no effect on --measure loader"),
-        ("--measure loader --data to", "there is no 'to'; did you mean 'toy'"),
-        ("--measure loader --data toy --steps 4", "--steps should be at least 5 for toy; got 4"),
+        ("--measure first_step --steps 9", "--steps has no effect on --measure first_step"),
         ("--measure synchronizations", "give --device cuda, on one"),
         ("--clock processor", "give --threads 1 --device cpu with it"),
     ],
