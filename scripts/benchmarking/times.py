@@ -141,4 +141,4 @@ def measure(plan: Plan) -> None:
     solver = (
         "; behind them the part of the ratio that the aggregator's own computation makes up" if of_aggregation else ""
     )
-    plan.write("Time of a training step", f"{DESCRIBED}{solver}.", [*parts, *failures.sentences()])
+    plan.write("Step time", f"{DESCRIBED}{solver}.", [*parts, *failures.sentences()])

@@ -210,7 +210,8 @@ def _no_such_key(error: OmegaConfBaseException, added: str | None) -> str:
         lines[0] += f" here; it belongs to {others}"
     elif name in elsewhere or near is None:
         similar = [name] if name in elsewhere else difflib.get_close_matches(name, elsewhere, n=2)
-        found = [place for one in similar for place in elsewhere[one]][:3]
+        group = "" if name in elsewhere or "." not in full_key else f"{full_key.partition('.')[0]}."
+        found = [key for one in similar for key in elsewhere[one] if key.startswith(group)][:3]
         lines[0] += f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
     else:
         above = full_key.rpartition(".")[0]
