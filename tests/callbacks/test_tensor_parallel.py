@@ -34,7 +34,7 @@ def trainer(package: ModuleType, tensor_parallel_size: int) -> Any:
 @pytest.mark.both_packages
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_tensor_parallelism_is_refused(name: str, package: ModuleType) -> None:
-    with pytest.raises(ValueError, match=rf"{name}: tensor parallelism splits the representation .* strategy='ddp'"):
+    with pytest.raises(ValueError, match=rf"{name}: tensor parallelism splits the representation, .* strategy='ddp'"):
         CALLBACKS[name]().on_train_start(trainer(package, 2), Automatic(3))
     CALLBACKS[name]()._refuse_unsupported(trainer(package, 1))  # FSDP2 alone is not
 
