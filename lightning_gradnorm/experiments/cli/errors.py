@@ -146,6 +146,9 @@ def explain(error: BaseException) -> str:
         return _where(error) + _no_such_key(of_config, None if asked is None else asked[1])
     if (again := re.search(r"An item is already at '(.*)'", str(error))) is not None:
         return f"'{again[1]}' already exists: set its new value without the +"
+    if (monitored := re.search(r"monitor='(.+?)'.* in the returned metrics: \[(.*?)\]", str(error))) is not None:
+        logged = [name for name in re.findall(r"'(.+?)'", monitored[2]) if name.startswith("val/")]
+        return f"there is no metric '{monitored[1]}' to monitor{_guess(monitored[1], logged)}\n  logged: {', '.join(logged)}"
     if isinstance(of_config, ValidationError):
         message = str(of_config).splitlines()[0]
         key = f"{of_config.full_key}: " if of_config.full_key else ""
