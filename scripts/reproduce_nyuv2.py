@@ -136,11 +136,13 @@ def main() -> None:
         "at the end of training, lower is better; error ÷ equal weights is averaged over the tasks, with the same seed; Δm is "
         "the mean gain over the single-task networks, higher is better. Mean ± standard deviation over the seeds."
     )
+    real = any(override.startswith("data=nyuv2") for override in options.overrides)
+    title = f"NYUv2's tasks{'' if real else ' on rendered rooms'}"
     lines = "\n".join(table(found, options.tasks))
     options.output.mkdir(parents=True, exist_ok=True)
     draw(options.output / f"{options.name}.png", found, options.tasks, options.alphas)
     parts = [lines, f"![Change of the test errors over α]({options.name}.png)"]
-    report = write_page(options.output / f"{options.name}.md", f"NYUv2: `{options.experiment}`", described, parts)
+    report = write_page(options.output / f"{options.name}.md", title, described, parts)
     print(lines)
     print(f"Wrote {report}")
 

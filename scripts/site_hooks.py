@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # mkdocs reads a hook by its pat
 import site_pages
 import strategy_tables
 
-WIDE = ("strategies.md",)
+WIDE = ("strategies.md", "guarantees.md", "reproducing.md")
+MANY_COLUMNS = re.compile(r"^\|(?:[^|\n]*\|){8,}$", flags=re.MULTILINE)
 RESULTS = site_pages.ROOT / "docs" / "results"
 
 
@@ -28,6 +30,8 @@ def on_config(config: Any) -> Any:
     details = [f"strategies/{one.name}.md" for one in strategy_tables.strategies()]
     _section(config["nav"], "Strategies").extend(sorted(details))
     _section(config["nav"], "Command line", "Configuration").extend(groups)
+    if repository := os.environ.get("READTHEDOCS_GIT_CLONE_URL"):  # nothing else knows where the project is hosted
+        config["repo_url"], config["repo_name"] = repository.removesuffix(".git"), "Repository"
     config["copyright"] = f"Version {lightning_gradnorm.__version__} · {config['copyright']}"
     _section(config["nav"], "Results").extend(results)
     return config
@@ -49,7 +53,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Replace links to repository files outside the site with their text, and make room for wide tables."""
-    if page.file.src_uri in WIDE:
+    if page.file.src_uri in WIDE or MANY_COLUMNS.search(markdown):
         page.meta["hide"] = ["toc"]
     if page.file.src_uri in strategy_tables.PAGES:
         markdown = strategy_tables.on_the_site(markdown)
@@ -57,8 +61,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Inline drawings, so they use the colors of the page."""
+    """Inline drawings, so they use the colors of the page, and keep the range behind a number in one line."""
+    html = re.sub(r"(?<=<td)[^>]*>[^<]*(?=</td>)", _unbroken, html)
     return re.sub(r'<img [^>]*src="(\w+\.svg)"[^>]*>', _inlined, html)
+
+
+def _unbroken(cell: re.Match[str]) -> str:
+    ranges = re.sub(r"\(([\d.]+) to ([\d.]+)\)", r"(\1&nbsp;to&nbsp;\2)", cell[0])
+    return re.sub(r"± (?=[\d.])", "±&nbsp;", ranges)
 
 
 def _inlined(image: re.Match[str]) -> str:

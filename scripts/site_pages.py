@@ -313,7 +313,7 @@ def _tutorial(notebook: Path) -> str:
                 picture = "".join(data["image/png"]).replace("\n", "")
                 parts.append(f'<img alt="What the code above draws" src="data:image/png;base64,{picture}">')
             else:
-                parts.append(f"```text\n{''.join(data['text/plain']).rstrip()}\n```")
+                parts.append(f"``` {{ .text .output }}\n{''.join(data['text/plain']).rstrip()}\n```")
     parts.append(f"*This page is the notebook `notebooks/{notebook.name}`. Run and change it yourself.*")
     return "\n\n".join(parts) + "\n"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -66,10 +67,28 @@ def run(*command: str) -> str:
     return done.stdout + done.stderr if done.returncode else ""
 
 
-def test_the_spelling_is_american() -> None:
+def test_the_spelling_is_american(prose: list[str]) -> None:
     assert run("codespell_lib") == ""
+    assert run("codespell_lib", *prose) == ""
 
 
-def test_the_prose_passes_the_linter() -> None:
+def test_the_prose_passes_the_linter(prose: list[str]) -> None:
     pages = [str(path.relative_to(ROOT)) for path in files() if path.suffix == ".md"]
-    assert run("proselint", "check", *pages) == ""
+    assert run("proselint", "check", *pages, *prose) == ""
+
+
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The notebooks' text and the docstrings without examples, in files that the linters can read."""
+    folder = tmp_path_factory.mktemp("prose")
+    for path in (path for path in files() if path.suffix == ".ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+        (folder / f"{path.stem}.md").write_text(text, encoding="utf-8")
+    found = []
+    for path in sorted((ROOT / "lightning_gradnorm").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+                found.append(f"{path.name}, {getattr(node, 'name', 'module')}: {text.partition('Example:')[0]}")
+    (folder / "docstrings.md").write_text("\n\n".join(found), encoding="utf-8")
+    return [str(path) for path in sorted(folder.iterdir())]

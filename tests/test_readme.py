@@ -38,6 +38,10 @@ def test_the_readmes_snippets_run_as_they_are(tmp_path: Path, monkeypatch: pytes
     assert weights["price"] < 0.1  # its loss is thousands of times as large
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)", README))))
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!https?:)([^)]+)", README))))
 def test_a_link_in_the_readme_leads_somewhere(link: str) -> None:
-    assert (ROOT / link).exists()
+    name, _, anchor = link.partition("#")
+    assert (ROOT / name).exists()
+    if anchor:
+        headings = re.findall(r"^#+ (.+)$", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]

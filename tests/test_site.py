@@ -9,14 +9,19 @@ import re
 import shutil
 import sys
 import textwrap
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
+import torch
 import yaml
 from configurations import compose_alone, options
 from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import lightning_gradnorm
 from lightning_gradnorm.experiments.cli.config import conf_dir, left_out
@@ -250,6 +255,45 @@ def test_the_complete_example_for_your_own_model_trains(
     for block in others:
         exec(compile(block, "plug_in.md", "exec"), found)
     assert list(found["model"].tasks) == ["price", "kind"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning")
+@pytest.mark.parametrize("name", ["index.md", "strategies.md", "composite_losses.md", "monitor_and_report.md"])
+def test_the_callbacks_on_a_page_train(name: str) -> None:
+    """Each `trainer` on the page trains a model that returns all losses the pages name."""
+    names = ["seg", "depth", "pde", "boundary", "initial", "interior", "data", "physics", "l2"]
+    found: dict[str, Any] = {"L": SimpleNamespace(Trainer=partial(L.Trainer, max_epochs=1, **QUIET))}
+    found |= {"model": EveryLoss(names), "loader": DataLoader(torch.randn(8, 3), batch_size=4)}
+    for block in python_blocks(name):
+        found.pop("trainer", None)
+        exec(compile(block, name, "exec"), found)
+        if "trainer" in found and found["trainer"].global_step == 0:
+            found["trainer"].fit(found["model"], found["loader"])
+            assert found["trainer"].global_step == 2
+
+
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+class EveryLoss(L.LightningModule):
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4))
+        self.heads = nn.ModuleDict({name: nn.Linear(4, 1) for name in names})
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        z = self.encoder(batch)
+        losses = {name: head(z).square().mean() for name, head in self.heads.items()}
+        return {"loss": sum(losses.values(), torch.zeros(())), **losses}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
 def test_means_and_deviations_everywhere_match_the_results_page() -> None:

@@ -113,7 +113,7 @@ class Aggregation(LossWeightingCallback[AggregationRule]):
         super()._refuse_unsupported(trainer)
         if self.at == "parameters" and is_one_of(trainer.strategy, "ModelParallelStrategy"):
             raise ValueError(
-                f"{self._name}: at='parameters' takes whole gradients, but ModelParallelStrategy keeps pieces of them. Use "
+                f"{self._name}: at='parameters' needs whole gradients, but ModelParallelStrategy shards them. Use "
                 f"at='representation', or strategy='ddp'."
             )
 

@@ -123,7 +123,7 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
             RuntimeError: no training has started.
         """
         if (rule := self._trained._rule) is None:
-            raise RuntimeError(f"{self._name}: the rule is known once training has started")
+            raise RuntimeError(f"{self._name}: the rule exists only after training has started")
         return rule
 
     @property

@@ -144,7 +144,7 @@ class CalledLosses:
                         f"part of the loss. Name a module or a method that returns the tensor itself, or call watch()."
                     )
                 if not _keys(value):
-                    raise ValueError(f"{what} got a {kind}, which contains nothing. Name what returns each loss.")
+                    raise ValueError(f"{what} got a {kind}. Name what returns each: losses_from={{'{task}': '…'}}.")
                 raise ValueError(f"{what} this {kind} has no '{key}'; {did_you_mean(key, _keys(value))}")
             value, kind = found, None
         return value

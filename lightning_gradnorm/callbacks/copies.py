@@ -133,7 +133,7 @@ def _deliver(to: int, sender: str, lineage: tuple[str, ...], file: str, problem:
             os.remove(file)
     if problem:
         warnings.warn(
-            f"{sender}: the network is trained, but the state of {sender} in the child process could not be taken over "
+            f"{sender}: the network is trained, but the state of {sender} could not be read back from the child process "
             f"({problem}). Read it from a checkpoint: this object is as it was before the training.",
             stacklevel=2,
         )

@@ -113,7 +113,7 @@ class GradNormStatic(StaticWeights):
         if set(tasks) != set(weights):
             raise ValueError(
                 f"GradNormStatic: from_run has tasks {sorted(weights)}, but this run has {sorted(tasks)}. Give a run of "
-                f"the same tasks, or numbers of your own to FixedWeights."
+                f"the same tasks, or your own numbers to FixedWeights."
             )
 
 

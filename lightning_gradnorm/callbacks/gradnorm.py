@@ -78,7 +78,6 @@ class GradNorm(NormCallback[GradNormRule]):
             with a known name, give new tasks the mean of the known weights, and scale to sum T.
 
     Raises:
-    Raises:
         ValueError: an argument is out of range; or, at the start of training, the model lacks a layer or a task.
 
     Logs, in the steps that Lightning writes (``log_every_n_steps``) and at the end of each epoch:

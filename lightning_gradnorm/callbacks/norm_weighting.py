@@ -72,7 +72,7 @@ class NormWeighting(NormCallback[NormWeightingRule]):
         is_euclidean = tuple(rule.norms) == ("l2",)
         if norm_of == "activation" and not is_euclidean:
             raise ValueError(
-                f"NormWeighting: norm_of='activation' has Euclidean norms only, but {rule} takes other ones. Use "
+                f"NormWeighting: norm_of='activation' supports only Euclidean norms, but {rule} uses another. Use "
                 f"norm_of='weight', or LRAnnealing(norm='l2')."
             )
         if self._names:

@@ -35,7 +35,9 @@ class NormCallback(BalancingCallback[AnyNormRule]):
             key = "weights" if which == "weights" else "weights_mean"
             return dict(zip(self._restored["tasks"], self._restored[key].tolist(), strict=True))
         if not self._names:
-            raise RuntimeError(f"{self._name}: the tasks of the MultiTaskModule are known once training has started")
+            raise RuntimeError(
+                f"{self._name}: the tasks of the MultiTaskModule are known only after training has started"
+            )
         return dict(zip(self._names, self._build_rule(torch.zeros(())).weights.tolist(), strict=True))
 
     def _named(self, what: str, values: Tensor) -> dict[str, Tensor | float]:

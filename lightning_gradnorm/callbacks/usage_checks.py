@@ -134,12 +134,12 @@ def refuse_strategy(strategy: Any, *, caller: str) -> None:
     """Raise ValueError if a Trainer's strategy keeps the model in pieces that cannot be balanced."""
     if is_one_of(strategy, "FSDPStrategy", "DeepSpeedStrategy"):
         raise ValueError(
-            f"{caller}: {type(strategy).__name__} keeps only a piece of the shared layer on each rank, in a form that cannot "
-            f"be put together for a single layer. Use strategy='ddp', or ModelParallelStrategy with fully_shard."
+            f"{caller}: {type(strategy).__name__} keeps only a shard of the shared layer on each rank, and one layer "
+            f"cannot be gathered alone. Use strategy='ddp', or ModelParallelStrategy with fully_shard."
         )
     if is_one_of(strategy, "ModelParallelStrategy") and strategy.device_mesh["tensor_parallel"].size() > 1:
         raise ValueError(
-            f"{caller}: tensor parallelism cuts the representation into pieces, which is not supported. Use "
+            f"{caller}: tensor parallelism splits the representation, which is not supported. Use "
             f"ModelParallelStrategy(tensor_parallel_size=1), or strategy='ddp'."
         )
 

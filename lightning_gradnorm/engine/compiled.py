@@ -1,4 +1,4 @@
-"""Splits compiled modules for the duration of training, if their heads or their shared layer must be accessible.
+"""Splits compiled modules while training runs, if their heads or their shared layer must be accessible.
 
 A hook on a module inside a compiled one is ignored if it is registered after compilation, and stays in the compiled code if
 it was registered before. And a compiled graph cannot be traversed twice. So the modules that contain a head or the shared

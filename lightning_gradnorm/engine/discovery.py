@@ -186,7 +186,7 @@ class Discovery:
         frozen = [name for name, of_tasks in self._seen.frozen.items() if of_tasks >= set(setting.tasks)]
         if not frozen:
             raise ValueError(
-                f"{setting.caller}: shared_layer=None found no layer by which to balance {model}: {self._why_none_is_shared()}"
+                f"{setting.caller}: shared_layer=None found no layer at which to balance {model}: {self._why_none_is_shared()}"
             )
         if not self._has_warned:
             self._has_warned = True

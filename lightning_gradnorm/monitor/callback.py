@@ -116,7 +116,7 @@ class GradientNormMonitor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if is_one_of(trainer.strategy, "FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
             raise ValueError(
-                f"{_NAME}: {type(trainer.strategy).__name__} keeps only a piece of each parameter on each rank. Measure the "
+                f"{_NAME}: {type(trainer.strategy).__name__} keeps only a shard of each parameter on each rank. Measure the "
                 f"gradients in a short run with strategy='ddp'."
             )
         self._release_model()

@@ -70,6 +70,6 @@ class Domination:
                 task,
                 f"task '{task}' has held more than {100 * SHARE:.0f} % of the weight for {STRETCH} updates, {why}: "
                 f"leave the task out, give it a lower priority (priorities=…), raise min_weight, slow the weights down "
-                f"(optimizer=partial(torch.optim.Adam, lr=0.005)), or fix them after a while (stop_after=…).",
+                f"(optimizer=partial(torch.optim.Adam, lr=0.005)), or freeze them after a while (stop_after=…).",
             )
         self._losses.clear()

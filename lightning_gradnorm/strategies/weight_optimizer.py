@@ -226,7 +226,7 @@ def make_weight_optimizer(weights: Tensor, factory: WeightOptimizerFactory) -> W
     made = made_optimizer(factory, [weights], caller="GradNorm")
     if len(made.param_groups) != 1 or [id(p) for p in made.param_groups[0]["params"]] != [id(weights)]:
         raise ValueError(
-            f"{expectation('GradNorm')}; it returned {type(made).__name__} with other parameters. Pass on the given ones."
+            f"{expectation('GradNorm')}; it returned {type(made).__name__} with other parameters. Use the given ones."
         )
     return wrapped(weights, made)
 

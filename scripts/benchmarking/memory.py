@@ -72,4 +72,4 @@ def measure(plan: Plan) -> None:
         rows.append([case[0], str(case[1]), f"{medians[EQUAL]:.0f}", *ratios])
         print(table_line(rows[-1]), flush=True)
     parts = [table(["model", "T", f"{EQUAL}, MiB", *plan.names], rows), *failures.sentences()]
-    plan.write("Peak memory of training", DESCRIBED, parts)
+    plan.write("Peak memory", DESCRIBED, parts)

@@ -17,6 +17,18 @@ from benchmarking.ways import EQUAL, WAYS, Way
 Case = tuple[str, int]
 Result = TypeVar("Result")
 
+SUBTITLES = {
+    "against_tasks": "against the number of tasks",
+    "aggregation": "aggregations",
+    "engine": "the engines' network",
+    "images": "SegNet and ResNet-50",
+    "narrow": "a narrow MLP",
+    "pinn": "a physics-informed network",
+    "segnet": "SegNet",
+    "torchjd": "with TorchJD's aggregators",
+}
+"""Readable endings of a page's title. Other endings stay as they are in the file's name."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -54,7 +66,7 @@ class Plan:
         """Write the page. The part of its name after ``step_time`` or ``peak_memory`` is the subtitle."""
         words = self.name.split("_", 2)
         if len(words) == 3:
-            title += f": {words[2].replace('_', ' ')}"
+            title += f": {SUBTITLES.get(words[2], words[2].replace('_', ' '))}"
         setting = self.setting
         if setting.device == "cuda":
             where = torch.cuda.get_device_name()

@@ -23,8 +23,8 @@ from benchmarking.ways import EQUAL
 
 DESCRIBED = (
     "The time of a whole training step inside the same Lightning loop, all ways interleaved in shuffled order, and equal "
-    "weights once more before each. Ratio to equal weights: of each run to the one before it, median and quartiles over the "
-    "rounds"
+    "weights once more before each. Ratios divide each run by the run with equal weights just before it: median and "
+    "quartiles over the rounds"
 )
 
 
@@ -40,7 +40,7 @@ class Times:
 FLOORS = (
     "What a way adds to the step with equal weights before it, divided by the time of T gradients of the shared layer's weight "
     "(`torch.autograd.grad` of the representation, in the same rounds, with the trunk run before each). A method "
-    "that forms these gradients in every step cannot be below 1. For equal weights: the ratio to their run before."
+    "that forms these gradients in every step cannot be below 1. The column of equal weights divides its run by the one before."
 )
 
 
@@ -141,4 +141,4 @@ def measure(plan: Plan) -> None:
     solver = (
         "; behind them the part of the ratio that the aggregator's own computation makes up" if of_aggregation else ""
     )
-    plan.write("Time of a training step", f"{DESCRIBED}{solver}.", [*parts, *failures.sentences()])
+    plan.write("Step time", f"{DESCRIBED}{solver}.", [*parts, *failures.sentences()])

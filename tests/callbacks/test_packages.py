@@ -150,7 +150,7 @@ def test_a_strategy_that_shards_the_shared_layer_is_refused(name: str, strategy:
     trainer: Any = SimpleNamespace(
         callbacks=[], optimizers=[], global_step=0, ckpt_path=None, world_size=1, global_rank=0, strategy=made
     )
-    with pytest.raises(ValueError, match=rf"{name}: {strategy} keeps only a piece of .* strategy='ddp'"):
+    with pytest.raises(ValueError, match=rf"{name}: {strategy} keeps only a shard of .* strategy='ddp'"):
         CALLBACKS[name]().on_train_start(trainer, Automatic(3))
 
 

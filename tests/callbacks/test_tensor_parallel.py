@@ -34,7 +34,7 @@ def trainer(package: ModuleType, tensor_parallel_size: int) -> Any:
 @pytest.mark.both_packages
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_tensor_parallelism_is_refused(name: str, package: ModuleType) -> None:
-    with pytest.raises(ValueError, match=rf"{name}: tensor parallelism cuts the representation .* strategy='ddp'"):
+    with pytest.raises(ValueError, match=rf"{name}: tensor parallelism splits the representation, .* strategy='ddp'"):
         CALLBACKS[name]().on_train_start(trainer(package, 2), Automatic(3))
     CALLBACKS[name]()._refuse_unsupported(trainer(package, 1))  # FSDP2 alone is not
 
@@ -42,6 +42,6 @@ def test_tensor_parallelism_is_refused(name: str, package: ModuleType) -> None:
 @pytest.mark.both_packages
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_monitor_is_refused_where_each_rank_has_a_piece_of_each_parameter(size: int, package: ModuleType) -> None:
-    expected = r"GradientNormMonitor: ModelParallelStrategy keeps only a piece of .* strategy='ddp'"
+    expected = r"GradientNormMonitor: ModelParallelStrategy keeps only a shard of .* strategy='ddp'"
     with pytest.raises(ValueError, match=expected):
         GradientNormMonitor(TASKS[:3]).on_train_start(trainer(package, size), Automatic(3))

@@ -61,7 +61,7 @@ def test_a_balancer_beside_a_callback_at_work_is_refused(quiet_trainer: MakeTrai
 
 
 def test_before_training_the_tasks_of_a_module_are_not_known() -> None:
-    with pytest.raises(RuntimeError, match="GradNorm: the tasks of the MultiTaskModule are known once training"):
+    with pytest.raises(RuntimeError, match="GradNorm: the tasks of the MultiTaskModule are known only after training"):
         _ = GradNorm().weights
 
 

@@ -185,7 +185,7 @@ RETURNED = [
         "the total",
         total,
         TASKS,
-        ["'seg' in what 'criterion' returns, but got a Tensor", "Name what returns each loss"],
+        ["'seg' in what 'criterion' returns, but got a Tensor", "Name what returns each"],
     ),
     case("None", nothing, TASKS, ["'seg' in what 'criterion' returns, but got a NoneType", "Name what returns each"]),
     case("detached losses", detached, TASKS, ["'seg'", "not .detach()"]),

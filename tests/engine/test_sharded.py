@@ -108,4 +108,4 @@ def test_a_strategy_on_processes_that_shard_the_network_matches_one_process(
 @pytest.mark.slow
 def test_gradients_at_parameters_that_are_sharded_are_refused(tmp_path: Path) -> None:
     failures = train_sharded(tmp_path, "encoder and heads", strategy="UPGrad at the parameters")
-    assert "at='parameters' takes whole gradients, but ModelParallelStrategy keeps pieces" in "".join(failures)
+    assert "at='parameters' needs whole gradients, but ModelParallelStrategy shards" in "".join(failures)

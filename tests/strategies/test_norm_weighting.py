@@ -270,7 +270,7 @@ WRONG = [
     ),
     case(
         "entries at the representation",
-        "NormWeighting: norm_of='activation' has Euclidean norms only",
+        "NormWeighting: norm_of='activation' supports only Euclidean norms",
         lambda: NormWeighting(LRAnnealing("a"), ["a", "b"], norm_of="activation"),
     ),
     case(

@@ -49,7 +49,7 @@ class SaveOnInterrupt(BetweenSteps):
         with suppress(KeyboardInterrupt):
             if callable(handle):
                 handle(signum, frame)
-        rank_zero_info("Stopping after this step (Ctrl-C again: at once, without a checkpoint).")
+        rank_zero_info("Stopping after this step. Press Ctrl-C again to stop at once, without a checkpoint.")
 
     def _restore(self) -> None:
         if self._previous is not None:

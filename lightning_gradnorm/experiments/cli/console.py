@@ -6,6 +6,7 @@ import importlib
 import logging
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 _NOISE = ("💡 Tip", "TPU available")
@@ -13,9 +14,10 @@ _LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities
 
 
 def import_lightning() -> None:
-    """Import Lightning so that its messages appear once, unchanged and without advertisements.
+    """Import Lightning so that its messages appear once and without advertisements, and our warnings without a file name.
 
-    Hydra adds a handler to the root logger. If Lightning is imported after that, it sends its messages there.
+    Hydra adds a handler to the root logger. If Lightning is imported after that, it sends its messages there. Lightning also
+    sets its own format of warnings, which ours extends.
     """
     root = logging.getLogger()
     handlers, root.handlers = root.handlers, []
@@ -27,6 +29,14 @@ def import_lightning() -> None:
         logger = logging.getLogger(name)
         if _is_worth_saying not in logger.filters:
             logger.addFilter(_is_worth_saying)
+    warnings.formatwarning = _formatted
+
+
+def _formatted(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    where = "Warning" if "lightning_gradnorm" in Path(filename).parts else f"{filename}:{lineno}"
+    return f"{where}: {message}\n"
 
 
 def _is_worth_saying(record: logging.LogRecord) -> bool:

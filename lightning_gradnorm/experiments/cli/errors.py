@@ -146,6 +146,9 @@ def explain(error: BaseException) -> str:
         return _where(error) + _no_such_key(of_config, None if asked is None else asked[1])
     if (again := re.search(r"An item is already at '(.*)'", str(error))) is not None:
         return f"'{again[1]}' already exists: set its new value without the +"
+    if (monitored := re.search(r"monitor='(.+?)'.* in the returned metrics: \[(.*?)\]", str(error))) is not None:
+        logged = [name for name in re.findall(r"'(.+?)'", monitored[2]) if name.startswith("val/")]
+        return f"there is no metric '{monitored[1]}' to monitor{_guess(monitored[1], logged)}\n  logged: {', '.join(logged)}"
     if isinstance(of_config, ValidationError):
         message = str(of_config).splitlines()[0]
         key = f"{of_config.full_key}: " if of_config.full_key else ""
@@ -210,7 +213,8 @@ def _no_such_key(error: OmegaConfBaseException, added: str | None) -> str:
         lines[0] += f" here; it belongs to {others}"
     elif name in elsewhere or near is None:
         similar = [name] if name in elsewhere else difflib.get_close_matches(name, elsewhere, n=2)
-        found = [place for one in similar for place in elsewhere[one]][:3]
+        group = "" if name in elsewhere or "." not in full_key else f"{full_key.partition('.')[0]}."
+        found = [key for one in similar for key in elsewhere[one] if key.startswith(group)][:3]
         lines[0] += f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
     else:
         above = full_key.rpartition(".")[0]

@@ -123,10 +123,11 @@ def refuse_missing_loggers(config: DictConfig) -> None:
     missing = [package for package in needed.values() if package is not None and find_spec(package) is None]
     if missing:
         names = " and ".join(missing)
+        which = "which are not installed. Install them" if len(missing) > 1 else "which is not installed. Install it"
         asked = hydra_entry.chosen("logger") or missing[0]
         raise ValueError(
-            f"logger={asked} needs {names}, which {'are' if len(missing) > 1 else 'is'} not installed. Install it: "
-            f"pip install {' '.join(missing)}; or use logger=default, CSV and TensorBoard."
+            f"logger={asked} needs {names}, {which}: pip install {' '.join(missing)}; "
+            "or use logger=default, CSV and TensorBoard."
         )
 
 

@@ -198,7 +198,7 @@ def _checkpoints(comparison: Comparison) -> list[str]:
     rules = {_rule(run) for row in comparison.rows for run in row.method.finished}
     shown = ", ".join(sorted(rules))
     if len(rules) > 1:
-        return [f"The tested checkpoints were chosen differently: {shown}. Compare runs of one kind."]
+        return [f"The tested checkpoints were chosen differently: {shown}. Compare runs that chose it in the same way."]
     return [f"Tested checkpoint of each run: {shown}."]
 
 

@@ -315,6 +315,18 @@ def test_the_error_for_a_wrong_option_lists_what_exists(call: Call, arguments: l
         assert part in said
 
 
+def test_an_unknown_metric_to_monitor_is_answered_with_the_likely_one(call: Call, tmp_path: Path) -> None:
+    options = [
+        *SMALL,
+        "trainer.max_epochs=1",
+        "callbacks.checkpoint.monitor=val/los",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    ]
+    said = call(train.main, *options, status=1)
+    assert "there is no metric 'val/los' to monitor; did you mean 'val/loss'?" in said
+    assert "val/loss_ratio" in said
+
+
 def test_a_gpu_trainer_without_a_gpu_is_a_clear_error(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for trainer in ("gpu", "mixed", "ddp"):

@@ -32,7 +32,7 @@ NORMS = ["callbacks=monitor", "callbacks.monitor.every_n_steps=1"]
         (
             "many",
             [],
-            "logger=many needs wandb and mlflow, which are not installed. Install it: pip install wandb mlflow",
+            "logger=many needs wandb and mlflow, which are not installed. Install them: pip install wandb mlflow",
         ),
         ("many", ["wandb"], "logger=many needs mlflow, which is not installed."),
     ],
