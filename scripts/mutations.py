@@ -497,8 +497,8 @@ FAULTS = (
     Fault(
         "what one task reaches alone is aggregated as well",
         f"{_CORE}engine/shared_parameters.py",
-        "shared = self._reached_by(2, trained)",
-        "shared = self._reached_by(1, trained)",
+        "shared = _of_several(self._reached, 2, trained)",
+        "shared = _of_several(self._reached, 1, trained)",
         _OF_ANY_NETWORK,
     ),
     Fault(

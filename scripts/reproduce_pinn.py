@@ -68,6 +68,7 @@ ARMS: dict[str, Callable[[], L.Callback | None]] = {
     "GradNorm α 1.5": partial(GradNorm, alpha=1.5, update_every=EVERY),
     "InverseNorm": lambda: over_the_network(InverseNorm(update_every=EVERY)),
     "LRAnnealing": lambda: over_the_network(LRAnnealing("pde", update_every=EVERY)),
+    "LRAnnealing, L2": lambda: over_the_network(LRAnnealing("pde", norm="l2", update_every=EVERY)),
     "NTK": lambda: over_the_network(NTKWeights(update_every=EVERY)),
     "ReLoBRaLo": partial(Scalarization, ReLoBRaLo),
     "SoftAdapt": partial(Scalarization, SoftAdapt),
@@ -120,7 +121,7 @@ def settings_of(config: DictConfig, arm: str) -> str:
     """Return everything that a result depends on, besides problem, arm and seed."""
     plain = {group: OmegaConf.to_container(config[group], resolve=True) for group in ("data", "model")}
     plain["data"].pop("seed")
-    used = GradNorm.__name__ in arm or arm in ("InverseNorm", "LRAnnealing", "NTK")
+    used = GradNorm.__name__ in arm or arm in ("InverseNorm", "LRAnnealing", "LRAnnealing, L2", "NTK")
     return json.dumps(
         {**plain, "epochs": config.trainer.max_epochs, **({"every": EVERY} if used else {})}, sort_keys=True
     )

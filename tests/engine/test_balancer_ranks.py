@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,10 @@ def train_on_rank(
     heads: bool,
     accumulate: int = 1,
     prepare: bool = False,
+    ddp: Mapping[str, bool] | None = None,
 ) -> Any:
     model = Network()
-    called: Any = DistributedDataParallel(model) if with_ddp else model
+    called: Any = DistributedDataParallel(model, **(ddp or {})) if with_ddp else model
     optimizer, weights = network_sgd(model.parameters()), []
     with Balancer(called, make(), heads=model.heads() if heads else None) as balancer:
         for index, batch in enumerate(shares(batches, rank, accumulate)):
@@ -107,6 +108,20 @@ def test_two_processes_agree_with_one_when_somebody_else_back_propagates(make: A
     first, second = on_two_ranks(partial(train_on_rank, batches=batches, make=make, **options), tmp_path)
     model = Network()
     expected, _ = train(model, make(), batches)
+    assert first[0] == second[0]
+    assert distance(first[0], expected) <= 1e-9
+    assert parameter_distance(first[1], model) <= 1e-9
+
+
+@pytest.mark.parametrize("name", ["GradNorm", "UPGrad at the parameters"])
+@pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph"])
+def test_heads_stay_apart_where_ddp_joins_its_outputs_in_one_node(option: str, name: str, tmp_path: Path) -> None:
+    """In the graph, each loss then reaches the parameters of all heads. Its gradient does not."""
+    batches = vector_batches(3, STEPS, size=8)
+    options: dict[str, Any] = {"with_ddp": True, "heads": False, "ddp": {option: True}}
+    first, second = on_two_ranks(partial(train_on_rank, batches=batches, make=RULES[name], **options), tmp_path)
+    model = Network()
+    expected, _ = train(model, RULES[name](), batches)
     assert first[0] == second[0]
     assert distance(first[0], expected) <= 1e-9
     assert parameter_distance(first[1], model) <= 1e-9
