@@ -88,9 +88,7 @@ class AtParameters(LossMeasurement[GradientRule]):
             self._require_shared(shared)
         if not is_complete:  # what one task reaches may be another's as well, unless it is in the task's head
             heads = self.setting.heads if isinstance(self.setting.heads, Mapping) else {}
-            own: set[Tensor] = {
-                parameter for name in heads.values() for parameter in model.get_submodule(name).parameters()
-            }
+            own = {parameter for name in heads.values() for parameter in model.get_submodule(name).parameters()}
             shared |= _of_several(self._reached, 1, trained) - own
         self._gradients.set_targets([parameter for parameter in trained if parameter in shared])
 
@@ -180,20 +178,20 @@ class AtParameters(LossMeasurement[GradientRule]):
         parameters = list(self._gradients.held)
         widths = [row_width([parameter]) for parameter in parameters]
         size = float(loop.step_scale(step.backwards))  # ratio of .grad to the gradient of the mean loss
-        told = 1 + len(parameters)
-        table = self.rule.loss_weights.new_zeros(len(self.setting.tasks), told + sum(widths))
+        marks = 1 + len(parameters)  # of a task: is it there, and at which parameters has its gradient arrived
+        table = self.rule.loss_weights.new_zeros(len(self.setting.tasks), marks + sum(widths))
         for row, task in zip(table, self.setting.tasks, strict=True):
             arrived = self._gradients.rows.get(task, {})
-            row[:told] = torch.tensor([step.counts.get(task, 0), *(p in arrived for p in parameters)])
-        self._gradients.write_rows(table[:, told:], self.setting.tasks)
+            row[:marks] = torch.tensor([step.counts.get(task, 0), *(p in arrived for p in parameters)])
+        self._gradients.write_rows(table[:, marks:], self.setting.tasks)
         table = loop.ranks.sum(table)
-        J = table[:, told:].div_(loop.ranks.size * (size or 1.0))
-        marks = (table[:, :told] > 0).cpu()
-        for task, mark in zip(self.setting.tasks, marks[:, 1:].tolist(), strict=True):
-            self._moved[task].update(compress(parameters, mark))
+        J = table[:, marks:].div_(loop.ranks.size * (size or 1.0))
+        marked = (table[:, :marks] > 0).cpu()
+        for task, (_, *here) in zip(self.setting.tasks, marked.tolist(), strict=True):
+            self._moved[task].update(compress(parameters, here))
         shared = _of_several(self._moved, min(2, len(self._seen)), parameters)
         shares = [not self._moved[task].isdisjoint(shared) for task in self.setting.tasks]
-        present = marks[:, 0] & torch.tensor(shares)
+        present = marked[:, 0] & torch.tensor(shares)
         if len(shared) == len(parameters):
             gradient = self._aggregate(J, present)
         else:
