@@ -288,6 +288,7 @@ def table(found: Found, problem: str, arms: Sequence[str], seeds: Sequence[int])
 def plot(found: Found, problems: Sequence[str], arms: Sequence[str], seeds: Sequence[int], path: Path) -> None:
     """Draw the errors, with one point per seed and a line at the median."""
     import matplotlib as mpl
+    import matplotlib.ticker
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
@@ -302,6 +303,9 @@ def plot(found: Found, problems: Sequence[str], arms: Sequence[str], seeds: Sequ
             statistics.median(found[problem, "equal", seed].test for seed in seeds), color="0.3", linewidth=0.8
         )
         axis.set(title=PROBLEMS[problem], xscale="log", yticks=range(len(arms)), yticklabels=arms)
+        axis.xaxis.set_major_locator(mpl.ticker.FixedLocator([0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
     axes[0, 0].invert_yaxis()
     figure.supxlabel("relative L2 error: left is better; the line is equal weights' median")
     figure.tight_layout()
