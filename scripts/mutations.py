@@ -502,6 +502,13 @@ FAULTS = (
         _OF_ANY_NETWORK,
     ),
     Fault(
+        "what only the graph joins, as behind DDP's outputs, is aggregated as well",
+        f"{_CORE}engine/shared_parameters.py",
+        "shared = _of_several(self._moved,",
+        "shared = _of_several(self._reached,",
+        ("tests/engine/test_balancer_ranks.py",),
+    ),
+    Fault(
         "a second micro-batch is aggregated on top of the first",
         f"{_CORE}gradients/shared.py",
         "before.add_(new - self._placed[parameter] if parameter in self._placed else new)",
