@@ -497,9 +497,16 @@ FAULTS = (
     Fault(
         "what one task reaches alone is aggregated as well",
         f"{_CORE}engine/shared_parameters.py",
-        "shared = self._reached_by(2, trained)",
-        "shared = self._reached_by(1, trained)",
+        "shared = _of_several(self._reached, 2, trained)",
+        "shared = _of_several(self._reached, 1, trained)",
         _OF_ANY_NETWORK,
+    ),
+    Fault(
+        "what only the graph joins, as behind DDP's outputs, is aggregated as well",
+        f"{_CORE}engine/shared_parameters.py",
+        "shared = _of_several(self._moved,",
+        "shared = _of_several(self._reached,",
+        ("tests/engine/test_balancer_ranks.py",),
     ),
     Fault(
         "a second micro-batch is aggregated on top of the first",

@@ -68,6 +68,7 @@ ARMS: dict[str, Callable[[], L.Callback | None]] = {
     "GradNorm α 1.5": partial(GradNorm, alpha=1.5, update_every=EVERY),
     "InverseNorm": lambda: over_the_network(InverseNorm(update_every=EVERY)),
     "LRAnnealing": lambda: over_the_network(LRAnnealing("pde", update_every=EVERY)),
+    "LRAnnealing, L2": lambda: over_the_network(LRAnnealing("pde", norm="l2", update_every=EVERY)),
     "NTK": lambda: over_the_network(NTKWeights(update_every=EVERY)),
     "ReLoBRaLo": partial(Scalarization, ReLoBRaLo),
     "SoftAdapt": partial(Scalarization, SoftAdapt),
@@ -120,7 +121,7 @@ def settings_of(config: DictConfig, arm: str) -> str:
     """Return everything that a result depends on, besides problem, arm and seed."""
     plain = {group: OmegaConf.to_container(config[group], resolve=True) for group in ("data", "model")}
     plain["data"].pop("seed")
-    used = GradNorm.__name__ in arm or arm in ("InverseNorm", "LRAnnealing", "NTK")
+    used = GradNorm.__name__ in arm or arm in ("InverseNorm", "LRAnnealing", "LRAnnealing, L2", "NTK")
     return json.dumps(
         {**plain, "epochs": config.trainer.max_epochs, **({"every": EVERY} if used else {})}, sort_keys=True
     )
@@ -287,6 +288,7 @@ def table(found: Found, problem: str, arms: Sequence[str], seeds: Sequence[int])
 def plot(found: Found, problems: Sequence[str], arms: Sequence[str], seeds: Sequence[int], path: Path) -> None:
     """Draw the errors, with one point per seed and a line at the median."""
     import matplotlib as mpl
+    import matplotlib.ticker
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
@@ -301,6 +303,9 @@ def plot(found: Found, problems: Sequence[str], arms: Sequence[str], seeds: Sequ
             statistics.median(found[problem, "equal", seed].test for seed in seeds), color="0.3", linewidth=0.8
         )
         axis.set(title=PROBLEMS[problem], xscale="log", yticks=range(len(arms)), yticklabels=arms)
+        axis.xaxis.set_major_locator(mpl.ticker.FixedLocator([0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
     axes[0, 0].invert_yaxis()
     figure.supxlabel("relative L2 error: left is better; the line is equal weights' median")
     figure.tight_layout()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from itertools import compress
 from typing import Any
 
 import torch
@@ -38,7 +39,10 @@ class AtParameters(LossMeasurement[GradientRule]):
         self._keeps_weights = False
         self._seen: set[str] = set()
         self._reached: dict[str, set[Tensor]] = {task: set() for task in setting.tasks}
-        """Task → the parameters that its loss has reached so far, on any rank."""
+        """Task → the parameters that its loss has reached so far in the graph, on any rank."""
+        self._moved: dict[str, set[Tensor]] = {task: set() for task in setting.tasks}
+        """Task → the parameters at which its gradient has arrived so far, on any rank. They may be fewer: DDP sends all of its
+        outputs through one node if it looks for unused parameters or the graph is static."""
         self._before: dict[str, Any] | None = None
         """The rule's state before it aggregated in this optimizer step."""
 
@@ -79,15 +83,13 @@ class AtParameters(LossMeasurement[GradientRule]):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._merge(trained, self._look(batch))
         is_complete = self._seen >= set(self.setting.tasks)
-        shared = self._reached_by(2, trained)
+        shared = _of_several(self._reached, 2, trained)
         if is_complete and all(parameter.requires_grad for parameter in model.parameters()):
             self._require_shared(shared)
         if not is_complete:  # what one task reaches may be another's as well, unless it is in the task's head
             heads = self.setting.heads if isinstance(self.setting.heads, Mapping) else {}
-            own: set[Tensor] = {
-                parameter for name in heads.values() for parameter in model.get_submodule(name).parameters()
-            }
-            shared |= self._reached_by(1, trained) - own
+            own = {parameter for name in heads.values() for parameter in model.get_submodule(name).parameters()}
+            shared |= _of_several(self._reached, 1, trained) - own
         self._gradients.set_targets([parameter for parameter in trained if parameter in shared])
 
     def _look(self, batch: BatchState) -> dict[str, set[Node]]:
@@ -123,11 +125,6 @@ class AtParameters(LossMeasurement[GradientRule]):
         for task, row in zip(tasks, of_ranks, strict=True):
             self._seen |= {task} if row[0] else set()
             self._reached[task] |= {trained[i] for i in row[1:].nonzero().flatten().tolist()}
-
-    def _reached_by(self, least: int, parameters: Collection[Tensor]) -> set[Tensor]:
-        """Return the parameters that at least ``least`` tasks reach."""
-        reached = self._reached.values()
-        return {parameter for parameter in parameters if sum(parameter in of_task for of_task in reached) >= least}
 
     def _require_shared(self, shared: Collection[Tensor]) -> None:
         tasks, model = self.setting.tasks, type(self.setting.model).__name__
@@ -180,16 +177,21 @@ class AtParameters(LossMeasurement[GradientRule]):
             self.rule.load_aggregator_state(self._before)
         parameters = list(self._gradients.held)
         widths = [row_width([parameter]) for parameter in parameters]
-        shared = self._reached_by(min(2, len(self._seen)), parameters)
         size = float(loop.step_scale(step.backwards))  # ratio of .grad to the gradient of the mean loss
-        table = self.rule.loss_weights.new_zeros(len(self.setting.tasks), 1 + sum(widths))
+        marks = 1 + len(parameters)  # of a task: is it there, and at which parameters has its gradient arrived
+        table = self.rule.loss_weights.new_zeros(len(self.setting.tasks), marks + sum(widths))
         for row, task in zip(table, self.setting.tasks, strict=True):
-            row[0] = step.counts.get(task, 0)
-        self._gradients.write_rows(table[:, 1:], self.setting.tasks)
+            arrived = self._gradients.rows.get(task, {})
+            row[:marks] = torch.tensor([step.counts.get(task, 0), *(p in arrived for p in parameters)])
+        self._gradients.write_rows(table[:, marks:], self.setting.tasks)
         table = loop.ranks.sum(table)
-        J = table[:, 1:].div_(loop.ranks.size * (size or 1.0))
-        shares = [not self._reached[task].isdisjoint(shared) for task in self.setting.tasks]
-        present = (table[:, 0] > 0).cpu() & torch.tensor(shares)
+        J = table[:, marks:].div_(loop.ranks.size * (size or 1.0))
+        marked = (table[:, :marks] > 0).cpu()
+        for task, (_, *here) in zip(self.setting.tasks, marked.tolist(), strict=True):
+            self._moved[task].update(compress(parameters, here))
+        shared = _of_several(self._moved, min(2, len(self._seen)), parameters)
+        shares = [not self._moved[task].isdisjoint(shared) for task in self.setting.tasks]
+        present = marked[:, 0] & torch.tensor(shares)
         if len(shared) == len(parameters):
             gradient = self._aggregate(J, present)
         else:
@@ -228,3 +230,8 @@ class AtParameters(LossMeasurement[GradientRule]):
     def close(self) -> None:
         """Destroy the process group."""
         self._weights.on_cpu.close()
+
+
+def _of_several(by_task: Mapping[str, set[Tensor]], least: int, parameters: Collection[Tensor]) -> set[Tensor]:
+    """Return the parameters that are listed for at least ``least`` tasks."""
+    return {parameter for parameter in parameters if sum(parameter in one for one in by_task.values()) >= least}

@@ -215,7 +215,8 @@ def reason_not_retraversable(nodes: Iterable[Node]) -> str | None:
     """Return why these nodes cannot be traversed again beside the ordinary backward pass, and the fix; or None.
 
     A compiled graph frees its buffers (or, if it comes from the compiler's cache, silently returns wrong numbers). FSDP's
-    nodes gather and free weights when a gradient passes them. A reentrant checkpoint does not support torch.autograd.grad.
+    nodes gather and free weights when a gradient passes them. A reentrant checkpoint does not support torch.autograd.grad. The
+    outputs of DDP with a static graph let it average the gradients in the first pass that comes by, which would be ours.
     """
     causes = {
         "Compiled": "a module compiled with torch.compile, whose graph cannot be traversed twice. Name the heads with heads=, "
@@ -223,6 +224,9 @@ def reason_not_retraversable(nodes: Iterable[Node]) -> str | None:
         "RegisterPostBackward": "a module sharded by FSDP, which cannot be passed twice. Name the heads with heads=, and a "
         "shared_layer in the last module that is sharded before them",
         "CheckpointFunction": "an activation checkpoint that cannot be passed twice. Call it with use_reentrant=False",
+        "DDPSink": "an output of DistributedDataParallel(static_graph=True), which cannot be passed twice. Leave static_graph "
+        "out, or show the losses in the model's forward",
     }
-    names = {node.name() for node in nodes}
+    # With find_unused_parameters there is such a node too, which does no harm.
+    names = {n.name() for n in nodes if not (hasattr(n, "ddp_weakref") and not n.ddp_weakref().static_graph)}
     return next((f"{cause}." for word, cause in causes.items() if any(word in name for name in names)), None)

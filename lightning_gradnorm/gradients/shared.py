@@ -29,7 +29,8 @@ class SharedGradients(GradientReader):
         self.targets = []
         self.held: dict[Tensor, None] = {}
         """The parameters that have been targets since the step began, in order."""
-        self._rows: dict[str, dict[Tensor, Tensor]] = {}
+        self.rows: dict[str, dict[Tensor, Tensor]] = {}
+        """Task → parameter → the sum of the gradients that have arrived there since the step began, flat."""
         self._placed: dict[Tensor, Tensor] = {}
         self._passes: dict[int, dict[Tensor, Tensor | None]] = {}
         """Backward pass → parameter → the sum of what tasks brought there; ``None`` if nothing else can arrive."""
@@ -67,7 +68,7 @@ class SharedGradients(GradientReader):
         # Hooks also run in our own passes, and in those of a user who takes a gradient meanwhile.
         arrived = self._passes.setdefault(torch._C._current_graph_task_id(), {})
         found = first_order_pass(outputs, self.targets, gradients)
-        row = self._rows.setdefault(task, {})
+        row = self.rows.setdefault(task, {})
         for parameter, gradient in zip(self.targets, found, strict=True):
             if gradient is None:
                 continue
@@ -96,7 +97,7 @@ class SharedGradients(GradientReader):
         """Write the sums so far to the rows of ``out``, shape (T, n), one number for each value in ``held``."""
         widths = [row_width([parameter]) for parameter in self.held]
         for row, task in zip(out, tasks, strict=True):
-            found = self._rows.get(task, {})
+            found = self.rows.get(task, {})
             for piece, parameter in zip(row.split(widths), self.held, strict=True):
                 if parameter in found:
                     piece.copy_(found[parameter])
@@ -121,6 +122,6 @@ class SharedGradients(GradientReader):
 
     def forget(self) -> None:
         """Forget the gradients read and placed so far."""
-        self._rows.clear()
+        self.rows.clear()
         self._placed.clear()
         self.held = dict.fromkeys(self.targets)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torchjd import Stateful
 from torchjd.scalarization import Scalarizer
 
-from lightning_gradnorm._messages import check
+from lightning_gradnorm._messages import check, is_number
 from lightning_gradnorm.strategies.loss_weights import LossWeights
 
 
@@ -55,9 +55,9 @@ class ReLoBRaLo(LossWeights, Scalarizer, Stateful):
 
     def __init__(self, alpha: float = 0.999, tau: float = 1.0, rho: float = 0.999) -> None:
         super().__init__()
-        check("ReLoBRaLo", 0.0 <= alpha <= 1.0, "alpha", "from 0 to 1", alpha)
-        check("ReLoBRaLo", tau > 0.0, "tau", "positive", tau)
-        check("ReLoBRaLo", 0.0 <= rho <= 1.0, "rho", "from 0 to 1", rho)
+        check("ReLoBRaLo", is_number(alpha) and 0.0 <= alpha <= 1.0, "alpha", "from 0 to 1", alpha)
+        check("ReLoBRaLo", is_number(tau) and tau > 0.0, "tau", "positive", tau)
+        check("ReLoBRaLo", is_number(rho) and 0.0 <= rho <= 1.0, "rho", "from 0 to 1", rho)
         self.alpha, self.tau, self.rho = alpha, tau, rho
         for name in ("first", "last", "weights"):
             self.register_buffer(name, torch.empty(0))

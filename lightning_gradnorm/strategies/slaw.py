@@ -24,7 +24,7 @@ from torch import Tensor
 from torchjd import Stateful
 from torchjd.scalarization import Scalarizer
 
-from lightning_gradnorm._messages import check
+from lightning_gradnorm._messages import check, is_number
 from lightning_gradnorm.strategies.loss_weights import LossWeights
 
 
@@ -55,8 +55,8 @@ class SLAW(LossWeights, Scalarizer, Stateful):
 
     def __init__(self, beta: float = 0.99, epsilon: float = 1e-5) -> None:
         super().__init__()
-        check("SLAW", 0.0 <= beta < 1.0, "beta", "at least 0 and less than 1", beta)
-        check("SLAW", epsilon > 0.0, "epsilon", "positive", epsilon)
+        check("SLAW", is_number(beta) and 0.0 <= beta < 1.0, "beta", "at least 0 and less than 1", beta)
+        check("SLAW", is_number(epsilon) and epsilon > 0.0, "epsilon", "positive", epsilon)
         self.beta, self.epsilon = beta, epsilon
         for name in ("mean", "deviation"):
             self.register_buffer(name, torch.empty(0))

@@ -30,7 +30,7 @@ from torch import Tensor
 from torchjd import Stateful
 from torchjd.scalarization import Scalarizer
 
-from lightning_gradnorm._messages import check, is_integer
+from lightning_gradnorm._messages import check, is_integer, is_number
 from lightning_gradnorm.strategies.loss_weights import LossWeights
 
 
@@ -72,7 +72,7 @@ class SoftAdapt(LossWeights, Scalarizer, Stateful):
         update_every: int = 1,
     ) -> None:
         super().__init__()
-        check("SoftAdapt", math.isfinite(beta), "beta", "finite", beta)
+        check("SoftAdapt", is_number(beta) and math.isfinite(beta), "beta", "finite", beta)
         variants = ("original", "loss-weighted", "normalized")
         check("SoftAdapt", variant in variants, "variant", "'original', 'loss-weighted' or 'normalized'", variant)
         check("SoftAdapt", is_integer(order, least=1), "order", "a whole number of at least 1", order)

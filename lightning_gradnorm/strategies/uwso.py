@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchjd.scalarization import Scalarizer
 
-from lightning_gradnorm._messages import check
+from lightning_gradnorm._messages import check, is_number
 from lightning_gradnorm.strategies.loss_weights import LossWeights
 
 
@@ -40,7 +40,7 @@ class UWSO(LossWeights, Scalarizer):
 
     def __init__(self, tau: float = 1.0) -> None:
         super().__init__()
-        check("UWSO", tau > 0.0, "tau", "positive", tau)
+        check("UWSO", is_number(tau) and tau > 0.0, "tau", "positive", tau)
         self.tau = tau
 
     def next_weights(self, losses: Tensor) -> Tensor:

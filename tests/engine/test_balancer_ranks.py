@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,10 @@ def train_on_rank(
     heads: bool,
     accumulate: int = 1,
     prepare: bool = False,
+    ddp: Mapping[str, bool] | None = None,
 ) -> Any:
     model = Network()
-    called: Any = DistributedDataParallel(model) if with_ddp else model
+    called: Any = DistributedDataParallel(model, **(ddp or {})) if with_ddp else model
     optimizer, weights = network_sgd(model.parameters()), []
     with Balancer(called, make(), heads=model.heads() if heads else None) as balancer:
         for index, batch in enumerate(shares(batches, rank, accumulate)):
@@ -107,6 +108,65 @@ def test_two_processes_agree_with_one_when_somebody_else_back_propagates(make: A
     first, second = on_two_ranks(partial(train_on_rank, batches=batches, make=make, **options), tmp_path)
     model = Network()
     expected, _ = train(model, make(), batches)
+    assert first[0] == second[0]
+    assert distance(first[0], expected) <= 1e-9
+    assert parameter_distance(first[1], model) <= 1e-9
+
+
+@pytest.mark.parametrize("name", ["GradNorm", "UPGrad at the parameters"])
+def test_heads_stay_apart_where_ddp_joins_its_outputs_in_one_node(name: str, tmp_path: Path) -> None:
+    """In the graph, each loss then reaches the parameters of all heads. Its gradient does not."""
+    batches = vector_batches(3, STEPS, size=8)
+    options: dict[str, Any] = {"with_ddp": True, "heads": False, "ddp": {"find_unused_parameters": True}}
+    first, second = on_two_ranks(partial(train_on_rank, batches=batches, make=RULES[name], **options), tmp_path)
+    model = Network()
+    expected, _ = train(model, RULES[name](), batches)
+    assert first[0] == second[0]
+    assert distance(first[0], expected) <= 1e-9
+    assert parameter_distance(first[1], model) <= 1e-9
+
+
+def _static(rank: int, name: str, batches: Sequence[Batch]) -> str:
+    try:
+        train_on_rank(rank, batches, RULES[name], with_ddp=True, heads=False, ddp={"static_graph": True})
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize("name", ["GradNorm", "UPGrad at the parameters"])
+def test_a_pass_that_would_let_ddp_average_too_early_is_refused(name: str, tmp_path: Path) -> None:
+    for told in on_two_ranks(partial(_static, name=name, batches=vector_batches(3, 2, size=8)), tmp_path):
+        assert "an output of DistributedDataParallel(static_graph=True)" in told, told
+
+
+def _shown_inside(rank: int, batches: Sequence[Batch]) -> Any:
+    """Show the losses in the forward pass, where DDP has not joined them yet."""
+    model, weights = Network(), []
+    called = DistributedDataParallel(model, static_graph=True)
+    optimizer = network_sgd(model.parameters())
+    with Balancer(called, gradnorm_rule(), heads=None) as balancer:
+        forward = model.forward
+
+        def shown(batch: Batch) -> dict[str, Tensor]:
+            balancer.watch(losses := forward(batch))
+            return losses
+
+        model.forward = shown  # type: ignore[method-assign]
+        for batch in shares(batches, rank):
+            balancer.backward(loss=sum(called(batch).values()))
+            optimizer.step()
+            balancer.step()
+            optimizer.zero_grad()
+            weights.append(balancer.weights)
+        del model.forward
+    return weights, model
+
+
+def test_losses_shown_in_the_forward_pass_may_be_of_a_static_graph(tmp_path: Path) -> None:
+    batches, model = vector_batches(3, STEPS, size=8), Network()
+    first, second = on_two_ranks(partial(_shown_inside, batches=batches), tmp_path)
+    expected, _ = train(model, gradnorm_rule(), batches)
     assert first[0] == second[0]
     assert distance(first[0], expected) <= 1e-9
     assert parameter_distance(first[1], model) <= 1e-9

@@ -166,6 +166,10 @@ def test_another_number_of_losses_is_refused_until_reset(name: str) -> None:
         (lambda: SLAW(beta=1.0), "beta should be at least 0 and less than 1; got 1.0"),
         (lambda: SLAW(epsilon=0.0), "epsilon should be positive; got 0.0"),
         (lambda: UWSO(tau=-1.0), "tau should be positive; got -1.0"),
+        (lambda: ReLoBRaLo(alpha="0.9"), "alpha should be from 0 to 1; got '0.9'"),  # type: ignore[arg-type]
+        (lambda: SoftAdapt(beta="1"), "beta should be finite; got '1'"),  # type: ignore[arg-type]
+        (lambda: SLAW(beta=None), "beta should be at least 0 and less than 1; got None"),  # type: ignore[arg-type]
+        (lambda: UWSO(tau=[1.0]), r"tau should be positive; got \[1.0\]"),  # type: ignore[arg-type]
     ],
 )  # fmt: skip
 def test_an_invalid_option_is_an_error(made: Any, says: str) -> None:

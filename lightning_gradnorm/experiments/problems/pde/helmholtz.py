@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_gradnorm._messages import is_number
 from lightning_gradnorm.experiments.problems.pde.derivatives import gradient, second_derivatives
 from lightning_gradnorm.experiments.problems.pde.equation import Equation, Function, with_gradient
 
@@ -41,8 +42,9 @@ class Helmholtz(Equation):
 
     def __init__(self, k: float = 1.0, waves: Sequence[int] = (1, 4)) -> None:
         self._check_positive(k=k)
-        if len(waves) != 2 or not all(a == int(a) and a > 0 for a in waves):
-            raise ValueError(f"Helmholtz: waves should be two positive integers; got {list(waves)}.")
+        is_pair = isinstance(waves, Sequence) and len(waves) == 2
+        if not (is_pair and all(is_number(a) and a == int(a) and a > 0 for a in waves)):
+            raise ValueError(f"Helmholtz: waves should be two positive integers; got {waves!r}.")
         self.k, self.waves = float(k), (int(waves[0]), int(waves[1]))
 
     @override

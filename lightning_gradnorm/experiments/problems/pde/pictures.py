@@ -12,6 +12,8 @@ from lightning_gradnorm.experiments.problems.pde.equation import Equation
 
 _COLORS = ((0, 60, 120), (60, 140, 200), (245, 245, 245), (230, 150, 70), (150, 50, 0))
 """Blue over white to vermilion, distinct for color-blind readers."""
+_ONE_SIGN_COLORS = ((245, 245, 245), (160, 200, 225), (60, 140, 200), (0, 60, 120))
+"""White is zero here, too, for a reference without negative values."""
 _ERROR_COLORS = ((250, 250, 250), (250, 190, 110), (200, 70, 30), (70, 10, 40))
 _INK, _PAPER, _FRAME = (30, 30, 30), (255, 255, 255), (150, 150, 150)
 WIDTH, HEIGHT, MARGIN, BAR = 240, 220, 46, 12
@@ -21,7 +23,7 @@ WIDTH, HEIGHT, MARGIN, BAR = 240, 220, 46, 12
 def solution_picture(equation: Equation, solution: Tensor) -> Tensor:
     """Return an image with three panels: the solution, the reference, and their absolute difference.
 
-    The solution is drawn on the scale of the reference.
+    The solution is drawn on the scale of the reference; its own range stands above it. White is zero.
 
     Args:
         equation: The equation, with one or two coordinates.
@@ -38,10 +40,13 @@ def solution_picture(equation: Equation, solution: Tensor) -> Tensor:
     exact = equation.reference(equation.grid()).reshape(equation.grid_shape)
     error = (found - exact).abs()
     relative = float(error.norm() / exact.norm())
-    low, high = float(exact.min()), float(exact.max())
+    high = float(exact.abs().max())
+    has_two_signs = float(exact.min()) < -1e-6 * high
+    low, colors = (-high, _COLORS) if has_two_signs else (0.0, _ONE_SIGN_COLORS)
+    span = f"solution, {float(found.min()):.2g} to {float(found.max()):.2g}"
     panels = [
-        _panel("solution", equation, found, low, high, _COLORS),
-        _panel("reference", equation, exact, low, high, _COLORS),
+        _panel(span, equation, found, low, high, colors),
+        _panel("reference", equation, exact, low, high, colors),
         _panel(f"|error|, relative L2 {relative:.2g}", equation, error, 0.0, float(error.max()), _ERROR_COLORS),
     ]
     picture = Image.new("RGB", (sum(one.width for one in panels), panels[0].height), _PAPER)
@@ -55,7 +60,7 @@ def _panel(
     title: str, equation: Equation, values: Tensor, low: float, high: float, colors: Sequence[tuple[int, int, int]]
 ) -> Image.Image:
     is_map = values.dim() == 2
-    panel = Image.new("RGB", (WIDTH + 2 * MARGIN + BAR + 10, HEIGHT + 2 * MARGIN), _PAPER)
+    panel = Image.new("RGB", (WIDTH + 2 * MARGIN + BAR + 26, HEIGHT + 2 * MARGIN), _PAPER)
     draw, font = ImageDraw.Draw(panel), ImageFont.load_default(13)
     left, top, right, bottom = MARGIN, MARGIN, MARGIN + WIDTH, MARGIN + HEIGHT
     share = ((values - low) / (high - low if high > low else 1.0)).nan_to_num(0.5).clamp(0, 1)

@@ -182,8 +182,9 @@ def test_derivatives_match_those_by_hand_and_can_be_back_propagated() -> None:
     [
         (lambda: Poisson(k=0), "Poisson: k should be a positive number; got 0"),
         (lambda: Poisson(k=1.5), "Poisson: k should be an integer, so that the solution is zero at the ends; got 1.5"),
-        (lambda: Helmholtz(waves=(1, 2.5)), r"waves should be two positive integers; got \[1, 2.5\]"),
+        (lambda: Helmholtz(waves=(1, 2.5)), r"waves should be two positive integers; got \(1, 2.5\)"),
         (lambda: Helmholtz(waves=[1]), r"waves should be two positive integers; got \[1\]"),
+        (lambda: Helmholtz(waves=3), "waves should be two positive integers; got 3"),  # type: ignore[arg-type]
         (lambda: Burgers(viscosity=-1.0), "Burgers: viscosity should be a positive number; got -1.0"),
         (lambda: KirchhoffPlate(load="much"), "KirchhoffPlate: load should be a positive number; got 'much'"),
     ],

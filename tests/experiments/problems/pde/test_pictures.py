@@ -63,6 +63,21 @@ def test_the_second_coordinate_points_upwards() -> None:
     assert (solution[-90:, :, 0] < solution[-90:, :, 2]).all()  # blue below
 
 
+@pytest.mark.parametrize("equation", [Helmholtz(), KirchhoffPlate()], ids=["two signs", "one sign"])
+def test_zero_is_white(equation: Equation) -> None:
+    solution, reference, _ = panels(solution_picture(equation, torch.zeros(len(equation.grid()), 1)))
+    assert (solution > 240).all()
+    assert (reference[0, :2] > 230).all()  # a corner, where it is zero
+
+
+def test_no_number_is_cut_off() -> None:
+    plate = KirchhoffPlate()
+    picture = solution_picture(plate, 1.0123 * plate.reference(plate.grid()))
+    whole = picture.shape[2] // 3
+    for k in (1, 2, 3):
+        assert (picture[:, :, k * whole - 3 : k * whole] == 255).all()
+
+
 def test_one_coordinate_is_a_curve() -> None:
     solution, reference, _ = panels(solution_picture(Poisson(), Poisson().reference(Poisson().grid())))
     assert np.array_equal(solution, reference)
