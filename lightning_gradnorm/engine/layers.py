@@ -197,16 +197,13 @@ def _with_weights(modules: dict[str, nn.Module]) -> str:
     return ", ".join(f"'{name}'" for name in found[:20]) + (", …" if len(found) > 20 else "") or "it has none"
 
 
-def find_parameters(
-    root: nn.Module, name: str, *, caller: str, keywords: Sequence[str] = ()
-) -> dict[str, nn.Parameter]:
+def find_parameters(root: nn.Module, name: str, *, caller: str) -> dict[str, nn.Parameter]:
     """Return all parameters of the module ``name``, or the one parameter of that name, including frozen ones.
 
     Args:
         root: the LightningModule.
-        name: dotted name of a module or of a parameter.
+        name: dotted name of a module or of a parameter; ``"all"`` for every parameter.
         caller: the argument that held the name, for the beginning of the error.
-        keywords: what you may give instead of a name.
 
     Raises:
         ValueError: neither exists, or the module has no parameters.
@@ -215,8 +212,10 @@ def find_parameters(
     parameters = {plain_name(n): p for n, p in root.named_parameters(remove_duplicate=False)}
     if name in parameters:
         return {name: parameters[name]}
+    if name == ALL and name not in modules:
+        return {plain_name(n): p for n, p in root.named_parameters()}
     if name not in modules:
-        known = did_you_mean(name, [*keywords, *modules, *parameters])
+        known = did_you_mean(name, ["shared", ALL, *modules, *parameters])
         raise ValueError(f"{caller} '{name}' is not in {type(root).__name__}; {known}")
     # By identity: a tied parameter has several names, and is listed under the first.
     inside = {id(parameter) for parameter in modules[name].parameters()}

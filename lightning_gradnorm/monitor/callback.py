@@ -51,9 +51,9 @@ class GradientNormMonitor(L.Callback):
             the module logs its losses; or ``None``: the tasks of a `MultiTaskModule`, or in any other module every scalar
             with a gradient in that mapping except ``loss``. A module with manual optimization calls `watch` before
             ``manual_backward``.
-        parameters: ``"shared"``: the encoder of a `MultiTaskModule`; elsewhere every parameter that at least two of the
-            losses reach. (A penalty on all parameters reaches every one of them: then name the encoder.) Or the dotted name
-            of a module, for all of its parameters, or of one parameter.
+        parameters: ``"shared"``: the encoder of a `MultiTaskModule`; elsewhere every parameter that at least two losses
+            reach (a penalty on all parameters reaches every one: then name the encoder), or all if there are none. ``"all"``:
+            every parameter. Or the dotted name of a module or of one parameter.
         every_n_steps: measure the first of every N optimizer steps. A measured step takes one extra pass per term, and
             memory for as many gradients.
         prefix: the beginning of logged names. Two monitors in one Trainer, for example for two layers, need different ones.
@@ -94,7 +94,8 @@ class GradientNormMonitor(L.Callback):
         self._source = LossSource(_NAME, losses, parameter="losses", losses_from=losses_from)
         if REST in self._source.names:
             raise ValueError(f"{_NAME}: losses names '{REST}', which stands for the remainder; give it another name.")
-        _check(isinstance(parameters, str) and parameters != "", "parameters", "'shared' or a dotted name", parameters)
+        is_name = isinstance(parameters, str) and parameters != ""
+        _check(is_name, "parameters", "'shared', 'all' or a dotted name", parameters)
         _check(is_integer(every_n_steps, least=1), "every_n_steps", "an integer, at least 1", every_n_steps)
         _check(isinstance(prefix, str) and prefix != "", "prefix", "the beginning of logged names", prefix)
         can_draw = cosine_image is None or callable(cosine_image)
@@ -129,8 +130,7 @@ class GradientNormMonitor(L.Callback):
             self._steps, self._summary = 0, RunningSummary()
         self._summary.names, self._summary.parameters = self._source.names, name or "shared"
         self._summary.is_of_sum = all(getattr(one, "update_is_weighted_sum", True) for one in trainer.callbacks)  # type: ignore[attr-defined]
-        caller = f"{_NAME}: parameters"
-        parameters = None if name is None else find_parameters(pl_module, name, caller=caller, keywords=["shared"])
+        parameters = None if name is None else find_parameters(pl_module, name, caller=f"{_NAME}: parameters")
         self._measurement = StepMeasurement(self._source, pl_module, parameters, TrainerLoop(trainer, self))
 
     # ---- one batch ---------------------------------------------------------------------------------------------------

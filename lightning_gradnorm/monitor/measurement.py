@@ -31,7 +31,8 @@ class StepMeasurement:
     """Measures the optimizer steps that the monitor selects, one after another.
 
     If the source leaves the names of the losses open, every scalar with a gradient counts, and the ranks agree on the names in
-    each step. ``parameters`` are given by name, including frozen ones; ``None`` stands for those that two or more losses reach.
+    each step. ``parameters`` are given by name, including frozen ones; ``None`` stands for those that two or more losses reach,
+    and for all if there are none.
     """
 
     def __init__(
@@ -159,7 +160,7 @@ class StepMeasurement:
             no loss has reached a parameter yet.
 
         Raises:
-            ValueError: a named loss was not back-propagated; or ``"shared"`` parameters are measured but no losses share any.
+            ValueError: a named loss was not back-propagated.
         """
         sums, parameters = self.terms.sums, list(self._candidates.values())
         if self._source.names and parameters:
@@ -188,7 +189,7 @@ class StepMeasurement:
         return GradientNorms(list(rows), inner_products(list(rows.values()))), weights
 
     def _cut_to_shared(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the pieces of the rows that belong to parameters reached by at least two losses."""
+        """Return the pieces of the rows that belong to parameters reached by two losses; all if there are none."""
         if self._parameters is not None:
             return rows
         least = min(2, len(self._names))
@@ -196,12 +197,8 @@ class StepMeasurement:
         is_shared = [sum(name in reached for reached in by_loss) >= least for name in self._candidates]
         if not any(is_shared):
             is_frozen = any(not parameter.requires_grad for parameter in self._model.parameters())
-            if is_frozen or len(by_loss) < len(self._names):
-                return {}  # a layer may be unfrozen, or more losses may come
-            raise ValueError(
-                f"{self._source.caller}: parameters='shared' are those that two of the losses {self._names} reach, but there "
-                f"are none. Name a layer: parameters='encoder'."
-            )
+            may_come = is_frozen or len(by_loss) < len(self._names)  # a layer may be unfrozen, or more losses appear
+            return {} if may_come else rows
         widths = [row_width([parameter]) for parameter in self._candidates.values()]
         mask = torch.tensor(is_shared).repeat_interleave(torch.tensor(widths))
         return {name: row[mask.to(row.device)] for name, row in rows.items()}

@@ -111,6 +111,31 @@ def test_shared_parameters_are_those_that_two_losses_reach(quiet_trainer: MakeTr
     assert not any(name.startswith("monitor/cosine") and "normal" in name for name in shown)
 
 
+class Apart(WithOwnLayers):
+    """Two losses that share nothing."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        losses = super().training_step(batch, batch_idx)
+        return {"loss": losses["seg"] + losses["normal"], "seg": losses["seg"], "normal": losses["normal"]}
+
+
+@pytest.mark.parametrize(("kind", "parameters"), [(WithOwnLayers, "all"), (Apart, "all"), (Apart, "shared")])
+def test_all_parameters_are_measured_if_asked_for_or_if_no_two_losses_share_any(
+    quiet_trainer: MakeTrainer, kind: type[Automatic], parameters: str
+) -> None:
+    model, watcher = kind(3), Watcher()
+    (batch,) = vector_batches(3, 1)
+    quiet_trainer(callbacks=[GradientNormMonitor(parameters=parameters), watcher]).fit(model, Batches([batch]))
+    ((_, _, shown),) = watcher.notes
+    twin = kind(3)
+    losses = twin.training_step(batch, 0)
+    del losses["loss"]
+    for task, loss in losses.items():
+        gradients = torch.autograd.grad(loss, list(twin.parameters()), retain_graph=True, allow_unused=True)
+        norm = float(torch.cat([g.reshape(-1) for g in gradients if g is not None]).norm())
+        assert shown[f"monitor/norm/{task}"] == pytest.approx(norm, abs=1e-10)
+
+
 def test_other_steps_cost_no_pass(quiet_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[int] = []
     steps = []

@@ -18,7 +18,6 @@ from models import (
 from monitored import (
     TASKS,
     MakeTrainer,
-    WithOwnLayers,
     by_hand,
 )
 from torch import Tensor, nn
@@ -96,7 +95,10 @@ def test_wrong_input_of_the_plain_function(losses: Any, parameters: Any, error: 
         ),
         case("the rest", {"losses": ["rest_of_loss"]}, ValueError, ["'rest_of_loss'", "another name"]),
         case(
-            "no layer", {"parameters": None}, ValueError, ["parameters should be 'shared' or a dotted name; got None"]
+            "no layer",
+            {"parameters": None},
+            ValueError,
+            ["parameters should be 'shared', 'all' or a dotted name; got None"],
         ),
         case("never", {"every_n_steps": 0}, ValueError, ["every_n_steps should be an integer, at least 1; got 0"]),
         case("no drawing", {"cosine_image": True}, ValueError, ["cosine_image should be a function", "got True"]),
@@ -133,14 +135,6 @@ class Detaching(Automatic):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         output = super().training_step(batch, batch_idx)
         return {**output, "depth": output["depth"].detach()}
-
-
-class Apart(WithOwnLayers):
-    """Two losses that share nothing."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        losses = super().training_step(batch, batch_idx)
-        return {"loss": losses["seg"] + losses["normal"], "seg": losses["seg"], "normal": losses["normal"]}
 
 
 class WithoutParameters(Automatic):
@@ -182,8 +176,10 @@ class WithoutParameters(Automatic):
         case("no parameters", WithoutParameters, {"parameters": "flat"}, ValueError, ["'flat'", "has no parameters"]),
         case("one in another", Nesting, {}, ValueError, ["the loss 'seg' contains the loss 'depth'"]),
         case("copies", Copying, {"losses": TASKS}, ValueError, ["the loss 'seg' took no part in the backward pass"]),
+        case(
+            "all, misspelled", Automatic, {"parameters": "al"}, ValueError, ["parameters 'al'", "did you mean 'all'?"]
+        ),
         case("detached", Detaching, {"losses": TASKS}, ValueError, ["the loss 'depth'", "carries no gradient"]),
-        case("nothing shared", Apart, {}, ValueError, ["parameters='shared'", "['seg', 'normal']", "there are none"]),
     ],
 )
 def test_wrong_use_is_an_error_that_names_the_culprit(
