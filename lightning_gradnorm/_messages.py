@@ -28,6 +28,16 @@ def check(caller: str, holds: bool, parameter: str, expected: str, found: object
         raise ValueError(f"{caller}: {parameter} should be {expected}; got {shown}")
 
 
+def kind_of(value: object) -> str:
+    """Return what an unexpected argument is, for an error: the name of its type, or which class it is itself.
+
+    Example:
+        >>> kind_of(3), kind_of(int)
+        ('int', 'the class int')
+    """
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
 def is_number(value: object) -> bool:
     """Return True for an int or a float; a bool is neither."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -4,7 +4,7 @@
     python scripts/benchmark.py --cases conv mlp dense transformer segnet:3 resnet:3    # T = 2, 3, 5, 10, 20, 40: an hour
     python scripts/benchmark.py --compile --cases conv:3,10 transformer:3    # trunk and heads compiled, equal weights too
     python scripts/benchmark.py --of aggregation       # UPGrad and others: docs/results/step_time_aggregation.md
-    python scripts/benchmark.py --cases segnet:3 engine64:2 --ways "with heads" --name step_time_real
+    python scripts/benchmark.py --cases segnet:3 engine64:2 --ways "with heads" --name step_time_networks
     python scripts/benchmark.py --measure memory --rounds 3 --cases conv:10 dense:5 segnet:3     # peak_memory.md
     python scripts/benchmark.py --of pinn --threads 1  # GradNorm on losses made of derivatives: step_time_pinn.md
     python scripts/benchmark.py --measure first_step   # the step that finds and checks everything: first_step.md

@@ -301,8 +301,8 @@ class BalancingCallback(L.Callback, Generic[AnyRule]):
         if not has_stepped and not (pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1):
             self._show_if_logged(trainer)
         self._engine.start_batch()
-        if self._described is None and self._engine.inspection.is_settled and self._usage.seen:
-            parts = filter(None, [str(self._engine.inspection.plan), f"losses: {self._source}"])
+        if self._usage.seen and (plan := self._engine.inspection.news()) is not None:
+            parts = filter(None, [plan, f"losses: {self._source}"])
             self._described = f"{self._name}: {', '.join(parts)}"
             rank_zero_info(self._described)
 

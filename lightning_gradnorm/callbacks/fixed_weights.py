@@ -75,11 +75,12 @@ class GradNormStatic(StaticWeights):
     """Train on the mean weights of a finished `GradNorm` run: "GradNorm static" of Chen et al., 2018, Tables 1 and 2.
 
     Args:
-        from_run: folder of a ``gradnorm-train`` run, whose ``checkpoints/last.ckpt`` is read; or any checkpoint of a
-            Trainer that had `GradNorm` among its callbacks. The weights are the mean over all its steps, by task name.
+        run: folder of a ``gradnorm-train`` run, whose ``checkpoints/last.ckpt`` is read; or any checkpoint of a Trainer
+            that had `GradNorm` among its callbacks. The weights are the mean over all its steps, by task name.
         tasks: where to find the losses, as for `GradNorm`; by default the names in the checkpoint.
         losses_from: as for `GradNorm`.
         heads: accepted by every strategy, so that you can swap one for another; no gradient is read.
+        from_run: the name of ``run`` on the command line.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
@@ -90,14 +91,15 @@ class GradNormStatic(StaticWeights):
 
     def __init__(
         self,
-        from_run: str | Path,
+        run: str | Path | None = None,
         tasks: Sequence[str] | Mapping[str, str] | None = None,
         *,
         losses_from: str | Mapping[str, str] | None = None,
         heads: Heads = "auto",
+        from_run: str | Path | None = None,
     ) -> None:
-        self.from_run = Path(from_run)
-        weights = _mean_weights(_checkpoint_of(self.from_run))
+        check("GradNormStatic", (run is None) != (from_run is None), "run", "one finished run, or a checkpoint", run)
+        weights = _mean_weights(_checkpoint_of(Path(run or from_run or "")))
         if tasks is not None:
             self._check_same(weights, tasks)
         super().__init__(list(weights) if tasks is None else tasks, losses_from=losses_from, heads=heads)
@@ -112,7 +114,7 @@ class GradNormStatic(StaticWeights):
     def _check_same(self, weights: Mapping[str, float], tasks: Collection[str]) -> None:
         if set(tasks) != set(weights):
             raise ValueError(
-                f"GradNormStatic: from_run has tasks {sorted(weights)}, but this run has {sorted(tasks)}. Give a run of "
+                f"GradNormStatic: run has tasks {sorted(weights)}, but this run has {sorted(tasks)}. Give a run of "
                 f"the same tasks, or your own numbers to FixedWeights."
             )
 
@@ -166,9 +168,9 @@ def _checkpoint_of(path: Path) -> Path:
     last = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
     if last.is_file():
         return last
-    found = ", ".join(sorted(map(str, path.rglob("*.ckpt")))[:20])
+    found = ", ".join(sorted(map(str, path.glob("checkpoints/*.ckpt"))))
     raise FileNotFoundError(
-        f"GradNormStatic: from_run should be the folder of a finished run, or a checkpoint; there is no {last}. "
+        f"GradNormStatic: run should be the folder of a finished run, or a checkpoint; there is no {last}. "
         + (f"Give one of {found}." if found else "Train with GradNorm first.")
     )
 
@@ -180,13 +182,13 @@ def _mean_weights(checkpoint: Path) -> dict[str, float]:
         states = [state for state in callbacks.values() if isinstance(state, Mapping)]
     except Exception as reason:  # whatever the unpickler raises on a foreign file
         raise ValueError(
-            f"GradNormStatic: from_run should be a run or a checkpoint of Lightning; {checkpoint} cannot be read as one "
+            f"GradNormStatic: run should be a run or a checkpoint of Lightning; {checkpoint} cannot be read as one "
             f"({type(reason).__name__})."
         ) from reason
     for state in states:
         if {"tasks", "weights_mean"} <= state.keys():
             return dict(zip(state["tasks"], state["weights_mean"].tolist(), strict=True))
     raise ValueError(
-        f"GradNormStatic: from_run should be a run with GradNorm; {checkpoint} has no state of it, only of "
+        f"GradNormStatic: run should be a run with GradNorm; {checkpoint} has no state of it, only of "
         f"{', '.join(callbacks) or 'no callback'}."
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_gradnorm._messages import check, check_by_task
+from lightning_gradnorm._messages import check, check_by_task, kind_of
 from lightning_gradnorm.engine.measurement import Setting
 from lightning_gradnorm.engine.rule import Rule
 from lightning_gradnorm.engine.step_state import WatchedLoss
@@ -25,8 +25,9 @@ def check_arguments(model: object, rule: object, shared_layer: object, heads: ob
         hint = " That is a callback for a Lightning Trainer." if hasattr(rule, "on_train_start") else ""
         if isinstance(rule, nn.Module):
             hint = " Give it to ScalarizationRule or AggregationRule, and the rule to Balancer."
-        found = f"the class {rule.__name__}" if isinstance(rule, type) else type(rule).__name__
-        raise TypeError(f"Balancer: rule should be a rule such as GradNormRule(['seg', 'depth']); got {found}.{hint}")
+        raise TypeError(
+            f"Balancer: rule should be a rule such as GradNormRule(['seg', 'depth']); got {kind_of(rule)}.{hint}"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"Balancer: model should be a module; got {type(model).__name__}")
     check("Balancer", norm_of in ("weight", "activation"), "norm_of", "'weight' or 'activation'", norm_of)

@@ -93,7 +93,7 @@ class Balancer:
         parameter = next((p for p in self._model.parameters() if p.is_floating_point()), torch.zeros(()))
         rule.to(dtype=torch.float64 if parameter.dtype == torch.float64 else None, device=parameter.device)
         self._engine: Engine[Rule] = Engine(rule, setting)
-        self._closed, self._is_described, self._epoch = False, False, 0
+        self._closed, self._epoch = False, 0
         self._recovery = _Recovery(self._forget_step)
         self._release_claim = claim(key, caller="Balancer", rule=type(rule).__name__)
 
@@ -138,7 +138,10 @@ class Balancer:
 
         Raises:
             ValueError: there are no losses, or the backward pass did not reach one of them.
+            RuntimeError: gradients are off.
         """
+        if not torch.is_grad_enabled():
+            raise RuntimeError("Balancer: backward was called under torch.no_grad(), without a graph. Call it outside.")
         total = self.prepare_loss(losses, loss=loss)
         self._loop.is_inside_call = True
         try:
@@ -197,8 +200,7 @@ class Balancer:
             self._loop.note_losses(self._engine.batch.losses)
             require_backpropagated(self._engine.batch.losses, self._engine.batch.backpropagated, caller="Balancer")
         self._engine.start_batch()
-        if not self._is_described and self._engine.inspection.is_settled and self._loop.ranks.index == 0:
-            self._is_described = True
+        if self._engine.inspection.news() is not None and self._loop.ranks.index == 0:
             logging.getLogger("lightning_gradnorm").info("%r", self)
 
     def _forget_step(self) -> None:

@@ -1,8 +1,8 @@
 """Finds the shared layer and the heads of a model, if you have not named them, from the graphs of its first batches.
 
 The shared layer is the deepest trained weight that every task's loss depends on, provided that all tasks move some entry of
-it. A head is the first module called that belongs to one task alone. Both are decided once, on all ranks together, as soon as
-every task has been seen.
+it. A head is the first module called that belongs to one task alone. All ranks decide together. A task that has not been seen
+yet does not count; when it appears, the shared layer is looked for again.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Discovery:
         self._buffers = BufferGuard(setting.model.buffers())
         self._repeats = RepeatedPasses(f"{setting.caller}: the gradient of task")
         self._seen = _Seen()
+        self._layer: Mapping[str, nn.Parameter] | None = None
         self._graph: LossGraph | None = None
         self._batches = 0
         self._has_warned = False
@@ -92,30 +93,37 @@ class Discovery:
 
     # ---- the shared layer --------------------------------------------------------------------------------------------
 
+    @property
+    def has_seen_all(self) -> bool:
+        """Whether every task has been seen on some rank."""
+        return self._seen.tasks >= set(self._setting.tasks)
+
     def find_layer(self, losses: Losses) -> Mapping[str, nn.Parameter] | None:
-        """Return the shared layer's parameters by name, or ``None`` while some task has not been seen. Collective.
+        """Return the shared layer of the tasks seen so far, by name, or ``None`` while there are fewer than two. Collective.
 
         Raises:
-            ValueError: all tasks have been seen, and they share no trained layer.
+            ValueError: these tasks share no trained layer.
         """
-        setting = self._setting
-        model, ranks = setting.model, setting.loop.ranks
+        model, ranks = self._setting.model, self._setting.loop.ranks
+        now = set().union(*ranks.gather_objects(set(losses)))
+        self.has_new_losses = bool(now)
+        if now <= self._seen.tasks:
+            return self._layer
         layers = trained_layers(model)
         graph = self._graph_of(losses)
         positions = graph.positions({name: list(layer.values()) for name, layer in layers.items()}, self._calls.calls)
         here = _Seen(positions, set(losses), self._frozen(graph), reason_not_retraversable(graph.nodes))
-        of_ranks = ranks.gather_objects(here)
-        self.has_new_losses = any(seen.tasks for seen in of_ranks)
-        for seen in of_ranks:
+        for seen in ranks.gather_objects(here):
             self._seen.merge(seen)
-        if not self._seen.tasks >= set(setting.tasks):
+        if len(self._seen.tasks) < 2:
             return None
         if self._seen.opaque and self._fallback:
-            return self._fallback
-        found = self._deepest_moved_by_all(losses, [layers[name] for name in self._deepest_first(layers)])
-        if found is None:
-            self._require_frozen_part()
-        return found
+            self._layer = self._fallback
+        else:
+            self._layer = self._deepest_moved_by_all(losses, layers, sorted(map(self._setting.tasks.index, now)))
+            if self._layer is None:
+                self._require_frozen_part()
+        return self._layer
 
     def _frozen(self, graph: LossGraph) -> dict[str, set[str]]:
         """Return the frozen parameters, each with the tasks that may depend on it: all tasks if the graph does not tell."""
@@ -131,29 +139,35 @@ class Discovery:
 
         Layers that meet in one operation keep the order of ``names``, which is the model's and the same on all ranks.
         """
-        T, positions = len(self._setting.tasks), self._seen.positions
-        shared = {name: min(positions[name].values()) for name in names if len(positions.get(name, ())) == T}
-        return sorted(shared, key=lambda name: shared[name], reverse=True)
+        tasks, positions = self._seen.tasks, self._seen.positions
+        shared = [name for name in names if positions.get(name, {}).keys() >= tasks]
+        return sorted(shared, key=lambda name: min(positions[name].values()), reverse=True)
 
     def _deepest_moved_by_all(
-        self, losses: Losses, layers: Sequence[Mapping[str, nn.Parameter]]
+        self, losses: Losses, layers: Mapping[str, Mapping[str, nn.Parameter]], now: Sequence[int]
     ) -> Mapping[str, nn.Parameter] | None:
         """Return the first layer with an entry that all tasks move. This excludes an output layer with a row for each task.
 
         If some task moves no layer yet, as behind a head of zeros, return the first with an entry that all others move.
+
+        Args:
+            losses: the losses of this batch on this rank.
+            layers: all trained layers.
+            now: the numbers of the tasks that have a loss in this batch on any rank.
         """
         fallback = None
-        start, count = 0, 1
-        while start < len(layers):
-            some = layers[start : start + count]
-            widths = [row_width(list(W.values())) for W in some]
-            moved = self._moved(losses, [parameter for W in some for parameter in W.values()])
-            for W, entries in zip(some, torch.split(moved, widths, dim=1), strict=True):
+        start, count, names = 0, 1, self._deepest_first(layers)
+        while some := names[start : start + count]:
+            widths = [row_width(list(layers[name].values())) for name in some]
+            moved = self._moved(losses, [parameter for name in some for parameter in layers[name].values()])[now]
+            for name, entries in zip(some, torch.split(moved, widths, dim=1), strict=True):
                 does_move = entries.any(dim=1)
                 if bool(entries[does_move].all(dim=0).any()):
                     if bool(does_move.all()):
-                        return W
-                    fallback = fallback or W
+                        return layers[name]
+                    fallback = fallback or layers[name]
+                elif int(does_move.sum()) > 1:  # also for batches with one of these tasks
+                    del self._seen.positions[name]
             start, count = start + count, 2 * count  # all at once would cost a whole gradient per task
         return fallback
 

@@ -19,7 +19,7 @@ from lightning_gradnorm.engine.discovery import Discovery, tasks_off_course
 from lightning_gradnorm.engine.graph_checks import GraphChecks
 from lightning_gradnorm.engine.measurement import Measurement
 from lightning_gradnorm.engine.module_hooks import Remove, wrap_call
-from lightning_gradnorm.engine.plan import inspect_model
+from lightning_gradnorm.engine.plan import Plan, inspect_model
 from lightning_gradnorm.engine.step_state import BatchState, OptimizerStepState
 from lightning_gradnorm.gradients import GradientReader, RowReader, WeightGradients
 
@@ -69,6 +69,7 @@ class Inspection:
             self._needs_heads = is_visible and setting.heads == "auto" and self.reads_gradients
             self._found_heads: dict[str, str] = {}
             self._has_warned = False
+            self._told: Plan | None = None
             self._discovery: Discovery | None = None
             if self._needs_layer or self._needs_heads:
                 self._discovery = Discovery(setting, hooks.is_forward_pass, self.plan.shared_layer)
@@ -85,10 +86,13 @@ class Inspection:
         for task, head in heads.items():
             self._hooks.callback(wrap_call(head, before=partial(self._on_call.before_head, task), first=True))
 
-    @property
-    def is_settled(self) -> bool:
-        """Whether the shared layer and the heads are known."""
-        return self._discovery is None
+    def news(self) -> str | None:
+        """Return the plan in words if the layer and the heads are known and it is new since the last call, else ``None``."""
+        is_known = self._discovery is None or (bool(self.plan.shared_layer) and not self._needs_heads)
+        if self.plan is self._told or not is_known:
+            return None
+        self._told = self.plan
+        return str(self.plan)
 
     def close(self) -> None:
         """Remove everything from the model."""
@@ -101,11 +105,11 @@ class Inspection:
         self._uncompiled.begin_pass()
         if self._discovery is not None:
             self._discovery.start_batch()
+            model, found, self._found_heads = self._setting.model, self._found_heads, {}
+            self._place_branches({task: model.get_submodule(head) for task, head in found.items()})
             if not (self._needs_layer or self._needs_heads):
                 self._discovery.close()
                 self._discovery = None
-                model = self._setting.model
-                self._place_branches({task: model.get_submodule(head) for task, head in self._found_heads.items()})
         self._on_call.forget_graph()
         for reader in self.checks.readers:
             reader.release_graph()
@@ -156,11 +160,11 @@ class Inspection:
     def _find_layer(self, discovery: Discovery, batch: BatchState, step: OptimizerStepState) -> None:
         """Find the shared layer. Until then, use the encoder's last layer, or do not measure the step."""
         W = discovery.find_layer(batch.waiting())
+        self._needs_layer = W is None or not discovery.has_seen_all
         if W is None:
             step.measured &= bool(self.plan.candidates) or not discovery.has_new_losses
-            return
-        self._needs_layer = False
-        if set(map(id, W.values())) != set(map(id, self.plan.shared_layer.values())):
+        elif set(map(id, W.values())) != set(map(id, self.plan.shared_layer.values())):
+            step.measured &= not step.backwards  # the gradients of earlier passes were read at another layer
             self._select(None)
             reader = self._measurement.candidates(W, ())[0]
             self.plan = replace(self.plan, shared_layer=W, candidates=[reader])

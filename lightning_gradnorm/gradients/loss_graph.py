@@ -88,7 +88,7 @@ class LossGraph:
         """Node → layer, for expressions of one layer's parameters alone: .T, a cast, weight norm."""
         roots = set().union(*self.roots.values())
         depth: dict[Node, int] = {}
-        uses: dict[str, list[Node]] = {}
+        uses: dict[str, list[tuple[int, Node]]] = {}
         for node in self._order:
             if node in own:
                 weight_of[node] = own[node]
@@ -98,11 +98,13 @@ class LossGraph:
             if len(of_layers) == 1 and None not in of_layers and node not in outputs and node not in roots:
                 weight_of[node] = weight_of[below[0]]
                 continue
-            depths = [depth[child] for child in below if child not in weight_of]
-            met = {weight_of[child] for child in below if child in weight_of} & heavy
-            depth[node] = max(depths) + bool(met) if depths else len(met)
-            for name in met:
-                uses.setdefault(name, []).append(node)
+            above = max((depth[child] for child in below if child not in weight_of), default=0)
+            met = [name for name in dict.fromkeys(map(weight_of.get, below)) if name in heavy]
+            depth[node] = above + bool(met) if above else len(met)
+            # With no input computed by another layer, as in tanh(x @ first) @ second, the last one is the weight and what
+            # comes before it is its input.
+            for here, name in enumerate(met, start=1):
+                uses.setdefault(name, []).append((depth[node] if above else here, node))
         owners: dict[int, list[ModuleCalls]] = {}
         for module in calls:
             for parameter in module.parameters:
@@ -112,8 +114,8 @@ class LossGraph:
             around = {module.name: module for parameter in layers[name] for module in owners.get(id(parameter), ())}
             within = set().union(*(_inside(module.outputs, module.inputs) for module in around.values()))
             of_layer: dict[str, tuple[bool, Position]] = {}
-            for node in nodes:
-                use = node in within, (depth[node], node._sequence_nr())
+            for weights, node in nodes:
+                use = node in within, (weights, node._sequence_nr())
                 for task in self.tasks_at([node]):
                     of_layer[task] = max(use, of_layer.get(task, use))
             found[name] = {task: position for task, (_, position) in of_layer.items()}

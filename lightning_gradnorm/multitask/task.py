@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from lightning_gradnorm._messages import kind_of
+
 Loss = nn.Module | Callable[[Tensor, Tensor], Tensor]
 
 
@@ -39,10 +41,10 @@ class Task(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(head, nn.Module):
-            raise TypeError(f"Task: head should be a module; got {_kind(head)}")
+            raise TypeError(f"Task: head should be a module; got {kind_of(head)}")
         if isinstance(loss, type) or not callable(loss):
             hint = f". Give an object of it: {loss.__name__}()" if isinstance(loss, type) else ""
-            raise TypeError(f"Task: loss should be a function of (prediction, target); got {_kind(loss)}{hint}")
+            raise TypeError(f"Task: loss should be a function of (prediction, target); got {kind_of(loss)}{hint}")
         self.head = head
         self.loss = loss
         self.metrics = _by_name(metrics)
@@ -54,13 +56,9 @@ def _by_name(metrics: Metric | MetricCollection | Mapping[str, Metric] | None) -
         return {type(metrics).__name__.lower(): metrics}
     if not (metrics is None or isinstance(metrics, Mapping | MetricCollection)):
         expected = "a torchmetrics.Metric, or a mapping from name to Metric"
-        raise TypeError(f"Task: metrics should be {expected}; got {_kind(metrics)}")
+        raise TypeError(f"Task: metrics should be {expected}; got {kind_of(metrics)}")
     found = dict(metrics.items() if metrics is not None else {})
     for name, metric in found.items():
         if not isinstance(metric, Metric):
-            raise TypeError(f"Task: metrics['{name}'] should be a torchmetrics.Metric; got {_kind(metric)}")
+            raise TypeError(f"Task: metrics['{name}'] should be a torchmetrics.Metric; got {kind_of(metric)}")
     return found
-
-
-def _kind(value: object) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchjd import Stateful
 from torchjd import aggregation as jd
 
+from lightning_gradnorm._messages import kind_of
 from lightning_gradnorm.strategies.exact import solver_of
 from lightning_gradnorm.strategies.factory import TaskAware, move_to
 from lightning_gradnorm.strategies.facts import Input, any_part, facts_of
@@ -105,7 +106,7 @@ class AggregationRule(ScalarizationRule):
         if not isinstance(aggregator, jd.Aggregator | jd.Weighting):
             raise TypeError(
                 f"{self.name}: aggregator should be a torchjd.aggregation.Aggregator or Weighting; got "
-                f"{type(aggregator).__name__}. (A function of the losses is a Scalarization.)"
+                f"{kind_of(aggregator)}. (A function of the losses is a Scalarization.)"
             )
         kind = type(aggregator).__name__
         if any_part(aggregator, "needs_two_batches"):

@@ -137,6 +137,3 @@ class AMNL(LazyBufferModule, Scalarizer, Stateful):
     def reset(self) -> None:
         """Forget the moving averages."""
         self.means, self.updates = self.means.new_empty(0), self.updates.new_empty(0)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(edition={self.edition}, weights={self.weights}, beta={self.beta})"

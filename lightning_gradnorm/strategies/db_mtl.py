@@ -19,7 +19,7 @@ from torchjd.aggregation import Aggregator, Weighting
 from torchjd.linalg import Matrix, PSDMatrix
 from torchjd.scalarization import Scalarizer
 
-from lightning_gradnorm._messages import check
+from lightning_gradnorm._messages import check, is_number
 from lightning_gradnorm.strategies.snapshot import LazyBufferModule
 
 
@@ -38,7 +38,7 @@ class LogSum(Scalarizer):
 
     def __init__(self, epsilon: float = 1e-8) -> None:
         super().__init__()
-        check("LogSum", epsilon >= 0.0, "epsilon", "at least 0", epsilon)
+        check("LogSum", is_number(epsilon) and epsilon >= 0.0, "epsilon", "at least 0", epsilon)
         self.epsilon = epsilon
 
     def forward(self, values: Tensor, /) -> Tensor:
@@ -102,8 +102,8 @@ class DBMTL(LazyBufferModule, Aggregator, Stateful):
 
     def __init__(self, beta: float = 0.9, sigma: float = 0.0) -> None:
         super().__init__()
-        check("DBMTL", 0.0 <= beta < 1.0, "beta", "at least 0 and less than 1", beta)
-        check("DBMTL", sigma >= 0.0, "sigma", "at least 0", sigma)
+        check("DBMTL", is_number(beta) and 0.0 <= beta < 1.0, "beta", "at least 0 and less than 1", beta)
+        check("DBMTL", is_number(sigma) and sigma >= 0.0, "sigma", "at least 0", sigma)
         self.beta, self.sigma = beta, sigma
         self.weighting = DBMTLWeighting()
         self.register_buffer("average", torch.empty(0))
@@ -133,6 +133,3 @@ class DBMTL(LazyBufferModule, Aggregator, Stateful):
     def reset(self) -> None:
         """Forget the moving average."""
         self.average, self.updates = self.average.new_empty(0), torch.zeros_like(self.updates)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(beta={self.beta}, sigma={self.sigma})"

@@ -19,7 +19,7 @@ from torchjd import Stateful
 from torchjd.aggregation import Weighting
 from torchjd.linalg import PSDMatrix
 
-from lightning_gradnorm._messages import check
+from lightning_gradnorm._messages import check, is_integer, is_number
 from lightning_gradnorm.strategies.snapshot import LazyBufferModule
 
 
@@ -45,9 +45,9 @@ class GABA(LazyBufferModule, Weighting[PSDMatrix], Stateful):
 
     def __init__(self, beta: float = 0.99, floor: float = 0.05, warmup: int = 100) -> None:
         super().__init__()
-        check("GABA", 0.0 <= beta < 1.0, "beta", "at least 0 and less than 1", beta)
-        check("GABA", floor >= 0.0, "floor", "at least 0", floor)
-        check("GABA", warmup >= 0, "warmup", "at least 0", warmup)
+        check("GABA", is_number(beta) and 0.0 <= beta < 1.0, "beta", "at least 0 and less than 1", beta)
+        check("GABA", is_number(floor) and floor >= 0.0, "floor", "at least 0", floor)
+        check("GABA", is_integer(warmup, least=0), "warmup", "a whole number of at least 0", warmup)
         self.beta, self.floor, self.warmup = beta, floor, warmup
         self.register_buffer("average", torch.empty(0))
         self.register_buffer("calls", torch.tensor(0))
@@ -81,6 +81,3 @@ class GABA(LazyBufferModule, Weighting[PSDMatrix], Stateful):
     def reset(self) -> None:
         """Forget the moving average, and start with the warm-up again."""
         self.average, self.calls = self.average.new_empty(0), torch.zeros_like(self.calls)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(beta={self.beta}, floor={self.floor}, warmup={self.warmup})"

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gradnorm._messages import check, check_positive_by_task, check_task_names, is_integer, is_number
+from lightning_gradnorm._messages import check, check_positive_by_task, check_task_names, is_integer, is_number, kind_of
 from lightning_gradnorm.strategies.resuming import check_kind
 from lightning_gradnorm.strategies.snapshot import matched_by_task
 from lightning_gradnorm.strategies.updates import Outcomes, ReadsOutcomes, WeightUpdate
@@ -98,8 +98,7 @@ class NormFormula(ABC):
 def check_formula(formula: object) -> None:
     """Raise TypeError unless it is a `NormFormula`."""
     if not isinstance(formula, NormFormula):
-        found = f"the class {formula.__name__}" if isinstance(formula, type) else type(formula).__name__
-        raise TypeError(f"NormWeighting: rule should be a formula such as InverseNorm(); got {found}")
+        raise TypeError(f"NormWeighting: rule should be a formula such as InverseNorm(); got {kind_of(formula)}")
 
 
 class NormWeightingRule(ReadsOutcomes):

@@ -82,6 +82,3 @@ class ReLoBRaLo(LossWeights, Scalarizer, Stateful):
         # A softmax of infinities would be NaN.
         exponents = (ratios / self.tau).clamp(max=torch.finfo(losses.dtype).max)
         return len(losses) * exponents.softmax(dim=0)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(alpha={self.alpha}, tau={self.tau}, rho={self.rho})"

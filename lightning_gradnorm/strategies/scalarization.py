@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchjd.aggregation import Aggregator, Weighting
 
-from lightning_gradnorm._messages import check_task_names
+from lightning_gradnorm._messages import check_task_names, kind_of
 from lightning_gradnorm.strategies.factory import follow_parameters, move_to
 from lightning_gradnorm.strategies.facts import facts_of
 from lightning_gradnorm.strategies.optimizers import made_optimizer
@@ -73,8 +73,9 @@ class ScalarizationRule:
                 f"combines gradients. Use Aggregation({type(scalarizer).__name__}(…), tasks=…)."
             )
         if not (scalarizer is None or isinstance(scalarizer, nn.Module)):
-            found = f"the class {scalarizer.__name__}" if isinstance(scalarizer, type) else type(scalarizer).__name__
-            raise TypeError(f"{self.name}: scalarizer should be a module, such as UW({len(tasks)}); got {found}.")
+            raise TypeError(
+                f"{self.name}: scalarizer should be a module, such as UW({len(tasks)}); got {kind_of(scalarizer)}."
+            )
         self.scalarizer = None if scalarizer is None else move_to(scalarizer, device=device, dtype=dtype)
         self.loss_weights = torch.ones(len(tasks), dtype=dtype, device=device)
         """The factors of the losses' gradients, shape (T,)."""

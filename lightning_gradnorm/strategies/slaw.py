@@ -74,6 +74,3 @@ class SLAW(LossWeights, Scalarizer, Stateful):
         scales = self.deviation.clamp(min=self.epsilon)
         inverse = scales.min() / scales
         return len(losses) * inverse / inverse.sum()
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(beta={self.beta}, epsilon={self.epsilon})"

@@ -257,8 +257,13 @@ def _warn_of_other_options(owner: str, part: nn.Module, saved: Mapping[str, Any]
 class LazyBufferModule(nn.Module):
     """Base of modules whose buffers start empty and get their size in the first call.
 
-    ``load_state_dict`` gives a buffer that is still empty the size and precision of the checkpoint's.
+    ``load_state_dict`` gives a buffer that is still empty the size and precision of the checkpoint's. Each argument of the
+    constructor is an attribute of the same name.
     """
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{name}={getattr(self, name)!r}" for name in inspect.signature(type(self)).parameters)
+        return f"{type(self).__name__}({given})"
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         for name, buffer in self._buffers.items():

@@ -115,12 +115,6 @@ class SoftAdapt(LossWeights, Scalarizer, Stateful):
         # The logarithm of a zero loss is infinite, and a softmax of infinities alone would be NaN.
         return torch.nan_to_num(exponents, nan=0.0).softmax(dim=0)
 
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(beta={self.beta}, variant={self.variant!r}, order={self.order}, "
-            f"update_every={self.update_every})"
-        )
-
 
 def _slope_at_newest(order: int) -> list[float]:
     """Return the coefficients of a backward difference, the newest value's first: ``Σ_k ∇^k / k``.

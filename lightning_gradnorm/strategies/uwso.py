@@ -49,6 +49,3 @@ class UWSO(LossWeights, Scalarizer):
         # A softmax of infinities would be NaN; abs, because 1 / -0.0 is -inf.
         exponents = (1 / (self.tau * losses.abs())).clamp(max=torch.finfo(losses.dtype).max)
         return exponents.softmax(dim=0)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(tau={self.tau})"

@@ -20,12 +20,9 @@ Result = TypeVar("Result")
 SUBTITLES = {
     "against_tasks": "against the number of tasks",
     "aggregation": "aggregations",
-    "engine": "the engines' network",
-    "images": "SegNet and ResNet-50",
     "narrow": "a narrow MLP",
+    "networks": "larger networks",
     "pinn": "a physics-informed network",
-    "segnet": "SegNet",
-    "torchjd": "with TorchJD's aggregators",
 }
 """Readable endings of a page's title. Other endings stay as they are in the file's name."""
 

@@ -64,6 +64,7 @@ def test_the_mean_weights_of_a_run_are_found_and_trained_on(
     folder, means = run
     path = {"folder": folder, "checkpoint": folder / "checkpoints/last.ckpt", "string": str(folder)}[what]
     static = GradNormStatic(path)
+    assert static.weights == GradNormStatic(run=path).weights == GradNormStatic(from_run=path).weights
     assert static.weights == pytest.approx(means, rel=1e-12)
     assert sum(static.weights.values()) == pytest.approx(3, rel=1e-12)
     found, expected = trained(quiet_trainer, static), trained(quiet_trainer, FixedWeights(means))
@@ -99,6 +100,12 @@ def test_the_error_for_a_missing_run_lists_what_exists(run: tuple[Path, dict[str
     (tmp_path / "notes.ckpt").write_text("weights")
     with pytest.raises(ValueError, match=r"notes\.ckpt cannot be read as one \(\w+\)"):
         GradNormStatic(tmp_path / "notes.ckpt")
+
+
+@pytest.mark.parametrize("given", [{}, {"run": "here", "from_run": "there"}])
+def test_the_run_is_given_once(given: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="GradNormStatic: run should be one finished run, or a checkpoint; got"):
+        GradNormStatic(**given)
 
 
 def test_the_error_for_a_run_without_gradnorm_names_its_callbacks(quiet_trainer: Trainer, tmp_path: Path) -> None:

@@ -116,6 +116,13 @@ def test_backward_without_losses() -> None:
                 balancer.backward(**given)
 
 
+def test_backward_without_gradients() -> None:
+    model = Network()
+    balancer = balance(model=model)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"Balancer: backward was called under torch\.no_grad"):
+        balancer.backward(model(BATCHES[0]))
+
+
 def test_step_without_backward() -> None:
     model = Network()
     with balance(model=model) as balancer:

@@ -222,7 +222,7 @@ WRONG_OPTIONS = [
     (["balancing=gradnorm_static"], ["balancing.from_run should be set"]),
     (
         ["balancing=gradnorm_static", "balancing.from_run=nope"],
-        ["from_run should be the folder", "there is no nope"],
+        ["run should be the folder", "there is no nope"],
     ),
     (["balancing=random_static", "balancing.seed=-1"], ["RandomWeights: seed should be an integer, at least 0"]),
     (["tasks=[task_2]"], ["there is no task 'task_2' to train; did you mean 'task_1'?"]),
