@@ -117,12 +117,10 @@ class Discovery:
             self._seen.merge(seen)
         if len(self._seen.tasks) < 2:
             return None
-        if self._seen.opaque and self._fallback:
-            self._layer = self._fallback
-        else:
-            self._layer = self._deepest_moved_by_all(losses, layers, sorted(map(self._setting.tasks.index, now)))
-            if self._layer is None:
-                self._require_frozen_part()
+        hidden = self._fallback if self._seen.opaque else {}
+        self._layer = hidden or self._deepest_moved_by_all(losses, layers, now)
+        if self._layer is None:
+            self._require_frozen_part()
         return self._layer
 
     def _frozen(self, graph: LossGraph) -> dict[str, set[str]]:
@@ -144,7 +142,7 @@ class Discovery:
         return sorted(shared, key=lambda name: min(positions[name].values()), reverse=True)
 
     def _deepest_moved_by_all(
-        self, losses: Losses, layers: Mapping[str, Mapping[str, nn.Parameter]], now: Sequence[int]
+        self, losses: Losses, layers: Mapping[str, Mapping[str, nn.Parameter]], now: Collection[str]
     ) -> Mapping[str, nn.Parameter] | None:
         """Return the first layer with an entry that all tasks move. This excludes an output layer with a row for each task.
 
@@ -153,13 +151,13 @@ class Discovery:
         Args:
             losses: the losses of this batch on this rank.
             layers: all trained layers.
-            now: the numbers of the tasks that have a loss in this batch on any rank.
+            now: the tasks that have a loss in this batch on any rank.
         """
-        fallback = None
+        fallback, rows = None, [row for row, task in enumerate(self._setting.tasks) if task in now]
         start, count, names = 0, 1, self._deepest_first(layers)
         while some := names[start : start + count]:
             widths = [row_width(list(layers[name].values())) for name in some]
-            moved = self._moved(losses, [parameter for name in some for parameter in layers[name].values()])[now]
+            moved = self._moved(losses, [parameter for name in some for parameter in layers[name].values()])[rows]
             for name, entries in zip(some, torch.split(moved, widths, dim=1), strict=True):
                 does_move = entries.any(dim=1)
                 if bool(entries[does_move].all(dim=0).any()):

@@ -164,7 +164,7 @@ class Inspection:
         if W is None:
             step.measured &= bool(self.plan.candidates) or not discovery.has_new_losses
         elif set(map(id, W.values())) != set(map(id, self.plan.shared_layer.values())):
-            step.measured &= not step.backwards  # the gradients of earlier passes were read at another layer
+            step.measured &= not step.losses  # the gradients of earlier passes were read at another layer
             self._select(None)
             reader = self._measurement.candidates(W, ())[0]
             self.plan = replace(self.plan, shared_layer=W, candidates=[reader])

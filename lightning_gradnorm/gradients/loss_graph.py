@@ -6,6 +6,7 @@ the forward pass.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from lightning_gradnorm.gradients.graph import children, node_of, reachable_nodes
+
+_PRODUCT = re.compile(r"(mm|mv|dot|convolution|linear)backward", re.IGNORECASE)
 
 Position = tuple[int, int]
 """Weights on the longest path from the input up to and including this one; then the order of the forward pass."""
@@ -101,10 +104,11 @@ class LossGraph:
             above = max((depth[child] for child in below if child not in weight_of), default=0)
             met = [name for name in dict.fromkeys(map(weight_of.get, below)) if name in heavy]
             depth[node] = above + bool(met) if above else len(met)
-            # With no input computed by another layer, as in tanh(x @ first) @ second, the last one is the weight and what
-            # comes before it is its input.
+            # In a product without an input computed by another layer, such as tanh(x @ first) @ second, the last one is the
+            # weight and what comes before it is its input.
+            is_chain = not above and len(met) > 1 and _PRODUCT.search(node.name()) is not None
             for here, name in enumerate(met, start=1):
-                uses.setdefault(name, []).append((depth[node] if above else here, node))
+                uses.setdefault(name, []).append((here if is_chain else depth[node], node))
         owners: dict[int, list[ModuleCalls]] = {}
         for module in calls:
             for parameter in module.parameters:

@@ -197,8 +197,8 @@ class StepMeasurement:
         is_shared = [sum(name in reached for reached in by_loss) >= least for name in self._candidates]
         if not any(is_shared):
             is_frozen = any(not parameter.requires_grad for parameter in self._model.parameters())
-            may_come = is_frozen or len(by_loss) < len(self._names)  # a layer may be unfrozen, or more losses appear
-            return {} if may_come else rows
+            # A layer may be unfrozen, or more losses may come.
+            return {} if is_frozen or len(by_loss) < len(self._names) else rows
         widths = [row_width([parameter]) for parameter in self._candidates.values()]
         mask = torch.tensor(is_shared).repeat_interleave(torch.tensor(widths))
         return {name: row[mask.to(row.device)] for name, row in rows.items()}
