@@ -759,7 +759,7 @@ FAULTS = (
     Fault(
         "the last layer in the forward pass is taken, not the deepest",
         f"{_CORE}gradients/loss_graph.py",
-        "depth[node] = max(depths) + bool(met) if depths else len(met)",
+        "depth[node] = above + bool(met) if above else len(met)",
         "depth[node] = 1",
         _OF_SEARCH,
     ),
@@ -811,5 +811,26 @@ FAULTS = (
         "batch.read_at_losses |= off",
         "batch.read_at_losses |= set()",
         _OF_SEARCH,
+    ),
+    Fault(
+        "a task that has not appeared keeps the others from being balanced",
+        f"{_CORE}engine/discovery.py",
+        "if len(self._seen.tasks) < 2:",
+        "if not self.has_seen_all:",
+        ("tests/engine/test_late_tasks.py",),
+    ),
+    Fault(
+        "norms at two layers are mixed in the step in which the shared layer changes",
+        f"{_CORE}engine/inspection.py",
+        "step.measured &= not step.losses",
+        "step.measured &= True",
+        ("tests/engine/test_late_tasks.py",),
+    ),
+    Fault(
+        "a weight that is used without a module is as deep as the next one",
+        f"{_CORE}gradients/loss_graph.py",
+        "(here if is_chain else depth[node], node)",
+        "(depth[node], node)",
+        ("tests/gradients/test_loss_graph.py",),
     ),
 )
