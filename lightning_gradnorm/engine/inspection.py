@@ -87,7 +87,7 @@ class Inspection:
             self._hooks.callback(wrap_call(head, before=partial(self._on_call.before_head, task), first=True))
 
     def news(self) -> str | None:
-        """Return the plan in words if the layer and the heads are known and it is new since the last call, else ``None``."""
+        """Return a description of the plan once the layer and the heads are known, and again when it changes; else ``None``."""
         is_known = self._discovery is None or (bool(self.plan.shared_layer) and not self._needs_heads)
         if self.plan is self._told or not is_known:
             return None

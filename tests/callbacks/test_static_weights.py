@@ -104,7 +104,10 @@ def test_the_error_for_a_missing_run_lists_what_exists(run: tuple[Path, dict[str
 
 @pytest.mark.parametrize("given", [{}, {"run": "here", "from_run": "there"}])
 def test_the_run_is_given_once(given: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="GradNormStatic: run should be one finished run, or a checkpoint; got"):
+    with pytest.raises(
+        ValueError,
+        match=r"GradNormStatic: run \(balancing\.from_run\) should be one finished run, or a checkpoint; got",
+    ):
         GradNormStatic(**given)
 
 

@@ -171,7 +171,7 @@ def test_the_other_yamls_create_what_their_rows_state() -> None:
     annealing = from_yaml("lr_annealing", "balancing.rule.residual=seg", "balancing.rule.norm=l2")
     assert vars(annealing._formula) == vars(LRAnnealing("seg", norm="l2"))
     assert [str(ROWS[name].callback) for name in ("gradnorm_static", "fixed")] == [
-        "GradNormStatic(…)",
+        "GradNormStatic(from_run=…)",
         "FixedWeights(…)",
     ]
 
