@@ -98,8 +98,7 @@ class GradNormStatic(StaticWeights):
         heads: Heads = "auto",
         from_run: str | Path | None = None,
     ) -> None:
-        is_one = (run is None) != (from_run is None)
-        check("GradNormStatic", is_one, "run (balancing.from_run)", "one finished run, or a checkpoint", run)
+        check("GradNormStatic", (run is None) != (from_run is None), "run (or from_run)", "one finished run", run)
         weights = _mean_weights(_checkpoint_of(Path(run or from_run or "")))
         if tasks is not None:
             self._check_same(weights, tasks)

@@ -106,7 +106,7 @@ def test_the_error_for_a_missing_run_lists_what_exists(run: tuple[Path, dict[str
 def test_the_run_is_given_once(given: dict[str, str]) -> None:
     with pytest.raises(
         ValueError,
-        match=r"GradNormStatic: run \(balancing\.from_run\) should be one finished run, or a checkpoint; got",
+        match=r"GradNormStatic: run \(or from_run\) should be one finished run; got",
     ):
         GradNormStatic(**given)
 

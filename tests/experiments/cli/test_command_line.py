@@ -219,7 +219,7 @@ WRONG_OPTIONS = [
         ["balancing=uncertainty", "balancing.scalarizer.classification=[task_2]", *SMALL],
         ["names 'task_2', which is no"],
     ),
-    (["balancing=gradnorm_static"], ["(balancing.from_run) should be one finished run"]),
+    (["balancing=gradnorm_static"], ["(or from_run) should be one finished run"]),
     (
         ["balancing=gradnorm_static", "balancing.from_run=nope"],
         ["run should be the folder", "there is no nope"],
