@@ -759,7 +759,7 @@ FAULTS = (
     Fault(
         "the last layer in the forward pass is taken, not the deepest",
         f"{_CORE}gradients/loss_graph.py",
-        "depth[node] = above + bool(met) if above else len(met)",
+        "depth[node] = so_far + bool(met) if so_far else len(met)",
         "depth[node] = 1",
         _OF_SEARCH,
     ),

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # mkdocs reads a hook by its pat
 import site_pages
 import strategy_tables
 
-WIDE = ("strategies.md", "guarantees.md", "reproducing.md")
+WIDE = ("strategies.md", "guarantees.md")
 MANY_COLUMNS = re.compile(r"^\|(?:[^|\n]*\|){8,}$", flags=re.MULTILINE)
 RESULTS = site_pages.ROOT / "docs" / "results"
 

@@ -114,7 +114,7 @@ class GradNormStatic(StaticWeights):
     def _check_same(self, weights: Mapping[str, float], tasks: Collection[str]) -> None:
         if set(tasks) != set(weights):
             raise ValueError(
-                f"GradNormStatic: run has tasks {sorted(weights)}, but this run has {sorted(tasks)}. Give a run of "
+                f"GradNormStatic: the checkpoint has tasks {sorted(weights)}, but this run has {sorted(tasks)}. Give a run of "
                 f"the same tasks, or your own numbers to FixedWeights."
             )
 

@@ -67,6 +67,7 @@ class Discovery:
         self._repeats = RepeatedPasses(f"{setting.caller}: the gradient of task")
         self._seen = _Seen()
         self._layer: Mapping[str, nn.Parameter] | None = None
+        """The shared layer of the tasks seen so far."""
         self._graph: LossGraph | None = None
         self._batches = 0
         self._has_warned = False
@@ -164,7 +165,7 @@ class Discovery:
                     if bool(does_move.all()):
                         return layers[name]
                     fallback = fallback or layers[name]
-                elif int(does_move.sum()) > 1:  # also for batches with one of these tasks
+                elif int(does_move.sum()) > 1:  # a later batch with only one of these tasks could not tell
                     del self._seen.positions[name]
             start, count = start + count, 2 * count  # all at once would cost a whole gradient per task
         return fallback

@@ -69,7 +69,7 @@ class Inspection:
             self._needs_heads = is_visible and setting.heads == "auto" and self.reads_gradients
             self._found_heads: dict[str, str] = {}
             self._has_warned = False
-            self._told: Plan | None = None
+            self._told: Plan | None = None  # what `news` described last
             self._discovery: Discovery | None = None
             if self._needs_layer or self._needs_heads:
                 self._discovery = Discovery(setting, hooks.is_forward_pass, self.plan.shared_layer)

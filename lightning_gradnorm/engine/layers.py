@@ -202,7 +202,8 @@ def find_parameters(root: nn.Module, name: str, *, caller: str) -> dict[str, nn.
 
     Args:
         root: the LightningModule.
-        name: dotted name of a module or of a parameter; ``"all"`` for every parameter.
+        name: dotted name of a module or of a parameter; ``"all"`` for every parameter. The error for another name also
+            suggests ``"shared"``, which the monitor resolves itself.
         caller: the argument that held the name, for the beginning of the error.
 
     Raises:

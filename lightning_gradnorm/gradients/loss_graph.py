@@ -101,12 +101,12 @@ class LossGraph:
             if len(of_layers) == 1 and None not in of_layers and node not in outputs and node not in roots:
                 weight_of[node] = weight_of[below[0]]
                 continue
-            above = max((depth[child] for child in below if child not in weight_of), default=0)
+            so_far = max((depth[child] for child in below if child not in weight_of), default=0)
             met = [name for name in dict.fromkeys(map(weight_of.get, below)) if name in heavy]
-            depth[node] = above + bool(met) if above else len(met)
+            depth[node] = so_far + bool(met) if so_far else len(met)
             # In a product without an input computed by another layer, such as tanh(x @ first) @ second, the last one is the
             # weight and what comes before it is its input.
-            is_chain = not above and len(met) > 1 and _PRODUCT.search(node.name()) is not None
+            is_chain = not so_far and len(met) > 1 and _PRODUCT.search(node.name()) is not None
             for here, name in enumerate(met, start=1):
                 uses.setdefault(name, []).append((here if is_chain else depth[node], node))
         owners: dict[int, list[ModuleCalls]] = {}

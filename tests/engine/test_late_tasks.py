@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -44,12 +43,13 @@ def trained(
     """Train on the given tasks, step by step and micro-batch by micro-batch."""
     model = Network()
     balancer = Balancer(model, GradNormRule(NAMES), **options)
-    return model, balancer, train(model, balancer, steps)
+    return model, balancer, train(model, balancer, steps, torch.Generator().manual_seed(1))
 
 
-def train(model: Network, balancer: Balancer, steps: Sequence[Sequence[Sequence[str]]]) -> list[dict[str, float]]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    generator, weights = torch.Generator().manual_seed(1), []
+def train(
+    model: Network, balancer: Balancer, steps: Sequence[Sequence[Sequence[str]]], generator: torch.Generator
+) -> list[dict[str, float]]:
+    optimizer, weights = torch.optim.SGD(model.parameters(), lr=0.05), []
     for step in steps:
         optimizer.zero_grad()
         for tasks in step:
@@ -80,21 +80,13 @@ def test_a_task_that_never_appears_does_not_stop_the_others(heads: Any) -> None:
 def test_a_task_that_appears_later_moves_the_shared_layer_to_where_it_is_shared(heads: Any) -> None:
     before, after = 3 * [[["a", "b"]]], 3 * [[NAMES]]
     model, _, found = trained([*before, *after], heads=heads)
-    twin, first, expected = trained(before, heads=heads, shared_layer="of_two")
-    state = copy.deepcopy(first.state_dict())
-    first.close()
+    twin, generator = Network(), torch.Generator().manual_seed(1)
+    with Balancer(twin, GradNormRule(NAMES), heads=heads, shared_layer="of_two") as first:
+        expected = train(twin, first, before, generator)
+        state = first.state_dict()
     second = Balancer(twin, GradNormRule(NAMES), heads=heads, shared_layer="trunk")
     second.load_state_dict(state)
-    generator = torch.Generator().manual_seed(1)
-    skipped = [torch.randn(4, 3, dtype=torch.float64, generator=generator) for _ in before]
-    assert len(skipped) == 3
-    optimizer = torch.optim.SGD(twin.parameters(), lr=0.05)
-    for (tasks,) in after:
-        optimizer.zero_grad()
-        second.backward(twin(torch.randn(4, 3, dtype=torch.float64, generator=generator), tasks))
-        optimizer.step()
-        second.step()
-        expected.append(second.weights)
+    expected += train(twin, second, after, generator)
     assert_same(found, expected)
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
